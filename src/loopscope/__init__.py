@@ -1,0 +1,72 @@
+"""loopscope: an instrument for looking inside looped language models.
+
+The public names are imported when they are first used, so that `import loopscope` and `loopscope --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopscope.analysis import analyze
+    from loopscope.answers import Answer, Criterion, quick_answers
+    from loopscope.architecture import Architecture
+    from loopscope.trace import Trace, capture
+    from loopscope.errors import LoopscopeError
+    from loopscope.model import LoopedTransformer
+    from loopscope.report import write_report
+    from loopscope.settings import AnalyzeSettings
+    from loopscope.study import Study
+    from loopscope.subject import Subject, load
+    from loopscope.visits import Observer, Visit
+
+_HOMES = {
+    "Answer": "answers",
+    "AnalyzeSettings": "settings",
+    "Architecture": "architecture",
+    "Criterion": "answers",
+    "LoopedTransformer": "model",
+    "LoopscopeError": "errors",
+    "Observer": "visits",
+    "Study": "study",
+    "Subject": "subject",
+    "Trace": "trace",
+    "Visit": "visits",
+    "analyze": "analysis",
+    "capture": "trace",
+    "load": "subject",
+    "quick_answers": "answers",
+    "write_report": "report",
+}
+
+__all__ = [
+    "AnalyzeSettings",
+    "Answer",
+    "Architecture",
+    "Criterion",
+    "LoopedTransformer",
+    "LoopscopeError",
+    "Observer",
+    "Study",
+    "Subject",
+    "Trace",
+    "Visit",
+    "analyze",
+    "capture",
+    "load",
+    "quick_answers",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loopscope' has no attribute {name!r}")
+    value = getattr(import_module(f"loopscope.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

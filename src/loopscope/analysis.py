@@ -1,0 +1,299 @@
+"""The main job: a looped language model and prompts in, a study of its dynamics out."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xarray as xr
+
+from loopscope.errors import ConfigError, PromptError
+from loopscope.measures import LEVELS, Arrays, Named, readout_grid, visit_labels
+from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
+from loopscope.prompts import Prompt, TokenizedPrompt, encode_prompts, load_prompts, prompts_digest
+from loopscope.settings import AnalyzeSettings
+from loopscope.shards import StudyFolder, merge
+from loopscope.study import Study
+from loopscope.subject import Batch, Subject, SubjectInfo, load
+
+__all__ = ["Progress", "SilentProgress", "analyze"]
+
+Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
+
+
+class Progress(Protocol):
+    """Told how an analysis gets on."""
+
+    def start(self, steps: int, done: int) -> None:
+        """So many steps in all, of which so many were done by an earlier run of the same command."""
+
+    def step(self) -> None:
+        """One more step."""
+
+    def note(self, message: str) -> None:
+        """Something worth saying."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def start(self, steps: int, done: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+def analyze(
+    model: str | Path | Subject,
+    prompts: Prompts | None = None,
+    *,
+    out: str | Path | None = None,
+    settings: AnalyzeSettings | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Study:
+    """Run prompts through a model to its horizon and beyond, and measure how each layer's state settles.
+
+    **Arguments**
+
+    - `model`: a shipped model's name, a checkpoint folder, or a subject.
+    - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
+    - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
+    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`.
+
+    Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
+    """
+    settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    subject = load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str | Path) else model
+    tokenized = _tokenize(subject, prompts, settings)
+    job = _Job(subject, tokenized, settings, progress or SilentProgress())
+    if out is None:
+        return job.assemble([job.run(index) for index in range(job.shards)], started=time.monotonic())
+    return job.run_in(Path(out))
+
+
+def _source(prompts: Prompts | None) -> dict[str, Any]:
+    """A name given as `prompts` is a setting like any other; prompts given as data are not."""
+    return {"prompts": str(prompts)} if isinstance(prompts, str | Path) else {}
+
+
+def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettings) -> list[TokenizedPrompt]:
+    if prompts is None or isinstance(prompts, str | Path):
+        loaded = load_prompts(
+            prompts=settings.prompts,
+            field=settings.field,
+            text=settings.text,
+            whole_file=settings.whole_file,
+            limit=settings.limit,
+            sample_seed=settings.sample_seed,
+            system_prompt=settings.system_prompt,
+        )
+    elif all(isinstance(prompt, str) for prompt in prompts):
+        texts = tuple(str(prompt) for prompt in prompts)
+        loaded = load_prompts(
+            prompts=None,
+            field=None,
+            text=texts,
+            whole_file=False,
+            limit=settings.limit,
+            sample_seed=settings.sample_seed,
+            system_prompt=settings.system_prompt,
+        )
+    else:
+        loaded = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    return encode_prompts(
+        loaded,
+        subject.tokenizer,
+        vocab_size=subject.info.vocab_size,
+        max_positions=subject.info.max_positions,
+        truncate=settings.truncate,
+    )
+
+
+def _from_ids(index: int, prompt: Any) -> Prompt:
+    if isinstance(prompt, str) or not all(isinstance(entry, int) for entry in prompt):
+        raise PromptError(f"Prompt {index} is neither a text nor a list of token ids like the first one.")
+    return Prompt(id=str(index), text=None, token_ids=tuple(prompt), system=None)
+
+
+class _Job:
+    """One analysis: what is run, shard by shard."""
+
+    def __init__(
+        self, subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, progress: Progress
+    ) -> None:
+        self.subject = subject
+        self.info: SubjectInfo = subject.info
+        self.prompts = prompts
+        self.settings = settings
+        self.progress = progress
+        self.tracked = _tracked(prompts, settings) if subject.info.is_looped else []
+        self.recurrences = settings.recurrences if self.info.is_looped else 0
+        self.readout = self._readout_grid()
+        size = settings.batch_size
+        self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+        self.created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def shards(self) -> int:
+        return len(self._batches)
+
+    def run_in(self, folder: Path) -> Study:
+        """In a folder, going on with what is there."""
+        started = time.monotonic()
+        with StudyFolder(folder, self._manifest(), self._tokens()) as study:
+            if study.is_complete:
+                self.progress.note(f"{folder} already holds this study, finished; nothing to do.")
+                return Study.load(folder)
+            missing = [index for index in range(self.shards) if not study.has(index)]
+            if len(missing) < self.shards:
+                done = self.shards - len(missing)
+                self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
+            steps = [recurrences_run(self.subject, self._plan(index)) for index in range(self.shards)]
+            self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
+            for index in missing:
+                study.write(index, self.run(index))
+            arrays = [study.read(index) for index in range(self.shards)]
+            return study.finish(self.assemble(arrays, started))
+
+    def run(self, index: int) -> Arrays:
+        """Measure one shard."""
+        return measure_batch(self.subject, self._batch(index), self._plan(index), self.progress.step)
+
+    def _batch(self, index: int) -> Batch:
+        return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
+
+    def _plan(self, index: int) -> Plan:
+        settings, rows = self.settings, self._batches[index]
+        keep = settings.horizon_method == "keep"
+        if settings.horizon_method == "auto" and self.info.is_looped:
+            needed = kept_bytes(self.subject, self._batch(index), settings.recurrences)
+            keep = needed <= settings.keep_limit * 2**20
+        return Plan(
+            recurrences=settings.recurrences,
+            horizon=settings.horizon,
+            keep=keep,
+            seed=settings.seed,
+            cycle_recurrences=settings.cycle_recurrences,
+            tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
+            components=settings.components,
+            readout=self.readout,
+            skip=frozenset(settings.skip),
+            first_prompt=rows.start,
+        )
+
+    def _readout_grid(self) -> tuple[int, ...]:
+        if not self.info.is_looped:
+            return (1,)
+        if not self.settings.readout:
+            return readout_grid(self.info.trained_recurrences or 1, self.settings.recurrences)
+        if max(self.settings.readout) > self.settings.recurrences:
+            raise ConfigError(
+                f"--readout asks for {max(self.settings.readout)} recurrences, but only {self.settings.recurrences} are "
+                "measured; raise --recurrences."
+            )
+        return tuple(sorted(set(self.settings.readout)))
+
+    def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
+        """All shards as one study."""
+        merged = merge(shards)
+        counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+        merged["token_count"] = Named(("prompt",), counts)
+        dataset = xr.Dataset(
+            {name: (entry.dims, entry.values) for name, entry in merged.items()},
+            coords=self._coordinates(merged),
+        )
+        manifest = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
+        return Study(dataset, manifest, self._tokens())
+
+    def _coordinates(self, arrays: dict[str, Named]) -> dict[str, Any]:
+        lengths = {
+            dim: size for entry in arrays.values() for dim, size in zip(entry.dims, entry.values.shape, strict=True)
+        }
+        cycle = min(self.settings.cycle_recurrences, self.recurrences)
+        visits = visit_labels(self.info.prelude, self.info.recurrent, self.info.coda, cycle)
+        values: dict[str, Any] = {
+            "quantile": list(LEVELS),
+            "site": ["last_layer", "loop_state"],
+            "horizon": ["first", "second"],
+            "visit": visits,
+            "visit_other": visits,
+            "readout_recurrence": list(self.readout),
+        }
+        coordinates = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
+        if "tracked" in lengths:
+            coordinates["tracked_prompt"] = ("tracked", [prompt for prompt, _ in self.tracked])
+            coordinates["tracked_token"] = ("tracked", [token for _, token in self.tracked])
+        return coordinates
+
+    def _tokens(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(prompt) for prompt in self.prompts]
+
+    def _manifest(self) -> dict[str, Any]:
+        info, settings = self.info, self.settings
+        plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+        digest = prompts_digest(list(self.prompts))
+        source = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "truncate")
+        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype")
+        return {
+            "created": self.created,
+            "model": {
+                **info.to_dict(),
+                "kind": "looped" if info.is_looped else "feed-forward",
+                "layout": {"prelude": info.prelude, "recurrent": info.recurrent, "coda": info.coda},
+            },
+            "settings": {name: value for name, value in plain.items() if name not in source},
+            "prompts": {
+                **{name: plain[name] for name in source},
+                "source": settings.prompts or "given as a list",
+                "count": len(self.prompts),
+                "tokens": sum(len(prompt.token_ids) for prompt in self.prompts),
+                "sha256": digest,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
+            },
+            "threads": torch.get_num_threads(),
+            # All that the numbers depend on: a folder is gone on with only if this is the same.
+            "identity": {
+                "model": {name: value for name, value in info.to_dict().items() if name != "name"},
+                "settings": {name: value for name, value in plain.items() if name not in free},
+                "prompts": {"count": len(self.prompts), "sha256": digest},
+                "versions": {name: version(name) for name in ("loopscope", "torch")},
+            },
+        }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no paths and no tuples."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
+    """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones refused."""
+    default = AnalyzeSettings().track
+    found = []
+    for entry, (prompt, token) in zip(settings.track, settings.tracked, strict=True):
+        if prompt >= len(prompts):
+            if settings.track == default:
+                continue
+            raise ConfigError(f"--track {entry}: there are {len(prompts)} prompts, counted from 0.")
+        length = len(prompts[prompt].token_ids)
+        if not -length <= token < length:
+            raise ConfigError(f"--track {entry}: prompt {prompt} has {length} tokens, counted from 0.")
+        found.append((prompt, token % length))
+    return sorted(set(found))

@@ -1,0 +1,76 @@
+"""What the commands show in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loopscope.answers import Answer
+from loopscope.checkpoints import demo_names, find_checkpoint, read_json
+
+__all__ = ["RichProgress", "say", "say_answers", "say_models"]
+
+
+def say(message: str) -> None:
+    """One line on standard output, unwrapped, so that a path can be copied."""
+    Console(soft_wrap=True, highlight=False).print(escape(message))
+
+
+def say_answers(answers: Sequence[Answer]) -> None:
+    """Each question with its answer in a sentence."""
+    console = Console(highlight=False)
+    for answer in answers:
+        console.print(f"[bold]{escape(answer.question)}[/bold]  {escape(answer.verdict)}")
+        console.print(f"  {escape(answer.sentence)}", style="dim")
+
+
+def say_models() -> None:
+    """A table of the shipped models."""
+    table = Table("model", "layout", "parameters", "test loss", box=None, pad_edge=False)
+    for name in demo_names():
+        about = read_json(find_checkpoint(name) / "config.json").get("about", {})
+        table.add_row(
+            name,
+            escape(str(about.get("layout", ""))),
+            f"{about['parameters']:,}" if "parameters" in about else "",
+            f"{about['test_loss']:.3f} nats" if "test_loss" in about else "",
+        )
+    Console().print(table)
+
+
+class RichProgress:
+    """A progress bar on standard error, counting steps of one kind. A context manager."""
+
+    def __init__(self, unit: str) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(unit, total=None, visible=False)
+
+    def __enter__(self) -> RichProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, steps: int, done: int) -> None:
+        self._progress.update(self._task, total=steps, completed=done, visible=True)
+
+    def step(self) -> None:
+        self._progress.advance(self._task)
+
+    def note(self, message: str) -> None:
+        self._progress.console.print(escape(message), soft_wrap=True, highlight=False)

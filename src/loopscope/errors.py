@@ -1,0 +1,62 @@
+"""Every exception that loopscope raises on purpose.
+
+    LoopscopeError                one sentence for the user: what is wrong, and what to do
+    ├── ConfigError               a setting or a configuration file
+    ├── CheckpointError           a model's files: missing, damaged, unknown, not fitting
+    ├── PromptError               prompts, token ids, tokenizers
+    ├── NonFiniteError            NaN or infinity where a finite number is needed
+    ├── StudyError                an output folder or a saved study
+    │   └── StudyBusyError        another process is writing to it
+    ├── StorageError              writing failed: full disk, no permission
+    └── MissingDependencyError    an optional package is needed and not installed
+
+The command line prints the message and exits with status 2; nobody needs a traceback to learn that a path is wrong.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "LoopscopeError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "PromptError",
+    "StorageError",
+    "StudyBusyError",
+    "StudyError",
+]
+
+
+class LoopscopeError(Exception):
+    """Base of all errors whose message is written for the user."""
+
+
+class ConfigError(LoopscopeError):
+    """A setting or a configuration file is wrong."""
+
+
+class CheckpointError(LoopscopeError):
+    """A model cannot be loaded from the given folder."""
+
+
+class PromptError(LoopscopeError):
+    """Prompts cannot be read or do not fit the model."""
+
+
+class NonFiniteError(LoopscopeError):
+    """A weight, an initial state or an early state is NaN or infinite."""
+
+
+class StudyError(LoopscopeError):
+    """A study folder cannot be used."""
+
+
+class StudyBusyError(StudyError):
+    """Another process holds the study folder."""
+
+
+class StorageError(LoopscopeError):
+    """A file could not be written."""
+
+
+class MissingDependencyError(LoopscopeError):
+    """An optional package is not installed."""

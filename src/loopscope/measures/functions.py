@@ -1,0 +1,88 @@
+"""Measures as pure functions on states: the last dimension is the width, the others are whatever the caller has.
+
+Half-precision inputs are widened to float32 first. Formulas: method, section 2, after arXiv 2604.11791, section 4.1 and
+appendix D.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = [
+    "cosine",
+    "degeneracy",
+    "distance",
+    "layer_cosine",
+    "quantiles",
+    "relative_distance",
+    "residual_norm",
+    "widen",
+]
+
+Vectors = Float[Tensor, "*shape width"]
+Values = Float[Tensor, "*shape"]
+
+
+def widen(states: Tensor) -> Tensor:
+    """float32, or float64 where the states are."""
+    return states if states.dtype in (torch.float32, torch.float64) else states.float()
+
+
+def residual_norm(states: Vectors) -> Values:
+    """Euclidean norm over the width."""
+    return torch.linalg.vector_norm(widen(states), dim=-1)
+
+
+def distance(states: Vectors, reference: Vectors) -> Values:
+    """`||x - y||`. The difference is formed before it is squared: `|x|^2 + |y|^2 - 2 x.y` would cancel to nothing near a
+    fixed point."""
+    return torch.linalg.vector_norm(widen(states) - widen(reference), dim=-1)
+
+
+def relative_distance(states: Vectors, reference: Vectors) -> Values:
+    """`||x - y|| / ||y||`."""
+    return distance(states, reference) / residual_norm(reference)
+
+
+def cosine(states: Vectors, reference: Vectors) -> Values:
+    """Cosine of the angle between two states, in [-1, 1]."""
+    x, y = widen(states), widen(reference)
+    return (torch.linalg.vecdot(x, y) / (residual_norm(x) * residual_norm(y))).clamp(-1.0, 1.0)
+
+
+def layer_cosine(states: Float[Tensor, "layer *shape width"]) -> Float[Tensor, "layer layer *shape"]:
+    """Cosines between the states of every pair of layers."""
+    unit = widen(states) / residual_norm(states).unsqueeze(-1)
+    return torch.einsum("i...d,j...d->ij...", unit, unit).clamp(-1.0, 1.0)
+
+
+def degeneracy(states: Float[Tensor, "layer *shape width"]) -> Values:
+    """`min over i > 0 of cos(X*[0], X*[i])` for the layers' states at the horizon.
+
+    Near 1, all layers share one point and the cycle is no cycle; NaN where there is one layer only.
+    """
+    if states.shape[0] == 1:
+        return torch.full(states.shape[1:-1], torch.nan, dtype=widen(states).dtype, device=states.device)
+    return cosine(states[1:], states[0].expand_as(states[1:])).amin(0)
+
+
+def quantiles(
+    values: Float[Tensor, "*shape token"], counts: Tensor, levels: tuple[float, ...]
+) -> Float[Tensor, "level *shape"]:
+    """Quantiles over the first `counts` entries of the last dimension, interpolated linearly (numpy's default).
+
+    `counts` broadcasts against the leading dimensions. NaN where an entry that counts is not finite.
+    """
+    counts = counts.expand(values.shape[:-1])
+    counted = torch.arange(values.shape[-1], device=values.device) < counts.unsqueeze(-1)
+    ordered = values.masked_fill(~counted, torch.inf).sort(dim=-1).values
+    level = torch.tensor(levels, dtype=values.dtype, device=values.device)
+    place = (counts - 1).unsqueeze(-1) * level
+    low = place.long()
+    below = ordered.gather(-1, low)
+    above = ordered.gather(-1, torch.minimum(low + 1, (counts - 1).unsqueeze(-1)))
+    found = (below + (above - below) * (place - low)).movedim(-1, 0)
+    finite = (torch.isfinite(values) | ~counted).all(-1)
+    return found.masked_fill(~finite, torch.nan)

@@ -1,0 +1,72 @@
+"""Trajectories of chosen tokens through the recurrent block, projected on their principal components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.functions import widen
+from loopscope.visits import Visit
+
+__all__ = ["Trajectories", "principal_components"]
+
+
+def principal_components(
+    states: Float[np.ndarray, "state width"], components: int
+) -> tuple[Float[np.ndarray, "state component"], Float[np.ndarray, " component"]]:
+    """Scores on the leading principal components, and each one's share of the variance.
+
+    From the Gram matrix of the centred states in float64: it is small where states are fewer than the width. The sign of
+    a component, which is arbitrary, is set so that its largest score is positive. Components beyond the rank are NaN.
+    """
+    centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    scores = np.full((len(states), components), np.nan)
+    share = np.full(components, np.nan)
+    if not np.isfinite(centred).all():
+        return scores, share
+    variance, directions = np.linalg.eigh(centred @ centred.T)
+    order = np.argsort(variance)[::-1][:components]
+    kept = variance[order].clip(min=0.0)
+    found = directions[:, order] * np.sqrt(kept)
+    sign = np.sign(found[np.abs(found).argmax(axis=0), np.arange(len(order))])
+    scores[:, : len(order)] = found * np.where(sign == 0, 1.0, sign)
+    total = variance.clip(min=0.0).sum()
+    share[: len(order)] = kept / total if total > 0 else np.nan
+    return scores, share
+
+
+class Trajectories(Measure):
+    """Keeps the states of a few tokens at every visit of the recurrent block."""
+
+    def __init__(self, frame: Frame, tokens: Sequence[tuple[int, int]], components: int) -> None:
+        """`tokens`: (row of the batch, token) pairs."""
+        self.frame = frame
+        self.components = components
+        self._rows = torch.tensor([row for row, _ in tokens], device=frame.mask.device)
+        self._tokens = torch.tensor([token for _, token in tokens], device=frame.mask.device)
+        layers = frame.info.recurrent
+        self._states = np.full((len(tokens), layers, frame.recurrences, frame.info.width), np.nan, dtype=np.float64)
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage == "recurrent":
+            chosen: Tensor = widen(visit.residual[self._rows, self._tokens])
+            self._states[:, visit.layer, visit.recurrence] = chosen.double().cpu().numpy()
+
+    def finish(self) -> Arrays:
+        tracked, layers, recurrences, width = self._states.shape
+        scores = np.empty((tracked, layers, recurrences, self.components))
+        shares = np.empty((tracked, self.components))
+        for index, states in enumerate(self._states):
+            found, shares[index] = principal_components(states.reshape(-1, width), self.components)
+            scores[index] = found.reshape(layers, recurrences, self.components)
+        return Arrays(
+            {
+                "trajectory": Named(("tracked", "layer", "recurrence", "component"), scores),
+                "trajectory_variance": Named(("tracked", "component"), shares),
+            }
+        )

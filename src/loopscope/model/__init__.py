@@ -1,0 +1,6 @@
+"""The native looped transformer: one implementation, of which every published family is a setting."""
+
+from loopscope.model.state import initial_noise
+from loopscope.model.transformer import LoopedTransformer, Sequence
+
+__all__ = ["LoopedTransformer", "Sequence", "initial_noise"]

@@ -1,0 +1,74 @@
+"""One transformer layer, with its norms where the architecture puts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loopscope._shapes import States
+from loopscope.architecture import Activation, Architecture, NormPlacement
+from loopscope.model.attention import Attention, AttentionContext
+from loopscope.model.norm import RMSNorm
+from loopscope.visits import AttentionView
+
+__all__ = ["Layer", "MLP"]
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu-tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+# Which of n1 (into attention), n2 (after it), n3 (into the MLP), n4 (after it) exist.
+_NORMS: dict[NormPlacement, tuple[int, ...]] = {
+    "pre": (1, 3),
+    "residual": (1, 2, 3, 4),
+    "branch-in-out": (1, 2, 3, 4),
+    "branch-out": (2, 4),
+}
+
+
+class MLP(nn.Module):
+    """`down(act(gate x) * up x)`, or `down(act(up x))` where it is plain."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, hidden = architecture.width, architecture.mlp_width
+        self.gate = nn.Linear(width, hidden, bias=False) if architecture.mlp == "gated" else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = _ACTIVATIONS[architecture.activation]
+
+    def forward(self, x: States) -> States:
+        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        output: Tensor = self.down(hidden)
+        return output
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.on_residual = architecture.norm_placement == "residual"
+        self.attention = Attention(architecture)
+        self.mlp = MLP(architecture)
+        present = _NORMS[architecture.norm_placement]
+
+        def norm(number: int) -> nn.Module:
+            return RMSNorm(architecture.width, architecture.norm_eps) if number in present else nn.Identity()
+
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = norm(1), norm(2), norm(3), norm(4)
+
+    def forward(self, x: States, context: AttentionContext) -> tuple[States, AttentionView]:
+        branch, view = self.attention(self.norm_1(x), context)
+        x = self._add(x, branch, self.norm_2)
+        return self._add(x, self.mlp(self.norm_3(x)), self.norm_4), view
+
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        added: Tensor = norm(x + branch) if self.on_residual else x + norm(branch)
+        return added

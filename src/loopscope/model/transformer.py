@@ -1,0 +1,207 @@
+"""The looped transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loopscope._shapes import Logits, States, TokenIds, TokenMask
+from loopscope.architecture import Architecture, Stage
+from loopscope.errors import ConfigError
+from loopscope.model.attention import AttentionContext
+from loopscope.model.layer import Layer
+from loopscope.model.norm import RMSNorm
+from loopscope.model.rotary import rotation_table
+from loopscope.model.state import initial_noise
+from loopscope.visits import LoopState, Observer, Visit
+
+__all__ = ["LoopedTransformer", "Sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A batch of tokens on its way through the model: what stays the same while the state loops."""
+
+    input_ids: TokenIds
+    encoded: States
+    """e, the prelude's output."""
+    context: AttentionContext
+
+
+class LoopedTransformer(nn.Module):
+    """Prelude, recurrent block, coda.
+
+    `forward` runs all of it. The stages are also there one by one, `encode`, `initial_state`, `recur`, `decode`, so that
+    a run can be advanced recurrence by recurrence.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.embedding = nn.Embedding(architecture.vocab_size, architecture.width)
+        self.prelude = nn.ModuleList(Layer(architecture) for _ in range(architecture.prelude))
+        self.recurrent = nn.ModuleList(Layer(architecture) for _ in range(architecture.recurrent))
+        self.coda = nn.ModuleList(Layer(architecture) for _ in range(architecture.coda))
+        self.injection: nn.Linear | None = None
+        if architecture.injection == "linear":
+            self.injection = nn.Linear(2 * architecture.width, architecture.width, bias=False)
+        self.norm = RMSNorm(architecture.width, architecture.norm_eps)
+        self.head: nn.Linear | None = None
+        if not architecture.tied_embeddings:
+            self.head = nn.Linear(architecture.width, architecture.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def initialize(self, seed: int, std: float = 0.02) -> LoopedTransformer:
+        """Fill every matrix with N(0, std^2), every norm with 1, every bias with 0; a function of the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim >= 2:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(0.0 if name.endswith("_bias") else 1.0)
+        return self
+
+    def forward(
+        self,
+        input_ids: TokenIds,
+        *,
+        recurrences: int | None = None,
+        initial_state: States | None = None,
+        attention_mask: TokenMask | None = None,
+        seed: int = 0,
+        backprop_last: int | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> Logits:
+        """Logits, (batch, token, vocabulary).
+
+        **Arguments**
+
+        - `recurrences`: how often the block runs; the architecture's number unless given.
+        - `initial_state`: s_0, (batch, token, width); drawn or taken from the embeddings unless given.
+        - `attention_mask`: True for tokens, False for padding, on either side.
+        - `seed`: of the random initial state, if the architecture has one.
+        - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
+        - `observers`: told of every visit.
+        """
+        recurrences = self.architecture.recurrences if recurrences is None else recurrences
+        if recurrences < 1:
+            raise ConfigError(f"recurrences must be at least 1, got {recurrences}.")
+        observers = tuple(observers)
+        sequence = self.encode(input_ids, attention_mask, observers)
+        state = self.initial_state(sequence, seed) if initial_state is None else initial_state
+        tracked = recurrences if backprop_last is None else backprop_last
+        with_gradient = torch.is_grad_enabled()
+        if self.architecture.is_looped:
+            for recurrence in range(recurrences):
+                with torch.set_grad_enabled(with_gradient and recurrence >= recurrences - tracked):
+                    state = self.recur(state, sequence, recurrence, observers)
+        return self.decode(state, sequence, observers)
+
+    def encode(
+        self, input_ids: TokenIds, attention_mask: TokenMask | None = None, observers: Iterable[Observer] = ()
+    ) -> Sequence:
+        """Embed the tokens and run the prelude."""
+        context = self._context(input_ids, attention_mask)
+        embedded = self.embed(input_ids)
+        encoded = self._stage("prelude", self.prelude, embedded, 0, context, observers)
+        return Sequence(input_ids, encoded, context)
+
+    def embed(self, input_ids: TokenIds) -> States:
+        """Token embeddings times the embedding scale, as the first layer receives them."""
+        embedded: Tensor = self.embedding(input_ids)
+        scale = self.architecture.embedding_scale
+        return embedded if scale == 1.0 else embedded * scale
+
+    def initial_state(self, sequence: Sequence, seed: int) -> States:
+        """s_0 as the architecture says."""
+        if self.architecture.state_init == "embeddings":
+            return sequence.encoded
+        noise = initial_noise(
+            sequence.input_ids,
+            sequence.context.mask,
+            self.architecture.width,
+            std=self.architecture.state_std,
+            seed=seed,
+        )
+        return noise.to(self.device, self.dtype)
+
+    def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
+        """One pass through the recurrent block: injection, layers, and the norm at its end if there is one."""
+        observers = tuple(observers)
+        state = self.inject(state, sequence.encoded)
+        for observer in observers:
+            observer.injected(recurrence, state)
+        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, observers)
+        if self.architecture.loop_norm == "recurrence":
+            state = self.norm(state)
+        for observer in observers:
+            observer.loop_state(LoopState(recurrence, state))
+        return state
+
+    def inject(self, state: States, encoded: States) -> States:
+        """Mix the prelude's output into the state."""
+        if self.injection is not None:
+            mixed: Tensor = self.injection(torch.cat((state, encoded), dim=-1))
+            return mixed
+        return state + encoded if self.architecture.injection == "add" else state
+
+    def decode(self, state: States, sequence: Sequence, observers: Iterable[Observer] = ()) -> Logits:
+        """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
+        if self.architecture.loop_norm == "loop":
+            state = self.norm(state)
+        hidden = self._stage("coda", self.coda, state, 0, sequence.context, observers)
+        return self.unembed(hidden if self._is_normed else self.norm(hidden))
+
+    def unembed(self, hidden: States) -> Logits:
+        """Logits of normed states."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return functional.linear(hidden, weight)
+
+    @property
+    def _is_normed(self) -> bool:
+        """The head reads the loop state itself where the recurrence already ends with the final norm (Ouro)."""
+        return self.architecture.loop_norm == "recurrence" and self.architecture.coda == 0
+
+    def _stage(
+        self,
+        stage: Stage,
+        layers: nn.ModuleList,
+        state: States,
+        recurrence: int,
+        context: AttentionContext,
+        observers: Iterable[Observer],
+    ) -> States:
+        for index, layer in enumerate(layers):
+            state, view = layer(state, context)
+            for observer in observers:
+                observer.visit(Visit(stage, index, recurrence, state, view))
+        return state
+
+    def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+        tokens = input_ids.shape[1]
+        position = torch.arange(tokens, device=input_ids.device)
+        if mask is None or bool(mask.all()):
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), None, None)
+        if not bool(mask.any(-1).all()):
+            raise ConfigError("A row of attention_mask has no token; leave empty prompts out of the batch.")
+        if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            # Padding comes last, so no token can look at it: causality alone decides, and the fast kernels apply.
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), mask, None)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        causal = position[:, None] >= position
+        # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
+        allowed = (causal & mask[:, None, :]) | torch.eye(tokens, dtype=torch.bool, device=mask.device)
+        return AttentionContext(rotation_table(self.architecture, places, self.dtype), mask, allowed[:, None])

@@ -1,0 +1,106 @@
+"""Settings of the jobs: one dataclass each, the same object for Python, the command line and the manifest.
+
+This module imports neither torch nor numpy, so that `loopscope --help` answers at once. The docstring of a field is its help
+text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loopscope.errors import ConfigError
+
+__all__ = ["AnalyzeSettings", "Dtype", "HorizonMethod", "Part"]
+
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+HorizonMethod = Literal["auto", "second-pass", "keep"]
+Part = Literal["path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeSettings:
+    """What to run, on which prompts, and how far."""
+
+    prompts: str | None = None
+    """A file (.txt: a prompt a line; .jsonl: with --field), or the name of a preset such as word-problems."""
+    field: str | None = None
+    """Field of a .jsonl file that holds the prompt, as text or as a list of token ids."""
+    text: tuple[str, ...] = ()
+    """Prompts given right here, instead of --prompts."""
+    whole_file: bool = False
+    """Take a text file as one prompt."""
+    limit: int | None = None
+    """Use so many prompts: the first ones, or a random subset with --sample-seed."""
+    sample_seed: int | None = None
+    """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
+    system_prompt: Path | None = None
+    """A text file that is put before every prompt."""
+    truncate: int | None = None
+    """Keep only the first so many tokens of each prompt."""
+
+    recurrences: int = 64
+    """How many recurrences to measure."""
+    horizon: int = 128
+    """Recurrences after which the state stands in for the fixed point; twice as many are run, to check it."""
+    horizon_method: HorizonMethod = "auto"
+    """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The numbers are
+    the same. auto keeps them while they fit into --keep-limit."""
+    keep_limit: int = 32
+    """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not depend
+    on the number of recurrences."""
+
+    dtype: Dtype = "float32"
+    """What the model runs in. Measures are taken in float32, or float64 where that is the model's."""
+    device: str = "auto"
+    """A torch device; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of random initial states; each prompt's state depends on it and on the prompt's tokens alone."""
+    batch_size: int = 8
+    """Prompts that are run, and saved, together."""
+    threads: int | None = None
+    """CPU threads; torch's choice unless given."""
+
+    cycle_recurrences: int = 8
+    """Recurrences in the cycle similarity; memory grows with it."""
+    track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
+    """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative, from
+    the end."""
+    components: int = 3
+    """Principal components to keep."""
+    readout: tuple[int, ...] = ()
+    """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
+    given."""
+    skip: tuple[Part, ...] = ()
+    """Parts to leave out."""
+
+    def __post_init__(self) -> None:
+        for name in ("recurrences", "horizon", "batch_size", "components", "cycle_recurrences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.horizon < 2:
+            raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
+        if self.keep_limit < 0:
+            raise ConfigError(f"--keep-limit must not be negative, got {self.keep_limit}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {self.threads}.")
+        if any(count < 1 for count in self.readout):
+            raise ConfigError(f"--readout needs numbers of recurrences from 1, got {min(self.readout)}.")
+        for entry in self.track:
+            _parse_tracked(entry)
+
+    @property
+    def tracked(self) -> tuple[tuple[int, int], ...]:
+        """(prompt, token) of each tracked token."""
+        return tuple(_parse_tracked(entry) for entry in self.track)
+
+
+def _parse_tracked(entry: str) -> tuple[int, int]:
+    prompt, colon, token = entry.partition(":")
+    try:
+        if not colon or int(prompt) < 0:
+            raise ValueError
+        return int(prompt), int(token)
+    except ValueError:
+        raise ConfigError(f"--track takes PROMPT:TOKEN such as 0:-1, got {entry!r}.") from None

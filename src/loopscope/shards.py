@@ -1,0 +1,176 @@
+"""A study while it is being made: shards of prompts on disk, each whole or absent, then one study."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from loopscope._files import storage_error, write_atomically
+from loopscope.errors import StudyBusyError, StudyError
+from loopscope.measures import Arrays, Named
+from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
+
+__all__ = ["StudyFolder", "merge"]
+
+_LOCK = ".lock"
+_SHARDS = "shards"
+
+
+class StudyFolder:
+    """Opens, resumes and finishes one study folder; a context manager that holds the folder's lock.
+
+    `identity` is the part of the manifest that the numbers depend on. A folder whose study has another identity is refused,
+    with what differs; one with the same identity is gone on with.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.tokens = tokens
+        self._lock = FileLock(folder / _LOCK)
+
+    def __enter__(self) -> StudyFolder:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StudyBusyError(
+                f"Another loopscope process is writing to {self.folder}; wait for it or choose another --out."
+            ) from None
+        except OSError as error:
+            raise storage_error(self.folder, error) from None
+        try:
+            self._claim()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._lock.release()
+        (self.folder / _LOCK).unlink(missing_ok=True)
+
+    def _claim(self) -> None:
+        if (self.folder / MANIFEST).exists():
+            _check_same(self.folder, read_manifest(self.folder), self.manifest)
+            return
+        others = sorted(path.name for path in self.folder.iterdir() if path.name != _LOCK)
+        if others:
+            raise StudyError(
+                f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
+            )
+        write_atomically(self.folder / TOKENS, tokens_file(self.tokens))
+        write_manifest(self.folder, {**self.manifest, "status": "running"})
+
+    @property
+    def is_complete(self) -> bool:
+        return read_manifest(self.folder).get("status") == "complete"
+
+    def has(self, index: int) -> bool:
+        """Shard `index` is on disk and readable."""
+        try:
+            self.read(index)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return False
+        return True
+
+    def write(self, index: int, arrays: Arrays) -> None:
+        """Write a shard, atomically. Raises `StorageError`; earlier shards are kept."""
+        named = {
+            **{f"prompt/{name}": entry for name, entry in arrays.per_prompt.items()},
+            **{f"sum/{name}": entry for name, entry in arrays.summed.items()},
+        }
+        content = {name: entry.values for name, entry in named.items()}
+        content |= {f"weight/{name}": values for name, values in arrays.weight.items()}
+        dims = json.dumps({name: entry.dims for name, entry in named.items()})
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, dims=np.array(dims), **content)  # type: ignore[arg-type]
+        write_atomically(self._path(index), buffer.getvalue())
+
+    def read(self, index: int) -> Arrays:
+        """A shard from disk."""
+        arrays = Arrays()
+        with np.load(self._path(index), allow_pickle=False) as stored:
+            dims = json.loads(str(stored["dims"]))
+            for key in stored.files:
+                kind, _, name = key.partition("/")
+                if kind == "weight":
+                    arrays.weight[name] = stored[key]
+                elif kind in ("prompt", "sum"):
+                    target = arrays.per_prompt if kind == "prompt" else arrays.summed
+                    target[name] = Named(tuple(dims[key]), stored[key])
+        return arrays
+
+    def finish(self, study: Study) -> Study:
+        """Write the study and drop the shards."""
+        saved = study.save(self.folder)
+        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
+        return saved
+
+    def _path(self, index: int) -> Path:
+        return self.folder / _SHARDS / f"{index:05d}.npz"
+
+
+def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    before, now = _flat(found.get("identity", {})), _flat(wanted["identity"])
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        listed = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise StudyError(f"{folder} holds another study ({listed}{more}); choose another --out.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def merge(shards: Sequence[Arrays]) -> dict[str, Named]:
+    """Put the shards' arrays together, in order: one entry a prompt (or tracked token), and means for the sums.
+
+    Shards differ in their longest prompt; the shorter ones are filled up with NaN.
+    """
+    merged: dict[str, Named] = {}
+    for name in dict.fromkeys(name for shard in shards for name in shard.per_prompt):
+        parts = [shard.per_prompt[name] for shard in shards if name in shard.per_prompt]
+        dims = parts[0].dims
+        axis = dims.index("tracked" if "tracked" in dims else "prompt")
+        merged[name] = Named(dims, _concatenate([part.values for part in parts], axis))
+    for name in dict.fromkeys(name for shard in shards for name in shard.summed):
+        total = sum(shard.summed[name].values for shard in shards)
+        weight = sum(shard.weight[name] for shard in shards)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
+            merged[name] = Named(shards[0].summed[name].dims, np.asarray(total / weight))
+    return merged
+
+
+def _concatenate(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    shape = [max(part.shape[dimension] for part in parts) for dimension in range(parts[0].ndim)]
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    whole = np.full(shape, np.nan if parts[0].dtype.kind == "f" else -1, dtype=parts[0].dtype)
+    start = 0
+    for part in parts:
+        place = [slice(0, length) for length in part.shape]
+        place[axis] = slice(start, start + part.shape[axis])
+        whole[tuple(place)] = part
+        start += part.shape[axis]
+    return whole

@@ -1,0 +1,301 @@
+"""What can be studied, and one forward pass of it, advanced recurrence by recurrence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.func import functional_call
+
+from loopscope._shapes import Logits, States, TokenIds, TokenMask
+from loopscope.architecture import Injection, LoopNorm, NormPlacement, StateInit
+from loopscope.checkpoints import find_checkpoint, load_checkpoint
+from loopscope.errors import ConfigError
+from loopscope.model import LoopedTransformer, initial_noise
+from loopscope.model.attention import AttentionContext
+from loopscope.model.rotary import RotationTable
+from loopscope.prompts import load_tokenizer
+from loopscope.visits import Observer
+
+__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "load"]
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectInfo:
+    """Facts about a subject, as they are stored with every result."""
+
+    name: str
+    family: str
+    prelude: int
+    recurrent: int
+    coda: int
+    trained_recurrences: int | None
+    """Mean number of recurrences in training; None for a feed-forward model."""
+    injection: Injection
+    norm_placement: NormPlacement
+    loop_norm: LoopNorm
+    state_init: StateInit
+    width: int
+    heads: int
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+    dtype: str
+    device: str
+    weights_sha256: str | None
+    """None for a model that was never saved."""
+
+    @property
+    def is_looped(self) -> bool:
+        return self.recurrent > 0
+
+    @property
+    def carries_raw_output(self) -> bool:
+        """The loop state is the last recurrent layer's raw output, with no norm between."""
+        return self.loop_norm != "recurrence"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts of different lengths, padded on the right."""
+
+    input_ids: TokenIds
+    mask: TokenMask
+    """True for tokens, False for padding."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> Batch:
+        """Pad lists of token ids; the padding's own id is 0 and never looked at."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        return cls(input_ids, torch.arange(longest) < lengths[:, None])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.mask.to(device))
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens of each prompt, (batch,)."""
+        return self.mask.sum(-1)
+
+
+class Run(Protocol):
+    """One forward pass in progress, standing between two recurrences."""
+
+    @property
+    def state(self) -> States:
+        """The loop state."""
+
+    def advance(self, observers: Iterable[Observer] = ()) -> None:
+        """Run one recurrence."""
+
+    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
+        """Logits of the state as it stands; the run can go on afterwards."""
+
+    def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
+        """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be told."""
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """A model that announces its visits."""
+
+    @property
+    def info(self) -> SubjectInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def start(
+        self, batch: Batch, *, seed: int = 0, initial_state: States | None = None, observers: Iterable[Observer] = ()
+    ) -> Run:
+        """Run what comes before the loop."""
+
+    def other_initial_state(self, batch: Batch, seed: int) -> States | None:
+        """An initial state from which the same prompt can be run too, for path independence.
+
+        None where the prompt enters by the initial state alone, so that another state would be another prompt.
+        """
+
+
+class NativeSubject:
+    """The native looped transformer as a subject."""
+
+    def __init__(
+        self,
+        model: LoopedTransformer,
+        *,
+        name: str = "unnamed",
+        family: str = "loopscope",
+        tokenizer: Tokenizer | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        architecture = model.architecture
+        self.info = SubjectInfo(
+            name=name,
+            family=family,
+            prelude=architecture.prelude,
+            recurrent=architecture.recurrent,
+            coda=architecture.coda,
+            trained_recurrences=architecture.recurrences if architecture.is_looped else None,
+            injection=architecture.injection,
+            norm_placement=architecture.norm_placement,
+            loop_norm=architecture.loop_norm,
+            state_init=architecture.state_init,
+            width=architecture.width,
+            heads=architecture.heads,
+            vocab_size=architecture.vocab_size,
+            max_positions=architecture.max_positions,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            weights_sha256=weights_sha256,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def start(
+        self, batch: Batch, *, seed: int = 0, initial_state: States | None = None, observers: Iterable[Observer] = ()
+    ) -> NativeRun:
+        return NativeRun(self.model, batch.to(self.device), seed, initial_state, tuple(observers))
+
+    def other_initial_state(self, batch: Batch, seed: int) -> States | None:
+        architecture = self.model.architecture
+        if architecture.injection == "none":
+            return None
+        std = architecture.state_std
+        if architecture.state_init == "embeddings":
+            with torch.no_grad():
+                encoded = self.model.encode(batch.input_ids.to(self.device), batch.mask.to(self.device)).encoded
+            # As large as the state that it replaces.
+            std = float(encoded.float().square().mean(-1)[batch.mask.to(self.device)].mean().sqrt())
+        noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=std, seed=seed + 1)
+        return noise.to(self.device, self.model.dtype)
+
+
+class NativeRun:
+    """A run of the native model. Nothing in it records gradients."""
+
+    def __init__(
+        self,
+        model: LoopedTransformer,
+        batch: Batch,
+        seed: int,
+        initial_state: States | None,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self._model = model
+        self._recurrence = 0
+        with torch.no_grad():
+            self._sequence = model.encode(batch.input_ids, batch.mask, observers)
+            if initial_state is None:
+                initial_state = model.initial_state(self._sequence, seed)
+        self.state: States = initial_state.to(model.device, model.dtype)
+
+    @torch.no_grad()
+    def advance(self, observers: Iterable[Observer] = ()) -> None:
+        self.state = self._model.recur(self.state, self._sequence, self._recurrence, observers)
+        self._recurrence += 1
+
+    @torch.no_grad()
+    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
+        return self._model.decode(self.state, self._sequence, observers)
+
+    @torch.no_grad()
+    def rounding_error(self) -> Float[Tensor, "layer batch token"]:
+        """Against the same recurrence in float64, upcast layer by layer.
+
+        A float64 model is compared with its float32 self instead, and the error scaled by the ratio of the unit
+        roundoffs, 2^-29: rounding errors are proportional to it.
+        """
+        if self._model.dtype == torch.float64:
+            coarse, fine = self._recurrence_in(torch.float32), self._recurrence_in(torch.float64)
+            scale = 2.0**-29
+        else:
+            coarse, fine = self._recurrence_in(self._model.dtype), self._recurrence_in(torch.float64)
+            scale = 1.0
+        errors = [
+            torch.linalg.vector_norm(rough.double() - exact, dim=-1) / torch.linalg.vector_norm(exact, dim=-1)
+            for rough, exact in zip(coarse, fine, strict=True)
+        ]
+        return torch.stack(errors) * scale
+
+    def _recurrence_in(self, dtype: torch.dtype) -> list[Tensor]:
+        """Outputs of the recurrent layers in one recurrence from here, computed in another dtype."""
+
+        def call(module: torch.nn.Module, *arguments: Any) -> Any:
+            return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, arguments)
+
+        context = _context_in(self._sequence.context, dtype)
+        state, encoded = self.state.to(dtype), self._sequence.encoded.to(dtype)
+        injection = self._model.injection
+        if injection is not None:
+            state = call(injection, torch.cat((state, encoded), dim=-1))
+        else:
+            state = self._model.inject(state, encoded)
+        outputs = []
+        for layer in self._model.recurrent:
+            state, _ = call(layer, state, context)
+            outputs.append(state)
+        return outputs
+
+
+def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionContext:
+    """The same context for another dtype; only the rotation has one, and it keeps the angles it was made with."""
+    if context.rotation is None or dtype != torch.float64:
+        return context
+    rotation = RotationTable(context.rotation.cos.to(dtype), context.rotation.sin.to(dtype))
+    return dataclasses.replace(context, rotation=rotation)
+
+
+def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "auto") -> NativeSubject:
+    """Load a shipped model (`demo:injected`) or a checkpoint folder.
+
+    `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is one.
+    Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be loaded exactly, `ConfigError` for another
+    dtype or a device that is not there.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    checkpoint = load_checkpoint(find_checkpoint(name_or_path), dtype=_DTYPES[dtype], device=_device(device))
+    return NativeSubject(
+        checkpoint.model,
+        name=str(name_or_path),
+        family=checkpoint.family,
+        tokenizer=None if checkpoint.tokenizer is None else load_tokenizer(checkpoint.tokenizer),
+        weights_sha256=checkpoint.weights_sha256,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
+    return device

@@ -1,0 +1,174 @@
+"""Every state of one small run, kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask
+from loopscope.architecture import Stage
+from loopscope.errors import ConfigError
+from loopscope.model import LoopedTransformer
+from loopscope.subject import Batch, NativeSubject, Subject, load
+from loopscope.visits import AttentionView, LoopState, Observer, Visit
+
+__all__ = ["Trace", "capture"]
+
+
+_Site = tuple[Stage, int, int]
+_Kept = TypeVar("_Kept")
+
+
+class Trace:
+    """What `capture` returns. Layers and recurrences count from 0; a feed-forward model's layers are its prelude."""
+
+    def __init__(self, recorder: _Recorder, batch: Batch, initial_state: States, logits: Logits) -> None:
+        self.input_ids: TokenIds = batch.input_ids
+        self.mask: TokenMask = batch.mask
+        self.initial_state: States = initial_state
+        """s_0, before the first recurrence; the prelude's output where there is no loop."""
+        self.logits: Logits = logits
+        self.recurrences: int = len(recorder.loop_states)
+        self._recorder = recorder
+
+    @property
+    def visits(self) -> list[_Site]:
+        """(stage, layer, recurrence) of every visit, in order."""
+        return list(self._recorder.residuals)
+
+    def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
+        """A layer's raw output, (batch, token, width). `KeyError` with what there is for a visit that was not made."""
+        return self._look_up(self._recorder.residuals, (stage, layer, recurrence))
+
+    def attention(self, stage: Stage, layer: int, recurrence: int = 0) -> Maps:
+        """Post-softmax attention, (batch, head, query, key), float32 or wider; rows and columns of padding are zero.
+
+        Computed from the queries and keys when asked for. Raises `ConfigError` if `capture` was not told to keep them.
+        """
+        if not self._recorder.keeps_attention:
+            raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
+        return self._look_up(self._recorder.attention, (stage, layer, recurrence)).probabilities()
+
+    def loop_state(self, recurrence: int) -> States:
+        """The state after a recurrence as the next one receives it, (batch, token, width)."""
+        return self._recorder.loop_states[self._checked(recurrence)]
+
+    def injected(self, recurrence: int) -> States:
+        """The state after injection, the input of recurrent layer 0, (batch, token, width)."""
+        return self._recorder.injections[self._checked(recurrence)]
+
+    def _checked(self, recurrence: int) -> int:
+        if not 0 <= recurrence < self.recurrences:
+            raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 0.")
+        return recurrence
+
+    def _look_up(self, kept: dict[_Site, _Kept], site: _Site) -> _Kept:
+        if site not in kept:
+            stage, layer, recurrence = site
+            layers = len({layer for name, layer, _ in kept if name == stage})
+            raise KeyError(
+                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} has {layers} "
+                f"layers and the trace {self.recurrences} recurrences, both counted from 0."
+            )
+        return kept[site]
+
+
+class _Recorder(Observer):
+    """Keeps everything it is told."""
+
+    def __init__(self, keeps_attention: bool) -> None:
+        self.keeps_attention = keeps_attention
+        self.residuals: dict[_Site, Tensor] = {}
+        self.attention: dict[_Site, AttentionView] = {}
+        self.injections: list[Tensor] = []
+        self.loop_states: list[Tensor] = []
+
+    def visit(self, visit: Visit) -> None:
+        site = (visit.stage, visit.layer, visit.recurrence)
+        self.residuals[site] = visit.residual
+        if self.keeps_attention and visit.attention is not None:
+            self.attention[site] = visit.attention
+
+    def injected(self, recurrence: int, state: States) -> None:
+        self.injections.append(state)
+
+    def loop_state(self, loop_state: LoopState) -> None:
+        self.loop_states.append(loop_state.state)
+
+
+def capture(
+    model: str | Path | LoopedTransformer | Subject,
+    input_ids: TokenIds | Sequence[int] | Sequence[Sequence[int]],
+    *,
+    recurrences: int | None = None,
+    initial_state: States | None = None,
+    attention: bool = False,
+    attention_mask: TokenMask | None = None,
+    seed: int = 0,
+) -> Trace:
+    """Run a model once and keep every residual state, loop state and, on request, attention map.
+
+    **Arguments**
+
+    - `model`: a name or folder for `load`, a native model, or any subject.
+    - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right.
+    - `recurrences`: the trained number unless given.
+    - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
+    - `attention_mask`: True for tokens, for a tensor of ids that holds padding.
+
+    Memory grows with recurrences; for long runs and many prompts use `analyze`.
+    """
+    subject = _subject(model)
+    batch = _batch(input_ids, attention_mask)
+    info = subject.info
+    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
+        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    if initial_state is not None and initial_state.shape != (*batch.input_ids.shape, info.width):
+        raise ConfigError(
+            f"initial_state has shape {tuple(initial_state.shape)}; these tokens and this model need "
+            f"{(*batch.input_ids.shape, info.width)}."
+        )
+    recorder = _Recorder(attention)
+    run = subject.start(batch, seed=seed, initial_state=initial_state, observers=[recorder])
+    first = run.state
+    for _ in range(_recurrences(subject, recurrences)):
+        run.advance([recorder])
+    return Trace(recorder, batch, first, run.decode([recorder]))
+
+
+def _subject(model: str | Path | LoopedTransformer | Subject) -> Subject:
+    if isinstance(model, str | Path):
+        return load(model)
+    return NativeSubject(model) if isinstance(model, LoopedTransformer) else model
+
+
+def _batch(ids: TokenIds | Sequence[int] | Sequence[Sequence[int]], mask: TokenMask | None) -> Batch:
+    if not isinstance(ids, Tensor):
+        nested = [ids] if all(isinstance(entry, int) for entry in ids) else ids
+        if not nested or not all(nested):  # type: ignore[arg-type]
+            raise ConfigError("input_ids is empty; a prompt needs at least one token.")
+        return Batch.of(nested)  # type: ignore[arg-type]
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+        raise ConfigError(
+            f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
+        )
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if mask.shape != ids.shape:
+        raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    return Batch(ids.long(), mask)
+
+
+def _recurrences(subject: Subject, asked: int | None) -> int:
+    if not subject.info.is_looped:
+        if asked not in (None, 1):
+            raise ConfigError(f"{subject.info.name} has no recurrent layers, so recurrences={asked} means nothing.")
+        return 0
+    count = subject.info.trained_recurrences if asked is None else asked
+    if count is None or count < 1:
+        raise ConfigError(f"recurrences must be at least 1, got {count}.")
+    return count
