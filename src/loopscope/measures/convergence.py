@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
-from loopscope.measures.functions import cosine, distance, quantiles, residual_norm
+from loopscope.measures.functions import cosine_of_norms, distance, quantiles, residual_norm
 from loopscope.measures.horizon import HorizonStates
 from loopscope.visits import LoopState, Visit
 
@@ -51,7 +51,9 @@ class Convergence(Measure):
         self.frame = frame
         self.horizon = horizon
         self._layers = frame.info.recurrent
-        self._previous: list[Tensor | None] = [None] * (self._layers + 1)
+        # State and norm of the recurrence before, per site; the last site is the loop state.
+        self._previous: list[tuple[Tensor, Tensor] | None] = [None] * (self._layers + 1)
+        self._last: tuple[Tensor, Tensor]
         shape = (self._layers, frame.recurrences, frame.prompts)
         self._means = np.full((len(NAMES), *shape), np.nan, dtype=np.float64)
         self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=np.float32)
@@ -61,7 +63,7 @@ class Convergence(Measure):
 
     def start(self, initial_state: Tensor) -> None:
         """The loop state before the first recurrence; the first step of the loop state starts there."""
-        self._previous[self._layers] = initial_state
+        self._previous[self._layers] = (initial_state, residual_norm(initial_state))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
@@ -73,25 +75,30 @@ class Convergence(Measure):
         self._quantiles[:, :, *place] = found.float().cpu().numpy()
         if visit.layer == self._layers - 1:
             self._keep_tokens(0, visit.recurrence, values)
+            self._last = (visit.residual, values)
 
     def loop_state(self, loop_state: LoopState) -> None:
-        values = self._compare(self._layers, loop_state.state)
+        output, values = self._last
+        # Most loops carry the last layer's output as it is. Only the first step differs then: it starts at s_0.
+        if loop_state.state is not output or loop_state.recurrence == 0:
+            values = self._compare(self._layers, loop_state.state)
         self._keep_tokens(1, loop_state.recurrence, values)
 
     def _compare(self, site: int, state: Tensor) -> Tensor:
         """All of `NAMES` for one state, (name, batch, token)."""
         norm = residual_norm(state)
         previous = self._previous[site]
-        self._previous[site] = state
-        undefined = torch.full_like(norm, torch.nan)
-        values = [undefined] * 3
+        self._previous[site] = (state, norm)
+        values = [torch.full_like(norm, torch.nan)] * 3
         if previous is not None:
-            step = distance(state, previous)
-            values = [step, step / norm, cosine(state, previous)]
+            step = distance(state, previous[0])
+            values = [step, step / norm, cosine_of_norms(state, norm, *previous)]
         for place in (0, 1):
             reference = self.horizon.layer(place, site)
+            reference_norm = self.horizon.norm(place, site)
             away = distance(state, reference)
-            values += [away, away / residual_norm(reference), cosine(state, reference)]
+            turned = cosine_of_norms(state, norm, reference, reference_norm)
+            values += [away, away / reference_norm, turned]
         return torch.stack([*values, norm])
 
     def _keep_tokens(self, site: int, recurrence: int, values: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "cosine",
+    "cosine_of_norms",
     "degeneracy",
     "distance",
     "layer_cosine",
@@ -48,8 +49,12 @@ def relative_distance(states: Vectors, reference: Vectors) -> Values:
 
 def cosine(states: Vectors, reference: Vectors) -> Values:
     """Cosine of the angle between two states, in [-1, 1]."""
-    x, y = widen(states), widen(reference)
-    return (torch.linalg.vecdot(x, y) / (residual_norm(x) * residual_norm(y))).clamp(-1.0, 1.0)
+    return cosine_of_norms(states, residual_norm(states), reference, residual_norm(reference))
+
+
+def cosine_of_norms(states: Vectors, norm: Values, reference: Vectors, reference_norm: Values) -> Values:
+    """`cosine` where both norms are at hand."""
+    return (torch.linalg.vecdot(widen(states), widen(reference)) / (norm * reference_norm)).clamp(-1.0, 1.0)
 
 
 def layer_cosine(states: Float[Tensor, "layer *shape width"]) -> Float[Tensor, "layer layer *shape"]:

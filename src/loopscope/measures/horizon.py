@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
-from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm, widen
+from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm
 from loopscope.visits import LoopState, Visit
 
 __all__ = ["HorizonStates"]
@@ -25,6 +25,7 @@ class HorizonStates(Measure):
         layers = frame.info.recurrent
         self._states: list[list[Tensor | None]] = [[None] * (layers + 1) for _ in self.horizons]
         self._steps: list[list[Tensor | None]] = [[None] * layers for _ in self.horizons]
+        self._norms: dict[tuple[int, int], Tensor] = {}
         self._previous: list[Tensor | None] = [None] * layers
         self.diverged_at = torch.full((frame.prompts,), -1, dtype=torch.int64, device=frame.mask.device)
 
@@ -46,8 +47,7 @@ class HorizonStates(Measure):
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence + 1 in self.horizons:
             self._states[self.horizons.index(loop_state.recurrence + 1)][-1] = loop_state.state
-        # A sum is finite only if its terms are; it costs less than looking at each.
-        total = torch.where(self.frame.mask, widen(loop_state.state).sum(-1), 0.0).sum(-1)
+        total = torch.where(self.frame.mask, residual_norm(loop_state.state), 0.0).sum(-1)
         newly = ~torch.isfinite(total) & (self.diverged_at < 0)
         self.diverged_at = torch.where(newly, loop_state.recurrence, self.diverged_at)
 
@@ -57,6 +57,13 @@ class HorizonStates(Measure):
         if state is None:
             raise RuntimeError(f"The run did not reach {self.horizons[place]} recurrences.")
         return state
+
+    def norm(self, place: int, layer: int) -> Tensor:
+        """Norms of `layer(place, layer)`, (batch, token)."""
+        key = (place, layer)
+        if key not in self._norms:
+            self._norms[key] = residual_norm(self.layer(place, layer))
+        return self._norms[key]
 
     def finish(self) -> Arrays:
         layers = range(self.frame.info.recurrent)

@@ -1,0 +1,106 @@
+"""What an analysis costs over the bare forward passes that it needs, in time and in peak memory.
+
+    python benchmarks/analysis.py            ratios of time, then of memory
+    python benchmarks/analysis.py time
+    python benchmarks/analysis.py memory
+
+Times are ratios within one run on the shapes of `demo:injected`, best of several rounds, with the two sides taking turns.
+Memory is the peak resident size of a fresh process that analyses once, at R = 32 and at R = 256.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from loopscope import Architecture, LoopedTransformer, analyze
+from loopscope.settings import AnalyzeSettings
+from loopscope.subject import Batch, NativeSubject
+
+ROUNDS = 5
+SECTION_2 = ("readout",)  # the loss by recurrence belongs to the readout, another section of the method
+
+
+def subject() -> NativeSubject:
+    """A random model of the shapes of `demo:injected`."""
+    architecture = Architecture(
+        vocab_size=1024,
+        width=96,
+        heads=6,
+        kv_heads=6,
+        head_dim=16,
+        mlp_width=256,
+        prelude=2,
+        recurrent=4,
+        coda=2,
+        recurrences=8,
+        injection="linear",
+        tied_embeddings=True,
+        state_init="normal",
+    )
+    return NativeSubject(LoopedTransformer(architecture).initialize(0))
+
+
+def prompts(count: int) -> list[list[int]]:
+    """As long as GSM8K questions are in the demo models' tokens."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 1024, size=length).tolist() for length in generator.integers(50, 150, size=count)]
+
+
+def bare(model: NativeSubject, batch: Batch, settings: AnalyzeSettings, keep: bool) -> None:
+    """The forward passes of one batch and nothing else: to 2H, to R once more unless states are kept, and the other path."""
+    lengths = [2 * settings.horizon, settings.recurrences] + ([] if keep else [settings.recurrences])
+    for length in lengths:
+        run = model.start(batch)
+        for _ in range(length):
+            run.advance()
+        run.decode()
+
+
+def time_ratio(method: str) -> float:
+    model, texts = subject(), prompts(8)
+    settings = AnalyzeSettings(recurrences=64, horizon=128, horizon_method=method, skip=SECTION_2)
+    batch = Batch.of(texts)
+    best = {"bare": float("inf"), "analysis": float("inf")}
+    for _ in range(ROUNDS):
+        for name in best:
+            start = time.process_time()
+            if name == "bare":
+                bare(model, batch, settings, keep=method == "keep")
+            else:
+                analyze(model, texts, settings=settings)
+            best[name] = min(best[name], time.process_time() - start)
+    return best["analysis"] / best["bare"]
+
+
+def peak_memory(recurrences: int) -> float:
+    """MiB, of a process of its own."""
+    command = [sys.executable, __file__, "analyse-once", str(recurrences)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def analyse_once(recurrences: int) -> None:
+    analyze(subject(), prompts(32), recurrences=recurrences, horizon=128)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main(what: str) -> None:
+    if what in ("all", "time"):
+        for method in ("second-pass", "keep"):
+            print(f"time: analysis / bare forward passes, {method}: {time_ratio(method):.2f} (at most 1.3)")
+    if what in ("all", "memory"):
+        small, large = peak_memory(32), peak_memory(256)
+        print(f"memory: peak {small:.0f} MiB at R = 32, {large:.0f} MiB at R = 256: {large / small:.3f} (at most 1.05)")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["analyse-once"]:
+        analyse_once(int(sys.argv[2]))
+    else:
+        main(sys.argv[1] if len(sys.argv) > 1 else "all")

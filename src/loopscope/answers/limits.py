@@ -1,0 +1,137 @@
+"""What limits these answers?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.settling import Settling, prompt_settling, settling
+from loopscope.answers.statistics import Share, median
+from loopscope.answers.view import StudyView
+from loopscope.answers.wording import listed, percent, plural, significant
+
+__all__ = ["diverged_prompts", "few_prompts", "limits_answer"]
+
+_DIGITS = {"float64": 1e-12, "float32": 1e-5}
+"""Rounding floors that no conclusion here comes near; in other types the floor is always worth a word."""
+
+
+def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answer]) -> Answer:
+    """Gather what the numbers cannot show, the gravest first, and the limits of the other answers."""
+    found = [
+        *_named("divergence", diverged_prompts(view)),
+        *_horizon(view, criterion),
+        *_named("the number of prompts", few_prompts(view, criterion)),
+        *_rounding(view, criterion),
+    ]
+    named = list(dict.fromkeys(name for name, _ in found))
+    sentences = [text for _, text in found]
+    gathered = list(dict.fromkeys([*sentences, *(limit for answer in answers for limit in answer.limits)]))
+    return Answer(
+        key="limits",
+        question="What limits these answers?",
+        outcome=Outcome.CANNOT_TELL if named else Outcome.YES,
+        verdict=listed(named) if named else "little",
+        sentence=" ".join(sentences[:2])
+        if sentences
+        else f"Little: {plural(view.prompts, 'prompt')} and {plural(view.tokens, 'token')} in {view.dtype}"
+        + (f", followed to {2 * view.horizon} recurrences." if view.looped else "."),
+        evidence=_evidence(view),
+        figure="limits",
+        limits=gathered,
+        criterion=criterion,
+    )
+
+
+def diverged_prompts(view: StudyView) -> list[str]:
+    """What has to be said where prompts diverged."""
+    if not view.diverged:
+        return []
+    share = Share(view.diverged, view.prompts)
+    return [f"States became infinite or undefined in {share}; medians and means leave these prompts out."]
+
+
+def few_prompts(view: StudyView, criterion: Criterion) -> list[str]:
+    """The warning that goes with every share of few prompts; nothing where they are enough."""
+    if view.prompts >= criterion.min_prompts:
+        return []
+    low, _ = Share(view.prompts, view.prompts).interval
+    return [
+        f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): even what all of them show may "
+        f"fail for up to {math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
+    ]
+
+
+def _named(name: str, sentences: list[str]) -> list[tuple[str, str]]:
+    return [(name, sentence) for sentence in sentences]
+
+
+def _evidence(view: StudyView) -> dict[str, float | str]:
+    evidence: dict[str, float | str] = {
+        "prompts": float(view.prompts),
+        "tokens": float(view.tokens),
+        "diverged_prompts": float(view.diverged),
+        "dtype": view.dtype,
+    }
+    if view.looped:
+        evidence |= {
+            "recurrences_measured": float(view.recurrences),
+            "horizon": float(view.horizon),
+            "second_horizon": float(2 * view.horizon),
+            "rounding_floor": median(view.finite["noise_floor"].values),
+        }
+    return evidence
+
+
+def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
+    if not view.looped:
+        return []
+    found = []
+    kinds = prompt_settling(settling(view, criterion))
+    unsettled = kinds.count(Settling.STILL_CONVERGING)
+    # A few among many may be scatter of the two steps that are compared.
+    if unsettled > (1 - criterion.prompts_needed) * view.prompts:
+        found.append(
+            (
+                "the horizon",
+                f"{unsettled} of {view.prompts} prompts have not settled by recurrence {2 * view.horizon}; "
+                "a longer horizon may decide them.",
+            )
+        )
+    if view.recurrences > view.horizon:
+        found.append(
+            (
+                "degenerate distances",
+                f"{view.recurrences} recurrences were measured but the horizon is {view.horizon}: the distance is "
+                "0 there by construction, and beyond it the state is compared with an earlier one. Read the "
+                "distance to the second horizon, or set the horizon higher.",
+            )
+        )
+    if view.trained is not None and view.horizon < 2 * view.trained:
+        found.append(
+            (
+                "the horizon",
+                f"The horizon ({view.horizon}) is less than twice the trained depth ({view.trained}), so little is "
+                "seen of what happens beyond it.",
+            )
+        )
+    return found
+
+
+def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
+    if not view.looped or not view.finite.sizes["prompt"]:
+        return []
+    floor = median(view.finite["noise_floor"].max("layer").values)
+    if math.isnan(floor):
+        unknown = "The rounding floor was not measured, so small movement may be rounding."
+        return [("the unknown rounding floor", unknown)]
+    if floor <= _DIGITS.get(view.dtype, 0.0):
+        return []
+    text = (
+        f"In {view.dtype} rounding alone makes relative steps of {significant(floor)}; smaller movement cannot be seen."
+    )
+    if criterion.floor_factor * floor > criterion.drift_tolerance:
+        text += f" That is not far below, or above, the tolerance of {percent(criterion.drift_tolerance)}: use float32."
+    return [("rounding", text)]

@@ -1,0 +1,56 @@
+"""All questions, in the order in which a reader wants them."""
+
+from __future__ import annotations
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.arrival import arrival_answer
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.depth import trained_depth_answer
+from loopscope.answers.fixed_point import fixed_point_answer
+from loopscope.answers.initial_state import initial_state_answer
+from loopscope.answers.limits import limits_answer
+from loopscope.answers.loss import loss_answer
+from loopscope.answers.points import points_answer
+from loopscope.answers.view import view_study
+from loopscope.study import Study
+
+__all__ = ["quick_answers"]
+
+_LOOPED = (
+    fixed_point_answer,
+    points_answer,
+    arrival_answer,
+    trained_depth_answer,
+    initial_state_answer,
+    loss_answer,
+)
+
+
+def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answer]:
+    """What a study says about its model, the main question first and what limits the answers last.
+
+    A feed-forward model has no loop to ask about: it gets the first question, declined, its loss and the limits.
+    Every number in a sentence is computed from the study; `criterion` holds every threshold, the defaults of
+    `Criterion` unless given.
+
+    Raises `StudyError` if the study lacks a variable that the questions need.
+    """
+    criterion = criterion or Criterion()
+    view = view_study(study)
+    if view.looped:
+        answers = [ask(view, criterion) for ask in _LOOPED]
+    else:
+        answers = [_no_loop(criterion), loss_answer(view, criterion)]
+    return [*answers, limits_answer(view, criterion, answers)]
+
+
+def _no_loop(criterion: Criterion) -> Answer:
+    return Answer(
+        key="fixed_point",
+        question="Does it reach a fixed point?",
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict="no loop",
+        sentence="This model is feed-forward: it has no recurrence, so there is nothing that could settle.",
+        figure="cycle-similarity",
+        criterion=criterion,
+    )

@@ -1,0 +1,96 @@
+"""What the questions ask of a study: its numbers, and the few facts that decide how to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray
+
+from loopscope.errors import StudyError
+from loopscope.study import Study
+
+__all__ = ["StudyView", "view_study"]
+
+_ALWAYS = ("token_count", "diverged_at")
+_LOOPED = (
+    "relative_step",
+    "relative_distance",
+    "horizon_drift",
+    "horizon_drift_cosine",
+    "horizon_norm_growth",
+    "horizon_relative_step",
+    "horizon_residual_norm",
+    "degeneracy",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyView:
+    """A study, checked for what the questions need."""
+
+    dataset: xarray.Dataset
+    """Every prompt, diverged ones included. A rounding floor that was not measured is NaN; other parts that the
+    analysis was told to skip are absent."""
+    finite: xarray.Dataset
+    """The prompts that stayed finite."""
+    looped: bool
+    layers: int
+    """Recurrent layers."""
+    recurrences: int
+    """R: recurrences measured."""
+    horizon: int
+    """H: recurrences after which the state stands in for the fixed point."""
+    trained: int | None
+    """Recurrences that the model was trained with, if known."""
+    injection: str
+    dtype: str
+    """In which the states were computed."""
+
+    @property
+    def prompts(self) -> int:
+        return int(self.dataset.sizes["prompt"])
+
+    @property
+    def diverged(self) -> int:
+        """Prompts with a state that is not finite."""
+        return self.prompts - int(self.finite.sizes["prompt"])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.dataset["token_count"].sum())
+
+
+def view_study(study: Study) -> StudyView:
+    """Read what the answers need.
+
+    Raises `StudyError` that names the variable, or the entry of the manifest, which the study lacks.
+    """
+    dataset, manifest = study.dataset, study.manifest
+    try:
+        model = manifest["model"]
+        looped = model["kind"] == "looped"
+        injection = str(model["injection"]) if looped else "none"
+        dtype = str(manifest["settings"]["dtype"])
+        horizon = int(manifest["settings"]["horizon"]) if looped else 0
+    except KeyError as error:
+        raise StudyError(
+            f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
+        ) from error
+    for name in _ALWAYS + (_LOOPED if looped else ()):
+        if name not in dataset:
+            raise StudyError(f"The study has no variable {name!r}, so it is not complete; run its analysis again.")
+    if looped and "noise_floor" not in dataset:
+        dataset = dataset.assign(noise_floor=xarray.full_like(dataset["horizon_drift"], np.nan))
+    trained = model.get("trained_recurrences")
+    return StudyView(
+        dataset=dataset,
+        finite=dataset.isel(prompt=np.flatnonzero(dataset["diverged_at"].values < 0)),
+        looped=looped,
+        layers=int(dataset.sizes["layer"]) if looped else 0,
+        recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
+        horizon=horizon,
+        trained=int(trained) if trained is not None else None,
+        injection=injection,
+        dtype=dtype,
+    )

@@ -1,0 +1,99 @@
+"""The two ways to draw a quantity of every layer and recurrence as lines (method: the layouts by layer and by
+recurrence)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray
+from numpy.typing import NDArray
+
+from loopscope.report.axes import add_floor, add_stages, mark_vertical, scale_y
+from loopscope.report.material import Material, median_over_prompts, positive
+from loopscope.report.style import base_figure, layer_colours, named_in_legend, ordered_colours
+
+__all__ = ["by_layer", "by_recurrence"]
+
+
+def by_layer(
+    material: Material, name: str, y_title: str, *, ribbon: bool = True, log: bool = True, floor: bool = False
+) -> go.Figure:
+    """A line per recurrent layer over the recurrences: medians over prompts. The ribbon spans the middle 90 % of
+    the tokens at the last layer. A vertical line marks the trained number of recurrences; `floor` adds the rounding
+    floor. `log` allows a logarithmic axis where the values span enough for one."""
+    figure = base_figure("recurrences", y_title)
+    counts = material.counts
+    if ribbon:
+        _add_ribbon(figure, material, name, counts, log)
+    curve = material.curve(name)
+    for layer, colour in enumerate(layer_colours(material.recurrent)):
+        values = curve.values[layer]
+        figure.add_scatter(
+            x=counts,
+            y=positive(values) if log else values.astype(np.float32),
+            name=f"layer {layer}",
+            mode="lines" if len(counts) > 1 else "markers",
+            line={"color": colour, "width": 2},
+            showlegend=named_in_legend(layer, material.recurrent),
+            hovertemplate="%{y:.3g}",
+        )
+    if floor:
+        add_floor(figure, material)
+    if log:
+        scale_y(figure)
+    trained = material.view.trained
+    if trained is not None and trained <= material.view.recurrences:
+        mark_vertical(figure, trained, f"trained: {trained}")
+    return figure
+
+
+def by_recurrence(material: Material, values: xarray.DataArray, y_title: str, *, log: bool = True) -> go.Figure:
+    """A line per recurrence over relative depth; recurrences are picked at powers of two, later ones lighter.
+
+    `values` has dimensions (layer, recurrence), all recurrences.
+    """
+    figure = base_figure("relative depth (% of prelude, block and coda)", y_title, hovermode="closest")
+    picked = _powers_of_two(values.sizes["recurrence"])
+    depth = [material.depth_percent(layer) for layer in range(material.recurrent)]
+    add_stages(figure, material)
+    for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
+        line = values.isel(recurrence=count - 1).values
+        if not np.isfinite(line).any():
+            continue
+        figure.add_scatter(
+            x=depth,
+            y=positive(line) if log else line.astype(np.float32),
+            name=f"{count}",
+            mode="lines+markers",
+            line={"color": colour, "width": 2},
+            marker={"size": 6},
+            hovertemplate=f"recurrence {count}, layer %{{pointNumber}}: %{{y:.3g}}<extra></extra>",
+        )
+    figure.update_xaxes(range=[0, 102])
+    figure.update_layout(legend_title={"text": "recurrence", "font": {"size": 12}})
+    if log:
+        scale_y(figure)
+    return figure
+
+
+def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArray[np.int64], log: bool) -> None:
+    quantiles = material.shown[f"{name}_quantile"].isel(layer=-1, recurrence=counts - 1)
+    edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)).values for level in (0.05, 0.95)]
+    low, high = (positive(edge) if log else edge.astype(np.float32) for edge in edges)
+    shown = np.isfinite(low) & np.isfinite(high)
+    shared: dict[str, Any] = {"x": counts[shown], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    figure.add_scatter(y=low[shown], showlegend=False, **shared)
+    figure.add_scatter(
+        y=high[shown],
+        fill="tonexty",
+        fillcolor="rgba(91,95,102,0.16)",
+        name="90 % of tokens",
+        **shared,
+    )
+
+
+def _powers_of_two(total: int) -> list[int]:
+    powers = [2**exponent for exponent in range(total.bit_length()) if 2**exponent <= total]
+    return powers if powers[-1] == total else [*powers, total]

@@ -1,0 +1,24 @@
+"""From a study to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loopscope._files import write_atomically
+from loopscope.report.page import render_page
+from loopscope.report.settings import ReportSettings
+from loopscope.study import Study
+
+__all__ = ["write_report"]
+
+
+def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
+    """Write the report of a study to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StudyError` for a study that
+    lacks what the answers need, `ConfigError` for a prompt in the settings that it does not have, `StorageError` if
+    the file cannot be written.
+    """
+    path = Path(path)
+    write_atomically(path, render_page(study, settings or ReportSettings()).encode())
+    return path

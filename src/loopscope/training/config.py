@@ -1,0 +1,254 @@
+"""What a training run is made of, as data. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from loopscope.architecture import Architecture
+from loopscope.errors import ConfigError
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "OptimizerConfig",
+    "RecurrenceConfig",
+    "TrainConfig",
+    "differing_fields",
+]
+
+_T = TypeVar("_T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"This training configuration cannot be used: {message}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text is and how it becomes documents."""
+
+    train: str
+    """Training text: a `.jsonl` file, or a text file whose documents are separated by blank lines. Relative to the
+    configuration file."""
+    test: str
+    """Held-out text of the same form."""
+    template: str = "{text}"
+    """How a JSONL line becomes a document: `{name}` stands for the field `name`. Text files do not use it."""
+    tokenizer: str | None = None
+    """A `tokenizer.json` to use, relative to the configuration file. Without one, a byte-level BPE of
+    `architecture.vocab_size` entries is trained on the training text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceConfig:
+    """How many recurrences a training step runs. Only a model with a recurrent stage may set any of this."""
+
+    distribution: Literal["constant", "poisson-lognormal"] = "constant"
+    """`constant`: `architecture.recurrences` at every step. `poisson-lognormal`: sampled around that number."""
+    sigma: float = 0.5
+    """Standard deviation of the logarithm of the Poisson rate."""
+    cap: int | None = None
+    """No sample exceeds this number."""
+    backprop_last: int | None = None
+    """Gradients flow through the last n recurrences only; without it, through all."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.sigma) and self.sigma >= 0, f"recurrences.sigma must be >= 0, got {self.sigma}")
+        for name in ("cap", "backprop_last"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"recurrences.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. Norms, biases and embeddings are not decayed."""
+
+    peak_lr: float = 3e-3
+    final_lr_fraction: float = 0.1
+    """The learning rate ends at this fraction of its peak."""
+    warmup_steps: int = 50
+    """Steps of the linear rise from 0 to the peak."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the way from the peak to the end."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Gradients with a larger Euclidean norm are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, got {value}")
+        _require(0 <= self.final_lr_fraction <= 1, "optimizer.final_lr_fraction must lie in [0, 1]")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        _require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "optimizer.weight_decay must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and on how much of the test text the loss is measured."""
+
+    every: int = 200
+    """Steps between two evaluations; the last step is always evaluated."""
+    recurrences: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Numbers of recurrences after which the loss is measured. A model without a recurrent stage has one loss only, and
+    must not set them."""
+    sequences: int = 32
+    """Windows of the test text in an evaluation during training."""
+    final_sequences: int | None = None
+    """Windows in the evaluation at the end; without it, all of the test text."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"evaluation.every must be at least 1, got {self.every}")
+        _require(self.sequences >= 1, f"evaluation.sequences must be at least 1, got {self.sequences}")
+        _require(self.final_sequences is None or self.final_sequences >= 1, "evaluation.final_sequences must be >= 1")
+        _require(
+            len(self.recurrences) > 0 and all(number >= 1 for number in self.recurrences),
+            f"evaluation.recurrences must be numbers of at least 1, got {list(self.recurrences)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: with its text, everything that its final weights depend on (but for the rounding of the
+    machine: processor, number of threads, torch version)."""
+
+    architecture: Architecture
+    data: DataConfig
+    steps: int
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Windows in a step."""
+    context: int = 256
+    """T: input tokens in a window."""
+    seed: int = 0
+    """Fixes initial weights, order of documents, sampled recurrences and initial states."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    recurrences: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context", "log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(math.isfinite(self.init_std) and self.init_std > 0, f"init_std must be positive, got {self.init_std}")
+        _require(
+            self.architecture.is_looped or self.recurrences == RecurrenceConfig(),
+            "a model without recurrent layers has no recurrences to set; leave `recurrences` out",
+        )
+        _require(
+            self.architecture.is_looped or self.evaluation.recurrences == EvaluationConfig.recurrences,
+            "a model without recurrent layers has one loss only; leave `evaluation.recurrences` out",
+        )
+        limit = self.architecture.max_positions
+        _require(
+            limit is None or self.context <= limit,
+            f"context is {self.context}, longer than the model's max_positions of {limit}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` is its inverse."""
+        # Through JSON, so that tuples become the lists that a file gives back.
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
+        """Build from JSON.
+
+        Raises `ConfigError` naming the first field that is unknown, missing, or of the wrong type.
+        """
+        return _build(cls, fields, "the training configuration")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a JSON file. Raises `ConfigError` for a missing file, one that is not JSON, and wrong fields."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"The training configuration {path} cannot be read ({error.strerror}); give the path of a JSON file."
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"The training configuration {path} is not valid JSON: {error}.") from error
+        if not isinstance(fields, Mapping):
+            raise ConfigError(
+                f"The training configuration {path} holds a JSON {type(fields).__name__}, but it must be an object."
+            )
+        return cls.from_dict(fields)
+
+
+def differing_fields(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested JSON objects differ, in sorted order."""
+    names: list[str] = []
+    for name in sorted(first.keys() | second.keys()):
+        one, other = first.get(name), second.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            names += differing_fields(one, other, f"{prefix}{name}.")
+        elif one != other:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def _build(cls: type[_T], fields: Mapping[str, Any], where: str) -> _T:
+    """Build a dataclass from a JSON object, refusing unknown, missing and wrongly typed fields by name."""
+    hints = get_type_hints(cls)
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ConfigError(f"Unknown field {unknown[0]!r} in {where}; known fields are {', '.join(known)}.")
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and name not in fields:
+            raise ConfigError(f"{where[0].upper()}{where[1:]} lacks the field {name!r}.")
+    return cls(**{name: _value(value, hints[name], f"{name!r} of {where}") for name, value in fields.items()})
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """One JSON value as the annotated type. JSON has one kind of number, so 1 is a float and 1.0 an int where asked."""
+    if hint is Architecture and isinstance(value, Mapping):
+        return Architecture.from_dict(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        return _build(hint, value, where)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        element, *rest = get_args(hint)
+        if rest == [...] or len(value) == 1 + len(rest):
+            return tuple(_value(entry, element, where) for entry in value)
+    if get_origin(hint) is Literal and value in get_args(hint):
+        return value
+    for option in get_args(hint) or (hint,):
+        if isinstance(value, bool) or not isinstance(option, type):
+            continue
+        if option is float and isinstance(value, int | float):
+            return float(value)
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, option):
+            return value
+    raise ConfigError(f"The field {where} must be {_describe(hint)}, got {value!r}.")
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_describe(get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "an object"
+    options = get_args(hint) or (hint,)
+    return " or ".join("null" if option is type(None) else option.__name__ for option in options)

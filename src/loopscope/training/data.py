@@ -1,0 +1,185 @@
+"""From text files to windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from loopscope.errors import ConfigError
+from loopscope.training.config import DataConfig
+from loopscope.training.tokenizer import BEGIN, END
+
+__all__ = ["BatchStream", "Corpus", "DataFiles", "Tokens", "read_documents", "windows"]
+
+Tokens = NDArray[np.int64]
+"""Token ids, one after the other or in windows."""
+
+# Separate streams of random numbers under one seed; the values only have to differ (see recurrence.py).
+_ORDER = 0
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of one run, as paths that can be opened."""
+
+    train: Path
+    test: Path
+    tokenizer: Path | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig, base: Path, *, train: Path | None = None, test: Path | None = None) -> DataFiles:
+        """The files that a configuration in the folder `base` names, or the ones given instead."""
+        return cls(
+            train=base / config.train if train is None else train,
+            test=base / config.test if test is None else test,
+            tokenizer=None if config.tokenizer is None else base / config.tokenizer,
+        )
+
+    def hashes(self) -> dict[str, str | None]:
+        """SHA-256 of each file: what a run depends on, wherever its text lies.
+
+        Raises `ConfigError` naming a file that cannot be read.
+        """
+        return {
+            "train": _sha256(self.train, "training text", "--train-data"),
+            "test": _sha256(self.test, "test text", "--test-data"),
+            "tokenizer": None if self.tokenizer is None else _sha256(self.tokenizer, "tokenizer", "data.tokenizer"),
+        }
+
+
+def _sha256(path: Path, what: str, option: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"The {what} {path} cannot be read ({error.strerror}); put the file there or name another with {option}."
+        ) from error
+
+
+def read_documents(path: Path, template: str) -> list[str]:
+    """Documents of a file, in its order: the filled template of each line of a `.jsonl` file, or the blocks between
+    blank lines of any other text file.
+
+    Raises `ConfigError` naming file and line for a line that is not a JSON object or lacks a field of the template, and
+    for a template that cannot be used or a file without documents.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The text {path} cannot be read as UTF-8: {error}.") from error
+    if path.suffix == ".jsonl":
+        fields = _template_fields(template)
+        # Not splitlines(): JSON strings may hold the other line separators that it knows.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        documents = [template.format(**_record(line, fields, f"{path}, line {number},")) for number, line in lines]
+    else:
+        documents = [block.strip() for block in re.split(r"\n\s*\n", text)]
+    documents = [document for document in documents if document]
+    if not documents:
+        raise ConfigError(f"The text {path} holds no documents; it must have at least one line of text.")
+    return documents
+
+
+def _template_fields(template: str) -> list[str]:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"The template {template!r} cannot be read: {error}.") from error
+    if not names or not all(name.isidentifier() for name in names):
+        raise ConfigError(f"The template {template!r} must name fields of the text, like '{{question}}'.")
+    return names
+
+
+def _record(line: str, fields: list[str], where: str) -> dict[str, str | int | float]:
+    """The wanted fields of one JSON line."""
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where} holds a JSON {type(record).__name__}, but every line must be an object.")
+    for name in fields:
+        if name not in record:
+            raise ConfigError(f"{where} has no field {name!r}, which the template names; it has {', '.join(record)}.")
+        if not isinstance(record[name], str | int | float):
+            raise ConfigError(f"{where} has {record[name]!r} in the field {name!r}, but text or a number is needed.")
+    return {name: record[name] for name in fields}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized documents, each framed as `<|begin|> ... <|end|>`, one behind the other."""
+
+    tokens: Tokens
+    """(N,) all documents in the order of their file."""
+    starts: Tokens
+    """(documents + 1,) where each document starts, and N."""
+
+    @classmethod
+    def encode(cls, documents: list[str], tokenizer: Tokenizer) -> Corpus:
+        begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
+        framed = [[begin, *encoding.ids, end] for encoding in encodings]
+        starts = np.cumsum([0, *(len(ids) for ids in framed)], dtype=np.int64)
+        return cls(tokens=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in framed]), starts=starts)
+
+    def windows_per_epoch(self, context: int) -> int:
+        """Windows of `context` inputs with their next tokens. The last, incomplete one is left out."""
+        return (len(self.tokens) - 1) // context
+
+    def epoch(self, seed: int, epoch: int) -> Tokens:
+        """(N,) the tokens with the documents in the order of one epoch, a function of the two numbers."""
+        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.starts) - 1)
+        return np.concatenate([self.tokens[self.starts[i] : self.starts[i + 1]] for i in order])
+
+
+class BatchStream:
+    """Training batches by step: step s holds windows s * batch_size and on, counted through all epochs."""
+
+    def __init__(self, corpus: Corpus, *, context: int, batch_size: int, seed: int) -> None:
+        """Raises `ConfigError` if the text is shorter than one window."""
+        self._corpus = corpus
+        self._context = context
+        self._batch_size = batch_size
+        self._seed = seed
+        self._per_epoch = corpus.windows_per_epoch(context)
+        self._epoch = -1
+        self._windows: Tokens = np.empty((0, context + 1), dtype=np.int64)
+        if self._per_epoch == 0:
+            raise ConfigError(
+                f"The training text has {len(corpus.tokens)} tokens, fewer than one window of {context + 1}; "
+                "give more text or a smaller context."
+            )
+
+    def batch(self, step: int) -> Tokens:
+        """(batch_size, context + 1) windows of one step, counted from 0.
+
+        Neighbouring windows share one token, so that every token is predicted once an epoch.
+        """
+        first = step * self._batch_size
+        return np.stack([self._window(index) for index in range(first, first + self._batch_size)])
+
+    def _window(self, index: int) -> Tokens:
+        epoch, position = divmod(index, self._per_epoch)
+        if epoch != self._epoch:
+            self._windows = windows(self._corpus.epoch(self._seed, epoch), self._context)
+            self._epoch = epoch
+        window: Tokens = self._windows[position]
+        return window
+
+
+def windows(tokens: Tokens, context: int) -> Tokens:
+    """(n, context + 1) windows at every `context`-th token; a last, incomplete one is left out."""
+    if len(tokens) <= context:
+        return np.empty((0, context + 1), dtype=tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]

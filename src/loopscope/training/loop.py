@@ -1,0 +1,213 @@
+"""The training loop: steps, log, checkpoints, evaluations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from loopscope.checkpoints import save_checkpoint
+from loopscope.errors import ConfigError
+from loopscope.model import LoopedTransformer
+from loopscope.training.checkpoint import Progress, load_state, save_state
+from loopscope.training.config import TrainConfig
+from loopscope.training.data import DataFiles
+from loopscope.training.evaluate import bigram_entropy, loss_by_recurrences, unigram_entropy
+from loopscope.training.interrupt import stop_on_signals
+from loopscope.training.optimizer import build_optimizer
+from loopscope.training.progress import TrainingBar
+from loopscope.training.run_folder import RunFolder
+from loopscope.training.step import StepReport, take_step
+from loopscope.training.texts import load_texts
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when `train` returns."""
+
+    folder: Path
+    step: int
+    """Finished steps."""
+    results: dict[str, Any] | None
+    """What results.json holds; None if the run was stopped before its end."""
+
+    @property
+    def finished(self) -> bool:
+        """False after Ctrl-C; the same call goes on from there."""
+        return self.results is not None
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    data: DataFiles,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> TrainResult:
+    """Train a model into the folder `out`, or go on with the run that is there.
+
+    A run that was interrupted at any moment, killed included, and started again ends with the same weights, bit for
+    bit, as one that was not, on the same machine with the same number of threads.
+
+    **Arguments**
+
+    - `data`: the files of the text, `DataFiles.of(config.data, folder_of_the_configuration)`.
+    - `threads`: of torch; its own choice unless given.
+    - `device`: as torch names it.
+    - `console`: where the progress bar goes; standard error unless given.
+
+    Raises `ConfigError` for unusable text or tokenizer, a device that is not there, and a folder that holds another
+    run; `StudyBusyError` if another process trains there; `NonFiniteError` when the loss stops being a number;
+    `StorageError` if a file cannot be written; `CheckpointError` if the state to go on from is damaged.
+    """
+    console = console or Console(stderr=True)
+    place = _device(device)
+    folder = RunFolder(out)
+    with folder.held(), _threads(threads):
+        folder.claim(config.to_dict(), data.hashes())
+        folder.clear_leftovers()
+        results = folder.read_results()
+        if results is not None:
+            console.print(f"The training run in {out} is already finished.", highlight=False, markup=False)
+            return TrainResult(out, config.steps, results)
+        return _Run(config, folder, data, place).advance(console)
+
+
+class _Run:
+    """A run with its model and text in memory."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, data: DataFiles, device: torch.device) -> None:
+        self.config = config
+        self.folder = folder
+        self.texts = load_texts(config, data, folder.tokenizer)
+        self.model = LoopedTransformer(config.architecture).initialize(config.seed, config.init_std).to(device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.progress = Progress()
+        if folder.state.exists():
+            self.progress = load_state(folder.state, self.model, self.optimizer)
+
+    def advance(self, console: Console) -> TrainResult:
+        """Do the steps that are left, then evaluate."""
+        config = self.config
+        self._open_log()
+        bar = TrainingBar(console, steps=config.steps, done=self.progress.step)
+        with stop_on_signals() as stop, bar:
+            for step in range(self.progress.step, config.steps):
+                report = self._step(step)
+                bar.advance(step=step + 1, loss=report.loss, tokens_per_second=self.progress.tokens_per_second)
+                if stop.made:
+                    self._save()
+                    bar.say(f"Stopped after step {step + 1} of {config.steps}; the same command goes on from there.")
+                    return TrainResult(self.folder.path, step + 1, None)
+        results = self._finish()
+        return TrainResult(self.folder.path, config.steps, results)
+
+    def _step(self, step: int) -> StepReport:
+        config, started = self.config, time.monotonic()
+        report = take_step(self.model, self.optimizer, self.texts.batches.batch(step), config, step)
+        self.progress = self.progress.after_step(
+            tokens=config.batch_size * config.context, seconds=time.monotonic() - started
+        )
+        done, last = step + 1, step + 1 == config.steps
+        if done % config.log_every == 0 or last:
+            self.folder.append({"kind": "step", **asdict(self.progress), **asdict(report)})
+        if done % config.evaluation.every == 0 and not last:
+            losses = self._losses(config.evaluation.sequences)
+            self.folder.append({"kind": "evaluation", "step": done, "loss": losses})
+        # The log comes first: a line ahead of the checkpoint is dropped on resuming, one behind it would be lost.
+        if done % config.checkpoint_every == 0 or last:
+            self._save()
+        return report
+
+    def _losses(self, sequences: int | None) -> dict[str, float]:
+        """Mean loss on the first so many windows of the test text, in nats, by number of recurrences."""
+        losses = loss_by_recurrences(
+            self.model,
+            self.texts.test[:sequences],
+            self.config.evaluation.recurrences,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+        )
+        return {str(number): loss for number, loss in losses.items()}
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate on all the test text that the configuration asks for, beside the entropies of the same tokens."""
+        sequences = self.config.evaluation.final_sequences
+        test = self.texts.test[:sequences]
+        evaluation = {
+            "tokens": test[:, 1:].size,
+            "loss": self._losses(sequences),
+            "unigram_entropy": unigram_entropy(test),
+            "bigram_entropy": bigram_entropy(test),
+        }
+        results = {
+            "layout": self.config.architecture.layout,
+            "parameters": self._parameters,
+            "training": asdict(self.progress),
+            "epochs": self.progress.tokens / self.texts.training_tokens,
+            "test": evaluation,
+        }
+        self.folder.append({"kind": "evaluation", "step": self.config.steps, **evaluation})
+        self.folder.write_results(results)
+        return results
+
+    @property
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _save(self) -> None:
+        """The model first and the state last: whatever happens in between, the state that counts is whole."""
+        about = {"trained": asdict(self.progress), "of_steps": self.config.steps, "seed": self.config.seed}
+        save_checkpoint(self.folder.path, self.model, self.texts.tokenizer.to_str(pretty=True), about)
+        save_state(self.folder.state, self.model, self.optimizer, self.progress)
+
+    def _open_log(self) -> None:
+        self.folder.rewind_log(self.progress.step)
+        self.folder.append(
+            {
+                "kind": "resume" if self.progress.step else "start",
+                "step": self.progress.step,
+                "config": self.config.to_dict(),
+                "parameters": self._parameters,
+                "training_tokens": self.texts.training_tokens,
+                "threads": torch.get_num_threads(),
+                "device": str(self.model.device),
+                "versions": {name: version(name) for name in ("torch", "tokenizers", "numpy")},
+            }
+        )
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Run torch on so many threads, and give it back its own number afterwards."""
+    if number is not None and number < 1:
+        raise ConfigError(f"threads must be at least 1, got {number}.")
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(name: str) -> torch.device:
+    """The device, if tensors can be made on it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"The device {name!r} cannot be used ({reason}); use 'cpu', or one that torch sees."
+        ) from error

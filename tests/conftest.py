@@ -1,0 +1,45 @@
+"""What every test has: shape checks switched on, steady settings, and the data that may lie beside the checkout."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+# Two workers that both use every core are slower than two with one core each. Torch and the processes that tests start
+# read this when they are first imported, which is why it stands here and not in a fixture.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# Every annotation of loopscope, shapes included, is checked at run time from here on.
+install_import_hook("loopscope", "beartype.beartype")
+
+# How long an example takes depends on the machine's other load, and says nothing about loopscope.
+settings.register_profile("loopscope", deadline=None)
+settings.load_profile("loopscope")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Reference tensors and data sets: the folder that LOOPSCOPE_SHARED names, else `shared` beside the checkout."""
+    folder = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} does not exist (LOOPSCOPE_SHARED may name another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_case(shared_dir: Path) -> Callable[[str], Path]:
+    """`reference_case("ouro-tiny")` is the folder of that recorded case."""
+
+    def folder_of(name: str) -> Path:
+        folder = shared_dir / "reference" / name
+        if not folder.is_dir():
+            pytest.skip(f"no reference case {name}: {folder} does not exist")
+        return folder
+
+    return folder_of

@@ -1,0 +1,271 @@
+"""Studies with a known story, computed from closed-form trajectories by the formulas of docs/study.md.
+
+Nothing here uses loopscope's measures: the answers are tested against states whose fate is known, in plain numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray
+from numpy.typing import NDArray
+
+from loopscope.study import Study
+
+Array = NDArray[np.float64]
+Trajectory = Callable[[Array, Array, np.random.Generator], Array]
+"""From times t = 1 .. 2H, shape (time, 1, 1, 1), and points, shape (layer, token, width), to states (time, layer,
+token, width)."""
+
+LAYERS, WIDTH, FLOOR = 3, 8, 1e-7
+LEVELS = [0.05, 0.25, 0.5, 0.75, 0.95]
+
+
+def _unit(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    vectors = rng.normal(size=shape)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+
+
+def contracting(rate: float = 0.6, noise: float = FLOOR, start: float = 1.0) -> Trajectory:
+    """Towards one distinct point per layer, geometrically, down to rounding noise."""
+
+    def states(time: Array, points: Array, rng: np.random.Generator) -> Array:
+        offset = start * _unit(points.shape, rng)
+        rounding = noise / np.sqrt(WIDTH) * rng.normal(size=(len(time), *points.shape))
+        return np.asarray(points + offset * rate**time + rounding)
+
+    return states
+
+
+def growing(time: Array, points: Array, rng: np.random.Generator) -> Array:
+    """One direction for all layers, along which the norm grows linearly."""
+    direction = np.broadcast_to(points[:1], points.shape)
+    return np.asarray(direction * (3 + time) + 0.3 * _unit(points.shape, rng) / time)
+
+
+def orbiting(time: Array, points: Array, rng: np.random.Generator) -> Array:
+    """Around a point per layer at 0.6 of its norm, with a period that no horizon is a multiple of."""
+    u, v = _unit(points.shape, rng), _unit(points.shape, rng)
+    phase = 2 * np.pi * time / (3 + np.sqrt(5))
+    return np.asarray(points + 0.42 * (np.cos(phase) * u + np.sin(phase) * v))
+
+
+def overflowing(time: Array, points: Array, rng: np.random.Generator) -> Array:
+    """Not a number from the 5th recurrence on."""
+    states = contracting()(time, points, rng)
+    return np.where(time >= 5, np.nan, states)
+
+
+def looped_study(
+    fate: Trajectory | list[Trajectory],
+    *,
+    prompts: int = 40,
+    tokens: int = 6,
+    recurrences: int = 24,
+    horizon: int = 32,
+    trained: int | None = 4,
+    injection: str = "linear",
+    loss: Callable[[Array], Array] = lambda count: 3 + 0.8**count,
+    text: str = "Two apples cost three coins .",
+    floor: float = FLOOR,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Study:
+    """A study of a (1, 3 (x) R, 1) model. A list of fates is dealt out to the prompts in turn."""
+    rng = np.random.default_rng(seed)
+    fates = fate if isinstance(fate, list) else [fate]
+    time = np.arange(1, 2 * horizon + 1, dtype=np.float64).reshape(-1, 1, 1, 1)
+    points = [_unit((LAYERS, tokens, WIDTH), rng) for _ in range(prompts)]
+    # (time, layer, prompt, token, width), of the run and of one from another initial state
+    states, others = (
+        np.stack([fates[i % len(fates)](time, points[i], rng) for i in range(prompts)], axis=2) for _ in range(2)
+    )
+    with np.errstate(invalid="ignore"):
+        dataset = _convergence(states, recurrences, horizon)
+        dataset |= _horizons(states, horizon)
+        dataset |= _path(states[:recurrences], others[:recurrences])
+    dataset |= _visits(states, min(recurrences, 4))
+    dataset |= _trajectories(states[:recurrences])
+    readouts = np.array([2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences])
+    finite = np.isfinite(states).all(axis=(1, 3, 4))
+    scatter = rng.normal(scale=0.3, size=prompts)
+    losses = loss(readouts.astype(float))[:, None] + scatter + rng.normal(scale=1e-3, size=(len(readouts), prompts))
+    dataset["loss"] = ("readout_recurrence", "prompt"), np.where(finite.all(axis=0), losses, np.nan)
+    dataset["noise_floor"] = ("layer", "prompt"), np.full((LAYERS, prompts), floor)
+    dataset["diverged_at"] = "prompt", np.where(finite.all(axis=0), -1, finite.argmin(axis=0))
+    dataset["token_count"] = "prompt", np.full(prompts, tokens)
+    coordinates = {
+        "layer": np.arange(LAYERS),
+        "recurrence": np.arange(recurrences),
+        "prompt": np.arange(prompts),
+        "token": np.arange(tokens),
+        "quantile": LEVELS,
+        "site": ["last_layer", "loop_state"],
+        "horizon": ["first", "second"],
+        "readout_recurrence": readouts,
+        "tracked_prompt": ("tracked", np.array([0])),
+        "tracked_token": ("tracked", np.array([tokens - 1])),
+    }
+    manifest = _manifest(looped=True, trained=trained, injection=injection, prompts=prompts, dtype=dtype)
+    manifest["settings"] |= {"recurrences": recurrences, "horizon": horizon, "horizon_method": "second-pass"}
+    return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, text))
+
+
+def feed_forward_study(prompts: int = 40, tokens: int = 6, seed: int = 0) -> Study:
+    """A study of a feed-forward model of four layers."""
+    rng = np.random.default_rng(seed)
+    states = np.cumsum(rng.normal(size=(4, prompts, tokens, WIDTH)), axis=0)
+    labels = [f"prelude.{layer}" for layer in range(4)]
+    dataset = _similarity(states, labels)
+    dataset["loss"] = ("readout_recurrence", "prompt"), 2.5 + 0.1 * rng.normal(size=(1, prompts))
+    dataset["token_count"] = "prompt", np.full(prompts, tokens)
+    dataset["diverged_at"] = "prompt", np.full(prompts, -1)
+    coordinates = {"prompt": np.arange(prompts), "readout_recurrence": [1]}
+    manifest = _manifest(looped=False, trained=None, injection="none", prompts=prompts, dtype="float32")
+    manifest["model"]["layout"] = {"prelude": 4, "recurrent": 0, "coda": 0}
+    return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, "Two apples"))
+
+
+def _norm(states: Array) -> Array:
+    return np.asarray(np.linalg.norm(states, axis=-1))
+
+
+def _cosine(x: Array, y: Array) -> Array:
+    return np.asarray((x * y).sum(-1) / (_norm(x) * _norm(y)))
+
+
+def _convergence(states: Array, recurrences: int, horizon: int) -> dict[str, Any]:
+    """All values per token (recurrence, layer, prompt, token), then their means and quantiles."""
+    window = states[:recurrences]
+    before = np.concatenate([np.full_like(states[:1], np.nan), window[:-1]])
+    first, second = states[horizon - 1], states[2 * horizon - 1]
+    values = {
+        "successive_difference": _norm(window - before),
+        "relative_step": _norm(window - before) / _norm(window),
+        "cosine_to_previous": _cosine(window, before),
+        "distance_to_horizon": _norm(window - first),
+        "relative_distance": _norm(window - first) / _norm(first),
+        "cosine_to_horizon": _cosine(window, np.broadcast_to(first, window.shape)),
+        "distance_to_second_horizon": _norm(window - second),
+        "relative_distance_second_horizon": _norm(window - second) / _norm(second),
+        "cosine_to_second_horizon": _cosine(window, np.broadcast_to(second, window.shape)),
+        "residual_norm": _norm(window),
+    }
+    dims = ("layer", "recurrence", "prompt")
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        by_layer = value.swapaxes(0, 1)
+        found[name] = dims, by_layer.mean(-1)
+        found[f"{name}_quantile"] = ("quantile", *dims), np.quantile(by_layer, LEVELS, axis=-1)
+        if "second" not in name or name.startswith("relative"):
+            found[f"token_{name}"] = ("site", "recurrence", "prompt", "token"), np.stack([by_layer[-1]] * 2)
+    norm = found["residual_norm"][1]
+    found["norm_growth"] = dims, norm / norm[:, :1]
+    return found
+
+
+def _horizons(states: Array, horizon: int) -> dict[str, Any]:
+    first, second = states[horizon - 1], states[2 * horizon - 1]
+    drift = _norm(second - first) / _norm(second)
+    steps = [_norm(states[at - 1] - states[at - 2]) / _norm(states[at - 1]) for at in (horizon, 2 * horizon)]
+    pairwise = _cosine(first[:, None], first[None])
+    return {
+        "horizon_drift": (("layer", "prompt"), drift.mean(-1)),
+        "horizon_drift_cosine": (("layer", "prompt"), _cosine(second, first).mean(-1)),
+        "horizon_norm_growth": (("layer", "prompt"), (_norm(second) / _norm(first)).mean(-1)),
+        "horizon_relative_step": (("horizon", "layer", "prompt"), np.stack(steps).mean(-1)),
+        "horizon_residual_norm": (("horizon", "layer", "prompt"), np.stack([_norm(first), _norm(second)]).mean(-1)),
+        "token_horizon_drift": (("site", "prompt", "token"), np.stack([drift[-1]] * 2)),
+        "layer_cosine": (("layer", "layer_other", "prompt"), pairwise.mean(-1)),
+        "degeneracy": ("prompt", pairwise[0, 1:].min(0).mean(-1)),
+    }
+
+
+def _path(states: Array, others: Array) -> dict[str, Any]:
+    dims = ("layer", "recurrence", "prompt")
+    apart = _norm(states - others) / ((_norm(states) + _norm(others)) / 2)
+    return {
+        "path_distance": (dims, apart.mean(-1).swapaxes(0, 1)),
+        "path_cosine": (dims, _cosine(states, others).mean(-1).swapaxes(0, 1)),
+    }
+
+
+def _visits(states: Array, recurrences: int) -> dict[str, Any]:
+    loop = states[:recurrences].reshape(-1, *states.shape[2:])
+    visits = np.concatenate([loop[:1] * 0.5, loop, loop[-1:] * 1.5])
+    labels = [
+        "prelude.0",
+        *(f"recurrent.{layer}@{t}" for t in range(recurrences) for layer in range(LAYERS)),
+        "coda.0",
+    ]
+    return _similarity(visits, labels)
+
+
+def _similarity(visits: Array, labels: list[str]) -> dict[str, Any]:
+    """Of visits (visit, prompt, token, width)."""
+    cosine = _cosine(visits[:, None], visits[None])
+    finite = np.isfinite(cosine)
+    mean = np.where(finite, cosine, 0).sum((-1, -2)) / np.maximum(finite.sum((-1, -2)), 1)
+    return {
+        "cycle_similarity": (("visit", "visit_other"), mean),
+        "visit_norm": (("visit", "prompt"), _norm(visits).mean(-1)),
+        "visit": ("visit", labels),
+        "visit_other": ("visit_other", labels),
+    }
+
+
+def _trajectories(states: Array) -> dict[str, Any]:
+    token = states[:, :, 0, -1].swapaxes(0, 1)
+    flat = token.reshape(-1, WIDTH)
+    if not np.isfinite(flat).all():
+        return {
+            "trajectory": (("tracked", "layer", "recurrence", "component"), np.full((1, *token.shape[:2], 3), np.nan)),
+            "trajectory_variance": (("tracked", "component"), np.full((1, 3), np.nan)),
+        }
+    left, singular, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    scores = (left * singular)[:, :3].reshape(1, *token.shape[:2], 3)
+    return {
+        "trajectory": (("tracked", "layer", "recurrence", "component"), scores),
+        "trajectory_variance": (("tracked", "component"), (singular**2 / (singular**2).sum())[None, :3]),
+    }
+
+
+def _manifest(*, looped: bool, trained: int | None, injection: str, prompts: int, dtype: str) -> dict[str, Any]:
+    return {
+        "status": "complete",
+        "created": "2026-01-02T03:04:05+00:00",
+        "model": {
+            "name": "synthetic",
+            "kind": "looped" if looped else "feed-forward",
+            "layout": {"prelude": 1, "recurrent": LAYERS, "coda": 1},
+            "trained_recurrences": trained,
+            "injection": injection,
+            "norm_placement": "pre",
+            "loop_norm": "none",
+            "state_init": "normal",
+            "parameters": 12345,
+            "dtype": dtype,
+            "weights_sha256": "0" * 64,
+            "width": WIDTH,
+            "heads": 2,
+        },
+        "settings": {"dtype": dtype, "seed": 0, "horizon": 32},
+        "prompts": {"source": "synthetic", "count": prompts, "sha256": "1" * 64, "system_prompt": None},
+        "versions": {"loopscope": "0.1.0", "numpy": np.__version__},
+    }
+
+
+def _tokens(prompts: int, tokens: int, text: str) -> list[dict[str, Any]]:
+    words = (text.split(" ") * tokens)[:tokens]
+    return [
+        {
+            "id": str(index),
+            "text": text,
+            "token_ids": list(range(tokens)),
+            "token_strings": words,
+            "system_tokens": 0,
+        }
+        for index in range(prompts)
+    ]

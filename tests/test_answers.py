@@ -1,0 +1,266 @@
+"""Quick answers on studies whose story is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopscope.answers import Answer, Criterion, Outcome, quick_answers
+from loopscope.answers.arrival import arrival
+from loopscope.answers.statistics import Share, paired_difference, wilson_interval
+from loopscope.answers.wording import percent, significant, spans
+from loopscope.errors import ConfigError, StudyError
+from loopscope.study import Study
+from synthetic_study import (
+    contracting,
+    feed_forward_study,
+    growing,
+    looped_study,
+    orbiting,
+    overflowing,
+)
+
+
+def answers(study: Study, criterion: Criterion | None = None) -> dict[str, Answer]:
+    return {answer.key: answer for answer in quick_answers(study, criterion)}
+
+
+def test_contraction_is_a_fixed_point_of_its_own_for_each_layer() -> None:
+    found = answers(looped_study(contracting(rate=0.6)))
+    assert found["fixed_point"].outcome is Outcome.YES
+    assert "40 of 40 prompts (95 % interval 91–100 %)" in found["fixed_point"].sentence
+    assert "at the rounding floor of float32 (1.0e-7)" in found["fixed_point"].sentence
+    assert found["fixed_point"].evidence["layers 0–2"] == "fixed point (40 of 40 prompts)"
+    assert found["points"].verdict == "one per layer"
+    # The distance after t recurrences is 0.6^t: within 1 % from the 10th on.
+    assert found["arrival"].evidence["recurrences_median"] == 10
+    assert "all alike" in found["arrival"].sentence
+    assert found["trained_depth"].verdict == "no, still moving"
+    assert found["trained_depth"].evidence["relative_distance_at_trained"] == pytest.approx(0.6**4, rel=1e-3)
+    assert found["initial_state"].outcome is Outcome.YES
+    assert found["limits"].verdict == "little"
+
+
+def test_growing_norm_is_convergence_in_direction_only_and_to_one_shared_direction() -> None:
+    found = answers(looped_study(growing, horizon=64, injection="none"))
+    assert found["fixed_point"].verdict == "in direction only"
+    growth = (3 + 128) / (3 + 64)
+    assert found["fixed_point"].evidence["norm_growth_between_horizons"] == pytest.approx(growth, rel=1e-3)
+    assert "1.96-fold" in found["fixed_point"].sentence
+    assert found["points"].verdict == "all share the same one"
+    assert found["arrival"].outcome is Outcome.NOT_APPLICABLE
+    assert found["initial_state"].outcome is Outcome.NOT_APPLICABLE
+
+
+def test_orbit_is_no_fixed_point() -> None:
+    found = answers(looped_study(orbiting))
+    assert found["fixed_point"].outcome is Outcome.NO
+    assert found["points"].verdict == "no points"
+    assert found["arrival"].outcome is Outcome.NOT_APPLICABLE
+    assert found["trained_depth"].verdict == "no, still moving"
+    assert found["initial_state"].outcome is Outcome.NO
+
+
+def test_orbit_whose_period_divides_the_horizon_is_not_taken_for_a_fixed_point() -> None:
+    def period_four(time: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        turn = np.pi / 2 * time
+        return np.asarray(points + 0.3 * (np.cos(turn) * points[::-1] + np.sin(turn) * np.roll(points, 1, axis=-1)))
+
+    study = looped_study(period_four, horizon=32)
+    assert study.dataset["horizon_drift"].max() < 1e-6  # the same state at both horizons
+    assert answers(study)["fixed_point"].outcome is Outcome.NO
+
+
+def test_slow_contraction_cannot_be_told_at_this_horizon() -> None:
+    found = answers(looped_study(contracting(rate=0.96)))
+    assert found["fixed_point"].outcome is Outcome.CANNOT_TELL
+    assert "faster than 1/t" in found["fixed_point"].sentence
+    assert found["arrival"].outcome is Outcome.NOT_APPLICABLE
+    assert found["limits"].verdict == "the horizon"
+    # The runs from two initial states approach each other, but have not met.
+    assert found["initial_state"].verdict == "not yet"
+
+
+def test_rounding_of_a_coarse_type_is_its_own_finding() -> None:
+    found = answers(looped_study(contracting(noise=0.02), floor=0.02, dtype="bfloat16"))
+    assert found["fixed_point"].verdict == "down to rounding"
+    assert found["fixed_point"].outcome is Outcome.PARTLY
+    assert "bfloat16" in found["fixed_point"].sentence
+    assert found["arrival"].evidence["level"] == pytest.approx(0.06)
+    assert found["limits"].verdict == "rounding"
+    # The same states without rounding to blame are a model that keeps moving.
+    assert answers(looped_study(contracting(noise=0.02)))["fixed_point"].outcome is Outcome.NO
+
+
+def test_few_restless_tokens_are_not_hidden_by_the_mean() -> None:
+    study = looped_study(contracting())
+    drift = study.dataset["token_horizon_drift"].copy()
+    drift[..., 0] = 0.05  # one token of six; the mean over tokens, 0.8 %, is within the tolerance
+    dataset = study.dataset.assign(token_horizon_drift=drift)
+    dataset["horizon_drift"][:] = drift.sel(site="last_layer").mean("token")
+    answer = answers(dataclasses.replace(study, dataset=dataset))["fixed_point"]
+    assert answer.outcome is Outcome.PARTLY
+    assert "83 % of the tokens" in answer.sentence
+
+
+def test_feed_forward_model_gets_a_short_list() -> None:
+    found = answers(feed_forward_study())
+    assert list(found) == ["fixed_point", "loss", "limits"]
+    assert found["fixed_point"].verdict == "no loop"
+    assert found["loss"].evidence["loss"] == pytest.approx(2.5, abs=0.1)
+
+
+def test_diverged_prompts_are_counted_and_left_out_of_the_medians() -> None:
+    found = answers(looped_study([contracting(), *[contracting()] * 8, overflowing]))
+    assert found["fixed_point"].outcome is Outcome.YES
+    assert "36 of 40 prompts" in found["fixed_point"].sentence
+    assert found["fixed_point"].evidence["layers 0–2"] == "fixed point (36 of 40 prompts)"
+    assert any("undefined in 4 of 40 prompts" in limit for limit in found["fixed_point"].limits)
+    assert "divergence" in found["limits"].verdict
+
+    every = answers(looped_study(overflowing))
+    assert every["fixed_point"].verdict == "no, it diverges"
+    assert "after 5 recurrences" in every["fixed_point"].sentence
+    assert all("nan" not in answer.sentence for answer in every.values())
+
+
+def test_prompts_that_disagree_are_not_averaged_away() -> None:
+    found = answers(looped_study([contracting(), orbiting]))
+    assert found["fixed_point"].verdict == "depends on the prompt"
+    assert "fixed point in 20" in found["fixed_point"].sentence
+    assert "no fixed point in 20" in found["fixed_point"].sentence
+
+
+def test_a_single_prompt_is_answered_with_a_warning() -> None:
+    found = answers(looped_study(contracting(), prompts=1))
+    assert found["fixed_point"].outcome is Outcome.YES
+    assert "1 of 1 prompts (95 % interval 20–100 %)" in found["fixed_point"].sentence
+    assert "the number of prompts" in found["limits"].verdict
+
+
+def test_measuring_beyond_the_horizon_is_pointed_out() -> None:
+    found = answers(looped_study(contracting(), recurrences=24, horizon=20))
+    assert "degenerate distances" in found["limits"].verdict
+    assert found["arrival"].evidence["recurrences_median"] == 10
+
+
+def test_trained_depth_outside_of_what_was_measured() -> None:
+    assert answers(looped_study(contracting(), trained=None))["trained_depth"].verdict == "not known"
+    assert answers(looped_study(contracting(), trained=99))["trained_depth"].verdict == "not measured"
+    assert answers(looped_study(contracting(), trained=20))["trained_depth"].outcome is Outcome.YES
+    first = answers(looped_study(contracting(), trained=1))["trained_depth"]
+    assert first.outcome is Outcome.NO
+    assert "nan" not in first.sentence
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict", "outcome"),
+    [
+        (lambda count: 3 + 0.5**count, "yes, up to about 8", Outcome.YES),
+        (lambda count: 3 - 0.1 * np.log2(count), "yes, to the last readout", Outcome.YES),
+        (lambda count: 3 + 0.1 * abs(np.log2(count) - 2), "yes, then worse beyond 4", Outcome.PARTLY),
+        (lambda count: 3 + 0.1 * np.log2(count), "no, it gets worse", Outcome.NO),
+        (lambda count: 3 + 0 * count, "no clear difference", Outcome.NO),
+    ],
+)
+def test_loss_against_recurrences(loss: object, verdict: str, outcome: Outcome) -> None:
+    answer = answers(looped_study(contracting(), loss=loss))["loss"]  # type: ignore[arg-type]
+    assert (answer.verdict, answer.outcome) == (verdict, outcome)
+
+
+def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
+    study = looped_study(contracting())
+    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "visit_norm", "trajectory"]
+    found = answers(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)))
+    assert found["fixed_point"].outcome is Outcome.YES
+    assert found["initial_state"].verdict == "not measured"
+    assert found["loss"].verdict == "not measured"
+    assert found["limits"].verdict == "the unknown rounding floor"
+
+
+def test_incomplete_study_is_refused_by_the_name_of_what_it_lacks() -> None:
+    study = looped_study(contracting(), prompts=2)
+    with pytest.raises(StudyError, match="'horizon_drift'"):
+        quick_answers(dataclasses.replace(study, dataset=study.dataset.drop_vars("horizon_drift")))
+    with pytest.raises(StudyError, match="'settings'"):
+        quick_answers(dataclasses.replace(study, manifest={"model": study.manifest["model"]}))
+
+
+def test_criterion_decides_is_stored_and_is_checked() -> None:
+    strict = Criterion(reached_level=0.001)
+    found = answers(looped_study(contracting(rate=0.6)), strict)
+    assert found["arrival"].evidence["recurrences_median"] == 14  # 0.6^14 = 0.0008
+    assert all(answer.criterion == strict for answer in found.values())
+    with pytest.raises(ConfigError, match="drift_tolerance"):
+        Criterion(drift_tolerance=0.0)
+    with pytest.raises(ConfigError, match="prompts_needed"):
+        Criterion(prompts_needed=1.1)
+
+
+def test_answers_are_ready_for_json() -> None:
+    text = json.dumps([answer.to_dict() for answer in quick_answers(looped_study(growing))])
+    assert json.loads(text)[0]["criterion"]["drift_tolerance"] == 0.01
+
+
+def test_arrival_counts_the_last_time_the_level_is_crossed() -> None:
+    study = looped_study(contracting(), prompts=1, recurrences=5)
+    distance = study.dataset["relative_distance"]
+    distance[0, :, 0] = [0.5, 0.001, 0.5, 0.001, 0.001]
+    distance[1, :, 0] = [0.001, 0.001, 0.001, 0.001, 0.001]
+    distance[2, :, 0] = [0.5, 0.001, 0.001, 0.001, 0.5]
+    np.testing.assert_array_equal(arrival(distance, 0.01)[:, 0], [4, 1, np.inf])
+
+
+def test_wilson_interval_agrees_with_published_values() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+
+
+@given(st.integers(0, 500), st.integers(1, 500))
+def test_interval_holds_the_share_and_mirrors(count: int, extra: int) -> None:
+    total = count + extra
+    low, high = Share(count, total).interval
+    assert 0 <= low <= count / total <= high <= 1
+    assert wilson_interval(total - count, total) == pytest.approx((1 - high, 1 - low))
+
+
+def test_min_prompts_is_where_the_interval_can_reach_the_share_needed() -> None:
+    criterion = Criterion()
+    at, below = (wilson_interval(n, n)[0] for n in (criterion.min_prompts, criterion.min_prompts - 1))
+    assert below < criterion.prompts_needed <= at
+
+
+def test_paired_difference_sees_through_scatter_between_prompts() -> None:
+    rng = np.random.default_rng(0)
+    scatter = rng.normal(scale=5, size=50)
+    found = paired_difference(scatter + 0.1 + rng.normal(scale=0.01, size=50), scatter)
+    assert found.mean == pytest.approx(0.1, abs=0.01)
+    assert found.exceeds(0.05)
+    assert not paired_difference(scatter, np.roll(scatter, 1) - 0.1).exceeds(0.05)
+    assert math.isinf(paired_difference(np.array([1.0]), np.array([0.0])).half_width)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0 %"), (1e-9, "less than 0.001 %"), (0.0123, "1.2 %"), (0.5, "50 %"), (1.0, "100 %"), (3.456, "346 %")],
+)
+def test_percent(value: float, text: str) -> None:
+    assert percent(value) == text
+
+
+@given(st.floats(1e-12, 1e12))
+def test_significant_keeps_two_digits(value: float) -> None:
+    assert float(significant(value)) == pytest.approx(value, rel=0.05)
+
+
+def test_spans_draw_runs_together() -> None:
+    assert spans([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"

@@ -1,0 +1,186 @@
+"""The report in headless Chromium: every figure is drawn, nothing is requested, and no text becomes markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
+
+from loopscope.report import write_report
+from loopscope.study import Study
+from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# SwiftShader draws the 3-D figures without a graphics card; the rest keeps the browser from talking to its maker.
+FLAGS = [
+    "--no-sandbox",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b>'
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found (looked for chromium, chromium-browser, google-chrome)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Opened:
+    """A report in a tab, with what happened while it was opened."""
+
+    page: Page
+    url: str
+    problems: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def open_report(browser: Browser, study: Study, path: Path, width: int) -> Opened:
+    url = write_report(study, path).as_uri()
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    opened = Opened(page, url)
+
+    def note_console(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            opened.problems.append(message.text)
+
+    def note_dialog(dialog: Dialog) -> None:
+        opened.problems.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    page.on("console", note_console)
+    page.on("dialog", note_dialog)
+    page.on("pageerror", lambda error: opened.problems.append(str(error)))
+    page.on("request", lambda request: opened.requests.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=120_000)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def looped(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """A report on a looped model whose every text is hostile."""
+    study = looped_study(contracting(), prompts=3)
+    manifest = dict(study.manifest)
+    manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
+    manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
+    study = dataclasses.replace(study, manifest=manifest, tokens=tokens)
+    return open_report(browser, study, tmp_path_factory.mktemp("report") / "report.html", width=1600)
+
+
+def undrawn(page: Page) -> list[str]:
+    """Figures without a visible drawing of their own size in them."""
+    found = page.evaluate(
+        """() => [...document.querySelectorAll("[data-plot]")].filter((place) => {
+            const drawings = [...place.querySelectorAll("svg.main-svg, canvas")];
+            const marks = place.querySelector("canvas, .trace, .heatmaplayer image");
+            const width = Math.max(0, ...drawings.map((one) => one.getBoundingClientRect().width));
+            return !marks || width < 0.8 * place.clientWidth || place.clientWidth < 200;
+        }).map((place) => place.dataset.plot)"""
+    )
+    return list(found)
+
+
+def overflow(page: Page) -> float:
+    """By how many pixels the page is wider than the window."""
+    return float(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+def beyond_the_edge(page: Page) -> int:
+    """How many drawings reach beyond the right edge of the window."""
+    count = page.evaluate(
+        """() => [...document.querySelectorAll("[data-plot] svg.main-svg")].filter((one) =>
+            one.getBoundingClientRect().right > document.documentElement.clientWidth).length"""
+    )
+    return int(count)
+
+
+def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> None:
+    assert looped.page.locator("[data-plot]").count() >= 18
+    assert undrawn(looped.page) == []
+    assert looped.problems == []
+    assert looped.requests == [looped.url]
+
+
+def test_hostile_text_is_shown_and_does_nothing(looped: Opened) -> None:
+    assert looped.page.evaluate("typeof hacked") == "undefined"
+    assert looped.page.locator("img, b").count() == 0
+    assert looped.page.locator("h1").inner_text() == HOSTILE
+    shown = looped.page.locator("[data-plot^=data-tokens] .ytick").first.text_content() or ""
+    assert shown.startswith("<script>hacked")
+
+
+def test_no_button_sends_data_away(looped: Opened) -> None:
+    titles = looped.page.locator(".modebar-btn").evaluate_all(
+        "(buttons) => buttons.map((one) => one.dataset.title || one.getAttribute('aria-label') || '')"
+    )
+    assert any("PNG" in title or "png" in title for title in titles)  # a figure can be saved
+    assert not [title for title in titles if "share" in title.lower() or "cloud" in title.lower()]
+    assert looped.page.locator(".plotlyjsicon, .modebar a[href^=http]").count() == 0
+
+
+def test_policy_would_stop_a_script_that_got_in(looped: Opened) -> None:
+    result = looped.page.evaluate(
+        """() => {
+            const element = document.createElement("script");
+            element.textContent = "window.injected = 1";
+            document.body.append(element);
+            element.remove();
+            return typeof window.injected;
+        }"""
+    )
+    assert result == "undefined"
+    looped.problems.clear()  # the browser reports what it stopped
+
+
+def test_an_answer_leads_to_its_figure(looped: Opened) -> None:
+    looped.page.emulate_media(reduced_motion="reduce")
+    looped.page.locator("#answer-loss a.see").click()
+    assert looped.page.url.endswith("#loss")
+    looped.page.locator("#loss").wait_for(state="visible")
+
+
+@pytest.mark.parametrize("width", [1600, 400])
+def test_page_fits_the_window(looped: Opened, width: int) -> None:
+    looped.page.set_viewport_size({"width": width, "height": 900})
+    for _ in range(100):  # figures follow the window one after the other; ten seconds are plenty
+        if overflow(looped.page) == 0 and beyond_the_edge(looped.page) == 0:
+            break
+        looped.page.wait_for_timeout(100)
+    assert overflow(looped.page) == 0
+    assert beyond_the_edge(looped.page) == 0
+    assert undrawn(looped.page) == []
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        pytest.param(lambda: feed_forward_study(prompts=3), id="feed-forward"),
+        pytest.param(lambda: looped_study(overflowing, prompts=2), id="all diverged"),
+    ],
+)
+def test_sparse_reports_on_a_telephone(browser: Browser, study: Callable[[], Study], tmp_path: Path) -> None:
+    opened = open_report(browser, study(), tmp_path / "report.html", width=400)
+    assert undrawn(opened.page) == []
+    assert overflow(opened.page) == 0
+    assert opened.problems == []
+    assert opened.requests == [opened.url]
+    opened.page.close()

@@ -1,0 +1,274 @@
+"""The report as a file: self-contained, complete, and safe with any text. Drawing is tested in a browser."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loopscope.answers import Criterion, quick_answers
+from loopscope.errors import ConfigError, StorageError, StudyError
+from loopscope.report import ReportSettings, write_report
+from loopscope.study import Study
+from synthetic_study import (
+    contracting,
+    feed_forward_study,
+    growing,
+    looped_study,
+    orbiting,
+    overflowing,
+)
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"></title>&amp;{{7*7}}'
+
+LOOPED_FIGURES = {
+    "horizon-drift",
+    "norm-growth",
+    "distance",
+    "distance-by-recurrence",
+    "step",
+    "step-by-recurrence",
+    "cosine",
+    "second-horizon",
+    "layer-cosine",
+    "cycle-similarity",
+    "trajectory-2d-0",
+    "trajectory-3d-0",
+    "path-independence",
+    "loss",
+    "norm-by-depth",
+    "norm-by-recurrence",
+    "norm-by-layer",
+}
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements, the text of each, and the data of figures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self._script: dict[str, str | None] | None = None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is None:
+            self.text.append(data)
+        else:
+            self.scripts.append((self._script, data))
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {
+            str(attributes["id"]).removeprefix("data-"): json.loads(content)
+            for attributes, content in self.scripts
+            if str(attributes.get("id", "")).startswith("data-")
+        }
+
+    def ids(self, tag: str) -> set[str]:
+        return {str(attributes["id"]) for name, attributes in self.elements if name == tag and "id" in attributes}
+
+
+def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
+    return Page(write_report(study, folder / "report.html", settings=settings))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(looped_study(contracting()), tmp_path_factory.mktemp("report"))
+
+
+def test_every_figure_is_there_and_every_answer_links_to_one(page: Page) -> None:
+    assert set(page.figures) >= LOOPED_FIGURES
+    links = {str(attributes.get("href")) for tag, attributes in page.elements if tag == "a"}
+    targets = {f"#{name}" for tag in ("figure", "section") for name in page.ids(tag)}
+    assert links <= targets
+    assert {"#horizon-drift", "#layer-cosine", "#distance", "#step", "#path-independence", "#loss", "#limits"} <= links
+
+
+def test_answers_come_first_and_word_for_word(page: Page) -> None:
+    for answer in quick_answers(looped_study(contracting())):
+        assert answer.sentence in page.words
+    tags = [tag for tag, _ in page.elements]
+    assert tags.index("article") < tags.index("figure")
+
+
+def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("figure") == tags.count("figcaption") == len(page.figures)
+    for anchor, plot in page.figures.items():
+        layout = plot["layout"]
+        axes = [layout["scene"][f"{name}axis"] for name in "xyz"] if "scene" in layout else [layout["xaxis"]]
+        assert all(axis["title"]["text"] for axis in axes), anchor
+        if "scene" not in layout and not anchor.startswith("tokens"):  # their rows are named by the tokens
+            assert layout["yaxis"]["title"]["text"], anchor
+
+
+def test_nothing_is_loaded_and_no_data_can_be_sent(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert not attributes.keys() & {"src", "srcset", "action", "onclick", "onload"}, tag
+        assert tag not in {"iframe", "object", "embed", "base", "form", "img"}
+        if tag in {"a", "link"}:
+            assert str(attributes["href"]).startswith(("#", "data:"))
+    policy = next(a["content"] for t, a in page.elements if t == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+    options = next(json.loads(text) for attributes, text in page.scripts if attributes.get("id") == "plot-options")
+    assert options["displaylogo"] is False
+    assert options["showSendToCloud"] is False
+    assert options["plotlyServerURL"] == ""
+    assert "sendChartToCloud" in options["modeBarButtonsToRemove"]
+
+
+@pytest.fixture
+def hostile_study() -> Study:
+    study = looped_study(contracting(), prompts=3)
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
+    manifest = dict(study.manifest)
+    manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
+    manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
+    return dataclasses.replace(study, tokens=tokens, manifest=manifest)
+
+
+def test_text_from_outside_stays_text(hostile_study: Study, tmp_path: Path, page: Page) -> None:
+    found = page_of(hostile_study, tmp_path)
+    kinds = {tag for tag, _ in page.elements}
+    assert {tag for tag, _ in found.elements} <= kinds  # no img, no element that a plain study does not have
+    assert sum(tag == "script" for tag, _ in found.elements) == len(found.scripts)
+    assert HOSTILE in found.words
+    # Plotly reads a little HTML in its texts: there, markup must arrive as entities.
+    drawn = next(plot for anchor, plot in found.figures.items() if anchor.startswith("tokens"))
+    for text in [*drawn["layout"]["yaxis"]["ticktext"], *drawn["data"][0]["text"][0]]:
+        assert text.startswith("&lt;script&gt;")
+        assert "<" not in text
+
+
+def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
+    found = page_of(feed_forward_study(), tmp_path)
+    assert set(found.figures) == {"cycle-similarity", "norm-by-depth"}
+    assert "This model is feed-forward" in found.words
+    assert "4 layers, feed-forward" in found.words
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        pytest.param(lambda: looped_study(growing, injection="none"), id="norm grows"),
+        pytest.param(lambda: looped_study([contracting(), orbiting, overflowing]), id="prompts differ"),
+        pytest.param(lambda: looped_study(overflowing, prompts=2), id="all diverged"),
+        pytest.param(lambda: looped_study(contracting(), prompts=1, tokens=1), id="one token"),
+        pytest.param(lambda: looped_study(contracting(), recurrences=1, trained=1), id="one recurrence"),
+        pytest.param(lambda: looped_study(contracting(), recurrences=24, horizon=16), id="beyond the horizon"),
+        pytest.param(lambda: looped_study(contracting(noise=0.0, rate=0.1), floor=0.0), id="exact zeros"),
+    ],
+)
+def test_unusual_studies_are_drawn(study: object, tmp_path: Path) -> None:
+    assert callable(study)
+    found = page_of(study(), tmp_path)
+    assert "norm-growth" in found.figures
+    assert not re.search(r"\bnan\b|\binf\b", found.words, re.IGNORECASE)
+
+
+def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
+    study = looped_study(contracting())
+    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "visit_norm", "visit"]
+    parts += ["trajectory", "trajectory_variance", "visit_other"]
+    found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
+    assert not found.figures.keys() & {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0"}
+    assert "distance" in found.figures
+
+
+def test_prompts_can_be_chosen(tmp_path: Path) -> None:
+    study = looped_study(contracting(), prompts=5)
+    found = page_of(study, tmp_path, ReportSettings(prompts=(3, 1)))
+    assert [name for name in found.figures if name.startswith("tokens")] == ["tokens-3", "tokens-1"]
+    with pytest.raises(ConfigError, match="prompts 0 to 4"):
+        page_of(study, tmp_path, ReportSettings(prompts=(5,)))
+
+
+def test_slowest_prompt_is_drawn_beside_an_ordinary_one(tmp_path: Path) -> None:
+    study = looped_study([contracting(0.5), contracting(0.5), contracting(0.5), contracting(0.8)], prompts=4)
+    found = page_of(study, tmp_path)
+    drawn = [name for name in found.figures if name.startswith("tokens")]
+    assert drawn[1] == "tokens-3"
+    assert drawn[0] in {"tokens-0", "tokens-1", "tokens-2"}
+
+
+def test_criterion_of_the_settings_is_used_and_shown(tmp_path: Path) -> None:
+    settings = ReportSettings(criterion=Criterion(reached_level=0.037))
+    words = page_of(looped_study(contracting(), prompts=2), tmp_path, settings).words
+    assert "reached level 0.037" in words
+    assert "Differences of the mean loss below this many nats" in words  # the reasons of the thresholds
+
+
+def test_large_study_stays_a_small_file(tmp_path: Path) -> None:
+    study = looped_study(contracting(0.99), prompts=2, tokens=80, recurrences=1000, horizon=500)
+    found = page_of(study, tmp_path)
+    plotted = sum(len(text) for attributes, text in found.scripts if attributes.get("type") == "application/json")
+    assert plotted < 1_000_000
+    tokens = next(plot for name, plot in found.figures.items() if name.startswith("tokens"))
+    assert len(tokens["layout"]["yaxis"]["ticktext"]) == 60
+    assert "Only the last 60 of its 80 tokens are drawn" in found.words
+
+
+def test_lines_are_medians_over_prompts(page: Page) -> None:
+    lines = [trace for trace in page.figures["distance"]["data"] if str(trace.get("name", "")).startswith("layer")]
+    assert [line["name"] for line in lines] == ["layer 0", "layer 1", "layer 2"]
+    study = looped_study(contracting())
+    expected = np.median(study.dataset["relative_distance"].sel(layer=1).values, axis=-1)
+    np.testing.assert_allclose(decoded(lines[1]["y"]), expected, rtol=1e-6)
+
+
+def decoded(array: object) -> np.ndarray:
+    """Plotly's form of a typed array."""
+    assert isinstance(array, dict)
+    return np.frombuffer(base64.b64decode(array["bdata"]), dtype=array["dtype"])
+
+
+def test_study_that_was_saved_gives_the_same_report(tmp_path: Path) -> None:
+    study = looped_study(contracting(), prompts=2)
+    study.save(tmp_path / "study")
+    first = write_report(study, tmp_path / "first.html").read_text()
+    assert write_report(Study.load(tmp_path / "study"), tmp_path / "second.html").read_text() == first
+
+
+def test_errors_leave_what_was_there(tmp_path: Path) -> None:
+    study = looped_study(contracting(), prompts=1)
+    target = tmp_path / "report.html"
+    target.write_text("before")
+    with pytest.raises(StudyError, match="horizon_drift"):
+        write_report(dataclasses.replace(study, dataset=study.dataset.drop_vars("horizon_drift")), target)
+    assert target.read_text() == "before"
+    with pytest.raises(StorageError):
+        write_report(study, target / "inside-a-file" / "report.html")
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="counted from 0"):
+        ReportSettings(prompts=(-1,))
+    with pytest.raises(ConfigError, match="most_tokens"):
+        ReportSettings(most_tokens=1)

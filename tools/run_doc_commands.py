@@ -1,0 +1,150 @@
+"""Run the commands that README.md and docs/*.md show, so that the documentation cannot promise what does not work.
+
+    python tools/run_doc_commands.py [DOCUMENT ...]
+
+Fenced blocks marked `console` (commands after `$ `, output between them) and `bash` (commands alone) are run from top
+to bottom, those of one document in one scratch folder, so that a command may use what an earlier one wrote. The folder
+looks like a checkout beside the shared data: links stand for the project's files, and outputs land in the scratch
+folder. Output is not compared; a command must exit with 0. A block right after `<!-- not run: the reason -->` is
+left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+__all__ = ["Block", "default_documents", "find_blocks", "make_scratch", "run_block"]
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TIMEOUT = 240.0
+"""Seconds for one block; documentation that takes longer is not tried by anybody."""
+
+NOT_RUN = re.compile(r"^<!--\s*not run:\s*(?P<reason>.+?)\s*-->\s*$", re.DOTALL)
+
+
+class DocumentError(Exception):
+    """A document has a block that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of commands."""
+
+    document: Path
+    line: int
+    """Of the opening fence, from 1."""
+    script: str
+    """The commands, for bash."""
+    not_run: str | None
+    """The document's reason for leaving the block out."""
+
+    @property
+    def needs_shared_data(self) -> bool:
+        """Whether a command reads the data beside the checkout."""
+        return "../shared" in self.script
+
+    def __str__(self) -> str:
+        return f"{self.document.name}:{self.line}"
+
+
+def default_documents(checkout: Path = CHECKOUT) -> list[Path]:
+    """README.md and the pages below docs/."""
+    return [path for path in (checkout / "README.md", *sorted(checkout.glob("docs/**/*.md"))) if path.is_file()]
+
+
+def find_blocks(document: Path) -> list[Block]:
+    """The document's blocks of commands, in order; DocumentError names a block without a command."""
+    blocks = []
+    reason: str | None = None
+    for token in MarkdownIt("commonmark").parse(document.read_text(encoding="utf-8")):
+        if token.type == "html_block":
+            match = NOT_RUN.match(token.content)
+            reason = match["reason"] if match else None
+            continue
+        if token.type == "fence" and token.map is not None:
+            line = token.map[0] + 1
+            language = token.info.strip()
+            if language == "console":
+                blocks.append(Block(document, line, _commands(token.content, f"{document}:{line}"), reason))
+            elif language == "bash":
+                blocks.append(Block(document, line, token.content, reason))
+        reason = None
+    return blocks
+
+
+def _commands(session: str, place: str) -> str:
+    """The commands of a console session: lines after `$ `, with the lines that a backslash continues them on."""
+    commands: list[str] = []
+    continued = False
+    for line in session.splitlines():
+        if continued:
+            commands.append(line)
+        elif line.startswith("$ "):
+            commands.append(line.removeprefix("$ "))
+        else:
+            continue
+        continued = line.endswith("\\")
+    if not commands:
+        raise DocumentError(f"{place}: a console block shows no command; put `$ ` before it, or mark the block `text`.")
+    return "\n".join(commands) + "\n"
+
+
+def make_scratch(folder: Path, shared: Path | None, checkout: Path = CHECKOUT) -> Path:
+    """Make `folder/checkout`, where commands run, and `folder/shared` if there is such data; return the former."""
+    scratch = folder / "checkout"
+    scratch.mkdir(parents=True)
+    for entry in checkout.iterdir():
+        # Not linked: hidden files, and the folders that commands and builds write to.
+        if not entry.name.startswith(".") and entry.name not in {"build", "dist", "out"}:
+            (scratch / entry.name).symlink_to(entry)
+    if shared is not None:
+        (folder / "shared").symlink_to(shared.resolve())
+    return scratch
+
+
+def run_block(block: Block, scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block in `scratch`; what it printed, its own trace of commands included, is in `stdout`."""
+    # The environment that runs this script is the one whose `loopscope` and `python` the commands mean.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", block.script],
+        cwd=scratch,
+        env=os.environ | {"PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the given documents, or all; the exit status says whether a command failed."""
+    shared = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
+    failures = 0
+    for document in [Path(name) for name in arguments] or default_documents():
+        with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder:
+            scratch = make_scratch(Path(folder), shared if shared.is_dir() else None)
+            for block in find_blocks(document):
+                if block.not_run is not None:
+                    print(f"{block}: not run: {block.not_run}")
+                elif block.needs_shared_data and not shared.is_dir():
+                    print(f"{block}: not run: {shared} does not exist")
+                else:
+                    result = run_block(block, scratch)
+                    print(f"{block}: exit status {result.returncode}\n{result.stdout}", flush=True)
+                    failures += result.returncode != 0
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
