@@ -4,8 +4,8 @@
     python benchmarks/analysis.py time
     python benchmarks/analysis.py memory
 
-Times are ratios within one run on the shapes of `demo:injected`, best of several rounds, with the two sides taking turns.
-Memory is the peak resident size of a fresh process that analyses once, at R = 32 and at R = 256.
+Times are ratios within one run on the shapes of `demo:injected`, best of several rounds, with the two sides taking
+turns. Memory is the peak resident size of a fresh process that analyses once, at R = 32 and at R = 256.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from loopscope import Architecture, LoopedTransformer, analyze
-from loopscope.settings import AnalyzeSettings
+from loopscope.settings import AnalyzeSettings, HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
 
 ROUNDS = 5
-SECTION_2 = ("readout",)  # the loss by recurrence belongs to the readout, another section of the method
+SECTION_2: tuple[Part, ...] = (
+    "readout",
+)  # the loss by recurrence belongs to the readout, another section of the method
 
 
 def subject() -> NativeSubject:
@@ -53,7 +55,9 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def bare(model: NativeSubject, batch: Batch, settings: AnalyzeSettings, keep: bool) -> None:
-    """The forward passes of one batch and nothing else: to 2H, to R once more unless states are kept, and the other path."""
+    """The forward passes of one batch and nothing else: to 2H, to R once more unless states are kept, and the other
+    path.
+    """
     lengths = [2 * settings.horizon, settings.recurrences] + ([] if keep else [settings.recurrences])
     for length in lengths:
         run = model.start(batch)
@@ -62,7 +66,7 @@ def bare(model: NativeSubject, batch: Batch, settings: AnalyzeSettings, keep: bo
         run.decode()
 
 
-def time_ratio(method: str) -> float:
+def time_ratio(method: HorizonMethod) -> float:
     model, texts = subject(), prompts(8)
     settings = AnalyzeSettings(recurrences=64, horizon=128, horizon_method=method, skip=SECTION_2)
     batch = Batch.of(texts)
@@ -91,7 +95,8 @@ def analyse_once(recurrences: int) -> None:
 
 def main(what: str) -> None:
     if what in ("all", "time"):
-        for method in ("second-pass", "keep"):
+        methods: tuple[HorizonMethod, ...] = ("second-pass", "keep")
+        for method in methods:
             print(f"time: analysis / bare forward passes, {method}: {time_ratio(method):.2f} (at most 1.3)")
     if what in ("all", "memory"):
         small, large = peak_memory(32), peak_memory(256)

@@ -77,6 +77,18 @@ def test_orbit_whose_period_divides_the_horizon_is_not_taken_for_a_fixed_point()
     assert answers(study)["fixed_point"].outcome is Outcome.NO
 
 
+def test_slide_whose_norm_grows_is_not_taken_for_slowing_down() -> None:
+    def sliding(time: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        aside = np.roll(points, 1, axis=-1)
+        aside = aside - (aside * points).sum(-1, keepdims=True) * points
+        return np.asarray(points + 0.02 * time * aside / np.linalg.norm(aside, axis=-1, keepdims=True))
+
+    study = looped_study(sliding)
+    steps = study.dataset["horizon_relative_step"].mean(("layer", "prompt"))
+    assert steps.sel(horizon="second") < 0.75 * steps.sel(horizon="first")  # steps of equal length, larger norm
+    assert answers(study)["fixed_point"].outcome is Outcome.NO
+
+
 def test_slow_contraction_cannot_be_told_at_this_horizon() -> None:
     found = answers(looped_study(contracting(rate=0.96)))
     assert found["fixed_point"].outcome is Outcome.CANNOT_TELL

@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b>'
+HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b>' + "/long" * 40
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from loopscope.analysis import analyze
     from loopscope.answers import Answer, Criterion, quick_answers
     from loopscope.architecture import Architecture
-    from loopscope.trace import Trace, capture
     from loopscope.errors import LoopscopeError
     from loopscope.model import LoopedTransformer
     from loopscope.report import write_report
     from loopscope.settings import AnalyzeSettings
     from loopscope.study import Study
     from loopscope.subject import Subject, load
+    from loopscope.trace import Trace, capture
     from loopscope.visits import Observer, Visit
 
 _HOMES = {

@@ -13,7 +13,8 @@ __all__ = ["storage_error", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary file beside it, so that a reader or a crash never meets half a file.
+    """Write `content` to `path` through a temporary file beside it, so that a reader or a crash never meets half a
+    file.
 
     Missing parent folders are made. Raises `StorageError`; what was at `path` before is then still there.
     """
@@ -40,7 +41,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """The sentence for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
-            f"There is no room left to write {path}; free some space and run the same command again, what was finished is kept."
+            f"There is no room left to write {path}; free some space and run the same command again, what "
+            f"was finished is kept."
         )
     return StorageError(f"{path} cannot be written ({error.strerror or error}); choose a folder that can.")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ __all__ = ["Progress", "SilentProgress", "analyze"]
 Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told how an analysis gets on."""
 
@@ -200,7 +201,8 @@ class _Job:
             return readout_grid(self.info.trained_recurrences or 1, self.settings.recurrences)
         if max(self.settings.readout) > self.settings.recurrences:
             raise ConfigError(
-                f"--readout asks for {max(self.settings.readout)} recurrences, but only {self.settings.recurrences} are "
+                f"--readout asks for {max(self.settings.readout)} recurrences, but only "
+                f"{self.settings.recurrences} are "
                 "measured; raise --recurrences."
             )
         return tuple(sorted(set(self.settings.readout)))
@@ -284,7 +286,9 @@ def _plain(value: Any) -> Any:
 
 
 def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
-    """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones refused."""
+    """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones
+    refused.
+    """
     default = AnalyzeSettings().track
     found = []
     for entry, (prompt, token) in zip(settings.track, settings.tracked, strict=True):

@@ -86,16 +86,21 @@ class Architecture:
     coda: int
     """c: layers that run once, after the loop."""
     recurrences: int = 1
-    """R: how often the recurrent block runs unless told otherwise, the (mean) number that the model was trained with."""
+    """R: how often the recurrent block runs unless told otherwise, the (mean) number that the model was trained with.
+    """
 
     injection: Injection = "none"
-    """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, or s + e."""
+    """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, or s +
+    e.
+    """
     norm_placement: NormPlacement = "pre"
-    """Where a layer's norms n1..n4 sit. `pre`: n1 and n3, before each branch. `residual`: n1 and n3 before each branch, n2
-    and n4 on the residual stream after it (Huginn). `branch-in-out`: n1 and n3 before each branch, n2 and n4 on its output
-    before it is added (Ouro). `branch-out`: n2 and n4 only, on the branch outputs (OLMo-2)."""
+    """Where a layer's norms n1..n4 sit. `pre`: n1 and n3, before each branch. `residual`: n1 and n3 before each
+    branch, n2 and n4 on the residual stream after it (Huginn). `branch-in-out`: n1 and n3 before each branch, n2 and
+    n4 on its output before it is added (Ouro). `branch-out`: n2 and n4 only, on the branch outputs (OLMo-2)."""
     loop_norm: LoopNorm = "none"
-    """The final norm is also applied to the state at the end of each recurrence (Ouro), or once after the loop (Huginn)."""
+    """The final norm is also applied to the state at the end of each recurrence (Ouro), or once after the loop
+    (Huginn).
+    """
     norm_eps: float = 1e-6
 
     qk_norm: QkNorm = "none"

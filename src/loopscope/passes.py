@@ -225,5 +225,6 @@ class _FiniteGuard(Observer):
             row = int((~finite).any(-1).nonzero()[0])
             raise NonFiniteError(
                 f"The state after {visit.label} of prompt {self._first_prompt + row} is NaN or infinite in "
-                f"{self._frame.info.dtype}, before the loop could have made it grow; try a wider --dtype, or check the weights."
+                f"{self._frame.info.dtype}, before the loop could have made it grow; try a wider --dtype, "
+                f"or check the weights."
             )

@@ -1,7 +1,7 @@
 """Settings of the jobs: one dataclass each, the same object for Python, the command line and the manifest.
 
-This module imports neither torch nor numpy, so that `loopscope --help` answers at once. The docstring of a field is its help
-text.
+This module imports neither torch nor numpy, so that `loopscope --help` answers at once. The docstring of a field is
+its help text.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class AnalyzeSettings:
     horizon: int = 128
     """Recurrences after which the state stands in for the fixed point; twice as many are run, to check it."""
     horizon_method: HorizonMethod = "auto"
-    """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The numbers are
-    the same. auto keeps them while they fit into --keep-limit."""
+    """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The
+    numbers are the same. auto keeps them while they fit into --keep-limit."""
     keep_limit: int = 32
-    """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not depend
-    on the number of recurrences."""
+    """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not
+    depend on the number of recurrences."""
 
     dtype: Dtype = "float32"
     """What the model runs in. Measures are taken in float32, or float64 where that is the model's."""
@@ -65,8 +65,8 @@ class AnalyzeSettings:
     cycle_recurrences: int = 8
     """Recurrences in the cycle similarity; memory grows with it."""
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
-    """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative, from
-    the end."""
+    """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative,
+    from the end."""
     components: int = 3
     """Principal components to keep."""
     readout: tuple[int, ...] = ()

@@ -28,8 +28,8 @@ _SHARDS = "shards"
 class StudyFolder:
     """Opens, resumes and finishes one study folder; a context manager that holds the folder's lock.
 
-    `identity` is the part of the manifest that the numbers depend on. A folder whose study has another identity is refused,
-    with what differs; one with the same identity is gone on with.
+    `identity` is the part of the manifest that the numbers depend on. A folder whose study has another identity is
+    refused, with what differs; one with the same identity is gone on with.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]]) -> None:
@@ -98,7 +98,7 @@ class StudyFolder:
         content |= {f"weight/{name}": values for name, values in arrays.weight.items()}
         dims = json.dumps({name: entry.dims for name, entry in named.items()})
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, dims=np.array(dims), **content)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, dims=np.array(dims), **content)
         write_atomically(self._path(index), buffer.getvalue())
 
     def read(self, index: int) -> Arrays:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 
@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
-_ENGINE = "h5netcdf"
+_ENGINE: Literal["h5netcdf"] = "h5netcdf"
 
 
 @dataclass(frozen=True, eq=False)

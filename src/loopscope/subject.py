@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ class SubjectInfo:
     parameters: int
     dtype: str
     device: str
-    weights_sha256: str | None
-    """None for a model that was never saved."""
+    weights_sha256: str
+    """Of the checkpoint's files, or of the values in memory for a model that was not loaded."""
 
     @property
     def is_looped(self) -> bool:
@@ -94,6 +95,7 @@ class Batch:
         return self.mask.sum(-1)
 
 
+@runtime_checkable
 class Run(Protocol):
     """One forward pass in progress, standing between two recurrences."""
 
@@ -108,7 +110,9 @@ class Run(Protocol):
         """Logits of the state as it stands; the run can go on afterwards."""
 
     def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
-        """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be told."""
+        """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be
+        told.
+        """
 
 
 @runtime_checkable
@@ -169,7 +173,7 @@ class NativeSubject:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            weights_sha256=weights_sha256,
+            weights_sha256=weights_sha256 or _digest(model),
         )
 
     @property
@@ -273,9 +277,9 @@ def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionConte
 def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "auto") -> NativeSubject:
     """Load a shipped model (`demo:injected`) or a checkpoint folder.
 
-    `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is one.
-    Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be loaded exactly, `ConfigError` for another
-    dtype or a device that is not there.
+    `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is
+    one. Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be loaded exactly, `ConfigError`
+    for another dtype or a device that is not there.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
@@ -287,6 +291,14 @@ def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "aut
         tokenizer=None if checkpoint.tokenizer is None else load_tokenizer(checkpoint.tokenizer),
         weights_sha256=checkpoint.weights_sha256,
     )
+
+
+def _digest(model: LoopedTransformer) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _device(name: str) -> torch.device:

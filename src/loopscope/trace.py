@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask
 from loopscope.architecture import Stage
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.model import LoopedTransformer
 from loopscope.subject import Batch, NativeSubject, Subject, load
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
@@ -71,7 +72,8 @@ class Trace:
             stage, layer, recurrence = site
             layers = len({layer for name, layer, _ in kept if name == stage})
             raise KeyError(
-                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} has {layers} "
+                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} "
+                f"has {layers} "
                 f"layers and the trace {self.recurrences} recurrences, both counted from 0."
             )
         return kept[site]
@@ -102,7 +104,7 @@ class _Recorder(Observer):
 
 def capture(
     model: str | Path | LoopedTransformer | Subject,
-    input_ids: TokenIds | Sequence[int] | Sequence[Sequence[int]],
+    input_ids: TokenIds | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
     *,
     recurrences: int | None = None,
     initial_state: States | None = None,
@@ -123,10 +125,13 @@ def capture(
     Memory grows with recurrences; for long runs and many prompts use `analyze`.
     """
     subject = _subject(model)
-    batch = _batch(input_ids, attention_mask)
+    ids = torch.from_numpy(input_ids) if isinstance(input_ids, np.ndarray) else input_ids
+    batch = _batch(ids, attention_mask)
     info = subject.info
     if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
         raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    if initial_state is not None and not bool(torch.isfinite(initial_state).all()):
+        raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
     if initial_state is not None and initial_state.shape != (*batch.input_ids.shape, info.width):
         raise ConfigError(
             f"initial_state has shape {tuple(initial_state.shape)}; these tokens and this model need "
@@ -149,7 +154,7 @@ def _subject(model: str | Path | LoopedTransformer | Subject) -> Subject:
 def _batch(ids: TokenIds | Sequence[int] | Sequence[Sequence[int]], mask: TokenMask | None) -> Batch:
     if not isinstance(ids, Tensor):
         nested = [ids] if all(isinstance(entry, int) for entry in ids) else ids
-        if not nested or not all(nested):  # type: ignore[arg-type]
+        if not nested or not all(nested):
             raise ConfigError("input_ids is empty; a prompt needs at least one token.")
         return Batch.of(nested)  # type: ignore[arg-type]
     ids = ids[None] if ids.ndim == 1 else ids

@@ -21,7 +21,8 @@ class Fields:
         """Refuse another value of a field, where it is there: it would be another model than the one implemented."""
         if name in self.config and self.config[name] != value:
             raise CheckpointError(
-                f"config.json has {name} = {self.config[name]!r}; loopscope implements {self.family} with {value!r} only, and "
+                f"config.json has {name} = {self.config[name]!r}; loopscope implements {self.family} with "
+                f"{value!r} only, and "
                 "loading it approximately would give wrong numbers."
             )
 

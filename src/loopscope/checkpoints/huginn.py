@@ -1,7 +1,7 @@
 """Huginn (tomg-group-umd/huginn-0125; Geiping et al., arXiv 2502.05171).
 
-The published keys stack q, k, v in one matrix, and gate and up in another. Two norms more than usual sit on the residual
-stream, queries and keys get a bias before the rotation, and `ln_f` closes the loop as well as the model.
+The published keys stack q, k, v in one matrix, and gate and up in another. Two norms more than usual sit on the
+residual stream, queries and keys get a bias before the rotation, and `ln_f` closes the loop as well as the model.
 """
 
 from __future__ import annotations

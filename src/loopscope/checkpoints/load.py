@@ -38,8 +38,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Build the native model and fill it, one tensor at a time.
 
-    Raises `CheckpointError` for a family that is not known, or a tensor that is missing, unknown or of the wrong shape, and
-    `NonFiniteError` for a weight that is NaN or infinite in `dtype`.
+    Raises `CheckpointError` for a family that is not known, or a tensor that is missing, unknown or of the wrong
+    shape, and `NonFiniteError` for a weight that is NaN or infinite in `dtype`.
     """
     config = read_json(folder / "config.json")
     store = TensorStore(folder)
@@ -75,7 +75,8 @@ def _check_names(family: Family, architecture: Architecture, parts: Mapping[str,
     missing = sorted(wanted - present)
     if missing:
         raise CheckpointError(
-            f"{store.folder} lacks {_count(missing, 'tensor')} that a {family.name} model of layout {architecture.layout} has, "
+            f"{store.folder} lacks {_count(missing, 'tensor')} that a {family.name} model of layout "
+            f"{architecture.layout} has, "
             f"first {missing[0]!r}."
         )
     unknown = sorted(
@@ -83,8 +84,10 @@ def _check_names(family: Family, architecture: Architecture, parts: Mapping[str,
     )
     if unknown:
         raise CheckpointError(
-            f"{store.folder} holds {_count(unknown, 'tensor')} that a {family.name} model of layout {architecture.layout} does "
-            f"not have, first {unknown[0]!r} (in {store.file_of(unknown[0])}); it is another model than its config says."
+            f"{store.folder} holds {_count(unknown, 'tensor')} that a {family.name} model of layout "
+            f"{architecture.layout} does "
+            f"not have, first {unknown[0]!r} (in {store.file_of(unknown[0])}); it is another model than its "
+            f"config says."
         )
     for copy, original in family.copies.items():
         if copy in present and not torch.equal(_whole(store, copy), _whole(store, original)):
@@ -112,13 +115,15 @@ def _fill(
         part = parts[name]
         if store.shape(part.name) != part.shape:
             raise CheckpointError(
-                f"{part.name!r} in {store.file_of(part.name)} has shape {store.shape(part.name)}; config.json asks for {part.shape}."
+                f"{part.name!r} in {store.file_of(part.name)} has shape {store.shape(part.name)}; "
+                f"config.json asks for {part.shape}."
             )
         # A copy: a parameter that is still the mapped file would die with it.
         values = store.rows(part.name, *part.rows).reshape(parameter.shape).to(device, dtype, copy=True)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(
-                f"The weight {part.name!r} in {store.folder / store.file_of(part.name)} holds NaN or infinity in {dtype}; the "
+                f"The weight {part.name!r} in {store.folder / store.file_of(part.name)} holds NaN or "
+                f"infinity in {dtype}; the "
                 "checkpoint is damaged, or needs a wider dtype."
             )
         owner, _, leaf = name.rpartition(".")

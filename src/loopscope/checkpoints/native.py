@@ -1,4 +1,6 @@
-"""loopscope's own format: config.json with the architecture, model.safetensors with our parameter names, tokenizer.json."""
+"""loopscope's own format: config.json with the architecture, model.safetensors with our parameter names,
+tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     version = config.get("format_version")
     if version != _VERSION:
         raise CheckpointError(
-            f"config.json has format_version {version!r}; this loopscope reads version {_VERSION}: update one of the two."
+            f"config.json has format_version {version!r}; this loopscope reads version {_VERSION}: update "
+            f"one of the two."
         )
     fields = config.get("architecture")
     if not isinstance(fields, Mapping):

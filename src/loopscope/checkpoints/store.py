@@ -39,7 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorStore:
     """Tensors by name, read when asked for.
 
-    Raises `CheckpointError` for a folder without safetensors, a damaged or truncated file, or an index that does not fit.
+    Raises `CheckpointError` for a folder without safetensors, a damaged or truncated file, or an index that does not
+    fit.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +52,8 @@ class TensorStore:
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 if name in self._place:
                     raise CheckpointError(
-                        f"The tensor {name!r} is in both {self._place[name].name} and {path.name}; one of them is left over."
+                        f"The tensor {name!r} is in both {self._place[name].name} and {path.name}; one of "
+                        f"them is left over."
                     )
                 self._place[name] = path
             self._files[path.name] = handle
@@ -72,7 +74,9 @@ class TensorStore:
         return rows
 
     def sha256(self) -> str:
-        """Hash of the files' contents: of the file where there is one, of the files' hashes in order of name otherwise."""
+        """Hash of the files' contents: of the file where there is one, of the files' hashes in order of name
+        otherwise.
+        """
         digests = []
         for path in self._paths():
             with path.open("rb") as file:
@@ -100,7 +104,8 @@ class TensorStore:
         pickled = sorted(path.name for pattern in _PICKLED for path in self.folder.glob(pattern))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: convert it "
+                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not "
+                f"read: convert it "
                 "with safetensors.torch.save_file first."
             )
         raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}).")

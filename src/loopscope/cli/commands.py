@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,8 @@ __all__ = ["parse_and_run"]
 class Analyze:
     """Run prompts through a model and measure how each layer's state settles.
 
-    Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was interrupted goes
-    on when the same command is given again.
+    Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was
+    interrupted goes on when the same command is given again.
     """
 
     model: tyro.conf.Positional[str]
@@ -63,6 +64,37 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Train a model from a configuration; the same command goes on with a run that was interrupted."""
+
+    config: tyro.conf.Positional[Path]
+    """A JSON file: architecture, data, optimiser, recurrences. The shipped models' are in loopscope/demo/configs."""
+    out: Path
+    """Folder for the checkpoint, the tokenizer and the log."""
+    train_data: Path | None = None
+    """Training text, instead of the configuration's."""
+    test_data: Path | None = None
+    """Held-out text, instead of the configuration's."""
+    threads: int | None = None
+    """CPU threads; torch's choice unless given."""
+    device: str = "cpu"
+    """A torch device."""
+
+    def run(self) -> None:
+        from loopscope.cli.console import say
+        from loopscope.training.config import TrainConfig
+        from loopscope.training.data import DataFiles
+        from loopscope.training.loop import train
+
+        config = TrainConfig.load(self.config)
+        data = DataFiles.of(config.data, self.config.parent, train=self.train_data, test=self.test_data)
+        result = train(config, self.out, data, threads=self.threads, device=self.device)
+        if not result.finished:
+            sys.exit(130)
+        say(f"model  {result.folder}")
+
+
+@dataclass(frozen=True)
 class Models:
     """List the shipped models."""
 
@@ -75,14 +107,15 @@ class Models:
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Models, tyro.conf.subcommand("models")]
 )
 
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Models = tyro.cli(
-        Command,  # type: ignore[arg-type]
+    command: Analyze | Report | Train | Models = tyro.cli(
+        Command,
         prog="loopscope",
         description="An instrument for looking inside looped language models.",
         args=arguments,

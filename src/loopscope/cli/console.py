@@ -31,14 +31,17 @@ def say_answers(answers: Sequence[Answer]) -> None:
 
 def say_models() -> None:
     """A table of the shipped models."""
-    table = Table("model", "layout", "parameters", "test loss", box=None, pad_edge=False)
+    table = Table("model", "layout", "parameters", "test loss", "bigram entropy", box=None, pad_edge=False)
     for name in demo_names():
-        about = read_json(find_checkpoint(name) / "config.json").get("about", {})
+        results = read_json(find_checkpoint(name) / "results.json")
+        losses = {int(count): loss for count, loss in results["test"]["loss"].items()}
+        best = min(losses, key=lambda count: losses[count])
         table.add_row(
             name,
-            escape(str(about.get("layout", ""))),
-            f"{about['parameters']:,}" if "parameters" in about else "",
-            f"{about['test_loss']:.3f} nats" if "test_loss" in about else "",
+            escape(results["layout"]),
+            f"{results['parameters']:,}",
+            f"{losses[best]:.3f} nats a token after {best} recurrence{'s' if best > 1 else ''}",
+            f"{results['test']['bigram_entropy']:.3f}",
         )
     Console().print(table)
 

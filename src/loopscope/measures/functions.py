@@ -24,6 +24,10 @@ __all__ = [
 
 Vectors = Float[Tensor, "*shape width"]
 Values = Float[Tensor, "*shape"]
+TokenValues = Float[Tensor, "*shape token"]
+Quantiles = Float[Tensor, "level *shape"]
+LayerVectors = Float[Tensor, "layer *shape width"]
+LayerPairs = Float[Tensor, "layer layer *shape"]
 
 
 def widen(states: Tensor) -> Tensor:
@@ -33,13 +37,15 @@ def widen(states: Tensor) -> Tensor:
 
 def residual_norm(states: Vectors) -> Values:
     """Euclidean norm over the width."""
-    return torch.linalg.vector_norm(widen(states), dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(widen(states), dim=-1)
+    return norm
 
 
 def distance(states: Vectors, reference: Vectors) -> Values:
-    """`||x - y||`. The difference is formed before it is squared: `|x|^2 + |y|^2 - 2 x.y` would cancel to nothing near a
-    fixed point."""
-    return torch.linalg.vector_norm(widen(states) - widen(reference), dim=-1)
+    """`||x - y||`. The difference is formed before it is squared: `|x|^2 + |y|^2 - 2 x.y` would cancel to nothing
+    near a fixed point."""
+    away: Tensor = torch.linalg.vector_norm(widen(states) - widen(reference), dim=-1)
+    return away
 
 
 def relative_distance(states: Vectors, reference: Vectors) -> Values:
@@ -54,16 +60,17 @@ def cosine(states: Vectors, reference: Vectors) -> Values:
 
 def cosine_of_norms(states: Vectors, norm: Values, reference: Vectors, reference_norm: Values) -> Values:
     """`cosine` where both norms are at hand."""
-    return (torch.linalg.vecdot(widen(states), widen(reference)) / (norm * reference_norm)).clamp(-1.0, 1.0)
+    product: Tensor = torch.linalg.vecdot(widen(states), widen(reference))
+    return (product / (norm * reference_norm)).clamp(-1.0, 1.0)
 
 
-def layer_cosine(states: Float[Tensor, "layer *shape width"]) -> Float[Tensor, "layer layer *shape"]:
+def layer_cosine(states: LayerVectors) -> LayerPairs:
     """Cosines between the states of every pair of layers."""
     unit = widen(states) / residual_norm(states).unsqueeze(-1)
     return torch.einsum("i...d,j...d->ij...", unit, unit).clamp(-1.0, 1.0)
 
 
-def degeneracy(states: Float[Tensor, "layer *shape width"]) -> Values:
+def degeneracy(states: LayerVectors) -> Values:
     """`min over i > 0 of cos(X*[0], X*[i])` for the layers' states at the horizon.
 
     Near 1, all layers share one point and the cycle is no cycle; NaN where there is one layer only.
@@ -73,9 +80,7 @@ def degeneracy(states: Float[Tensor, "layer *shape width"]) -> Values:
     return cosine(states[1:], states[0].expand_as(states[1:])).amin(0)
 
 
-def quantiles(
-    values: Float[Tensor, "*shape token"], counts: Tensor, levels: tuple[float, ...]
-) -> Float[Tensor, "level *shape"]:
+def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) -> Quantiles:
     """Quantiles over the first `counts` entries of the last dimension, interpolated linearly (numpy's default).
 
     `counts` broadcasts against the leading dimensions. NaN where an entry that counts is not finite.

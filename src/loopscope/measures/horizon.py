@@ -52,7 +52,7 @@ class HorizonStates(Measure):
         self.diverged_at = torch.where(newly, loop_state.recurrence, self.diverged_at)
 
     def layer(self, place: int, layer: int) -> Tensor:
-        """`X*[layer]` at the first (0) or second (1) horizon; `layer` = k is the loop state. (batch, token, width)"""
+        """`X*[layer]` at the first (0) or second (1) horizon, (batch, token, width); `layer` = k is the loop state."""
         state = self._states[place][layer]
         if state is None:
             raise RuntimeError(f"The run did not reach {self.horizons[place]} recurrences.")

@@ -21,22 +21,22 @@ def principal_components(
 ) -> tuple[Float[np.ndarray, "state component"], Float[np.ndarray, " component"]]:
     """Scores on the leading principal components, and each one's share of the variance.
 
-    From the Gram matrix of the centred states in float64: it is small where states are fewer than the width. The sign of
-    a component, which is arbitrary, is set so that its largest score is positive. Components beyond the rank are NaN.
+    From the singular value decomposition of the centred states, in float64. The sign of a component, which is arbitrary,
+    is set so that its largest score is positive. Components beyond the rank of the decomposition are NaN.
     """
     centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
     scores = np.full((len(states), components), np.nan)
     share = np.full(components, np.nan)
     if not np.isfinite(centred).all():
         return scores, share
-    variance, directions = np.linalg.eigh(centred @ centred.T)
-    order = np.argsort(variance)[::-1][:components]
-    kept = variance[order].clip(min=0.0)
-    found = directions[:, order] * np.sqrt(kept)
-    sign = np.sign(found[np.abs(found).argmax(axis=0), np.arange(len(order))])
-    scores[:, : len(order)] = found * np.where(sign == 0, 1.0, sign)
-    total = variance.clip(min=0.0).sum()
-    share[: len(order)] = kept / total if total > 0 else np.nan
+    # torch's, for it keeps to the number of threads that the user asked for.
+    directions, sizes, _ = (part.numpy() for part in torch.linalg.svd(torch.from_numpy(centred), full_matrices=False))
+    kept = min(components, len(sizes))
+    found = directions[:, :kept] * sizes[:kept]
+    sign = np.sign(found[np.abs(found).argmax(axis=0), np.arange(kept)])
+    scores[:, :kept] = found * np.where(sign == 0, 1.0, sign)
+    total = (sizes**2).sum()
+    share[:kept] = sizes[:kept] ** 2 / total if total > 0 else np.nan
     return scores, share
 
 

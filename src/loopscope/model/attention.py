@@ -29,7 +29,9 @@ class AttentionContext:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v per head, with optional q/k norm (before the bias) and q/k bias (before the rotation)."""
+    """softmax(q k^T / sqrt(d)) v per head, with optional q/k norm (before the bias) and q/k bias (before the
+    rotation).
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -80,5 +82,6 @@ class Attention(nn.Module):
         return split if context.rotation is None else rotate(split, context.rotation, self.rotary)
 
     def _split(self, x: Tensor) -> Tensor:
-        """(batch, token, head * head_dim) -> (batch, head, token, head_dim)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """From (batch, token, head * head_dim) to (batch, head, token, head_dim)."""
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)

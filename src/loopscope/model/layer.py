@@ -14,7 +14,7 @@ from loopscope.model.attention import Attention, AttentionContext
 from loopscope.model.norm import RMSNorm
 from loopscope.visits import AttentionView
 
-__all__ = ["Layer", "MLP"]
+__all__ = ["MLP", "Layer"]
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

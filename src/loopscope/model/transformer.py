@@ -35,8 +35,8 @@ class Sequence:
 class LoopedTransformer(nn.Module):
     """Prelude, recurrent block, coda.
 
-    `forward` runs all of it. The stages are also there one by one, `encode`, `initial_state`, `recur`, `decode`, so that
-    a run can be advanced recurrence by recurrence.
+    `forward` runs all of it. The stages are also there one by one, `encode`, `initial_state`, `recur`, `decode`, so
+    that a run can be advanced recurrence by recurrence.
     """
 
     def __init__(self, architecture: Architecture) -> None:
