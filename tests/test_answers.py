@@ -89,6 +89,15 @@ def test_slide_whose_norm_grows_is_not_taken_for_slowing_down() -> None:
     assert answers(study)["fixed_point"].outcome is Outcome.NO
 
 
+def test_norm_that_converges_slowly_is_not_taken_for_one_that_grows_on() -> None:
+    def filling(time: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(points * (1 - 0.5 * 0.95**time))
+
+    study = looped_study(filling)
+    assert study.dataset["horizon_norm_growth"].min() > 1.05
+    assert answers(study)["fixed_point"].outcome is Outcome.CANNOT_TELL
+
+
 def test_slow_contraction_cannot_be_told_at_this_horizon() -> None:
     found = answers(looped_study(contracting(rate=0.96)))
     assert found["fixed_point"].outcome is Outcome.CANNOT_TELL

@@ -15,7 +15,8 @@ from loopscope.report import write_report
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
 
-pytestmark = pytest.mark.browser
+# One worker, and so one browser, for all of them.
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # SwiftShader draws the 3-D figures without a graphics card; the rest keeps the browser from talking to its maker.

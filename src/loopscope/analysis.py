@@ -18,7 +18,7 @@ import xarray as xr
 from loopscope.errors import ConfigError, PromptError
 from loopscope.measures import LEVELS, Arrays, Named, readout_grid, visit_labels
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
-from loopscope.prompts import Prompt, TokenizedPrompt, encode_prompts, load_prompts, prompts_digest
+from loopscope.prompts import Prompt, TokenizedPrompt, draw, encode_prompts, load_prompts, prompts_digest
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
@@ -112,7 +112,8 @@ def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettin
             system_prompt=settings.system_prompt,
         )
     else:
-        loaded = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+        listed = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+        loaded = draw(listed, limit=settings.limit, seed=settings.sample_seed)
     return encode_prompts(
         loaded,
         subject.tokenizer,

@@ -228,7 +228,9 @@ def _typed(owner: str, name: str, value: Any, hint: Any) -> Any:
     """JSON has one kind of number: a whole float is an int where an int is asked for, and an int is a float."""
     options = get_args(hint) or (hint,)
     if all(isinstance(option, str) for option in options):
-        return value  # a Literal; Architecture checks the choice
+        if value not in options:
+            raise ConfigError(f"The field {name!r} of the {owner} must be one of {', '.join(options)}, got {value!r}.")
+        return value
     for option in options:
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -61,20 +61,24 @@ class StudyFolder:
         self._release()
 
     def _release(self) -> None:
-        self._lock.release()
+        # While it is held: whoever opened the file before sees that it is gone, and makes a new one.
         (self.folder / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
 
     def _claim(self) -> None:
         if (self.folder / MANIFEST).exists():
             _check_same(self.folder, read_manifest(self.folder), self.manifest)
             return
-        others = sorted(path.name for path in self.folder.iterdir() if path.name != _LOCK)
+        # A process that was killed while it claimed the folder leaves half a manifest under a temporary name.
+        ours = (_LOCK, f".{MANIFEST}.")
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
         if others:
             raise StudyError(
                 f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
             )
-        write_atomically(self.folder / TOKENS, tokens_file(self.tokens))
+        # The manifest first: from then on the folder is known to be this study's.
         write_manifest(self.folder, {**self.manifest, "status": "running"})
+        write_atomically(self.folder / TOKENS, tokens_file(self.tokens))
 
     @property
     def is_complete(self) -> bool:

@@ -45,16 +45,16 @@ class Study:
             raise StudyError(
                 f"The study in {folder} is not finished; run the same `loopscope analyze` command to finish it."
             )
+        for name in (ARRAYS, TOKENS):
+            if not (folder / name).is_file():
+                raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
             # Read whole: a file that stays open would break when the study is written again.
             with xr.open_dataset(folder / ARRAYS, engine=_ENGINE) as opened:
                 dataset = opened.load()
-            lines = (folder / TOKENS).read_text(encoding="utf-8").splitlines()
-            tokens = [json.loads(line) for line in lines]
-        except FileNotFoundError as error:
-            raise StudyError(
-                f"{folder} lacks {Path(str(error.filename)).name}; run the analysis again into a new folder."
-            ) from None
+            # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
+            lines = (folder / TOKENS).read_text(encoding="utf-8").split("\n")
+            tokens = [json.loads(line) for line in lines if line]
         except (OSError, ValueError, KeyError) as error:
             raise StudyError(
                 f"The study in {folder} is damaged ({error}); run the analysis again into a new folder."

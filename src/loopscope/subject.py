@@ -189,13 +189,18 @@ class NativeSubject:
         architecture = self.model.architecture
         if architecture.injection == "none":
             return None
-        std = architecture.state_std
-        if architecture.state_init == "embeddings":
-            with torch.no_grad():
-                encoded = self.model.encode(batch.input_ids.to(self.device), batch.mask.to(self.device)).encoded
-            # As large as the state that it replaces.
-            std = float(encoded.float().square().mean(-1)[batch.mask.to(self.device)].mean().sqrt())
-        noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=std, seed=seed + 1)
+        if architecture.state_init == "normal":
+            noise = initial_noise(
+                batch.input_ids, batch.mask, architecture.width, std=architecture.state_std, seed=seed + 1
+            )
+            return noise.to(self.device, self.model.dtype)
+        noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=1.0, seed=seed + 1).to(self.device)
+        mask = batch.mask.to(self.device)
+        with torch.no_grad():
+            encoded = self.model.encode(batch.input_ids.to(self.device), mask).encoded
+        # As large as the state that it replaces, prompt by prompt: what else is in the batch must not matter.
+        square = torch.where(mask, encoded.double().square().mean(-1), 0.0).sum(-1) / mask.sum(-1)
+        noise = noise * square.sqrt()[:, None, None]
         return noise.to(self.device, self.model.dtype)
 
 

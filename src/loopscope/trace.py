@@ -14,7 +14,7 @@ from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject, Subject, load
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, load
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
 __all__ = ["Trace", "capture"]
@@ -22,6 +22,8 @@ __all__ = ["Trace", "capture"]
 
 _Site = tuple[Stage, int, int]
 _Kept = TypeVar("_Kept")
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Trace:
@@ -104,12 +106,12 @@ class _Recorder(Observer):
 
 def capture(
     model: str | Path | LoopedTransformer | Subject,
-    input_ids: TokenIds | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+    input_ids: Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
     *,
     recurrences: int | None = None,
-    initial_state: States | None = None,
+    initial_state: Tensor | None = None,
     attention: bool = False,
-    attention_mask: TokenMask | None = None,
+    attention_mask: Tensor | None = None,
     seed: int = 0,
 ) -> Trace:
     """Run a model once and keep every residual state, loop state and, on request, attention map.
@@ -120,23 +122,18 @@ def capture(
     - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right.
     - `recurrences`: the trained number unless given.
     - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
-    - `attention_mask`: True for tokens, for a tensor of ids that holds padding.
+    - `attention_mask`: True for tokens, of the shape of `input_ids`, where those are a tensor that holds padding.
 
-    Memory grows with recurrences; for long runs and many prompts use `analyze`.
+    Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
+    that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
     """
     subject = _subject(model)
-    ids = torch.from_numpy(input_ids) if isinstance(input_ids, np.ndarray) else input_ids
-    batch = _batch(ids, attention_mask)
+    batch = _batch(input_ids, attention_mask)
     info = subject.info
     if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
         raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
-    if initial_state is not None and not bool(torch.isfinite(initial_state).all()):
-        raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
-    if initial_state is not None and initial_state.shape != (*batch.input_ids.shape, info.width):
-        raise ConfigError(
-            f"initial_state has shape {tuple(initial_state.shape)}; these tokens and this model need "
-            f"{(*batch.input_ids.shape, info.width)}."
-        )
+    if initial_state is not None:
+        _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
     recorder = _Recorder(attention)
     run = subject.start(batch, seed=seed, initial_state=initial_state, observers=[recorder])
     first = run.state
@@ -151,21 +148,34 @@ def _subject(model: str | Path | LoopedTransformer | Subject) -> Subject:
     return NativeSubject(model) if isinstance(model, LoopedTransformer) else model
 
 
-def _batch(ids: TokenIds | Sequence[int] | Sequence[Sequence[int]], mask: TokenMask | None) -> Batch:
-    if not isinstance(ids, Tensor):
-        nested = [ids] if all(isinstance(entry, int) for entry in ids) else ids
+def _batch(given: Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]], mask: Tensor | None) -> Batch:
+    if not isinstance(given, Tensor | np.ndarray):
+        if mask is not None:
+            raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
+        nested = [given] if all(isinstance(entry, int) for entry in given) else given
         if not nested or not all(nested):
             raise ConfigError("input_ids is empty; a prompt needs at least one token.")
         return Batch.of(nested)  # type: ignore[arg-type]
+    ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
         raise ConfigError(
             f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
         )
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
     return Batch(ids.long(), mask)
+
+
+def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:
+    if not info.is_looped:
+        raise ConfigError(f"{info.name} has no recurrent layers, so initial_state means nothing.")
+    if state.shape != shape:
+        raise ConfigError(f"initial_state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
+    if not bool(torch.isfinite(state).all()):
+        raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
 
 
 def _recurrences(subject: Subject, asked: int | None) -> int:

@@ -10,7 +10,14 @@ import numpy as np
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.limits import diverged_prompts, few_prompts
-from loopscope.answers.settling import Settling, prompt_settling, settling, settling_by_layer, step_ratio
+from loopscope.answers.settling import (
+    SUMMABLE_RATIO,
+    Settling,
+    prompt_settling,
+    settling,
+    settling_by_layer,
+    step_ratio,
+)
 from loopscope.answers.statistics import Share, median
 from loopscope.answers.view import StudyView
 from loopscope.answers.wording import listed, percent, significant
@@ -28,8 +35,6 @@ _VERDICTS = {
     Settling.NO_FIXED_POINT: (Outcome.NO, "no"),
     Settling.DIVERGED: (Outcome.NO, "no, it diverges"),
 }
-
-
 _SEEN_IN_THE_NORM = (Settling.DIRECTION_ONLY, Settling.DIVERGED)
 
 
@@ -142,7 +147,9 @@ def _sentence(
                 f"below it cannot be seen. {between}; rounding alone makes relative steps of {significant(floor)}."
             )
         case Settling.STILL_CONVERGING:
-            pace = "faster than 1/t, as they must to add up to a limit" if ratio < 0.5 else "no faster than 1/t"
+            pace = (
+                "faster than 1/t, as they must to add up to a limit" if ratio < SUMMABLE_RATIO else "no faster than 1/t"
+            )
             return (
                 f"Cannot tell at this horizon: the state still moves, but is slowing down, in {share}. {between}; "
                 f"the step into recurrence {second} is {percent(ratio)} as long as that into {first}: steps shrink "
@@ -152,8 +159,8 @@ def _sentence(
             return (
                 f"Only in direction: the norm keeps growing, in {share}. Between {first} and {second} recurrences "
                 f"it grows {significant(growth, 3)}-fold, while the state turns by "
-                f"{significant(float(evidence['turn_between_horizons']))} degrees. Relative steps shrink because "
-                "the norm grows."
+                f"{significant(float(evidence['turn_between_horizons']))} degrees. Relative steps shrink "
+                "although the state goes on."
             )
         case Settling.NO_FIXED_POINT:
             return (

@@ -16,7 +16,7 @@ from loopscope.answers.criterion import Criterion
 from loopscope.answers.view import StudyView
 from loopscope.answers.wording import spans
 
-__all__ = ["Settling", "prompt_settling", "settling", "settling_by_layer", "step_ratio"]
+__all__ = ["SUMMABLE_RATIO", "Settling", "prompt_settling", "settling", "settling_by_layer", "step_ratio"]
 
 
 class Settling(StrEnum):
@@ -31,6 +31,10 @@ class Settling(StrEnum):
     DIVERGED = "diverged"
 
 
+SUMMABLE_RATIO = 0.5
+"""The ratio of two steps, at 2H and at H, that shrink like 1/t. Steps that shrink faster than that add up to a
+finite way; others to a way without end. No setting: it follows from the harmonic series."""
+
 _ORDER = tuple(Settling)
 
 
@@ -38,13 +42,13 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     """The `Settling` of every layer and prompt, as an array of its integer rank, dimensions (layer, prompt).
 
     Rank r stands for `list(Settling)[r]`. A state is settled if it stays within the tolerances from H to 2H and in
-    the steps into both. If not, and the norm accounts for most of the movement while the direction is settled, only
-    the direction has settled. If rounding alone explains the steps that are left, it is at the floor. Otherwise the
-    lengths of the two steps (not divided by the norm, whose growth would make steps look smaller) say whether it
-    slows down.
+    the steps into both. If not, and the direction is settled while the norm grows, in steps that add up without
+    limit and make most of the movement, only the direction has settled. If rounding alone explains the steps that
+    are left, it is at the floor. Otherwise the lengths of the two steps (not divided by the norm, whose growth
+    would make steps look smaller) say whether it slows down.
     """
     data = view.dataset
-    drift = data["horizon_drift"]
+    drift = data["horizon_drift"].transpose("layer", "prompt")
     step = data["horizon_relative_step"].max("horizon", skipna=False)
     growth = data["horizon_norm_growth"]
     movement = np.maximum(drift, step)
@@ -55,14 +59,15 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     fixed = (movement <= criterion.drift_tolerance) & norm_settled
     # Rounding errors that nothing pulls back add up like a random walk: to sqrt(H) times one of them.
     floor = (step <= rounding) & (drift <= np.sqrt(view.horizon) * rounding)
+    ratio = step_ratio(data)
+    outwards = turned * growth < growth - 1  # as shares of the norm at H: way around against way out
     direction = (
         (growth > 1 + criterion.norm_growth_tolerance)
         & (turned <= criterion.direction_tolerance)
-        & (
-            turned * growth < growth - 1
-        )  # the movement sideways, as a share of the norm at 2H, is less than that outwards
+        & outwards
+        & ~(ratio < SUMMABLE_RATIO)
     )
-    slowing = step_ratio(data) < criterion.slowing_ratio
+    slowing = ratio < criterion.slowing_ratio
     missing = (data["diverged_at"] >= 0) | ~np.isfinite(movement + growth + turned)
 
     cases = [
@@ -81,8 +86,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
 
 
 def step_ratio(data: xarray.Dataset) -> xarray.DataArray:
-    """Length of the step into 2H over that of the step into H, dimensions (layer, prompt). Steps that shrink like
-    1/t, and so add up without limit, give 0.5."""
+    """Length of the step into 2H over that of the step into H, dimensions (layer, prompt)."""
     length = data["horizon_relative_step"] * data["horizon_residual_norm"]
     with np.errstate(divide="ignore", invalid="ignore"):  # a state that is exactly fixed makes steps of length 0
         return length.sel(horizon="second", drop=True) / length.sel(horizon="first", drop=True)

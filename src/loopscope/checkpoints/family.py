@@ -24,7 +24,7 @@ class Family:
     recognises: Callable[[Config, Collection[str]], bool]
     """From config.json and the tensors' names."""
     architecture: Callable[[Config], Architecture]
-    """Raises `CheckpointError` for any setting that the native model does not implement."""
+    """Raises `CheckpointError` or `ConfigError` for any setting that the native model does not implement."""
     parts: Callable[[Architecture], Mapping[str, Part]]
     """Where each of our parameters lies."""
     unused: re.Pattern[str] = field(default=re.compile(r"(?!)"))

@@ -13,6 +13,7 @@ from typing import Any
 from loopscope.architecture import Architecture
 from loopscope.checkpoints.fields import Fields
 from loopscope.checkpoints.parts import Part
+from loopscope.errors import CheckpointError
 
 __all__ = ["COPIES", "UNUSED", "architecture", "parts", "recognises"]
 
@@ -37,7 +38,7 @@ _FIXED = {
 
 def recognises(config: Mapping[str, Any], names: Collection[str]) -> bool:
     """By its keys: the retrofitted Llama and OLMo models carry the same model_type and lack the third norm."""
-    return config.get("model_type") == "huginn_raven" and "transformer.core_block.0.norm_3.weight" in names
+    return config.get("model_type") == "huginn_raven" and any(name.endswith(".norm_3.weight") for name in names)
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -46,6 +47,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         fields.require(name, value)
     width = fields.integer("n_embd")
     heads = fields.integer("n_heads")
+    if heads < 1:
+        raise CheckpointError(f"config.json: n_heads must be at least 1, got {heads}.")
     fields.require("num_key_value_heads", heads)
     init = fields.mapping("init_values")
     embedding_scale = init.number("embed_scale")

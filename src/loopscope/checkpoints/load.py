@@ -14,7 +14,7 @@ from loopscope.architecture import Architecture
 from loopscope.checkpoints.family import FAMILIES, Family
 from loopscope.checkpoints.parts import Part
 from loopscope.checkpoints.store import TensorStore, read_json
-from loopscope.errors import CheckpointError, NonFiniteError
+from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
 from loopscope.model import LoopedTransformer
 
 __all__ = ["Checkpoint", "load_checkpoint"]
@@ -39,12 +39,12 @@ def load_checkpoint(
     """Build the native model and fill it, one tensor at a time.
 
     Raises `CheckpointError` for a family that is not known, or a tensor that is missing, unknown or of the wrong
-    shape, and `NonFiniteError` for a weight that is NaN or infinite in `dtype`.
+    shape or kind of number, and `NonFiniteError` for a weight that is NaN or infinite in `dtype`.
     """
     config = read_json(folder / "config.json")
     store = TensorStore(folder)
     family = _recognise(config, store.names, folder)
-    architecture = family.architecture(config)
+    architecture = _architecture(family, config, folder)
     parts = family.parts(architecture)
     _check_names(family, architecture, parts, store)
     model = _fill(architecture, parts, store, dtype, device)
@@ -59,13 +59,20 @@ def load_checkpoint(
     )
 
 
+def _architecture(family: Family, config: Mapping[str, Any], folder: Path) -> Architecture:
+    try:
+        return family.architecture(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+
+
 def _recognise(config: Mapping[str, Any], names: Collection[str], folder: Path) -> Family:
     for family in FAMILIES:
         if family.recognises(config, names):
             return family
     raise CheckpointError(
-        f"{folder} is of no known family (model_type {config.get('model_type')!r}); known families are "
-        f"{', '.join(family.name for family in FAMILIES)}."
+        f"{folder} is of no known family, by its model_type {config.get('model_type')!r} and the names of its "
+        f"tensors; known families are {', '.join(family.name for family in FAMILIES)}."
     )
 
 
@@ -118,8 +125,14 @@ def _fill(
                 f"{part.name!r} in {store.file_of(part.name)} has shape {store.shape(part.name)}; "
                 f"config.json asks for {part.shape}."
             )
+        stored = store.rows(part.name, *part.rows)
+        if not stored.is_floating_point():
+            raise CheckpointError(
+                f"{part.name!r} in {store.file_of(part.name)} is stored as {stored.dtype}; weights are read as "
+                "floating-point numbers only: give the checkpoint as it was before it was quantised."
+            )
         # A copy: a parameter that is still the mapped file would die with it.
-        values = store.rows(part.name, *part.rows).reshape(parameter.shape).to(device, dtype, copy=True)
+        values = stored.reshape(parameter.shape).to(device, dtype, copy=True)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(
                 f"The weight {part.name!r} in {store.folder / store.file_of(part.name)} holds NaN or "

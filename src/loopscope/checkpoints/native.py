@@ -15,7 +15,7 @@ from safetensors.torch import save
 from loopscope._files import write_atomically
 from loopscope.architecture import Architecture
 from loopscope.checkpoints.parts import Part
-from loopscope.errors import CheckpointError, ConfigError
+from loopscope.errors import CheckpointError
 from loopscope.model import LoopedTransformer
 
 __all__ = ["architecture", "parts", "recognises", "save_checkpoint"]
@@ -37,10 +37,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     fields = config.get("architecture")
     if not isinstance(fields, Mapping):
         raise CheckpointError("config.json has no object named 'architecture'.")
-    try:
-        return Architecture.from_dict(fields)
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+    return Architecture.from_dict(fields)
 
 
 def parts(architecture: Architecture) -> dict[str, Part]:

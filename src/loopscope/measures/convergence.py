@@ -114,5 +114,6 @@ class Convergence(Measure):
         for index, name in enumerate(TOKEN_NAMES):
             arrays.per_prompt[f"token_{name}"] = Named(("site", "recurrence", "prompt", "token"), self._tokens[index])
         norm = arrays.per_prompt["residual_norm"].values
-        arrays.per_prompt["norm_growth"] = Named(dims, norm / norm[:, :1])
+        with np.errstate(invalid="ignore", divide="ignore"):  # no growth is defined from a state of zeros or infinity
+            arrays.per_prompt["norm_growth"] = Named(dims, norm / norm[:, :1])
         return arrays

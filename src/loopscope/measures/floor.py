@@ -1,4 +1,4 @@
-"""The noise floor: the relative step below which arithmetic alone moves the state."""
+"""The noise floor: the relative step that arithmetic alone keeps up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ __all__ = ["noise_floor"]
 def noise_floor(frame: Frame, run: Run) -> Arrays:
     """`sqrt(2)` times the relative rounding error of one recurrence, per layer and prompt, where the run stands.
 
-    Two consecutive states of a settled trajectory carry independent rounding errors of size sigma, so they differ by
-    sqrt(2) sigma even though nothing moves. Errors that the loop carries on add to it: with a leading eigenvalue
-    lambda the step becomes `sigma sqrt(2 / (1 + lambda))`, between 1 and sqrt(2) times sigma for lambda in [0, 1),
-    and more for negative or non-normal ones. So this is the floor that no verdict may go below; a model can settle
-    above it.
+    Two consecutive states of a settled trajectory carry rounding errors of size sigma, so they differ by about
+    sqrt(2) sigma even though nothing moves. It is an estimate. Errors that the loop carries on add to it: independent ones
+    at a leading eigenvalue lambda make the step `sigma sqrt(2 / (1 + lambda))`, more for negative or non-normal ones. And
+    rounding is deterministic, so that a state can also come to rest below it.
     """
     error = run.rounding_error()
     if error is None:

@@ -24,7 +24,8 @@ def principal_components(
     From the singular value decomposition of the centred states, in float64. The sign of a component, which is arbitrary,
     is set so that its largest score is positive. Components beyond the rank of the decomposition are NaN.
     """
-    centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # states of a diverging model, told apart below
+        centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
     scores = np.full((len(states), components), np.nan)
     share = np.full(components, np.nan)
     if not np.isfinite(centred).all():

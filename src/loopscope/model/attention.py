@@ -71,14 +71,12 @@ class Attention(nn.Module):
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return output, AttentionView(query, key, self.head_dim**-0.5, context.mask)
 
-    def _heads(self, x: Tensor, norm: RMSNorm | None, bias: nn.Parameter | None, context: AttentionContext) -> Tensor:
-        if norm is not None and not self.norm_per_head:
-            x = norm(x)
+    def _heads(self, x: Tensor, norm: RMSNorm | None, bias: Tensor | None, context: AttentionContext) -> Tensor:
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2) if self.norm_per_head else norm(x)
         if bias is not None:
             x = x + bias
         split = self._split(x)
-        if norm is not None and self.norm_per_head:
-            split = norm(split)
         return split if context.rotation is None else rotate(split, context.rotation, self.rotary)
 
     def _split(self, x: Tensor) -> Tensor:

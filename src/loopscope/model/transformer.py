@@ -62,8 +62,12 @@ class LoopedTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    def initialize(self, seed: int, std: float = 0.02) -> LoopedTransformer:
-        """Fill every matrix with N(0, std^2), every norm with 1, every bias with 0; a function of the seed alone."""
+    def initialize(self, seed: int, std: float = 0.02, branch_gain: float = 1.0) -> LoopedTransformer:
+        """Fill every matrix with N(0, std^2), every norm with 1, every bias with 0; a function of the seed alone.
+
+        Norms on the output of a branch, before it is added to the residual stream, get `branch_gain` instead. With 1, the
+        branches of a deep stack drown the token embeddings that they are added to.
+        """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -72,6 +76,10 @@ class LoopedTransformer(nn.Module):
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if name.endswith("_bias") else 1.0)
+            if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
+                for layer in (*self.prelude, *self.recurrent, *self.coda):
+                    for norm in (layer.norm_2, layer.norm_4):
+                        norm.weight.fill_(branch_gain)
         return self
 
     def forward(
@@ -95,10 +103,14 @@ class LoopedTransformer(nn.Module):
         - `seed`: of the random initial state, if the architecture has one.
         - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
         - `observers`: told of every visit.
+
+        Raises `ConfigError` for a number of recurrences below 1, or other than 1 where there is no loop.
         """
         recurrences = self.architecture.recurrences if recurrences is None else recurrences
         if recurrences < 1:
             raise ConfigError(f"recurrences must be at least 1, got {recurrences}.")
+        if recurrences > 1 and not self.architecture.is_looped:
+            raise ConfigError(f"This model has no recurrent layers, so recurrences={recurrences} means nothing.")
         observers = tuple(observers)
         sequence = self.encode(input_ids, attention_mask, observers)
         state = self.initial_state(sequence, seed) if initial_state is None else initial_state

@@ -26,8 +26,6 @@ class Figure:
     plot: go.Figure
     height: int = 340
     """In CSS pixels."""
-    wide: bool = False
-    """Takes the full width of the page rather than a column."""
 
     @property
     def has_data(self) -> bool:

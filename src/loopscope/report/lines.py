@@ -17,22 +17,20 @@ from loopscope.report.style import base_figure, layer_colours, named_in_legend, 
 __all__ = ["by_layer", "by_recurrence"]
 
 
-def by_layer(
-    material: Material, name: str, y_title: str, *, ribbon: bool = True, log: bool = True, floor: bool = False
-) -> go.Figure:
+def by_layer(material: Material, name: str, y_title: str, *, ribbon: bool = True, floor: bool = False) -> go.Figure:
     """A line per recurrent layer over the recurrences: medians over prompts. The ribbon spans the middle 90 % of
     the tokens at the last layer. A vertical line marks the trained number of recurrences; `floor` adds the rounding
-    floor. `log` allows a logarithmic axis where the values span enough for one."""
+    floor."""
     figure = base_figure("recurrences", y_title)
     counts = material.counts
     if ribbon:
-        _add_ribbon(figure, material, name, counts, log)
+        _add_ribbon(figure, material, name, counts)
     curve = material.curve(name)
     for layer, colour in enumerate(layer_colours(material.recurrent)):
         values = curve.values[layer]
         figure.add_scatter(
             x=counts,
-            y=positive(values) if log else values.astype(np.float32),
+            y=positive(values),
             name=f"layer {layer}",
             mode="lines" if len(counts) > 1 else "markers",
             line={"color": colour, "width": 2},
@@ -41,15 +39,14 @@ def by_layer(
         )
     if floor:
         add_floor(figure, material)
-    if log:
-        scale_y(figure)
+    scale_y(figure)
     trained = material.view.trained
     if trained is not None and trained <= material.view.recurrences:
         mark_vertical(figure, trained, f"trained: {trained}")
     return figure
 
 
-def by_recurrence(material: Material, values: xarray.DataArray, y_title: str, *, log: bool = True) -> go.Figure:
+def by_recurrence(material: Material, values: xarray.DataArray, y_title: str) -> go.Figure:
     """A line per recurrence over relative depth; recurrences are picked at powers of two, later ones lighter.
 
     `values` has dimensions (layer, recurrence), all recurrences.
@@ -64,7 +61,7 @@ def by_recurrence(material: Material, values: xarray.DataArray, y_title: str, *,
             continue
         figure.add_scatter(
             x=depth,
-            y=positive(line) if log else line.astype(np.float32),
+            y=positive(line),
             name=f"{count}",
             mode="lines+markers",
             line={"color": colour, "width": 2},
@@ -73,15 +70,14 @@ def by_recurrence(material: Material, values: xarray.DataArray, y_title: str, *,
         )
     figure.update_xaxes(range=[0, 102])
     figure.update_layout(legend_title={"text": "recurrence", "font": {"size": 12}})
-    if log:
-        scale_y(figure)
+    scale_y(figure)
     return figure
 
 
-def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArray[np.int64], log: bool) -> None:
+def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArray[np.int64]) -> None:
     quantiles = material.shown[f"{name}_quantile"].isel(layer=-1, recurrence=counts - 1)
     edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)).values for level in (0.05, 0.95)]
-    low, high = (positive(edge) if log else edge.astype(np.float32) for edge in edges)
+    low, high = (positive(edge) for edge in edges)
     shown = np.isfinite(low) & np.isfinite(high)
     shared: dict[str, Any] = {"x": counts[shown], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     figure.add_scatter(y=low[shown], showlegend=False, **shared)

@@ -134,6 +134,9 @@ class TrainConfig:
     """Fixes initial weights, order of documents, sampled recurrences and initial states."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    init_branch_gain: float = 1.0
+    """Initial weight of the norms on branch outputs, where the architecture has them. With 1, a deep loop without
+    injection forgets its tokens before it learns (see docs/log.md)."""
     recurrences: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -147,6 +150,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(math.isfinite(self.init_std) and self.init_std > 0, f"init_std must be positive, got {self.init_std}")
+        gain = self.init_branch_gain
+        _require(math.isfinite(gain) and gain > 0, f"init_branch_gain must be positive, got {gain}")
         _require(
             self.architecture.is_looped or self.recurrences == RecurrenceConfig(),
             "a model without recurrent layers has no recurrences to set; leave `recurrences` out",

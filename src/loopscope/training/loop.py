@@ -91,7 +91,11 @@ class _Run:
         self.config = config
         self.folder = folder
         self.texts = load_texts(config, data, folder.tokenizer)
-        self.model = LoopedTransformer(config.architecture).initialize(config.seed, config.init_std).to(device)
+        self.model = (
+            LoopedTransformer(config.architecture)
+            .initialize(config.seed, config.init_std, config.init_branch_gain)
+            .to(device)
+        )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.progress = Progress()
         if folder.state.exists():

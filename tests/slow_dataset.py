@@ -1,0 +1,222 @@
+"""A study's variables by the formulas of docs/study.md, one prompt and one state at a time, in plain numpy.
+
+Slow, without batches, padding, passes or shards: every state of a prompt that was run alone lies in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray
+from numpy.typing import NDArray
+
+from loopscope import capture
+from loopscope.settings import AnalyzeSettings
+from loopscope.subject import Batch, NativeSubject
+
+Array = NDArray[np.float64]
+Named = tuple[tuple[str, ...], Array]
+
+LEVELS = [0.05, 0.25, 0.5, 0.75, 0.95]
+
+
+def slow_dataset(subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: AnalyzeSettings) -> xarray.Dataset:
+    """All variables but `noise_floor`, which no trace can show."""
+    found = [_of_prompt(subject, list(prompt), settings) for prompt in prompts]
+    longest = max(len(prompt) for prompt in prompts)
+    variables: dict[str, Named] = {}
+    for name, (dims, _) in found[0].items():
+        padded = [_padded(prompt[name][1], dims, longest) for prompt in found]
+        if "token" in dims:
+            variables[name] = ((*dims[:-1], "prompt", "token"), np.stack(padded, axis=-2))
+        else:
+            variables[name] = ((*dims, "prompt"), np.stack(padded, axis=-1))
+    dims, values = variables["cycle_similarity"]
+    variables["cycle_similarity"] = (dims[:-1], values.mean(-1))
+    variables |= _trajectories(subject, prompts, settings)
+    return xarray.Dataset(variables)
+
+
+def _padded(values: Array, dims: tuple[str, ...], longest: int) -> Array:
+    if "token" not in dims:
+        return values
+    missing = longest - values.shape[-1]
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)], constant_values=np.nan)
+
+
+def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
+    looped = subject.info.is_looped
+    states = _States.of(subject, prompt, settings) if looped else None
+    found = _whole_depth(subject, prompt, settings)
+    grid = _readout(subject, settings) if looped else [None]
+    losses = [_loss(subject, prompt, count, settings.seed) for count in grid]
+    found["loss"] = (("readout_recurrence",), np.array(losses))
+    found["token_count"] = ((), np.array(float(len(prompt))))
+    found["diverged_at"] = ((), np.array(-1.0))
+    if states is not None:
+        found |= _steps_and_distances(states, settings)
+        found |= _at_the_horizons(states, settings)
+        found |= _paths(subject, prompt, states, settings)
+    return found
+
+
+@dataclass(frozen=True)
+class _States:
+    """Of one prompt."""
+
+    layers: Array
+    """X, (recurrence, layer, token, width)."""
+    carried: Array
+    """Loop states, (recurrence + 1, token, width), the initial one first."""
+
+    @classmethod
+    def of(cls, subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> _States:
+        steps = max(settings.recurrences, 2 * settings.horizon)
+        trace = capture(subject, prompt, recurrences=steps, seed=settings.seed)
+        layers = range(subject.info.recurrent)
+        outputs = [[_array(trace.residual("recurrent", layer, t)) for layer in layers] for t in range(steps)]
+        carried = [_array(trace.initial_state), *(_array(trace.loop_state(t)) for t in range(steps))]
+        return cls(np.array(outputs), np.array(carried))
+
+
+def _array(states: torch.Tensor) -> Array:
+    return states[0].double().numpy()
+
+
+def _norm(x: Array) -> Array:
+    return np.asarray(np.sqrt((x * x).sum(-1)))
+
+
+def _cosine(x: Array, y: Array) -> Array:
+    return np.asarray((x * y).sum(-1) / (_norm(x) * _norm(y)))
+
+
+def _compared(site: Array, before: Array | None, settings: AnalyzeSettings) -> dict[str, Array]:
+    """(recurrence, token) for the states of one site, (recurrence, token, width); `before` them is another state."""
+    first, second = site[settings.horizon - 1], site[2 * settings.horizon - 1]
+    nothing = np.full_like(first, np.nan) if before is None else before
+    now = site[: settings.recurrences]
+    previous = np.concatenate([nothing[None], site[: settings.recurrences - 1]])
+    return {
+        "successive_difference": _norm(now - previous),
+        "relative_step": _norm(now - previous) / _norm(now),
+        "cosine_to_previous": _cosine(now, previous),
+        "distance_to_horizon": _norm(now - first),
+        "relative_distance": _norm(now - first) / _norm(first),
+        "cosine_to_horizon": _cosine(now, first[None]),
+        "distance_to_second_horizon": _norm(now - second),
+        "relative_distance_second_horizon": _norm(now - second) / _norm(second),
+        "cosine_to_second_horizon": _cosine(now, second[None]),
+        "residual_norm": _norm(now),
+    }
+
+
+def _steps_and_distances(states: _States, settings: AnalyzeSettings) -> dict[str, Named]:
+    by_layer = [_compared(states.layers[:, layer], None, settings) for layer in range(states.layers.shape[1])]
+    found: dict[str, Named] = {}
+    for name in by_layer[0]:
+        values = np.array([layer[name] for layer in by_layer])
+        found[name] = (("layer", "recurrence"), values.mean(-1))
+        quantiles = np.full((len(LEVELS), *values.shape[:2]), np.nan)
+        for place in np.ndindex(values.shape[:2]):
+            quantiles[(slice(None), *place)] = np.quantile(values[place], LEVELS)
+        found[f"{name}_quantile"] = (("quantile", "layer", "recurrence"), quantiles)
+    norm = found["residual_norm"][1]
+    found["norm_growth"] = (("layer", "recurrence"), norm / norm[:, :1])
+    loop_state = _compared(states.carried[1:], states.carried[0], settings)
+    for name in by_layer[0]:
+        if name not in ("distance_to_second_horizon", "cosine_to_second_horizon"):
+            both = np.array([by_layer[-1][name], loop_state[name]])
+            found[f"token_{name}"] = (("site", "recurrence", "token"), both)
+    return found
+
+
+def _at_the_horizons(states: _States, settings: AnalyzeSettings) -> dict[str, Named]:
+    ends = [settings.horizon - 1, 2 * settings.horizon - 1]
+    first, second = states.layers[ends[0]], states.layers[ends[1]]
+    steps = [_norm(states.layers[end] - states.layers[end - 1]) / _norm(states.layers[end]) for end in ends]
+    carried = states.carried[1:]
+    loop_drift = _norm(carried[ends[1]] - carried[ends[0]]) / _norm(carried[ends[1]])
+    drift = _norm(second - first) / _norm(second)
+    pairs = _cosine(first[:, None], first[None])
+    degeneracy = pairs[0, 1:].min(0).mean() if len(first) > 1 else np.nan
+    return {
+        "horizon_drift": (("layer",), drift.mean(-1)),
+        "horizon_drift_cosine": (("layer",), _cosine(first, second).mean(-1)),
+        "horizon_norm_growth": (("layer",), (_norm(second) / _norm(first)).mean(-1)),
+        "horizon_relative_step": (("horizon", "layer"), np.array(steps).mean(-1)),
+        "horizon_residual_norm": (("horizon", "layer"), np.array([_norm(first), _norm(second)]).mean(-1)),
+        "token_horizon_drift": (("site", "token"), np.array([drift[-1], loop_drift])),
+        "layer_cosine": (("layer", "layer_other"), pairs.mean(-1)),
+        "degeneracy": ((), np.array(degeneracy)),
+    }
+
+
+def _paths(subject: NativeSubject, prompt: list[int], states: _States, settings: AnalyzeSettings) -> dict[str, Named]:
+    """Distance of two runs over the mean of their norms, so that neither is the reference."""
+    other = subject.other_initial_state(Batch.of([prompt]), settings.seed)
+    if other is None:
+        return {}
+    trace = capture(subject, prompt, recurrences=settings.recurrences, initial_state=other)
+    distances, cosines = [], []
+    for layer in range(subject.info.recurrent):
+        mine = states.layers[: settings.recurrences, layer]
+        theirs = np.array([_array(trace.residual("recurrent", layer, t)) for t in range(settings.recurrences)])
+        distances.append((_norm(mine - theirs) / ((_norm(mine) + _norm(theirs)) / 2)).mean(-1))
+        cosines.append(_cosine(mine, theirs).mean(-1))
+    dims = ("layer", "recurrence")
+    return {"path_distance": (dims, np.array(distances)), "path_cosine": (dims, np.array(cosines))}
+
+
+def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
+    """All visits, in order, of the measured number of recurrences; recurrences in the middle are left out."""
+    looped = subject.info.is_looped
+    trace = capture(subject, prompt, recurrences=settings.recurrences if looped else None, seed=settings.seed)
+    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] < settings.cycle_recurrences]
+    states = np.array([_array(trace.residual(*visit)) for visit in shown])
+    return {
+        "cycle_similarity": (("visit", "visit_other"), _cosine(states[:, None], states[None]).mean(-1)),
+        "visit_norm": (("visit",), _norm(states).mean(-1)),
+    }
+
+
+def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int | None]:
+    trained = subject.info.trained_recurrences
+    grid = {1, 2, 4, 8, 16, 32, trained, settings.recurrences}
+    return sorted(count for count in grid if count is not None and count <= settings.recurrences)
+
+
+def _loss(subject: NativeSubject, prompt: list[int], recurrences: int | None, seed: int) -> float:
+    logits = _array(capture(subject, prompt, recurrences=recurrences, seed=seed).logits)
+    if len(prompt) == 1:
+        return float("nan")
+    score = np.exp(logits - logits.max(-1, keepdims=True))
+    probability = score / score.sum(-1, keepdims=True)
+    return float(-np.log([probability[place, token] for place, token in enumerate(prompt[1:])]).mean())
+
+
+def _trajectories(
+    subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: AnalyzeSettings
+) -> dict[str, Named]:
+    if not subject.info.is_looped:
+        return {}
+    scores, shares = [], []
+    for prompt, token in settings.tracked:
+        steps, layers = range(settings.recurrences), range(subject.info.recurrent)
+        trace = capture(subject, list(prompts[prompt]), recurrences=settings.recurrences, seed=settings.seed)
+        states = np.array([[_array(trace.residual("recurrent", i, t))[token] for t in steps] for i in layers])
+        points = states.reshape(-1, states.shape[-1])
+        centred = points - points.mean(0)
+        variance, axes = np.linalg.eigh(centred.T @ centred)
+        leading = np.argsort(variance)[::-1][: settings.components]
+        projected = centred @ axes[:, leading]
+        largest = projected[np.abs(projected).argmax(0), np.arange(len(leading))]
+        scores.append((projected * np.sign(largest)).reshape(*states.shape[:2], -1))
+        shares.append(variance[leading] / variance.sum())
+    return {
+        "trajectory": (("tracked", "layer", "recurrence", "component"), np.array(scores)),
+        "trajectory_variance": (("tracked", "component"), np.array(shares)),
+    }

@@ -1,0 +1,291 @@
+"""The command line: what it says about input that it cannot use, and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import architecture, byte_tokenizer, checkpoint
+
+from loopscope import Study
+from loopscope.checkpoints import demo_names, save_checkpoint
+from loopscope.cli import main
+from loopscope.model import LoopedTransformer
+
+COMMAND = str(Path(sys.executable).with_name("loopscope"))
+SHORT = ("--recurrences", "3", "--horizon", "3", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with which nothing is wrong."""
+    return checkpoint(tmp_path_factory.mktemp("model") / "good", max_positions=40)
+
+
+@pytest.fixture
+def model(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be broken."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in good.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit status of `loopscope ARGUMENTS`."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The sentence with which `loopscope ARGUMENTS` is refused."""
+    assert run(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return one_sentence(shown.err)
+
+
+def one_sentence(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("loopscope: ")
+    assert lines[0].endswith(".")
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("missing.jsonl", None, ("--field", "question"), "missing.jsonl does not exist"),
+        ("empty.txt", "\n\n", (), "empty.txt holds no prompts"),
+        ("a.jsonl", '{"question": "x", "id": 1}\n', ("--field", "prompt"), "no field 'prompt'.*question, id"),
+        ("a.jsonl", '{"question": "x"}\n', (), "name the field"),
+        ("a.jsonl", '{"question": "x"}\n{"question": " "}\n', ("--field", "question"), "Line 2 .* is empty or blank"),
+        ("a.jsonl", '{"question": "x"\n', ("--field", "question"), "Line 1 .* is not JSON"),
+        ("a.txt", "x" * 41, (), "has 41 tokens, but the model has 40 positions.*--truncate 40"),
+        ("a.jsonl", '{"ids": [1, 256]}', ("--field", "ids"), "token id 256, but the model has 256"),
+        ("a.jsonl", '{"ids": [1, -2]}', ("--field", "ids"), "list of token ids"),
+        ("a.txt", "two\nlines", ("--limit", "0"), "--limit must be at least 1"),
+        ("a.txt", "one", ("--track", "9:0"), "--track 9:0: there are 1 prompts"),
+        ("a.txt", "one", ("--track", "0:3"), "--track 0:3: prompt 0 has 3 tokens"),
+        ("a.txt", "one", ("--track", "last"), "PROMPT:TOKEN"),
+        ("a.txt", "one", ("--readout", "99"), "--readout asks for 99"),
+        ("a.txt", "one", ("--recurrences", "0"), "--recurrences must be at least 1, got 0"),
+        ("a.txt", "one", ("--horizon", "1"), "--horizon must be at least 2"),
+        ("a.txt", "one", ("--batch-size", "0"), "--batch-size must be at least 1"),
+        ("a.txt", "one", ("--threads", "0"), "--threads must be at least 1"),
+        ("a.txt", "one", ("--device", "toaster"), "device 'toaster' cannot be used.*--device cpu"),
+        ("a.txt", "one", ("--text", "two"), "both were given"),
+        ("a.txt", "one", ("--system-prompt", "nowhere.txt"), "nowhere.txt does not exist"),
+    ],
+)
+def test_prompts_and_settings_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str],
+    good: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | None,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    prompts = tmp_path / name
+    if content is not None:
+        write(prompts, content)
+    out = tmp_path / "study"
+    sentence = refused(capsys, "analyze", good, "--prompts", prompts, *SHORT, "--out", out, *options)
+    assert matches(message, sentence)
+    assert not out.exists()
+
+
+def matches(pattern: str, sentence: str) -> bool:
+    return pytest.raises(ValueError, match=pattern).matches(ValueError(sentence))
+
+
+def test_no_prompts_at_all(capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path) -> None:
+    assert "neither was given" in refused(capsys, "analyze", good, *SHORT, "--out", tmp_path / "study")
+
+
+def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_weight(model: Path) -> None:
+    change_weights(model, lambda weights: weights.pop("injection.weight"))
+
+
+def add_weight(model: Path) -> None:
+    change_weights(model, lambda weights: weights.update({"gate.weight": torch.ones(2)}))
+
+
+def break_weight(model: Path) -> None:
+    change_weights(model, lambda weights: weights["injection.weight"][3].fill_(torch.nan))
+
+
+def reshape_weight(model: Path) -> None:
+    change_weights(model, lambda weights: weights.update({"norm.weight": torch.ones(3)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate_weights, "model.safetensors is truncated or damaged"),
+        (drop_weight, "lacks 1 tensor .*'injection.weight'"),
+        (add_weight, "holds 1 tensor .*'gate.weight'"),
+        (break_weight, "'injection.weight' .* NaN or infinity"),
+        (reshape_weight, r"'norm.weight' .* shape \(3,\).*asks for \(16,\)"),
+        (lambda model: (model / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda model: (model / "config.json").unlink(), "no config.json"),
+        (lambda model: write(model / "config.json", "{"), "config.json is not valid JSON"),
+        (lambda model: write(model / "tokenizer.json", "{}"), "tokenizer.json is not a readable tokenizer"),
+        (lambda model: (model / "tokenizer.json").unlink(), "no tokenizer"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(model)
+    sentence = refused(capsys, "analyze", model, "--text", "one", *SHORT, "--out", tmp_path / "study")
+    assert matches(message, sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("demo:injectde", "did you mean 'demo:injected'"), ("no-such-model", "neither a folder nor a shipped model")],
+)
+def test_models_that_do_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, message: str) -> None:
+    sentence = refused(capsys, "analyze", name, "--text", "one", *SHORT, "--out", tmp_path / "study")
+    assert matches(message, sentence)
+    assert "demo:injected" in sentence
+
+
+def test_a_tokenizer_of_another_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", extra_tokens=9)
+    text = ("--text", "one <extra 7>")
+    sentence = refused(capsys, "analyze", model, *text, *SHORT, "--out", tmp_path / "study")
+    assert "token id 263, but the model has 256 tokens" in sentence
+    assert "its tokenizer has 265 tokens, so it belongs to another model" in sentence
+
+
+@pytest.mark.parametrize("content", [None, {}, {"manifest.json": '{"status": "running"}'}, {"notes.txt": "mine"}])
+def test_a_report_needs_a_study(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: dict[str, str] | None
+) -> None:
+    folder = tmp_path / "folder"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            write(folder / name, text)
+    sentence = refused(capsys, "report", folder)
+    assert str(folder) in sentence
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_made(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path, place: str
+) -> None:
+    write(tmp_path / "file", "mine")
+    sentence = refused(capsys, "analyze", good, "--text", "one", *SHORT, "--out", tmp_path / place)
+    assert "cannot be written" in sentence
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_analysis_ends_with_its_answers_and_the_report(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    assert run("analyze", good, "--text", "one", "two", *SHORT, "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == f"report  {out / 'report.html'}"
+    assert "fixed point" in shown
+    assert [entry["text"] for entry in Study.load(out).tokens] == ["one", "two"]
+    assert run("report", out, "--out", tmp_path / "other.html") == 0
+    assert (tmp_path / "other.html").read_text(encoding="utf-8").startswith("<!")
+
+
+def test_an_analysis_without_a_report(capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert run("analyze", good, "--text", "one", *SHORT, "--out", out, "--no-report") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"study  {out}"
+    assert not (out / "report.html").exists()
+
+
+def test_a_model_that_diverges_is_a_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    net = LoopedTransformer(architecture(vocab_size=256)).initialize(0, 0.1)
+    assert net.injection is not None
+    with torch.no_grad():
+        net.injection.weight.copy_(torch.cat([1000 * torch.eye(16), torch.eye(16)], dim=1))
+    save_checkpoint(tmp_path / "model", net, byte_tokenizer().to_str())
+    command = ("analyze", tmp_path / "model", "--text", "one", "two", "--recurrences", "30", "--horizon", "30")
+    assert run(*command, "--device", "cpu", "--out", tmp_path / "study") == 0
+    shown = capsys.readouterr()
+    assert "diverge" in shown.out
+    assert "Warning" not in shown.err
+    found = Study.load(tmp_path / "study").dataset["diverged_at"].values
+    assert ((found > 3) & (found < 14)).all()
+
+
+def test_the_shipped_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models") == 0
+    shown = capsys.readouterr().out
+    assert demo_names()
+    for name in demo_names():
+        assert name in shown
+
+
+def test_an_option_that_does_not_exist_is_refused_with_help(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
+) -> None:
+    assert run("analyze", good, "--text", "one", "--horizons", "3", "--out", tmp_path / "study") == 2
+    shown = capsys.readouterr()
+    assert "--horizons" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["analyze", "demo:none", "--text", "one", "--out", "study"], ["report", "nowhere"]],
+    ids=["analyze", "report"],
+)
+def test_a_real_process_ends_with_one_sentence_and_status_2(arguments: list[str], tmp_path: Path) -> None:
+    process = subprocess.run(
+        [COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 2
+    assert process.stdout == ""
+    one_sentence(process.stderr)
+
+
+def test_settings_are_in_the_manifest_as_they_were_given(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", '{"q": "one"}\n{"q": "two"}\n{"q": "three"}\n')
+    given = ("--field", "q", "--limit", "2", "--sample-seed", "0", "--seed", "7", "--skip", "readout", "noise-floor")
+    out = tmp_path / "study"
+    assert run("analyze", good, "--prompts", prompts, *given, *SHORT, "--no-report", "--out", out) == 0
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["prompts"] | {"field": "q", "limit": 2, "sample_seed": 0, "count": 2} == manifest["prompts"]
+    wanted = {"seed": 7, "recurrences": 3, "horizon": 3, "skip": ["readout", "noise-floor"]}
+    assert manifest["settings"] | wanted == manifest["settings"]

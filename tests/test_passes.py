@@ -1,0 +1,197 @@
+"""How the forward passes of an analysis are arranged never shows in its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import xarray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopscope import AnalyzeSettings, analyze
+from loopscope.architecture import Architecture
+from loopscope.passes import Plan, kept_bytes, recurrences_run
+from loopscope.settings import HorizonMethod, Part
+from loopscope.subject import Batch, NativeSubject
+from small_models import ADDED, ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, subject
+
+SETTINGS = AnalyzeSettings(
+    recurrences=6, horizon=4, cycle_recurrences=3, batch_size=3, track=("0:-1", "3:0"), components=2
+)
+LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
+
+
+class Counting:
+    """A progress that counts."""
+
+    def __init__(self) -> None:
+        self.expected, self.done, self.steps = -1, -1, 0
+
+    def start(self, steps: int, done: int) -> None:
+        self.expected, self.done = steps, done
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def note(self, message: str) -> None: ...
+
+
+def dataset_of(model: NativeSubject, prompts: list[list[int]] = PROMPTS, **changes: Any) -> xarray.Dataset:
+    return analyze(model, prompts, settings=SETTINGS, **changes).dataset
+
+
+HORIZONS = [(INJECTED, count) for count in (3, 4, 8, 11)] + [(shape, 6) for shape in LOOPED.values()]
+
+
+@pytest.mark.parametrize(("shape", "recurrences"), HORIZONS)
+def test_kept_states_and_a_second_pass_give_the_same_numbers(shape: Architecture, recurrences: int) -> None:
+    model = subject(shape)
+    one, other = (
+        dataset_of(model, recurrences=recurrences, horizon_method=method) for method in ("keep", "second-pass")
+    )
+    xarray.testing.assert_identical(one, other)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    xarray.testing.assert_identical(dataset_of(subject()), dataset_of(subject()))
+
+
+def test_another_seed_is_another_initial_state() -> None:
+    model = subject()
+    assert (dataset_of(model)["residual_norm"] != dataset_of(model, seed=1)["residual_norm"]).all()
+
+
+@pytest.mark.parametrize("shape", [INJECTED, RESIDUAL_NORM, LOOP_NORM, ADDED, FEED_FORWARD], ids=ARCHITECTURES)
+def test_the_batch_size_changes_numbers_by_rounding_only(shape: Architecture) -> None:
+    model = subject(shape, dtype=torch.float64, std=0.1)
+    one_by_one = dataset_of(model, batch_size=1)
+    xarray.testing.assert_allclose(dataset_of(model, batch_size=4), one_by_one, rtol=1e-6, atol=1e-10)
+
+
+@settings(max_examples=5)
+@given(order=st.permutations(range(len(PROMPTS))))
+def test_the_order_of_prompts_changes_their_place_only(order: list[int]) -> None:
+    model = subject(dtype=torch.float64, std=0.1)
+    found = dataset_of(model, [PROMPTS[prompt] for prompt in order], track=())
+    wanted = dataset_of(model, track=()).isel(prompt=order).assign_coords(prompt=found["prompt"])
+    xarray.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-10)
+
+
+def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
+    model = subject(ADDED, dtype=torch.float64, std=0.1)  # its second initial state is as large as the first one
+    alone = dataset_of(model, PROMPTS[1:2], track=())
+    among = dataset_of(model, track=()).isel(prompt=[1], token=slice(len(PROMPTS[1]))).assign_coords(prompt=[0])
+    alone, among = alone.drop_vars("cycle_similarity"), among.drop_vars("cycle_similarity")
+    xarray.testing.assert_allclose(among, alone, rtol=1e-6, atol=1e-10)
+
+
+def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
+    found = dataset_of(subject())["token_residual_norm"]
+    lengths = xarray.DataArray([len(prompt) for prompt in PROMPTS], dims="prompt")
+    assert (found.isnull() == (found["token"] >= lengths)).all()
+
+
+PARTS: Mapping[Part, set[str]] = {
+    "path-independence": {"path_distance", "path_cosine"},
+    "cycle-similarity": {"cycle_similarity", "visit_norm"},
+    "trajectories": {"trajectory", "trajectory_variance"},
+    "readout": {"loss"},
+    "noise-floor": {"noise_floor"},
+}
+
+
+@pytest.fixture(scope="module")
+def whole() -> xarray.Dataset:
+    return dataset_of(subject())
+
+
+@pytest.mark.parametrize("part", get_args(Part))
+@pytest.mark.parametrize("method", ["keep", "second-pass"])
+def test_a_part_that_is_skipped_is_missing_and_the_others_are_the_same(
+    whole: xarray.Dataset, part: Part, method: HorizonMethod
+) -> None:
+    without = dataset_of(subject(), horizon_method=method, skip=(part,))
+    xarray.testing.assert_identical(without, whole[[name for name in whole if name not in PARTS[part]]])
+
+
+def test_all_parts_can_be_skipped() -> None:
+    found = dataset_of(subject(), skip=get_args(Part))
+    assert not set(found.data_vars) & set().union(*PARTS.values())
+    assert "relative_distance" in found
+    assert set(dataset_of(subject(FEED_FORWARD), skip=get_args(Part)).data_vars) == {"token_count", "diverged_at"}
+
+
+@pytest.mark.parametrize("method", ["keep", "second-pass"])
+@pytest.mark.parametrize(
+    ("shape", "recurrences", "skip"),
+    [
+        (INJECTED, 3, ()),
+        (INJECTED, 11, ()),
+        (INJECTED, 11, ("path-independence",)),
+        (LOOP_NORM, 3, ()),
+        (FEED_FORWARD, 3, ()),
+    ],
+)
+def test_progress_counts_every_recurrence(
+    tmp_path: Path, method: HorizonMethod, shape: Architecture, recurrences: int, skip: tuple[Part, ...]
+) -> None:
+    progress = Counting()
+    changes: dict[str, Any] = {"recurrences": recurrences, "horizon_method": method, "skip": skip}
+    analyze(subject(shape), PROMPTS, out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
+    assert progress.done == 0
+    assert progress.steps == progress.expected
+
+
+def plan(**changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "recurrences": 10,
+        "horizon": 4,
+        "keep": True,
+        "seed": 0,
+        "cycle_recurrences": 2,
+        "tracked": (),
+        "components": 1,
+        "readout": (),
+        "skip": frozenset(),
+        "first_prompt": 0,
+    }
+    return Plan(**(fields | changes))
+
+
+def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
+    assert recurrences_run(subject(), plan()) == 10 + 10
+    assert recurrences_run(subject(), plan(keep=False)) == 10 + 10 + 8
+    assert recurrences_run(subject(), plan(horizon=20, skip=frozenset({"path-independence"}))) == 40
+    assert recurrences_run(subject(LOOP_NORM), plan()) == 10
+    assert recurrences_run(subject(FEED_FORWARD), plan()) == 0
+
+
+def test_states_are_kept_while_they_fit() -> None:
+    batch = Batch.of(PROMPTS)
+    states = 5 * 8 * 16  # prompts, tokens with padding, width
+    assert kept_bytes(subject(), batch, 10) == states * 4 * 2 * 10
+    assert kept_bytes(subject(dtype=torch.bfloat16), batch, 10) == states * 2 * 2 * 10
+    # The loop state is another state than the last layer's output there.
+    assert kept_bytes(subject(LOOP_NORM), batch, 10) == states * 4 * 3 * 10
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6), (1, 8 + 6)])
+def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps: int) -> None:
+    progress = Counting()
+    changes: dict[str, Any] = {"keep_limit": limit, "track": ()}
+    analyze(subject(), PROMPTS[:1], out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
+    assert progress.steps == steps
+
+
+def test_half_precision_runs_and_is_measured_in_float32() -> None:
+    found = dataset_of(subject(dtype=torch.bfloat16, std=0.1))
+    wanted = dataset_of(subject(std=0.1))
+    np.testing.assert_allclose(found["residual_norm"], wanted["residual_norm"], rtol=0.05)
+    # Averages of float32 numbers: bfloat16 ones would have 8 bits.
+    values = found["residual_norm"].values.ravel()
+    assert (values != torch.from_numpy(values).bfloat16().double().numpy()).any()
