@@ -51,8 +51,8 @@ def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSetti
     looped = subject.info.is_looped
     states = _States.of(subject, prompt, settings) if looped else None
     found = _whole_depth(subject, prompt, settings)
-    grid = _readout(subject, settings) if looped else [None]
-    losses = [_loss(subject, prompt, count, settings.seed) for count in grid]
+    counts = _readout(subject, settings) if looped else [None]
+    losses = [_loss(subject, prompt, count, settings.seed) for count in counts]
     found["loss"] = (("readout_recurrence",), np.array(losses))
     found["token_count"] = ((), np.array(float(len(prompt))))
     found["diverged_at"] = ((), np.array(-1.0))
@@ -183,7 +183,7 @@ def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSet
     }
 
 
-def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int | None]:
+def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int]:
     trained = subject.info.trained_recurrences
     grid = {1, 2, 4, 8, 16, 32, trained, settings.recurrences}
     return sorted(count for count in grid if count is not None and count <= settings.recurrences)

@@ -109,6 +109,8 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("no config", remove("config.json"), "has no config.json; give the folder that holds"),
     ("broken JSON", write("config.json", '{"model_type": '), r"config\.json is not valid JSON \(.*line 1"),
     ("no text", write("config.json", b"\xff\xfe\x00"), r"config\.json is not valid JSON"),
+    ("endless", write("config.json", "[" * 100_000), r"config\.json is not valid JSON \(maximum recursion depth"),
+    ("long number", write("config.json", '{"model_type": ' + "9" * 5000 + "}"), r"config\.json is not valid JSON"),
     ("no object", write("config.json", "[1]"), r"config\.json must hold a JSON object, got a list"),
     (
         "no weights",
@@ -135,6 +137,7 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("missing field", configure(architecture__heads=...), r"config\.json: The Architecture lacks the field 'heads'"),
     ("wrong choice", configure(architecture__injection="sum"), r"config\.json: .*'injection'.* must be one of"),
     ("impossible", configure(architecture__heads=3), r"config\.json: .*heads \(3\) must be a multiple of kv_heads"),
+    ("too wide", configure(architecture__width=10**15), r"config\.json: .*width must be at most 1000000"),
     ("more layers", configure(architecture__coda=2), r"lacks 9 tensors that a loopscope model .*first 'coda\.1\."),
     ("fewer layers", configure(architecture__coda=0), r"holds 9 tensors .* does not have, first 'coda\.0\."),
     ("wider", configure(architecture__width=14), r"has shape \(.*\); config\.json asks for \(.*14"),

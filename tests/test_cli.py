@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import architecture, byte_tokenizer, checkpoint
 
 from loopscope import Study
 from loopscope.checkpoints import demo_names, save_checkpoint
 from loopscope.cli import main
 from loopscope.model import LoopedTransformer
+from small_models import architecture, byte_tokenizer, checkpoint
 
 COMMAND = str(Path(sys.executable).with_name("loopscope"))
 SHORT = ("--recurrences", "3", "--horizon", "3", "--device", "cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import loopscope
-from loopscope import LoopedTransformer, Trace
+from loopscope import LoopedTransformer, Observer, Trace, Visit
 from loopscope.errors import ConfigError
 from random_model import random_ids, random_model
 
@@ -68,6 +68,33 @@ def test_padded_prompts_equal_prompts_run_one_by_one(
             same(maps[:, keep][:, :, keep], alone.attention(*visit)[0])
             assert not bool(maps[:, ~keep].any())
             assert not bool(maps[:, :, ~keep].any())
+
+
+def test_positions_count_tokens_and_not_padding() -> None:
+    """Attention sees only differences of positions, so the rotated queries themselves must tell where they start."""
+    model = MODELS[0]
+    queries = []
+
+    class Keep(Observer):
+        def visit(self, visit: Visit) -> None:
+            assert visit.attention is not None
+            queries.append(visit.attention.query)
+
+    model(
+        torch.tensor([[0, 0, 4, 5], [4, 5, 6, 7]]),
+        attention_mask=torch.tensor([[False] * 2 + [True] * 2, [True] * 4]),
+        observers=[Keep()],
+    )
+    left_padded = queries[0]
+    torch.testing.assert_close(left_padded[0, :, 2:], left_padded[1, :, :2], rtol=1e-12, atol=1e-12)
+
+
+def test_every_query_of_a_padded_batch_may_look_somewhere() -> None:
+    """Not every kernel answers a softmax over nothing with zeros; some give NaN, which then spreads into gradients."""
+    mask = torch.tensor([[False, False, True, True, False], [True] * 5])
+    allowed = MODELS[0].encode(random_ids(2, 5), mask).context.allowed
+    assert allowed is not None
+    assert bool(allowed.any(-1).all())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

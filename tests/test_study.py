@@ -150,7 +150,7 @@ def test_any_text_survives(text: str, study: Study, tmp_path: Path) -> None:
     assert Study.load(tmp_path / "study").tokens == tokens
 
 
-def edit_manifest(**changes: object) -> Callable[[Path], None]:
+def edit_manifest(**changes: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         path = folder / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
@@ -158,19 +158,16 @@ def edit_manifest(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
 
-def cut(name: str, size: int = 40) -> Callable[[Path], None]:
+def cut(name: str, size: int = 40) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
-def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / name).write_bytes(content)
-
-    return write
+def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +189,7 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
     ],
 )
 def test_a_damaged_study_is_refused_in_one_sentence(
-    folder: Path, damage: Callable[[Path], None], message: str
+    folder: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(folder)
     with pytest.raises(StudyError, match=message) as caught:

@@ -2,11 +2,11 @@
 
     python tools/run_doc_commands.py [DOCUMENT ...]
 
-Fenced blocks marked `console` (commands after `$ `, output between them) and `bash` (commands alone) are run from top
-to bottom, those of one document in one scratch folder, so that a command may use what an earlier one wrote. The folder
-looks like a checkout beside the shared data: links stand for the project's files, and outputs land in the scratch
-folder. Output is not compared; a command must exit with 0. A block right after `<!-- not run: the reason -->` is
-left out.
+Fenced blocks marked `console` (commands after `$ `, output between them), `bash` (commands alone) and `python` (a
+script each) are run from top to bottom, those of one document in one scratch folder, so that a command may use what an
+earlier one wrote. The folder looks like a checkout beside the shared data: links stand for the project's files, and
+outputs land in the scratch folder. Output is not compared; a command must exit with 0. A block right after
+`<!-- not run: the reason -->` is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ __all__ = ["Block", "default_documents", "find_blocks", "make_scratch", "run_blo
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT = 240.0
 """Seconds for one block; documentation that takes longer is not tried by anybody."""
+
+END_OF_PYTHON = "END-OF-PYTHON"
 
 NOT_RUN = re.compile(r"^<!--\s*not run:\s*(?P<reason>.+?)\s*-->\s*$", re.DOTALL)
 
@@ -76,6 +78,9 @@ def find_blocks(document: Path) -> list[Block]:
                 blocks.append(Block(document, line, _commands(token.content, f"{document}:{line}"), reason))
             elif language == "bash":
                 blocks.append(Block(document, line, token.content, reason))
+            elif language == "python":
+                script = f"python - <<'{END_OF_PYTHON}'\n{token.content}{END_OF_PYTHON}\n"
+                blocks.append(Block(document, line, script, reason))
         reason = None
     return blocks
 

@@ -80,17 +80,22 @@ def analyze(
     tokenized = _tokenize(subject, prompts, settings)
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
     if out is None:
-        return job.assemble([job.run(index) for index in range(job.shards)], started=time.monotonic())
+        started = time.monotonic()
+        return job.assemble([job.run(index) for index in range(job.shards)], started)
     return job.run_in(Path(out))
 
 
 def _source(prompts: Prompts | None) -> dict[str, Any]:
-    """A name given as `prompts` is a setting like any other; prompts given as data are not."""
-    return {"prompts": str(prompts)} if isinstance(prompts, str | Path) else {}
+    """Prompts as settings, but for lists of token ids, which no setting can hold."""
+    if isinstance(prompts, str | Path):
+        return {"prompts": str(prompts)}
+    if prompts and all(isinstance(prompt, str) for prompt in prompts):
+        return {"text": tuple(prompts)}
+    return {}
 
 
 def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettings) -> list[TokenizedPrompt]:
-    if prompts is None or isinstance(prompts, str | Path):
+    if prompts is None or isinstance(prompts, str | Path) or settings.text:
         loaded = load_prompts(
             prompts=settings.prompts,
             field=settings.field,
@@ -100,20 +105,9 @@ def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettin
             sample_seed=settings.sample_seed,
             system_prompt=settings.system_prompt,
         )
-    elif all(isinstance(prompt, str) for prompt in prompts):
-        texts = tuple(str(prompt) for prompt in prompts)
-        loaded = load_prompts(
-            prompts=None,
-            field=None,
-            text=texts,
-            whole_file=False,
-            limit=settings.limit,
-            sample_seed=settings.sample_seed,
-            system_prompt=settings.system_prompt,
-        )
     else:
-        listed = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
-        loaded = draw(listed, limit=settings.limit, seed=settings.sample_seed)
+        given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+        loaded = draw(given, limit=settings.limit, seed=settings.sample_seed)
     return encode_prompts(
         loaded,
         subject.tokenizer,
@@ -124,8 +118,10 @@ def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettin
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:
-    if isinstance(prompt, str) or not all(isinstance(entry, int) for entry in prompt):
-        raise PromptError(f"Prompt {index} is neither a text nor a list of token ids like the first one.")
+    if isinstance(prompt, str) or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in prompt):
+        raise PromptError(f"Prompt {index} is not a list of whole numbers; give only texts, or only lists of ids.")
+    if not prompt:
+        raise PromptError(f"Prompt {index} is empty; leave it out.")
     return Prompt(id=str(index), text=None, token_ids=tuple(prompt), system=None)
 
 
@@ -258,7 +254,8 @@ class _Job:
             },
             "settings": {name: value for name, value in plain.items() if name not in source},
             "prompts": {
-                **{name: plain[name] for name in source},
+                # The texts themselves are in tokens.jsonl.
+                **{name: plain[name] for name in source if name != "text"},
                 "source": settings.prompts or "given as a list",
                 "count": len(self.prompts),
                 "tokens": sum(len(prompt.token_ids) for prompt in self.prompts),

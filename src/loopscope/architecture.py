@@ -40,6 +40,10 @@ StateInit = Literal["embeddings", "normal"]
 
 _T = TypeVar("_T")
 
+_LARGEST_SIZE = 10**6
+_MOST_LAYERS = 10**4
+"""Far above any model. A larger number comes from a damaged file, and would fail later, in torch, without its name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -132,8 +136,16 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width", "recurrences"):
             self._require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width"):
+            self._require(
+                getattr(self, name) <= _LARGEST_SIZE,
+                f"{name} must be at most {_LARGEST_SIZE}, got {getattr(self, name)}",
+            )
         for name in ("prelude", "recurrent", "coda"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+            self._require(
+                getattr(self, name) <= _MOST_LAYERS, f"{name} must be at most {_MOST_LAYERS}, got {getattr(self, name)}"
+            )
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             choices = get_args(hints[field.name])

@@ -88,7 +88,7 @@ class StudyFolder:
         """Shard `index` is on disk and readable."""
         try:
             self.read(index)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return False
         return True
 
@@ -108,7 +108,8 @@ class StudyFolder:
     def read(self, index: int) -> Arrays:
         """A shard from disk."""
         arrays = Arrays()
-        with np.load(self._path(index), allow_pickle=False) as stored:
+        # Opened here: numpy leaves the file of a damaged archive open.
+        with self._path(index).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             dims = json.loads(str(stored["dims"]))
             for key in stored.files:
                 kind, _, name = key.partition("/")

@@ -130,6 +130,10 @@ def capture(
     subject = _subject(model)
     batch = _batch(input_ids, attention_mask)
     info = subject.info
+    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
+        raise ConfigError(
+            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
+        )
     if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
         raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
     if initial_state is not None:

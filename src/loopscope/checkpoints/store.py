@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder that holds the checkpoint's config.json."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of these, the second is what endless brackets give
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from loopscope.cli.commands import parse_and_run  # tyro takes a tenth of a second to import
     from loopscope.errors import LoopscopeError
 
-    # A waiting OpenMP thread would spin, which on a machine that is busy with other work costs many times the work itself.
+    # A waiting OpenMP thread would spin, which on a busy machine costs many times the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         parse_and_run(sys.argv[1:] if arguments is None else list(arguments))

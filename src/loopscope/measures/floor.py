@@ -16,9 +16,9 @@ def noise_floor(frame: Frame, run: Run) -> Arrays:
     """`sqrt(2)` times the relative rounding error of one recurrence, per layer and prompt, where the run stands.
 
     Two consecutive states of a settled trajectory carry rounding errors of size sigma, so they differ by about
-    sqrt(2) sigma even though nothing moves. It is an estimate. Errors that the loop carries on add to it: independent ones
-    at a leading eigenvalue lambda make the step `sigma sqrt(2 / (1 + lambda))`, more for negative or non-normal ones. And
-    rounding is deterministic, so that a state can also come to rest below it.
+    sqrt(2) sigma even though nothing moves. It is an estimate. Errors that the loop carries on add to it:
+    independent ones at a leading eigenvalue lambda make the step `sigma sqrt(2 / (1 + lambda))`, more for negative
+    or non-normal ones. And rounding is deterministic, so that a state can also come to rest below it.
     """
     error = run.rounding_error()
     if error is None:

@@ -21,8 +21,8 @@ def principal_components(
 ) -> tuple[Float[np.ndarray, "state component"], Float[np.ndarray, " component"]]:
     """Scores on the leading principal components, and each one's share of the variance.
 
-    From the singular value decomposition of the centred states, in float64. The sign of a component, which is arbitrary,
-    is set so that its largest score is positive. Components beyond the rank of the decomposition are NaN.
+    From the singular value decomposition of the centred states, in float64. The sign of a component, which is
+    arbitrary, is set so that its largest score is positive. Components beyond min(states, width) are NaN.
     """
     with np.errstate(invalid="ignore", over="ignore"):  # states of a diverging model, told apart below
         centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)

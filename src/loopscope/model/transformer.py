@@ -65,8 +65,8 @@ class LoopedTransformer(nn.Module):
     def initialize(self, seed: int, std: float = 0.02, branch_gain: float = 1.0) -> LoopedTransformer:
         """Fill every matrix with N(0, std^2), every norm with 1, every bias with 0; a function of the seed alone.
 
-        Norms on the output of a branch, before it is added to the residual stream, get `branch_gain` instead. With 1, the
-        branches of a deep stack drown the token embeddings that they are added to.
+        Norms on the output of a branch, before it is added to the residual stream, get `branch_gain` instead. With
+        1, the branches of a deep stack drown the token embeddings that they are added to.
         """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -104,13 +104,18 @@ class LoopedTransformer(nn.Module):
         - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
         - `observers`: told of every visit.
 
-        Raises `ConfigError` for a number of recurrences below 1, or other than 1 where there is no loop.
+        Raises `ConfigError` for a number of recurrences below 1, and for more than one or an initial state where there
+        is no loop.
         """
         recurrences = self.architecture.recurrences if recurrences is None else recurrences
         if recurrences < 1:
             raise ConfigError(f"recurrences must be at least 1, got {recurrences}.")
         if recurrences > 1 and not self.architecture.is_looped:
             raise ConfigError(f"This model has no recurrent layers, so recurrences={recurrences} means nothing.")
+        if initial_state is not None and not self.architecture.is_looped:
+            raise ConfigError("This model has no recurrent layers, so initial_state means nothing.")
+        if backprop_last is not None and backprop_last < 1:
+            raise ConfigError(f"backprop_last must be at least 1, got {backprop_last}.")
         observers = tuple(observers)
         sequence = self.encode(input_ids, attention_mask, observers)
         state = self.initial_state(sequence, seed) if initial_state is None else initial_state

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from loopscope.errors import ConfigError
+from loopscope import prompts
+from loopscope.errors import ConfigError, PromptError
 
 __all__ = ["BEGIN", "END", "PAD", "load_tokenizer", "train_tokenizer"]
 
@@ -49,9 +50,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises `ConfigError` if it cannot be read, is larger than the model's vocabulary, or lacks `<|begin|>` or `<|end|>`.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise ConfigError(f"The tokenizer {path} cannot be read: {error}.") from error
+        tokenizer = prompts.load_tokenizer(path)
+    except PromptError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"The tokenizer {path} has {tokenizer.get_vocab_size()} entries, but architecture.vocab_size is "
