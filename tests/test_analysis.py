@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -296,10 +297,13 @@ def test_a_limit_counts_for_lists_of_token_ids_too() -> None:
 @pytest.mark.parametrize(
     ("prompts", "changes", "error", "message"),
     [
-        ([], {}, PromptError, "neither was given"),
-        ([[]], {}, PromptError, "no tokens"),
+        (None, {}, PromptError, "neither was given"),
+        ([], {}, PromptError, "list of prompts is empty"),
+        ([[]], {}, PromptError, "Prompt 0 is empty"),
         ([[1, 48]], {}, PromptError, "token id 48.*48 tokens"),
-        ([[1], "a text"], {}, PromptError, "Prompt 1 is neither"),
+        ([[1], "a text"], {}, PromptError, "Prompt 1 is not a list"),
+        ([[True]], {}, PromptError, "Prompt 0 is not a list"),
+        ([[1]], {"system_prompt": Path("system.txt")}, PromptError, "system_prompt means nothing for prompts that are lists"),
         (["a text"], {}, PromptError, "no tokenizer"),
         ([[1]], {"track": ("1:0",)}, ConfigError, "there are 1 prompts"),
         ([[1]], {"track": ("0:1",)}, ConfigError, "prompt 0 has 1 tokens"),

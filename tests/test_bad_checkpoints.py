@@ -321,7 +321,8 @@ def test_a_tensor_in_two_files_is_refused(native: Path) -> None:
 
 def test_a_path_that_is_no_folder_is_refused(native: Path, tmp_path: Path) -> None:
     refused(
-        tmp_path / "nowhere", "nowhere' is neither a folder nor a shipped model; the shipped ones are demo:injected"
+        tmp_path / "nowhere",
+        "nowhere' is neither a folder nor a shipped model; the shipped ones are demo:feedforward, demo:injected",
     )
     refused(native / "config.json", r"config\.json is a file; give the folder")
 

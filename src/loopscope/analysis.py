@@ -26,6 +26,9 @@ from loopscope.subject import Batch, Subject, SubjectInfo, load
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
+_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt")
+"""Settings that say where prompts come from."""
+
 Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
 
 
@@ -76,8 +79,19 @@ def analyze(
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    subject = load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str | Path) else model
-    tokenized = _tokenize(subject, prompts, settings)
+    # Before the model: a mistyped path should not cost the loading of a large checkpoint.
+    loaded = _read(prompts, settings)
+    if isinstance(model, str | Path):
+        subject: Subject = load(model, dtype=settings.dtype, device=settings.device)
+    else:
+        subject, settings = model, _settings_of(model, settings)
+    tokenized = encode_prompts(
+        loaded,
+        subject.tokenizer,
+        vocab_size=subject.info.vocab_size,
+        max_positions=subject.info.max_positions,
+        truncate=settings.truncate,
+    )
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
     if out is None:
         started = time.monotonic()
@@ -94,27 +108,17 @@ def _source(prompts: Prompts | None) -> dict[str, Any]:
     return {}
 
 
-def _tokenize(subject: Subject, prompts: Prompts | None, settings: AnalyzeSettings) -> list[TokenizedPrompt]:
-    if prompts is None or isinstance(prompts, str | Path) or settings.text:
-        loaded = load_prompts(
-            prompts=settings.prompts,
-            field=settings.field,
-            text=settings.text,
-            whole_file=settings.whole_file,
-            limit=settings.limit,
-            sample_seed=settings.sample_seed,
-            system_prompt=settings.system_prompt,
-        )
-    else:
-        given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
-        loaded = draw(given, limit=settings.limit, seed=settings.sample_seed)
-    return encode_prompts(
-        loaded,
-        subject.tokenizer,
-        vocab_size=subject.info.vocab_size,
-        max_positions=subject.info.max_positions,
-        truncate=settings.truncate,
-    )
+def _read(prompts: Prompts | None, settings: AnalyzeSettings) -> list[Prompt]:
+    """The prompts, from where the settings say or as given."""
+    if prompts is None or _source(prompts):
+        return load_prompts(**{name: getattr(settings, name) for name in _SOURCE})
+    if not prompts:
+        raise PromptError("The list of prompts is empty; give at least one text, or one list of token ids.")
+    for name in _SOURCE:
+        if name not in ("limit", "sample_seed") and getattr(settings, name):
+            raise PromptError(f"{name} means nothing for prompts that are lists of token ids; leave it out.")
+    given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    return draw(given, limit=settings.limit, seed=settings.sample_seed)
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:
@@ -123,6 +127,19 @@ def _from_ids(index: int, prompt: Any) -> Prompt:
     if not prompt:
         raise PromptError(f"Prompt {index} is empty; leave it out.")
     return Prompt(id=str(index), text=None, token_ids=tuple(prompt), system=None)
+
+
+def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings:
+    """Settings that say what a subject in memory is; others are refused rather than ignored."""
+    actual: dict[str, Any] = {"dtype": subject.info.dtype, "device": subject.info.device}
+    default = AnalyzeSettings()
+    for name, value in actual.items():
+        asked = getattr(settings, name)
+        if asked not in (value, getattr(default, name)):
+            raise ConfigError(
+                f"{name}={asked!r} comes too late: {subject.info.name} is loaded already, with {value!r}."
+            )
+    return dataclasses.replace(settings, **actual)
 
 
 class _Job:
@@ -243,7 +260,7 @@ class _Job:
         info, settings = self.info, self.settings
         plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
         digest = prompts_digest(list(self.prompts))
-        source = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "truncate")
+        source = (*_SOURCE, "truncate")
         free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype")
         return {
             "created": self.created,

@@ -64,7 +64,7 @@ def _visits(material: Material) -> Figure:
         customdata=np.array([[[a, b] for b in labels] for a in labels]),
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>cosine %{z:.3f}<extra></extra>",
     )
-    figure.update_xaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="", tickangle=0)
+    figure.update_xaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="", tickangle=-90)
     figure.update_yaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="")
     if material.view.looped:
         title = "Does every pass through the block repeat the last one?"
