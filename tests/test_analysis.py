@@ -303,7 +303,7 @@ def test_a_limit_counts_for_lists_of_token_ids_too() -> None:
         ([[1, 48]], {}, PromptError, "token id 48.*48 tokens"),
         ([[1], "a text"], {}, PromptError, "Prompt 1 is not a list"),
         ([[True]], {}, PromptError, "Prompt 0 is not a list"),
-        ([[1]], {"system_prompt": Path("system.txt")}, PromptError, "system_prompt means nothing for prompts that are lists"),
+        ([[1]], {"system_prompt": Path("system.txt")}, PromptError, "system_prompt means nothing"),
         (["a text"], {}, PromptError, "no tokenizer"),
         ([[1]], {"track": ("1:0",)}, ConfigError, "there are 1 prompts"),
         ([[1]], {"track": ("0:1",)}, ConfigError, "prompt 0 has 1 tokens"),

@@ -110,7 +110,7 @@ def _source(prompts: Prompts | None) -> dict[str, Any]:
 
 def _read(prompts: Prompts | None, settings: AnalyzeSettings) -> list[Prompt]:
     """The prompts, from where the settings say or as given."""
-    if prompts is None or _source(prompts):
+    if prompts is None or isinstance(prompts, str | Path) or _source(prompts):
         return load_prompts(**{name: getattr(settings, name) for name in _SOURCE})
     if not prompts:
         raise PromptError("The list of prompts is empty; give at least one text, or one list of token ids.")
