@@ -37,7 +37,6 @@ install: $(RUN_STAMP) ## Install loopscope into .venv, with the pinned versions
 
 demo: $(RUN_STAMP) ## Analyse the shipped demo model; the last line is the path of the HTML report
 	@$(BIN)/loopscope analyze $(DEMO_ANALYSIS) --out $(DEMO)
-	@$(BIN)/loopscope report $(DEMO)
 
 lint: $(TEST_STAMP) ## Style, types, and the direction of imports
 	$(BIN)/ruff check
