@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.cli import main
-from loopscope.errors import StorageError, StudyBusyError, StudyError
+from loopscope.errors import FolderBusyError, StorageError, StudyError
 from loopscope.study import netcdf
 from small_models import checkpoint
 
@@ -153,7 +153,7 @@ def test_ctrl_c_keeps_what_was_finished_and_a_second_process_has_to_wait(
     arguments = command(model, prompts, out)
     process = begin(arguments)
     pause_midway(process, out)
-    with pytest.raises(StudyBusyError, match="Another loopscope process is writing"):
+    with pytest.raises(FolderBusyError, match="Another loopscope process is writing"):
         analyze(model, settings=settings(prompts), out=out)
     status, stderr = end(process, out, signal.SIGINT)
     assert status == 130
@@ -289,7 +289,7 @@ def test_a_folder_whose_manifest_is_damaged_is_refused_and_kept(model: Path, pro
 
 def test_a_folder_that_is_held_is_left_alone(model: Path, prompts: Path, interrupted: Path) -> None:
     before = contents(interrupted)
-    with FileLock(interrupted / ".lock"), pytest.raises(StudyBusyError, match="wait for it or choose another --out"):
+    with FileLock(interrupted / ".lock"), pytest.raises(FolderBusyError, match="wait for it or choose another --out"):
         analyze(model, settings=settings(prompts), out=interrupted)
     (interrupted / ".lock").unlink(missing_ok=True)
     assert contents(interrupted) == before

@@ -17,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from loopscope.checkpoints import load_checkpoint
-from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, StudyBusyError
+from loopscope.errors import CheckpointError, ConfigError, FolderBusyError, NonFiniteError
 from loopscope.model import LoopedTransformer
 from loopscope.training.config import OptimizerConfig, TrainConfig
 from loopscope.training.data import DataFiles
@@ -226,7 +226,7 @@ def test_a_folder_with_other_things_is_refused(texts: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_do_not_share_a_folder(texts: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(StudyBusyError, match="Another process"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(FolderBusyError, match="Another process"):
         run(CONFIG, texts, tmp_path)
 
 

@@ -6,7 +6,7 @@
     ├── PromptError               prompts, token ids, tokenizers
     ├── NonFiniteError            NaN or infinity where a finite number is needed
     ├── StudyError                an output folder or a saved study
-    │   └── StudyBusyError        another process is writing to it
+    ├── FolderBusyError           another process is writing to the folder of a study or a training run
     ├── StorageError              writing failed: full disk, no permission
     └── MissingDependencyError    an optional package is needed and not installed
 
@@ -16,12 +16,12 @@ The command line prints the message and exits with status 2; nobody needs a trac
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "FolderBusyError",
     "LoopscopeError",
     "MissingDependencyError",
     "NonFiniteError",
     "PromptError",
     "StorageError",
-    "StudyBusyError",
     "StudyError",
 ]
 
@@ -50,8 +50,8 @@ class StudyError(LoopscopeError):
     """A study folder cannot be used."""
 
 
-class StudyBusyError(StudyError):
-    """Another process holds the study folder."""
+class FolderBusyError(LoopscopeError):
+    """Another process is writing to the folder."""
 
 
 class StorageError(LoopscopeError):

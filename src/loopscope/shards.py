@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from loopscope._files import storage_error, write_atomically
-from loopscope.errors import StudyBusyError, StudyError
+from loopscope.errors import FolderBusyError, StudyError
 from loopscope.measures import Arrays, Named
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
 
@@ -43,7 +43,7 @@ class StudyFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise StudyBusyError(
+            raise FolderBusyError(
                 f"Another loopscope process is writing to {self.folder}; wait for it or choose another --out."
             ) from None
         except OSError as error:

@@ -68,7 +68,7 @@ def train(
     - `console`: where the progress bar goes; standard error unless given.
 
     Raises `ConfigError` for unusable text or tokenizer, a device that is not there, and a folder that holds another
-    run; `StudyBusyError` if another process trains there; `NonFiniteError` when the loss stops being a number;
+    run; `FolderBusyError` if another process trains there; `NonFiniteError` when the loss stops being a number;
     `StorageError` if a file cannot be written; `CheckpointError` if the state to go on from is damaged.
     """
     console = console or Console(stderr=True)

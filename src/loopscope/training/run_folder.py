@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loopscope._files import storage_error, write_atomically
-from loopscope.errors import ConfigError, StudyBusyError
+from loopscope.errors import ConfigError, FolderBusyError
 from loopscope.training.config import differing_fields
 
 __all__ = ["RunFolder"]
@@ -41,14 +41,14 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Keep other processes out.
 
-        Raises `StudyBusyError` if one is in, `StorageError` if the folder cannot be made.
+        Raises `FolderBusyError` if one is in, `StorageError` if the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except Timeout:
-            raise StudyBusyError(
+            raise FolderBusyError(
                 f"Another process is training in {self.path}; wait for it or choose another output folder."
             ) from None
         except OSError as error:
