@@ -102,6 +102,7 @@ def test_slow_contraction_cannot_be_told_at_this_horizon() -> None:
     found = answers(looped_study(contracting(rate=0.96)))
     assert found["fixed_point"].outcome is Outcome.CANNOT_TELL
     assert "faster than 1/t" in found["fixed_point"].sentence
+    assert found["points"].outcome is Outcome.CANNOT_TELL
     assert found["arrival"].outcome is Outcome.NOT_APPLICABLE
     assert found["limits"].verdict == "the horizon"
     # The runs from two initial states approach each other, but have not met.

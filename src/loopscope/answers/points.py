@@ -39,6 +39,12 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = "Without a fixed point the layers have no points to compare."
         if len(values):
             sentence += f" At the horizon itself {cosine} (median over prompts)."
+    elif settled is Settling.STILL_CONVERGING:
+        outcome, verdict = Outcome.CANNOT_TELL, "not settled yet"
+        sentence = (
+            f"Cannot tell: the layers have not settled by the horizon. There {cosine} (median over prompts; all layers "
+            f"within one direction in {same})."
+        )
     elif same.value >= needed:
         outcome, verdict = Outcome.NO, "all share the same one"
         sentence = (
@@ -56,8 +62,6 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"It depends on the prompt: all layers share one point in {same}; {cosine} (median over prompts)."
     if outcome is not Outcome.NOT_APPLICABLE and settled is Settling.DIRECTION_ONLY:
         limits.append("Only directions have settled; a cosine does not see that the norms differ.")
-    if outcome is not Outcome.NOT_APPLICABLE and settled is Settling.STILL_CONVERGING:
-        limits.append("The states at the horizon are not settled, so the points are known only roughly.")
     return Answer(
         key="points",
         question="Does each layer have a point of its own?",
