@@ -25,7 +25,7 @@ from loopscope.model.rotary import RotationTable
 from loopscope.prompts import load_tokenizer
 from loopscope.visits import Observer
 
-__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "load"]
+__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "find_device", "load"]
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
@@ -288,7 +288,7 @@ def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "aut
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    checkpoint = load_checkpoint(find_checkpoint(name_or_path), dtype=_DTYPES[dtype], device=_device(device))
+    checkpoint = load_checkpoint(find_checkpoint(name_or_path), dtype=_DTYPES[dtype], device=find_device(device))
     return NativeSubject(
         checkpoint.model,
         name=str(name_or_path),
@@ -306,13 +306,14 @@ def _digest(model: LoopedTransformer) -> str:
     return digest.hexdigest()
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device, if tensors can be made on it; `auto` is a GPU where there is one. Raises `ConfigError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
     return device

@@ -16,6 +16,7 @@ from rich.console import Console
 from loopscope.checkpoints import save_checkpoint
 from loopscope.errors import ConfigError
 from loopscope.model import LoopedTransformer
+from loopscope.subject import find_device
 from loopscope.training.checkpoint import Progress, load_state, save_state
 from loopscope.training.config import TrainConfig
 from loopscope.training.data import DataFiles
@@ -64,7 +65,7 @@ def train(
 
     - `data`: the files of the text, `DataFiles.of(config.data, folder_of_the_configuration)`.
     - `threads`: of torch; its own choice unless given.
-    - `device`: as torch names it.
+    - `device`: as torch names it, or `auto` for a GPU where there is one.
     - `console`: where the progress bar goes; standard error unless given.
 
     Raises `ConfigError` for unusable text or tokenizer, a device that is not there, and a folder that holds another
@@ -72,7 +73,7 @@ def train(
     `StorageError` if a file cannot be written; `CheckpointError` if the state to go on from is damaged.
     """
     console = console or Console(stderr=True)
-    place = _device(device)
+    place = find_device(device)
     folder = RunFolder(out)
     with folder.held(), _threads(threads):
         folder.claim(config.to_dict(), data.hashes())
@@ -204,14 +205,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    """The device, if tensors can be made on it."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"The device {name!r} cannot be used ({reason}); use 'cpu', or one that torch sees."
-        ) from error
