@@ -60,7 +60,7 @@ def bare(model: NativeSubject, batch: Batch, settings: AnalyzeSettings, keep: bo
     """
     lengths = [2 * settings.horizon, settings.recurrences] + ([] if keep else [settings.recurrences])
     for length in lengths:
-        run = model.start(batch)
+        run = model.start(batch, recurrences=length)
         for _ in range(length):
             run.advance()
         run.decode()

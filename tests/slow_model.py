@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from loopscope.architecture import Architecture, Llama3Scaling
+from loopscope.architecture import Architecture, LinearScaling, Llama3Scaling, YarnScaling
 
 __all__ = ["SlowRun", "run_slowly"]
 
@@ -28,6 +28,7 @@ class SlowRun:
     attention: dict[Site, Array] = field(default_factory=dict)
     injected: list[Array] = field(default_factory=list)
     loop_state: list[Array] = field(default_factory=list)
+    gate: list[Array] = field(default_factory=list)
     logits: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
 
@@ -42,9 +43,13 @@ def run_slowly(
     run = SlowRun()
     final_norm = weights["norm.weight"]
 
+    before = {"prelude": 0, "recurrent": architecture.prelude, "coda": architecture.prelude + architecture.recurrent}
+
     def stage(name: str, layers: int, x: Array, recurrence: int) -> Array:
         for index in range(layers):
-            x, maps = _layer(x, _below(weights, f"{name}.{index}."), architecture)
+            full = before[name] + index in architecture.full_attention_layers
+            window = len(x) if full or architecture.sliding_window is None else architecture.sliding_window
+            x, maps = _layer(x, _below(weights, f"{name}.{index}."), architecture, window)
             run.residual[name, index, recurrence] = x
             run.attention[name, index, recurrence] = maps
         return x
@@ -62,6 +67,10 @@ def run_slowly(
         if architecture.loop_norm == "recurrence":
             state = _rms_norm(state, final_norm, architecture.norm_eps)
         run.loop_state.append(state)
+        if architecture.exit_gate:
+            run.gate.append(state @ weights["exit_gate.weight"][0] + weights["exit_gate.bias"][0])
+    if architecture.exit_gate:
+        state = _stopped(run, architecture.exit_threshold)
     if architecture.loop_norm == "loop":
         state = _rms_norm(state, final_norm, architecture.norm_eps)
     hidden = stage("coda", architecture.coda, state, 0)
@@ -71,12 +80,29 @@ def run_slowly(
     return run
 
 
-def _layer(x: Array, weights: Weights, architecture: Architecture) -> tuple[Array, Array]:
+def _stopped(run: SlowRun, threshold: float) -> Array:
+    """Each token's state at the recurrence where it stops."""
+    last = len(run.loop_state) - 1
+    rows = []
+    for token in range(len(run.loop_state[0])):
+        cumulated, going, answer = 0.0, 1.0, last
+        for recurrence in range(last):
+            stop = 1 / (1 + math.exp(-run.gate[recurrence][token]))
+            cumulated += going * stop
+            going *= 1 - stop
+            if cumulated >= threshold:
+                answer = recurrence
+                break
+        rows.append(run.loop_state[answer][token])
+    return np.array(rows)
+
+
+def _layer(x: Array, weights: Weights, architecture: Architecture, window: int) -> tuple[Array, Array]:
     def norm(number: int, values: Array) -> Array:
         return _rms_norm(values, weights[f"norm_{number}.weight"], architecture.norm_eps)
 
     def attention(values: Array) -> tuple[Array, Array]:
-        return _attention(values, _below(weights, "attention."), architecture)
+        return _attention(values, _below(weights, "attention."), architecture, window)
 
     def mlp(values: Array) -> Array:
         return _mlp(values, _below(weights, "mlp."), architecture)
@@ -98,7 +124,7 @@ def _layer(x: Array, weights: Weights, architecture: Architecture) -> tuple[Arra
     return x + norm(4, mlp(x)), maps
 
 
-def _attention(x: Array, weights: Weights, architecture: Architecture) -> tuple[Array, Array]:
+def _attention(x: Array, weights: Weights, architecture: Architecture, window: int) -> tuple[Array, Array]:
     count, dim = len(x), architecture.head_dim
     query = _prepared("query", x, weights, architecture, architecture.heads)
     key = _prepared("key", x, weights, architecture, architecture.kv_heads)
@@ -108,11 +134,12 @@ def _attention(x: Array, weights: Weights, architecture: Architecture) -> tuple[
     for head in range(architecture.heads):
         group = head // (architecture.heads // architecture.kv_heads)
         for i in range(count):
-            scores = [float(query[i, head] @ key[j, group]) / math.sqrt(dim) for j in range(i + 1)]
+            seen = range(max(0, i - window + 1), i + 1)
+            scores = [float(query[i, head] @ key[j, group]) / math.sqrt(dim) for j in seen]
             largest = max(scores)
             exponentials = [math.exp(score - largest) for score in scores]
-            for j in range(i + 1):
-                maps[head, i, j] = exponentials[j] / sum(exponentials)
+            for j, exponential in zip(seen, exponentials, strict=True):
+                maps[head, i, j] = exponential / sum(exponentials)
                 mixed[i, head] += maps[head, i, j] * value[j, group]
     return mixed.reshape(count, -1) @ weights["output.weight"].T, maps
 
@@ -131,11 +158,13 @@ def _prepared(name: str, x: Array, weights: Weights, architecture: Architecture,
     if architecture.rotary == "none":
         return split
     rotated = split.copy()
+    scaling = architecture.rope_scaling
+    gain = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
     for pair in range(dim // 2):
         a, b = (pair, pair + dim // 2) if architecture.rotary == "halves" else (2 * pair, 2 * pair + 1)
         frequency = _frequency(pair, architecture)
         for position in range(len(x)):
-            turn = np.exp(1j * position * frequency) * (split[position, :, a] + 1j * split[position, :, b])
+            turn = gain * np.exp(1j * position * frequency) * (split[position, :, a] + 1j * split[position, :, b])
             rotated[position, :, a], rotated[position, :, b] = turn.real, turn.imag
     return rotated
 
@@ -143,9 +172,28 @@ def _prepared(name: str, x: Array, weights: Weights, architecture: Architecture,
 def _frequency(pair: int, architecture: Architecture) -> float:
     """Radians per position."""
     frequency = float(architecture.rope_base ** (-2 * pair / architecture.head_dim))
-    if architecture.rope_scaling is not None:
-        frequency = _llama3(frequency, architecture.rope_scaling)
+    scaling = architecture.rope_scaling
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(frequency, scaling)
+    if isinstance(scaling, LinearScaling):
+        return frequency / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        return frequency * _yarn(pair, architecture, scaling)
     return frequency
+
+
+def _yarn(pair: int, architecture: Architecture, scaling: YarnScaling) -> float:
+    """1 for pairs before the one that turns beta_fast times in the original context, 1 / factor for those after the
+    one that turns beta_slow times, and a straight line in the number of the pair between them.
+    """
+    ends = []
+    for turns in (scaling.beta_fast, scaling.beta_slow):
+        radians = 2 * math.pi * turns / scaling.original_max_positions  # per position: base^(-2 end / dim)
+        ends.append(-architecture.head_dim / 2 * math.log(radians) / math.log(architecture.rope_base))
+    if scaling.truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    stretched = min(max((pair - max(ends[0], 0)) / (ends[1] - max(ends[0], 0)), 0.0), 1.0)
+    return (1 - stretched) + stretched / scaling.factor
 
 
 def _llama3(frequency: float, scaling: Llama3Scaling) -> float:

@@ -8,18 +8,30 @@ from typing import Any
 import pytest
 
 from loopscope import Architecture
-from loopscope.architecture import Llama3Scaling
+from loopscope.architecture import LinearScaling, Llama3Scaling, YarnScaling
 from loopscope.errors import ConfigError
 from pairwise import pairwise
 from random_model import random_architecture
 
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positions": 8192}
+SCALING: dict[str, Any] = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_positions": 8192,
+}
 
 CASES = pairwise(
     {
         "injection": ["none", "linear", "add"],
         "norm_placement": ["pre", "residual", "branch-in-out", "branch-out"],
-        "rope_scaling": [None, Llama3Scaling(**SCALING)],  # type: ignore[arg-type]
+        "rope_scaling": [
+            None,
+            Llama3Scaling(**SCALING),
+            LinearScaling(factor=2.0),
+            YarnScaling(factor=4.0, original_max_positions=16, attention_factor=1.1),
+        ],
+        "window": [{}, {"sliding_window": 3}, {"sliding_window": 3, "full_attention_layers": (0, 2)}],
         "max_positions": [None, 64],
         "tied_embeddings": [False, True],
         "embedding_scale": [1.0, 0.1 + 0.2],
@@ -29,7 +41,8 @@ CASES = pairwise(
 
 @pytest.mark.parametrize("changes", CASES, ids=range(len(CASES)))
 def test_json_and_back_is_the_same_architecture(changes: dict[str, Any]) -> None:
-    architecture = random_architecture(**changes)
+    window = changes.pop("window")
+    architecture = random_architecture(**changes, **window)
     assert Architecture.from_dict(json.loads(json.dumps(architecture.to_dict()))) == architecture
 
 
@@ -56,16 +69,23 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         ({"width": True}, "field 'width' of the Architecture must be int, got True"),
         ({"width": None}, "field 'width' of the Architecture must be int, got None"),
         ({"qk_bias": 1}, "field 'qk_bias' of the Architecture must be bool, got 1"),
-        ({"max_positions": "many"}, "field 'max_positions' of the Architecture must be int or NoneType"),
+        ({"max_positions": "many"}, "field 'max_positions' of the Architecture must be int or null"),
         (
             {"injection": "linaer"},
             "field 'injection' of the Architecture must be one of none, linear, add, got 'linaer'",
         ),
         ({"injection": ["linear"]}, "'injection' of the Architecture must be one of none, linear, add"),
         ({"rope_scaling": SCALING | {"beta": 1}}, "Unknown field 'beta' in the Llama3Scaling"),
-        ({"rope_scaling": {"factor": 8.0}}, "The Llama3Scaling lacks the field 'low_freq_factor'"),
+        (
+            {"rope_scaling": {"kind": "llama3", "factor": 8.0}},
+            "The Llama3Scaling lacks the field 'low_freq_factor'",
+        ),
+        (
+            {"rope_scaling": {"factor": 8.0}},
+            "'kind' of 'rope_scaling' of the Architecture must be one of llama3, linear, yarn, got None",
+        ),
         ({"rope_scaling": SCALING | {"factor": "8"}}, "field 'factor' of the Llama3Scaling must be float"),
-        ({"rope_scaling": 8}, "field 'rope_scaling' of the Architecture must be Llama3Scaling or NoneType, got 8"),
+        ({"rope_scaling": 8}, "field 'rope_scaling' of the Architecture must be an object, got 8"),
     ],
 )
 def test_json_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 import loopscope
 from loopscope import LoopedTransformer, Observer, Trace, Visit
 from loopscope.errors import ConfigError
+from loopscope.visits import QueryKeyAttention
 from random_model import random_ids, random_model
 
 # Rows of (padding before, tokens, padding after).
@@ -20,6 +21,15 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"rotary": "adjacent", "qk_bias": True, "norm_placement": "residual", "loop_norm": "loop"},
     {"injection": "none", "state_init": "embeddings", "loop_norm": "recurrence", "qk_norm": "head"},
+    {"sliding_window": 3, "full_attention_layers": (0,), "injection": "add"},
+    {
+        "injection": "none",
+        "state_init": "embeddings",
+        "loop_norm": "recurrence",
+        "coda": 0,
+        "exit_gate": True,
+        "exit_threshold": 0.7,
+    },
     {"recurrent": 0, "recurrences": 1, "injection": "none", "state_init": "embeddings"},
 ]
 MODELS = [random_model(**variant) for variant in VARIANTS]
@@ -77,7 +87,7 @@ def test_positions_count_tokens_and_not_padding() -> None:
 
     class Keep(Observer):
         def visit(self, visit: Visit) -> None:
-            assert visit.attention is not None
+            assert isinstance(visit.attention, QueryKeyAttention)
             queries.append(visit.attention.query)
 
     model(

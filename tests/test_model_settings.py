@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loopscope
-from loopscope.architecture import Llama3Scaling
+from loopscope.architecture import LinearScaling, Llama3Scaling, YarnScaling
 from loopscope.visits import Observer, Visit
 from pairwise import pairwise
 from random_model import random_ids, random_model
@@ -22,6 +22,9 @@ EXACT_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=
 # As above, but 2^-4 falls between the two limits, and is interpolated.
 BLENDED_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=0.5, high_freq_factor=2.0, original_max_positions=128)
 
+# Pairs 0 to 2 are the passage; its middle is 9/16 of 2^-4, which float32 holds.
+YARN_SCALING = YarnScaling(factor=8.0, original_max_positions=800, attention_factor=1.25)
+
 LOOPED: dict[str, list[Any]] = {
     "norm_placement": ["pre", "residual", "branch-in-out", "branch-out"],
     "injection": ["none", "linear", "add"],
@@ -30,7 +33,8 @@ LOOPED: dict[str, list[Any]] = {
     "qk_bias": [False, True],
     "kv_heads": [1, 2, 4],
     "rotary": ["none", "halves", "adjacent"],
-    "rope_scaling": [None, EXACT_SCALING],
+    "rope_scaling": [None, EXACT_SCALING, LinearScaling(factor=4.0), YARN_SCALING],
+    "window": [{}, {"sliding_window": 3}, {"sliding_window": 2, "full_attention_layers": (0,)}],
     "mlp": ["gated", "plain"],
     "activation": ["silu", "gelu", "gelu-tanh", "relu"],
     "tied_embeddings": [False, True],
@@ -51,6 +55,7 @@ def check(settings: dict[str, Any], tolerance: float) -> None:
     settings = dict(settings)
     given = settings.pop("state") == "given"
     prelude, recurrent, coda = settings.pop("layout")
+    settings |= settings.pop("window")
     recurrences = 3 if recurrent else 1
     settings |= {"prelude": prelude, "recurrent": recurrent, "coda": coda, "recurrences": recurrences}
     model = random_model(head_dim=8, rope_base=EXACT_BASE, state_init="embeddings", **settings)
@@ -80,6 +85,8 @@ def check(settings: dict[str, Any], tolerance: float) -> None:
         for recurrence in range(trace.recurrences):
             close(trace.injected(recurrence), slow.injected[recurrence], f"injected at {recurrence}")
             close(trace.loop_state(recurrence), slow.loop_state[recurrence], f"loop state at {recurrence}")
+        for recurrence, gate in enumerate(slow.gate):
+            close(trace.gate(recurrence), gate, f"gate at {recurrence}")
         close(trace.logits, slow.logits, "logits")
 
 
@@ -93,6 +100,27 @@ def test_frequencies_between_the_limits_are_interpolated(rotary: str) -> None:
     # Looser, for the model rounds the interpolated frequencies to float32 as the published code does.
     settings = {name: values[0] for name, values in LOOPED.items()}
     check(settings | {"rotary": rotary, "rope_scaling": BLENDED_SCALING}, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
+def test_a_model_with_an_exit_gate_answers_each_token_from_where_it_stops(threshold: float) -> None:
+    settings = {name: values[0] for name, values in LOOPED.items()}
+    gated = {"layout": (1, 2, 0), "loop_norm": "recurrence", "exit_gate": True, "exit_threshold": threshold}
+    check(settings | gated, tolerance=1e-10)
+
+
+def test_the_exit_gate_stops_tokens_at_different_recurrences() -> None:
+    model = random_model(
+        coda=0, loop_norm="recurrence", exit_gate=True, exit_threshold=0.6, injection="none", state_init="embeddings"
+    )
+    trace = loopscope.capture(model, random_ids(2, 6), recurrences=5)
+    assert len(trace.exit_step.unique()) > 1
+    torch.testing.assert_close(trace.exit_distribution.sum(-1), torch.ones(2, 6, dtype=torch.float64))
+    for batch, token in itertools.product(range(2), range(6)):
+        step = int(trace.exit_step[batch, token])
+        expected = model.unembed(trace.loop_state(step))[batch, token]
+        torch.testing.assert_close(trace.logits[batch, token], expected)
+        assert float(trace.exit_distribution[batch, token, :step].sum()) < 0.6
 
 
 def test_the_cases_hold_every_pair_of_settings() -> None:

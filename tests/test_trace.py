@@ -247,7 +247,7 @@ def test_observers_are_told_what_a_trace_keeps(model: LoopedTransformer) -> None
 def test_the_native_subject_keeps_the_contract(model: LoopedTransformer) -> None:
     subject = NativeSubject(model)
     assert isinstance(subject, Subject)
-    run = subject.start(loopscope.subject.Batch.of([[1, 2]]))
+    run = subject.start(loopscope.subject.Batch.of([[1, 2]]), recurrences=1)
     assert isinstance(run, Run)
     run.advance()
     first = run.decode()

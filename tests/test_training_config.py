@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from loopscope._json import differences
 from loopscope.errors import ConfigError
-from loopscope.training.config import TrainConfig, differing_fields
+from loopscope.training.config import TrainConfig
 
 DEMO_CONFIGS = Path(str(files("loopscope"))) / "demo" / "configs"
 
@@ -117,7 +118,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, write: Callabl
     assert str(path) in str(caught.value)
 
 
-def test_differing_fields_are_named_by_their_place() -> None:
+def test_differences_are_named_by_their_place() -> None:
     first = {"a": 1, "b": {"c": [1, 2], "d": 0}, "e": None}
     second = {"a": 1, "b": {"c": [1, 3], "d": 0}, "f": 2}
-    assert differing_fields(first, second) == ["b.c", "f"]
+    assert list(differences(first, second)) == ["b.c", "f"]

@@ -10,22 +10,26 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
+from loopscope._json import build
 from loopscope.errors import ConfigError
 
 __all__ = [
     "Activation",
     "Architecture",
     "Injection",
+    "LinearScaling",
     "Llama3Scaling",
     "LoopNorm",
     "Mlp",
     "NormPlacement",
     "QkNorm",
+    "RopeScaling",
     "Rotary",
     "Stage",
     "StateInit",
+    "YarnScaling",
 ]
 
 Stage = Literal["prelude", "recurrent", "coda"]
@@ -37,8 +41,6 @@ Rotary = Literal["none", "halves", "adjacent"]
 Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 StateInit = Literal["embeddings", "normal"]
-
-_T = TypeVar("_T")
 
 _LARGEST_SIZE = 10**6
 _MOST_LAYERS = 10**4
@@ -54,6 +56,7 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+    kind: Literal["llama3"] = "llama3"
 
     def __post_init__(self) -> None:
         if not 0 < self.low_freq_factor < self.high_freq_factor or self.factor < 1 or self.original_max_positions < 1:
@@ -61,6 +64,43 @@ class Llama3Scaling:
                 f"The rotary scaling {self} is not a llama3 scaling: it needs factor >= 1 and "
                 "0 < low_freq_factor < high_freq_factor."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ConfigError(f"A linear rotary scaling needs a factor of at least 1, got {self.factor}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv 2309.00071): frequencies that turn less than `beta_slow` times over the original
+    context are divided by `factor`, those that turn more than `beta_fast` times are left, those between are
+    interpolated; cosines and sines are multiplied by `attention_factor`."""
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """The ends of the interpolation are rounded outwards to whole pairs."""
+    kind: Literal["yarn"] = "yarn"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf or self.original_max_positions < 1 or self.attention_factor <= 0:
+            raise ConfigError(f"The rotary scaling {self} is not a YaRN scaling: it needs factor >= 1.")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ConfigError(f"A YaRN scaling needs 0 < beta_slow < beta_fast, got {self}.")
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +154,12 @@ class Architecture:
     rotary: Rotary = "halves"
     """Which coordinates of a head are rotated together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`adjacent`)."""
     rope_base: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
+
+    sliding_window: int | None = None
+    """A token looks at itself and at the tokens before it, so many in all (Mistral); None for all of them."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers that look at every earlier token all the same, counted from 0 over prelude, recurrent and coda."""
 
     mlp: Mlp = "gated"
     activation: Activation = "silu"
@@ -129,6 +174,11 @@ class Architecture:
     cut at three standard deviations."""
     state_std: float = 1.0
     """Standard deviation of that noise before it is cut."""
+
+    exit_gate: bool = False
+    """A learned gate, sigmoid(w . s + b), says after each recurrence how likely it is to stop there (Ouro)."""
+    exit_threshold: float = 1.0
+    """The model answers with the first recurrence at which the cumulated probability to have stopped reaches it."""
 
     max_positions: int | None = None
     """Longest sequence the model was made for, if it says."""
@@ -164,6 +214,25 @@ class Architecture:
         for name in ("norm_eps", "rope_base", "state_std", "embedding_scale"):
             value = getattr(self, name)
             self._require(math.isfinite(value) and value > 0, f"{name} must be a positive finite number, got {value}")
+        window = self.sliding_window
+        self._require(window is None or window >= 1, f"sliding_window must be at least 1, got {window}")
+        self._require(
+            window is not None or not self.full_attention_layers,
+            "full_attention_layers means nothing without a sliding_window",
+        )
+        self._require(
+            all(0 <= layer < self.layers for layer in self.full_attention_layers),
+            f"full_attention_layers must lie between 0 and {self.layers - 1}, got {list(self.full_attention_layers)}",
+        )
+        self._require(
+            not self.exit_gate or (self.loop_norm == "recurrence" and self.coda == 0),
+            "an exit gate reads the normed state that the head reads too, so it needs loop_norm 'recurrence' and no "
+            "coda",
+        )
+        self._require(self.exit_gate or self.exit_threshold == 1.0, "exit_threshold means nothing without an exit_gate")
+        self._require(
+            math.isfinite(self.exit_threshold), f"exit_threshold must be a finite number, got {self.exit_threshold}"
+        )
         if self.recurrent == 0:
             for name, neutral in (
                 ("injection", "none"),
@@ -190,6 +259,25 @@ class Architecture:
     def is_looped(self) -> bool:
         return self.recurrent > 0
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer looks at, itself included, counted over prelude, recurrent and coda; None for all."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, without building the model."""
+        width, hidden = self.width, self.mlp_width
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * width * queries + 2 * width * keys
+        attention += {"none": 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
+        attention += queries + keys if self.qk_bias else 0
+        mlp = (3 if self.mlp == "gated" else 2) * width * hidden
+        norms = (2 if self.norm_placement in ("pre", "branch-out") else 4) * width
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * width
+        injection = 2 * width * width if self.injection == "linear" else 0
+        gate = width + 1 if self.exit_gate else 0
+        return self.layers * (attention + mlp + norms) + embeddings + injection + gate + width
+
     def visits(self, recurrences: int) -> int:
         """Realised depth: p + k R + c layer applications."""
         return self.prelude + self.recurrent * recurrences + self.coda
@@ -204,7 +292,9 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        fields["full_attention_layers"] = list(self.full_attention_layers)
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Architecture:
@@ -212,43 +302,4 @@ class Architecture:
 
         Raises `ConfigError` naming the first field that is unknown, missing, or of the wrong type.
         """
-        values = dict(fields)
-        scaling = values.get("rope_scaling")
-        if isinstance(scaling, Mapping):
-            values["rope_scaling"] = _checked(Llama3Scaling, scaling)
-        return _checked(cls, values)
-
-
-def _checked(cls: type[_T], fields: Mapping[str, Any]) -> _T:
-    """Build a dataclass from JSON values, refusing unknown and missing fields and wrong types by name."""
-    hints = get_type_hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise ConfigError(f"Unknown field {unknown[0]!r} in the {cls.__name__}; known fields are {', '.join(known)}.")
-    values = {}
-    for name, field in known.items():
-        if name not in fields:
-            if field.default is dataclasses.MISSING:
-                raise ConfigError(f"The {cls.__name__} lacks the field {name!r}.")
-            continue
-        values[name] = _typed(cls.__name__, name, fields[name], hints[name])
-    return cls(**values)
-
-
-def _typed(owner: str, name: str, value: Any, hint: Any) -> Any:
-    """JSON has one kind of number: a whole float is an int where an int is asked for, and an int is a float."""
-    options = get_args(hint) or (hint,)
-    if all(isinstance(option, str) for option in options):
-        if value not in options:
-            raise ConfigError(f"The field {name!r} of the {owner} must be one of {', '.join(options)}, got {value!r}.")
-        return value
-    for option in options:
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, option) and not (option is int and isinstance(value, bool)):
-            return value
-    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ConfigError(f"The field {name!r} of the {owner} must be {expected}, got {value!r}.")
+        return build(cls, fields, "the Architecture")

@@ -96,16 +96,18 @@ def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arr
     guard = _FiniteGuard(frame, plan.first_prompt)
     end = 2 * plan.horizon
     if plan.keep:
-        run = subject.start(batch, seed=plan.seed, observers=[guard, *live.observers])
+        whole = max(plan.recurrences, end)
+        run = subject.start(batch, recurrences=whole, seed=plan.seed, observers=[guard, *live.observers])
         initial_state = run.state
         both = min(plan.recurrences, end)
         advance(run, 0, both, [guard, horizon, kept, *live.observers], measured=True)
         advance(run, both, plan.recurrences, [kept, *live.observers], measured=True)
         advance(run, both, end, [horizon], measured=False)
     else:
-        run = subject.start(batch, seed=plan.seed, observers=[guard])
+        run = subject.start(batch, recurrences=end, seed=plan.seed, observers=[guard])
         advance(run, 0, end, [guard, horizon], measured=False)
-        run = subject.start(batch, seed=plan.seed, observers=live.observers)
+        run.close()
+        run = subject.start(batch, recurrences=plan.recurrences, seed=plan.seed, observers=live.observers)
         initial_state = run.state
     convergence = Convergence(frame, horizon)
     convergence.start(initial_state)
@@ -113,6 +115,8 @@ def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arr
         kept.replay(convergence)
     else:
         advance(run, 0, plan.recurrences, [convergence, *live.observers], measured=True)
+    run.close()
+    live.close()
     arrays = Arrays()
     for part in (convergence.finish(), horizon.finish(), live.finish(), floor):
         arrays.update(part)
@@ -123,10 +127,12 @@ def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arr
 def _measure_once(subject: Subject, batch: Batch, plan: Plan, frame: Frame) -> Arrays:
     """A feed-forward model: one pass."""
     live = _Live(subject, batch, plan, frame)
-    run = subject.start(batch, seed=plan.seed, observers=[_FiniteGuard(frame, plan.first_prompt), *live.observers])
+    guard = _FiniteGuard(frame, plan.first_prompt)
+    run = subject.start(batch, recurrences=0, seed=plan.seed, observers=[guard, *live.observers])
     live.after(1, run, lambda: None)
     if live.cycle is not None:
         run.decode([live.cycle])
+    run.close()
     arrays = live.finish()
     arrays.per_prompt["diverged_at"] = Named(("prompt",), np.full(frame.prompts, -1, dtype=np.int64))
     return arrays
@@ -142,7 +148,7 @@ def _diverged_at(arrays: Arrays) -> Named:
 
 
 def _has_other_path(subject: Subject, plan: Plan) -> bool:
-    return "path-independence" not in plan.skip and subject.info.injection != "none"
+    return "path-independence" not in plan.skip and subject.info.can_start_elsewhere
 
 
 class _Live:
@@ -164,7 +170,7 @@ class _Live:
             other = subject.other_initial_state(batch, plan.seed)
             if other is not None:
                 self.path = PathIndependence(frame)
-                self._other = subject.start(batch, seed=plan.seed, initial_state=other)
+                self._other = subject.start(batch, recurrences=plan.recurrences, seed=plan.seed, initial_state=other)
 
     @property
     def observers(self) -> list[Observer]:
@@ -179,6 +185,11 @@ class _Live:
             self.readout.after(recurrences, run)
         if self.cycle is not None and recurrences == self._plan.recurrences:
             run.decode([self.cycle])
+
+    def close(self) -> None:
+        """No further recurrence is run."""
+        if self.path is not None:
+            self._other.close()
 
     def finish(self) -> Arrays:
         arrays = Arrays()

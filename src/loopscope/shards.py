@@ -15,6 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from loopscope._files import storage_error, write_atomically
+from loopscope._json import differences
 from loopscope.errors import FolderBusyError, StudyError
 from loopscope.measures import Arrays, Named
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
@@ -131,22 +132,11 @@ class StudyFolder:
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    before, now = _flat(found.get("identity", {})), _flat(wanted["identity"])
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    differing = differences(found.get("identity", {}), wanted["identity"])
     if differing:
-        listed = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing[:3])
+        some = [f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items()][:3]
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise StudyError(f"{folder} holds another study ({listed}{more}); choose another --out.")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+        raise StudyError(f"{folder} holds another study ({'; '.join(some)}{more}); choose another --out.")
 
 
 def merge(shards: Sequence[Arrays]) -> dict[str, Named]:

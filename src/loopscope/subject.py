@@ -21,6 +21,7 @@ from loopscope.checkpoints import find_checkpoint, load_checkpoint
 from loopscope.errors import ConfigError
 from loopscope.model import LoopedTransformer, initial_noise
 from loopscope.model.attention import AttentionContext
+from loopscope.model.exit import ExitRule
 from loopscope.model.rotary import RotationTable
 from loopscope.prompts import load_tokenizer
 from loopscope.visits import Observer
@@ -41,12 +42,14 @@ class SubjectInfo:
     coda: int
     trained_recurrences: int | None
     """Mean number of recurrences in training; None for a feed-forward model."""
-    injection: Injection
-    norm_placement: NormPlacement
-    loop_norm: LoopNorm
-    state_init: StateInit
+    injection: Injection | None
+    """None, here and in the next three: it cannot be seen from outside the model."""
+    norm_placement: NormPlacement | None
+    loop_norm: LoopNorm | None
+    state_init: StateInit | None
     width: int
-    heads: int
+    heads: int | None
+    """Query heads; None where no layer's attention can be seen."""
     vocab_size: int
     max_positions: int | None
     parameters: int
@@ -54,6 +57,11 @@ class SubjectInfo:
     device: str
     weights_sha256: str
     """Of the checkpoint's files, or of the values in memory for a model that was not loaded."""
+    exit_threshold: float | None = None
+    """Of a model with an exit gate: it answers, token by token, with the first recurrence at which the cumulated
+    probability to stop reaches it."""
+    revision: str | None = None
+    """Commit of the repository on the hub that the checkpoint came from."""
 
     @property
     def is_looped(self) -> bool:
@@ -62,7 +70,12 @@ class SubjectInfo:
     @property
     def carries_raw_output(self) -> bool:
         """The loop state is the last recurrent layer's raw output, with no norm between."""
-        return self.loop_norm != "recurrence"
+        return self.loop_norm in ("none", "loop")
+
+    @property
+    def can_start_elsewhere(self) -> bool:
+        """The prompt enters at every recurrence, so another initial state is still the same prompt."""
+        return self.injection in ("linear", "add")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -100,14 +113,24 @@ class Run(Protocol):
     """One forward pass in progress, standing between two recurrences."""
 
     @property
-    def state(self) -> States:
-        """The loop state."""
+    def state(self) -> States | None:
+        """The loop state; None before the first recurrence where it cannot be told from the first layer's input."""
 
     def advance(self, observers: Iterable[Observer] = ()) -> None:
         """Run one recurrence."""
 
     def decode(self, observers: Iterable[Observer] = ()) -> Logits:
         """Logits of the state as it stands; the run can go on afterwards."""
+
+    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
+        """What the model itself answers after the recurrences so far.
+
+        These are the logits of `decode`, but for a model with an exit gate, which answers each token from the
+        recurrence at which it stops.
+        """
+
+    def close(self) -> None:
+        """Nothing more is asked of this run. One that is not closed is closed when it is garbage."""
 
     def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
         """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be
@@ -129,9 +152,19 @@ class Subject(Protocol):
     def device(self) -> torch.device: ...
 
     def start(
-        self, batch: Batch, *, seed: int = 0, initial_state: States | None = None, observers: Iterable[Observer] = ()
+        self,
+        batch: Batch,
+        *,
+        recurrences: int,
+        seed: int = 0,
+        initial_state: States | None = None,
+        observers: Iterable[Observer] = (),
     ) -> Run:
-        """Run what comes before the loop."""
+        """Run what comes before the loop.
+
+        `recurrences` is how often the run will be advanced at most; some models must be told before they start. It is
+        0 for a feed-forward model.
+        """
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         """An initial state from which the same prompt can be run too, for path independence.
@@ -151,6 +184,7 @@ class NativeSubject:
         family: str = "loopscope",
         tokenizer: Tokenizer | None = None,
         weights_sha256: str | None = None,
+        revision: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -174,6 +208,8 @@ class NativeSubject:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             weights_sha256=weights_sha256 or _digest(model),
+            exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
+            revision=revision,
         )
 
     @property
@@ -181,13 +217,19 @@ class NativeSubject:
         return self.model.device
 
     def start(
-        self, batch: Batch, *, seed: int = 0, initial_state: States | None = None, observers: Iterable[Observer] = ()
+        self,
+        batch: Batch,
+        *,
+        recurrences: int,
+        seed: int = 0,
+        initial_state: States | None = None,
+        observers: Iterable[Observer] = (),
     ) -> NativeRun:
         return NativeRun(self.model, batch.to(self.device), seed, initial_state, tuple(observers))
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
-        if architecture.injection == "none":
+        if not self.info.can_start_elsewhere:
             return None
         if architecture.state_init == "normal":
             noise = initial_noise(
@@ -222,15 +264,27 @@ class NativeRun:
             if initial_state is None:
                 initial_state = model.initial_state(self._sequence, seed)
         self.state: States = initial_state.to(model.device, model.dtype)
+        threshold = model.architecture.exit_threshold
+        self._exits = ExitRule(threshold) if model.exit_gate is not None else None
 
     @torch.no_grad()
     def advance(self, observers: Iterable[Observer] = ()) -> None:
         self.state = self._model.recur(self.state, self._sequence, self._recurrence, observers)
+        if self._exits is not None:
+            self._exits.after(self.state, self._model.gate(self.state))
         self._recurrence += 1
 
     @torch.no_grad()
     def decode(self, observers: Iterable[Observer] = ()) -> Logits:
         return self._model.decode(self.state, self._sequence, observers)
+
+    @torch.no_grad()
+    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
+        state = self.state if self._exits is None else self._exits.answer(self.state)
+        return self._model.decode(state, self._sequence, observers)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.no_grad()
     def rounding_error(self) -> Float[Tensor, "layer batch token"]:
@@ -279,8 +333,13 @@ def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionConte
     return dataclasses.replace(context, rotation=rotation)
 
 
-def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "auto") -> NativeSubject:
-    """Load a shipped model (`demo:injected`) or a checkpoint folder.
+def load(
+    name_or_path: str | Path, *, revision: str | None = None, dtype: str = "float32", device: str = "auto"
+) -> NativeSubject:
+    """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
+
+    A string of the form `organisation/model` that is no folder is downloaded from the hub, without any code;
+    `revision` is a branch, a tag or a commit there.
 
     `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is
     one. Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be loaded exactly, `ConfigError`
@@ -288,13 +347,15 @@ def load(name_or_path: str | Path, *, dtype: str = "float32", device: str = "aut
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    checkpoint = load_checkpoint(find_checkpoint(name_or_path), dtype=_DTYPES[dtype], device=find_device(device))
+    found = find_checkpoint(name_or_path, revision)
+    checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=find_device(device))
     return NativeSubject(
         checkpoint.model,
         name=str(name_or_path),
         family=checkpoint.family,
         tokenizer=None if checkpoint.tokenizer is None else load_tokenizer(checkpoint.tokenizer),
         weights_sha256=checkpoint.weights_sha256,
+        revision=found.revision,
     )
 
 

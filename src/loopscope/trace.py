@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask
+from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.model import LoopedTransformer
+from loopscope.model.exit import exit_distribution, exit_step
 from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, load
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
@@ -29,12 +30,16 @@ _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 class Trace:
     """What `capture` returns. Layers and recurrences count from 0; a feed-forward model's layers are its prelude."""
 
-    def __init__(self, recorder: _Recorder, batch: Batch, initial_state: States, logits: Logits) -> None:
+    def __init__(
+        self, recorder: _Recorder, batch: Batch, info: SubjectInfo, initial_state: States | None, logits: Logits
+    ) -> None:
         self.input_ids: TokenIds = batch.input_ids
         self.mask: TokenMask = batch.mask
-        self.initial_state: States = initial_state
-        """s_0, before the first recurrence; the prelude's output where there is no loop."""
+        self._initial_state = initial_state
         self.logits: Logits = logits
+        """What the model answers, (batch, token, vocabulary): with an exit gate, at each token the logits of the
+        recurrence at which it stops."""
+        self._info = info
         self.recurrences: int = len(recorder.loop_states)
         self._recorder = recorder
 
@@ -42,6 +47,16 @@ class Trace:
     def visits(self) -> list[_Site]:
         """(stage, layer, recurrence) of every visit, in order."""
         return list(self._recorder.residuals)
+
+    @property
+    def initial_state(self) -> States:
+        """s_0, before the first recurrence, (batch, token, width); the prelude's output where there is no loop.
+
+        Raises `ConfigError` for a hooked model whose s_0 cannot be told from its first layer's input.
+        """
+        if self._initial_state is None:
+            raise ConfigError(f"The initial state of {self._info.name} cannot be seen from outside; see injected(0).")
+        return self._initial_state
 
     def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
         """A layer's raw output, (batch, token, width). `KeyError` with what there is for a visit that was not made."""
@@ -63,6 +78,29 @@ class Trace:
     def injected(self, recurrence: int) -> States:
         """The state after injection, the input of recurrent layer 0, (batch, token, width)."""
         return self._recorder.injections[self._checked(recurrence)]
+
+    def gate(self, recurrence: int) -> TokenValues:
+        """The exit gate's answer after a recurrence, before its sigmoid, (batch, token).
+
+        Raises `ConfigError` for a model without an exit gate, as do the next two.
+        """
+        return self._gates()[self._checked(recurrence)]
+
+    @property
+    def exit_distribution(self) -> Tensor:
+        """Probability to stop after each recurrence, (batch, token, recurrence)."""
+        return exit_distribution(self._gates())
+
+    @property
+    def exit_step(self) -> Tensor:
+        """The recurrence at which the model stops, from 0, (batch, token)."""
+        assert self._info.exit_threshold is not None  # a model with gates has one
+        return exit_step(self.exit_distribution, self._info.exit_threshold)
+
+    def _gates(self) -> list[Tensor]:
+        if not self._recorder.gates:
+            raise ConfigError(f"{self._info.name} has no exit gate that can be seen.")
+        return self._recorder.gates
 
     def _checked(self, recurrence: int) -> int:
         if not 0 <= recurrence < self.recurrences:
@@ -90,6 +128,7 @@ class _Recorder(Observer):
         self.attention: dict[_Site, AttentionView] = {}
         self.injections: list[Tensor] = []
         self.loop_states: list[Tensor] = []
+        self.gates: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
         site = (visit.stage, visit.layer, visit.recurrence)
@@ -102,6 +141,8 @@ class _Recorder(Observer):
 
     def loop_state(self, loop_state: LoopState) -> None:
         self.loop_states.append(loop_state.state)
+        if loop_state.gate is not None:
+            self.gates.append(loop_state.gate)
 
 
 def capture(
@@ -139,11 +180,15 @@ def capture(
     if initial_state is not None:
         _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
     recorder = _Recorder(attention)
-    run = subject.start(batch, seed=seed, initial_state=initial_state, observers=[recorder])
-    first = run.state
-    for _ in range(_recurrences(subject, recurrences)):
-        run.advance([recorder])
-    return Trace(recorder, batch, first, run.decode([recorder]))
+    count = _recurrences(subject, recurrences)
+    run = subject.start(batch, recurrences=count, seed=seed, initial_state=initial_state, observers=[recorder])
+    try:
+        first = run.state
+        for _ in range(count):
+            run.advance([recorder])
+        return Trace(recorder, batch, info, first, run.answer([recorder]))
+    finally:
+        run.close()
 
 
 def _subject(model: str | Path | LoopedTransformer | Subject) -> Subject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,37 @@ from torch import Tensor
 from loopscope._shapes import Keys, Maps, Queries, Rows, States, TokenMask
 from loopscope.architecture import Stage
 
-__all__ = ["AttentionView", "LoopState", "Observer", "Visit"]
+__all__ = ["AttentionView", "LoopState", "MapAttention", "Observer", "QueryKeyAttention", "Visit"]
+
+
+class AttentionView(ABC):
+    """A visit's attention, of which rows are computed when they are asked for.
+
+    Probabilities are float32, or float64 where the model's queries are, whatever the model runs in.
+    """
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Query heads."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Rows of a map: queries, padding included."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows `start:stop` of the post-softmax maps, (batch, head, stop - start, key); padding is zero."""
+
+    def probabilities(self) -> Maps:
+        """The maps of all heads, (batch, head, query, key); rows and columns of padding are zero."""
+        return self.rows(0, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionView:
-    """A visit's attention, as the queries and keys that make it: no T x T map exists until one is asked for.
-
-    Probabilities are computed in float32, or float64 where queries are float64, whatever the model runs in.
-    """
+class QueryKeyAttention(AttentionView):
+    """Attention as the queries and keys that make it: no T x T map exists until one is asked for."""
 
     query: Queries
     """After normalisation, bias and rotation."""
@@ -28,17 +51,22 @@ class AttentionView:
     """Factor on the scores."""
     mask: TokenMask | None
     """True for tokens, False for padding; None where there is no padding."""
+    window: int | None = None
+    """A query looks at itself and the keys before it, so many in all; None for no limit."""
+    causal: bool = True
+    """A query looks at no later key."""
+    added: Tensor | None = None
+    """What the model adds to the scores, broadcast to (batch, head, query, key): -infinity where a key is hidden."""
 
     @property
     def heads(self) -> int:
         return self.query.shape[1]
 
-    def probabilities(self) -> Maps:
-        """Post-softmax maps of all heads, (batch, head, query, key); rows and columns of padding are zero."""
-        return self.rows(0, self.query.shape[2])
+    @property
+    def tokens(self) -> int:
+        return self.query.shape[2]
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows `start:stop` of the maps, (batch, head, stop - start, key)."""
         dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         query = self.query[:, :, start:stop].to(dtype)
         key = self.key.to(dtype)
@@ -46,15 +74,57 @@ class AttentionView:
         groups = key.shape[1]
         grouped = query.reshape(batch, groups, heads // groups, rows, dim)
         scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, key.shape[2])
-        position = torch.arange(key.shape[2], device=key.device)
-        allowed = (position <= position[start:stop, None])[None, None]
+        scores = scores * self.scale
+        if self.added is not None:
+            added = self.added if self.added.shape[-2] == 1 else self.added[..., start:stop, :]
+            scores = scores + added.to(dtype)
+        allowed = self._allowed(start, stop)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        return _without_padding(scores.softmax(-1), self.mask, start, stop)
+
+    def _allowed(self, start: int, stop: int) -> Tensor | None:
+        """Where these queries may look, as far as causality, window and padding say; None for everywhere."""
+        position = torch.arange(self.key.shape[2], device=self.key.device)
+        behind = position[start:stop, None] - position
+        allowed = None
+        if self.causal:
+            allowed = (behind >= 0)[None, None]
+        if self.window is not None:
+            near = (behind < self.window)[None, None]
+            allowed = near if allowed is None else allowed & near
         if self.mask is not None:
-            allowed = allowed & self.mask[:, None, None, :]
-        probabilities = (scores * self.scale).masked_fill(~allowed, float("-inf")).softmax(-1)
-        if self.mask is not None:
-            # A row of left padding has no key to look at, which makes its softmax 0/0.
-            probabilities = probabilities.masked_fill(~self.mask[:, None, start:stop, None], 0.0)
-        return probabilities
+            there = self.mask[:, None, None, :]
+            allowed = there if allowed is None else allowed & there
+        return allowed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MapAttention(AttentionView):
+    """Attention of a model that computes its maps itself and hands them out whole."""
+
+    maps: Tensor
+    """Post-softmax, (batch, head, query, key), in the model's dtype."""
+    mask: TokenMask | None
+
+    @property
+    def heads(self) -> int:
+        return self.maps.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.maps.shape[2]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        dtype = torch.float64 if self.maps.dtype == torch.float64 else torch.float32
+        return _without_padding(self.maps[:, :, start:stop].to(dtype), self.mask, start, stop)
+
+
+def _without_padding(rows: Rows, mask: TokenMask | None, start: int, stop: int) -> Rows:
+    if mask is None:
+        return rows
+    # A row of padding may have no key to look at, which makes its softmax 0/0.
+    return rows.masked_fill(~mask[:, None, start:stop, None], 0.0).masked_fill(~mask[:, None, None, :], 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +154,8 @@ class LoopState:
 
     recurrence: int
     state: Tensor
+    gate: Tensor | None = None
+    """The exit gate's answer to the state before its sigmoid, (batch, token), where the model has one."""
 
 
 class Observer:

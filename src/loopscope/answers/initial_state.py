@@ -27,6 +27,9 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
             "There is no input injection: the prompt enters through the initial state alone, and a model that forgot "
             "it would forget the prompt."
         )
+    elif view.injection == "unknown":
+        outcome, verdict = Outcome.NOT_APPLICABLE, "cannot be tried"
+        sentence = "The model is seen from outside, where its initial state cannot be set."
     elif "path_distance" not in view.finite:
         outcome, verdict = Outcome.NOT_APPLICABLE, "not measured"
         sentence = "The analysis was told to skip path independence."

@@ -44,6 +44,7 @@ class StudyView:
     trained: int | None
     """Recurrences that the model was trained with, if known."""
     injection: str
+    """`unknown` for a model that is seen from outside."""
     dtype: str
     """In which the states were computed."""
 
@@ -70,7 +71,7 @@ def view_study(study: Study) -> StudyView:
     try:
         model = manifest["model"]
         looped = model["kind"] == "looped"
-        injection = str(model["injection"]) if looped else "none"
+        injection = str(model["injection"] or "unknown") if looped else "none"
         dtype = str(manifest["settings"]["dtype"])
         horizon = int(manifest["settings"]["horizon"]) if looped else 0
     except KeyError as error:

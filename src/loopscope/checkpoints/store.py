@@ -10,13 +10,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loopscope.checkpoints.conversion import conversion_command, is_pickled
 from loopscope.errors import CheckpointError
 
 __all__ = ["TensorStore", "read_json"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,12 +101,11 @@ class TensorStore:
         single = self.folder / _SINGLE
         if single.is_file():
             return [single]
-        pickled = sorted(path.name for pattern in _PICKLED for path in self.folder.glob(pattern))
+        pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not "
-                f"read: convert it "
-                "with safetensors.torch.save_file first."
+                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: convert "
+                f"it with {conversion_command(self.folder, pickled)}"
             )
         raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}).")
 

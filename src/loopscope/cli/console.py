@@ -33,7 +33,7 @@ def say_models() -> None:
     """A table of the shipped models."""
     table = Table("model", "layout", "parameters", "test loss", "bigram entropy", box=None, pad_edge=False)
     for name in demo_names():
-        results = read_json(find_checkpoint(name) / "results.json")
+        results = read_json(find_checkpoint(name).folder / "results.json")
         losses = {int(count): loss for count, loss in results["test"]["loss"].items()}
         best = min(losses, key=lambda count: losses[count])
         table.add_row(

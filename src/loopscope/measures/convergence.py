@@ -61,8 +61,13 @@ class Convergence(Measure):
             (len(TOKEN_NAMES), 2, frame.recurrences, frame.prompts, frame.tokens), np.nan, dtype=np.float32
         )
 
-    def start(self, initial_state: Tensor) -> None:
-        """The loop state before the first recurrence; the first step of the loop state starts there."""
+    def start(self, initial_state: Tensor | None) -> None:
+        """The loop state before the first recurrence; the first step of the loop state starts there.
+
+        Where it is not known (None) that step is NaN.
+        """
+        if initial_state is None:
+            return
         self._previous[self._layers] = (initial_state, residual_norm(initial_state))
 
     def visit(self, visit: Visit) -> None:

@@ -12,7 +12,7 @@ from loopscope._shapes import States, TokenMask
 from loopscope.architecture import Architecture
 from loopscope.model.norm import RMSNorm
 from loopscope.model.rotary import RotationTable, rotate
-from loopscope.visits import AttentionView
+from loopscope.visits import QueryKeyAttention
 
 __all__ = ["Attention", "AttentionContext"]
 
@@ -26,6 +26,8 @@ class AttentionContext:
     """True for tokens; None where no row is padded."""
     allowed: Tensor | None
     """(batch, 1, query, key), True where a query may look; None where causality alone decides."""
+    near: Tensor | None
+    """The same for layers with a sliding window, (batch or 1, 1, query, key)."""
 
 
 class Attention(nn.Module):
@@ -33,8 +35,9 @@ class Attention(nn.Module):
     rotation).
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.head_dim = architecture.head_dim
         self.rotary = architecture.rotary
         self.norm_per_head = architecture.qk_norm == "head"
@@ -56,20 +59,21 @@ class Attention(nn.Module):
             self.query_bias = nn.Parameter(torch.zeros(query_width))
             self.key_bias = nn.Parameter(torch.zeros(key_width))
 
-    def forward(self, x: States, context: AttentionContext) -> tuple[States, AttentionView]:
+    def forward(self, x: States, context: AttentionContext) -> tuple[States, QueryKeyAttention]:
         query = self._heads(self.query(x), self.query_norm, self.query_bias, context)
         key = self._heads(self.key(x), self.key_norm, self.key_bias, context)
         value = self._split(self.value(x))
+        allowed = context.allowed if self.window is None else context.near
         mixed = functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=context.allowed,
-            is_causal=context.allowed is None,
+            attn_mask=allowed,
+            is_causal=allowed is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
-        return output, AttentionView(query, key, self.head_dim**-0.5, context.mask)
+        return output, QueryKeyAttention(query, key, self.head_dim**-0.5, context.mask, self.window)
 
     def _heads(self, x: Tensor, norm: RMSNorm | None, bias: Tensor | None, context: AttentionContext) -> Tensor:
         if norm is not None:

@@ -52,10 +52,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
         super().__init__()
         self.on_residual = architecture.norm_placement == "residual"
-        self.attention = Attention(architecture)
+        self.attention = Attention(architecture, window)
         self.mlp = MLP(architecture)
         present = _NORMS[architecture.norm_placement]
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loopscope._shapes import Logits, States, TokenIds, TokenMask
+from loopscope._shapes import Logits, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Architecture, Stage
 from loopscope.errors import ConfigError
 from loopscope.model.attention import AttentionContext
+from loopscope.model.exit import ExitRule
 from loopscope.model.layer import Layer
 from loopscope.model.norm import RMSNorm
 from loopscope.model.rotary import rotation_table
@@ -43,13 +44,16 @@ class LoopedTransformer(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.embedding = nn.Embedding(architecture.vocab_size, architecture.width)
-        self.prelude = nn.ModuleList(Layer(architecture) for _ in range(architecture.prelude))
-        self.recurrent = nn.ModuleList(Layer(architecture) for _ in range(architecture.recurrent))
-        self.coda = nn.ModuleList(Layer(architecture) for _ in range(architecture.coda))
+        layers = [Layer(architecture, architecture.window(layer)) for layer in range(architecture.layers)]
+        loop, after = architecture.prelude, architecture.prelude + architecture.recurrent
+        self.prelude = nn.ModuleList(layers[:loop])
+        self.recurrent = nn.ModuleList(layers[loop:after])
+        self.coda = nn.ModuleList(layers[after:])
         self.injection: nn.Linear | None = None
         if architecture.injection == "linear":
             self.injection = nn.Linear(2 * architecture.width, architecture.width, bias=False)
         self.norm = RMSNorm(architecture.width, architecture.norm_eps)
+        self.exit_gate = nn.Linear(architecture.width, 1) if architecture.exit_gate else None
         self.head: nn.Linear | None = None
         if not architecture.tied_embeddings:
             self.head = nn.Linear(architecture.width, architecture.vocab_size, bias=False)
@@ -75,7 +79,7 @@ class LoopedTransformer(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(0.0 if name.endswith("_bias") else 1.0)
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
                 for layer in (*self.prelude, *self.recurrent, *self.coda):
                     for norm in (layer.norm_2, layer.norm_4):
@@ -104,6 +108,8 @@ class LoopedTransformer(nn.Module):
         - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
         - `observers`: told of every visit.
 
+        With an exit gate each token is answered from the recurrence at which it stops (see `ExitRule`).
+
         Raises `ConfigError` for a number of recurrences below 1, and for more than one or an initial state where there
         is no loop.
         """
@@ -119,13 +125,16 @@ class LoopedTransformer(nn.Module):
         observers = tuple(observers)
         sequence = self.encode(input_ids, attention_mask, observers)
         state = self.initial_state(sequence, seed) if initial_state is None else initial_state
+        exits = ExitRule(self.architecture.exit_threshold) if self.exit_gate is not None else None
         tracked = recurrences if backprop_last is None else backprop_last
         with_gradient = torch.is_grad_enabled()
         if self.architecture.is_looped:
             for recurrence in range(recurrences):
                 with torch.set_grad_enabled(with_gradient and recurrence >= recurrences - tracked):
                     state = self.recur(state, sequence, recurrence, observers)
-        return self.decode(state, sequence, observers)
+                    if exits is not None:
+                        exits.after(state, self.gate(state))
+        return self.decode(state if exits is None else exits.answer(state), sequence, observers)
 
     def encode(
         self, input_ids: TokenIds, attention_mask: TokenMask | None = None, observers: Iterable[Observer] = ()
@@ -164,9 +173,17 @@ class LoopedTransformer(nn.Module):
         state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
+        gate = self.gate(state) if self.exit_gate is not None and observers else None
         for observer in observers:
-            observer.loop_state(LoopState(recurrence, state))
+            observer.loop_state(LoopState(recurrence, state, gate))
         return state
+
+    def gate(self, state: States) -> TokenValues:
+        """The exit gate's answer to a loop state, before the sigmoid, (batch, token)."""
+        if self.exit_gate is None:
+            raise ConfigError("This model has no exit gate.")
+        answer: Tensor = self.exit_gate(state)
+        return answer.squeeze(-1)
 
     def inject(self, state: States, encoded: States) -> States:
         """Mix the prelude's output into the state."""
@@ -210,15 +227,20 @@ class LoopedTransformer(nn.Module):
     def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
         tokens = input_ids.shape[1]
         position = torch.arange(tokens, device=input_ids.device)
+        behind = position[:, None] - position
+        window = self.architecture.sliding_window
+        # A window as long as the text hides nothing, and causality alone lets the fast kernels apply.
+        near = None if window is None or window >= tokens else ((behind >= 0) & (behind < window))[None, None]
         if mask is None or bool(mask.all()):
-            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), None, None)
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), None, None, near)
         if not bool(mask.any(-1).all()):
             raise ConfigError("A row of attention_mask has no token; leave empty prompts out of the batch.")
         if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            # Padding comes last, so no token can look at it: causality alone decides, and the fast kernels apply.
-            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), mask, None)
+            # Padding comes last, so no token can look at it.
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), mask, None, near)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
-        causal = position[:, None] >= position
         # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
-        allowed = (causal & mask[:, None, :]) | torch.eye(tokens, dtype=torch.bool, device=mask.device)
-        return AttentionContext(rotation_table(self.architecture, places, self.dtype), mask, allowed[:, None])
+        itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
+        allowed = (((behind >= 0) & mask[:, None, :]) | itself)[:, None]
+        near = allowed if near is None else allowed & (near | itself)
+        return AttentionContext(rotation_table(self.architecture, places, self.dtype), mask, allowed, near)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopscope._extras import require
 from loopscope.errors import PromptError
-from loopscope.prompts.extras import require
 
 __all__ = ["TEXT_FIELD", "Record", "read_json_lines", "read_parquet", "read_text", "read_text_lines"]
 

@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
+from loopscope._extras import require
+from loopscope._hub import downloading
 from loopscope.errors import PromptError
-from loopscope.prompts.extras import require
 
 __all__ = ["HUB_PRESETS", "SHIPPED_PRESETS", "HubPreset", "ShippedPreset", "find_preset", "preset_names"]
 
@@ -117,18 +118,7 @@ def _download(name: str, preset: HubPreset) -> Path:
     hub = require("huggingface_hub", purpose)
     if preset.file.endswith(".parquet"):
         require("pyarrow", purpose)  # before the download, which would be in vain without it
-    try:
+    copy = f"give a copy of it with --prompts FILE --field {preset.field}"
+    with downloading(purpose, preset.repo, error=PromptError, otherwise=copy, revision=preset.revision):
         path = hub.hf_hub_download(preset.repo, preset.file, revision=preset.revision, repo_type="dataset")
-    except hub.errors.LocalEntryNotFoundError as error:
-        raise PromptError(
-            f"The preset {name!r} is not cached and the Hugging Face hub cannot be reached; connect to the network, "
-            f"or give a copy of it with --prompts FILE --field {preset.field}."
-        ) from error
-    except Exception as error:  # the client also passes on what its HTTP library raises, which is not ours to list
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise PromptError(
-            f"The preset {name!r} cannot be downloaded ({preset.file} of the dataset {preset.repo} at "
-            f"{preset.revision[:7]}: {reason}); try again, or give a copy of it with --prompts FILE "
-            f"--field {preset.field}."
-        ) from error
     return Path(path)

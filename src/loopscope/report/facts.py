@@ -29,7 +29,7 @@ def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
             ("horizon", f"{view.horizon} and {2 * view.horizon}"),
             ("injection", view.injection),
         ]
-    facts += [("norms", str(model["norm_placement"]))] if "norm_placement" in model else []
+    facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
     facts.append(("run in", view.dtype))
     if "parameters" in model:
         facts.append(("parameters", f"{int(model['parameters']):,}"))

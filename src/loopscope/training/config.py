@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from loopscope._json import build
 from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
 
@@ -19,10 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "RecurrenceConfig",
     "TrainConfig",
-    "differing_fields",
 ]
-
-_T = TypeVar("_T")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -160,6 +158,10 @@ class TrainConfig:
             self.architecture.is_looped or self.evaluation.recurrences == EvaluationConfig.recurrences,
             "a model without recurrent layers has one loss only; leave `evaluation.recurrences` out",
         )
+        _require(
+            not self.architecture.exit_gate,
+            "no loss trains an exit gate here; leave `exit_gate` out of the architecture",
+        )
         limit = self.architecture.max_positions
         _require(
             limit is None or self.context <= limit,
@@ -178,7 +180,7 @@ class TrainConfig:
 
         Raises `ConfigError` naming the first field that is unknown, missing, or of the wrong type.
         """
-        return _build(cls, fields, "the training configuration")
+        return build(cls, fields, "the training configuration")
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
@@ -196,64 +198,3 @@ class TrainConfig:
                 f"The training configuration {path} holds a JSON {type(fields).__name__}, but it must be an object."
             )
         return cls.from_dict(fields)
-
-
-def differing_fields(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested JSON objects differ, in sorted order."""
-    names: list[str] = []
-    for name in sorted(first.keys() | second.keys()):
-        one, other = first.get(name), second.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            names += differing_fields(one, other, f"{prefix}{name}.")
-        elif one != other:
-            names.append(f"{prefix}{name}")
-    return names
-
-
-def _build(cls: type[_T], fields: Mapping[str, Any], where: str) -> _T:
-    """Build a dataclass from a JSON object, refusing unknown, missing and wrongly typed fields by name."""
-    hints = get_type_hints(cls)
-    known = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise ConfigError(f"Unknown field {unknown[0]!r} in {where}; known fields are {', '.join(known)}.")
-    for name, entry in known.items():
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and name not in fields:
-            raise ConfigError(f"{where[0].upper()}{where[1:]} lacks the field {name!r}.")
-    return cls(**{name: _value(value, hints[name], f"{name!r} of {where}") for name, value in fields.items()})
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """One JSON value as the annotated type. JSON has one kind of number, so 1 is a float and 1.0 an int where asked."""
-    if hint is Architecture and isinstance(value, Mapping):
-        return Architecture.from_dict(value)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-        return _build(hint, value, where)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        element, *rest = get_args(hint)
-        if rest == [...] or len(value) == 1 + len(rest):
-            return tuple(_value(entry, element, where) for entry in value)
-    if get_origin(hint) is Literal and value in get_args(hint):
-        return value
-    for option in get_args(hint) or (hint,):
-        if isinstance(value, bool) or not isinstance(option, type):
-            continue
-        if option is float and isinstance(value, int | float):
-            return float(value)
-        if option is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, option):
-            return value
-    raise ConfigError(f"The field {where} must be {_describe(hint)}, got {value!r}.")
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"a list of {_describe(get_args(hint)[0])}"
-    if dataclasses.is_dataclass(hint):
-        return "an object"
-    options = get_args(hint) or (hint,)
-    return " or ".join("null" if option is type(None) else option.__name__ for option in options)

@@ -11,8 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loopscope._files import storage_error, write_atomically
+from loopscope._json import differences
 from loopscope.errors import ConfigError, FolderBusyError
-from loopscope.training.config import differing_fields
 
 __all__ = ["RunFolder"]
 
@@ -83,7 +83,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.identity} cannot be read ({error}); choose another output folder.") from error
         places = {"config.data.train", "config.data.test", "config.data.tokenizer"}
-        differing = [name for name in differing_fields(found, wanted) if name not in places]
+        differing = [name for name in differences(found, wanted) if name not in places]
         if differing:
             raise ConfigError(
                 f"The output folder {self.path} holds a run with another configuration, differing in "

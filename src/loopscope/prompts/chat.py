@@ -1,0 +1,133 @@
+"""Chat templates: the text that a prompt becomes when it is a user's turn.
+
+A template is a Jinja program from a model's folder. It runs in Jinja's sandbox, sees nothing but the messages and the
+names of special tokens, and has the few extensions and functions that published templates rely on (those that
+transformers documents under "Chat templates").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from loopscope.errors import PromptError
+
+__all__ = ["ChatTemplate", "RenderedChat"]
+
+_MARK = "\ue000prompt\ue000"
+"""Stands in for the prompt to find where a template puts it; of characters that no text has a use for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A whole chat as text; the prompt itself is `text[start:end]`."""
+
+    text: str
+    start: int
+    end: int
+
+
+class ChatTemplate:
+    """A model's chat template.
+
+    `variables` are the names that it may use besides the messages: `bos_token` and so on. It is compiled when it is
+    first used, so that a broken one harms nobody who has no use for it.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        self.source = source
+        self._variables = dict(variables)
+
+    @property
+    def uses_date(self) -> bool:
+        """Whether the template may write the current date, so that the same prompt differs from day to day."""
+        return "strftime_now" in self.source
+
+    def render(self, prompt: str, system: str | None = None, *, now: datetime | None = None) -> RenderedChat:
+        """The chat of an optional system turn and the user's turn, up to where the assistant would begin.
+
+        `now` is the date that the template may write; the current one unless given.
+
+        Raises `PromptError` with the template's own message where it refuses the chat, and where the system prompt is
+        left out or the place of the prompt cannot be told.
+        """
+        now = now or datetime.now().astimezone()
+        text = self._render(prompt, system, now)
+        if system is not None and system.strip() not in text:
+            raise PromptError(
+                "The model's chat template leaves the system prompt out; leave --system-prompt out, or put its text "
+                "into the prompts."
+            )
+        before, *after = self._render(_MARK, system, now).split(_MARK)
+        if len(after) == 1 and text.startswith(before) and text[len(before) :].endswith(after[0]):
+            return RenderedChat(text, len(before), len(text) - len(after[0]))
+        # The template looks at the prompt before it decides what to write around it.
+        if text.count(prompt.strip()) == 1:
+            start = text.index(prompt.strip())
+            return RenderedChat(text, start, start + len(prompt.strip()))
+        raise PromptError(
+            f"The model's chat template writes the prompt {len(after)} times or changes it, so that its place cannot "
+            "be told; leave --chat out."
+        )
+
+    def _render(self, prompt: str, system: str | None, now: datetime) -> str:
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        turns.append({"role": "user", "content": prompt})
+        try:
+            return self._compiled.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                strftime_now=now.strftime,
+                **self._variables,
+            )
+        except Exception as error:  # a template's own mistakes are of any kind
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            role = "the system prompt and the prompt" if system is not None else "the prompt"
+            instead = "leave --system-prompt or --chat out" if system is not None else "leave --chat out"
+            raise PromptError(f"The model's chat template refuses {role} ({reason}); {instead}.") from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        return environment.from_string(self.source)
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %}` marks the assistant's turns for training; what is between is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)

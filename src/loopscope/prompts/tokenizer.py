@@ -1,0 +1,159 @@
+"""A model's tokenizer, with what it puts around a text and what it knows about chats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from loopscope.errors import PromptError
+from loopscope.prompts.chat import ChatTemplate
+from loopscope.prompts.tokenizer_config import TokenizerConfig
+
+__all__ = ["SpecialToken", "TextTokenizer", "load_tokenizer", "read_tokenizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A token that stands for no text, such as the one at the beginning."""
+
+    text: str
+    id: int
+
+
+class TextTokenizer:
+    """A tokenizer as the instrument uses it: it never cuts, never pads, and says what it adds to a text.
+
+    Both would change prompts unnoticed: padding would be studied as if it were text. What it adds is measured by
+    encoding, as the post-processor of a tokenizer can be any program.
+    """
+
+    def __init__(
+        self, backend: Tokenizer, *, chat_template: ChatTemplate | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        if backend.truncation is not None or backend.padding is not None:
+            backend = Tokenizer.from_str(backend.to_str())  # the caller's own stays as it is
+            backend.no_truncation()
+            backend.no_padding()
+        self.backend = backend
+        self.chat_template = chat_template
+        self.notes = tuple(notes)
+        """What a user should know of this tokenizer, in sentences: where its files contradict each other."""
+        self.before, self.after = _added(backend)
+        """Special tokens that it puts in front of a text and behind it."""
+        self._special = {
+            token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
+        }
+
+    @property
+    def bos(self) -> SpecialToken | None:
+        """The token with which every text begins; None where the tokenizer puts none."""
+        return self.before[0] if self.before else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        """Token ids (`.ids`) with their pieces (`.tokens`) and places in the text (`.offsets`).
+
+        Special tokens that the text itself spells out, such as `<s>`, become those tokens, as everywhere else.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def name(self, token: int) -> str:
+        """A readable piece for a token without a text around it: decoded alone, by number where that is impossible."""
+        known = self.backend.id_to_token(token)
+        if known is None:
+            return f"<{token}>"
+        return self.backend.decode([token], skip_special_tokens=False) or known
+
+    def special_in(self, text: str) -> tuple[str, ...]:
+        """Special tokens that a text spells out and that encoding it therefore gives, sorted."""
+        spelled = {content: id_ for content, id_ in self._special.items() if content in text}
+        if not spelled:
+            return ()
+        found = set(self.encode(text, add_special_tokens=False).ids)
+        return tuple(sorted(content for content, id_ in spelled.items() if id_ in found))
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer | None:
+    """The tokenizer of a checkpoint folder; None where there is no tokenizer.json.
+
+    The post-processor of tokenizer.json decides which special tokens are added. `add_bos_token` and `add_eos_token` of
+    tokenizer_config.json do not, which is how transformers 5 reads them too; where they say something else, the
+    tokenizer's `notes` tell. Tokens that only tokenizer_config.json declares are special tokens as well.
+
+    Raises `PromptError` for a file that is there and cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    backend = read_tokenizer(path)
+    config = TokenizerConfig.read(folder)
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in config.tokens:
+        if token.content not in present:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    template = None if config.chat_template is None else ChatTemplate(config.chat_template, config.named)
+    before, after = _added(backend)
+    notes = [
+        *config.notes,
+        *_contradiction("bos", config.add_bos, config.named, before, "in front of"),
+        *_contradiction("eos", config.add_eos, config.named, after, "behind"),
+    ]
+    return TextTokenizer(backend, chat_template=template, notes=notes)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, and switch off the truncation and padding that it may ask for.
+
+    Raises `PromptError` if the file is missing or no tokenizer.
+    """
+    if not path.is_file():
+        raise PromptError(f"The tokenizer {path} does not exist; a model's tokenizer is its file tokenizer.json.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise PromptError(f"{path} is not a readable tokenizer ({error}); get the file again.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _added(backend: Tokenizer) -> tuple[tuple[SpecialToken, ...], tuple[SpecialToken, ...]]:
+    """Special tokens that encoding puts in front of a text and behind it."""
+    encoding = _probe(backend)
+    added = [bool(mark) for mark in encoding.special_tokens_mask]
+    tokens = [SpecialToken(text, id_) for text, id_ in zip(encoding.tokens, encoding.ids, strict=True)]
+    first = added.index(False) if False in added else len(added)
+    last = len(added) - added[::-1].index(False) if False in added else len(added)
+    return tuple(tokens[:first]), tuple(tokens[last:])
+
+
+def _probe(backend: Tokenizer) -> Encoding:
+    """The encoding of some text that leaves at least one token of its own, if any does."""
+    encoding = backend.encode("a")
+    if 0 not in encoding.special_tokens_mask:  # a tokenizer of whole words may not know this one
+        for token in sorted(backend.get_vocab(with_added_tokens=False)):
+            encoding = backend.encode(token)
+            if 0 in encoding.special_tokens_mask:
+                break
+    return encoding
+
+
+def _contradiction(
+    kind: str, asked: bool | None, named: Mapping[str, str], added: Sequence[SpecialToken], where: str
+) -> list[str]:
+    """A sentence, if tokenizer_config.json asks for another treatment of BOS or EOS than tokenizer.json gives."""
+    token = named.get(f"{kind}_token")
+    if asked is None or token is None or asked == any(each.text == token for each in added):
+        return []
+    does = "puts none" if asked else f"puts {token}"
+    return [
+        f"tokenizer_config.json says add_{kind}_token = {'true' if asked else 'false'}, but tokenizer.json {does} "
+        f"{where} a text; tokenizer.json decides."
+    ]
