@@ -124,6 +124,8 @@ def test_gradients_of_padded_prompts_are_finite_and_those_of_the_prompts(variant
     for row in range(2):
         loss(apart, ids[row][mask[row]][None], None).backward()
     for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):
+        if name.startswith("exit_gate"):  # it decides, and lets no gradient through
+            continue
         assert ours.grad is not None, name
         assert theirs.grad is not None, name
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
