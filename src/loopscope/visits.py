@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loopscope._shapes import Keys, Maps, Queries, Rows, States, TokenMask
 from loopscope.architecture import Stage
@@ -30,9 +31,23 @@ class AttentionView(ABC):
     def tokens(self) -> int:
         """Rows of a map: queries, padding included."""
 
+    @property
     @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the view keeps alive."""
+
+    @abstractmethod
+    def tile(self, start: int, stop: int) -> Rows:
+        """Rows `start:stop` of the post-softmax maps, (batch, head, stop - start, key), padding zero.
+
+        Keys that none of these queries can see may be left out at the end: under a causal mask there are `stop`.
+        """
+
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows `start:stop` of the post-softmax maps, (batch, head, stop - start, key); padding is zero."""
+        """Rows `start:stop` of the post-softmax maps with every key, (batch, head, stop - start, key); padding is
+        zero."""
+        tile = self.tile(start, stop)
+        return functional.pad(tile, (0, self.tokens - tile.shape[-1]))
 
     def probabilities(self) -> Maps:
         """The maps of all heads, (batch, head, query, key); rows and columns of padding are zero."""
@@ -66,37 +81,42 @@ class QueryKeyAttention(AttentionView):
     def tokens(self) -> int:
         return self.query.shape[2]
 
-    def rows(self, start: int, stop: int) -> Rows:
+    @property
+    def nbytes(self) -> int:
+        return self.query.nbytes + self.key.nbytes + (0 if self.added is None else self.added.nbytes)
+
+    def tile(self, start: int, stop: int) -> Rows:
+        keys = min(stop, self.key.shape[2]) if self.causal else self.key.shape[2]
         dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        query = self.query[:, :, start:stop].to(dtype)
-        key = self.key.to(dtype)
+        query = self.query[:, :, start:stop].to(dtype) * self.scale
+        key = self.key[:, :, :keys].to(dtype)
         batch, heads, rows, dim = query.shape
         groups = key.shape[1]
         grouped = query.reshape(batch, groups, heads // groups, rows, dim)
-        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, key.shape[2])
-        scores = scores * self.scale
+        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, keys)
         if self.added is not None:
             added = self.added if self.added.shape[-2] == 1 else self.added[..., start:stop, :]
-            scores = scores + added.to(dtype)
-        allowed = self._allowed(start, stop)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        return _without_padding(scores.softmax(-1), self.mask, start, stop)
-
-    def _allowed(self, start: int, stop: int) -> Tensor | None:
-        """Where these queries may look, as far as causality, window and padding say; None for everywhere."""
-        position = torch.arange(self.key.shape[2], device=self.key.device)
-        behind = position[start:stop, None] - position
-        allowed = None
-        if self.causal:
-            allowed = (behind >= 0)[None, None]
-        if self.window is not None:
-            near = (behind < self.window)[None, None]
-            allowed = near if allowed is None else allowed & near
+            scores = scores + (added if added.shape[-1] == 1 else added[..., :keys]).to(dtype)
+        self._hide(scores, start, stop)
+        probabilities = scores.softmax(-1)
         if self.mask is not None:
-            there = self.mask[:, None, None, :]
-            allowed = there if allowed is None else allowed & there
-        return allowed
+            # A row of padding may have no key to look at, which makes its softmax 0/0.
+            probabilities.masked_fill_(~self.mask[:, None, start:stop, None], 0.0)
+        return probabilities
+
+    def _hide(self, scores: Tensor, start: int, stop: int) -> None:
+        """Set the scores of keys that may not be looked at to -infinity, in place."""
+        keys = scores.shape[-1]
+        position = torch.arange(keys, device=scores.device)
+        query = torch.arange(start, stop, device=scores.device)
+        if self.causal:
+            # Every key before the first of these queries is behind all of them.
+            scores[..., start:].masked_fill_(position[start:] > query[:, None], float("-inf"))
+        if self.window is not None and self.window < stop:
+            scores.masked_fill_(position <= query[:, None] - self.window, float("-inf"))
+        # Under a causal mask, padding after the last token is hidden already.
+        if self.mask is not None and (not self.causal or bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())):
+            scores.masked_fill_(~self.mask[:, None, None, :keys], float("-inf"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,16 +135,16 @@ class MapAttention(AttentionView):
     def tokens(self) -> int:
         return self.maps.shape[2]
 
-    def rows(self, start: int, stop: int) -> Rows:
+    @property
+    def nbytes(self) -> int:
+        return self.maps.nbytes
+
+    def tile(self, start: int, stop: int) -> Rows:
         dtype = torch.float64 if self.maps.dtype == torch.float64 else torch.float32
-        return _without_padding(self.maps[:, :, start:stop].to(dtype), self.mask, start, stop)
-
-
-def _without_padding(rows: Rows, mask: TokenMask | None, start: int, stop: int) -> Rows:
-    if mask is None:
-        return rows
-    # A row of padding may have no key to look at, which makes its softmax 0/0.
-    return rows.masked_fill(~mask[:, None, start:stop, None], 0.0).masked_fill(~mask[:, None, None, :], 0.0)
+        rows = self.maps[:, :, start:stop].to(dtype)
+        if self.mask is None:
+            return rows
+        return rows.masked_fill(~self.mask[:, None, start:stop, None] | ~self.mask[:, None, None, :], 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

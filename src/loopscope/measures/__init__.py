@@ -3,6 +3,20 @@
 The pure functions on arrays are public; the observers built of them are what `analyze` runs.
 """
 
+from loopscope.measures.attention import (
+    SINK_THRESHOLD,
+    attention_distance,
+    colsum_concentration,
+    mixing_score,
+    relative_mixing_score,
+    row_entropy,
+    sink_rate,
+    sink_score,
+    sink_scores,
+    strongest_sink,
+    strongest_sink_position,
+    uniform_causal_sink,
+)
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.convergence import LEVELS, Convergence
 from loopscope.measures.floor import noise_floor
@@ -15,34 +29,64 @@ from loopscope.measures.functions import (
     relative_distance,
     residual_norm,
 )
+from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.readout import Readout, next_token_loss, readout_grid
 from loopscope.measures.similarity import CycleSimilarity, visit_labels
+from loopscope.measures.stages import (
+    STAGE_NAMES,
+    StageMeasures,
+    massive_activation,
+    massive_activation_place,
+    relative_residual_entropy,
+    residual_entropy,
+)
 from loopscope.measures.trajectories import Trajectories, principal_components
 
 __all__ = [
+    "CHANGE_NAMES",
+    "HEAD_NAMES",
     "LEVELS",
+    "SINK_THRESHOLD",
+    "STAGE_NAMES",
     "Arrays",
     "Convergence",
     "CycleSimilarity",
     "Frame",
+    "HeadMeasures",
     "HorizonStates",
     "Measure",
     "Named",
     "PathIndependence",
     "Readout",
+    "StageMeasures",
     "Trajectories",
+    "attention_distance",
+    "colsum_concentration",
     "cosine",
     "degeneracy",
     "distance",
     "layer_cosine",
+    "massive_activation",
+    "massive_activation_place",
+    "mixing_score",
     "next_token_loss",
     "noise_floor",
     "principal_components",
     "quantiles",
     "readout_grid",
     "relative_distance",
+    "relative_mixing_score",
+    "relative_residual_entropy",
+    "residual_entropy",
     "residual_norm",
+    "row_entropy",
+    "sink_rate",
+    "sink_score",
+    "sink_scores",
+    "strongest_sink",
+    "strongest_sink_position",
+    "uniform_causal_sink",
     "visit_labels",
 ]

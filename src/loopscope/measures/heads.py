@@ -1,0 +1,159 @@
+"""Attention heads: what each one looks at in every visit, and how its map changes between recurrences.
+
+No map is ever whole: rows are made in tiles from queries and keys, added up, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopscope.measures.attention import concentration, most_entropy
+from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.depth import depth_of
+from loopscope.visits import AttentionView, Visit
+
+__all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "tiles"]
+
+HEAD_NAMES = (
+    "colsum_concentration",
+    "sink_score",
+    "strongest_sink",
+    "strongest_sink_position",
+    "mixing_score",
+    "relative_mixing_score",
+)
+"""Per visit, head and prompt."""
+
+CHANGE_NAMES = ("attention_change", "attention_distance_to_horizon")
+"""Per recurrent layer, recurrence, head and prompt."""
+
+_TILE_ENTRIES = 2**20
+"""Probabilities in a tile: 4 MiB in float32, so that the passes over it stay in the processor's cache."""
+_PENDING_BYTES = 2**25
+"""Of queries and keys that wait. Consecutive recurrences of a layer are done together, so that each map is made once
+and not once more for the change to the next; how many wait depends on the shapes and never on R."""
+
+
+def tiles(view: AttentionView, batch: int) -> list[tuple[int, int]]:
+    """(start, stop) of rows that together make a tile of moderate size."""
+    rows = max(1, _TILE_ENTRIES // (batch * view.heads * view.tokens))
+    return [(start, min(start + rows, view.tokens)) for start in range(0, view.tokens, rows)]
+
+
+class HeadMeasures(Measure):
+    """Sinks, concentration, mixing and change of every head, in one pass over tiles of rows.
+
+    `horizon` gives the attention at the horizon of a recurrent layer, or None where it cannot be seen.
+    """
+
+    def __init__(self, frame: Frame, heads: int, horizon: Callable[[int], AttentionView | None]) -> None:
+        self.frame = frame
+        self._horizon = horizon
+        self._heads = heads
+        info = frame.info
+        depths = info.prelude + info.recurrent * frame.recurrences + info.coda
+        self._stats = np.full((len(HEAD_NAMES), depths, heads, frame.prompts), np.nan, dtype=np.float32)
+        changes = (len(CHANGE_NAMES), info.recurrent, frame.recurrences, heads, frame.prompts)
+        self._changes = np.full(changes, np.nan, dtype=np.float32)
+        self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
+        self._before: list[AttentionView | None] = [None] * info.recurrent
+
+    def visit(self, visit: Visit) -> None:
+        view = visit.attention
+        if view is None or view.heads != self._heads:
+            return
+        if visit.stage != "recurrent":
+            sums = _Sums(self.frame, view)
+            for start, stop in tiles(view, self.frame.prompts):
+                sums.add(view.tile(start, stop), start)
+            self._keep(depth_of(self.frame, visit.stage, visit.layer, 0), sums)
+            return
+        pending = self._pending[visit.layer]
+        pending.append((visit.recurrence, view))
+        if sum(waiting.nbytes for _, waiting in pending) * len(self._pending) >= _PENDING_BYTES:
+            self._flush(visit.layer)
+
+    def _flush(self, layer: int) -> None:
+        """Do the recurrences of a layer that wait; the last of them stays, to be compared with the next."""
+        pending = self._pending[layer]
+        if not pending:
+            return
+        views = [view for _, view in pending]
+        before, horizon = self._before[layer], self._horizon(layer)
+        sums = [_Sums(self.frame, view) for view in views]
+        squares = torch.zeros(2, len(views), self.frame.prompts, self._heads, dtype=torch.float64)
+        squares = squares.to(self.frame.mask.device)
+        for start, stop in tiles(views[0], self.frame.prompts):
+            last = None if before is None else before.tile(start, stop)
+            fixed = None if horizon is None else horizon.tile(start, stop)
+            for index, view in enumerate(views):
+                tile = view.tile(start, stop)
+                sums[index].add(tile, start)
+                for place, reference in enumerate((last, fixed)):
+                    squares[place, index] += torch.nan if reference is None else _square_distance(tile, reference)
+                last = tile
+        distances = squares.sqrt().movedim(-1, -2).cpu().numpy()
+        for index, (recurrence, _) in enumerate(pending):
+            self._keep(depth_of(self.frame, "recurrent", layer, recurrence), sums[index])
+            self._changes[:, layer, recurrence] = distances[:, index]
+        self._before[layer] = views[-1]
+        pending.clear()
+
+    def _keep(self, depth: int, sums: _Sums) -> None:
+        self._stats[:, depth] = sums.finish().float().cpu().numpy()
+
+    def finish(self) -> Arrays:
+        for layer in range(len(self._pending)):
+            self._flush(layer)
+        arrays = Arrays()
+        for index, name in enumerate(HEAD_NAMES):
+            arrays.per_prompt[name] = Named(("depth", "head", "prompt"), self._stats[index])
+        for index, name in enumerate(CHANGE_NAMES if self._pending else ()):
+            arrays.per_prompt[name] = Named(("layer", "recurrence", "head", "prompt"), self._changes[index])
+        return arrays
+
+
+class _Sums:
+    """What is added up over the tiles of one visit."""
+
+    def __init__(self, frame: Frame, view: AttentionView) -> None:
+        self._counts = frame.counts
+        shape = (frame.prompts, view.heads)
+        device = frame.mask.device
+        self._columns = torch.zeros(*shape, view.tokens, dtype=torch.float64, device=device)
+        self._entropy = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._relative = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, tile: Tensor, start: int) -> None:
+        self._columns[..., : tile.shape[-1]] += tile.sum(-2)
+        entropy = torch.special.entr(tile).sum(-1)
+        self._entropy += entropy.sum(-1)
+        most = most_entropy(start + tile.shape[-2], entropy)[start:]
+        # The first row has one key to look at, and no entropy to be relative to.
+        share = (entropy / most)[..., 1:] if start == 0 else entropy / most
+        self._relative += share.sum(-1)
+
+    def finish(self) -> Tensor:
+        """(name, head, prompt), in the order of `HEAD_NAMES`."""
+        counts = self._counts[:, None].double()
+        scores = self._columns / counts[..., None]
+        strongest, position = scores.max(-1)
+        values = (
+            concentration(scores, self._counts[:, None]),
+            scores[..., 0],
+            strongest,
+            position.double(),
+            self._entropy / counts,
+            self._relative / (counts - 1),
+        )
+        return torch.stack([value.T for value in values])
+
+
+def _square_distance(tile: Tensor, reference: Tensor) -> Tensor:
+    """Squared Frobenius distance of two tiles, (batch, head)."""
+    away: Tensor = torch.linalg.vector_norm((tile - reference).flatten(2), dim=-1)
+    return away.double().square()

@@ -1,0 +1,113 @@
+"""Stages of inference: entropy and magnitude of the residual stream, in every visit (arXiv 2604.11791, section 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.measures.arrays import on_arrays
+from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
+from loopscope.measures.depth import depth_of
+from loopscope.measures.functions import residual_norm, widen
+from loopscope.visits import Visit
+
+__all__ = [
+    "STAGE_NAMES",
+    "StageMeasures",
+    "massive_activation",
+    "massive_activation_place",
+    "relative_residual_entropy",
+    "residual_entropy",
+]
+
+STAGE_NAMES = (
+    "residual_entropy",
+    "relative_residual_entropy",
+    "mean_token_norm",
+    "largest_token_norm",
+    "massive_activation",
+    "massive_token",
+    "massive_dimension",
+)
+"""Per visit and prompt."""
+
+TokenStates = Float[Tensor, "*shape token width"]
+Values = Float[Tensor, "*shape"]
+
+
+@on_arrays
+def residual_entropy(states: TokenStates) -> Values:
+    """`-sum_j p_j log p_j` with `p_j = s_j^2 / sum s^2`, s the singular values of the (token, width) matrix, in nats.
+
+    From the smaller Gram matrix, in float64. Rows are not normalised: massive activations must count.
+    """
+    wide = states.double()
+    tokens, width = wide.shape[-2:]
+    gram = wide @ wide.mT if tokens <= width else wide.mT @ wide
+    finite = torch.isfinite(gram).all(-1).all(-1)
+    # One matrix that is not finite would fail the whole batch.
+    squares = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0)).clamp(min=0)
+    shares = squares / squares.sum(-1, keepdim=True)
+    return torch.where(finite, torch.special.entr(shares).sum(-1), torch.nan)
+
+
+@on_arrays
+def relative_residual_entropy(states: TokenStates) -> Values:
+    """`residual_entropy` over the most there can be, `log min(T, D)`; in [0, 1], NaN for a single token."""
+    most = torch.tensor(min(states.shape[-2:]), dtype=torch.float64).log()
+    return residual_entropy(states) / torch.where(most > 0, most, torch.nan)
+
+
+@on_arrays
+def massive_activation(states: TokenStates) -> Values:
+    """Largest |entry| over the median |entry| (the lower of two middle ones) of a (token, width) matrix."""
+    entries = widen(states).abs().flatten(-2)
+    return entries.amax(-1) / entries.median(-1).values
+
+
+@on_arrays
+def massive_activation_place(states: TokenStates) -> Tensor:
+    """(token, dimension) of the largest |entry|, (..., 2)."""
+    place = widen(states).abs().flatten(-2).argmax(-1)
+    return torch.stack((place // states.shape[-1], place % states.shape[-1]), dim=-1)
+
+
+class StageMeasures(Measure):
+    """One row of numbers a visit and prompt."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        info = frame.info
+        depths = info.prelude + info.recurrent * frame.recurrences + info.coda
+        self._lengths = frame.counts.tolist()
+        most = [min(length, info.width) for length in self._lengths]
+        self._most = torch.tensor(most, dtype=torch.float64).log()
+        self._values = np.full((len(STAGE_NAMES), depths, frame.prompts), np.nan, dtype=np.float64)
+
+    def visit(self, visit: Visit) -> None:
+        depth = depth_of(self.frame, visit.stage, visit.layer, visit.recurrence)
+        states = visit.residual.masked_fill(~self.frame.mask.unsqueeze(-1), 0.0)
+        # Rows of zeros, the padding, add nothing to a Gram matrix but eigenvalues of zero.
+        entropy = residual_entropy(states).cpu()
+        norms = residual_norm(states)
+        massive, places = [], []
+        for prompt, length in enumerate(self._lengths):
+            massive.append(massive_activation(states[prompt, :length]))
+            places.append(massive_activation_place(states[prompt, :length]))
+        place = torch.stack(places).double().cpu()
+        values = (
+            entropy,
+            torch.where(self._most > 0, entropy / self._most, torch.nan),
+            masked_mean(norms, self.frame.mask).cpu(),
+            norms.amax(-1).cpu(),
+            torch.stack(massive).cpu(),
+            place[:, 0],
+            place[:, 1],
+        )
+        self._values[:, depth] = np.stack([value.double().numpy() for value in values])
+
+    def finish(self) -> Arrays:
+        dims = ("depth", "prompt")
+        return Arrays({name: Named(dims, self._values[index]) for index, name in enumerate(STAGE_NAMES)})

@@ -1,0 +1,212 @@
+"""Attention and stage measures: known maps, a slow and obvious implementation, and equality with maps held whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loopscope
+from loopscope import measures
+from loopscope.measures.base import Frame
+from loopscope.subject import Batch, NativeSubject
+from random_model import random_ids, random_model
+
+
+def uniform(tokens: int) -> torch.Tensor:
+    """Every row spreads its attention evenly over what it can see."""
+    seen = torch.ones(tokens, tokens, dtype=torch.float64).tril()
+    return seen / seen.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sink", "concentration", "mixing"),
+    [
+        (8, 0.3397, 0.1512, 1.3256),
+        (64, 0.0741, 0.0974, 3.2058),
+        (256, 0.0239, 0.0754, 4.5596),
+    ],
+)
+def test_uniform_causal_attention(tokens: int, sink: float, concentration: float, mixing: float) -> None:
+    attention = uniform(tokens)
+    assert float(measures.sink_score(attention)) == pytest.approx(sink, abs=5e-5)
+    assert float(measures.colsum_concentration(attention)) == pytest.approx(concentration, abs=5e-5)
+    assert float(measures.mixing_score(attention)) == pytest.approx(mixing, abs=5e-5)
+    assert float(measures.relative_mixing_score(attention)) == pytest.approx(1.0)
+    assert measures.uniform_causal_sink(tokens) == pytest.approx(sink, abs=5e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 100])
+def test_attention_on_one_token_and_on_oneself(tokens: int) -> None:
+    first = torch.zeros(tokens, tokens)
+    first[:, 0] = 1
+    itself = torch.eye(tokens)
+    for attention, sink, concentration in ((first, 1.0, 1.0), (itself, 1 / tokens, 0.0)):
+        assert float(measures.sink_score(attention)) == pytest.approx(sink)
+        assert float(measures.colsum_concentration(attention)) == pytest.approx(concentration, abs=1e-6)
+        assert float(measures.mixing_score(attention)) == 0.0
+        assert float(measures.relative_mixing_score(attention)) == 0.0
+
+
+def test_a_sink_anywhere_is_found() -> None:
+    attention = torch.eye(6)
+    attention[3:] = torch.eye(6)[2]
+    assert float(measures.strongest_sink(attention)) == pytest.approx(4 / 6)
+    assert int(measures.strongest_sink_position(attention)) == 2
+    heads = torch.stack([attention, uniform(6).float(), torch.eye(6)])
+    assert float(measures.sink_rate(heads)) == pytest.approx(1 / 3)
+    assert float(measures.sink_rate(heads, position=2)) == pytest.approx(1 / 3)
+
+
+def test_numpy_in_numpy_out() -> None:
+    attention = uniform(8)
+    found = measures.colsum_concentration(attention.numpy())
+    assert isinstance(found, np.ndarray)
+    assert float(found) == float(measures.colsum_concentration(attention))
+    assert isinstance(measures.residual_entropy(np.eye(3)), np.ndarray)
+
+
+def random_maps(tokens: int, sharpness: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = sharpness * torch.randn(2, 3, tokens, tokens, generator=generator, dtype=torch.float64)
+    hidden = torch.ones(tokens, tokens).triu(1).bool()
+    return scores.masked_fill(hidden, -math.inf).softmax(-1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.floats(0.1, 30), st.integers(0, 99))
+def test_measures_of_maps_are_what_plain_loops_compute(tokens: int, sharpness: float, seed: int) -> None:
+    attention = random_maps(tokens, sharpness, seed)
+    other = random_maps(tokens, sharpness, seed + 1)
+    for batch in range(2):
+        for head in range(3):
+            plain = attention[batch, head].tolist()
+            columns = [sum(row[key] for row in plain) / tokens for key in range(tokens)]
+            entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in plain]
+            difference = sum(
+                (plain[i][j] - float(other[batch, head, i, j])) ** 2 for i in range(tokens) for j in range(tokens)
+            )
+            expected = {
+                "sink_score": columns[0],
+                "strongest_sink": max(columns),
+                "colsum_concentration": 1 + sum(c * math.log(c) for c in columns if c > 0) / math.log(tokens),
+                "mixing_score": sum(entropy) / tokens,
+                "relative_mixing_score": sum(entropy[i] / math.log(i + 1) for i in range(1, tokens)) / (tokens - 1),
+            }
+            for name, value in expected.items():
+                found = float(getattr(measures, name)(attention)[batch, head])
+                assert found == pytest.approx(value, rel=1e-9, abs=1e-12), name
+                assert -1e-12 <= found <= max(1.0, math.log(tokens)) + 1e-12
+            distance = measures.attention_distance(attention, other)[batch, head]
+            assert float(distance) == pytest.approx(math.sqrt(difference), rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_residual_entropy_is_that_of_the_singular_values(tokens: int, width: int, seed: int) -> None:
+    states = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    square = np.linalg.svd(states.numpy(), compute_uv=False) ** 2
+    share = square / square.sum()
+    entropy = -float(np.sum(share * np.log(share)))
+    assert float(measures.residual_entropy(states)) == pytest.approx(entropy, rel=1e-6, abs=1e-9)
+    if min(tokens, width) > 1:
+        relative = float(measures.relative_residual_entropy(states))
+        assert relative == pytest.approx(entropy / math.log(min(tokens, width)), rel=1e-6, abs=1e-9)
+
+
+def test_massive_activations_are_found_where_they_are() -> None:
+    states = torch.ones(2, 5, 4)
+    states[0, 3, 1] = -50.0
+    states[1, 0, 2] = 7.0
+    assert measures.massive_activation(states).tolist() == [50.0, 7.0]
+    assert measures.massive_activation_place(states).tolist() == [[3, 1], [0, 2]]
+    # One direction holds all: massive activations count, for rows are not normalised.
+    states[0, 3, 1] = 1e6
+    assert float(measures.residual_entropy(states[0])) == pytest.approx(0.0, abs=1e-6)
+
+
+LENGTHS = (5, 9, 1)
+
+
+@pytest.mark.parametrize("tile_entries", [1, 70, 2**20])
+@pytest.mark.parametrize("pending_bytes", [1, 2**25])
+def test_heads_in_tiles_are_what_whole_maps_give(
+    tile_entries: int, pending_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of the tiles, and however many recurrences are done together."""
+    monkeypatch.setattr(measures.heads, "_TILE_ENTRIES", tile_entries)
+    monkeypatch.setattr(measures.heads, "_PENDING_BYTES", pending_bytes)
+    subject = NativeSubject(random_model(sliding_window=4, full_attention_layers=(1,)))
+    prompts = [random_ids(length, seed=length).tolist() for length in LENGTHS]
+    batch, recurrences, layers = Batch.of(prompts), 5, subject.info.recurrent
+    trace = loopscope.capture(subject, prompts, recurrences=recurrences, attention=True)
+    horizon = [trace.attention_view("recurrent", layer, recurrences - 1) for layer in range(layers)]
+
+    frame = Frame.of(subject.info, batch, subject.device, recurrences)
+    heads = measures.HeadMeasures(frame, 4, lambda layer: horizon[layer])
+    run = subject.start(batch, recurrences=recurrences, observers=[heads])
+    for _ in range(recurrences):
+        run.advance([heads])
+    run.decode([heads])
+    found = heads.finish().per_prompt
+
+    def compare(name: str, place: tuple[int, ...], expected: torch.Tensor, prompt: int) -> None:
+        values = found[name].values[place][:, prompt]
+        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+    for prompt, length in enumerate(LENGTHS):
+        for depth, (stage, layer, recurrence) in enumerate(trace.visits):
+            attention = trace.attention(stage, layer, recurrence)[prompt, :, :length, :length]
+            for name in measures.HEAD_NAMES:
+                compare(name, (depth,), getattr(measures, name)(attention), prompt)
+            if stage != "recurrent":
+                continue
+            last = trace.attention(stage, layer, recurrences - 1)[prompt, :, :length, :length]
+            away = measures.attention_distance(attention, last)
+            compare("attention_distance_to_horizon", (layer, recurrence), away, prompt)
+            change = torch.full((4,), torch.nan)
+            if recurrence:
+                before = trace.attention(stage, layer, recurrence - 1)[prompt, :, :length, :length]
+                change = measures.attention_distance(attention, before)
+            compare("attention_change", (layer, recurrence), change, prompt)
+
+
+def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
+    subject = NativeSubject(random_model())
+    prompts = [random_ids(length, seed=length).tolist() for length in LENGTHS]
+    batch, recurrences = Batch.of(prompts), 3
+    trace = loopscope.capture(subject, prompts, recurrences=recurrences)
+    frame = Frame.of(subject.info, batch, subject.device, recurrences)
+    stages = measures.StageMeasures(frame)
+    run = subject.start(batch, recurrences=recurrences, observers=[stages])
+    for _ in range(recurrences):
+        run.advance([stages])
+    run.decode([stages])
+    found = stages.finish().per_prompt
+    for prompt, length in enumerate(LENGTHS):
+        for depth, visit in enumerate(trace.visits):
+            states = trace.residual(*visit)[prompt, :length]
+            norms = states.norm(dim=-1)
+            expected = {
+                "residual_entropy": measures.residual_entropy(states),
+                "relative_residual_entropy": measures.relative_residual_entropy(states),
+                "mean_token_norm": norms.mean(),
+                "largest_token_norm": norms.max(),
+                "massive_activation": measures.massive_activation(states),
+                "massive_token": measures.massive_activation_place(states)[0],
+                "massive_dimension": measures.massive_activation_place(states)[1],
+            }
+            assert set(expected) == set(measures.STAGE_NAMES)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name].values[depth, prompt], value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_a_state_that_is_not_finite_has_no_entropy_and_spoils_no_other() -> None:
+    states = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = float(measures.residual_entropy(states[1]))
+    states[0, 0, 0] = math.inf
+    found = measures.residual_entropy(states)
+    assert math.isnan(float(found[0]))
+    assert float(found[1]) == expected
