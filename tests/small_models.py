@@ -12,6 +12,7 @@ from torch import Tensor
 from loopscope.architecture import Architecture
 from loopscope.checkpoints import save_checkpoint
 from loopscope.model import LoopedTransformer
+from loopscope.prompts import TextTokenizer
 from loopscope.subject import NativeSubject
 
 WIDTH, VOCAB = 16, 48
@@ -73,7 +74,7 @@ def subject(
     seed: int = 0,
     std: float = 0.3,
     dtype: torch.dtype = torch.float32,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> NativeSubject:
     """With random weights. With the standard deviation given, states move a good way in each recurrence."""
     model = LoopedTransformer(architecture).initialize(seed, std).to(dtype).eval().requires_grad_(False)

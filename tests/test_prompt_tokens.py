@@ -1,15 +1,19 @@
 """From text to token ids: exact, readable, and refused where they do not fit the model."""
 
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from loopscope.errors import PromptError
-from loopscope.prompts import Prompt, TokenizedPrompt, encode_prompts, load_prompts, load_tokenizer, prompts_digest
+from loopscope.prompts import (
+    Prompt,
+    TextTokenizer,
+    TokenizedPrompt,
+    encode_prompts,
+    load_prompts,
+    prompts_digest,
+)
 
 BEGIN, END = "<|begin|>", "<|end|>"
 VOCAB = 600
@@ -53,12 +57,12 @@ def metaspace() -> Tokenizer:
 
 
 TOKENIZERS = {
-    "byte level": byte_level(),
-    "byte level, trimmed": byte_level(trim_offsets=True),
-    "byte level, prefix": byte_level(add_prefix_space=True),
-    "byte level, prefix, trimmed": byte_level(add_prefix_space=True, trim_offsets=True),
-    "byte level, no words": byte_level(use_regex=False),
-    "metaspace": metaspace(),
+    "byte level": TextTokenizer(byte_level()),
+    "byte level, trimmed": TextTokenizer(byte_level(trim_offsets=True)),
+    "byte level, prefix": TextTokenizer(byte_level(add_prefix_space=True)),
+    "byte level, prefix, trimmed": TextTokenizer(byte_level(add_prefix_space=True, trim_offsets=True)),
+    "byte level, no words": TextTokenizer(byte_level(use_regex=False)),
+    "metaspace": TextTokenizer(metaspace()),
 }
 each_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 plain_text = st.text(
@@ -67,7 +71,7 @@ plain_text = st.text(
 
 
 def encode(
-    tokenizer: Tokenizer | None,
+    tokenizer: TextTokenizer | None,
     *prompts: Prompt,
     vocab_size: int = 1000,
     max_positions: int | None = None,
@@ -85,7 +89,7 @@ def is_special(piece: str) -> bool:
 
 @each_tokenizer
 @given(text=plain_text.filter(str.strip))
-def test_token_strings_put_together_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_token_strings_put_together_are_the_text(tokenizer: TextTokenizer, text: str) -> None:
     (prompt,) = encode(tokenizer, Prompt("a", text=text))
     assert prompt.token_ids == tuple(tokenizer.encode(text).ids)
     assert len(prompt.token_strings) == len(prompt.token_ids)
@@ -118,7 +122,7 @@ def test_token_ids_without_a_tokenizer() -> None:
 
 @each_tokenizer
 @given(system=plain_text.map(str.strip).filter(bool), text=plain_text.filter(str.strip))
-def test_the_tokens_of_a_system_prompt_are_counted_exactly(tokenizer: Tokenizer, system: str, text: str) -> None:
+def test_the_tokens_of_a_system_prompt_are_counted_exactly(tokenizer: TextTokenizer, system: str, text: str) -> None:
     assume("\N{REPLACEMENT CHARACTER}" not in system + text)
     (prompt,) = encode(tokenizer, Prompt("a", text=text, system=system))
     assert prompt.token_ids == tuple(tokenizer.encode(f"{system}\n\n{text}").ids)
@@ -128,7 +132,9 @@ def test_the_tokens_of_a_system_prompt_are_counted_exactly(tokenizer: Tokenizer,
         return "".join(piece for piece in pieces if not is_special(piece) and piece != "\N{REPLACEMENT CHARACTER}")
 
     before = joined(prompt.token_strings[: prompt.system_tokens]).removeprefix(" ")
-    after = joined(prompt.token_strings[prompt.system_tokens :])
+    end = len(prompt.token_ids) - prompt.suffix_tokens
+    after = joined(prompt.token_strings[prompt.system_tokens : end])
+    assert all(is_special(piece) for piece in prompt.token_strings[end:])
     if before == f"{system}\n\n":
         assert after in (text, f" {text}")
     else:  # one token reaches across the boundary, and belongs to the prompt
@@ -147,6 +153,22 @@ def test_without_a_system_prompt_the_count_is_zero() -> None:
     (prompt,) = encode(TOKENIZERS["byte level"], Prompt("a", text="How many?"))
     assert prompt.token_strings[0] == BEGIN
     assert prompt.system_tokens == 0
+
+
+@each_tokenizer
+@given(text=plain_text.filter(str.strip))
+def test_an_end_that_the_tokenizer_adds_comes_after_the_prompt(tokenizer: TextTokenizer, text: str) -> None:
+    (prompt,) = encode(tokenizer, Prompt("a", text=text))
+    assert prompt.suffix_tokens == len(tokenizer.after)
+    (cut,) = encode(tokenizer, Prompt("a", text=text), truncate=len(prompt.token_ids) - 1)
+    assert cut.suffix_tokens == 0
+
+
+def test_an_end_that_the_text_spells_out_is_the_prompts() -> None:
+    (prompt,) = encode(TOKENIZERS["byte level"], Prompt("a", text=f"How many?{END}"))
+    assert prompt.token_strings[-2:] == (END, END)
+    assert prompt.suffix_tokens == 1
+    assert prompt.special_in_text == (END,)
 
 
 # Digest
@@ -193,7 +215,7 @@ def test_a_prompt_longer_than_the_model() -> None:
     with pytest.raises(PromptError, match=r"'long' has 9 tokens, but the model has 8 positions; .* --truncate 8"):
         encode(None, fits, too_long, max_positions=8)
     assert len(encode(None, fits, too_long, max_positions=8, truncate=8)[1].token_ids) == 8
-    with pytest.raises(PromptError, match="of them the system prompt"):
+    with pytest.raises(PromptError, match="of them before its own text"):
         encode(TOKENIZERS["byte level"], Prompt("a", text="How?", system="Be kind."), max_positions=3)
 
 
@@ -212,24 +234,3 @@ def test_text_needs_a_tokenizer() -> None:
 def test_a_system_prompt_cannot_stand_before_token_ids() -> None:
     with pytest.raises(PromptError, match="leave --system-prompt out"):
         Prompt("a", token_ids=(1,), system="Be kind.")
-
-
-# Tokenizer files
-
-
-def test_a_saved_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
-    tokenizer = byte_level()
-    expected = tokenizer.encode("How many books are left?").ids
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=64)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert loaded.encode("How many books are left?").ids == expected
-
-
-def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"tokenizer\.json does not exist"):
-        load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "none"}))
-    with pytest.raises(PromptError, match=r"tokenizer\.json is not a readable tokenizer"):
-        load_tokenizer(tmp_path / "tokenizer.json")

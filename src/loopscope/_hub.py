@@ -51,9 +51,12 @@ def _diagnosis(cause: Exception, repo: str, revision: str | None) -> tuple[str, 
         return f"the hub has no {repo} that you may read", f"check the name, log in with {_LOGIN} if it is private"
     if isinstance(cause, kinds.RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}", "give one of its branches, tags or commits"
+    if isinstance(cause, kinds.EntryNotFoundError) and not isinstance(cause, kinds.LocalEntryNotFoundError):
+        return f"{repo} no longer has the file", "look for a newer loopscope"
     answer = next((each for each in (cause, cause.__cause__) if isinstance(each, kinds.HfHubHTTPError)), None)
     if answer is not None:
-        return f"the hub answered HTTP {answer.response.status_code}", "try again later"
+        status = answer.response.status_code
+        return f"the hub answered HTTP {status}", f"log in with {_LOGIN}" if status in (401, 403) else "try again later"
     if isinstance(cause.__cause__, kinds.OfflineModeIsEnabled):
         return "it is not in the cache, and HF_HUB_OFFLINE forbids the network", "unset HF_HUB_OFFLINE"
     if isinstance(cause, kinds.LocalEntryNotFoundError):

@@ -10,10 +10,10 @@ from loopscope._hub import downloading
 from loopscope.checkpoints.conversion import conversion_command, is_pickled
 from loopscope.errors import CheckpointError
 
-__all__ = ["download_model", "is_hub_name"]
+__all__ = ["LEFT_OUT", "download_model", "is_hub_name", "without_safetensors"]
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
-_LEFT_OUT = (
+LEFT_OUT = (
     "*/*",  # below the top level lie copies for other programs
     "consolidated*",  # the same weights a second time, for another program
 )
@@ -43,16 +43,15 @@ def download_model(name: str, revision: str | None = None) -> tuple[Path, str]:
         revision=revision,
     ):
         folder = Path(
-            hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_LEFT_OUT)
-            )
+            hub.snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(LEFT_OUT))
         )
         if not any(folder.glob("*.safetensors")):
-            raise _without_safetensors(name, folder.name, hub.HfApi().list_repo_files(name, revision=folder.name))
+            raise without_safetensors(name, folder.name, hub.HfApi().list_repo_files(name, revision=folder.name))
     return folder, folder.name
 
 
-def _without_safetensors(name: str, commit: str, files: list[str]) -> CheckpointError:
+def without_safetensors(name: str, commit: str, files: list[str]) -> CheckpointError:
+    """The error for a repository that holds no safetensors, given the names of its files."""
     pickled = sorted(file for file in files if "/" not in file and is_pickled(file))
     if not pickled:
         return CheckpointError(

@@ -48,8 +48,15 @@ class TokenizedPrompt:
     token_strings: tuple[str, ...]
     """One readable piece for each token."""
     system_tokens: int
-    """So many leading tokens are the system prompt, with the special tokens and the blank line around it: the prompt
-    itself is `token_ids[system_tokens:]`. 0 without a system prompt."""
+    """So many leading tokens come before the prompt's text: the system prompt, or what a chat template writes there,
+    with the special tokens and the blank line around it. 0 without either, even where a text begins with BOS."""
+    suffix_tokens: int = 0
+    """So many trailing tokens come after the prompt's text: what a chat template writes there (the end of the turn, the
+    beginning of an answer), or the EOS of a tokenizer that adds one. The prompt itself is
+    `token_ids[system_tokens : len(token_ids) - suffix_tokens]`."""
+    special_in_text: tuple[str, ...] = ()
+    """Special tokens that the prompt's own text or the system prompt spells out, such as `<s>`: they were read as those
+    tokens."""
 
 
 def prompts_digest(prompts: Iterable[TokenizedPrompt]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +61,16 @@ class TextTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
         """Token ids (`.ids`) with their pieces (`.tokens`) and places in the text (`.offsets`).
 
-        Special tokens that the text itself spells out, such as `<s>`, become those tokens, as everywhere else.
+        Special tokens that the text itself spells out, such as `<s>`, become those tokens, as everywhere else. Raises
+        `PromptError` for a text that the tokenizer has no tokens for.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises nothing more specific
+            shown = text if len(text) <= 40 else text[:39] + "…"
+            raise PromptError(
+                f"The model's tokenizer cannot read {shown!r} ({error}); leave this prompt out."
+            ) from error
 
     def name(self, token: int) -> str:
         """A readable piece for a token without a text around it: decoded alone, by number where that is impossible."""
@@ -136,13 +144,13 @@ def _added(backend: Tokenizer) -> tuple[tuple[SpecialToken, ...], tuple[SpecialT
 
 def _probe(backend: Tokenizer) -> Encoding:
     """The encoding of some text that leaves at least one token of its own, if any does."""
-    encoding = backend.encode("a")
-    if 0 not in encoding.special_tokens_mask:  # a tokenizer of whole words may not know this one
-        for token in sorted(backend.get_vocab(with_added_tokens=False)):
-            encoding = backend.encode(token)
+    known = sorted(backend.get_vocab(with_added_tokens=False))
+    for text in ("a", *known[:1000]):  # a tokenizer of whole words knows no others
+        with suppress(Exception):  # the library raises nothing more specific for a word that it does not know
+            encoding = backend.encode(text)
             if 0 in encoding.special_tokens_mask:
-                break
-    return encoding
+                return encoding
+    return backend.encode("")
 
 
 def _contradiction(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from loopscope.errors import PromptError
+from loopscope.prompts.chat import RenderedChat
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt
+from loopscope.prompts.tokenizer import TextTokenizer
 
-__all__ = ["encode_prompts", "load_tokenizer"]
+__all__ = ["encode_prompts"]
 
 BETWEEN = "\n\n"
 """A blank line between system prompt and prompt."""
@@ -21,39 +24,25 @@ BLANK_MARKS = ("▁", "Ġ")
 """A blank, as tokenizers write it. Some put one in front of the text, with the offsets of the first character."""
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, and switch off the truncation and padding that it may ask for.
-
-    Both would change prompts unnoticed: padding would be studied as if it were text.
-
-    Raises `PromptError` if the file is missing or no tokenizer.
-    """
-    if not path.is_file():
-        raise PromptError(f"The tokenizer {path} does not exist; a model's tokenizer is its file tokenizer.json.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise PromptError(f"{path} is not a readable tokenizer ({error}); get the file again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def encode_prompts(
     prompts: Sequence[Prompt],
-    tokenizer: Tokenizer | None,
+    tokenizer: TextTokenizer | None,
     *,
     vocab_size: int,
     max_positions: int | None = None,
     truncate: int | None = None,
+    chat: bool = False,
 ) -> list[TokenizedPrompt]:
     """Token ids for every prompt, in order.
 
     The tokenizer's own post-processor adds its special tokens. System prompt, blank line and prompt are encoded as one
-    text, as the model would meet them. `truncate` keeps the first so many tokens, special ones included.
+    text, as the model would meet them. With `chat` the model's chat template writes that text instead, special tokens
+    included, with the system prompt as the system's turn and the prompt as the user's. `truncate` keeps the first so
+    many tokens, special ones included.
 
     Raises `PromptError` for text without a tokenizer, a token id that is not below `vocab_size`, a prompt longer than
-    `max_positions`, and a truncation that leaves nothing of a prompt.
+    `max_positions`, a truncation that leaves nothing of a prompt, and a chat without a template or with prompts that
+    are token ids.
     """
     if truncate is not None and truncate < 1:
         raise PromptError(f"--truncate must be at least 1, got {truncate}; leave it out to keep every token.")
@@ -64,8 +53,25 @@ def encode_prompts(
                     f"Prompt {prompt.id!r} is text, but the model has no tokenizer; put a tokenizer.json beside its "
                     "weights, or give lists of token ids in a JSONL file (--field)."
                 )
-    limits = _Limits(vocab_size, max_positions, truncate, tokenizer.get_vocab_size() if tokenizer else None)
-    return [limits.applied(_encode(prompt, tokenizer)) for prompt in prompts]
+    if chat:
+        _check_chat(prompts, tokenizer)
+    limits = _Limits(vocab_size, max_positions, truncate, tokenizer.vocab_size if tokenizer else None)
+    now = datetime.now().astimezone() if chat else None  # one date for all prompts, even at midnight
+    return [limits.applied(_encode(prompt, tokenizer, now)) for prompt in prompts]
+
+
+def _check_chat(prompts: Sequence[Prompt], tokenizer: TextTokenizer | None) -> None:
+    for prompt in prompts:
+        if prompt.text is None:
+            raise PromptError(
+                f"--chat makes a text the user's turn, but prompt {prompt.id!r} is a list of token ids; leave --chat "
+                "out and write the template's token ids into the lists."
+            )
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise PromptError(
+            "--chat needs the model's chat template, and there is none (no chat_template in tokenizer_config.json, no "
+            "chat_template.jinja beside it); leave --chat out."
+        )
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,9 @@ class _Limits:
         if not length:
             raise PromptError(f"Prompt {prompt.id!r} has no tokens; the tokenizer leaves nothing of its text.")
         if self.max_positions is not None and length > self.max_positions:
-            system = f", {prompt.system_tokens} of them the system prompt" if prompt.system_tokens else ""
+            before = f", {prompt.system_tokens} of them before its own text" if prompt.system_tokens else ""
             raise PromptError(
-                f"Prompt {prompt.id!r} has {length} tokens{system}, but the model has {self.max_positions} positions; "
+                f"Prompt {prompt.id!r} has {length} tokens{before}, but the model has {self.max_positions} positions; "
                 f"keep the first ones with --truncate {self.max_positions}, or leave this prompt out."
             )
         outside = [token for token in prompt.token_ids if not 0 <= token < self.vocab_size]
@@ -106,71 +112,98 @@ class _Limits:
             return prompt
         if prompt.system_tokens >= self.truncate:
             raise PromptError(
-                f"--truncate {self.truncate} leaves nothing of prompt {prompt.id!r}, as its system prompt has "
-                f"{prompt.system_tokens} tokens; keep more, or shorten the system prompt."
+                f"--truncate {self.truncate} leaves nothing of prompt {prompt.id!r}, as what comes before its own text "
+                f"has {prompt.system_tokens} tokens; keep more, or shorten the system prompt."
             )
-        return TokenizedPrompt(
-            prompt.id,
-            prompt.text,
-            prompt.token_ids[: self.truncate],
-            prompt.token_strings[: self.truncate],
-            prompt.system_tokens,
+        cut = len(prompt.token_ids) - self.truncate
+        return dataclasses.replace(
+            prompt,
+            token_ids=prompt.token_ids[: self.truncate],
+            token_strings=prompt.token_strings[: self.truncate],
+            suffix_tokens=max(0, prompt.suffix_tokens - cut),
         )
 
 
-def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> TokenizedPrompt:
+def _encode(prompt: Prompt, tokenizer: TextTokenizer | None, now: datetime | None) -> TokenizedPrompt:
+    """`now` is the date for the chat template; None where none is used."""
     if prompt.token_ids is not None:
-        strings = tuple(_name(token, tokenizer) for token in prompt.token_ids)
+        strings = tuple(f"<{token}>" if tokenizer is None else tokenizer.name(token) for token in prompt.token_ids)
         return TokenizedPrompt(prompt.id, None, prompt.token_ids, strings, 0)
     assert prompt.text is not None  # or Prompt would have refused
     assert tokenizer is not None  # or encode_prompts would have
-    before = "" if prompt.system is None else prompt.system + BETWEEN
-    encoding = tokenizer.encode(before + prompt.text)
+    whole = _whole(prompt.text, prompt.system, tokenizer, now)
+    encoding = tokenizer.encode(whole.text, add_special_tokens=now is None)
+    tokens = _tokens(encoding, whole.text)
+    before = _tokens_before(tokens, whole.start)
     return TokenizedPrompt(
-        prompt.id,
-        prompt.text,
-        tuple(encoding.ids),
-        tuple(_pieces(encoding, before + prompt.text)),
-        _tokens_before(encoding, len(before)),
+        id=prompt.id,
+        text=prompt.text,
+        token_ids=tuple(encoding.ids),
+        token_strings=tuple(token.piece for token in tokens),
+        system_tokens=before,
+        suffix_tokens=min(_tokens_after(tokens, whole.end), len(tokens) - before),
+        special_in_text=tuple(sorted({*tokenizer.special_in(prompt.text), *tokenizer.special_in(prompt.system or "")})),
     )
 
 
-def _tokens_before(encoding: Encoding, boundary: int) -> int:
+def _whole(text: str, system: str | None, tokenizer: TextTokenizer, now: datetime | None) -> RenderedChat:
+    """What is encoded, and where the prompt stands in it."""
+    if now is None:
+        before = "" if system is None else system + BETWEEN
+        return RenderedChat(before + text, len(before), len(before + text))
+    assert tokenizer.chat_template is not None  # or encode_prompts would have refused
+    return tokenizer.chat_template.render(text, system, now=now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What one token stands for in the text."""
+
+    piece: str
+    start: int
+    """First character that it holds a part of."""
+    end: int
+    added: bool
+    """A special token that the tokenizer added, which stands for no text."""
+
+
+def _tokens_before(tokens: Sequence[_Token], boundary: int) -> int:
     """Leading tokens without any character at or beyond `boundary`; 0 if there is nothing before it.
 
     A token that reaches across the boundary belongs to the prompt, so that the prompt's tokens hold all of its text.
     """
     if boundary == 0:
         return 0
-    beyond = (index for index, (_, end) in enumerate(encoding.offsets) if end > boundary)
-    return next(beyond, len(encoding.ids))
+    return next((index for index, token in enumerate(tokens) if token.end > boundary), len(tokens))
 
 
-def _pieces(encoding: Encoding, text: str) -> list[str]:
+def _tokens_after(tokens: Sequence[_Token], boundary: int) -> int:
+    """Trailing tokens without any character before `boundary`, those that the tokenizer added included.
+
+    A token that reaches across the boundary belongs to the prompt, as at its beginning.
+    """
+    trailing = enumerate(reversed(tokens))
+    return next((count for count, token in trailing if not token.added and token.start < boundary), len(tokens))
+
+
+def _tokens(encoding: Encoding, text: str) -> list[_Token]:
     """What each token stands for in the text; special tokens that the tokenizer added keep their names.
 
     Blanks that a tokenizer leaves out of its offsets go to the token after them, and a character whose bytes are
     shared out over several tokens goes to the first: put together, the pieces are the text, except for a blank that the
     tokenizer itself puts in front.
     """
-    pieces = []
+    tokens = []
     done = 0
-    for token, (start, end), added in zip(encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True):
+    for name, (start, end), added in zip(encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True):
         if added:
-            pieces.append(token)
+            tokens.append(_Token(name, start, end, added=True))
             continue
-        if token in BLANK_MARKS and not text[done:end].isspace():
-            pieces.append(" ")
+        if name in BLANK_MARKS and not text[done:end].isspace():
+            tokens.append(_Token(" ", start, end, added=False))
             continue
         begin = done if start < done or text[done:start].isspace() else start
-        pieces.append(text[begin:end] or (CONTINUED if start < done else token))
+        piece = text[begin:end] or (CONTINUED if start < done else name)
+        tokens.append(_Token(piece, min(begin, start), end, added=False))
         done = max(done, end)
-    return pieces
-
-
-def _name(token: int, tokenizer: Tokenizer | None) -> str:
-    """A token without a text around it: decoded alone, or by its number where that is impossible."""
-    known = None if tokenizer is None else tokenizer.id_to_token(token)
-    if tokenizer is None or known is None:
-        return f"<{token}>"
-    return tokenizer.decode([token], skip_special_tokens=False) or known
+    return tokens

@@ -50,7 +50,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises `ConfigError` if it cannot be read, is larger than the model's vocabulary, or lacks `<|begin|>` or `<|end|>`.
     """
     try:
-        tokenizer = prompts.load_tokenizer(path)
+        tokenizer = prompts.read_tokenizer(path)
     except PromptError as error:
         raise ConfigError(f"data.tokenizer: {error}") from error
     if tokenizer.get_vocab_size() > vocab_size:
