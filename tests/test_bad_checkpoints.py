@@ -121,11 +121,10 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("garbage", write("model.safetensors", bytes(range(256)) * 40), r"model\.safetensors is truncated or damaged"),
     ("zeros", write("model.safetensors", bytes(4096)), r"model\.safetensors is truncated or damaged"),
     (
-        "unknown family",
-        configure(model_type="bert"),
-        r"of no known family, by its model_type 'bert'.*loopscope, huginn",
+        "another family",
+        configure(model_type="llama"),
+        r"says model_type 'llama', but its tensors are named as those of loopscope; one of the two belongs to",
     ),
-    ("no family", configure(model_type=...), "of no known family.*None"),
     ("next version", configure(format_version=2), "format_version 2; this loopscope reads version 1"),
     ("no version", configure(format_version=...), "format_version None"),
     ("no architecture", configure(architecture=...), "no object named 'architecture'"),
@@ -146,7 +145,11 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("wrong shape", put(QUERY, lambda t: t[:-1]), rf"'{re.escape(QUERY)}' in .* has shape \(15, 12\); .* \(16, 12\)"),
     ("transposed", put("head.weight", lambda t: t.T), r"'head.weight' .* has shape \(12, 19\)"),
     ("scalar", put("norm.weight", lambda t: t[0]), r"'norm.weight' .* has shape \(\)"),
-    ("integers", put(QUERY, lambda t: t.to(torch.int8)), f"'{re.escape(QUERY)}' in .* is stored as torch.int8"),
+    (
+        "integers",
+        put(QUERY, lambda t: t.to(torch.int8)),
+        f"'{re.escape(QUERY)}' in .* is stored as int8; .* before it was quantised",
+    ),
 ]
 
 HUGINN_CASES: list[tuple[str, Change, str]] = [
@@ -167,9 +170,9 @@ HUGINN_CASES: list[tuple[str, Change, str]] = [
     ("fraction", configure(mean_recurrence=3.5), r"mean_recurrence must be a whole number, got 3\.5"),
     ("no init", configure(init_values=...), "lacks the field 'init_values'"),
     ("init is no object", configure(init_values=[1]), r"init_values must be an object, got \[1\]"),
-    ("no std", configure(init_values__std=...), "lacks the field 'std'"),
+    ("no std", configure(init_values__std=...), "lacks the field 'init_values.std'"),
     ("negative std", configure(init_values__std=-1.0), "state_std must be a positive finite number"),
-    ("infinite base", configure(rope_base=float("inf")), "rope_base must be a positive finite number, got inf"),
+    ("infinite base", configure(rope_base=float("inf")), "rope_base must be a finite number, got inf"),
     (
         "other head",
         put("lm_head.weight", lambda t: t * 1.001),
@@ -178,7 +181,7 @@ HUGINN_CASES: list[tuple[str, Change, str]] = [
     (
         "shorter head",
         put("lm_head.weight", lambda t: t[:-1]),
-        r"'lm_head\.weight' differs from 'transformer\.wte\.weight'",
+        r"'lm_head\.weight' in .* has shape \(96, 48\); config\.json asks for \(97, 48\)",
     ),
     ("missing", weigh(lambda w: w.pop(HUGINN_QKV)), f"lacks 1 tensor .*'{re.escape(HUGINN_QKV)}'"),
     (
@@ -273,13 +276,6 @@ def test_code_in_the_folder_is_not_run(huginn: Path, tmp_path: Path) -> None:
     configure(auto_map={"AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM"})(huginn)
     assert loopscope.load(huginn, device="cpu").info.family == "huginn"
     assert not mark.exists()
-
-
-@pytest.mark.parametrize("case", ["retrofit-llama-tiny", "retrofit-tinyllama-tiny", "retrofit-olmo-tiny"])
-def test_a_retrofitted_model_is_not_taken_for_huginn(case: str, reference_case: Callable[[str], Path]) -> None:
-    folder = reference_case(case)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "huginn_raven"
-    refused(folder, "of no known family.*'huginn_raven' and the names of its tensors")
 
 
 def index(folder: Path, files: dict[str, str]) -> None:

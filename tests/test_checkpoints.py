@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_pickle_files_beside_the_weights_are_left_alone(tmp_path: Path, model: L
 def test_the_shipped_models_load_and_can_read(name: str) -> None:
     subject = loopscope.load(name, device="cpu")
     assert subject.tokenizer is not None
-    assert subject.tokenizer.get_vocab_size() == subject.info.vocab_size
+    assert subject.tokenizer.vocab_size == subject.info.vocab_size
     ids = subject.tokenizer.encode("Tom has 3 apples and buys 4 more.").ids
     assert bool(torch.isfinite(loopscope.capture(subject, ids, recurrences=None).logits).all())
 
@@ -175,7 +176,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, model: LoopedTransformer) 
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used .* try --device cpu"),
     ],
 )
-def test_another_dtype_or_device_is_refused(options: dict[str, str], message: str) -> None:
+def test_another_dtype_or_device_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         loopscope.load(HUGINN, **options)
 

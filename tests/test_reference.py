@@ -1,12 +1,10 @@
 """The model against the numbers that the families' published modelling code computes, on tiny random checkpoints.
 
-Huginn goes the user's way, through `load` and `capture`, with the case that is kept beside this file. The other
-families show that the one implementation, with the right settings, is each of them; their keys are mapped here.
+Each case goes the user's way, through `load` and `capture`, and every tensor that is recorded is compared.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loopscope
-from loopscope import Architecture, LoopedTransformer, Trace
-from loopscope.architecture import Llama3Scaling
+from loopscope import Trace
 from loopscope.errors import ConfigError
+from loopscope.subject import NativeSubject
 
-HUGINN = Path(__file__).resolve().parent / "reference" / "huginn-tiny"
+REFERENCE = Path(__file__).resolve().parent / "reference"
+HUGINN = REFERENCE / "huginn-tiny"
+
+FAMILIES = {
+    "huginn-tiny": "huginn",
+    "retrofit-llama-tiny": "retrofit-llama",
+    "retrofit-tinyllama-tiny": "retrofit-llama",
+    "retrofit-olmo-tiny": "retrofit-olmo",
+    "ouro-tiny": "ouro",
+    "llama-tiny": "llama",
+    "olmo2-tiny": "olmo2",
+    "qwen3-tiny": "qwen3",
+}
+"""What each case is recognised as."""
 
 pytestmark = pytest.mark.reference
 
@@ -35,9 +46,9 @@ class Case:
 
     folder: Path
 
-    @property
-    def config(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "case.json").read_text())
         return content
 
     @property
@@ -48,9 +59,25 @@ class Case:
     def expected(self) -> Tensors:
         return load_file(self.folder / "expected.safetensors")
 
+    @cached_property
+    def subject(self) -> NativeSubject:
+        subject = loopscope.load(self.folder, device="cpu")
+        assert isinstance(subject, NativeSubject)
+        return subject
+
+    def trace(self, folder: Path | None = None, **options: Any) -> Trace:
+        """The run that was recorded, of the model in another folder, or with other options."""
+        subject = self.subject if folder is None else loopscope.load(folder, device="cpu")
+        recorded = {
+            "input_ids": self.expected["input_ids"],
+            "recurrences": self.about["recurrences"],
+            "initial_state": self.expected.get("initial_state"),
+        }
+        return loopscope.capture(subject, **(recorded | options))
+
     def close(self, ours: Tensor, recorded: str) -> None:
         """Within the tolerance that is recorded with the case."""
-        tolerance = json.loads((self.folder / "case.json").read_text())["tolerance"]
+        tolerance = self.about["tolerance"]
         torch.testing.assert_close(
             ours,
             self.expected[recorded],
@@ -60,24 +87,11 @@ class Case:
         )
 
 
-def compare(trace: Trace, case: Case, ours: Callable[[str], str] = lambda name: name) -> None:
-    """Everything that is recorded of a run, by the names of the looped cases."""
-    found = {"logits": trace.logits}
-    for stage, layer, recurrence in trace.visits:
-        site = f"{recurrence}.{layer}" if stage == "recurrent" else f"{layer}"
-        found[f"{stage}.{site}"] = trace.residual(stage, layer, recurrence)
-        found[f"attention.{stage}.{site}"] = trace.attention(stage, layer, recurrence)
-    for recurrence in range(trace.recurrences):
-        found[f"injected.{recurrence}"] = trace.injected(recurrence)
-        found[f"loop_end.{recurrence}"] = trace.loop_state(recurrence)
-    compared = set()
-    for recorded in case.expected:
-        name = ours(recorded)
-        if name in found:
-            case.close(found[name], recorded)
-            compared.add(name)
-    # Where nothing is injected the published code hands out no injected state.
-    assert set(found) - {f"injected.{recurrence}" for recurrence in range(trace.recurrences)} <= compared
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    """A case that is kept beside this file, or else lies beside the checkout."""
+    kept = REFERENCE / request.param
+    return Case(kept if kept.is_dir() else request.getfixturevalue("reference_case")(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +99,103 @@ def huginn() -> Case:
     return Case(HUGINN)
 
 
-def huginn_trace(folder: Path, case: Case, **options: Any) -> Trace:
-    expected = case.expected
-    defaults: dict[str, Any] = {"recurrences": 5, "attention": True, "initial_state": expected["initial_state"]}
-    return loopscope.capture(loopscope.load(folder, device="cpu"), expected["input_ids"], **(defaults | options))
+@pytest.fixture(scope="module")
+def ouro() -> Case:
+    return Case(REFERENCE / "ouro-tiny")
 
 
-def test_huginn_computes_what_the_published_code_does(huginn: Case) -> None:
-    trace = huginn_trace(HUGINN, huginn)
-    compare(trace, huginn)
-    assert len(trace.visits) == 2 + 5 * 4 + 2
-    assert {f"injected.{recurrence}" for recurrence in range(5)} <= set(huginn.expected)
+def found(case: Case, trace: Trace) -> Tensors:
+    """Everything that a trace tells, by the names of the recorded tensors."""
+    model = case.subject.model
+    found = {"logits": trace.logits, "embeddings": model.embed(trace.input_ids)}
+    last = trace.visits[-1]
+    for stage, layer, recurrence in trace.visits:
+        site = f"{stage}.{recurrence}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"
+        if not case.subject.info.is_looped:
+            site = f"layer.{layer}"
+        found[site] = trace.residual(stage, layer, recurrence)
+        found[f"attention.{site}".replace("attention.layer", "attention")] = trace.attention(stage, layer, recurrence)
+    for recurrence in range(trace.recurrences):
+        found[f"injected.{recurrence}"] = trace.injected(recurrence)
+        found[f"loop_end.{recurrence}"] = trace.loop_state(recurrence)
+    if model.exit_gate is not None:
+        for recurrence in range(trace.recurrences):
+            found[f"gate.{recurrence}"] = trace.gate(recurrence)
+            found[f"logits.{recurrence}"] = model.unembed(trace.loop_state(recurrence))
+        return found | {"exit_distribution": trace.exit_distribution, "exit_step": trace.exit_step}
+    if trace.recurrences:
+        end = trace.loop_state(trace.recurrences - 1)
+        found["coda_input"] = model.norm(end) if model.architecture.loop_norm == "loop" else end
+    return found | {"final_hidden": model.norm(trace.residual(*last))}
+
+
+@pytest.mark.parametrize("case", list(FAMILIES), indirect=True)
+def test_every_recorded_tensor_is_computed(case: Case) -> None:
+    trace = case.trace(attention=True)
+    ours = found(case, trace)
+    assert case.subject.info.family == FAMILIES[case.folder.name]
+    assert set(case.expected) - set(ours) <= {"input_ids", "initial_state"}
+    for recorded in case.expected.keys() & ours.keys():
+        case.close(ours[recorded], recorded)
+
+
+@pytest.mark.parametrize("case", list(FAMILIES), indirect=True)
+def test_every_layer_is_visited_in_every_recurrence(case: Case) -> None:
+    layers, info, trace = case.about["layers"], case.subject.info, case.trace()
+    stages = ("prelude", "recurrent", "coda") if info.is_looped else ("layers", None, None)
+    assert (info.prelude, info.recurrent, info.coda) == tuple(layers.get(stage, 0) for stage in stages)
+    assert trace.recurrences == (case.about["recurrences"] or 0)
+    assert len(trace.visits) == info.prelude + info.recurrent * trace.recurrences + info.coda
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", list(FAMILIES), indirect=True)
+def test_padding_on_either_side_changes_nothing(case: Case, side: str) -> None:
+    def padded(values: Tensor, padding: int) -> Tensor:
+        """Three positions more on one side."""
+        extra = torch.full((values.shape[0], 3, *values.shape[2:]), padding, dtype=values.dtype)
+        return torch.cat([extra, values] if side == "left" else [values, extra], dim=1)
+
+    ids, state = case.expected["input_ids"], case.expected.get("initial_state")
+    trace = case.trace(
+        input_ids=padded(ids, 5),
+        attention_mask=padded(torch.ones_like(ids), 0),
+        initial_state=None if state is None else padded(state, 0),
+    )
+    case.close(trace.logits[:, 3:] if side == "left" else trace.logits[:, :-3], "logits")
+
+
+LOOPED = [name for name, family in FAMILIES.items() if "retrofit" in family or family in ("huginn", "ouro")]
+
+
+@pytest.mark.parametrize("case", LOOPED, indirect=True)
+def test_recurrences_are_those_asked_for_and_else_the_trained_number(case: Case) -> None:
+    recorded = case.about["recurrences"]
+    for asked in (2, recorded + 4):
+        trace = case.trace(recurrences=asked)
+        assert trace.recurrences == asked
+        for recurrence in range(min(asked, recorded)):
+            case.close(trace.loop_state(recurrence), f"loop_end.{recurrence}")
+    config = json.loads((case.folder / "config.json").read_text())
+    trained = config.get("mean_recurrence", config.get("total_ut_steps"))
+    assert case.trace(recurrences=None).recurrences == case.subject.info.trained_recurrences == trained
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.45, 0.6, 0.75, 0.9, 0.97, 1.0])
+def test_ouro_answers_each_token_from_where_it_stops(ouro: Case, tmp_path: Path, threshold: float) -> None:
+    shutil.copy(ouro.folder / "model.safetensors", tmp_path)
+    config = json.loads((ouro.folder / "config.json").read_text()) | {"early_exit_threshold": threshold}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trace = ouro.trace(tmp_path)
+    cumulated = ouro.expected["exit_distribution"].cumsum(-1)
+    for batch, token in torch.cartesian_prod(torch.arange(2), torch.arange(11)).tolist():
+        shares = cumulated[batch, token]
+        assert float((shares[:-1] - threshold).abs().min()) > 1e-5, "too close to the threshold to say"
+        step = next((r for r in range(4) if float(shares[r]) >= threshold), 3)
+        assert int(trace.exit_step[batch, token]) == step
+        torch.testing.assert_close(
+            trace.logits[batch, token], ouro.expected[f"logits.{step}"][batch, token], atol=1e-4, rtol=1e-5
+        )
 
 
 def test_huginn_configuration_is_read(huginn: Case) -> None:
@@ -105,6 +205,7 @@ def test_huginn_configuration_is_read(huginn: Case) -> None:
     assert subject.info.family == "huginn"
     assert subject.info.max_positions == 64
     assert subject.tokenizer is None
+    assert isinstance(subject, NativeSubject)
     # sqrt(D) sqrt(2 / (5 D)), whatever the width is
     assert subject.model.architecture.state_std == pytest.approx((2 / 5) ** 0.5)
 
@@ -116,25 +217,17 @@ def test_huginn_needs_neither_the_tied_head_nor_the_rotation_table(
     shutil.copy(HUGINN / "config.json", tmp_path)
     weights = {name: tensor for name, tensor in huginn.weights.items() if name not in left_out}
     save_file(weights, tmp_path / "model.safetensors")
-    assert torch.equal(huginn_trace(tmp_path, huginn).logits, huginn_trace(HUGINN, huginn).logits)
+    assert torch.equal(huginn.trace(tmp_path).logits, huginn.trace().logits)
 
 
 def test_huginns_rotation_table_is_computed_and_never_read(huginn: Case, tmp_path: Path) -> None:
     shutil.copy(HUGINN / "config.json", tmp_path)
     save_file(huginn.weights | {"freqs_cis": torch.zeros(1, 64, 1, 6, 2)}, tmp_path / "model.safetensors")
-    assert torch.equal(huginn_trace(tmp_path, huginn).logits, huginn_trace(HUGINN, huginn).logits)
-
-
-def test_huginn_runs_for_other_recurrences_than_it_was_trained_for(huginn: Case) -> None:
-    trace = huginn_trace(HUGINN, huginn, recurrences=3)
-    assert trace.recurrences == 3
-    for recurrence in range(3):
-        huginn.close(trace.loop_state(recurrence), f"loop_end.{recurrence}")
-    assert huginn_trace(HUGINN, huginn, recurrences=None).recurrences == 32
+    assert torch.equal(huginn.trace(tmp_path).logits, huginn.trace().logits)
 
 
 def test_huginn_keeps_no_attention_unless_asked(huginn: Case) -> None:
-    trace = huginn_trace(HUGINN, huginn, attention=False)
+    trace = huginn.trace(attention=False)
     with pytest.raises(ConfigError, match=r"kept no attention; call capture\(\.\.\., attention=True\)"):
         trace.attention("recurrent", 0, 0)
 
@@ -146,175 +239,8 @@ def test_huginn_in_float64_is_closer_than_the_recorded_rounding(huginn: Case) ->
         recurrences=5,
         initial_state=huginn.expected["initial_state"].double(),
     )
-    rounding = json.loads((HUGINN / "case.json").read_text())["rounding"]["largest_difference_to_float64"]
+    rounding = huginn.about["rounding"]["largest_difference_to_float64"]
     difference = max(
         float((exact.loop_state(r) - huginn.expected[f"loop_end.{r}"].double()).abs().max()) for r in range(5)
     )
     assert 0 < difference < 2 * rounding
-
-
-# Where each of our parameters lies in the other families' files: our name below a layer -> theirs.
-LLAMA_KEYS = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-NORM_KEYS: dict[str, list[str | None]] = {
-    "ouro": ["input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2"],
-    "llama": ["input_layernorm", None, "post_attention_layernorm", None],
-    "qwen3": ["input_layernorm", None, "post_attention_layernorm", None],
-    "olmo2": [None, "post_attention_layernorm", None, "post_feedforward_layernorm"],
-    "retrofit-llama": ["norm_1", None, "norm_2", None],
-    "retrofit-tinyllama": ["norm_1", None, "norm_2", None],
-    "retrofit-olmo": [None, "norm_1", None, "norm_2"],
-}
-FEED_FORWARD = {"llama", "olmo2", "qwen3"}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ouro": {"norm_placement": "branch-in-out", "loop_norm": "recurrence"},
-    "llama": {},
-    "olmo2": {"norm_placement": "branch-out", "qk_norm": "full"},
-    "qwen3": {"qk_norm": "head"},
-    "retrofit-llama": {"injection": "linear", "state_init": "normal"},
-    "retrofit-tinyllama": {"injection": "linear", "state_init": "normal"},
-    "retrofit-olmo": {
-        "injection": "linear",
-        "state_init": "normal",
-        "norm_placement": "branch-out",
-        "qk_norm": "full",
-    },
-}
-
-
-def scaling_of(config: Mapping[str, Any]) -> Llama3Scaling | None:
-    scaling = config.get("rope_scaling")
-    if scaling is None:
-        return None
-    return Llama3Scaling(
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_positions=scaling["original_max_position_embeddings"],
-    )
-
-
-def architecture_of(family: str, config: Mapping[str, Any]) -> Architecture:
-    shared: dict[str, Any] = {
-        "vocab_size": config["vocab_size"],
-        "mlp_width": config["intermediate_size"],
-        "kv_heads": config["num_key_value_heads"],
-        "rope_base": float(config["rope_theta"]),
-        "rope_scaling": scaling_of(config),
-    } | SETTINGS[family]
-    if family.startswith("retrofit"):
-        return Architecture(
-            width=config["n_embd"],
-            heads=config["n_heads"],
-            head_dim=config["head_dim"],
-            prelude=config["n_layers_in_prelude"],
-            recurrent=config["n_layers_in_recurrent_block"],
-            coda=config["n_layers_in_coda"],
-            recurrences=config["mean_recurrence"],
-            norm_eps=config["norm_eps"],
-            **shared,
-        )
-    layers = config["num_hidden_layers"]
-    return Architecture(
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        head_dim=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
-        prelude=layers if family in FEED_FORWARD else 0,
-        recurrent=0 if family in FEED_FORWARD else layers,
-        coda=0,
-        recurrences=config.get("total_ut_steps", 1),
-        norm_eps=config["rms_norm_eps"],
-        tied_embeddings=config["tie_word_embeddings"],
-        **shared,
-    )
-
-
-def renamed(family: str, architecture: Architecture, theirs: Tensors) -> Tensors:
-    """Their tensors under our names."""
-    retrofitted = family.startswith("retrofit")
-    ours = {
-        "embedding.weight": theirs["transformer.wte.weight" if retrofitted else "model.embed_tokens.weight"],
-        "norm.weight": theirs["transformer.ln_f.weight" if retrofitted else "model.norm.weight"],
-    }
-    if not architecture.tied_embeddings:
-        ours["head.weight"] = theirs["lm_head.weight"]
-    if architecture.injection == "linear":
-        ours["injection.weight"] = theirs["transformer.adapter.weight"]
-    stages = {"prelude": "transformer.prelude", "recurrent": "transformer.core_block", "coda": "transformer.coda"}
-    for stage, folder in stages.items():
-        for layer in range(getattr(architecture, stage)):
-            prefix = f"{folder}.{layer}." if retrofitted else f"model.layers.{layer}."
-            block = {name.removeprefix(prefix): t for name, t in theirs.items() if name.startswith(prefix)}
-            if retrofitted:
-                block = unstacked(architecture, block)
-            for name, value in layer_of(family, architecture, block).items():
-                ours[f"{stage}.{layer}.{name}.weight"] = value
-    return ours
-
-
-def unstacked(architecture: Architecture, block: Tensors) -> Tensors:
-    """A retrofitted layer under Llama's names: its q, k, v are one matrix, and its gate and up another."""
-    queries, keys = (heads * architecture.head_dim for heads in (architecture.heads, architecture.kv_heads))
-    query, key, value = block.pop("attn.Wqkv.weight").split([queries, keys, keys])
-    gate, up = block.pop("mlp.fc.weight").chunk(2)
-    return {name.replace("attn.", "self_attn."): tensor for name, tensor in block.items()} | {
-        "self_attn.q_proj.weight": query,
-        "self_attn.k_proj.weight": key,
-        "self_attn.v_proj.weight": value,
-        "self_attn.o_proj.weight": block["attn.proj.weight"],
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": block["mlp.proj.weight"],
-    }
-
-
-def layer_of(family: str, architecture: Architecture, block: Tensors) -> Tensors:
-    keys = dict(LLAMA_KEYS)
-    for number, name in enumerate(NORM_KEYS[family], start=1):
-        if name is not None:
-            keys[f"norm_{number}"] = name
-    if architecture.qk_norm != "none":
-        keys |= {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
-    return {ours: block[f"{theirs}.weight"] for ours, theirs in keys.items()}
-
-
-def feed_forward_name(recorded: str) -> str:
-    """`layer.2` and `attention.2` are our prelude's."""
-    kind, _, index = recorded.rpartition(".")
-    return {"layer": f"prelude.{index}", "attention": f"attention.prelude.{index}"}.get(kind, recorded)
-
-
-@pytest.mark.parametrize("family", list(SETTINGS))
-def test_the_other_families_are_settings_of_the_same_model(family: str, reference_case: Callable[[str], Path]) -> None:
-    case = Case(reference_case(f"{family}-tiny"))
-    architecture = architecture_of(family, case.config)
-    model = LoopedTransformer(architecture).requires_grad_(False)
-    model.load_state_dict(renamed(family, architecture, case.weights))
-    expected = case.expected
-    recurrences = json.loads((case.folder / "case.json").read_text())["recurrences"]
-    trace = loopscope.capture(
-        model,
-        expected["input_ids"],
-        recurrences=recurrences,
-        initial_state=expected.get("initial_state"),
-        attention=True,
-    )
-    compare(trace, case, feed_forward_name if family in FEED_FORWARD else lambda name: name)
-    case.close(model.embed(expected["input_ids"]), "embeddings")
-
-
-def test_every_recurrence_of_ouro_has_its_readout(reference_case: Callable[[str], Path]) -> None:
-    case = Case(reference_case("ouro-tiny"))
-    architecture = architecture_of("ouro", case.config)
-    model = LoopedTransformer(architecture).requires_grad_(False)
-    model.load_state_dict(renamed("ouro", architecture, case.weights))
-    for recurrence in range(4):
-        logits = model(case.expected["input_ids"], recurrences=recurrence + 1)
-        case.close(logits, f"logits.{recurrence}")

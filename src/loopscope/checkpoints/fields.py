@@ -2,56 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loopscope.errors import CheckpointError
 
 __all__ = ["Fields"]
 
+_LEFT_OUT = object()
+
 
 class Fields:
-    """Typed access to the fields of a family's config."""
+    """Typed access to the fields of a family's config, which remembers what was read."""
 
-    def __init__(self, config: Mapping[str, Any], family: str) -> None:
+    def __init__(self, config: Mapping[str, Any], family: str, prefix: str = "") -> None:
         self.config = config
         self.family = family
+        self.prefix = prefix
+        """Where this object lies in config.json, for messages: `rope_scaling.`, or nothing."""
+        self._read: set[str] = set()
 
     def require(self, name: str, value: Any) -> None:
         """Refuse another value of a field, where it is there: it would be another model than the one implemented."""
-        if name in self.config and self.config[name] != value:
+        self._read.add(name)
+        found = self.config.get(name, value)
+        if found != value and not (found is None and value is False):
             raise CheckpointError(
-                f"config.json has {name} = {self.config[name]!r}; loopscope implements {self.family} with "
-                f"{value!r} only, and "
-                "loading it approximately would give wrong numbers."
+                f"config.json has {self.prefix}{name} = {reprlib.repr(found)}; loopscope implements {self.family} with "
+                f"{value!r} only, and loading it approximately would give wrong numbers: run the model by its own code "
+                "and watch it with loopscope.hook."
             )
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.config.get(name) is not None
+
     def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number; an error where it is neither there nor has a default."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise CheckpointError(f"config.json: {name} must be a whole number, got {value!r}.")
+            raise self._wrong(name, "a whole number", value)
         return value
 
-    def number(self, name: str) -> float:
-        value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {name} must be a number, got {value!r}.")
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.integer(name, default)
+        if value < 1:
+            raise self._wrong(name, "at least 1", value)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; JSON as Python reads it has others."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise self._wrong(name, "a finite number", value)
         return float(value)
 
-    def boolean(self, name: str) -> bool:
-        value = self._get(name)
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        value = self._get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}.")
+            raise self._wrong(name, "true or false", value)
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string", value)
         return value
 
     def mapping(self, name: str) -> Fields:
         value = self._get(name)
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"config.json: {name} must be an object, got {value!r}.")
-        return Fields(value, self.family)
+            raise self._wrong(name, "an object", value)
+        return Fields(value, self.family, f"{self.prefix}{name}.")
+
+    def texts(self, name: str) -> list[str]:
+        value = self._get(name)
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self._wrong(name, "a list of strings", value)
+        return value
+
+    def optional_integer(self, name: str, default: int | None = None) -> int | None:
+        """A whole number, or None where the field is null; the default where it is not there."""
+        self._read.add(name)
+        value = self.config.get(name, default)
+        return None if value is None else self.integer(name, default)
+
+    def optional_number(self, name: str) -> float | None:
+        """A number, or None where the field is null or not there."""
+        self._read.add(name)
+        return self.number(name) if self.has(name) else None
+
+    def close(self, harmless: Collection[str] = ()) -> None:
+        """Refuse the first field that is set, was not read, and is not known to be harmless (see `bookkeeping`)."""
+        if self.has("quantization_config") and not self.prefix:
+            raise CheckpointError(
+                "config.json has a quantization_config; weights are read as floating-point numbers only: give the "
+                "checkpoint as it was before it was quantised."
+            )
+        for name, value in self.config.items():
+            unset = value is None or value is False or value in ("", [], {})
+            if not unset and name not in self._read and name not in harmless:
+                raise CheckpointError(
+                    f"config.json sets {self.prefix}{name} = {reprlib.repr(value)}, which loopscope does not know in "
+                    f"a {self.family} model and which may change what it computes; if it does not, take it out of "
+                    "config.json."
+                )
 
     def _get(self, name: str, default: Any = None) -> Any:
-        value = self.config.get(name, default)
+        self._read.add(name)
+        value = self.config.get(name, _LEFT_OUT)
+        value = default if value is _LEFT_OUT else value
         if value is None:
-            raise CheckpointError(f"config.json lacks the field {name!r}, which a {self.family} checkpoint has.")
+            raise CheckpointError(
+                f"config.json lacks the field {self.prefix + name!r}, which a {self.family} checkpoint has."
+            )
         return value
+
+    def _wrong(self, name: str, expected: str, value: Any) -> CheckpointError:
+        return CheckpointError(f"config.json: {self.prefix}{name} must be {expected}, got {reprlib.repr(value)}.")

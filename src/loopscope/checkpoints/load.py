@@ -1,8 +1,13 @@
-"""Loading a checkpoint, strictly: every tensor is known, has its shape, and is finite, or is named in an error."""
+"""Loading a checkpoint, strictly: every tensor is known, has its shape, and is finite, or is named in an error.
+
+Weights go from the file to their place in blocks of rows, so that beside the model there is never more than a few
+blocks in memory, whatever the dtypes and the size of the largest tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopscope.architecture import Architecture
-from loopscope.checkpoints.family import FAMILIES, Family
+from loopscope.checkpoints.family import Family
+from loopscope.checkpoints.headers import TensorHeader
+from loopscope.checkpoints.layout import Layout, find_layout
+from loopscope.checkpoints.memory import check_memory
 from loopscope.checkpoints.parts import Part
 from loopscope.checkpoints.store import TensorStore, read_json
-from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
+from loopscope.errors import CheckpointError, NonFiniteError
 from loopscope.model import LoopedTransformer
 
 __all__ = ["Checkpoint", "load_checkpoint"]
+
+_BLOCK = 8 * 2**20
+"""Bytes that are read at a time: little beside a model, and enough that opening the file again costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,111 +44,72 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    families: Sequence[Family] = (),
 ) -> Checkpoint:
-    """Build the native model and fill it, one tensor at a time.
+    """Build the native model and fill it, block by block.
 
-    Raises `CheckpointError` for a family that is not known, or a tensor that is missing, unknown or of the wrong
-    shape or kind of number, and `NonFiniteError` for a weight that is NaN or infinite in `dtype`.
+    While it runs, the process holds the weights in `dtype` and some tens of megabytes more. Raises `CheckpointError`
+    for a family that is not known, a setting that is not implemented, a tensor that is missing, unknown or of the wrong
+    shape or kind of number, or too little memory, all of them before a weight is read; and `NonFiniteError` for a
+    weight that is NaN or infinite in `dtype`.
     """
-    config = read_json(folder / "config.json")
     store = TensorStore(folder)
-    family = _recognise(config, store.names, folder)
-    architecture = _architecture(family, config, folder)
-    parts = family.parts(architecture)
-    _check_names(family, architecture, parts, store)
-    model = _fill(architecture, parts, store, dtype, device)
+    layout = find_layout(read_json(folder / "config.json"), store.headers, str(folder), families)
+    check_memory(layout.architecture.parameters, dtype, torch.device(device))
+    for copy, original in layout.copies.items():
+        _check_copy(copy, original, store)
+    model = _fill(layout, store, dtype, device)
     tokenizer = folder / "tokenizer.json"
     return Checkpoint(
         model=model.eval().requires_grad_(False),
-        family=family.name,
+        family=layout.family,
         folder=folder,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         weights_sha256=store.sha256(),
-        config=config,
+        config=layout.config,
     )
 
 
-def _architecture(family: Family, config: Mapping[str, Any], folder: Path) -> Architecture:
-    try:
-        return family.architecture(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-
-
-def _recognise(config: Mapping[str, Any], names: Collection[str], folder: Path) -> Family:
-    for family in FAMILIES:
-        if family.recognises(config, names):
-            return family
-    raise CheckpointError(
-        f"{folder} is of no known family, by its model_type {config.get('model_type')!r} and the names of its "
-        f"tensors; known families are {', '.join(family.name for family in FAMILIES)}."
-    )
-
-
-def _check_names(family: Family, architecture: Architecture, parts: Mapping[str, Part], store: TensorStore) -> None:
-    wanted = {part.name for part in parts.values()}
-    present = set(store.names)
-    missing = sorted(wanted - present)
-    if missing:
-        raise CheckpointError(
-            f"{store.folder} lacks {_count(missing, 'tensor')} that a {family.name} model of layout "
-            f"{architecture.layout} has, "
-            f"first {missing[0]!r}."
-        )
-    unknown = sorted(
-        name for name in present - wanted if name not in family.copies and not family.unused.fullmatch(name)
-    )
-    if unknown:
-        raise CheckpointError(
-            f"{store.folder} holds {_count(unknown, 'tensor')} that a {family.name} model of layout "
-            f"{architecture.layout} does "
-            f"not have, first {unknown[0]!r} (in {store.file_of(unknown[0])}); it is another model than its "
-            f"config says."
-        )
-    for copy, original in family.copies.items():
-        if copy in present and not torch.equal(_whole(store, copy), _whole(store, original)):
-            raise CheckpointError(f"{copy!r} differs from {original!r}, but config.json says that they are tied.")
-
-
-def _count(names: list[str], noun: str) -> str:
-    return f"1 {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
-
-
-def _whole(store: TensorStore, name: str) -> Tensor:
-    return store.rows(name, 0, store.shape(name)[0])
-
-
-def _fill(
-    architecture: Architecture,
-    parts: Mapping[str, Part],
-    store: TensorStore,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> LoopedTransformer:
+def _fill(layout: Layout, store: TensorStore, dtype: torch.dtype, device: torch.device | str) -> LoopedTransformer:
     with torch.device("meta"):
-        model = LoopedTransformer(architecture)
+        model = LoopedTransformer(layout.architecture)
     for name, parameter in list(model.named_parameters()):
-        part = parts[name]
-        if store.shape(part.name) != part.shape:
-            raise CheckpointError(
-                f"{part.name!r} in {store.file_of(part.name)} has shape {store.shape(part.name)}; "
-                f"config.json asks for {part.shape}."
-            )
-        stored = store.rows(part.name, *part.rows)
-        if not stored.is_floating_point():
-            raise CheckpointError(
-                f"{part.name!r} in {store.file_of(part.name)} is stored as {stored.dtype}; weights are read as "
-                "floating-point numbers only: give the checkpoint as it was before it was quantised."
-            )
-        # A copy: a parameter that is still the mapped file would die with it.
-        values = stored.reshape(parameter.shape).to(device, dtype, copy=True)
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(
-                f"The weight {part.name!r} in {store.folder / store.file_of(part.name)} holds NaN or "
-                f"infinity in {dtype}; the "
-                "checkpoint is damaged, or needs a wider dtype."
-            )
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        _read(layout.parts[name], store, values)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
     return model
+
+
+def _read(part: Part, store: TensorStore, values: Tensor) -> None:
+    """Fill `values` with a part of a stored tensor."""
+    start, stop = part.rows
+    header = store.headers[part.name]
+    flat = values.view(stop - start, -1)  # a bias of heads and their entries lies in one row of the file
+    for first, last in _blocks(header, start, stop):
+        block = flat[first - start : last - start]
+        block.copy_(store.rows(part.name, first, last).reshape(block.shape))
+        low, high = torch.aminmax(block)  # NaN where there is one, and no temporary tensor
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise NonFiniteError(
+                f"The weight {part.name!r} in {store.folder / header.file} holds NaN or infinity in {values.dtype}; "
+                "the checkpoint is damaged, or needs a wider dtype."
+            )
+
+
+def _check_copy(copy: str, original: str, store: TensorStore) -> None:
+    header = max(store.headers[copy], store.headers[original], key=lambda header: header.nbytes)
+    for first, last in _blocks(header, 0, header.shape[0]):
+        if not torch.equal(store.rows(copy, first, last), store.rows(original, first, last)):
+            raise CheckpointError(f"{copy!r} differs from {original!r}, but config.json says that they are tied.")
+
+
+def _blocks(header: TensorHeader, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Ranges that make up the rows `start:stop`, each of at most `_BLOCK` bytes, or one row."""
+    rows = max(1, _BLOCK * header.shape[0] // header.nbytes)
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)

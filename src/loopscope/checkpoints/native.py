@@ -5,29 +5,30 @@ tokenizer.json.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 
 from loopscope._files import write_atomically
 from loopscope.architecture import Architecture
-from loopscope.checkpoints.parts import Part
+from loopscope.checkpoints.family import Config, Family
+from loopscope.checkpoints.parts import Part, parameter_shapes
 from loopscope.errors import CheckpointError
 from loopscope.model import LoopedTransformer
 
-__all__ = ["architecture", "parts", "recognises", "save_checkpoint"]
+__all__ = ["NATIVE", "save_checkpoint"]
 
 _VERSION = 1
 
 
-def recognises(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return config.get("model_type") == "loopscope"
+def _recognises(names: Collection[str]) -> bool:
+    return {"embedding.weight", "norm.weight"} <= set(names)
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
+def _architecture(config: Config) -> Architecture:
     version = config.get("format_version")
     if version != _VERSION:
         raise CheckpointError(
@@ -40,10 +41,18 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return Architecture.from_dict(fields)
 
 
-def parts(architecture: Architecture) -> dict[str, Part]:
-    with torch.device("meta"):
-        model = LoopedTransformer(architecture)
-    return {name: Part(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, Part]:
+    return {name: Part(name, shape) for name, shape in parameter_shapes(architecture).items()}
+
+
+NATIVE = Family(
+    name="loopscope",
+    model_types=("loopscope",),
+    recognises=_recognises,
+    architecture=_architecture,
+    parts=_parts,
+    unused=re.compile(r"(?!)"),
+)
 
 
 def save_checkpoint(

@@ -1,16 +1,20 @@
-"""The tensors of a checkpoint folder, memory-mapped, in one file or several."""
+"""The tensors of a checkpoint folder, in one file or several."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loopscope.checkpoints.conversion import conversion_command, is_pickled
+from loopscope.checkpoints.headers import READABLE, TensorHeader
 from loopscope.errors import CheckpointError
 
 __all__ = ["TensorStore", "read_json"]
@@ -45,33 +49,36 @@ class TensorStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._place: dict[str, Path] = {}
+        self.headers: dict[str, TensorHeader] = {}
+        self._offsets: dict[str, int] = {}
         for path in self._paths():
-            handle = self._open(path)
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                if name in self._place:
+            for name, header, offset in _read_header(path):
+                if name in self.headers:
                     raise CheckpointError(
-                        f"The tensor {name!r} is in both {self._place[name].name} and {path.name}; one of "
+                        f"The tensor {name!r} is in both {self.headers[name].file} and {path.name}; one of "
                         f"them is left over."
                     )
-                self._place[name] = path
-            self._files[path.name] = handle
+                self.headers[name] = header
+                self._offsets[name] = offset
         self._check_index()
 
-    @property
-    def names(self) -> list[str]:
-        """Sorted names of all tensors."""
-        return sorted(self._place)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored, without reading the values."""
-        return tuple(self._file(name).get_slice(name).get_shape())
-
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of a tensor, in the dtype it is stored in."""
-        rows: Tensor = self._file(name).get_slice(name)[start:stop]
-        return rows
+        """Rows `start:stop` of a tensor of floating-point numbers, in the dtype it is stored in.
+
+        They are read, not mapped: pages of a mapping count as memory of the process, which would come to hold the
+        checkpoint a second time, and files that are larger than the memory cannot be mapped everywhere.
+        """
+        header = self.headers[name]
+        path = self.folder / header.file
+        width = header.nbytes // header.shape[0]
+        content = bytearray((stop - start) * width)
+        with _reading(path), path.open("rb") as file:
+            file.seek(self._offsets[name] + start * width)
+            count = file.readinto(content)
+        if count != len(content):
+            raise CheckpointError(f"{path} ends within {name!r}; copy or download it again.")
+        dtype = getattr(torch, READABLE[header.code])
+        return torch.frombuffer(content, dtype=dtype).view(stop - start, *header.shape[1:])
 
     def sha256(self) -> str:
         """Hash of the files' contents: of the file where there is one, of the files' hashes in order of name
@@ -79,16 +86,9 @@ class TensorStore:
         """
         digests = []
         for path in self._paths():
-            with path.open("rb") as file:
+            with _reading(path), path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-    def file_of(self, name: str) -> str:
-        """Name of the file that holds a tensor, for messages."""
-        return self._place[name].name
-
-    def _file(self, name: str) -> Any:
-        return self._files[self._place[name].name]
 
     def _paths(self) -> list[Path]:
         index = self.folder / _INDEX
@@ -104,8 +104,8 @@ class TensorStore:
         pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: convert "
-                f"it with {conversion_command(self.folder, pickled)}"
+                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
+                f"convert it with {conversion_command(self.folder, pickled)}"
             )
         raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}).")
 
@@ -119,16 +119,35 @@ class TensorStore:
         if not (self.folder / _INDEX).exists():
             return
         for name, file in self._index().items():
-            if name not in self._place or self._place[name].name != file:
+            if name not in self.headers or self.headers[name].file != file:
                 raise CheckpointError(
                     f"{_INDEX} says that {name!r} is in {file}, where it is not; download both again."
                 )
 
-    @staticmethod
-    def _open(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+def _read_header(path: Path) -> Iterator[tuple[str, TensorHeader, int]]:
+    """Name, header and offset in bytes of each tensor of a file.
+
+    The library checks the file: that its header is sound, and that the tensors fill the rest of it without gaps. As it
+    does not tell where they lie, the header is then read again: its length in eight bytes, and JSON.
+    """
+    with _reading(path):
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            header = TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name)
+            yield name, header, 8 + length + entry["data_offsets"][0]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None

@@ -1,0 +1,107 @@
+"""Rotary settings of published configs, in the old spelling and in the one that transformers writes since version 5.
+
+Old: `rope_theta` beside `rope_scaling`, which is null or an object with `type` or `rope_type`. New: `rope_parameters`,
+an object with `rope_type`, `rope_theta` and what belongs to the type.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loopscope.architecture import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from loopscope.checkpoints.fields import Fields
+from loopscope.errors import CheckpointError
+
+__all__ = ["read_rope"]
+
+_DEFAULT_BASE = 10000.0
+_KINDS = "default, linear, llama3, yarn and dynamic"
+
+
+def read_rope(fields: Fields, max_positions: int) -> dict[str, Any]:
+    """`rope_base` and `rope_scaling` of the `Architecture`.
+
+    `max_positions` stands in for an original context that is not given. A dynamic scaling changes nothing within
+    `max_positions`, and longer prompts are refused, so it is read as none.
+    """
+    fields.require("partial_rotary_factor", 1.0)
+    places = [name for name in ("rope_scaling", "rope_parameters") if fields.has(name)]
+    if len(places) == 2 and fields.config["rope_scaling"] != fields.config["rope_parameters"]:
+        raise CheckpointError("config.json has both rope_scaling and rope_parameters, and they differ; keep one.")
+    if not places:
+        return {"rope_base": fields.number("rope_theta", _DEFAULT_BASE), "rope_scaling": None}
+    for place in places:
+        rope = fields.mapping(place)
+    rope.require("partial_rotary_factor", 1.0)
+    scaling = _scaling(_kind(rope), rope, max_positions)
+    settings = {"rope_base": _base(fields, rope), "rope_scaling": scaling}
+    rope.close({"finetuned"})
+    return settings
+
+
+def _base(fields: Fields, rope: Fields) -> float:
+    outer, inner = fields.optional_number("rope_theta"), rope.optional_number("rope_theta")
+    if outer is not None and inner is not None and outer != inner:
+        raise CheckpointError(
+            f"config.json has rope_theta = {outer} and {rope.prefix}rope_theta = {inner}; keep one of them."
+        )
+    given = inner if outer is None else outer
+    return _DEFAULT_BASE if given is None else given
+
+
+def _kind(rope: Fields) -> str:
+    kinds = {rope.text(name) for name in ("rope_type", "type") if rope.has(name)} or {"default"}
+    if len(kinds) > 1:
+        raise CheckpointError(f"config.json: {rope.prefix}rope_type and {rope.prefix}type differ; keep one of them.")
+    return kinds.pop()
+
+
+def _scaling(kind: str, rope: Fields, max_positions: int) -> RopeScaling | None:
+    match kind:
+        case "default":
+            return None
+        case "dynamic":
+            rope.number("factor")
+            return None
+        case "linear":
+            return LinearScaling(factor=rope.number("factor"))
+        case "llama3":
+            return Llama3Scaling(
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_positions=rope.count("original_max_position_embeddings", max_positions),
+            )
+        case "yarn":
+            return _yarn(rope, max_positions)
+    raise CheckpointError(
+        f"config.json: {rope.prefix}rope_type is {kind!r}; of the rotary scalings, loopscope implements {_KINDS}: run "
+        "the model by its own code and watch it with loopscope.hook."
+    )
+
+
+def _yarn(rope: Fields, max_positions: int) -> YarnScaling:
+    original = rope.count("original_max_position_embeddings", max_positions)
+    factor = rope.number("factor")
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=_attention_factor(rope, factor),
+        beta_fast=rope.optional_number("beta_fast") or 32.0,
+        beta_slow=rope.optional_number("beta_slow") or 1.0,
+        truncate=rope.boolean("truncate", True),
+    )
+
+
+def _attention_factor(rope: Fields, factor: float) -> float:
+    """`0.1 ln(factor) + 1` (YaRN, section 3.4) unless given, or as a quotient of two such with weights (DeepSeek)."""
+    given = rope.optional_number("attention_factor")
+    weight, weight_all = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
+    if given is not None:
+        return given
+
+    def gain(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    return gain(weight) / gain(weight_all) if weight and weight_all else gain(1.0)
