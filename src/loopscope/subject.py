@@ -6,29 +6,24 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from loopscope._shapes import Logits, States, TokenIds, TokenMask
 from loopscope.architecture import Injection, LoopNorm, NormPlacement, StateInit
-from loopscope.checkpoints import find_checkpoint, load_checkpoint
 from loopscope.errors import ConfigError
 from loopscope.model import LoopedTransformer, initial_noise
 from loopscope.model.attention import AttentionContext
 from loopscope.model.exit import ExitRule
 from loopscope.model.rotary import RotationTable
-from loopscope.prompts import load_tokenizer
+from loopscope.prompts import TextTokenizer
 from loopscope.visits import Observer
 
-__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "find_device", "load"]
-
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "find_device", "weights_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +141,7 @@ class Subject(Protocol):
     def info(self) -> SubjectInfo: ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def tokenizer(self) -> TextTokenizer | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -182,7 +177,7 @@ class NativeSubject:
         *,
         name: str = "unnamed",
         family: str = "loopscope",
-        tokenizer: Tokenizer | None = None,
+        tokenizer: TextTokenizer | None = None,
         weights_sha256: str | None = None,
         revision: str | None = None,
     ) -> None:
@@ -207,7 +202,7 @@ class NativeSubject:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            weights_sha256=weights_sha256 or _digest(model),
+            weights_sha256=weights_sha256 or weights_digest(model),
             exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
             revision=revision,
         )
@@ -333,33 +328,8 @@ def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionConte
     return dataclasses.replace(context, rotation=rotation)
 
 
-def load(
-    name_or_path: str | Path, *, revision: str | None = None, dtype: str = "float32", device: str = "auto"
-) -> NativeSubject:
-    """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
-
-    A string of the form `organisation/model` that is no folder is downloaded from the hub, without any code;
-    `revision` is a branch, a tag or a commit there.
-
-    `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is
-    one. Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be loaded exactly, `ConfigError`
-    for another dtype or a device that is not there.
-    """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    found = find_checkpoint(name_or_path, revision)
-    checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=find_device(device))
-    return NativeSubject(
-        checkpoint.model,
-        name=str(name_or_path),
-        family=checkpoint.family,
-        tokenizer=None if checkpoint.tokenizer is None else load_tokenizer(checkpoint.tokenizer),
-        weights_sha256=checkpoint.weights_sha256,
-        revision=found.revision,
-    )
-
-
-def _digest(model: LoopedTransformer) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names and values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

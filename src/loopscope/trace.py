@@ -13,9 +13,10 @@ from torch import Tensor
 from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.loading import load
 from loopscope.model import LoopedTransformer
 from loopscope.model.exit import exit_distribution, exit_step
-from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, load
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
 __all__ = ["Trace", "capture"]
@@ -67,9 +68,13 @@ class Trace:
 
         Computed from the queries and keys when asked for. Raises `ConfigError` if `capture` was not told to keep them.
         """
+        return self.attention_view(stage, layer, recurrence).probabilities()
+
+    def attention_view(self, stage: Stage, layer: int, recurrence: int = 0) -> AttentionView:
+        """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
         if not self._recorder.keeps_attention:
             raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
-        return self._look_up(self._recorder.attention, (stage, layer, recurrence)).probabilities()
+        return self._look_up(self._recorder.attention, (stage, layer, recurrence))
 
     def loop_state(self, recurrence: int) -> States:
         """The state after a recurrence as the next one receives it, (batch, token, width)."""

@@ -1,0 +1,147 @@
+"""What a run changes in a model and in the process while the model computes, and gives back whenever it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopscope.errors import ConfigError
+
+__all__ = ["Borrowed", "CallerState", "Setting"]
+
+
+class Setting:
+    """The attribute at a dotted path in which a model keeps its number of recurrences."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        *owner, self.name = path.split(".")
+        try:
+            self.owner: Any = attrgetter(".".join(owner))(model) if owner else model
+            value = getattr(self.owner, self.name)
+        except AttributeError as error:
+            raise ConfigError(f"set_recurrences={path!r} leads nowhere: {error}.") from None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"set_recurrences={path!r} must be a whole number in the model, which has {value!r}.")
+
+    def get(self) -> int:
+        return int(getattr(self.owner, self.name))
+
+    def set(self, value: int) -> None:
+        setattr(self.owner, self.name, value)
+
+
+class Borrowed:
+    """Evaluation mode, the number of recurrences, the random generators, and which of torch's ways to compute.
+
+    They are taken while the model computes and given back at every pause, so that runs that stand still, another run
+    of the same model and the caller do not see each other's.
+    """
+
+    def __init__(self, model: nn.Module, *, setting: Setting | None, recurrences: int, seed: int | None) -> None:
+        modules = list(model.modules())
+        self._training = [module for module in modules if module.training]
+        self._compiled = any(
+            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            for module in modules
+        )
+        # Its fast path is left as soon as anything watches, and rounds differently: a run must not depend on who does.
+        self._has_fast_path = any(isinstance(module, nn.MultiheadAttention) for module in modules)
+        self._setting = setting
+        self._recurrences = recurrences
+        self._generators = _Generators(seed, _device(model)) if seed is not None else None
+        self._back: ExitStack | None = None
+
+    @property
+    def drew(self) -> bool:
+        """The model took random numbers."""
+        return self._generators is not None and self._generators.drew
+
+    def take(self) -> None:
+        with ExitStack() as stack:
+            for module in self._training:
+                stack.callback(setattr, module, "training", module.training)
+                module.training = False
+            if self._setting is not None:
+                stack.callback(self._setting.set, self._setting.get())
+                self._setting.set(self._recurrences)
+            if self._generators is not None:
+                stack.callback(self._generators.leave)
+                self._generators.enter()
+            if self._has_fast_path:
+                stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+                torch.backends.mha.set_fastpath_enabled(False)
+            if self._compiled:
+                # A compiled layer has no hooks to call and no functions to watch.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._back = stack.pop_all()
+
+    def give_back(self) -> None:
+        """Everything as it was; nothing happens the second time."""
+        back, self._back = self._back, None
+        if back is not None:
+            back.close()
+
+
+class _Generators:
+    """The process's random generators, of the CPU and of the model's device, as one run leaves and finds them."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._sources: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [
+            (torch.get_rng_state, torch.set_rng_state)
+        ]
+        own = [torch.Generator().manual_seed(seed).get_state()]
+        if device.type == "cuda":
+            self._sources.append(
+                (lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
+            )
+            own.append(torch.Generator(device).manual_seed(seed).get_state())
+        self._first = self._own = own
+        self._outer: list[Tensor] = []
+
+    @property
+    def drew(self) -> bool:
+        return any(not torch.equal(first, now) for first, now in zip(self._first, self._own, strict=True))
+
+    def enter(self) -> None:
+        self._outer = [get() for get, _ in self._sources]
+        for (_, set_state), state in zip(self._sources, self._own, strict=True):
+            set_state(state)
+
+    def leave(self) -> None:
+        self._own = [get() for get, _ in self._sources]
+        for (_, set_state), state in zip(self._sources, self._outer, strict=True):
+            set_state(state)
+
+
+class CallerState:
+    """What torch keeps for each thread, read in the caller's and put in force in the thread that runs the model.
+
+    Gradients are off whatever the caller has.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._autocast: dict[str, Any] | None = None
+        if torch.is_autocast_enabled(device.type):
+            self._autocast = {"device_type": device.type, "dtype": torch.get_autocast_dtype(device.type)}
+        self._default_device = torch.get_default_device()
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def enter(self, stack: ExitStack) -> None:
+        stack.enter_context(torch.no_grad())
+        if self._stream is not None:
+            stack.enter_context(torch.cuda.device(self._device))
+            stack.enter_context(torch.cuda.stream(self._stream))
+        if self._autocast is not None:
+            stack.enter_context(torch.autocast(**self._autocast))
+        if self._default_device != torch.get_default_device():
+            stack.enter_context(self._default_device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,82 @@
+"""How a module is called, and where its logits are in what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopscope._shapes import Logits, TokenIds
+from loopscope.errors import ConfigError
+from loopscope.subject import Batch
+
+__all__ = ["Forward", "ModelCall", "is_pretrained"]
+
+Forward = Callable[..., Tensor]
+"""`forward(model, input_ids, mask, **extra) -> logits`; the mask is True for tokens, (batch, token)."""
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a model of the transformers package, which is not imported to find out."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+class ModelCall:
+    """Calls a model on a batch.
+
+    Token ids come first. `attention_mask` is given where the model takes one and a prompt is padded, and
+    `use_cache=False` to models of transformers. A `forward` of one's own is given everything, always.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+        self.model = model
+        self._forward = forward
+        self._pretrained = is_pretrained(model)
+        parameters: Mapping[str, inspect.Parameter] = {}
+        if forward is None:
+            parameters = inspect.signature(model.forward).parameters
+        mask = parameters.get("attention_mask")
+        self.takes_mask = forward is not None or mask is not None
+        """Whether padding can be hidden from the model."""
+        self._needs_mask = mask is not None and mask.default is inspect.Parameter.empty
+        takes_rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._takes_use_cache = self._pretrained and ("use_cache" in parameters or takes_rest)
+
+    def __call__(self, batch: Batch, extra: Mapping[str, Any]) -> Logits:
+        """Raises `ConfigError` for an answer that holds no logits."""
+        if self._forward is not None:
+            answer: Any = self._forward(self.model, batch.input_ids, batch.mask, **extra)
+        else:
+            arguments = dict(extra)
+            if self.takes_mask and (self._needs_mask or not bool(batch.mask.all())):
+                # Models of transformers document ones and zeros, and some add them up.
+                arguments["attention_mask"] = batch.mask.long() if self._pretrained else batch.mask
+            if self._takes_use_cache:
+                arguments["use_cache"] = False
+            answer = self.model(batch.input_ids, **arguments)
+        return _logits(answer, batch.input_ids)
+
+
+def _logits(answer: Any, input_ids: TokenIds) -> Logits:
+    found = answer
+    if isinstance(answer, Mapping) and "logits" in answer:
+        found = answer["logits"]
+    elif hasattr(answer, "logits"):
+        found = answer.logits
+    elif isinstance(answer, tuple | list) and answer:
+        found = answer[0]
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"The model returned a {type(answer).__name__} without logits; give a model with a head, or "
+            "forward=, which returns the logits."
+        )
+    if found.ndim != 3 or found.shape[:2] != input_ids.shape or not found.is_floating_point():
+        raise ConfigError(
+            f"The model returned {found.dtype} of shape {tuple(found.shape)} for {tuple(input_ids.shape)} tokens, "
+            "where logits are (batch, token, vocabulary); give forward=, which returns them."
+        )
+    return found.detach()

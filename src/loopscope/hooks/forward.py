@@ -1,0 +1,245 @@
+"""One forward pass of a hooked model: what its layers do, as events, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopscope._shapes import Logits, States
+from loopscope.architecture import Stage
+from loopscope.errors import ConfigError
+from loopscope.hooks.attention import AttentionWatch
+from loopscope.hooks.borrowed import Borrowed, CallerState
+from loopscope.hooks.calling import ModelCall
+from loopscope.hooks.layout import Cursor, Layout, Site
+from loopscope.hooks.paused import PausedCall, Pauses, Returned
+from loopscope.subject import Batch
+from loopscope.visits import LoopState, Visit
+
+__all__ = ["Event", "HookedForward", "Injected", "Pass", "Ready"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """What comes before the loop is done."""
+
+    state: States
+    """Input of the first recurrent layer, (batch, token, width); without a loop, the last layer's output."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Injected:
+    """A recurrence begins."""
+
+    recurrence: int
+    state: States
+    """Input of the first recurrent layer, (batch, token, width)."""
+
+
+Event = Ready | Injected | Visit | LoopState
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass is made of."""
+
+    call: ModelCall
+    layout: Layout
+    batch: Batch
+    recurrences: int | None
+    """None where the model itself knows and nobody else."""
+    extra: Callable[[], Mapping[str, Any]]
+    """More keyword arguments for the call, asked for when it begins."""
+    borrowed: Borrowed
+    blind: frozenset[tuple[Stage, int]]
+    """(stage, layer) of the layers whose attention is not to be trusted."""
+    copies: bool
+    """The model overwrites its layers' outputs."""
+
+
+class HookedForward:
+    """Iterates over the events of a forward pass, which stands still between them; afterwards there are `logits`.
+
+    Where nobody is `listening`, only `Ready` and `LoopState` come.
+    """
+
+    def __init__(self, one: Pass) -> None:
+        self.logits: Logits | None = None
+        self._ear = _Ear()
+        caller = CallerState(one.batch.input_ids.device)
+        worker = _Worker(one, caller, self._ear)
+        self._borrowed = one.borrowed
+        self._call: PausedCall[Event, Logits] = PausedCall(worker.run)
+
+    @property
+    def listening(self) -> bool:
+        return self._ear.listening
+
+    @listening.setter
+    def listening(self, value: bool) -> None:
+        self._ear.listening = value
+
+    @property
+    def attention_calls(self) -> dict[tuple[Stage, int], int]:
+        """Attention computations in the last call of each layer that was listened to."""
+        return self._ear.attention_calls
+
+    @property
+    def drew(self) -> bool:
+        """The forward pass took random numbers, where its `Borrowed` was given a seed."""
+        return self._borrowed.drew
+
+    def next(self) -> Event | None:
+        """Go on until the next event; None at the end. What the model raises is raised here."""
+        if self.logits is not None:
+            return None
+        event = self._call.resume()
+        if isinstance(event, Returned):
+            self.logits = event.value
+            return None
+        return event
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.next()) is not None:
+            yield event
+
+    def close(self) -> None:
+        """End the forward pass where it stands and take everything off the model."""
+        self._call.close()
+
+
+class _Ear:
+    """What the caller lets the running forward pass know, and learns besides its events."""
+
+    def __init__(self) -> None:
+        self.listening = True
+        self.attention_calls: dict[tuple[Stage, int], int] = {}
+
+
+class _Worker:
+    """The side that runs in a thread of its own."""
+
+    def __init__(self, one: Pass, caller: CallerState, ear: _Ear) -> None:
+        self._pass = one
+        self._caller = caller
+        self._ear = ear
+        self._cursor = Cursor(one.layout, one.recurrences)
+        self._site: Site | None = None
+        self._ends = 0
+        """Calls of `loop_end` since the last layer of a recurrence."""
+        mask = None if bool(one.batch.mask.all()) else one.batch.mask
+        batch, tokens = one.batch.input_ids.shape
+        self._watch = AttentionWatch(batch, tokens, mask)
+        self._watching: ExitStack | None = None
+
+    def run(self, pauses: Pauses[Event]) -> Logits:
+        self._pauses = pauses
+        self._thread = threading.get_ident()
+        with ExitStack() as stack:
+            self._caller.enter(stack)
+            for module in self._pass.layout.modules:
+                # Other threads run the same modules: another run of the model, or its owner.
+                before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._after).remove)
+            if self._pass.layout.loop_end is not None:
+                end = self._pass.layout.loop_end.module.register_forward_hook(self._after_loop_end)
+                stack.callback(end.remove)
+            stack.callback(self._pass.borrowed.give_back)
+            stack.callback(self._stop_watching)  # where a layer failed
+            self._pass.borrowed.take()
+            logits = self._pass.call(self._pass.batch, self._pass.extra())
+            self._cursor.finish()
+            self._check_end("after the last recurrence", self._ends > 0)
+            return logits
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._pauses.check()
+        site = self._site = self._cursor.enter(module)
+        if site.stage == "recurrent" and site.layer == 0:
+            self._begin_recurrence(site, _state((*args, *kwargs.values()), self._pass, site, "received"))
+        if self._ear.listening:
+            self._watching = ExitStack()
+            self._watching.enter_context(self._watch)
+
+    def _begin_recurrence(self, site: Site, state: States) -> None:
+        if site.recurrence == 0:
+            self._tell(Ready(state))
+        else:
+            self._check_end(f"between recurrence {site.recurrence - 1} and the next", self._ends == 1)
+        if self._ear.listening:
+            self._tell(Injected(site.recurrence, state))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        site = self._site
+        assert site is not None  # a layer that ends has begun
+        attention = None
+        if self._watching is not None:
+            self._stop_watching()
+            attention, calls = self._watch.collect()
+            self._ear.attention_calls[site.stage, site.layer] = calls
+            if (site.stage, site.layer) in self._pass.blind:
+                attention = None
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        state = _state(outputs, self._pass, site, "put out")
+        if self._ear.listening:
+            self._tell(Visit(site.stage, site.layer, site.recurrence, state, attention))
+        is_last = self._cursor.leave(site)
+        layout = self._pass.layout
+        if is_last:
+            self._ends = 0
+            if layout.loop_end is None:
+                self._tell(LoopState(site.recurrence, state))
+        elif not layout.recurrent and self._cursor.done["prelude"] == len(layout.prelude) and site.stage == "prelude":
+            self._tell(Ready(state))
+
+    def _after_loop_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        done = self._cursor.done
+        if threading.get_ident() != self._thread or not self._cursor.recurrences or done["recurrent"] or done["coda"]:
+            return
+        self._ends += 1
+        if self._ends == 1:
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            site = Site("recurrent", len(self._pass.layout.recurrent) - 1, self._cursor.recurrences - 1)
+            self._tell(LoopState(site.recurrence, _state(outputs, self._pass, site, "was followed by")))
+
+    def _check_end(self, where: str, held: bool) -> None:
+        end = self._pass.layout.loop_end
+        if end is not None and not held:
+            raise ConfigError(
+                f"loop_end={end.path!r} was called {self._ends} times {where}; name a module that is called once at "
+                "each recurrence's end."
+            )
+
+    def _stop_watching(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.close()
+
+    def _tell(self, event: Event) -> None:
+        self._pass.borrowed.give_back()
+        self._pauses.pause(event)
+        self._pass.borrowed.take()
+
+
+def _state(values: tuple[Any, ...] | list[Any], one: Pass, site: Site, verb: str) -> Tensor:
+    """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+            if value.shape[:2] != one.batch.input_ids.shape:
+                break
+            return value.detach().clone() if one.copies else value.detach()
+    layer = one.layout.stage(site.stage)[site.layer]
+    raise ConfigError(
+        f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map states to "
+        "states."
+    )

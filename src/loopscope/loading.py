@@ -1,0 +1,69 @@
+"""A model's name in, a subject out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from loopscope.checkpoints import Family, FoundCheckpoint, find_checkpoint, load_checkpoint
+from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
+from loopscope.hooks import HookedSubject, load_hooked
+from loopscope.prompts import load_tokenizer
+from loopscope.subject import NativeSubject, find_device
+
+__all__ = ["load"]
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    families: Sequence[Family] = (),
+) -> NativeSubject | HookedSubject:
+    """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
+
+    A string of the form `organisation/model` that is no folder is downloaded from the hub, without any code;
+    `revision` is a branch, a tag or a commit there. A model of a family that loopscope does not read itself is loaded
+    by the transformers package, if that is installed, and watched through hooks; see `loopscope.hook`.
+
+    `families` describe formats of your own, and are asked before those that loopscope knows; see
+    docs/adding-a-family.md.
+
+    `dtype` is float32, float64, bfloat16 or float16; `device` is a torch device, or `auto` for a GPU where there is
+    one. Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly,
+    `PromptError` for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision
+    of something that is not on the hub, `MissingDependencyError` for a hub name without the extra `hub`, and
+    `StorageError` where the disk is too full for a download.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    found = find_checkpoint(name_or_path, revision)
+    place = find_device(device)
+    try:
+        checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=place, families=families)
+    except UnknownFamilyError as error:
+        return _load_hooked(found, error, str(name_or_path), _DTYPES[dtype], place)
+    return NativeSubject(
+        checkpoint.model,
+        name=str(name_or_path),
+        family=checkpoint.family,
+        tokenizer=load_tokenizer(found.folder),
+        weights_sha256=checkpoint.weights_sha256,
+        revision=found.revision,
+    )
+
+
+def _load_hooked(
+    found: FoundCheckpoint, unknown: UnknownFamilyError, name: str, dtype: torch.dtype, device: torch.device
+) -> HookedSubject:
+    """By way of transformers; without it, what is unknown and the command that installs it."""
+    try:
+        return load_hooked(found.folder, dtype=dtype, device=device, name=name, revision=found.revision)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{unknown} {error}") from None

@@ -1,0 +1,297 @@
+"""Models of the transformers package through hooks, against the numbers that the package itself computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loopscope
+from foreign_models import assert_untouched
+from loopscope.errors import CheckpointError, ConfigError, MissingDependencyError, NonFiniteError
+from loopscope.hooks import HookedSubject
+from loopscope.testing import check_subject
+
+transformers = pytest.importorskip("transformers")
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+CASES = {"gpt2-tiny": "layer", "gpt-neox-tiny": "layer", "hrm-text-tiny": "visit"}
+"""What a layer's tensors are called in the recorded file."""
+
+IDS = torch.arange(14).reshape(2, 7) * 5 % 31
+
+
+def load(folder: Path, **options: Any) -> HookedSubject:
+    subject = loopscope.load(folder, device="cpu", **options)
+    assert isinstance(subject, HookedSubject)
+    return subject
+
+
+def pretrained(subject: HookedSubject) -> Any:
+    """The model with the attributes that the package gives it."""
+    return subject.model
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_every_recorded_tensor(case: str, implementation: str) -> None:
+    folder = REFERENCE / case
+    expected = load_file(folder / "expected.safetensors")
+    tolerance = json.loads((folder / "case.json").read_text())["tolerance"]
+    subject = load(folder)
+    pretrained(subject).set_attn_implementation(implementation)
+    trace = loopscope.capture(subject, expected["input_ids"], attention=True)
+    found: dict[str, Tensor] = {"logits": trace.logits}
+    kind = CASES[case]
+    for number, site in enumerate(trace.visits):
+        found[f"{kind}.{number}"] = trace.residual(*site)
+        found[f"attention.{'visit.' if kind == 'visit' else ''}{number}"] = trace.attention(*site)
+    stacks = sum(name.startswith("stack_input") for name in expected)
+    for recurrence in range(trace.recurrences):
+        found[f"stack_input.{recurrence * stacks // trace.recurrences}"] = trace.injected(recurrence)
+        found[f"stack_output.{(recurrence + 1) * stacks // trace.recurrences - 1}"] = trace.loop_state(recurrence)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], **tolerance, msg=partial("{}: {}".format, name))
+    recorded = {name for name in expected if name.startswith((f"{kind}.", "attention.", "logits"))}
+    assert recorded <= set(found)
+    assert_untouched(subject.model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_contract_holds(case: str) -> None:
+    check_subject(load(REFERENCE / case))
+
+
+def test_hrm_text_is_laid_out_in_high_cycles() -> None:
+    subject = load(REFERENCE / "hrm-text-tiny")
+    info = subject.info
+    assert (info.prelude, info.recurrent, info.coda) == (0, 8, 0)
+    assert info.trained_recurrences == 2
+    assert info.family == "hrm_text (hooked)"
+    assert info.injection is None
+    assert any("Injection" in sentence for sentence in subject.blind_spots)
+    trace = loopscope.capture(subject, IDS, recurrences=4)
+    pretrained(subject).config.H_cycles = 4
+    assert torch.equal(trace.logits, subject.model(IDS, use_cache=False).logits)
+
+
+def test_an_analysis_of_hrm_text(tmp_path: Path) -> None:
+    study = loopscope.analyze(
+        REFERENCE / "hrm-text-tiny", IDS.tolist(), out=tmp_path / "study", recurrences=4, horizon=6, device="cpu"
+    )
+    assert study.dataset["residual_norm"].sizes["layer"] == 8
+    assert study.manifest["model"]["injection"] is None
+    page = loopscope.write_report(study, tmp_path / "report.html")
+    assert "hrm_text (hooked)" in page.read_text()
+
+
+def tiny(kind: str, **changes: Any) -> Any:
+    """A random model of a kind of decoder."""
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 64,
+    }
+    config = transformers.AutoConfig.for_model(kind, **(sizes | changes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)  # so that attention is not all but uniform
+    return model
+
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Gemma-2": ("gemma2", {"sliding_window": 3, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 9}),
+    "Gemma-3": ("gemma3_text", {"sliding_window": 3}),
+    "Llama": ("llama", {}),
+    "Qwen2": ("qwen2", {}),
+    "GPT-2": ("gpt2", {"n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 64}),
+    "GPT-NeoX": ("gpt_neox", {"use_parallel_residual": True}),
+    "Phi": ("phi", {"hidden_size": 32, "head_dim": 8}),
+    "Mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_states_and_maps_are_those_that_the_package_hands_out(name: str, padded: bool) -> None:
+    kind, changes = DECODERS[name]
+    model = tiny(kind, **changes)
+    mask = torch.ones_like(IDS)
+    if padded:
+        mask[1, 4:] = 0
+    trace = loopscope.capture(loopscope.hook(model), IDS, attention_mask=mask if padded else None, attention=True)
+    assert_untouched(model)
+    model.set_attn_implementation("eager")
+    theirs = model(IDS, attention_mask=mask, use_cache=False, output_attentions=True, output_hidden_states=True)
+    there = mask.bool()
+    close(trace.logits[there], theirs.logits[there])
+    for layer in range(3):
+        # The last hidden state that the package hands out is after the final norm.
+        if layer < 2:
+            close(trace.residual("prelude", layer)[there], theirs.hidden_states[layer + 1][there])
+        rows = theirs.attentions[layer].transpose(1, 2)[there]
+        close(trace.attention("prelude", layer).transpose(1, 2)[there], rows)
+    if "sliding_window" in changes:
+        assert (trace.attention("prelude", 0)[0, :, 6, :4] == 0).all()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_with_few_positions() -> None:
+    model = tiny("gpt2", n_embd=24, n_head=4, n_layer=2, max_position_embeddings=5)
+    subject = loopscope.hook(model)
+    assert subject.info.max_positions == 5
+    with pytest.raises(ConfigError, match="has 7 tokens; GPT2LMHeadModel has 5 positions"):
+        loopscope.capture(subject, IDS)
+
+
+def test_gemma_2_keeps_its_soft_cap_whatever_the_implementation() -> None:
+    capped, free = (
+        loopscope.capture(loopscope.hook(tiny("gemma2", attn_logit_softcapping=cap)), IDS, attention=True)
+        for cap in (0.05, 50.0)
+    )
+    assert not torch.allclose(capped.attention("prelude", 0), free.attention("prelude", 0), atol=1e-2)
+
+
+def test_attention_in_a_compiled_kernel_is_not_seen_and_said() -> None:
+    def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        causal = torch.ones(query.shape[2], key.shape[2]).tril().log()
+        weights = (query @ key.transpose(-1, -2) * module.scaling + causal).exp()
+        return ((weights / weights.sum(-1, keepdim=True)) @ value).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("kernel of the tests", kernel)
+    model = tiny("llama", num_key_value_heads=4)
+    model.set_attn_implementation("kernel of the tests")
+    subject = loopscope.hook(model)
+    assert subject.info.heads is None
+    assert sum("no attention that is understood" in sentence for sentence in subject.blind_spots) == 3
+
+
+def test_a_model_that_loops_over_shared_layers() -> None:
+    """ALBERT: one layer, as often as its configuration says."""
+    config = transformers.AlbertConfig(
+        vocab_size=31, hidden_size=24, embedding_size=8, intermediate_size=40, num_attention_heads=4,
+        num_hidden_layers=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AlbertForMaskedLM(config).eval()
+    with pytest.raises(ConfigError, match="has no list of the 5 layers that its configuration names"):
+        loopscope.hook(model)
+    subject = loopscope.hook(
+        model,
+        recurrent="albert.encoder.albert_layer_groups.0",
+        set_recurrences="config.num_hidden_layers",
+    )
+    assert subject.info.trained_recurrences == 5
+    assert subject.info.injection == "none"
+    assert subject.facts.unseen == {}
+    assert not subject.facts.causal
+    check_subject(subject, causal=False)
+    trace = loopscope.capture(subject, IDS, recurrences=7, attention=True)
+    config.num_hidden_layers = 7
+    states = model(IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(trace.initial_state, states[0])
+    for recurrence in range(7):
+        assert torch.equal(trace.loop_state(recurrence), states[recurrence + 1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of a checkpoint, to be damaged."""
+    copy = tmp_path / "gpt2"
+    shutil.copytree(REFERENCE / "gpt2-tiny", copy)
+    return copy
+
+
+def change(folder: Path, **changes: Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ln_f.weight": None}, r"lacks 1 tensor that the model has, first 'transformer\.ln_f\.weight'"),
+        ({"extra.weight": torch.ones(2)}, r"holds 1 tensor that the model does not have, first 'extra\.weight'"),
+        (
+            {"wpe.weight": torch.ones(30, 48)},
+            r"'transformer\.wpe\.weight' in .* has shape \(30, 48\); config\.json asks",
+        ),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
+    folder: Path, changes: dict[str, Tensor | None], message: str
+) -> None:
+    change(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_buffers_that_some_files_hold_and_tied_heads_are_fine(folder: Path) -> None:
+    expected = loopscope.capture(load(folder), IDS).logits
+    weight = load_file(folder / "model.safetensors")["wte.weight"]
+    change(folder, **{"h.0.attn.bias": None, "lm_head.weight": weight.clone()})
+    assert torch.equal(loopscope.capture(load(folder), IDS).logits, expected)
+
+
+def test_a_weight_that_is_not_a_number_is_named(folder: Path) -> None:
+    change(folder, **{"ln_f.bias": torch.full((48,), float("nan"))})
+    with pytest.raises(NonFiniteError, match=r"'transformer\.ln_f\.bias' in .*gpt2 holds NaN"):
+        load(folder)
+
+
+def test_the_dtype_is_the_one_asked_for(folder: Path) -> None:
+    subject = load(folder, dtype="bfloat16")
+    assert subject.info.dtype == "bfloat16"
+    assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.bfloat16}
+    assert load(folder).info.dtype == "float32"
+
+
+@pytest.mark.parametrize("kind", ["a_model_of_tomorrow", "t5"])
+def test_a_model_that_nobody_knows_is_refused_with_both_reasons(folder: Path, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "code.Model"}
+    (folder / "code.py").write_text("raise SystemExit('code from a model folder was run')")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(
+        CheckpointError, match=r"no family that loopscope reads itself, and transformers .* cannot load"
+    ):
+        load(folder)
+
+
+def test_without_the_package_the_command_that_installs_it_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependencyError, match=r"no known family.*pip install 'loopscope\[transformers\]'"):
+        load(folder)
+
+
+def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopscope.checkpoints.memory.available_memory", lambda device: 300_000)
+    with pytest.raises(CheckpointError, match=r"The weights need 0\.4 MB in float32, and 0\.3 MB .* --dtype bfloat16"):
+        load(folder)
