@@ -53,7 +53,9 @@ def test_the_citation_names_this_version() -> None:
     assert f"\nversion: {metadata.version('loopscope')}\n" in (CHECKOUT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["train", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["analyze", "--help"], ["train", "--help"], ["report", "--help"], ["inspect", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(COMMAND, *arguments)
     assert "loopscope" in imported

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from loopscope.answers import Answer, Criterion, quick_answers
     from loopscope.architecture import Architecture
     from loopscope.errors import LoopscopeError
+    from loopscope.hooks import hook
+    from loopscope.inspection import Inspection, inspect_model
+    from loopscope.loading import load
     from loopscope.model import LoopedTransformer
     from loopscope.report import write_report
     from loopscope.settings import AnalyzeSettings
     from loopscope.study import Study
-    from loopscope.subject import Subject, load
+    from loopscope.subject import Subject
     from loopscope.trace import Trace, capture
     from loopscope.visits import Observer, Visit
 
@@ -26,6 +29,7 @@ _HOMES = {
     "AnalyzeSettings": "settings",
     "Architecture": "architecture",
     "Criterion": "answers",
+    "Inspection": "inspection",
     "LoopedTransformer": "model",
     "LoopscopeError": "errors",
     "Observer": "visits",
@@ -35,7 +39,9 @@ _HOMES = {
     "Visit": "visits",
     "analyze": "analysis",
     "capture": "trace",
-    "load": "subject",
+    "hook": "hooks",
+    "inspect_model": "inspection",
+    "load": "loading",
     "quick_answers": "answers",
     "write_report": "report",
 }
@@ -45,6 +51,7 @@ __all__ = [
     "Answer",
     "Architecture",
     "Criterion",
+    "Inspection",
     "LoopedTransformer",
     "LoopscopeError",
     "Observer",
@@ -54,6 +61,8 @@ __all__ = [
     "Visit",
     "analyze",
     "capture",
+    "hook",
+    "inspect_model",
     "load",
     "quick_answers",
     "write_report",

@@ -3,12 +3,14 @@
     LoopscopeError                one sentence for the user: what is wrong, and what to do
     ├── ConfigError               a setting or a configuration file
     ├── CheckpointError           a model's files: missing, damaged, unknown, not fitting
+    │   └── UnknownFamilyError    a model's files may be whole, but loopscope has no reader for them
     ├── PromptError               prompts, token ids, tokenizers
     ├── NonFiniteError            NaN or infinity where a finite number is needed
     ├── StudyError                an output folder or a saved study
     ├── FolderBusyError           another process is writing to the folder of a study or a training run
     ├── StorageError              writing failed: full disk, no permission
-    └── MissingDependencyError    an optional package is needed and not installed
+    ├── MissingDependencyError    an optional package is needed and not installed
+    └── ContractError             a subject breaks promises that loopscope relies on
 
 The command line prints the message and exits with status 2; nobody needs a traceback to learn that a path is wrong.
 """
@@ -16,6 +18,7 @@ The command line prints the message and exits with status 2; nobody needs a trac
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContractError",
     "FolderBusyError",
     "LoopscopeError",
     "MissingDependencyError",
@@ -23,6 +26,7 @@ __all__ = [
     "PromptError",
     "StorageError",
     "StudyError",
+    "UnknownFamilyError",
 ]
 
 
@@ -36,6 +40,10 @@ class ConfigError(LoopscopeError):
 
 class CheckpointError(LoopscopeError):
     """A model cannot be loaded from the given folder."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """Neither the config nor the names of the tensors belong to a family that loopscope reads itself."""
 
 
 class PromptError(LoopscopeError):
@@ -60,3 +68,7 @@ class StorageError(LoopscopeError):
 
 class MissingDependencyError(LoopscopeError):
     """An optional package is not installed."""
+
+
+class ContractError(LoopscopeError, AssertionError):
+    """A subject breaks promises of `loopscope.testing.check_subject`; the message lists all of them, a line each."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from loopscope.settings import AnalyzeSettings
+from loopscope.settings import AnalyzeSettings, RunSize
 
 __all__ = ["parse_and_run"]
 
@@ -23,7 +23,8 @@ class Analyze:
     """
 
     model: tyro.conf.Positional[str]
-    """A shipped model such as demo:injected, or a checkpoint folder."""
+    """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
+    organisation/model."""
     out: Path
     """Folder for the study."""
     settings: Annotated[AnalyzeSettings, tyro.conf.arg(name="")]
@@ -95,8 +96,33 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show what a model is and what running it takes, without loading it.
+
+    Reads config.json, the tokenizer's files and the headers of the tensors; of a model on the hub nothing else is
+    downloaded.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
+    organisation/model."""
+    run_size: Annotated[RunSize, tyro.conf.arg(name="")]
+    revision: str | None = None
+    """A branch, tag or commit of a model on the hub."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def run(self) -> None:
+        from loopscope.cli.inspection import say_inspection, say_inspection_as_json
+        from loopscope.inspection import inspect_model
+
+        inspection = inspect_model(self.model, revision=self.revision, run=self.run_size)
+        (say_inspection_as_json if self.json else say_inspection)(inspection)
+
+
+@dataclass(frozen=True)
 class Models:
-    """List the shipped models."""
+    """List the shipped models, and the families of checkpoints that are read."""
 
     def run(self) -> None:
         from loopscope.cli.console import say_models
@@ -108,13 +134,14 @@ Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Models, tyro.conf.subcommand("models")]
 )
 
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Train | Models = tyro.cli(
+    command: Analyze | Report | Train | Inspect | Models = tyro.cli(
         Command,
         prog="loopscope",
         description="An instrument for looking inside looped language models.",

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopscope.answers import Answer
-from loopscope.checkpoints import demo_names, find_checkpoint, read_json
+from loopscope.checkpoints import FAMILIES, demo_names, find_checkpoint, read_json
 
 __all__ = ["RichProgress", "say", "say_answers", "say_models"]
 
@@ -30,7 +30,7 @@ def say_answers(answers: Sequence[Answer]) -> None:
 
 
 def say_models() -> None:
-    """A table of the shipped models."""
+    """A table of the shipped models, and the formats that checkpoint folders may have."""
     table = Table("model", "layout", "parameters", "test loss", "bigram entropy", box=None, pad_edge=False)
     for name in demo_names():
         results = read_json(find_checkpoint(name).folder / "results.json")
@@ -43,7 +43,10 @@ def say_models() -> None:
             f"{losses[best]:.3f} nats a token after {best} recurrence{'s' if best > 1 else ''}",
             f"{results['test']['bigram_entropy']:.3f}",
         )
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    families = ", ".join(family.name for family in FAMILIES)
+    console.print(f"\nCheckpoints that are run natively: {families}. Others: what transformers loads, through hooks.")
 
 
 class RichProgress:

@@ -1,0 +1,143 @@
+"""What `loopscope inspect` prints."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from loopscope.inspection import Inspection, MemoryEstimate, TokenizerFacts
+
+__all__ = ["say_inspection", "say_inspection_as_json"]
+
+_NAMES = 15
+"""Characters of the first column, so that the values of all sections begin in one."""
+
+
+def say_inspection_as_json(inspection: Inspection) -> None:
+    print(json.dumps(inspection.to_dict(), indent=2, ensure_ascii=False))
+
+
+def say_inspection(inspection: Inspection) -> None:
+    """Sections of names and values, for people."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(inspection.name)}[/bold]", soft_wrap=True)
+    for title, rows in _sections(inspection):
+        table = Table.grid(padding=(0, 2))
+        table.add_column(width=_NAMES, style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, escape(value))
+        if title:
+            console.print(f"\n[bold]{escape(title)}[/bold]")
+        console.print(Padding(table, (0, 0, 0, 1), expand=False))
+    console.print("\n[bold]What loopscope cannot see in this model[/bold]")
+    for spot in inspection.blind_spots or ("Nothing: every state, attention map and loop state is there.",):
+        console.print(Padding(escape(spot), (0, 0, 0, 1), expand=False))
+
+
+def _sections(inspection: Inspection) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = [("", _identity(inspection)), ("Layers", _layers(inspection)), ("Weights", _weights(inspection))]
+    settings = [*_sizes(inspection), *inspection.settings.items()]
+    sections.append(("Inside", settings))
+    sections.append(("Tokenizer", _tokenizer(inspection.tokenizer)))
+    if inspection.memory is not None:
+        sections.append((_memory_title(inspection.memory), _memory(inspection, inspection.memory)))
+    return sections
+
+
+def _identity(inspection: Inspection) -> list[tuple[str, str]]:
+    rows = [
+        ("family", f"{inspection.family}, run {inspection.runs}"),
+        ("recognised by", inspection.recognised_by),
+    ]
+    return rows + ([("revision", inspection.revision)] if inspection.revision else [])
+
+
+def _layers(inspection: Inspection) -> list[tuple[str, str]]:
+    rows = [("layout", inspection.layout), ("unique layers", f"{inspection.unique_layers}")]
+    trained = inspection.trained_recurrences
+    if trained is None:
+        return rows
+    depth = f"{inspection.trained_depth} layer visits"
+    if inspection.memory is not None:
+        asked = inspection.memory.run.recurrences
+        depth += f", and {inspection.depth(asked)} with {asked} recurrences"
+    return [*rows, ("recurrences", f"{trained} in training"), ("realised depth", depth)]
+
+
+def _weights(inspection: Inspection) -> list[tuple[str, str]]:
+    counts = inspection.parameters
+    parts = {
+        "embedding": counts.embedding,
+        "unembedding": counts.unembedding,
+        "prelude": counts.prelude,
+        "recurrent": counts.recurrent,
+        "coda": counts.coda,
+        "rest": counts.rest,
+    }
+    shares = ", ".join(f"{name} {number:,}" for name, number in parts.items() if number)
+    stored = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in inspection.stored.items())
+    files = inspection.files
+    return [
+        ("parameters", f"{counts.total:,}"),
+        ("of these", shares),
+        ("stored as", f"{stored}, in {files[0] if len(files) == 1 else f'{len(files)} files'}"),
+    ]
+
+
+def _sizes(inspection: Inspection) -> list[tuple[str, str]]:
+    numbers = {
+        "width": inspection.width,
+        "heads": inspection.heads,
+        "key-value heads": inspection.kv_heads,
+        "head width": inspection.head_dim,
+        "MLP width": inspection.mlp_width,
+        "vocabulary": inspection.vocab_size,
+        "positions": None if "positions" in inspection.settings else inspection.max_positions,
+    }
+    return [(name, f"{number:,}") for name, number in numbers.items() if number is not None]
+
+
+def _tokenizer(facts: TokenizerFacts | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return [("tokenizer", "none in the folder; prompts are lists of token ids")]
+    around = [*facts.before, "text", *facts.after]
+    return [
+        ("tokens", f"{facts.tokens:,}"),
+        ("BOS", facts.before[0] if facts.before else "none: a text begins with its own first token"),
+        ("a text becomes", " ".join(around)),
+        ("chat template", "there, used with --chat" if facts.chat_template else "none"),
+        *(("note", note) for note in facts.notes),
+    ]
+
+
+def _memory_title(memory: MemoryEstimate) -> str:
+    run = memory.run
+    return f"Memory for {run.batch_size} prompts of {run.tokens:,} tokens in {run.dtype}"
+
+
+def _memory(inspection: Inspection, memory: MemoryEstimate) -> list[tuple[str, str]]:
+    loops = f" of {memory.run.recurrences} recurrences" if inspection.trained_recurrences is not None else ""
+    about = "; an estimate, see docs/models.md" if inspection.runs == "natively" else "; a rough estimate"
+    longest = inspection.max_positions
+    too_long = longest is not None and memory.run.tokens > longest
+    return [
+        *([("note", f"the model has {longest:,} positions, so prompts must be shorter")] if too_long else []),
+        ("weights", size(memory.weights)),
+        ("one forward", f"about {size(memory.activations)} more{about}"),
+        ("all states", f"{size(memory.kept_states)}{loops}, if they are kept (capture); analyze keeps none"),
+        ("one map", f"{size(memory.attention_map)}, all heads of one visit, only while it is looked at"),
+    ]
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 15.6 GB, 240 kB."""
+    number, units = float(nbytes), ["B", "kB", "MB", "GB"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.3g} {units[0]}" if number < 1000 else f"{number:,.0f} {units[0]}"

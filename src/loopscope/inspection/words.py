@@ -1,0 +1,114 @@
+"""An architecture's settings in words."""
+
+from __future__ import annotations
+
+from loopscope.architecture import (
+    Architecture,
+    Injection,
+    LinearScaling,
+    Llama3Scaling,
+    LoopNorm,
+    NormPlacement,
+    QkNorm,
+    RopeScaling,
+    Rotary,
+    YarnScaling,
+)
+
+__all__ = ["settings_in_words"]
+
+_INJECTION: dict[Injection, str] = {
+    "none": "none: the prompt enters by the initial state alone",
+    "linear": "linear map of [state ; prelude output], in every recurrence",
+    "add": "prelude output added to the state, in every recurrence",
+}
+_NORMS: dict[NormPlacement, str] = {
+    "pre": "RMS norm before each branch (pre-norm)",
+    "residual": "RMS norm before each branch, and on the residual stream after it",
+    "branch-in-out": "RMS norm before each branch, and on its output before it is added",
+    "branch-out": "RMS norm on each branch's output before it is added",
+}
+_LOOP_NORM: dict[LoopNorm, str] = {
+    "none": "none: the last layer's raw output is carried",
+    "recurrence": "final norm at the end of each recurrence; its output is carried",
+    "loop": "final norm once after the loop; the raw output is carried",
+}
+_QK_NORM: dict[QkNorm, str] = {
+    "none": "",
+    "head": "RMS norm on queries and keys, per head",
+    "full": "RMS norm on queries and keys, over all heads together",
+}
+_ROTARY: dict[Rotary, str] = {
+    "none": "no rotation",
+    "halves": "rotary, coordinates i and i + d/2",
+    "adjacent": "rotary, coordinates 2i and 2i + 1",
+}
+
+
+def settings_in_words(architecture: Architecture) -> dict[str, str]:
+    """A sentence for each setting that this architecture has, by its name."""
+    words = {
+        "norms": _norms(architecture),
+        "attention": _attention(architecture),
+        "MLP": f"{architecture.mlp}, {architecture.activation}",
+        "positions": _positions(architecture),
+        "unembedding": "tied to the embedding" if architecture.tied_embeddings else "a matrix of its own",
+    }
+    if architecture.embedding_scale != 1.0:
+        words["embedding"] = f"scaled by {architecture.embedding_scale:.6g}"
+    return words | (_of_the_loop(architecture) if architecture.is_looped else {})
+
+
+def _of_the_loop(architecture: Architecture) -> dict[str, str]:
+    words = {
+        "injection": _INJECTION[architecture.injection],
+        "loop norm": _LOOP_NORM[architecture.loop_norm],
+        "initial state": "the prelude's output" if architecture.prelude else "the token embeddings",
+        "exit gate": "none",
+    }
+    if architecture.state_init == "normal":
+        words["initial state"] = f"normal noise, standard deviation {architecture.state_std:.4g}, cut at 3 of them"
+    if architecture.exit_gate:
+        words["exit gate"] = f"a token stops at a cumulated probability of {architecture.exit_threshold:g}"
+    return words
+
+
+def _norms(architecture: Architecture) -> str:
+    parts = [_NORMS[architecture.norm_placement], _QK_NORM[architecture.qk_norm], f"eps {architecture.norm_eps:g}"]
+    return "; ".join(part for part in parts if part)
+
+
+def _attention(architecture: Architecture) -> str:
+    heads, groups = architecture.heads, architecture.kv_heads
+    parts = [f"{heads} heads of {architecture.head_dim}"]
+    if groups != heads:
+        parts.append(f"{groups} for keys and values")
+    if architecture.qk_bias:
+        parts.append("bias on queries and keys")
+    if architecture.sliding_window is not None:
+        parts.append(_window(architecture, architecture.sliding_window))
+    return ", ".join(parts)
+
+
+def _window(architecture: Architecture, window: int) -> str:
+    everywhere = len(architecture.full_attention_layers)
+    within = "all layers" if not everywhere else f"{architecture.layers - everywhere} of {architecture.layers} layers"
+    return f"the last {window:,} tokens in {within}"
+
+
+def _positions(architecture: Architecture) -> str:
+    parts = [_ROTARY[architecture.rotary]]
+    if architecture.rotary != "none":
+        parts.append(f"base {architecture.rope_base:g}")
+        if architecture.rope_scaling is not None:
+            parts.append(_scaling(architecture.rope_scaling))
+    longest = architecture.max_positions
+    return ", ".join(parts) + (f"; up to {longest:,} tokens" if longest is not None else "; no stated limit")
+
+
+def _scaling(scaling: RopeScaling) -> str:
+    match scaling:
+        case LinearScaling():
+            return f"stretched {scaling.factor:g} times"
+        case Llama3Scaling() | YarnScaling():
+            return f"{scaling.kind} scaling {scaling.factor:g} times from {scaling.original_max_positions:,} tokens"

@@ -1,0 +1,149 @@
+"""What all checks of one subject share: prompts, numbers of recurrences, and runs that several of them look at."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from loopscope._shapes import Logits, TokenIds
+from loopscope.errors import ConfigError, LoopscopeError
+from loopscope.hooks import HookedSubject
+from loopscope.model import LoopedTransformer
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
+from loopscope.testing.recording import Recording, record
+from loopscope.testing.results import CheckSkipped
+from loopscope.testing.tolerances import Tolerances
+
+__all__ = ["Bench", "RawLogits", "default_prompts", "main_recurrences"]
+
+_LENGTHS = (7, 3, 1, 5)
+"""Of the default prompts: all different, so that most are padded, and one is a single token."""
+
+
+@runtime_checkable
+class RawLogits(Protocol):
+    """The model's own forward pass, with nothing of loopscope around it."""
+
+    def __call__(self, input_ids: TokenIds, *, recurrences: int, seed: int) -> Logits:
+        """Logits, (1, token, vocabulary), of one prompt without padding.
+
+        `recurrences` is 0 for a feed-forward model. `seed` is that of a random initial state; torch's generators are
+        seeded with it already.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A subject with what it is checked on."""
+
+    subject: Subject
+    prompts: Sequence[Sequence[int]]
+    recurrences: int
+    other_recurrences: tuple[int, ...]
+    seed: int
+    raw_logits: RawLogits | None
+    """None for the default: the bare module, where the subject is one that has it."""
+    causal: bool
+    same_loop: bool
+    tolerances: Tolerances
+
+    @property
+    def info(self) -> SubjectInfo:
+        return self.subject.info
+
+    @property
+    def regrouped(self) -> float:
+        return self.tolerances.regrouped_in(self.info.dtype)
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether `raw` has something to ask."""
+        return self.raw_logits is not None or isinstance(self.subject, NativeSubject | HookedSubject)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The torch module inside the subject, where it is called `model`."""
+        module = getattr(self.subject, "model", None)
+        return module if isinstance(module, nn.Module) else None
+
+    @cached_property
+    def batch(self) -> Batch:
+        return Batch.of(self.prompts)
+
+    @cached_property
+    def main(self) -> Recording:
+        """The observed run that others are compared with."""
+        return record(self.subject, self.batch, self.recurrences, seed=self.seed)
+
+    @cached_property
+    def unobserved(self) -> Recording:
+        return record(self.subject, self.batch, self.recurrences, seed=self.seed, observed=False)
+
+    def in_other_number(self, recurrences: int) -> Recording:
+        """The main run with another number of recurrences; `CheckSkipped` where the subject refuses it in words."""
+        try:
+            return record(self.subject, self.batch, recurrences, seed=self.seed)
+        except LoopscopeError as error:
+            raise CheckSkipped(f"{recurrences} recurrences are refused: {error}") from error
+
+    def raw(self, prompt: Sequence[int], recurrences: int) -> Logits:
+        """The raw model's logits of one prompt; `CheckSkipped` where there is no raw model to ask."""
+        forward = self.raw_logits or _own_forward(self.subject)
+        device = self.subject.device
+        input_ids = torch.tensor([list(prompt)], device=device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            return forward(input_ids, recurrences=recurrences, seed=self.seed)
+
+
+def default_prompts(info: SubjectInfo) -> list[list[int]]:
+    """Random token ids in prompts of different lengths, the same for every model of this vocabulary."""
+    draw = random.Random(0)
+    longest = min(max(_LENGTHS), info.max_positions or max(_LENGTHS))
+    return [[draw.randrange(info.vocab_size) for _ in range(min(length, longest))] for length in _LENGTHS]
+
+
+def main_recurrences(info: SubjectInfo, asked: int | None) -> int:
+    """The number given, else the trained one; 0 without a loop. Raises `ConfigError` for one that means nothing."""
+    if not info.is_looped:
+        if asked:
+            raise ConfigError(f"{info.name} has no recurrent layers, so recurrences={asked} means nothing.")
+        return 0
+    count = info.trained_recurrences if asked is None else asked
+    if count is None:
+        raise ConfigError(f"{info.name} does not say how often it was looped in training; give recurrences.")
+    if count < 1:
+        raise ConfigError(f"recurrences must be at least 1, got {count}.")
+    return count
+
+
+def _own_forward(subject: Subject) -> RawLogits:
+    if isinstance(subject, NativeSubject):
+        return _NativeForward(subject.model)
+    if isinstance(subject, HookedSubject):
+        return _HookedForward(subject)
+    raise CheckSkipped("there is nothing to compare with; give raw_logits, the model's own forward pass")
+
+
+@dataclass(frozen=True)
+class _NativeForward:
+    model: LoopedTransformer
+
+    def __call__(self, input_ids: TokenIds, *, recurrences: int, seed: int) -> Logits:
+        logits: Logits = self.model(input_ids, recurrences=max(recurrences, 1), seed=seed)
+        return logits
+
+
+@dataclass(frozen=True)
+class _HookedForward:
+    subject: HookedSubject
+
+    def __call__(self, input_ids: TokenIds, *, recurrences: int, seed: int) -> Logits:
+        batch = Batch(input_ids, torch.ones_like(input_ids, dtype=torch.bool))
+        return self.subject.bare_logits(batch, recurrences=recurrences, seed=seed)
