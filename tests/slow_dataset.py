@@ -34,8 +34,9 @@ def slow_dataset(subject: NativeSubject, prompts: Sequence[Sequence[int]], setti
             variables[name] = ((*dims[:-1], "prompt", "token"), np.stack(padded, axis=-2))
         else:
             variables[name] = ((*dims, "prompt"), np.stack(padded, axis=-1))
-    dims, values = variables["cycle_similarity"]
-    variables["cycle_similarity"] = (dims[:-1], values.mean(-1))
+    for name in ("cycle_similarity", "attention_cycle_distance"):
+        dims, values = variables[name]
+        variables[name] = (dims[:-1], values.mean(-1))
     variables |= _trajectories(subject, prompts, settings)
     return xarray.Dataset(variables)
 
@@ -53,6 +54,7 @@ def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSetti
     found = _whole_depth(subject, prompt, settings)
     counts = _readout(subject, settings) if looped else [None]
     losses = [_loss(subject, prompt, count, settings.seed) for count in counts]
+    found |= _attention_and_stages(subject, prompt, settings)
     found["loss"] = (("readout_recurrence",), np.array(losses))
     found["token_count"] = ((), np.array(float(len(prompt))))
     found["diverged_at"] = ((), np.array(-1.0))
@@ -179,7 +181,75 @@ def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSet
     states = np.array([_array(trace.residual(*visit)) for visit in shown])
     return {
         "cycle_similarity": (("visit", "visit_other"), _cosine(states[:, None], states[None]).mean(-1)),
-        "visit_norm": (("visit",), _norm(states).mean(-1)),
+    }
+
+
+def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
+    """Every visit, with its whole attention map."""
+    looped, seed = subject.info.is_looped, settings.seed
+    trace = capture(subject, prompt, recurrences=settings.recurrences if looped else None, seed=seed, attention=True)
+    stages = [_stage(_array(trace.residual(*visit))) for visit in trace.visits]
+    heads = [[_head(head) for head in _array(trace.attention(*visit))] for visit in trace.visits]
+    found: dict[str, Named] = {name: (("depth",), np.array([row[name] for row in stages])) for name in stages[0]}
+    for name in heads[0][0]:
+        found[name] = (("depth", "head"), np.array([[head[name] for head in row] for row in heads]))
+    if looped:
+        layers, steps = range(subject.info.recurrent), range(settings.recurrences)
+        now = np.array([[_array(trace.attention("recurrent", i, t)) for t in steps] for i in layers])
+        before = np.concatenate([np.full_like(now[:, :1], np.nan), now[:, :-1]], axis=1)
+        further = capture(subject, prompt, recurrences=settings.horizon, seed=seed, attention=True)
+        fixed = np.array([[_array(further.attention("recurrent", i, settings.horizon - 1))] for i in layers])
+        for name, reference in (("attention_change", before), ("attention_distance_to_horizon", fixed)):
+            away = np.sqrt(((now - reference) ** 2).sum((-1, -2)))
+            found[name] = (("layer", "recurrence", "head"), away)
+        by_row = found["attention_change"][1] / np.sqrt(len(prompt))
+        stable = np.full((len(layers), by_row.shape[2]), np.nan)
+        for layer, head in np.ndindex(stable.shape):
+            quiet = [t for t in steps[:-1] if (by_row[layer, t + 1 :, head] <= settings.head_stable).all()]
+            stable[layer, head] = quiet[0] if quiet else np.nan
+        found["head_stable_from"] = (("layer", "head"), stable)
+    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] < settings.cycle_recurrences]
+    every = np.array([_array(trace.attention(*visit)) for visit in shown])
+    away = np.array(
+        [[np.sqrt(((one - two) ** 2).sum((-1, -2)).mean() / len(prompt)) for two in every] for one in every]
+    )
+    found["attention_cycle_distance"] = (("visit", "visit_other"), away)
+    return found
+
+
+def _stage(states: Array) -> dict[str, float]:
+    """Of one visit's states, (token, width)."""
+    square = np.linalg.svd(states, compute_uv=False) ** 2
+    share = square / square.sum()
+    entropy = float(-sum(p * np.log(p) for p in share if p > 0))
+    most = np.log(min(states.shape))
+    size = np.abs(states)
+    token, dimension = np.unravel_index(size.argmax(), size.shape)
+    return {
+        "residual_entropy": entropy,
+        "relative_residual_entropy": entropy / most if most > 0 else np.nan,
+        "mean_token_norm": float(_norm(states).mean()),
+        "largest_token_norm": float(_norm(states).max()),
+        "massive_activation": float(size.max() / np.sort(size.ravel())[(size.size - 1) // 2]),
+        "massive_token": float(token),
+        "massive_dimension": float(dimension),
+    }
+
+
+def _head(attention: Array) -> dict[str, float]:
+    """Of one map, (query, key)."""
+    tokens = len(attention)
+    received = attention.sum(0) / tokens
+    entropy = [-sum(p * np.log(p) for p in row if p > 0) for row in attention]
+    relative = [each / np.log(place + 1) for place, each in enumerate(entropy) if place > 0]
+    spread = sum(p * np.log(p) for p in received if p > 0)
+    return {
+        "colsum_concentration": 1 + spread / np.log(tokens) if tokens > 1 else np.nan,
+        "sink_score": received[0],
+        "strongest_sink": received.max(),
+        "strongest_sink_position": float(received.argmax()),
+        "mixing_score": float(np.mean(entropy)),
+        "relative_mixing_score": float(np.mean(relative)) if relative else np.nan,
     }
 
 

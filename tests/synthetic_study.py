@@ -12,6 +12,7 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
+from loopscope.measures import HEAD_NAMES, STAGE_NAMES
 from loopscope.study import Study
 
 Array = NDArray[np.float64]
@@ -87,6 +88,8 @@ def looped_study(
         dataset |= _horizons(states, horizon)
         dataset |= _path(states[:recurrences], others[:recurrences])
     dataset |= _visits(states, min(recurrences, 4))
+    dataset |= _stages_and_heads(*_all_visits(states, recurrences))
+    dataset |= _head_changes(recurrences, prompts)
     dataset |= _trajectories(states[:recurrences])
     readouts = np.array([2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences])
     finite = np.isfinite(states).all(axis=(1, 3, 4))
@@ -118,7 +121,7 @@ def feed_forward_study(prompts: int = 40, tokens: int = 6, seed: int = 0) -> Stu
     rng = np.random.default_rng(seed)
     states = np.cumsum(rng.normal(size=(4, prompts, tokens, WIDTH)), axis=0)
     labels = [f"prelude.{layer}" for layer in range(4)]
-    dataset = _similarity(states, labels)
+    dataset = _similarity(states, labels) | _stages_and_heads(states, [("prelude", layer, 0) for layer in range(4)])
     dataset["loss"] = ("readout_recurrence", "prompt"), 2.5 + 0.1 * rng.normal(size=(1, prompts))
     dataset["token_count"] = "prompt", np.full(prompts, tokens)
     dataset["diverged_at"] = "prompt", np.full(prompts, -1)
@@ -192,14 +195,20 @@ def _path(states: Array, others: Array) -> dict[str, Any]:
     }
 
 
-def _visits(states: Array, recurrences: int) -> dict[str, Any]:
+def _all_visits(states: Array, recurrences: int) -> tuple[Array, list[tuple[str, int, int]]]:
+    """(visit, prompt, token, width), and (stage, layer, recurrence) of each."""
     loop = states[:recurrences].reshape(-1, *states.shape[2:])
-    visits = np.concatenate([loop[:1] * 0.5, loop, loop[-1:] * 1.5])
-    labels = [
-        "prelude.0",
-        *(f"recurrent.{layer}@{t}" for t in range(recurrences) for layer in range(LAYERS)),
-        "coda.0",
+    sites = [
+        ("prelude", 0, 0),
+        *(("recurrent", layer, t) for t in range(recurrences) for layer in range(LAYERS)),
+        ("coda", 0, 0),
     ]
+    return np.concatenate([loop[:1] * 0.5, loop, loop[-1:] * 1.5]), sites
+
+
+def _visits(states: Array, recurrences: int) -> dict[str, Any]:
+    visits, sites = _all_visits(states, recurrences)
+    labels = [f"{stage}.{layer}" + (f"@{t}" if stage == "recurrent" else "") for stage, layer, t in sites]
     return _similarity(visits, labels)
 
 
@@ -210,9 +219,39 @@ def _similarity(visits: Array, labels: list[str]) -> dict[str, Any]:
     mean = np.where(finite, cosine, 0).sum((-1, -2)) / np.maximum(finite.sum((-1, -2)), 1)
     return {
         "cycle_similarity": (("visit", "visit_other"), mean),
-        "visit_norm": (("visit", "prompt"), _norm(visits).mean(-1)),
+        "attention_cycle_distance": (("visit", "visit_other"), 1 - mean),
         "visit": ("visit", labels),
         "visit_other": ("visit_other", labels),
+    }
+
+
+def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: int = 2) -> dict[str, Any]:
+    """Numbers of a plausible size for visits (visit, prompt, token, width), not those of any attention."""
+    rng = np.random.default_rng(0)
+    shape = (len(visits), heads, visits.shape[1])
+    found: dict[str, Any] = {
+        f"depth_{name}": ("depth", list(column))
+        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True)
+    }
+    for name in HEAD_NAMES:
+        found[name] = ("depth", "head", "prompt"), rng.uniform(0, 0.6, size=shape).astype(np.float32)
+    for name in STAGE_NAMES:
+        found[name] = ("depth", "prompt"), rng.uniform(0.2, 0.8, size=(len(visits), visits.shape[1]))
+    found["mean_token_norm"] = ("depth", "prompt"), _norm(visits).mean(-1)
+    return found
+
+
+def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, Any]:
+    """Changes that shrink by half from recurrence to recurrence."""
+    dims = ("layer", "recurrence", "head", "prompt")
+    shrinking = 0.5 ** np.arange(recurrences)[:, None, None] * np.ones((LAYERS, recurrences, heads, prompts))
+    change = shrinking.copy()
+    change[:, 0] = np.nan
+    stable = np.where(recurrences > 8, 6.0, np.nan)
+    return {
+        "attention_change": (dims, change.astype(np.float32)),
+        "attention_distance_to_horizon": (dims, shrinking.astype(np.float32)),
+        "head_stable_from": (("layer", "head", "prompt"), np.full((LAYERS, heads, prompts), stable)),
     }
 
 
@@ -251,7 +290,7 @@ def _manifest(*, looped: bool, trained: int | None, injection: str, prompts: int
             "width": WIDTH,
             "heads": 2,
         },
-        "settings": {"dtype": dtype, "seed": 0, "horizon": 32},
+        "settings": {"dtype": dtype, "seed": 0, "horizon": 32, "head_stable": 0.01},
         "prompts": {"source": "synthetic", "count": prompts, "sha256": "1" * 64, "system_prompt": None},
         "versions": {"loopscope": "0.1.0", "numpy": np.__version__},
     }

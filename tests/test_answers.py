@@ -8,11 +8,13 @@ import math
 
 import numpy as np
 import pytest
+import xarray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loopscope.answers import Answer, Criterion, Outcome, quick_answers
 from loopscope.answers.arrival import arrival
+from loopscope.answers.stages import repetition
 from loopscope.answers.statistics import Share, paired_difference, wilson_interval
 from loopscope.answers.wording import percent, significant, spans
 from loopscope.errors import ConfigError, StudyError
@@ -45,6 +47,50 @@ def test_contraction_is_a_fixed_point_of_its_own_for_each_layer() -> None:
     assert found["trained_depth"].evidence["relative_distance_at_trained"] == pytest.approx(0.6**4, rel=1e-3)
     assert found["initial_state"].outcome is Outcome.YES
     assert found["limits"].verdict == "little"
+
+
+def test_heads_that_settle_are_counted_and_the_most_restless_is_named() -> None:
+    found = answers(looped_study(contracting()))["heads"]
+    assert found.outcome is Outcome.YES
+    assert found.evidence["recurrences_median"] == 7  # the study says 6, counted from 0
+    assert found.evidence["threshold"] == 0.01
+    study = looped_study(contracting())
+    restless = study.dataset["head_stable_from"].copy()
+    restless[1, 0] = np.nan  # one head of six
+    study.dataset["head_stable_from"] = restless
+    study.dataset["attention_change"][1, :, 0] = 0.7
+    found = answers(study)["heads"]
+    assert found.outcome is Outcome.PARTLY
+    assert found.evidence["share_of_heads_stable"] == pytest.approx(5 / 6)
+    assert found.evidence["most_restless"] == "layer 1, head 0"
+    study.dataset["head_stable_from"] = restless * np.nan
+    assert answers(study)["heads"].outcome is Outcome.NO
+
+
+def test_stages_repeat_where_the_layer_decides() -> None:
+    study = looped_study(contracting())  # its stages are drawn at random
+    found = answers(study)["stages"]
+    assert found.outcome is not Outcome.YES
+    recurrent = study.dataset["depth_stage"] == "recurrent"
+    profile = np.array([0.2, 0.9, 0.4])[study.dataset["depth_layer"].values]
+    for name in ("colsum_concentration", "relative_mixing_score", "relative_residual_entropy", "mean_token_norm"):
+        values = study.dataset[name]
+        shaped = xarray.DataArray(profile, dims="depth").broadcast_like(values)
+        study.dataset[name] = values.where(~recurrent, shaped.transpose(*values.dims))
+    found = answers(study)["stages"]
+    assert found.outcome is Outcome.YES
+    assert found.evidence["repetition of mixing"] == pytest.approx(1)
+
+
+def test_repetition_is_the_share_of_variance_that_goes_with_the_layer() -> None:
+    rng = np.random.default_rng(0)
+    assert repetition(np.tile([1.0, 3.0, 2.0], (8, 1))) == pytest.approx(1)
+    assert repetition(np.tile(np.arange(8.0)[:, None], (1, 3))) == pytest.approx(0)
+    chance = [repetition(rng.normal(size=(32, 4))) for _ in range(200)]
+    assert np.mean(chance) == pytest.approx(3 / 127, abs=0.005)
+    assert math.isnan(repetition(np.full((8, 3), 0.1)))
+    # Half of the variance: layers at +-1, passes at +-1.
+    assert repetition(np.array([[0.0, 2.0], [-2.0, 0.0]])) == pytest.approx(0.5)
 
 
 def test_growing_norm_is_convergence_in_direction_only_and_to_one_shared_direction() -> None:
@@ -198,7 +244,7 @@ def test_loss_against_recurrences(loss: object, verdict: str, outcome: Outcome) 
 
 def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     study = looped_study(contracting())
-    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "visit_norm", "trajectory"]
+    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "trajectory"]
     found = answers(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)))
     assert found["fixed_point"].outcome is Outcome.YES
     assert found["initial_state"].verdict == "not measured"

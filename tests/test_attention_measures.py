@@ -60,6 +60,24 @@ def test_a_sink_anywhere_is_found() -> None:
     assert float(measures.sink_rate(heads, position=2)) == pytest.approx(1 / 3)
 
 
+def test_a_head_is_stable_from_where_its_change_stays_small() -> None:
+    nothing = math.nan
+    change = torch.tensor(
+        [
+            [nothing, 0.9, 0.2, 0.01, 0.02],  # small from 3 on: stable from 2
+            [nothing, 0.9, 0.01, 0.9, 0.02],  # small, but not for good
+            [nothing, 0.01, 0.01, 0.01, 0.01],
+            [nothing, 0.9, 0.9, 0.9, 0.9],
+            [nothing, 0.9, 0.01, nothing, 0.01],  # what was not seen is not stable
+        ]
+    )
+    found = measures.stable_from(change, 0.05).tolist()
+    assert found[:3] == [2.0, 3.0, 0.0]
+    assert math.isnan(found[3])
+    assert found[4] == 3.0
+    assert bool(measures.stable_from(change[:, :1], 0.05).isnan().all())
+
+
 def test_numpy_in_numpy_out() -> None:
     attention = uniform(8)
     found = measures.colsum_concentration(attention.numpy())
@@ -145,7 +163,7 @@ def test_heads_in_tiles_are_what_whole_maps_give(
     horizon = [trace.attention_view("recurrent", layer, recurrences - 1) for layer in range(layers)]
 
     frame = Frame.of(subject.info, batch, subject.device, recurrences)
-    heads = measures.HeadMeasures(frame, 4, lambda layer: horizon[layer])
+    heads = measures.HeadMeasures(frame, 4, lambda layer: horizon[layer], stable=0.1)
     run = subject.start(batch, recurrences=recurrences, observers=[heads])
     for _ in range(recurrences):
         run.advance([heads])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.architecture import Architecture
+from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES
 from loopscope.passes import Plan, kept_bytes, recurrences_run
 from loopscope.settings import HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
@@ -86,8 +87,8 @@ def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
     model = subject(ADDED, dtype=torch.float64, std=0.1)  # its second initial state is as large as the first one
     alone = dataset_of(model, PROMPTS[1:2], track=())
     among = dataset_of(model, track=()).isel(prompt=[1], token=slice(len(PROMPTS[1]))).assign_coords(prompt=[0])
-    alone, among = alone.drop_vars("cycle_similarity"), among.drop_vars("cycle_similarity")
-    xarray.testing.assert_allclose(among, alone, rtol=1e-6, atol=1e-10)
+    means = ["cycle_similarity", "attention_cycle_distance"]
+    xarray.testing.assert_allclose(among.drop_vars(means), alone.drop_vars(means), rtol=1e-6, atol=1e-10)
 
 
 def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
@@ -98,10 +99,12 @@ def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
 
 PARTS: Mapping[Part, set[str]] = {
     "path-independence": {"path_distance", "path_cosine"},
-    "cycle-similarity": {"cycle_similarity", "visit_norm"},
+    "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
     "readout": {"loss"},
     "noise-floor": {"noise_floor"},
+    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
+    "stages": set(STAGE_NAMES),
 }
 
 
@@ -157,6 +160,7 @@ def plan(**changes: Any) -> Plan:
         "tracked": (),
         "components": 1,
         "readout": (),
+        "head_stable": 0.01,
         "skip": frozenset(),
         "first_prompt": 0,
     }
@@ -174,10 +178,12 @@ def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
 def test_states_are_kept_while_they_fit() -> None:
     batch = Batch.of(PROMPTS)
     states = 5 * 8 * 16  # prompts, tokens with padding, width
-    assert kept_bytes(subject(), batch, 10) == states * 4 * 2 * 10
-    assert kept_bytes(subject(dtype=torch.bfloat16), batch, 10) == states * 2 * 2 * 10
+    assert kept_bytes(subject(), batch, 10, attention=False) == states * 4 * 2 * 10
+    assert kept_bytes(subject(dtype=torch.bfloat16), batch, 10, attention=False) == states * 2 * 2 * 10
     # The loop state is another state than the last layer's output there.
-    assert kept_bytes(subject(LOOP_NORM), batch, 10) == states * 4 * 3 * 10
+    assert kept_bytes(subject(LOOP_NORM), batch, 10, attention=False) == states * 4 * 3 * 10
+    # Queries and keys are as wide as the state.
+    assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6), (1, 8 + 6)])

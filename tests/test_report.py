@@ -15,6 +15,7 @@ import pytest
 
 from loopscope.answers import Criterion, quick_answers
 from loopscope.errors import ConfigError, StorageError, StudyError
+from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES
 from loopscope.report import ReportSettings, write_report
 from loopscope.study import Study
 from synthetic_study import (
@@ -43,9 +44,16 @@ LOOPED_FIGURES = {
     "trajectory-3d-0",
     "path-independence",
     "loss",
-    "norm-by-depth",
-    "norm-by-recurrence",
     "norm-by-layer",
+    "head-change",
+    "heads-stable",
+    "head-distance",
+    "attention-cycle",
+    *(
+        f"{quantity}-by-{layout}"
+        for quantity in ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
+        for layout in ("depth", "recurrence")
+    ),
 }
 
 
@@ -169,7 +177,9 @@ def test_text_from_outside_stays_text(hostile_study: Study, tmp_path: Path, page
 
 def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
     found = page_of(feed_forward_study(), tmp_path)
-    assert set(found.figures) == {"cycle-similarity", "norm-by-depth"}
+    quantities = ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
+    alone = {"cycle-similarity", "attention-cycle", "head-sinks"}
+    assert set(found.figures) == alone | {f"{quantity}-by-depth" for quantity in quantities}
     assert "This model is feed-forward" in found.words
     assert "4 layers, feed-forward" in found.words
 
@@ -195,10 +205,13 @@ def test_unusual_studies_are_drawn(study: object, tmp_path: Path) -> None:
 
 def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
     study = looped_study(contracting())
-    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "visit_norm", "visit"]
-    parts += ["trajectory", "trajectory_variance", "visit_other"]
+    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "attention_cycle_distance"]
+    parts += ["trajectory", "trajectory_variance", "visit", "visit_other"]
+    parts += [*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", *STAGE_NAMES]
+    parts += [str(name) for name in study.dataset.coords if str(name).startswith("depth")]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
-    assert not found.figures.keys() & {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0"}
+    left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}
+    assert not found.figures.keys() & left_out
     assert "distance" in found.figures
 
 

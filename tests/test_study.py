@@ -13,12 +13,21 @@ import xarray
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.architecture import Architecture
 from loopscope.errors import StudyError
+from loopscope.measures import HEAD_NAMES, STAGE_NAMES
 from loopscope.measures.convergence import TOKEN_NAMES
 from small_models import ADDED, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, subject
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 SETTINGS = AnalyzeSettings(recurrences=5, horizon=3, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2)
-FEED_FORWARD_VARIABLES = {"cycle_similarity", "visit_norm", "loss", "token_count", "diverged_at"}
+FEED_FORWARD_VARIABLES = {
+    "cycle_similarity",
+    "attention_cycle_distance",
+    "loss",
+    "token_count",
+    "diverged_at",
+    *HEAD_NAMES,
+    *STAGE_NAMES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,8 @@ def test_the_documentation_lists_the_variables_and_their_dimensions(study: Study
 
 def test_the_documentation_lists_the_coordinates(study: Study) -> None:
     listed = {name for names, _ in table("Coordinates") for name in re.findall(r"`([^`]+)`", names)}
-    assert {str(name) for name in study.dataset.coords} == listed | {"tracked_prompt", "tracked_token"}
+    beside = {"tracked_prompt", "tracked_token", "depth_stage", "depth_layer", "depth_recurrence"}
+    assert {str(name) for name in study.dataset.coords} == listed | beside
 
 
 @pytest.mark.parametrize(

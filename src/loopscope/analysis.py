@@ -16,13 +16,22 @@ import torch
 import xarray as xr
 
 from loopscope.errors import ConfigError, PromptError
-from loopscope.measures import LEVELS, Arrays, Named, readout_grid, visit_labels
+from loopscope.loading import load
+from loopscope.measures import LEVELS, Arrays, Named, depth_sites, readout_grid, visit_labels
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
-from loopscope.prompts import Prompt, TokenizedPrompt, draw, encode_prompts, load_prompts, prompts_digest
+from loopscope.prompts import (
+    Prompt,
+    TokenizedPrompt,
+    draw,
+    encode_prompts,
+    load_prompts,
+    prompts_digest,
+    tokenizer_record,
+)
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, Subject, SubjectInfo, load
+from loopscope.subject import Batch, Subject, SubjectInfo
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -69,7 +78,7 @@ def analyze(
 
     **Arguments**
 
-    - `model`: a shipped model's name, a checkpoint folder, or a subject.
+    - `model`: a shipped model's name, a checkpoint folder, a name on the Hugging Face hub, or a subject.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
     - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`.
@@ -82,7 +91,7 @@ def analyze(
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
     if isinstance(model, str | Path):
-        subject: Subject = load(model, dtype=settings.dtype, device=settings.device)
+        subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     else:
         subject, settings = model, _settings_of(model, settings)
     tokenized = encode_prompts(
@@ -91,6 +100,7 @@ def analyze(
         vocab_size=subject.info.vocab_size,
         max_positions=subject.info.max_positions,
         truncate=settings.truncate,
+        chat=settings.chat,
     )
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
     if out is None:
@@ -131,7 +141,8 @@ def _from_ids(index: int, prompt: Any) -> Prompt:
 
 def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings that say what a subject in memory is; others are refused rather than ignored."""
-    actual: dict[str, Any] = {"dtype": subject.info.dtype, "device": subject.info.device}
+    info = subject.info
+    actual: dict[str, Any] = {"dtype": info.dtype, "device": info.device, "revision": info.revision}
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)
@@ -158,6 +169,9 @@ class _Job:
         self.readout = self._readout_grid()
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+        self.tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
+        for note in self.tokenizer["notes"] if self.tokenizer else ():
+            progress.note(note)
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
 
     @property
@@ -193,7 +207,9 @@ class _Job:
         settings, rows = self.settings, self._batches[index]
         keep = settings.horizon_method == "keep"
         if settings.horizon_method == "auto" and self.info.is_looped:
-            needed = kept_bytes(self.subject, self._batch(index), settings.recurrences)
+            needed = kept_bytes(
+                self.subject, self._batch(index), settings.recurrences, attention="heads" not in settings.skip
+            )
             keep = needed <= settings.keep_limit * 2**20
         return Plan(
             recurrences=settings.recurrences,
@@ -204,6 +220,7 @@ class _Job:
             tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
             components=settings.components,
             readout=self.readout,
+            head_stable=settings.head_stable,
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
         )
@@ -248,6 +265,10 @@ class _Job:
             "readout_recurrence": list(self.readout),
         }
         coordinates = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
+        if "depth" in lengths:
+            sites = depth_sites(self.info, self.recurrences)
+            for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+                coordinates[f"depth_{name}"] = ("depth", list(column))
         if "tracked" in lengths:
             coordinates["tracked_prompt"] = ("tracked", [prompt for prompt, _ in self.tracked])
             coordinates["tracked_token"] = ("tracked", [token for _, token in self.tracked])
@@ -260,8 +281,8 @@ class _Job:
         info, settings = self.info, self.settings
         plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
         digest = prompts_digest(list(self.prompts))
-        source = (*_SOURCE, "truncate")
-        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype")
+        source = (*_SOURCE, "truncate", "chat")
+        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision")
         return {
             "created": self.created,
             "model": {
@@ -278,6 +299,7 @@ class _Job:
                 "tokens": sum(len(prompt.token_ids) for prompt in self.prompts),
                 "sha256": digest,
             },
+            "tokenizer": self.tokenizer,
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},

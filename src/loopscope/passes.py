@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loopscope._shapes import States
 from loopscope.errors import NonFiniteError
 from loopscope.measures import (
     Arrays,
+    AttentionCycle,
     Convergence,
     CycleSimilarity,
     Frame,
+    HeadMeasures,
     HorizonStates,
     Named,
     PathIndependence,
     Readout,
+    StageMeasures,
     Trajectories,
     noise_floor,
 )
 from loopscope.settings import Part
-from loopscope.subject import Batch, Run, Subject
+from loopscope.subject import Batch, Run, Subject, SubjectInfo
 from loopscope.visits import LoopState, Observer, Visit
 
 __all__ = ["Plan", "Tick", "kept_bytes", "measure_batch", "recurrences_run"]
@@ -46,15 +52,20 @@ class Plan:
     """(row of the batch, token from 0)."""
     components: int
     readout: tuple[int, ...]
+    head_stable: float
+    """Root mean square change of a row below which a head is stable."""
     skip: frozenset[Part]
     first_prompt: int
     """Number of the batch's first prompt, for messages."""
 
 
-def kept_bytes(subject: Subject, batch: Batch, recurrences: int) -> int:
-    """Bytes that the states of all measured visits take."""
+def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
+    """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
+
+    Those are counted as wide as two states, which they are where heads times their width is the residual stream's.
+    """
     info = subject.info
-    sites = info.recurrent + (0 if info.carries_raw_output else 1)
+    sites = info.recurrent * (3 if attention else 1) + (0 if info.carries_raw_output else 1)
     itemsize = torch.empty(0, dtype=getattr(torch, info.dtype)).element_size()
     return batch.mask.numel() * info.width * itemsize * sites * recurrences
 
@@ -63,7 +74,7 @@ def recurrences_run(subject: Subject, plan: Plan) -> int:
     """Recurrences of all runs of a batch, which is how often `tick` is called."""
     if not subject.info.is_looped:
         return 0
-    other = plan.recurrences if _has_other_path(subject, plan) else 0
+    other = plan.recurrences if _has_other_path(subject.info, plan) else 0
     if plan.keep:
         return max(plan.recurrences, 2 * plan.horizon) + other
     return plan.recurrences + 2 * plan.horizon + other
@@ -75,12 +86,36 @@ def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arr
     Raises `NonFiniteError` for a state that is NaN or infinite before the loop could have made it grow. A model that
     diverges in the loop is a result, found in `diverged_at`.
     """
-    frame = Frame.of(subject.info, batch, subject.device, plan.recurrences if subject.info.is_looped else 0)
-    if not subject.info.is_looped:
-        return _measure_once(subject, batch, plan, frame)
+    with ExitStack() as ends:
+        runs = _Runs(subject, batch, plan.seed, ends)
+        frame = Frame.of(subject.info, batch, subject.device, plan.recurrences if subject.info.is_looped else 0)
+        if not subject.info.is_looped:
+            return _measure_once(runs, plan, frame)
+        return _measure_loop(runs, plan, frame, tick)
+
+
+class _Runs:
+    """Starts runs of one batch, and closes them when all is done or fails."""
+
+    def __init__(self, subject: Subject, batch: Batch, seed: int, ends: ExitStack) -> None:
+        self.subject = subject
+        self.batch = batch
+        self.seed = seed
+        self._ends = ends
+
+    def start(self, recurrences: int, observers: Iterable[Observer] = (), initial_state: States | None = None) -> Run:
+        run = self.subject.start(
+            self.batch, recurrences=recurrences, seed=self.seed, initial_state=initial_state, observers=observers
+        )
+        self._ends.callback(run.close)
+        return run
+
+
+def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
     horizon = HorizonStates(frame, plan.horizon)
-    live = _Live(subject, batch, plan, frame)
-    kept = _Keeper()
+    live = _Live(runs, plan, frame)
+    heads = _heads(frame, plan, horizon)
+    kept = _Keeper(attention=heads is not None)
     floor = Arrays()
 
     def advance(run: Run, first: int, last: int, observers: list[Observer], measured: bool) -> None:
@@ -95,47 +130,58 @@ def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arr
 
     guard = _FiniteGuard(frame, plan.first_prompt)
     end = 2 * plan.horizon
+    if heads is not None:
+        live.watch(_OutsideTheLoop(heads) if plan.keep else heads)
     if plan.keep:
         whole = max(plan.recurrences, end)
-        run = subject.start(batch, recurrences=whole, seed=plan.seed, observers=[guard, *live.observers])
+        run = runs.start(whole, [guard, *live.observers])
         initial_state = run.state
         both = min(plan.recurrences, end)
         advance(run, 0, both, [guard, horizon, kept, *live.observers], measured=True)
         advance(run, both, plan.recurrences, [kept, *live.observers], measured=True)
         advance(run, both, end, [horizon], measured=False)
     else:
-        run = subject.start(batch, recurrences=end, seed=plan.seed, observers=[guard])
-        advance(run, 0, end, [guard, horizon], measured=False)
-        run.close()
-        run = subject.start(batch, recurrences=plan.recurrences, seed=plan.seed, observers=live.observers)
+        advance(runs.start(end, [guard]), 0, end, [guard, horizon], measured=False)
+        run = runs.start(plan.recurrences, live.observers)
         initial_state = run.state
     convergence = Convergence(frame, horizon)
     convergence.start(initial_state)
     if plan.keep:
-        kept.replay(convergence)
+        kept.replay(convergence if heads is None else _Both(convergence, heads))
     else:
         advance(run, 0, plan.recurrences, [convergence, *live.observers], measured=True)
-    run.close()
-    live.close()
     arrays = Arrays()
     for part in (convergence.finish(), horizon.finish(), live.finish(), floor):
         arrays.update(part)
+    if heads is not None:
+        arrays.update(heads.finish())
     arrays.per_prompt["diverged_at"] = _diverged_at(arrays)
     return arrays
 
 
-def _measure_once(subject: Subject, batch: Batch, plan: Plan, frame: Frame) -> Arrays:
+def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
     """A feed-forward model: one pass."""
-    live = _Live(subject, batch, plan, frame)
+    live = _Live(runs, plan, frame)
+    heads = _heads(frame, plan, None)
+    if heads is not None:
+        live.watch(heads)
     guard = _FiniteGuard(frame, plan.first_prompt)
-    run = subject.start(batch, recurrences=0, seed=plan.seed, observers=[guard, *live.observers])
+    run = runs.start(0, [guard, *live.observers])
     live.after(1, run, lambda: None)
-    if live.cycle is not None:
-        run.decode([live.cycle])
-    run.close()
+    run.decode(live.observers)
     arrays = live.finish()
+    if heads is not None:
+        arrays.update(heads.finish())
     arrays.per_prompt["diverged_at"] = Named(("prompt",), np.full(frame.prompts, -1, dtype=np.int64))
     return arrays
+
+
+def _heads(frame: Frame, plan: Plan, horizon: HorizonStates | None) -> HeadMeasures | None:
+    """The measures of attention, if they are asked for and any attention can be seen."""
+    if "heads" in plan.skip or frame.info.heads is None:
+        return None
+    attention = (lambda layer: None) if horizon is None else horizon.attention
+    return HeadMeasures(frame, frame.info.heads, attention, plan.head_stable)
 
 
 def _diverged_at(arrays: Arrays) -> Named:
@@ -147,34 +193,47 @@ def _diverged_at(arrays: Arrays) -> Named:
     return Named(("prompt",), earliest)
 
 
-def _has_other_path(subject: Subject, plan: Plan) -> bool:
-    return "path-independence" not in plan.skip and subject.info.can_start_elsewhere
+def _has_other_path(info: SubjectInfo, plan: Plan) -> bool:
+    return "path-independence" not in plan.skip and info.can_start_elsewhere
 
 
 class _Live:
     """The measures that need no horizon: they watch the measured run while it goes by."""
 
-    def __init__(self, subject: Subject, batch: Batch, plan: Plan, frame: Frame) -> None:
+    def __init__(self, runs: _Runs, plan: Plan, frame: Frame) -> None:
         self.cycle: CycleSimilarity | None = None
+        self.attention_cycle: AttentionCycle | None = None
         self.readout: Readout | None = None
         self.trajectories: Trajectories | None = None
         self.path: PathIndependence | None = None
+        self.stages: StageMeasures | None = None
         self._plan = plan
+        self._frame = frame
+        self._also: list[Observer] = []
         if "cycle-similarity" not in plan.skip:
             self.cycle = CycleSimilarity(frame, plan.cycle_recurrences)
+            if frame.info.heads is not None and "heads" not in plan.skip:
+                self.attention_cycle = AttentionCycle(frame, frame.info.heads, plan.cycle_recurrences)
+        if "stages" not in plan.skip:
+            self.stages = StageMeasures(frame)
         if "readout" not in plan.skip:
-            self.readout = Readout(frame, batch, plan.readout)
-        if "trajectories" not in plan.skip and plan.tracked and subject.info.is_looped:
+            self.readout = Readout(frame, runs.batch, plan.readout)
+        if "trajectories" not in plan.skip and plan.tracked and frame.info.is_looped:
             self.trajectories = Trajectories(frame, plan.tracked, plan.components)
-        if subject.info.is_looped and _has_other_path(subject, plan):
-            other = subject.other_initial_state(batch, plan.seed)
+        if frame.info.is_looped and _has_other_path(frame.info, plan):
+            other = runs.subject.other_initial_state(runs.batch, plan.seed)
             if other is not None:
                 self.path = PathIndependence(frame)
-                self._other = subject.start(batch, recurrences=plan.recurrences, seed=plan.seed, initial_state=other)
+                self._other = runs.start(plan.recurrences, initial_state=other)
+
+    def watch(self, observer: Observer) -> None:
+        """Let something else see all that these measures see."""
+        self._also.append(observer)
 
     @property
     def observers(self) -> list[Observer]:
-        return [measure for measure in (self.cycle, self.trajectories, self.path) if measure is not None]
+        measures = (self.cycle, self.attention_cycle, self.stages, self.trajectories, self.path)
+        return [measure for measure in measures if measure is not None] + self._also
 
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:
         """So many recurrences of the measured run are done."""
@@ -183,17 +242,19 @@ class _Live:
             tick()
         if self.readout is not None:
             self.readout.after(recurrences, run)
-        if self.cycle is not None and recurrences == self._plan.recurrences:
-            run.decode([self.cycle])
-
-    def close(self) -> None:
-        """No further recurrence is run."""
-        if self.path is not None:
-            self._other.close()
+        if recurrences == self._plan.recurrences and self._frame.info.is_looped:
+            run.decode(self.observers)
 
     def finish(self) -> Arrays:
         arrays = Arrays()
-        for measure in (self.cycle, self.trajectories, self.path, self.readout):
+        for measure in (
+            self.cycle,
+            self.attention_cycle,
+            self.stages,
+            self.trajectories,
+            self.path,
+            self.readout,
+        ):
             if measure is not None:
                 arrays.update(measure.finish())
         return arrays
@@ -202,12 +263,16 @@ class _Live:
 class _Keeper(Observer):
     """Keeps what was announced, to tell it again to a measure that can only now understand it."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: bool) -> None:
+        self._attention = attention
         self._events: list[Visit | LoopState] = []
 
     def visit(self, visit: Visit) -> None:
-        # Without the queries and keys, which are larger than the state and which no replayed measure reads.
-        self._events.append(Visit(visit.stage, visit.layer, visit.recurrence, visit.residual, attention=None))
+        if visit.stage != "recurrent":
+            return
+        # Without the queries and keys, which are larger than the state, unless somebody will read them.
+        kept = visit if self._attention else dataclasses.replace(visit, attention=None)
+        self._events.append(kept)
 
     def loop_state(self, loop_state: LoopState) -> None:
         self._events.append(loop_state)
@@ -219,6 +284,32 @@ class _Keeper(Observer):
             else:
                 observer.loop_state(event)
         self._events.clear()
+
+
+class _Both(Observer):
+    """Two observers as one."""
+
+    def __init__(self, first: Observer, second: Observer) -> None:
+        self._observers = (first, second)
+
+    def visit(self, visit: Visit) -> None:
+        for observer in self._observers:
+            observer.visit(visit)
+
+    def loop_state(self, loop_state: LoopState) -> None:
+        for observer in self._observers:
+            observer.loop_state(loop_state)
+
+
+class _OutsideTheLoop(Observer):
+    """Tells an observer of prelude and coda only; it will be told of the loop when the horizon is known."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage != "recurrent":
+            self._observer.visit(visit)
 
 
 class _FiniteGuard(Observer):

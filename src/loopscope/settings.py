@@ -12,11 +12,11 @@ from typing import Literal
 
 from loopscope.errors import ConfigError
 
-__all__ = ["AnalyzeSettings", "Dtype", "HorizonMethod", "Part"]
+__all__ = ["AnalyzeSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 HorizonMethod = Literal["auto", "second-pass", "keep"]
-Part = Literal["path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor"]
+Part = Literal["path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor", "heads", "stages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,9 @@ class AnalyzeSettings:
     sample_seed: int | None = None
     """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
     system_prompt: Path | None = None
-    """A text file that is put before every prompt."""
+    """A text file that is put before every prompt; with --chat, the system's turn."""
+    chat: bool = False
+    """Make each prompt the user's turn of a chat, written by the model's chat template."""
     truncate: int | None = None
     """Keep only the first so many tokens of each prompt."""
 
@@ -51,6 +53,8 @@ class AnalyzeSettings:
     """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not
     depend on the number of recurrences."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hugging Face hub."""
     dtype: Dtype = "float32"
     """What the model runs in. Measures are taken in float32, or float64 where that is the model's."""
     device: str = "auto"
@@ -72,6 +76,9 @@ class AnalyzeSettings:
     readout: tuple[int, ...] = ()
     """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
     given."""
+    head_stable: float = 0.01
+    """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
+    square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
 
@@ -81,6 +88,8 @@ class AnalyzeSettings:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.horizon < 2:
             raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
+        if not self.head_stable > 0:
+            raise ConfigError(f"--head-stable must be positive, got {self.head_stable}.")
         if self.keep_limit < 0:
             raise ConfigError(f"--keep-limit must not be negative, got {self.keep_limit}.")
         if self.threads is not None and self.threads < 1:
@@ -94,6 +103,25 @@ class AnalyzeSettings:
     def tracked(self) -> tuple[tuple[int, int], ...]:
         """(prompt, token) of each tracked token."""
         return tuple(_parse_tracked(entry) for entry in self.track)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """How large a run is, for an estimate of its memory."""
+
+    tokens: int = 512
+    """Tokens of the longest prompt in a batch."""
+    batch_size: int = 8
+    """Prompts that are run together."""
+    recurrences: int = 64
+    """How often the recurrent block runs."""
+    dtype: Dtype = "float32"
+    """What the model runs in."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "recurrences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
 
 
 def _parse_tracked(entry: str) -> tuple[int, int]:

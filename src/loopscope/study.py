@@ -29,7 +29,7 @@ class Study:
     dataset: xr.Dataset
     manifest: Mapping[str, Any]
     tokens: Sequence[Mapping[str, Any]]
-    """One entry a prompt: id, text, token_ids, token_strings, system_tokens."""
+    """One entry a prompt, the fields of a `TokenizedPrompt`: id, text, token_ids, token_strings and so on."""
     folder: Path | None = None
     """Where it was loaded from or saved to."""
 

@@ -49,6 +49,9 @@ class Criterion:
     reached_level: float = 0.01
     """A state has arrived once its distance to the state at the horizon stays within this share of that state's
     norm."""
+    repetition_needed: float = 0.9
+    """A quantity repeats from pass to pass if the layer explains this share of its variance within the loop. Without
+    any pattern the share is about one over the number of recurrences."""
     loss_tolerance: float = 0.01
     """Differences of the mean loss below this many nats are no difference: 1 % in perplexity."""
 
@@ -57,6 +60,6 @@ class Criterion:
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"The criterion {field.name} must be a positive finite number, got {value}.")
-        for name in ("slowing_ratio", "tokens_needed", "prompts_needed", "degenerate_cosine"):
+        for name in ("slowing_ratio", "tokens_needed", "prompts_needed", "degenerate_cosine", "repetition_needed"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"The criterion {name} must be at most 1, got {getattr(self, name)}.")

@@ -7,10 +7,12 @@ from loopscope.answers.arrival import arrival_answer
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.depth import trained_depth_answer
 from loopscope.answers.fixed_point import fixed_point_answer
+from loopscope.answers.heads import heads_answer
 from loopscope.answers.initial_state import initial_state_answer
 from loopscope.answers.limits import limits_answer
 from loopscope.answers.loss import loss_answer
 from loopscope.answers.points import points_answer
+from loopscope.answers.stages import stages_answer
 from loopscope.answers.view import view_study
 from loopscope.study import Study
 
@@ -23,6 +25,8 @@ _LOOPED = (
     trained_depth_answer,
     initial_state_answer,
     loss_answer,
+    heads_answer,
+    stages_answer,
 )
 
 

@@ -45,6 +45,8 @@ class StudyView:
     """Recurrences that the model was trained with, if known."""
     injection: str
     """`unknown` for a model that is seen from outside."""
+    head_stable: float
+    """Root mean square change of a map's rows below which a head is stable; NaN if heads were not measured."""
     dtype: str
     """In which the states were computed."""
 
@@ -93,5 +95,6 @@ def view_study(study: Study) -> StudyView:
         horizon=horizon,
         trained=int(trained) if trained is not None else None,
         injection=injection,
+        head_stable=float(manifest["settings"].get("head_stable", np.nan)),
         dtype=dtype,
     )

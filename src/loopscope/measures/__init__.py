@@ -13,12 +13,14 @@ from loopscope.measures.attention import (
     sink_rate,
     sink_score,
     sink_scores,
+    stable_from,
     strongest_sink,
     strongest_sink_position,
     uniform_causal_sink,
 )
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.convergence import LEVELS, Convergence
+from loopscope.measures.depth import depth_of, depth_sites
 from loopscope.measures.floor import noise_floor
 from loopscope.measures.functions import (
     cosine,
@@ -33,7 +35,7 @@ from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.readout import Readout, next_token_loss, readout_grid
-from loopscope.measures.similarity import CycleSimilarity, visit_labels
+from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
 from loopscope.measures.stages import (
     STAGE_NAMES,
     StageMeasures,
@@ -51,6 +53,7 @@ __all__ = [
     "SINK_THRESHOLD",
     "STAGE_NAMES",
     "Arrays",
+    "AttentionCycle",
     "Convergence",
     "CycleSimilarity",
     "Frame",
@@ -66,6 +69,8 @@ __all__ = [
     "colsum_concentration",
     "cosine",
     "degeneracy",
+    "depth_of",
+    "depth_sites",
     "distance",
     "layer_cosine",
     "massive_activation",
@@ -85,6 +90,7 @@ __all__ = [
     "sink_rate",
     "sink_score",
     "sink_scores",
+    "stable_from",
     "strongest_sink",
     "strongest_sink_position",
     "uniform_causal_sink",

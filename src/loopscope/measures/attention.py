@@ -27,6 +27,7 @@ __all__ = [
     "sink_rate",
     "sink_score",
     "sink_scores",
+    "stable_from",
     "strongest_sink",
     "strongest_sink_position",
     "uniform_causal_sink",
@@ -124,6 +125,19 @@ def attention_distance(attention: Maps, reference: Maps) -> Values:
     """Frobenius distance `||A - B||` of two maps."""
     away: Tensor = torch.linalg.matrix_norm(widen(attention) - widen(reference))
     return away
+
+
+@on_arrays
+def stable_from(change: Float[Tensor, "*shape recurrence"], threshold: float) -> Values:
+    """The first recurrence, from 0, after which every change stays at or below the threshold; NaN where there is none.
+
+    `change[..., t]` is the change from recurrence t - 1 to t, with nothing (NaN) at t = 0. The last recurrence is no
+    answer: after it nothing was measured.
+    """
+    above = ~(change[..., 1:] <= threshold)
+    steps = torch.arange(1, change.shape[-1], device=change.device)
+    last = torch.where(above, steps, 0).amax(-1) if change.shape[-1] > 1 else torch.zeros(change.shape[:-1])
+    return torch.where(last < change.shape[-1] - 1, last.to(change.dtype), torch.nan)
 
 
 def uniform_causal_sink(tokens: int) -> float:

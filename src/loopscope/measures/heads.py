@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.measures.attention import concentration, most_entropy
+from loopscope.measures.attention import concentration, most_entropy, stable_from
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.depth import depth_of
 from loopscope.visits import AttentionView, Visit
@@ -47,11 +47,13 @@ def tiles(view: AttentionView, batch: int) -> list[tuple[int, int]]:
 class HeadMeasures(Measure):
     """Sinks, concentration, mixing and change of every head, in one pass over tiles of rows.
 
-    `horizon` gives the attention at the horizon of a recurrent layer, or None where it cannot be seen.
+    `horizon` gives the attention at the horizon of a recurrent layer, or None where it cannot be seen. A head is stable
+    once `||A[t] - A[t-1]|| / sqrt(T)`, the root mean square over rows of their change, stays at or below `stable`.
     """
 
-    def __init__(self, frame: Frame, heads: int, horizon: Callable[[int], AttentionView | None]) -> None:
+    def __init__(self, frame: Frame, heads: int, horizon: Callable[[int], AttentionView | None], stable: float) -> None:
         self.frame = frame
+        self._stable = stable
         self._horizon = horizon
         self._heads = heads
         info = frame.info
@@ -114,6 +116,10 @@ class HeadMeasures(Measure):
             arrays.per_prompt[name] = Named(("depth", "head", "prompt"), self._stats[index])
         for index, name in enumerate(CHANGE_NAMES if self._pending else ()):
             arrays.per_prompt[name] = Named(("layer", "recurrence", "head", "prompt"), self._changes[index])
+        if self._pending:
+            by_row = self._changes[0] / np.sqrt(self.frame.counts.cpu().numpy())
+            found = stable_from(np.moveaxis(by_row, 1, -1), self._stable)
+            arrays.per_prompt["head_stable_from"] = Named(("layer", "head", "prompt"), found)
         return arrays
 
 

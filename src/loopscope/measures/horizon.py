@@ -8,13 +8,14 @@ from torch import Tensor
 
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
 from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm
-from loopscope.visits import LoopState, Visit
+from loopscope.visits import AttentionView, LoopState, Visit
 
 __all__ = ["HorizonStates"]
 
 
 class HorizonStates(Measure):
-    """Keeps `X[i]` and the loop state after H and after 2H recurrences, and the steps into them; nothing else.
+    """Keeps `X[i]` and the loop state after H and after 2H recurrences, the steps into them, and the attention at H;
+    nothing else.
 
     It also notes when a prompt's state stops being finite.
     """
@@ -25,6 +26,7 @@ class HorizonStates(Measure):
         layers = frame.info.recurrent
         self._states: list[list[Tensor | None]] = [[None] * (layers + 1) for _ in self.horizons]
         self._steps: list[list[Tensor | None]] = [[None] * layers for _ in self.horizons]
+        self._attention: list[AttentionView | None] = [None] * layers
         self._norms: dict[tuple[int, int], Tensor] = {}
         self._previous: list[Tensor | None] = [None] * layers
         self.diverged_at = torch.full((frame.prompts,), -1, dtype=torch.int64, device=frame.mask.device)
@@ -42,6 +44,8 @@ class HorizonStates(Measure):
             norm = residual_norm(visit.residual)
             self._states[place][visit.layer] = visit.residual
             self._steps[place][visit.layer] = distance(visit.residual, previous) / norm
+            if place == 0:
+                self._attention[visit.layer] = visit.attention
             self._previous[visit.layer] = None
 
     def loop_state(self, loop_state: LoopState) -> None:
@@ -57,6 +61,10 @@ class HorizonStates(Measure):
         if state is None:
             raise RuntimeError(f"The run did not reach {self.horizons[place]} recurrences.")
         return state
+
+    def attention(self, layer: int) -> AttentionView | None:
+        """The attention of a layer at the first horizon; None where it cannot be seen."""
+        return self._attention[layer]
 
     def norm(self, place: int, layer: int) -> Tensor:
         """Norms of `layer(place, layer)`, (batch, token)."""

@@ -1,4 +1,4 @@
-"""Cycle similarity: cosines of the residual streams of every pair of visits (arXiv 2604.11791, section 4.1)."""
+"""Cycle similarity: every pair of visits, by residual stream and by attention (arXiv 2604.11791, section 4.1)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
+from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.functions import residual_norm, widen
-from loopscope.visits import Visit
+from loopscope.visits import AttentionView, Visit
 
-__all__ = ["CycleSimilarity", "visit_labels"]
+__all__ = ["AttentionCycle", "CycleSimilarity", "visit_labels"]
+
+_TILE_ENTRIES = 2**21
+"""Probabilities, of all visits together, in a tile of rows: 16 MiB in float64."""
 
 
 def visit_labels(prelude: int, recurrent: int, coda: int, recurrences: int) -> list[str]:
@@ -29,13 +32,11 @@ class CycleSimilarity(Measure):
         self.frame = frame
         self.recurrences = min(recurrences, frame.recurrences)
         self._directions: list[Tensor] = []
-        self._norms: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
             return
         norm = residual_norm(visit.residual)
-        self._norms.append(masked_mean(norm, self.frame.mask))
         direction = widen(visit.residual) / norm.unsqueeze(-1)
         self._directions.append(torch.where(self.frame.mask.unsqueeze(-1), direction, 0.0))
 
@@ -53,6 +54,55 @@ class CycleSimilarity(Measure):
         arrays = Arrays()
         arrays.summed["cycle_similarity"] = Named(("visit", "visit_other"), total.numpy())
         arrays.weight["cycle_similarity"] = weight.numpy()
-        norms: np.ndarray = torch.stack(self._norms).double().cpu().numpy()
-        arrays.per_prompt["visit_norm"] = Named(("visit", "prompt"), norms)
         return arrays
+
+
+class AttentionCycle(Measure):
+    """Frobenius distances between the attention of every pair of visits.
+
+    `sqrt(sum over heads ||A_u - A_v||^2 / (H T))`: the root mean square, over heads and rows, of the distance between
+    two rows. From one Gram matrix of all maps that is added up over tiles of rows, in float64, since a distance is the
+    small difference of large squares. Keeps the queries and keys of the first few recurrences.
+    """
+
+    def __init__(self, frame: Frame, heads: int, recurrences: int) -> None:
+        self.frame = frame
+        self.recurrences = min(recurrences, frame.recurrences)
+        self._heads = heads
+        self._views: list[AttentionView | None] = []
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
+            return
+        seen = visit.attention is not None and visit.attention.heads == self._heads
+        self._views.append(visit.attention if seen else None)
+
+    def finish(self) -> Arrays:
+        distances = self._distances()
+        finite = np.isfinite(distances)
+        arrays = Arrays()
+        total = np.where(finite, distances, 0.0).sum(0)
+        arrays.summed["attention_cycle_distance"] = Named(("visit", "visit_other"), total)
+        arrays.weight["attention_cycle_distance"] = finite.sum(0).astype(np.float64)
+        return arrays
+
+    def _distances(self) -> np.ndarray:
+        """(prompt, visit, visit), NaN for visits whose attention cannot be seen."""
+        seen = [index for index, view in enumerate(self._views) if view is not None]
+        views = [view for view in self._views if view is not None]
+        prompts, tokens = self.frame.prompts, self.frame.tokens
+        found = np.full((prompts, len(self._views), len(self._views)), np.nan)
+        if not views:
+            return found
+        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=self.frame.mask.device)
+        step = max(1, _TILE_ENTRIES // (len(views) * prompts * self._heads * tokens))
+        for start in range(0, tokens, step):
+            tiles = [view.tile(start, min(start + step, tokens)).double().flatten(1) for view in views]
+            rows = torch.stack(tiles, dim=1)
+            gram += rows @ rows.mT
+        norms = gram.diagonal(dim1=-2, dim2=-1)
+        squares = (norms[:, :, None] + norms[:, None] - 2 * gram).clamp(min=0)
+        scale = self._heads * self.frame.counts.double()
+        values = (squares / scale[:, None, None]).sqrt().cpu().numpy()
+        found[np.ix_(range(prompts), seen, seen)] = values
+        return found

@@ -30,6 +30,7 @@ def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
             ("injection", view.injection),
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
+    facts += _beginning(study.manifest.get("tokenizer"))
     facts.append(("run in", view.dtype))
     if "parameters" in model:
         facts.append(("parameters", f"{int(model['parameters']):,}"))
@@ -59,6 +60,14 @@ def provenance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
     return groups + ([("run", single)] if single else [])
 
 
+def _beginning(tokenizer: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """With which token the prompts begin, where a tokenizer made them: much of what a model does hangs on BOS."""
+    if tokenizer is None:
+        return []
+    bos = "no special token" if tokenizer["bos"] is None else str(tokenizer["bos"]["text"])
+    return [("prompts start with", f"{bos}, chat template" if tokenizer["chat_template"] == "used" else bos)]
+
+
 def _layout(material: Material) -> str:
     if not material.view.looped:
         return f"{material.prelude + material.coda} layers, feed-forward"
@@ -80,8 +89,8 @@ def _flattened(entries: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
 
 
 def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
+    if value is None:  # nothing there, or nothing known
+        return "–"
     if isinstance(value, list | tuple):
         return ", ".join(str(entry) for entry in value) or "none"
     return str(value)

@@ -14,7 +14,7 @@ from loopscope.report.axes import add_floor, add_stages, mark_vertical, scale_y
 from loopscope.report.material import Material, median_over_prompts, positive
 from loopscope.report.style import base_figure, layer_colours, named_in_legend, ordered_colours
 
-__all__ = ["by_layer", "by_recurrence"]
+__all__ = ["by_layer", "by_recurrence", "powers_of_two"]
 
 
 def by_layer(material: Material, name: str, y_title: str, *, ribbon: bool = True, floor: bool = False) -> go.Figure:
@@ -52,7 +52,7 @@ def by_recurrence(material: Material, values: xarray.DataArray, y_title: str) ->
     `values` has dimensions (layer, recurrence), all recurrences.
     """
     figure = base_figure("relative depth (% of prelude, block and coda)", y_title, hovermode="closest")
-    picked = _powers_of_two(values.sizes["recurrence"])
+    picked = powers_of_two(values.sizes["recurrence"])
     depth = [material.depth_percent(layer) for layer in range(material.recurrent)]
     add_stages(figure, material)
     for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
@@ -90,6 +90,7 @@ def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArra
     )
 
 
-def _powers_of_two(total: int) -> list[int]:
+def powers_of_two(total: int) -> list[int]:
+    """1, 2, 4 and so on up to a number, and that number."""
     powers = [2**exponent for exponent in range(total.bit_length()) if 2**exponent <= total]
     return powers if powers[-1] == total else [*powers, total]

@@ -20,11 +20,13 @@ from loopscope.answers.wording import significant
 from loopscope.report.convergence import convergence_section
 from loopscope.report.facts import header_facts, provenance, thresholds
 from loopscope.report.figure import Section
+from loopscope.report.heads import heads_section
 from loopscope.report.material import Material, gather_material
 from loopscope.report.norms import norms_section
 from loopscope.report.readout import readout_section
 from loopscope.report.settings import ReportSettings
 from loopscope.report.similarity import similarity_section
+from loopscope.report.stages import stages_section
 from loopscope.report.tokens import tokens_section
 from loopscope.report.trajectories import trajectories_section
 from loopscope.study import Study
@@ -106,9 +108,15 @@ def _sections(material: Material) -> list[Section]:
         sections = [convergence_section(material), similarity_section(material)]
         if "trajectory" in material.view.dataset:
             sections.append(trajectories_section(material))
-        sections += [readout_section(material), tokens_section(material), norms_section(material)]
+        sections += [
+            readout_section(material),
+            heads_section(material),
+            stages_section(material),
+            tokens_section(material),
+            norms_section(material),
+        ]
     else:
-        sections = [similarity_section(material), norms_section(material)]
+        sections = [similarity_section(material), heads_section(material), stages_section(material)]
     shown = [
         dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])
         for section in sections

@@ -10,7 +10,7 @@ from loopscope.report.figure import Figure, Section
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.style import SEQUENTIAL, base_figure
 
-__all__ = ["similarity_section"]
+__all__ = ["similarity_section", "visits_map"]
 
 _MOST_NUMBERS = 8
 
@@ -51,21 +51,6 @@ def _layers(material: Material) -> Figure:
 
 def _visits(material: Material) -> Figure:
     labels = [str(label) for label in material.shown["visit"].values]
-    figure = _heat_map(material.shown["cycle_similarity"].values, labels, "visit", "visit")
-    edges = _stage_starts(labels)
-    for edge in edges[1:]:
-        for add in (figure.add_vline, figure.add_hline):
-            add(edge - 0.5, line={"color": "white", "width": 1.5})
-    middles = [(start + end - 1) / 2 for start, end in zip(edges, [*edges[1:], len(labels)], strict=True)]
-    names = [_stage_name(labels[start]) for start in edges]
-    figure.update_traces(
-        x=None,
-        y=None,
-        customdata=np.array([[[a, b] for b in labels] for a in labels]),
-        hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>cosine %{z:.3f}<extra></extra>",
-    )
-    figure.update_xaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="", tickangle=-90)
-    figure.update_yaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="")
     if material.view.looped:
         title = "Does every pass through the block repeat the last one?"
         reading = (
@@ -79,22 +64,60 @@ def _visits(material: Material) -> Figure:
         anchor="cycle-similarity",
         title=title,
         caption=f"Cosine between the residual streams of every two visits, in order of realised depth. {reading}",
-        plot=figure,
+        plot=visits_map(material.shown["cycle_similarity"].values, labels, "cosine", highest=1.0),
         height=420,
     )
 
 
-def _heat_map(values: NDArray[np.floating], names: list[str], x_title: str, y_title: str) -> go.Figure:
+def visits_map(
+    values: NDArray[np.floating],
+    labels: list[str],
+    what: str,
+    *,
+    lowest: float | None = None,
+    highest: float | None = None,
+) -> go.Figure:
+    """A heat map of visits x visits, with white lines where a stage or a recurrence begins."""
+    figure = _heat_map(values, labels, "visit", "visit", what=what, lowest=lowest, highest=highest)
+    edges = _stage_starts(labels)
+    for edge in edges[1:]:
+        for add in (figure.add_vline, figure.add_hline):
+            add(edge - 0.5, line={"color": "white", "width": 1.5})
+    middles = [(start + end - 1) / 2 for start, end in zip(edges, [*edges[1:], len(labels)], strict=True)]
+    names = [_stage_name(labels[start]) for start in edges]
+    figure.update_traces(
+        x=None,
+        y=None,
+        customdata=np.array([[[a, b] for b in labels] for a in labels]),
+        hovertemplate=f"%{{customdata[0]}}<br>%{{customdata[1]}}<br>{what} %{{z:.3f}}<extra></extra>",
+    )
+    figure.update_xaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="", tickangle=-90)
+    figure.update_yaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="")
+    return figure
+
+
+def _heat_map(
+    values: NDArray[np.floating],
+    names: list[str],
+    x_title: str,
+    y_title: str,
+    *,
+    what: str = "cosine",
+    lowest: float | None = None,
+    highest: float | None = 1.0,
+) -> go.Figure:
+    """Colours from the least value (at most 0) to the largest, unless told otherwise."""
     figure = base_figure(x_title, y_title, hovermode="closest")
     shown = values.astype(np.float32)
+    finite = shown[np.isfinite(shown)]
     figure.add_heatmap(
         z=shown,
         x=names,
         y=names,
-        zmin=float(np.nanmin(shown, initial=0.0)),
-        zmax=1.0,
+        zmin=float(min(0.0, finite.min(initial=0.0))) if lowest is None else lowest,
+        zmax=float(finite.max(initial=0.0)) if highest is None else highest,
         colorscale=SEQUENTIAL,
-        colorbar={"title": {"text": "cosine", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
+        colorbar={"title": {"text": what, "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
         hovertemplate="%{x} and %{y}: %{z:.3f}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False)

@@ -1,0 +1,91 @@
+"""Do the attention heads stabilise?"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.statistics import median
+from loopscope.answers.view import StudyView
+from loopscope.answers.wording import percent, plural, significant
+
+__all__ = ["heads_answer"]
+
+_QUESTION = "Do the attention heads stabilise?"
+
+
+def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """Shares of (layer, head, prompt) whose map changes by little from some recurrence on, and when."""
+    if "head_stable_from" not in view.finite:
+        return _unanswered("not measured", "No head's change was measured.", criterion)
+    if view.recurrences < 3:
+        return _unanswered(
+            "not measured", "It takes three recurrences to see a change and that it stays small.", criterion
+        )
+    if not view.finite.sizes["prompt"]:
+        return _unanswered("it diverges", "Every prompt diverged, so there are no heads to follow.", criterion)
+    change = view.finite["attention_change"] / np.sqrt(view.finite["token_count"])
+    found = view.finite["head_stable_from"].transpose("layer", "head", "prompt")
+    seen = np.isfinite(change.isel(recurrence=-1).transpose("layer", "head", "prompt").values)
+    if not seen.any():
+        return _unanswered("cannot be seen", "No layer's attention can be seen in this model.", criterion)
+    stable = np.isfinite(found.values[seen])
+    share = float(stable.mean())
+    from_count = median(found.values) + 1
+    last = change.isel(recurrence=-1)
+    layer, head = _most_restless(last)
+    largest = float(last.sel(layer=layer, head=head).median("prompt"))
+    evidence: dict[str, float | str] = {
+        "share_of_heads_stable": share,
+        "recurrences_median": from_count,
+        "threshold": view.head_stable,
+        "change_per_row_at_last": median(last.values),
+        "most_restless": f"layer {layer}, head {head}",
+        "its_change_per_row_at_last": largest,
+    }
+    said = (
+        f"In {percent(share)} of all cases (layer, head and prompt) the rows of a map change by less than "
+        f"{view.head_stable:g} from some recurrence on"
+    )
+    when = f", half of them after {plural(int(from_count), 'recurrence')}" if share > 0 else ""
+    restless = f" The most restless is head {head} of layer {layer}: {significant(largest)} a row at the last step."
+    if share >= criterion.prompts_needed:
+        outcome, verdict, answer = Outcome.YES, f"yes, after about {int(from_count)}", "Yes."
+    elif share <= 1 - criterion.prompts_needed:
+        outcome, verdict, answer = Outcome.NO, "no", "No."
+    else:
+        outcome, verdict, answer = Outcome.PARTLY, "some of them", "Some do."
+    limits = []
+    if share < 1:
+        limits.append(f"A head that is not stable within {view.recurrences} recurrences may be so later.")
+    return Answer(
+        key="heads",
+        question=_QUESTION,
+        outcome=outcome,
+        verdict=verdict,
+        sentence=f"{answer} {said}{when}.{restless}",
+        evidence=evidence,
+        figure="heads-stable",
+        limits=limits,
+        criterion=criterion,
+    )
+
+
+def _most_restless(change: xarray.DataArray) -> tuple[int, int]:
+    """Layer and head whose last change is largest, median over prompts."""
+    middle = change.median("prompt").transpose("layer", "head").fillna(-1).values
+    layer, head = np.unravel_index(int(middle.argmax()), middle.shape)
+    return int(layer), int(head)
+
+
+def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
+    return Answer(
+        key="heads",
+        question=_QUESTION,
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict=verdict,
+        sentence=sentence,
+        criterion=criterion,
+    )

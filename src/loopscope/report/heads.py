@@ -1,0 +1,188 @@
+"""Figures: what each head looks at, and whether its attention settles."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray
+from numpy.typing import NDArray
+
+from loopscope.report.figure import Figure, Section
+from loopscope.report.lines import by_layer
+from loopscope.report.material import Material, median_over_prompts
+from loopscope.report.similarity import visits_map
+from loopscope.report.style import SEQUENTIAL, base_figure, layer_colours, named_in_legend
+
+__all__ = ["heads_section"]
+
+_ROW_PIXELS = 9
+"""Of a head in the heat map, at least; fewer and rows cannot be told apart."""
+
+
+def heads_section(material: Material) -> Section:
+    """Change, stabilisation and sinks of the heads."""
+    figures = []
+    if "attention_change" in material.shown:
+        if material.view.recurrences > 1:
+            figures += [_changes(material), _stable(material)]
+        figures.append(_distance(material))
+    if "sink_score" in material.shown and not material.view.looped:
+        figures.append(_sinks(material))
+    if "attention_cycle_distance" in material.shown:
+        figures.append(_cycle(material))
+    lead = "Attention after the softmax, head by head; medians over prompts."
+    if material.view.looped:
+        lead += (
+            " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
+            "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
+        )
+    return Section(
+        anchor="heads",
+        short="Heads",
+        title="Do the heads stabilise?" if material.view.looped else "What do the heads look at?",
+        lead=lead,
+        figures=figures,
+    )
+
+
+def _per_row(material: Material, name: str) -> xarray.DataArray:
+    """Frobenius distances over sqrt(T), so that prompts of different length compare."""
+    return material.shown[name] / np.sqrt(material.shown["token_count"])
+
+
+def _changes(material: Material) -> Figure:
+    change = median_over_prompts(_per_row(material, "attention_change"))
+    counts = material.counts[material.counts > 1]
+    heads = change.sizes["head"]
+    values = change.isel(recurrence=counts - 1).transpose("layer", "head", "recurrence").values
+    rows = values.reshape(-1, len(counts)).astype(np.float32)
+    with np.errstate(divide="ignore"):  # a map that does not change at all has no logarithm, and no colour
+        shown = np.where(rows > 0, np.log10(rows), np.nan)
+    figure = base_figure("recurrence", "layer: one row per head", hovermode="closest")
+    exponents = _decades(shown)
+    figure.add_heatmap(
+        z=shown,
+        x=counts,
+        colorscale=SEQUENTIAL,
+        zmin=exponents[0] if exponents else None,
+        zmax=exponents[-1] if exponents else None,
+        customdata=np.array([[[layer, head]] * len(counts) for layer in range(len(values)) for head in range(heads)]),
+        hovertemplate="layer %{customdata[0]}, head %{customdata[1]}, recurrence %{x}: 10^%{z:.2f}<extra></extra>",
+        colorbar={
+            "title": {"text": "change per row", "side": "right"},
+            "thickness": 12,
+            "outlinewidth": 0,
+            "len": 0.9,
+            "tickvals": exponents,
+            "ticktext": [f"{10.0**exponent:g}" for exponent in exponents],
+        },
+    )
+    for layer in range(1, len(values)):
+        figure.add_hline(y=layer * heads - 0.5, line={"color": "white", "width": 1.5})
+    middles = [layer * heads + (heads - 1) / 2 for layer in range(len(values))]
+    every = max(1, len(values) // 16)
+    figure.update_yaxes(
+        autorange="reversed",
+        tickvals=middles[::every],
+        ticktext=[str(layer) for layer in range(0, len(values), every)],
+        ticks="",
+        showgrid=False,
+    )
+    return Figure(
+        anchor="head-change",
+        title="Which heads keep changing?",
+        caption=(
+            "Dark to the right: the head's attention has settled. Bright stripes: heads that go on changing, however "
+            "often the block runs. White lines part the layers."
+        ),
+        plot=figure,
+        height=max(340, min(900, 120 + _ROW_PIXELS * len(rows))),
+    )
+
+
+def _decades(logarithms: NDArray[np.floating]) -> list[int]:
+    """Whole powers of ten around the values, at most nine of them."""
+    finite = logarithms[np.isfinite(logarithms)]
+    if not finite.size:
+        return []
+    low, high = int(np.floor(finite.min())), int(np.ceil(finite.max()))
+    high = max(high, low + 1)
+    return list(range(low, high + 1, max(1, -(-(high - low) // 8))))
+
+
+def _stable(material: Material) -> Figure:
+    """Share of heads that are stable after so many recurrences."""
+    found = material.shown["head_stable_from"]
+    counts = material.counts
+    figure = base_figure("recurrences", "share of heads")
+    settled = [(found < count).where(np.isfinite(found), other=False) for count in counts]
+    layers = found.sizes["layer"]
+    for layer, colour in enumerate(layer_colours(layers)):
+        share = np.array([float(one.isel(layer=layer).mean()) for one in settled], dtype=np.float32)
+        figure.add_scatter(
+            x=counts,
+            y=share,
+            name=f"layer {layer}",
+            mode="lines",
+            line={"color": colour, "width": 2, "shape": "hv"},
+            showlegend=named_in_legend(layer, layers),
+            hovertemplate="%{y:.0%}",
+        )
+    figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
+    return Figure(
+        anchor="heads-stable",
+        title="After how many recurrences are heads stable?",
+        caption=(
+            "Share of heads, over all prompts, whose change stays below the threshold of the analysis "
+            "(--head-stable) from there on. The last recurrence measured cannot count: nothing after it was seen."
+        ),
+        plot=figure,
+    )
+
+
+def _distance(material: Material) -> Figure:
+    by_head = _per_row(material, "attention_distance_to_horizon").mean("head")
+    drawn = Material(**{**vars(material), "shown": material.shown.assign(attention_away=by_head)})
+    return Figure(
+        anchor="head-distance",
+        title=f"How far is attention from that at recurrence {material.view.horizon}?",
+        caption="Mean over heads of the distance per row to the same head's map at H, a line per layer.",
+        plot=by_layer(drawn, "attention_away", "distance per row", ribbon=False),
+    )
+
+
+def _sinks(material: Material) -> Figure:
+    sink = median_over_prompts(material.shown["sink_score"]).transpose("depth", "head").values.astype(np.float32)
+    figure = base_figure("head", "layer", hovermode="closest")
+    figure.add_heatmap(
+        z=sink,
+        zmin=0,
+        zmax=1,
+        colorscale=SEQUENTIAL,
+        colorbar={"title": {"text": "sink score", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
+        hovertemplate="layer %{y}, head %{x}: %{z:.2f}<extra></extra>",
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return Figure(
+        anchor="head-sinks",
+        title="Which heads rest on the first token?",
+        caption="Share of a head's attention that the first token receives; a head has a sink from 0.3 on.",
+        plot=figure,
+        height=420,
+    )
+
+
+def _cycle(material: Material) -> Figure:
+    labels = [str(label) for label in material.shown["visit"].values]
+    figure = visits_map(material.shown["attention_cycle_distance"].values, labels, "distance per row", lowest=0.0)
+    return Figure(
+        anchor="attention-cycle",
+        title="Does attention repeat from pass to pass?" if material.view.looped else "How alike are the layers?",
+        caption=(
+            "Distance between the attention maps of every two visits, head by head, then over all heads. Dark diagonal "
+            "stripes: each layer attends as it did one pass before."
+            if material.view.looped
+            else "Distance between the attention maps of every two layers, over all heads."
+        ),
+        plot=figure,
+        height=420,
+    )
