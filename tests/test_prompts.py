@@ -242,7 +242,7 @@ def test_a_damaged_parquet_file(tmp_path: Path) -> None:
 
 
 def test_a_hub_preset_without_a_network(hub_cache: Path) -> None:
-    with pytest.raises(PromptError, match="'math500' cannot be downloaded: it is not in the cache, .*--prompts FILE"):
+    with pytest.raises(PromptError, match=r"'math500' cannot be downloaded: it is not in the cache, .*--prompts FILE"):
         load_prompts(prompts="math500")
 
 
