@@ -45,7 +45,8 @@ def _padded(values: Array, dims: tuple[str, ...], longest: int) -> Array:
     if "token" not in dims:
         return values
     missing = longest - values.shape[-1]
-    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)], constant_values=np.nan)
+    empty = -1 if values.dtype.kind == "i" else np.nan
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)], constant_values=empty)
 
 
 def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
@@ -53,9 +54,10 @@ def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSetti
     states = _States.of(subject, prompt, settings) if looped else None
     found = _whole_depth(subject, prompt, settings)
     counts = _readout(subject, settings) if looped else [None]
-    losses = [_loss(subject, prompt, count, settings.seed) for count in counts]
     found |= _attention_and_stages(subject, prompt, settings)
-    found["loss"] = (("readout_recurrence",), np.array(losses))
+    found |= _readouts(subject, prompt, counts, settings.seed)
+    if subject.info.exit_threshold is not None:
+        found |= _exits(subject, prompt, settings)
     found["token_count"] = ((), np.array(float(len(prompt))))
     found["diverged_at"] = ((), np.array(-1.0))
     if states is not None:
@@ -259,13 +261,46 @@ def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int]:
     return sorted(count for count in grid if count is not None and count <= settings.recurrences)
 
 
-def _loss(subject: NativeSubject, prompt: list[int], recurrences: int | None, seed: int) -> float:
-    logits = _array(capture(subject, prompt, recurrences=recurrences, seed=seed).logits)
-    if len(prompt) == 1:
-        return float("nan")
-    score = np.exp(logits - logits.max(-1, keepdims=True))
-    probability = score / score.sum(-1, keepdims=True)
-    return float(-np.log([probability[place, token] for place, token in enumerate(prompt[1:])]).mean())
+def _readouts(subject: NativeSubject, prompt: list[int], counts: Sequence[int | None], seed: int) -> dict[str, Named]:
+    """Every readout from a run of its own that ends there. With an exit gate, as if the model never stopped early."""
+    shares = []
+    for count in counts:
+        trace = capture(subject, prompt, recurrences=count, seed=seed)
+        logits = _array(trace.logits)
+        if subject.info.exit_threshold is not None and count is not None:
+            logits = _array(subject.model.unembed(trace.loop_state(count - 1)).detach())
+        score = np.exp(logits - logits.max(-1, keepdims=True))
+        shares.append(score / score.sum(-1, keepdims=True))
+    last = shares[-1]
+    following = [(place, token) for place, token in enumerate(prompt[1:])]
+    losses = [[-np.log(share[place, token]) for place, token in following] for share in shares]
+    rows = {
+        "token_loss": [[*row, np.nan] for row in losses],
+        "token_entropy": [-(share * np.log(share)).sum(-1) for share in shares],
+        "token_kl_to_last": [(last * np.log(last / share)).sum(-1) for share in shares],
+        "token_top1": [share.argmax(-1) for share in shares],
+    }
+    found: dict[str, Named] = {name: (("readout_recurrence", "token"), np.array(row)) for name, row in rows.items()}
+    mean = [np.mean(row) if row else np.nan for row in losses]
+    return found | {"loss": (("readout_recurrence",), np.array(mean))}
+
+
+def _exits(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
+    trace = capture(subject, prompt, recurrences=settings.recurrences, seed=settings.seed)
+    gate = subject.model.exit_gate
+    assert gate is not None
+    weight, bias = gate.weight.detach().double().numpy()[0], float(gate.bias)
+    going = np.ones(len(prompt))
+    shares = []
+    for recurrence in range(settings.recurrences):
+        stop = 1 / (1 + np.exp(-(_array(trace.loop_state(recurrence)) @ weight + bias)))
+        shares.append(going if recurrence == settings.recurrences - 1 else going * stop)
+        going = going * (1 - stop)
+    by_token = np.array(shares)
+    return {
+        "exit_probability": (("recurrence",), by_token.mean(-1)),
+        "token_exit_probability": (("recurrence", "token"), by_token),
+    }
 
 
 def _trajectories(

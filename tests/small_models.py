@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ LOOP_NORM = architecture(
     coda=0,
 )
 """Like Ouro: what is carried on is not what the last layer put out."""
+GATED = dataclasses.replace(LOOP_NORM, exit_gate=True, exit_threshold=0.6)
+"""With Ouro's exit gate too."""
 ADDED = architecture(injection="add", state_init="embeddings", norm_placement="branch-out", recurrent=1)
 """One recurrent layer, and the prelude's output as initial state."""
 FEED_FORWARD = architecture(recurrent=0, injection="none", state_init="embeddings", recurrences=1)

@@ -96,6 +96,7 @@ def looped_study(
     scatter = rng.normal(scale=0.3, size=prompts)
     losses = loss(readouts.astype(float))[:, None] + scatter + rng.normal(scale=1e-3, size=(len(readouts), prompts))
     dataset["loss"] = ("readout_recurrence", "prompt"), np.where(finite.all(axis=0), losses, np.nan)
+    dataset |= _readouts(readouts, prompts, tokens)
     dataset["noise_floor"] = ("layer", "prompt"), np.full((LAYERS, prompts), floor)
     dataset["diverged_at"] = "prompt", np.where(finite.all(axis=0), -1, finite.argmin(axis=0))
     dataset["token_count"] = "prompt", np.full(prompts, tokens)
@@ -252,6 +253,20 @@ def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, A
         "attention_change": (dims, change.astype(np.float32)),
         "attention_distance_to_horizon": (dims, shrinking.astype(np.float32)),
         "head_stable_from": (("layer", "head", "prompt"), np.full((LAYERS, heads, prompts), stable)),
+    }
+
+
+def _readouts(counts: Array, prompts: int, tokens: int) -> dict[str, Any]:
+    """Predictions that halve their distance from the last one, whose top token is the last one's from 4 on."""
+    dims = ("readout_recurrence", "prompt", "token")
+    shape = np.ones((len(counts), prompts, tokens))
+    away = 0.5 ** counts[:, None, None] * shape
+    away[-1] = 0
+    return {
+        "token_loss": (dims, 2 + away),
+        "token_entropy": (dims, 1 + away),
+        "token_kl_to_last": (dims, away),
+        "token_top1": (dims, np.where(counts[:, None, None] < 4, 7, 3) * shape.astype(np.int64)),
     }
 
 

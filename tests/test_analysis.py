@@ -20,6 +20,7 @@ from small_models import (
     ADDED,
     ARCHITECTURES,
     FEED_FORWARD,
+    GATED,
     INJECTED,
     LOOP_NORM,
     PROMPTS,
@@ -55,7 +56,7 @@ def assert_near(found: xarray.Dataset, wanted: xarray.Dataset, tolerance: float)
         )
 
 
-@pytest.mark.parametrize("shape", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("shape", [*ARCHITECTURES.values(), GATED], ids=[*ARCHITECTURES, "gated"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"]
 )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from loopscope.answers import Answer, Criterion, Outcome, quick_answers
 from loopscope.answers.arrival import arrival
+from loopscope.answers.exits import final_from
 from loopscope.answers.stages import repetition
 from loopscope.answers.statistics import Share, paired_difference, wilson_interval
 from loopscope.answers.wording import percent, significant, spans
@@ -47,6 +48,25 @@ def test_contraction_is_a_fixed_point_of_its_own_for_each_layer() -> None:
     assert found["trained_depth"].evidence["relative_distance_at_trained"] == pytest.approx(0.6**4, rel=1e-3)
     assert found["initial_state"].outcome is Outcome.YES
     assert found["limits"].verdict == "little"
+
+
+def test_the_answer_is_final_where_the_top_tokens_stay() -> None:
+    found = answers(looped_study(contracting()))["final"]
+    assert found.outcome is Outcome.YES
+    assert found.verdict == "after 4"
+    assert found.evidence["tokens_final_after_2"] == 0
+    assert found.evidence["tokens_final_after_4"] == 1
+    assert found.evidence["kl_to_last_after_4"] == pytest.approx(0.5**4)
+    study = looped_study(contracting())
+    study.dataset["token_top1"][-1] = 9  # the last readout changes every answer
+    found = answers(study)["final"]
+    assert found.outcome is Outcome.NO
+    assert found.verdict == "not before 16"
+
+
+def test_a_token_is_final_from_where_it_never_changes_again() -> None:
+    top = np.array([[1, 1, 1, 2], [2, 1, 3, 2], [1, 1, 1, 2], [1, 1, 1, 5]])
+    assert final_from(top).tolist() == [2, 0, 2, 3]
 
 
 def test_heads_that_settle_are_counted_and_the_most_restless_is_named() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.architecture import Architecture
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES
+from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.passes import Plan, kept_bytes, recurrences_run
 from loopscope.settings import HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
@@ -101,7 +101,7 @@ PARTS: Mapping[Part, set[str]] = {
     "path-independence": {"path_distance", "path_cosine"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
-    "readout": {"loss"},
+    "readout": {"loss", *TOKEN_READOUTS},
     "noise-floor": {"noise_floor"},
     "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
     "stages": set(STAGE_NAMES),

@@ -15,7 +15,7 @@ import pytest
 
 from loopscope.answers import Criterion, quick_answers
 from loopscope.errors import ConfigError, StorageError, StudyError
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES
+from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.report import ReportSettings, write_report
 from loopscope.study import Study
 from synthetic_study import (
@@ -44,6 +44,8 @@ LOOPED_FIGURES = {
     "trajectory-3d-0",
     "path-independence",
     "loss",
+    "final-token",
+    "readout-divergence",
     "norm-by-layer",
     "head-change",
     "heads-stable",
@@ -207,7 +209,7 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
     study = looped_study(contracting())
     parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "attention_cycle_distance"]
     parts += ["trajectory", "trajectory_variance", "visit", "visit_other"]
-    parts += [*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", *STAGE_NAMES]
+    parts += [*TOKEN_READOUTS, *HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", *STAGE_NAMES]
     parts += [str(name) for name in study.dataset.coords if str(name).startswith("depth")]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
     left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}

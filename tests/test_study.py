@@ -13,18 +13,20 @@ import xarray
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.architecture import Architecture
 from loopscope.errors import StudyError
-from loopscope.measures import HEAD_NAMES, STAGE_NAMES
+from loopscope.measures import HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.measures.convergence import TOKEN_NAMES
-from small_models import ADDED, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, subject
+from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, subject
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 SETTINGS = AnalyzeSettings(recurrences=5, horizon=3, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2)
+GATE = {"exit_probability", "token_exit_probability"}
 FEED_FORWARD_VARIABLES = {
     "cycle_similarity",
     "attention_cycle_distance",
     "loss",
     "token_count",
     "diverged_at",
+    *TOKEN_READOUTS,
     *HEAD_NAMES,
     *STAGE_NAMES,
 }
@@ -66,6 +68,8 @@ def documented_variables() -> dict[str, tuple[str, ...]]:
 
 def test_the_documentation_lists_the_variables_and_their_dimensions(study: Study) -> None:
     produced = {str(name): tuple(map(str, values.dims)) for name, values in study.dataset.data_vars.items()}
+    gated = analyze(subject(GATED), PROMPTS, settings=SETTINGS).dataset
+    produced |= {str(name): tuple(map(str, values.dims)) for name, values in gated.data_vars.items()}
     assert produced == documented_variables()
 
 
@@ -77,7 +81,7 @@ def test_the_documentation_lists_the_coordinates(study: Study) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "missing"),
-    [(LOOP_NORM, {"path_distance", "path_cosine"}), (ADDED, set()), (FEED_FORWARD, None)],
+    [(LOOP_NORM, GATE | {"path_distance", "path_cosine"}), (ADDED, GATE), (FEED_FORWARD, None)],
     ids=["uninjected", "one layer", "feed-forward"],
 )
 def test_other_models_lack_what_the_documentation_says(shape: Architecture, missing: set[str] | None) -> None:

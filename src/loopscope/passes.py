@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope._shapes import States
+from loopscope._shapes import Logits, States
 from loopscope.errors import NonFiniteError
 from loopscope.measures import (
     Arrays,
@@ -150,6 +151,8 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
         kept.replay(convergence if heads is None else _Both(convergence, heads))
     else:
         advance(run, 0, plan.recurrences, [convergence, *live.observers], measured=True)
+    if live.readout is not None:
+        live.readout.decode(partial(_decode, runs))
     arrays = Arrays()
     for part in (convergence.finish(), horizon.finish(), live.finish(), floor):
         arrays.update(part)
@@ -167,13 +170,27 @@ def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
         live.watch(heads)
     guard = _FiniteGuard(frame, plan.first_prompt)
     run = runs.start(0, [guard, *live.observers])
-    live.after(1, run, lambda: None)
-    run.decode(live.observers)
+    logits = run.decode(live.observers)
+    if live.readout is not None:
+        live.readout.decode(lambda recurrences, state: logits)
     arrays = live.finish()
     if heads is not None:
         arrays.update(heads.finish())
     arrays.per_prompt["diverged_at"] = Named(("prompt",), np.full(frame.prompts, -1, dtype=np.int64))
     return arrays
+
+
+def _decode(runs: _Runs, recurrences: int, state: States | None) -> Logits:
+    """Logits after so many recurrences: of a run that starts where the measured one stood, if that can be had."""
+    if runs.subject.info.state_can_be_set:
+        run = runs.start(0, initial_state=state)
+    else:
+        run = runs.start(recurrences)
+        for _ in range(recurrences):
+            run.advance()
+    logits = run.decode()
+    run.close()
+    return logits
 
 
 def _heads(frame: Frame, plan: Plan, horizon: HorizonStates | None) -> HeadMeasures | None:
@@ -208,7 +225,6 @@ class _Live:
         self.path: PathIndependence | None = None
         self.stages: StageMeasures | None = None
         self._plan = plan
-        self._frame = frame
         self._also: list[Observer] = []
         if "cycle-similarity" not in plan.skip:
             self.cycle = CycleSimilarity(frame, plan.cycle_recurrences)
@@ -232,7 +248,7 @@ class _Live:
 
     @property
     def observers(self) -> list[Observer]:
-        measures = (self.cycle, self.attention_cycle, self.stages, self.trajectories, self.path)
+        measures = (self.cycle, self.attention_cycle, self.stages, self.trajectories, self.path, self.readout)
         return [measure for measure in measures if measure is not None] + self._also
 
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:
@@ -240,9 +256,7 @@ class _Live:
         if self.path is not None:
             self._other.advance([self.path.second])
             tick()
-        if self.readout is not None:
-            self.readout.after(recurrences, run)
-        if recurrences == self._plan.recurrences and self._frame.info.is_looped:
+        if recurrences == self._plan.recurrences:
             run.decode(self.observers)
 
     def finish(self) -> Arrays:

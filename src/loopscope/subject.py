@@ -68,6 +68,11 @@ class SubjectInfo:
         return self.loop_norm in ("none", "loop")
 
     @property
+    def state_can_be_set(self) -> bool:
+        """A run can be given its initial state; not that of a hooked model."""
+        return self.state_init is not None
+
+    @property
     def can_start_elsewhere(self) -> bool:
         """The prompt enters at every recurrence, so another initial state is still the same prompt."""
         return self.injection in ("linear", "add")
@@ -125,7 +130,7 @@ class Run(Protocol):
         """
 
     def close(self) -> None:
-        """Nothing more is asked of this run. One that is not closed is closed when it is garbage."""
+        """Nothing more is asked of this run. Closing twice is fine, and one that is garbage closes itself."""
 
     def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
         """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be

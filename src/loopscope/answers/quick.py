@@ -6,6 +6,7 @@ from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.arrival import arrival_answer
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.depth import trained_depth_answer
+from loopscope.answers.exits import final_answer
 from loopscope.answers.fixed_point import fixed_point_answer
 from loopscope.answers.heads import heads_answer
 from loopscope.answers.initial_state import initial_state_answer
@@ -25,6 +26,7 @@ _LOOPED = (
     trained_depth_answer,
     initial_state_answer,
     loss_answer,
+    final_answer,
     heads_answer,
     stages_answer,
 )

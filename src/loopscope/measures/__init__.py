@@ -34,7 +34,7 @@ from loopscope.measures.functions import (
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
 from loopscope.measures.path import PathIndependence
-from loopscope.measures.readout import Readout, next_token_loss, readout_grid
+from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
 from loopscope.measures.stages import (
     STAGE_NAMES,
@@ -52,6 +52,7 @@ __all__ = [
     "LEVELS",
     "SINK_THRESHOLD",
     "STAGE_NAMES",
+    "TOKEN_READOUTS",
     "Arrays",
     "AttentionCycle",
     "Convergence",
