@@ -103,10 +103,7 @@ def _final(material: Material) -> Figure:
     return Figure(
         anchor="final-token",
         title="From when on does the most probable next token stay?",
-        caption=(
-            "Share of all tokens whose top prediction is that of the last readout, and of those that keep it from there "
-            "on."
-        ),
+        caption="Share of all tokens whose top prediction is the last readout's, and of those that keep it from there.",
         plot=figure,
     )
 
