@@ -60,6 +60,8 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     limits = []
     if share < 1:
         limits.append(f"A head that is not stable within {view.recurrences} recurrences may be so later.")
+    if from_count > 0.75 * view.recurrences:
+        limits.append("Half of the stable heads became so in the last quarter of what was measured; measure further.")
     return Answer(
         key="heads",
         question=_QUESTION,

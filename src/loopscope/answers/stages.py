@@ -56,7 +56,8 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
         )
     elif repeated:
         outcome, verdict = Outcome.PARTLY, "some of them"
-        sentence = f"In part: {listed(repeated)} repeat from pass to pass, but not {listed(others)} ({numbers})."
+        verb = "repeats" if len(repeated) == 1 else "repeat"
+        sentence = f"In part: {listed(repeated)} {verb} from pass to pass, but not {listed(others)} ({numbers})."
     else:
         outcome, verdict = Outcome.NO, "no"
         sentence = f"No: {listed(others)} change from pass to pass more than such a repetition allows ({numbers})."

@@ -20,17 +20,19 @@ _ROW_PIXELS = 9
 
 def heads_section(material: Material) -> Section:
     """Change, stabilisation and sinks of the heads."""
-    figures = []
-    if "attention_change" in material.shown:
-        if material.view.recurrences > 1:
-            figures += [_changes(material), _stable(material)]
-        figures.append(_distance(material))
-    if "sink_score" in material.shown and not material.view.looped:
+    looped = material.view.looped
+    changes = "attention_change" in material.shown and material.view.recurrences > 1
+    # Tall figures beside each other, then the others.
+    figures = [_changes(material)] if changes else []
+    if "sink_score" in material.shown and not looped:
         figures.append(_sinks(material))
     if "attention_cycle_distance" in material.shown:
         figures.append(_cycle(material))
+    figures += [_stable(material)] if changes else []
+    if "attention_distance_to_horizon" in material.shown:
+        figures.append(_distance(material))
     lead = "Attention after the softmax, head by head; medians over prompts."
-    if material.view.looped:
+    if looped:
         lead += (
             " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
             "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
@@ -38,7 +40,7 @@ def heads_section(material: Material) -> Section:
     return Section(
         anchor="heads",
         short="Heads",
-        title="Do the heads stabilise?" if material.view.looped else "What do the heads look at?",
+        title="Do the heads stabilise?" if looped else "What do the heads look at?",
         lead=lead,
         figures=figures,
     )
