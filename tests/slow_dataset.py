@@ -39,6 +39,7 @@ def slow_dataset(subject: NativeSubject, prompts: Sequence[Sequence[int]], setti
         dims, values = variables[name]
         variables[name] = (dims[:-1], values.mean(-1))
     variables |= _trajectories(subject, prompts, settings)
+    variables |= _neurons(subject)
     return xarray.Dataset(variables)
 
 
@@ -345,4 +346,23 @@ def _trajectories(
     return {
         "trajectory": (("tracked", "layer", "recurrence", "component"), np.array(scores)),
         "trajectory_variance": (("tracked", "component"), np.array(shares)),
+    }
+
+
+def _neurons(subject: NativeSubject) -> dict[str, Named]:
+    model = subject.model
+    tokens = (model.embedding if model.head is None else model.head).weight.detach().double().numpy()
+    kurtosis, skew = [], []
+    for layer in (*model.prelude, *model.recurrent, *model.coda):
+        output = layer.mlp.down.weight.detach().double().numpy().T
+        cosines = output @ tokens.T / (_norm(output)[:, None] * _norm(tokens))
+        standard = (cosines - cosines.mean(-1, keepdims=True)) / cosines.std(-1, keepdims=True)
+        kurtosis.append((standard**4).mean(-1))
+        skew.append((standard**3).mean(-1))
+    peaked = np.array(kurtosis) > 10
+    return {
+        "neuron_kurtosis": (("unique_layer", "neuron"), np.array(kurtosis)),
+        "neuron_skew": (("unique_layer", "neuron"), np.array(skew)),
+        "prediction_neurons": (("unique_layer",), (peaked & (np.array(skew) > 0)).mean(-1)),
+        "suppression_neurons": (("unique_layer",), (peaked & (np.array(skew) < 0)).mean(-1)),
     }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import loopscope
 from loopscope import measures
+from loopscope.analysis import SilentProgress
 from loopscope.measures.base import Frame
 from loopscope.measures.heads import change_bound
 from loopscope.subject import Batch, NativeSubject
@@ -266,3 +267,28 @@ def test_a_state_that_is_not_finite_has_no_entropy_and_spoils_no_other() -> None
     found = measures.residual_entropy(states)
     assert math.isnan(float(found[0]))
     assert float(found[1]) == expected
+
+
+def test_a_neuron_that_writes_one_token_predicts_it_and_its_opposite_suppresses_it() -> None:
+    tokens = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))
+    writes = torch.stack([tokens[7], -3 * tokens[7], torch.randn(256, generator=torch.Generator().manual_seed(1))])
+    kurtosis, skew = measures.neuron_moments(writes.T, tokens)
+    assert kurtosis[0] > measures.KURTOSIS < kurtosis[1]
+    assert skew[0] > 0 > skew[1]
+    assert float(kurtosis[1]) == pytest.approx(float(kurtosis[0]), rel=1e-4)
+    assert 2 < kurtosis[2] < 4
+
+
+def test_models_too_large_for_their_neurons_say_so() -> None:
+    class Notes(SilentProgress):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    notes = Notes()
+    subject = NativeSubject(random_model())
+    study = loopscope.analyze(subject, [[1, 2, 3]], recurrences=2, horizon=2, neuron_limit=0.0, progress=notes)
+    assert "neuron_kurtosis" not in study.dataset
+    assert any("raise --neuron-limit" in note for note in notes.notes)

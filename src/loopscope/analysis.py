@@ -17,7 +17,16 @@ import xarray as xr
 
 from loopscope.errors import ConfigError, PromptError
 from loopscope.loading import load
-from loopscope.measures import LEVELS, Arrays, Named, depth_sites, readout_grid, visit_labels
+from loopscope.measures import (
+    LEVELS,
+    Arrays,
+    Named,
+    depth_sites,
+    neuron_operations,
+    neurons,
+    readout_grid,
+    visit_labels,
+)
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
 from loopscope.prompts import (
     Prompt,
@@ -31,7 +40,7 @@ from loopscope.prompts import (
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, Subject, SubjectInfo
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -240,7 +249,7 @@ class _Job:
 
     def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
         """All shards as one study."""
-        merged = merge(shards)
+        merged = merge(shards) | self._neurons()
         counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
         merged["token_count"] = Named(("prompt",), counts)
         dataset = xr.Dataset(
@@ -250,6 +259,19 @@ class _Job:
         manifest = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
         return Study(dataset, manifest, self._tokens())
 
+    def _neurons(self) -> dict[str, Named]:
+        """From the weights, which are no shard's: of a native model, unless that takes too long."""
+        if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
+            return {}
+        needed = neuron_operations(self.subject.model) / 1e12
+        if needed > self.settings.neuron_limit:
+            self.progress.note(
+                f"Prediction and suppression neurons are left out: counting them takes {needed:.3g} tera operations; "
+                "raise --neuron-limit to have them."
+            )
+            return {}
+        return neurons(self.subject.model)
+
     def _coordinates(self, arrays: dict[str, Named]) -> dict[str, Any]:
         lengths = {
             dim: size for entry in arrays.values() for dim, size in zip(entry.dims, entry.values.shape, strict=True)
@@ -257,6 +279,11 @@ class _Job:
         cycle = min(self.settings.cycle_recurrences, self.recurrences)
         visits = visit_labels(self.info.prelude, self.info.recurrent, self.info.coda, cycle)
         values: dict[str, Any] = {
+            "unique_layer": [
+                f"{stage}.{layer}"
+                for stage in ("prelude", "recurrent", "coda")
+                for layer in range(getattr(self.info, stage))
+            ],
             "quantile": list(LEVELS),
             "site": ["last_layer", "loop_state"],
             "horizon": ["first", "second"],
@@ -282,7 +309,7 @@ class _Job:
         plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
         digest = prompts_digest(list(self.prompts))
         source = (*_SOURCE, "truncate", "chat")
-        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision")
+        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision", "neuron_limit")
         return {
             "created": self.created,
             "model": {
