@@ -163,8 +163,8 @@ def _neurons(material: Material) -> Figure:
         anchor="neurons",
         title="Which layers write tokens?",
         caption=(
-            "Share of MLP neurons that raise (prediction) or lower (suppression) the logits of a few tokens far more than "
-            "the rest: the cosines of their output with the unembedding have a kurtosis above 10. By weights alone."
+            "Share of MLP neurons that raise (prediction) or lower (suppression) the logits of a few tokens far more "
+            "than the rest: the cosines of their output with the unembedding have a kurtosis above 10. By weights alone."
         ),
         plot=figure,
     )
