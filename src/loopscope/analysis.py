@@ -14,9 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 import xarray as xr
+from torch import nn
 
 from loopscope.errors import ConfigError, PromptError
-from loopscope.loading import load
+from loopscope.loading import as_subject, load
 from loopscope.measures import (
     LEVELS,
     Arrays,
@@ -75,7 +76,7 @@ class SilentProgress:
 
 
 def analyze(
-    model: str | Path | Subject,
+    model: str | Path | Subject | nn.Module,
     prompts: Prompts | None = None,
     *,
     out: str | Path | None = None,
@@ -87,7 +88,7 @@ def analyze(
 
     **Arguments**
 
-    - `model`: a shipped model's name, a checkpoint folder, a name on the Hugging Face hub, or a subject.
+    - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
     - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`.
@@ -102,7 +103,8 @@ def analyze(
     if isinstance(model, str | Path):
         subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     else:
-        subject, settings = model, _settings_of(model, settings)
+        subject = as_subject(model)
+        settings = _settings_of(subject, settings)
     tokenized = encode_prompts(
         loaded,
         subject.tokenizer,

@@ -164,7 +164,7 @@ def _neurons(material: Material) -> Figure:
         title="Which layers write tokens?",
         caption=(
             "Share of MLP neurons that raise (prediction) or lower (suppression) the logits of a few tokens far more "
-            "than the rest: the cosines of their output with the unembedding have a kurtosis above 10. By weights alone."
+            "than the rest: the cosines of output and unembedding have a kurtosis above 10. From the weights alone."
         ),
         plot=figure,
     )
