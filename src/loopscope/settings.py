@@ -62,7 +62,7 @@ class AnalyzeSettings:
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
     seed: int = 0
-    """Seed of random initial states; each prompt's state depends on it and on the prompt's tokens alone, but in a hooked
+    """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
     batch_size: int = 8
     """Prompts that are run, and saved, together."""
