@@ -12,7 +12,7 @@ from loopscope.errors import StorageError
 __all__ = ["storage_error", "write_atomically"]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path` through a temporary file beside it, so that a reader or a crash never meets half a
     file.
 

@@ -104,7 +104,7 @@ class StudyFolder:
         dims = json.dumps({name: entry.dims for name, entry in named.items()})
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, dims=np.array(dims), **content)
-        write_atomically(self._path(index), buffer.getvalue())
+        write_atomically(self._path(index), buffer.getbuffer())
 
     def read(self, index: int) -> Arrays:
         """A shard from disk."""

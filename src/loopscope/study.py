@@ -70,14 +70,14 @@ class Study:
         return Study(self.dataset, self.manifest, self.tokens, folder)
 
 
-def netcdf(dataset: xr.Dataset) -> bytes:
+def netcdf(dataset: xr.Dataset) -> memoryview:
     """The dataset as the bytes of one NetCDF file; made in memory, since HDF5 does not survive a full disk."""
     encoding = {
         str(name): {"zlib": True, "complevel": 1, "shuffle": True}
         for name, variable in dataset.data_vars.items()
         if variable.dtype.kind == "f" and variable.size > 1000
     }
-    return bytes(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
+    return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
 
 
 def tokens_file(tokens: Sequence[Mapping[str, Any]]) -> bytes:
