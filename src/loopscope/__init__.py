@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loopscope.analysis import analyze
     from loopscope.answers import Answer, Criterion, quick_answers
     from loopscope.architecture import Architecture
+    from loopscope.comparison import Comparison, compare
     from loopscope.errors import LoopscopeError
     from loopscope.hooks import hook
     from loopscope.inspection import Inspection, inspect_model
@@ -28,6 +29,7 @@ _HOMES = {
     "Answer": "answers",
     "AnalyzeSettings": "settings",
     "Architecture": "architecture",
+    "Comparison": "comparison",
     "Criterion": "answers",
     "Inspection": "inspection",
     "LoopedTransformer": "model",
@@ -39,6 +41,7 @@ _HOMES = {
     "Visit": "visits",
     "analyze": "analysis",
     "capture": "trace",
+    "compare": "comparison",
     "hook": "hooks",
     "inspect_model": "inspection",
     "load": "loading",
@@ -50,6 +53,7 @@ __all__ = [
     "AnalyzeSettings",
     "Answer",
     "Architecture",
+    "Comparison",
     "Criterion",
     "Inspection",
     "LoopedTransformer",
@@ -61,6 +65,7 @@ __all__ = [
     "Visit",
     "analyze",
     "capture",
+    "compare",
     "hook",
     "inspect_model",
     "load",

@@ -1,0 +1,145 @@
+"""What is compared: the studies, told apart by names, and which of them is the reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from loopscope.comparison.curves import MEASURES, StageCurves
+from loopscope.errors import StudyError
+from loopscope.study import Study
+
+__all__ = ["Kind", "choose_reference", "distinct_labels", "facts_of", "kind_of", "refuse_repeats", "same_model"]
+
+Kind = Literal["models", "data sets", "settings", "models and data sets"]
+"""What differs between the studies."""
+
+
+def refuse_repeats(studies: Sequence[Study]) -> None:
+    """Raises `StudyError` for fewer than two studies, and for one that is there twice: it is like itself."""
+    if len(studies) < 2:
+        raise StudyError(f"A comparison needs at least two studies, got {len(studies)}; name another study's folder.")
+    folders = Counter(study.folder.resolve() for study in studies if study.folder is not None)
+    objects = Counter(id(study) for study in studies)
+    if folders and max(folders.values()) > 1:
+        twice = next(study.folder for study in studies if study.folder and folders[study.folder.resolve()] > 1)
+        raise StudyError(f"The study in {twice} is given twice; name each study once.")
+    if max(objects.values()) > 1:
+        raise StudyError("The same Study object is given twice; give each study once.")
+
+
+def distinct_labels(studies: Sequence[Study]) -> list[str]:
+    """A name for each study: its model's; where that repeats, also its prompts', then its folder's, then a number."""
+    labels = [_model(study) for study in studies]
+    for more in (_prompts_name, _folder_name, lambda study: ""):
+        repeated = {label for label, count in Counter(labels).items() if count > 1}
+        if not repeated:
+            break
+        added = [more(study) for study in studies]
+        labels = [
+            f"{label} on {name}"
+            if more is _prompts_name and name and label in repeated
+            else f"{label} ({name})"
+            if name and label in repeated
+            else label
+            for label, name in zip(labels, added, strict=True)
+        ]
+    seen: Counter[str] = Counter()
+    numbered = []
+    for label in labels:
+        seen[label] += 1
+        numbered.append(label if labels.count(label) == 1 else f"{label} [{seen[label]}]")
+    return numbered
+
+
+def choose_reference(labels: Sequence[str], studies: Sequence[Study], wanted: str | Path | None) -> int:
+    """Which study the others are compared with: the one asked for by label, model name or folder, else the first
+    feed-forward one, else the first.
+
+    Raises `StudyError` for a wish that names none of them, or several.
+    """
+    if wanted is None:
+        kinds = [study.manifest["model"]["kind"] for study in studies]
+        return kinds.index("feed-forward") if "feed-forward" in kinds else 0
+    by_folder = [
+        index
+        for index, study in enumerate(studies)
+        if study.folder is not None and study.folder.resolve() == Path(wanted).resolve()
+    ]
+    by_name = [index for index, label in enumerate(labels) if str(wanted) in (label, _model(studies[index]))]
+    found = by_folder or by_name
+    if len(found) != 1:
+        what = "none" if not found else f"{len(found)}"
+        raise StudyError(
+            f"The reference {wanted} names {what} of the studies; they are {', '.join(labels)}. Give one's folder."
+        )
+    return found[0]
+
+
+def same_model(first: Study, second: Study) -> bool:
+    """Whether two studies are of the same weights."""
+    one, other = (study.manifest["model"] for study in (first, second))
+    if one.get("weights_sha256") and other.get("weights_sha256"):
+        return bool(one["weights_sha256"] == other["weights_sha256"] and one["layout"] == other["layout"])
+    return _model(first) == _model(second) and one["layout"] == other["layout"]
+
+
+def same_prompts(first: Study, second: Study) -> bool:
+    """Whether two studies read the same prompts, as far as their manifests say."""
+    return _prompts_hash(first) is not None and _prompts_hash(first) == _prompts_hash(second)
+
+
+def kind_of(studies: Sequence[Study]) -> Kind:
+    one_model = all(same_model(studies[0], study) for study in studies[1:])
+    one_text = all(same_prompts(studies[0], study) for study in studies[1:])
+    if one_model:
+        return "settings" if one_text else "data sets"
+    return "models" if one_text else "models and data sets"
+
+
+def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) -> dict[str, Any]:
+    """What a reader of a comparison must know of one study, JSON-ready."""
+    manifest = study.manifest
+    missing = [name for name, rows in zip(MEASURES, curves.values, strict=True) if rows[rows == rows].size == 0]
+    return {
+        "label": label,
+        "folder": str(study.folder) if study.folder is not None else None,
+        "model": _model(study),
+        "weights_sha256": manifest["model"].get("weights_sha256"),
+        "layout": {"prelude": curves.prelude, "recurrent": curves.recurrent, "coda": curves.coda},
+        "trained_recurrences": curves.trained,
+        "recurrences": curves.recurrences if curves.looped else None,
+        "judged_at": curves.home + 1 if curves.looped else None,
+        "prompts": {name: _prompts(study).get(name) for name in ("source", "count", "tokens", "sha256")},
+        "diverged_prompts": int((study.dataset["diverged_at"] >= 0).sum()),
+        "dtype": manifest["settings"]["dtype"],
+        "missing": missing,
+        "same_model_as_reference": same_model(study, reference),
+        "same_prompts_as_reference": same_prompts(study, reference),
+    }
+
+
+def _model(study: Study) -> str:
+    return str(study.manifest["model"]["name"])
+
+
+def _prompts(study: Study) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = study.manifest.get("prompts", {})
+    return found
+
+
+def _prompts_hash(study: Study) -> str | None:
+    found = _prompts(study).get("sha256")
+    return None if found is None else str(found)
+
+
+def _prompts_name(study: Study) -> str:
+    """The name of a preset, or of a file and the folder it is in: test.jsonl alone says little."""
+    source = str(_prompts(study).get("source") or "")
+    return "/".join(Path(source).parts[-2:]) if source else ""
+
+
+def _folder_name(study: Study) -> str:
+    return study.folder.name if study.folder is not None else ""
