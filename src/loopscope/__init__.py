@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loopscope.inspection import Inspection, inspect_model
     from loopscope.loading import load
     from loopscope.model import LoopedTransformer
-    from loopscope.report import write_report
+    from loopscope.report import write_comparison, write_report
     from loopscope.settings import AnalyzeSettings
     from loopscope.study import Study
     from loopscope.subject import Subject
@@ -46,6 +46,7 @@ _HOMES = {
     "inspect_model": "inspection",
     "load": "loading",
     "quick_answers": "answers",
+    "write_comparison": "report",
     "write_report": "report",
 }
 
@@ -70,6 +71,7 @@ __all__ = [
     "inspect_model",
     "load",
     "quick_answers",
+    "write_comparison",
     "write_report",
 ]
 

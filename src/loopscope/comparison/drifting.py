@@ -66,7 +66,7 @@ def _answer(
 ) -> Answer:
     return Answer(
         key=f"drift-{index}",
-        question=f"Does {label} keep its stages beyond the recurrences of its training?",
+        question=f"{label}: do the stages stay beyond the recurrences of its training?",
         outcome=outcome,
         verdict=verdict,
         sentence=sentence,

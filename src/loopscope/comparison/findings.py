@@ -82,13 +82,16 @@ def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) 
     outcome = Outcome.YES if len(alike) == len(others) else Outcome.PARTLY if alike else Outcome.NO
     if len(unknown) == len(others):
         outcome = Outcome.CANNOT_TELL
+    rule = (
+        "An order of layers counts as alike if few shuffled ones come as close, and it does better than back to front."
+    )
     each = " ".join(f"{label}: {answer.verdict}." for label, answer in zip(others, answers, strict=True))
     return Answer(
         key="overview",
-        question=f"Which studies go through the stages of {comparison.reference}?",
+        question=f"Which of the others go through the stages of {comparison.reference}?",
         outcome=outcome,
         verdict=f"{len(alike)} of {len(others)}" if len(unknown) < len(others) else "cannot tell",
-        sentence=each,
+        sentence=f"{each} {rule}",
         evidence={
             f"{label}, {span}": _short(finding_of(comparison, label, span))
             for label in others
@@ -172,10 +175,9 @@ def _same_model(comparison: Comparison, label: str, index: int) -> Answer:
         sentence = (
             f"Pass against the same pass there: {whole}. No measure's level differs by more than {percent(tolerance)}."
         )
-    differs = "with these settings" if study["same_prompts_as_reference"] else "on these prompts"
     return Answer(
         key=f"stages-{index}",
-        question=f"{label}: does the model go through the stages of {comparison.reference} {differs} too?",
+        question=f"{label}: does {study['model']} go through the same stages as in {comparison.reference}?",
         outcome=outcome,
         verdict=verdict,
         sentence=sentence,
@@ -192,8 +194,8 @@ def _like_passes(comparison: Comparison, label: str) -> str:
     """In how many passes, up to the one that is judged, the block alone is like the reference."""
     judged = int(comparison.studies[label]["judged_at"])
     alike = sum(finding_of(comparison, label, "block", recurrence=at).alike for at in range(judged))
-    count = "All" if alike == judged else "None" if not alike else f"{alike}"
-    return f" {count} of the first {judged} passes {'is' if alike == 1 else 'are'} alike in this." if judged > 1 else ""
+    count = "all" if alike == judged else "none" if not alike else f"{alike}"
+    return f" That is alike in {count} of the first {judged} passes." if judged > 1 else ""
 
 
 def _alone(comparison: Comparison, label: str, spans: tuple[str, ...]) -> str:

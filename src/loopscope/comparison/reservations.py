@@ -26,7 +26,7 @@ def limits_answer(comparison: Comparison) -> Answer:
         key="limits",
         question="What limits these answers?",
         outcome=Outcome.NOT_APPLICABLE,
-        verdict=plural(len(own), "reservation") if own else "none of these studies",
+        verdict=plural(len(own), "reservation") if own else "those of the method",
         sentence=" ".join(own) or "Nothing that these studies themselves show.",
         figure="limits",
         limits=[*own, *found],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,27 +31,23 @@ def refuse_repeats(studies: Sequence[Study]) -> None:
 
 
 def distinct_labels(studies: Sequence[Study]) -> list[str]:
-    """A name for each study: its model's; where that repeats, also its prompts', then its folder's, then a number."""
-    labels = [_model(study) for study in studies]
-    for more in (_prompts_name, _folder_name, lambda study: ""):
-        repeated = {label for label, count in Counter(labels).items() if count > 1}
-        if not repeated:
-            break
-        added = [more(study) for study in studies]
-        labels = [
-            f"{label} on {name}"
-            if more is _prompts_name and name and label in repeated
-            else f"{label} ({name})"
-            if name and label in repeated
-            else label
-            for label, name in zip(labels, added, strict=True)
-        ]
-    seen: Counter[str] = Counter()
-    numbered = []
-    for label in labels:
-        seen[label] += 1
-        numbered.append(label if labels.count(label) == 1 else f"{label} [{seen[label]}]")
-    return numbered
+    """A name for each study: the shortest of several that tells all of them apart.
+
+    The model's; of one model alone that of the prompts, or of the folder; else model and prompts, and model and folder.
+    What has the same name in all of these is numbered.
+    """
+    ways: list[Callable[[Study], str]] = [_model]
+    if len({_model(study) for study in studies}) == 1:
+        ways += [_prompts_name, _folder_name]
+    ways += [
+        lambda study: f"{_model(study)} on {_prompts_name(study)}",
+        lambda study: f"{_model(study)} in {_folder_name(study)}",
+    ]
+    for way in ways:
+        labels = [way(study) for study in studies]
+        if all(labels) and len(set(labels)) == len(labels):
+            return labels
+    return [f"{_model(study)} [{number}]" for number, study in enumerate(studies, start=1)]
 
 
 def choose_reference(labels: Sequence[str], studies: Sequence[Study], wanted: str | Path | None) -> int:

@@ -52,7 +52,7 @@ def render_page(study: Study, settings: ReportSettings) -> str:
         sections=sections,
         anchors={figure.anchor for section in sections for figure in section.figures} | {"limits"},
         thresholds=thresholds(settings.criterion),
-        provenance=provenance(study),
+        provenance=provenance(study.manifest),
     )
 
 
