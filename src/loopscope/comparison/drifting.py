@@ -30,7 +30,7 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     names = [str(name) for name in later["measure"].values]
     levels = {name: float(later["drift"].sel(measure=name).max()) for name in names}
     shapes = {name: float(later["own_similarity"].sel(measure=name).min()) for name in names}
-    known = [name for name in names if math.isfinite(levels[name])]
+    known = [name for name in names if not math.isnan(levels[name])]
     if not known:
         return _answer(label, index, Outcome.CANNOT_TELL, "cannot tell", "No stage measure was taken in its passes.")
     evidence: dict[str, float | str] = {f"largest change of level, {name}": levels[name] for name in known}
@@ -44,6 +44,8 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     most = max(known, key=lambda name: levels[name])
     far = f"between recurrences {trained} and {measured}"
     furthest = f"{most} moves most, by {percent(levels[most])}"
+    if math.isinf(levels[most]):
+        furthest = f"{most} leaves 0"
     if not lost:
         outcome, verdict = Outcome.YES, "yes"
         sentence = f"Every measure stays as it is {far} ({furthest})."

@@ -14,7 +14,7 @@ from loopscope.comparison.null import fewest_points
 from loopscope.comparison.reservations import limits_answer
 from loopscope.comparison.result import Comparison
 
-__all__ = ["Finding", "comparison_answers", "finding_of"]
+__all__ = ["Finding", "comparison_answers", "finding_of", "p_text"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Finding:
     def __str__(self) -> str:
         return (
             f"correlation {self.value:.2f}, against up to {self.null_high:.2f} in 95 % of shuffled orders and "
-            f"{self.reversed:.2f} back to front; p {p_text(self.p_value)}"
+            f"{self.reversed:.2f} back to front (p {p_text(self.p_value)})"
         )
 
 
@@ -73,7 +73,8 @@ def comparison_answers(comparison: Comparison) -> list[Answer]:
 
 
 def p_text(p_value: float) -> str:
-    return significant(p_value) if math.isfinite(p_value) else "–"
+    """A sample of orders says no more of small numbers than that they are small."""
+    return "below 0.001" if p_value < 0.001 else significant(p_value) if math.isfinite(p_value) else "–"
 
 
 def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) -> Answer:

@@ -49,7 +49,7 @@ def own_similarity(curves: StageCurves) -> Float64[np.ndarray, "measure recurren
 def _over(
     difference: Float64[np.ndarray, "*rest point"], reference: Float64[np.ndarray, "*other point"]
 ) -> Float64[np.ndarray, "*rest"]:
-    """Ratio of root mean squares along the last axis; NaN where the reference is 0."""
-    size = np.sqrt((reference**2).mean(axis=-1))
+    """Ratio of root mean squares along the last axis; for a reference of 0, 0 without a difference, else infinite."""
+    apart, size = (np.sqrt((values**2).mean(axis=-1)) for values in (difference, reference))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(size > 0, np.sqrt((difference**2).mean(axis=-1)) / size, np.nan)
+        return np.where(apart == 0, 0.0, apart / size)

@@ -27,13 +27,13 @@ _TIE = 1e-9
 class Likeness:
     """Correlations with a reference, one per measure, and last the mean over the measures that can be judged."""
 
-    value: Float64[np.ndarray, " measures+1"]
+    value: Float64[np.ndarray, " entry"]
     """Pearson correlation on the common grid. NaN: cannot tell."""
-    reversed: Float64[np.ndarray, " measures+1"]
+    reversed: Float64[np.ndarray, " entry"]
     """The same with the curve's layers in reversed order."""
-    p_value: Float64[np.ndarray, " measures+1"]
+    p_value: Float64[np.ndarray, " entry"]
     """Share of the orders of the layers, the true one included, that correlate at least as well."""
-    null: Float64[np.ndarray, "level measures+1"]
+    null: Float64[np.ndarray, "level entry"]
     """Quantiles of the correlation over those orders, at `NULL_LEVELS`."""
 
 
@@ -132,13 +132,13 @@ def _standard(curves: Float64[np.ndarray, "measure point"]) -> Float64[np.ndarra
 
 def _with_mean(
     correlations: Float64[np.ndarray, "judged order"],
-) -> Float64[np.ndarray, "judged+1 order"]:
+) -> Float64[np.ndarray, "entry order"]:
     return np.concatenate([correlations, correlations.mean(axis=0, keepdims=True)])
 
 
 def _spread(
-    values: Float64[np.ndarray, " judged+1"], place: NDArray[np.int64], measures: int
-) -> Float64[np.ndarray, " measures+1"]:
+    values: Float64[np.ndarray, " known"], place: NDArray[np.int64], measures: int
+) -> Float64[np.ndarray, " entry"]:
     """To one entry per measure and the mean; NaN for those that were not judged."""
     spread = np.full(measures + 1, np.nan)
     spread[place] = values

@@ -181,8 +181,8 @@ def _drift_plot(comparison: Comparison, label: str, variable: str, y_title: str)
         values = data.sel(measure=quantity.name).values.astype(np.float32)
         figure.add_scatter(
             x=np.arange(1, study["recurrences"] + 1),
-            # On a logarithmic axis the pass itself, which has not moved, is a gap.
-            y=np.where(values > 0, values, np.nan) if variable == "drift" else values,
+            # On a logarithmic axis the pass itself, which has not moved, is a gap; so is what was 0 and is not.
+            y=np.where((values > 0) & np.isfinite(values), values, np.nan) if variable == "drift" else values,
             mode="lines",
             name=quantity.name,
             line={"color": colour, "width": 2},

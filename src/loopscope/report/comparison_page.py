@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from loopscope.answers.wording import percent, significant
+from loopscope.answers.wording import percent
 from loopscope.comparison import Comparison, comparison_answers
-from loopscope.comparison.findings import Finding, finding_of
+from loopscope.comparison.findings import Finding, finding_of, p_text
 from loopscope.report.comparison_figures import comparison_sections
 from loopscope.report.facts import provenance, thresholds
 from loopscope.report.html import render_template
@@ -132,7 +132,7 @@ def _row(name: str, finding: Finding, difference: float) -> tuple[str, ...]:
         f"{finding.value:.2f}",
         f"{finding.reversed:.2f}",
         f"{finding.null_high:.2f}",
-        significant(finding.p_value),
+        p_text(finding.p_value),
         "alike" if finding.alike else "not shown",
         apart,
     )
