@@ -279,6 +279,16 @@ def test_one_model_across_data_sets_pass_by_pass() -> None:
     assert "residual magnitude (50 %)" in answer.sentence
 
 
+def test_one_model_under_several_settings_of_unlike_length() -> None:
+    studies = [staged_study([SHAPE] * count, (0, 8, 0), trained=4) for count in (2, 5)]
+    comparison = compare(studies)
+    assert comparison.labels == ["model [1]", "model [2]"]
+    assert comparison.manifest["kind"] == "settings"
+    answer = answer_of(comparison, "stages-0")
+    assert answer.outcome is Outcome.CANNOT_TELL
+    assert "is judged at recurrence 4, and model [1] was measured up to 2" in answer.sentence
+
+
 def test_what_limits_a_comparison_is_said() -> None:
     comparison = compare(
         [
@@ -383,6 +393,11 @@ def test_files_that_cannot_be_used(folders: list[Path], tmp_path: Path) -> None:
         comparison.save(folders[0])
     with pytest.raises(StudyError, match="is not a comparison"):
         Comparison.load(folders[0])
+    comparison.save(tmp_path / "out")
+    manifest = tmp_path / "out" / "comparison.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"alpha"', '"beta"'), encoding="utf-8")
+    with pytest.raises(LoopscopeError, match="is damaged"):
+        Comparison.load(tmp_path / "out")
     comparison.save(tmp_path / "out")
     (tmp_path / "out" / "comparison.nc").write_bytes(b"damaged")
     with pytest.raises(LoopscopeError, match="is damaged"):

@@ -16,6 +16,8 @@ from loopscope.comparison.result import Comparison
 
 __all__ = ["Finding", "comparison_answers", "finding_of", "p_text"]
 
+_LIKE = (Outcome.YES, Outcome.PARTLY)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -23,8 +25,9 @@ class Finding:
 
     value: float
     reversed: float
-    null_low: float
+    """With the layers back to front."""
     null_high: float
+    """95 % of the orders of the layers correlate less."""
     p_value: float
     alike: bool
     """As rare as `alpha` among the orders of the layers, and better than back to front."""
@@ -53,7 +56,7 @@ def finding_of(
     )
     null = data[f"{prefix}null_quantile"].isel(recurrence=at).values
     alike = bool(p_value <= comparison.settings.alpha and value > backwards)  # NaN compares as False
-    return Finding(value, backwards, float(null[0]), float(null[-1]), p_value, alike)
+    return Finding(value, backwards, float(null[-1]), p_value, alike)
 
 
 def comparison_answers(comparison: Comparison) -> list[Answer]:
@@ -100,9 +103,6 @@ def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) 
         },
         figure=f"table-{comparison.labels.index(others[0])}",
     )
-
-
-_LIKE = (Outcome.YES, Outcome.PARTLY)
 
 
 def _short(finding: Finding) -> str:
@@ -225,6 +225,12 @@ def _why_unknown(comparison: Comparison, label: str) -> str:
     short = [f"{name} has {count}" for name, count in layers.items() if count < needed]
     if short:
         return f"It takes {needed} layers to tell an order from chance, and {listed(short)}."
+    study, reference = comparison.studies[label], comparison.studies[comparison.reference]
+    if study["same_model_as_reference"] and (study["judged_at"] or 1) > (reference["recurrences"] or 1):
+        return (
+            f"{label} is judged at recurrence {study['judged_at']}, and {comparison.reference} was measured up to "
+            f"{reference['recurrences']}."
+        )
     return "No measure was taken in both studies and varies along the depth of both."
 
 

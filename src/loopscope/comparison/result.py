@@ -64,6 +64,7 @@ class Comparison:
             with xr.open_dataset(folder / ARRAYS, engine="h5netcdf") as opened:
                 dataset = opened.load()
             found = cls(dataset, manifest, folder)
+            _ = found.settings  # which raises for entries that are none
             if found.labels != list(found.studies) or found.reference not in found.labels:
                 raise ValueError(f"{MANIFEST} and {ARRAYS} name different studies")
         except (OSError, ValueError, KeyError, TypeError) as error:

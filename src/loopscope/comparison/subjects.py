@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from loopscope.comparison.curves import MEASURES, StageCurves
 from loopscope.errors import StudyError
 from loopscope.study import Study
@@ -40,8 +42,8 @@ def distinct_labels(studies: Sequence[Study]) -> list[str]:
     if len({_model(study) for study in studies}) == 1:
         ways += [_prompts_name, _folder_name]
     ways += [
-        lambda study: f"{_model(study)} on {_prompts_name(study)}",
-        lambda study: f"{_model(study)} in {_folder_name(study)}",
+        lambda study: _prompts_name(study) and f"{_model(study)} on {_prompts_name(study)}",
+        lambda study: _folder_name(study) and f"{_model(study)} in {_folder_name(study)}",
     ]
     for way in ways:
         labels = [way(study) for study in studies]
@@ -98,7 +100,7 @@ def kind_of(studies: Sequence[Study]) -> Kind:
 def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) -> dict[str, Any]:
     """What a reader of a comparison must know of one study, JSON-ready."""
     manifest = study.manifest
-    missing = [name for name, rows in zip(MEASURES, curves.values, strict=True) if rows[rows == rows].size == 0]
+    missing = [name for name, rows in zip(MEASURES, curves.values, strict=True) if np.isnan(rows).all()]
     return {
         "label": label,
         "folder": str(study.folder) if study.folder is not None else None,
