@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
-from loopscope.report import write_report
+from loopscope.comparison import compare
+from loopscope.report import write_comparison, write_report
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
 
@@ -54,7 +55,11 @@ class Opened:
 
 
 def open_report(browser: Browser, study: Study, path: Path, width: int) -> Opened:
-    url = write_report(study, path).as_uri()
+    return open_page(browser, write_report(study, path), width)
+
+
+def open_page(browser: Browser, path: Path, width: int) -> Opened:
+    url = path.as_uri()
     page = browser.new_page(viewport={"width": width, "height": 900})
     opened = Opened(page, url)
 
@@ -184,4 +189,19 @@ def test_sparse_reports_on_a_telephone(browser: Browser, study: Callable[[], Stu
     assert overflow(opened.page) == 0
     assert opened.problems == []
     assert opened.requests == [opened.url]
+    opened.page.close()
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_comparison(browser: Browser, width: int, tmp_path: Path) -> None:
+    looped = looped_study(contracting(), prompts=3)
+    looped.manifest["model"]["name"] = HOSTILE
+    looped.manifest["model"]["weights_sha256"] = "another"
+    path = write_comparison(compare([looped, feed_forward_study(prompts=3)]), tmp_path / "report.html")
+    opened = open_page(browser, path, width)
+    assert undrawn(opened.page) == []
+    assert overflow(opened.page) == 0
+    assert opened.problems == []
+    assert opened.requests == [opened.url]
+    assert opened.page.evaluate("typeof hacked") == "undefined"
     opened.page.close()

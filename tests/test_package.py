@@ -54,7 +54,15 @@ def test_the_citation_names_this_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["analyze", "--help"], ["train", "--help"], ["report", "--help"], ["inspect", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["analyze", "--help"],
+        ["train", "--help"],
+        ["report", "--help"],
+        ["compare", "--help"],
+        ["inspect", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(COMMAND, *arguments)

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from loopscope.analysis import analyze
     from loopscope.answers import Answer, Criterion, quick_answers
     from loopscope.architecture import Architecture
+    from loopscope.comparison import Comparison, compare
     from loopscope.errors import LoopscopeError
     from loopscope.hooks import hook
     from loopscope.inspection import Inspection, inspect_model
     from loopscope.loading import load
     from loopscope.model import LoopedTransformer
-    from loopscope.report import write_report
+    from loopscope.report import write_comparison, write_report
     from loopscope.settings import AnalyzeSettings
     from loopscope.study import Study
     from loopscope.subject import Subject
@@ -28,6 +29,7 @@ _HOMES = {
     "Answer": "answers",
     "AnalyzeSettings": "settings",
     "Architecture": "architecture",
+    "Comparison": "comparison",
     "Criterion": "answers",
     "Inspection": "inspection",
     "LoopedTransformer": "model",
@@ -39,10 +41,12 @@ _HOMES = {
     "Visit": "visits",
     "analyze": "analysis",
     "capture": "trace",
+    "compare": "comparison",
     "hook": "hooks",
     "inspect_model": "inspection",
     "load": "loading",
     "quick_answers": "answers",
+    "write_comparison": "report",
     "write_report": "report",
 }
 
@@ -50,6 +54,7 @@ __all__ = [
     "AnalyzeSettings",
     "Answer",
     "Architecture",
+    "Comparison",
     "Criterion",
     "Inspection",
     "LoopedTransformer",
@@ -61,10 +66,12 @@ __all__ = [
     "Visit",
     "analyze",
     "capture",
+    "compare",
     "hook",
     "inspect_model",
     "load",
     "quick_answers",
+    "write_comparison",
     "write_report",
 ]
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.criterion import Criterion
+from loopscope.answers.quantities import STAGE_QUANTITIES
 from loopscope.answers.view import StudyView
 from loopscope.answers.wording import listed, percent
 
@@ -18,12 +19,8 @@ __all__ = ["repetition", "stages_answer"]
 
 _QUESTION = "Do the stages of inference repeat in every pass?"
 
-_QUANTITIES: dict[str, tuple[str, Callable[[xarray.Dataset], xarray.DataArray]]] = {
-    "attention concentration": ("colsum_concentration", lambda data: data["colsum_concentration"].mean("head")),
-    "mixing": ("relative_mixing_score", lambda data: data["relative_mixing_score"].mean("head")),
-    "residual entropy": ("relative_residual_entropy", lambda data: data["relative_residual_entropy"]),
-    "residual magnitude": ("mean_token_norm", lambda data: data["mean_token_norm"]),
-}
+_ASKED = ("concentration", "mixing", "entropy", "magnitude")
+"""The others jump between few values, so that their variance says little."""
 
 
 def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
@@ -31,7 +28,8 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
 
     The first recurrence is left out: it starts from another kind of state than all that follow.
     """
-    quantities = {name: how for name, (variable, how) in _QUANTITIES.items() if variable in view.finite}
+    asked = [quantity for quantity in STAGE_QUANTITIES if quantity.anchor in _ASKED]
+    quantities = {entry.name: entry.of_prompt for entry in asked if entry.variable in view.finite}
     if not quantities:
         return _unanswered("not measured", "The analysis was told to skip the stages.", criterion)
     if view.layers < 2 or view.recurrences < 3:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from loopscope.settings import AnalyzeSettings, RunSize
+from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 
 __all__ = ["parse_and_run"]
 
@@ -62,6 +62,37 @@ class Report:
 
         study = Study.load(self.study)
         say(f"report  {write_report(study, self.out or self.study / 'report.html')}")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare studies, looped or feed-forward, on relative depth: are their stages of inference alike?
+
+    Several models, or one model on several data sets. Writes a comparison to --out: arrays (comparison.nc),
+    comparison.json and report.html.
+    """
+
+    studies: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of two or more analyses."""
+    out: Path
+    """Folder for the comparison; a name that ends in .html gets the report alone."""
+    settings: Annotated[CompareSettings, tyro.conf.arg(name="")]
+    reference: str | None = None
+    """Folder, or name, of the study that the others are compared with; the first feed-forward one unless given, or
+    else the first."""
+
+    def run(self) -> None:
+        from loopscope.cli.console import say, say_answers
+        from loopscope.comparison import compare, comparison_answers
+        from loopscope.report import write_comparison
+
+        comparison = compare(self.studies, reference=self.reference, settings=self.settings)
+        alone = self.out.suffix.lower() in (".html", ".htm")
+        if not alone:
+            comparison = comparison.save(self.out)
+        path = write_comparison(comparison, self.out if alone else self.out / "report.html")
+        say_answers(comparison_answers(comparison))
+        say(f"report  {path}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +164,7 @@ class Models:
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Models, tyro.conf.subcommand("models")]
@@ -141,7 +173,7 @@ Command = (
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Train | Inspect | Models = tyro.cli(
+    command: Analyze | Report | Compare | Train | Inspect | Models = tyro.cli(
         Command,
         prog="loopscope",
         description="An instrument for looking inside looped language models.",

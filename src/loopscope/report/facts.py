@@ -11,6 +11,7 @@ from typing import Any
 
 from loopscope.answers import Criterion
 from loopscope.report.material import Material
+from loopscope.settings import CompareSettings
 from loopscope.study import Study
 
 __all__ = ["header_facts", "provenance", "thresholds"]
@@ -37,20 +38,20 @@ def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
     return facts
 
 
-def thresholds(criterion: Criterion) -> list[tuple[str, str, str]]:
-    """(name, value, reason) of every setting of the criterion; the reasons are those its source gives."""
-    reasons = _attribute_docstrings(Criterion)
+def thresholds(criterion: Criterion | CompareSettings) -> list[tuple[str, str, str]]:
+    """(name, value, reason) of every setting; the reasons are those that the source gives."""
+    reasons = _attribute_docstrings(type(criterion))
     return [
         (field.name.replace("_", " "), f"{getattr(criterion, field.name):g}", reasons.get(field.name, ""))
         for field in dataclasses.fields(criterion)
     ]
 
 
-def provenance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
+def provenance(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as groups of (name, value) pairs, nested names joined by dots."""
     groups: list[tuple[str, list[tuple[str, str]]]] = []
     single: list[tuple[str, str]] = []
-    for name, value in study.manifest.items():
+    for name, value in manifest.items():
         if name in _HIDDEN:
             continue
         if isinstance(value, Mapping):

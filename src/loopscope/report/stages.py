@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import plotly.graph_objects as go
-import xarray
 
+from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.report.axes import scale_y
 from loopscope.report.depth import Site, along_depth, along_one_pass, sites_of
 from loopscope.report.figure import Figure, Section
@@ -22,81 +19,13 @@ _MOST_VISITS = 96
 """In a line through every visit; beyond that a point is no longer seen."""
 
 
-@dataclass(frozen=True)
-class _Quantity:
-    """One measure of a visit."""
-
-    anchor: str
-    variables: tuple[str, ...]
-    """What it is computed from."""
-    of_prompt: Callable[[xarray.Dataset], xarray.DataArray]
-    """Dimensions (depth, prompt)."""
-    title: str
-    y_title: str
-    reading: str
-    logarithmic: bool = False
-
-
-_QUANTITIES = (
-    _Quantity(
-        anchor="concentration",
-        variables=("colsum_concentration",),
-        of_prompt=lambda data: data["colsum_concentration"].mean("head"),
-        title="How concentrated is the attention?",
-        y_title="ColSum concentration",
-        reading="1: all attention goes to one token. Mean over heads. Its floor depends on the length of the prompt.",
-    ),
-    _Quantity(
-        anchor="sinks",
-        variables=("sink_score",),
-        of_prompt=lambda data: (data["sink_score"] >= 0.3).where(data["sink_score"].notnull()).mean("head"),
-        title="How many heads rest on the first token?",
-        y_title="sink rate",
-        reading="Share of heads that give the first token at least 30 % of their attention.",
-    ),
-    _Quantity(
-        anchor="mixing",
-        variables=("relative_mixing_score",),
-        of_prompt=lambda data: data["relative_mixing_score"].mean("head"),
-        title="How widely do tokens mix?",
-        y_title="row entropy / largest there can be",
-        reading="1: every token looks at all before it alike; 0: at one only. Mean over heads and rows.",
-    ),
-    _Quantity(
-        anchor="entropy",
-        variables=("relative_residual_entropy",),
-        of_prompt=lambda data: data["relative_residual_entropy"],
-        title="How many directions does the residual stream use?",
-        y_title="entropy / log min(T, D)",
-        reading="Entropy of the squared singular values. Near 0: one direction holds almost all of the norm.",
-    ),
-    _Quantity(
-        anchor="magnitude",
-        variables=("mean_token_norm",),
-        of_prompt=lambda data: data["mean_token_norm"],
-        title="How large is the residual stream?",
-        y_title="mean token norm",
-        reading="Euclidean norm of a token's state, mean over tokens.",
-    ),
-    _Quantity(
-        anchor="massive",
-        variables=("massive_activation",),
-        of_prompt=lambda data: data["massive_activation"],
-        title="Are there massive activations?",
-        y_title="largest / median |entry|",
-        reading="Of all entries of a prompt's states; thousands where one coordinate of one token stands out.",
-        logarithmic=True,
-    ),
-)
-
-
 def stages_section(material: Material) -> Section:
     """What each visit does to attention and residual stream."""
     sites = sites_of(material.shown) if "depth" in material.shown.sizes else []
     figures = [
         figure
-        for quantity in _QUANTITIES
-        if all(name in material.shown for name in quantity.variables)
+        for quantity in STAGE_QUANTITIES
+        if quantity.variable in material.shown
         for figure in _figures(material, quantity, sites)
     ]
     if "prediction_neurons" in material.shown:
@@ -112,7 +41,7 @@ def stages_section(material: Material) -> Section:
     )
 
 
-def _figures(material: Material, quantity: _Quantity, sites: list[Site]) -> list[Figure]:
+def _figures(material: Material, quantity: StageQuantity, sites: list[Site]) -> list[Figure]:
     values = median_over_prompts(quantity.of_prompt(material.shown)).values.astype(np.float32)
     shown = min(len(sites), _MOST_VISITS)
     looped = material.view.looped
@@ -138,7 +67,7 @@ def _figures(material: Material, quantity: _Quantity, sites: list[Site]) -> list
     ]
 
 
-def _scaled(figure: go.Figure, quantity: _Quantity) -> go.Figure:
+def _scaled(figure: go.Figure, quantity: StageQuantity) -> go.Figure:
     if quantity.logarithmic:
         scale_y(figure)
     else:

@@ -1,15 +1,17 @@
-"""From a study to a file."""
+"""From a study, or a comparison of studies, to a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from loopscope._files import write_atomically
+from loopscope.comparison import Comparison
+from loopscope.report.comparison_page import render_comparison
 from loopscope.report.page import render_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 
 def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
@@ -21,4 +23,15 @@ def write_report(study: Study, path: str | Path, *, settings: ReportSettings | N
     """
     path = Path(path)
     write_atomically(path, render_page(study, settings or ReportSettings()).encode())
+    return path
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> Path:
+    """Write the report of a comparison to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_comparison(comparison).encode())
     return path

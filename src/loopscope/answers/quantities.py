@@ -1,0 +1,88 @@
+"""The measures of a stage of inference (method: stages of inference), each as one number per visit and prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xarray
+
+__all__ = ["STAGE_QUANTITIES", "StageQuantity"]
+
+
+@dataclass(frozen=True)
+class StageQuantity:
+    """One measure of a visit."""
+
+    anchor: str
+    """Of its figures."""
+    name: str
+    """In a sentence."""
+    variable: str
+    """Of the study, from which it is computed."""
+    of_prompt: Callable[[xarray.Dataset], xarray.DataArray]
+    """Dimensions (depth, prompt)."""
+    title: str
+    y_title: str
+    reading: str
+    logarithmic: bool = False
+    """Whether it spans orders of magnitude, so that its logarithm is what is drawn and correlated."""
+
+
+STAGE_QUANTITIES = (
+    StageQuantity(
+        anchor="concentration",
+        name="attention concentration",
+        variable="colsum_concentration",
+        of_prompt=lambda data: data["colsum_concentration"].mean("head"),
+        title="How concentrated is the attention?",
+        y_title="ColSum concentration",
+        reading="1: all attention goes to one token. Mean over heads. Its floor depends on the length of the prompt.",
+    ),
+    StageQuantity(
+        anchor="sinks",
+        name="sink rate",
+        variable="sink_score",
+        of_prompt=lambda data: (data["sink_score"] >= 0.3).where(data["sink_score"].notnull()).mean("head"),
+        title="How many heads rest on the first token?",
+        y_title="sink rate",
+        reading="Share of heads that give the first token at least 30 % of their attention.",
+    ),
+    StageQuantity(
+        anchor="mixing",
+        name="mixing",
+        variable="relative_mixing_score",
+        of_prompt=lambda data: data["relative_mixing_score"].mean("head"),
+        title="How widely do tokens mix?",
+        y_title="row entropy / largest there can be",
+        reading="1: every token looks at all before it alike; 0: at one only. Mean over heads and rows.",
+    ),
+    StageQuantity(
+        anchor="entropy",
+        name="residual entropy",
+        variable="relative_residual_entropy",
+        of_prompt=lambda data: data["relative_residual_entropy"],
+        title="How many directions does the residual stream use?",
+        y_title="entropy / log min(T, D)",
+        reading="Entropy of the squared singular values. Near 0: one direction holds almost all of the norm.",
+    ),
+    StageQuantity(
+        anchor="magnitude",
+        name="residual magnitude",
+        variable="mean_token_norm",
+        of_prompt=lambda data: data["mean_token_norm"],
+        title="How large is the residual stream?",
+        y_title="mean token norm",
+        reading="Euclidean norm of a token's state, mean over tokens.",
+    ),
+    StageQuantity(
+        anchor="massive",
+        name="massive activations",
+        variable="massive_activation",
+        of_prompt=lambda data: data["massive_activation"],
+        title="Are there massive activations?",
+        y_title="largest / median |entry|",
+        reading="Of all entries of a prompt's states; thousands where one coordinate of one token stands out.",
+        logarithmic=True,
+    ),
+)

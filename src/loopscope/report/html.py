@@ -1,0 +1,86 @@
+"""From values to one HTML file that needs nothing else: template, style, scripts and their hashes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from loopscope.answers import Outcome
+from loopscope.answers.wording import significant
+
+__all__ = ["render_template"]
+
+_PLOTLY_OPTIONS: dict[str, Any] = {
+    "responsive": True,
+    "displaylogo": False,
+    "scrollZoom": False,
+    # The share button would upload the data of a plot. Plotly names it after either action, by version.
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
+}
+
+_MARKS = {
+    Outcome.YES: "✓",
+    Outcome.NO: "✕",
+    Outcome.PARTLY: "±",
+    Outcome.CANNOT_TELL: "?",
+    Outcome.NOT_APPLICABLE: "–",
+}
+
+
+def render_template(name: str, **values: Any) -> str:
+    """A template of `report/templates`, rendered with `values` and all that every page has.
+
+    Every text is escaped by the template. A content security policy lets the browser run the page's own two scripts
+    alone, known by their hashes, and load nothing.
+    """
+    plotly, draw = get_plotlyjs(), _static("draw.js")
+    environment = Environment(
+        loader=PackageLoader("loopscope.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["tied"] = _tied
+    return environment.get_template(name).render(
+        **values,
+        marks=_MARKS,
+        style=Markup(_static("report.css")),
+        plotly=Markup(plotly),
+        draw=Markup(draw),
+        options=Markup(json.dumps(_PLOTLY_OPTIONS)),
+        script_hashes=[_hash(plotly), _hash(draw)],
+    )
+
+
+def _tied(text: str) -> str:
+    """A percent sign stays on the line of its number."""
+    return text.replace(" %", "\u00a0%")
+
+
+def _number(value: float | str) -> str:
+    """Evidence as text: whole numbers whole, others to three digits."""
+    if isinstance(value, str):
+        return value
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return significant(value, 3) if math.isfinite(value) else "not defined"
+
+
+def _static(name: str) -> str:
+    return files("loopscope.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

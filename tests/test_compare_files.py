@@ -1,0 +1,199 @@
+"""What a comparison takes, refuses, writes and shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+
+from loopscope import Comparison, compare, write_comparison
+from loopscope.answers import Outcome
+from loopscope.cli import main
+from loopscope.comparison import MEASURES, comparison_answers, curve_similarity
+from loopscope.errors import ConfigError, LoopscopeError, StudyError
+from loopscope.settings import CompareSettings
+from loopscope.study import Study
+from staged_study import OTHER, SHAPE, answer_of, at, staged_study
+
+SETTINGS = CompareSettings()
+
+
+def test_parts_that_were_skipped_leave_the_others() -> None:
+    heads = ["colsum_concentration", "sink_score", "relative_mixing_score"]
+    comparison = compare([staged_study(SHAPE, model="a"), staged_study(SHAPE, model="b", without=heads)])
+    known = np.isfinite(at(comparison, "similarity", "b", "pass"))
+    assert [name for name, there in zip(MEASURES, known, strict=True) if there] == list(MEASURES[3:])
+    assert answer_of(comparison, "stages-0").outcome is Outcome.YES
+
+
+def test_a_study_without_any_stage_measure_is_refused() -> None:
+    names = ["colsum_concentration", "sink_score", "relative_mixing_score", "relative_residual_entropy"]
+    bare = staged_study(SHAPE, model="b", without=[*names, "mean_token_norm", "massive_activation"])
+    with pytest.raises(StudyError, match="b has no stage measures"):
+        compare([staged_study(SHAPE, model="a"), bare])
+
+
+def test_a_diverged_study_is_refused() -> None:
+    study = staged_study(SHAPE, model="b")
+    study.dataset["diverged_at"][:] = 3
+    with pytest.raises(StudyError, match="Every prompt of the study b diverged"):
+        compare([staged_study(SHAPE, model="a"), study])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """A feed-forward study and a looped one on disk."""
+    studies = [staged_study(SHAPE, model="ff"), staged_study([SHAPE, OTHER], (2, 4, 2), model="looped", trained=2)]
+    return [Path(str(study.save(tmp_path / f"study-{index}").folder)) for index, study in enumerate(studies)]
+
+
+def test_input_that_cannot_be_compared(folders: list[Path], tmp_path: Path) -> None:
+    study = Study.load(folders[0])
+    running = tmp_path / "running"
+    study.save(running)
+    manifest = json.loads((running / "manifest.json").read_text(encoding="utf-8"))
+    (running / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}), encoding="utf-8")
+    for studies, message in (
+        ([folders[0]], "at least two studies, got 1"),
+        ([], "at least two studies, got 0"),
+        ([folders[0], tmp_path / "study-1" / ".." / "study-0"], "given twice"),
+        ([study, study], "given twice"),
+        ([folders[0], running], "not finished"),
+        ([folders[0], tmp_path / "nowhere"], "does not exist"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            compare(studies)
+    with pytest.raises(StudyError, match="reference nobody names none of the studies; they are ff, looped"):
+        compare(folders, reference="nobody")
+
+
+@pytest.mark.parametrize("reference", ["looped", "folder"])
+def test_the_reference_can_be_chosen(folders: list[Path], reference: str) -> None:
+    comparison = compare(folders, reference=folders[1] if reference == "folder" else reference)
+    assert comparison.reference == "looped"
+    # A looped reference stands with its pass at the trained recurrence.
+    expected = curve_similarity(SHAPE[None], np.concatenate([SHAPE[:2], OTHER[2:6], SHAPE[6:]])[None], SETTINGS).value[
+        0
+    ]
+    assert at(comparison, "similarity", "ff", "pass")[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 0.0}, {"alpha": 1.0}, {"shuffles": 10}, {"seed": -1}, {"grid": 2}, {"kept_similarity": 1.5}]
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
+        CompareSettings(**wrong)
+
+
+# Files
+
+
+def test_a_saved_comparison_is_the_same_again(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare(folders, settings=CompareSettings(seed=3))
+    comparison.save(tmp_path / "out")
+    again = Comparison.load(tmp_path / "out")
+    xarray.testing.assert_identical(comparison.dataset, again.dataset)
+    assert again.settings == CompareSettings(seed=3)
+    assert [one.to_dict() for one in comparison_answers(again)] == [
+        one.to_dict() for one in comparison_answers(comparison)
+    ]
+
+
+def test_files_that_cannot_be_used(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare(folders)
+    with pytest.raises(StudyError, match="holds a study; choose another folder"):
+        comparison.save(folders[0])
+    with pytest.raises(StudyError, match="is not a comparison"):
+        Comparison.load(folders[0])
+    comparison.save(tmp_path / "out")
+    manifest = tmp_path / "out" / "comparison.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"alpha"', '"beta"'), encoding="utf-8")
+    with pytest.raises(LoopscopeError, match="is damaged"):
+        Comparison.load(tmp_path / "out")
+    comparison.save(tmp_path / "out")
+    (tmp_path / "out" / "comparison.nc").write_bytes(b"damaged")
+    with pytest.raises(LoopscopeError, match="is damaged"):
+        Comparison.load(tmp_path / "out")
+
+
+def test_the_command_writes_a_folder_or_a_page(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = map(str, folders)
+    main(["compare", first, second, "--out", str(tmp_path / "out"), "--seed", "1"])
+    shown = capsys.readouterr().out
+    assert "Does each pass of looped go through the stages of ff?" in shown
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.json",
+        "comparison.nc",
+        "report.html",
+    ]
+    assert Comparison.load(tmp_path / "out").settings.seed == 1
+    main(["compare", first, second, "--reference", second, "--out", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study-0", "study-0"], "is given twice"),
+        (["study-0"], "needs at least two studies, got 1"),
+        (["study-0", "elsewhere"], "elsewhere does not exist"),
+        (["study-0", "study-1", "--alpha", "2"], "--alpha must lie between 0 and 1"),
+        (["study-0", "study-1", "--out", "study-1"], "holds a study"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_sentence(
+    folders: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(folders[0].parent)
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "--out", "new", *arguments])
+    assert end.value.code == 2
+    sentence = capsys.readouterr().err
+    assert message in sentence
+    assert sentence.count("\n") == 1
+    assert not Path("new").exists()
+
+
+# The page
+
+
+def test_every_answer_leads_to_something_on_the_page(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare([*folders, staged_study(OTHER, model="third")])
+    page = write_comparison(comparison, tmp_path / "report.html").read_text(encoding="utf-8")
+    anchors = set(re.findall(r'<(?:figure|article|section)[^>]* id="([^"]+)"', page))
+    assert {answer.figure for answer in comparison_answers(comparison)} <= anchors
+    assert {f"curves-{name}" for name in ("concentration", "mixing", "entropy", "magnitude", "massive")} <= anchors
+    assert {"passes-1-entropy", "likeness-1-block", "likeness-1-pass", "drift-0", "own-0", "table-1-pass"} <= anchors
+
+
+def test_the_table_shows_the_null_beside_each_number(tmp_path: Path) -> None:
+    comparison = compare([staged_study(SHAPE, model="a"), staged_study(SHAPE, model="b")])
+    page = write_comparison(comparison, tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = {
+        cells[0]: cells[1:]
+        for row in re.findall(r"<tr>(.*?)</tr>", page)
+        if (cells := re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row))
+    }
+    assert rows["mixing"][0] == "1.00"
+    assert rows["mixing"][3:] == ["below 0.001", "alike", "0 %"]
+    assert rows["sink rate"] == ["–", "–", "–", "–", "cannot tell", "0 %"]
+
+
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+    hostile = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+    comparison = compare([staged_study(SHAPE, model=hostile), staged_study([SHAPE] * 2, (2, 4, 2), model="b")])
+    page = write_comparison(comparison, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
