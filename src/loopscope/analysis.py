@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 
 from loopscope.errors import ConfigError, PromptError
+from loopscope.interventions import check_recurrences, check_tokens, parse_interventions
 from loopscope.loading import load
 from loopscope.measures import LEVELS, Arrays, Named, depth_sites, readout_grid, visit_labels
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
@@ -31,7 +32,7 @@ from loopscope.prompts import (
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, Subject, SubjectInfo
+from loopscope.subject import Batch, Subject, SubjectInfo, intervene
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -81,10 +82,13 @@ def analyze(
     - `model`: a shipped model's name, a checkpoint folder, a name on the Hugging Face hub, or a subject.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
     - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
-    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`.
+    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
+      `intervene=["damp=0.5"]`.
 
     Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
     """
+    if "intervene" in changes:
+        changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -94,6 +98,8 @@ def analyze(
         subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     else:
         subject, settings = model, _settings_of(model, settings)
+    if subject.info.interventions != settings.intervene:
+        subject = intervene(subject, settings.intervene)
     tokenized = encode_prompts(
         loaded,
         subject.tokenizer,
@@ -102,6 +108,8 @@ def analyze(
         truncate=settings.truncate,
         chat=settings.chat,
     )
+    check_recurrences(settings.interventions, settings.recurrences)
+    check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
     if out is None:
         started = time.monotonic()
@@ -143,6 +151,8 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
     """Settings that say what a subject in memory is; others are refused rather than ignored."""
     info = subject.info
     actual: dict[str, Any] = {"dtype": info.dtype, "device": info.device, "revision": info.revision}
+    if info.interventions:
+        actual["intervene"] = info.interventions
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)
