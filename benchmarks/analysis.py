@@ -16,6 +16,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -77,7 +78,8 @@ def in_a_process(*arguments: str, **environment: str) -> float:
 
 
 def analyse_once(recurrences: int) -> None:
-    analyze("demo:injected", prompts(32), device="cpu", recurrences=recurrences, horizon=128)
+    with tempfile.TemporaryDirectory() as folder:
+        analyze("demo:injected", prompts(32), out=folder, device="cpu", recurrences=recurrences, horizon=128)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -13,9 +13,10 @@ import torch
 import xarray
 from numpy.typing import NDArray
 
-from loopscope import capture
+from loopscope import Trace, capture
 from loopscope.settings import AnalyzeSettings
 from loopscope.subject import Batch, NativeSubject
+from loopscope.visits import QueryKeyAttention
 
 Array = NDArray[np.float64]
 Named = tuple[tuple[str, ...], Array]
@@ -38,6 +39,7 @@ def slow_dataset(subject: NativeSubject, prompts: Sequence[Sequence[int]], setti
         dims, values = variables[name]
         variables[name] = (dims[:-1], values.mean(-1))
     variables |= _trajectories(subject, prompts, settings)
+    variables |= _neurons(subject)
     return xarray.Dataset(variables)
 
 
@@ -204,6 +206,8 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
         for name, reference in (("attention_change", before), ("attention_distance_to_horizon", fixed)):
             away = np.sqrt(((now - reference) ** 2).sum((-1, -2)))
             found[name] = (("layer", "recurrence", "head"), away)
+        most = np.array([[_most_change(trace, layer, t) for t in steps] for layer in layers])
+        found["attention_bound_ratio"] = (("layer", "recurrence", "head"), found["attention_change"][1] / most)
         by_row = found["attention_change"][1] / np.sqrt(len(prompt))
         stable = np.full((len(layers), by_row.shape[2]), np.nan)
         for layer, head in np.ndindex(stable.shape):
@@ -216,6 +220,24 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
         [[np.sqrt(((one - two) ** 2).sum((-1, -2)).mean() / len(prompt)) for two in every] for one in every]
     )
     found["attention_cycle_distance"] = (("visit", "visit_other"), away)
+    return found
+
+
+def _most_change(trace: Trace, layer: int, recurrence: int) -> list[float]:
+    """`(1 / (2 sqrt(d))) (|Q - Q'| |K| + |Q'| |K - K'|)` of every head."""
+    views = [trace.attention_view("recurrent", layer, t) for t in (recurrence, recurrence - 1) if t >= 0]
+    if len(views) == 1:
+        return [np.nan] * views[0].heads
+    now, before = views
+    assert isinstance(now, QueryKeyAttention)
+    assert isinstance(before, QueryKeyAttention)
+    found = []
+    for head in range(now.heads):
+        group = head // (now.heads // now.key.shape[1])
+        q, p = (view.query[0, head].double().numpy() for view in (now, before))
+        k, m = (view.key[0, group].double().numpy() for view in (now, before))
+        most = np.linalg.norm(q - p) * np.linalg.norm(k) + np.linalg.norm(p) * np.linalg.norm(k - m)
+        found.append(float(most / (2 * np.sqrt(q.shape[1]))))
     return found
 
 
@@ -324,4 +346,23 @@ def _trajectories(
     return {
         "trajectory": (("tracked", "layer", "recurrence", "component"), np.array(scores)),
         "trajectory_variance": (("tracked", "component"), np.array(shares)),
+    }
+
+
+def _neurons(subject: NativeSubject) -> dict[str, Named]:
+    model = subject.model
+    tokens = (model.embedding if model.head is None else model.head).weight.detach().double().numpy()
+    kurtosis, skew = [], []
+    for layer in (*model.prelude, *model.recurrent, *model.coda):
+        output = layer.mlp.down.weight.detach().double().numpy().T
+        cosines = output @ tokens.T / (_norm(output)[:, None] * _norm(tokens))
+        standard = (cosines - cosines.mean(-1, keepdims=True)) / cosines.std(-1, keepdims=True)
+        kurtosis.append((standard**4).mean(-1))
+        skew.append((standard**3).mean(-1))
+    peaked = np.array(kurtosis) > 10
+    return {
+        "neuron_kurtosis": (("unique_layer", "neuron"), np.array(kurtosis)),
+        "neuron_skew": (("unique_layer", "neuron"), np.array(skew)),
+        "prediction_neurons": (("unique_layer",), (peaked & (np.array(skew) > 0)).mean(-1)),
+        "suppression_neurons": (("unique_layer",), (peaked & (np.array(skew) < 0)).mean(-1)),
     }

@@ -239,6 +239,10 @@ def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: i
     for name in STAGE_NAMES:
         found[name] = ("depth", "prompt"), rng.uniform(0.2, 0.8, size=(len(visits), visits.shape[1]))
     found["mean_token_norm"] = ("depth", "prompt"), _norm(visits).mean(-1)
+    layers = sorted({f"{stage}.{layer}" for stage, layer, _ in sites})
+    found["unique_layer"] = "unique_layer", layers
+    for name in ("prediction_neurons", "suppression_neurons"):
+        found[name] = "unique_layer", rng.uniform(0, 0.1, size=len(layers))
     return found
 
 
@@ -252,6 +256,7 @@ def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, A
     return {
         "attention_change": (dims, change.astype(np.float32)),
         "attention_distance_to_horizon": (dims, shrinking.astype(np.float32)),
+        "attention_bound_ratio": (dims, np.full(shrinking.shape, 0.1, dtype=np.float32)),
         "head_stable_from": (("layer", "head", "prompt"), np.full((LAYERS, heads, prompts), stable)),
     }
 

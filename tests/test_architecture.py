@@ -1,6 +1,7 @@
 """Descriptions of models: what is accepted, what is refused by name, and the way to JSON and back."""
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -139,11 +140,29 @@ except ConfigError as error:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"factor": 0.5}, {"low_freq_factor": 4.0}, {"low_freq_factor": 0.0}, {"original_max_positions": 0}]
+    "changes",
+    [
+        {"factor": 0.5},
+        {"factor": math.nan},
+        {"factor": math.inf},
+        {"low_freq_factor": 4.0},
+        {"low_freq_factor": 0.0},
+        {"high_freq_factor": math.inf},
+        {"original_max_positions": 0},
+    ],
 )
 def test_a_rotary_scaling_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is not a llama3 scaling"):
         Llama3Scaling(**(SCALING | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"factor": math.nan}, {"attention_factor": math.nan}, {"attention_factor": 0.0}, {"original_max_positions": 0}],
+)
+def test_a_yarn_scaling_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is not a YaRN scaling: it needs factor >= 1 and attention_factor > 0"):
+        YarnScaling(**({"factor": 4.0, "original_max_positions": 32, "attention_factor": 1.0} | changes))
 
 
 def test_an_odd_head_is_fine_where_nothing_is_rotated() -> None:

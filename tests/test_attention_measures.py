@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 import loopscope
 from loopscope import measures
+from loopscope.analysis import SilentProgress
 from loopscope.measures.base import Frame
+from loopscope.measures.heads import change_bound
 from loopscope.subject import Batch, NativeSubject
+from loopscope.visits import QueryKeyAttention
 from random_model import random_ids, random_model
 
 
@@ -76,6 +79,37 @@ def test_a_head_is_stable_from_where_its_change_stays_small() -> None:
     assert math.isnan(found[3])
     assert found[4] == 3.0
     assert bool(measures.stable_from(change[:, :1], 0.05).isnan().all())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 8), st.sampled_from([1, 2, 4]), st.floats(0.01, 10), st.floats(1e-4, 3), st.integers(0, 999))
+def test_no_map_changes_by_more_than_its_queries_and_keys_allow(
+    tokens: int, kv_heads: int, size: float, step: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, 3, generator=generator, dtype=torch.float64)
+
+    query, key = size * draw(4), size * draw(kv_heads)
+    before = QueryKeyAttention(query, key, 0.6, None)
+    now = QueryKeyAttention(query + step * draw(4), key + step * draw(kv_heads), 0.6, None)
+    change = measures.attention_distance(now.probabilities(), before.probabilities())
+    most = change_bound(now, before, torch.ones(1, tokens, dtype=torch.bool))
+    assert bool((change <= most * (1 + 1e-12)).all())
+
+
+def test_the_bound_is_reached_in_the_limit_of_small_changes_of_an_even_choice() -> None:
+    """Two keys, equally attended to, one of which moves: the softmax then changes by half of its scores' change."""
+    query = torch.ones(1, 1, 2, 1, dtype=torch.float64)
+    key = torch.zeros(1, 1, 2, 1, dtype=torch.float64)
+    moved = key.clone()
+    moved[0, 0, :, 0] = torch.tensor([1e-6, -1e-6])
+    views = [QueryKeyAttention(query, each, 1.0, None) for each in (moved, key)]
+    change = measures.attention_distance(views[0].probabilities(), views[1].probabilities())
+    most = change_bound(views[0], views[1], torch.ones(1, 2, dtype=torch.bool))
+    # Of the two rows only the second has a choice, so the bound over both is larger by sqrt(2).
+    assert float(change / most) == pytest.approx(2**-0.5, rel=1e-6)
 
 
 def test_numpy_in_numpy_out() -> None:
@@ -189,6 +223,11 @@ def test_heads_in_tiles_are_what_whole_maps_give(
                 before = trace.attention(stage, layer, recurrence - 1)[prompt, :, :length, :length]
                 change = measures.attention_distance(attention, before)
             compare("attention_change", (layer, recurrence), change, prompt)
+    ratios = found["attention_bound_ratio"].values
+    assert np.isnan(ratios[:, 0]).all()
+    # The prompt of one token has a map that cannot change.
+    assert (ratios[:, 1:, :, :2] <= 1).all()
+    assert (ratios[:, 1:, :, :2] > 0).all()
 
 
 def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
@@ -228,3 +267,28 @@ def test_a_state_that_is_not_finite_has_no_entropy_and_spoils_no_other() -> None
     found = measures.residual_entropy(states)
     assert math.isnan(float(found[0]))
     assert float(found[1]) == expected
+
+
+def test_a_neuron_that_writes_one_token_predicts_it_and_its_opposite_suppresses_it() -> None:
+    tokens = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))
+    writes = torch.stack([tokens[7], -3 * tokens[7], torch.randn(256, generator=torch.Generator().manual_seed(1))])
+    kurtosis, skew = measures.neuron_moments(writes.T, tokens)
+    assert kurtosis[0] > measures.KURTOSIS < kurtosis[1]
+    assert skew[0] > 0 > skew[1]
+    assert float(kurtosis[1]) == pytest.approx(float(kurtosis[0]), rel=1e-4)
+    assert 2 < kurtosis[2] < 4
+
+
+def test_models_too_large_for_their_neurons_say_so() -> None:
+    class Notes(SilentProgress):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    notes = Notes()
+    subject = NativeSubject(random_model())
+    study = loopscope.analyze(subject, [[1, 2, 3]], recurrences=2, horizon=2, neuron_limit=0.0, progress=notes)
+    assert "neuron_kurtosis" not in study.dataset
+    assert any("raise --neuron-limit" in note for note in notes.notes)

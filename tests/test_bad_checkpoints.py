@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loopscope
-from loopscope.checkpoints import save_checkpoint
+from loopscope.checkpoints import TensorStore, save_checkpoint
 from loopscope.errors import CheckpointError, LoopscopeError, NonFiniteError
 from random_model import random_model
 
@@ -125,6 +126,7 @@ NATIVE: list[tuple[str, Change, str]] = [
         configure(model_type="llama"),
         r"says model_type 'llama', but its tensors are named as those of loopscope; one of the two belongs to",
     ),
+    ("adapter", write("adapter_config.json", "{}"), r"holds an adapter \(adapter_config\.json\), .*: merge it into"),
     ("next version", configure(format_version=2), "format_version 2; this loopscope reads version 1"),
     ("no version", configure(format_version=...), "format_version None"),
     ("no architecture", configure(architecture=...), "no object named 'architecture'"),
@@ -134,6 +136,17 @@ NATIVE: list[tuple[str, Change, str]] = [
         r"config\.json: Unknown field 'dropout' in the Architecture",
     ),
     ("missing field", configure(architecture__heads=...), r"config\.json: The Architecture lacks the field 'heads'"),
+    (
+        "endless number",
+        configure(architecture__rope_base=10**400),
+        r"config\.json: The field 'rope_base' .* must be float",
+    ),
+    ("endless count", configure(architecture__recurrences=10**400), r"'recurrences' .* must be int, got 1000"),
+    (
+        "odd kind",
+        configure(architecture__rope_scaling={"kind": ["yarn"]}),
+        r"'kind' of 'rope_scaling' .* got \['yarn'\]",
+    ),
     ("wrong choice", configure(architecture__injection="sum"), r"config\.json: .*'injection'.* must be one of"),
     ("impossible", configure(architecture__heads=3), r"config\.json: .*heads \(3\) must be a multiple of kv_heads"),
     ("too wide", configure(architecture__width=10**15), r"config\.json: .*width must be at most 1000000"),
@@ -313,6 +326,45 @@ def test_a_tensor_in_two_files_is_refused(native: Path) -> None:
     save_file({QUERY: torch.zeros(16, 12)}, native / "more.safetensors")
     index(native, {QUERY: "more.safetensors"})
     refused(native, f"'{re.escape(QUERY)}' is in both model.safetensors and more.safetensors")
+
+
+def test_two_sets_of_weights_are_refused(native: Path) -> None:
+    weights = load_file(native / "model.safetensors")
+    save_file(weights, native / "model-00001-of-00001.safetensors")
+    index(native, dict.fromkeys(weights, "model-00001-of-00001.safetensors"))
+    refused(
+        native, r"holds both model\.safetensors and model\.safetensors\.index\.json, which names other files; one of"
+    )
+
+
+def overwritten(path: Path) -> None:
+    """The same file with other values, as a training run writes its next checkpoint."""
+    content = bytearray(path.read_bytes())
+    content[-4:] = bytes(4)
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 0))  # the clock of some file systems is slow
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def exchanged(path: Path) -> None:
+    """Another file in its place, with the tensors elsewhere."""
+    weights = load_file(path)
+    save_file({"a.first": torch.ones(3), **weights}, path.with_name("next"))
+    path.with_name("next").replace(path)
+
+
+@pytest.mark.parametrize("change", [overwritten, cut, exchanged])
+def test_a_file_that_changes_while_it_is_read_is_refused(native: Path, change: Callable[[Path], None]) -> None:
+    store = TensorStore(native)
+    assert store.rows(QUERY, 0, 2).shape == (2, 12)
+    change(native / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed while it was being read; load it again"):
+        store.rows(QUERY, 0, 2)
+    with pytest.raises(CheckpointError, match="was changed while it was being read"):
+        store.sha256()
 
 
 def test_a_path_that_is_no_folder_is_refused(native: Path, tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
         "sets rope_parameters.full_attention",
     ),
     (RETROFIT, {"rope_theta": ...}, "lacks the field 'rope_theta', which a retrofitted Llama checkpoint has"),
+    (
+        RETROFIT,
+        {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_type": "default"}},
+        "lacks the field 'rope_theta', which a retrofitted Llama checkpoint has",
+    ),
     # Windows.
     (QWEN3, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
     (

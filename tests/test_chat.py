@@ -223,9 +223,21 @@ REFUSED = {
     "a mistake": ("{{ messages[7].content.strip() + 1 }}", None, "chat template refuses the prompt"),
     "a way out": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", None, "refuses the prompt .*unsafe"),
     "a change": ("{{ messages.append(1) }}", None, "refuses the prompt .*unsafe"),
-    "left out": ("{{ 'Hello' }}", None, "writes the prompt 0 times or changes it"),
-    "twice": ("{{ messages[0].content * 2 }}", None, "writes the prompt 2 times or changes it"),
-    "changed": ("{{ messages[0].content | upper }}", None, "writes the prompt 0 times or changes it"),
+    "left out": ("{{ 'Hello' }}", None, "leaves the prompt out, changes it or"),
+    "twice": ("{{ messages[0].content * 2 }}", None, "or writes it more than once"),
+    "left out, with its words elsewhere": ("{{ '<user>Why not?</user>' }}", None, "leaves the prompt out"),
+    "escaped": ("{{ messages[0].content | replace('?', '&quest;') }}", None, "leaves the prompt out, changes it or"),
+    "twice if it is short": (
+        "{% set text = messages[0].content %}{{ text if text | length > 12 else text + text }}{{ '|' + text }}",
+        None,
+        "or writes it more than once",
+    ),
+    "no system turn, with its words in the prompt": (
+        "{{ messages[-1].content }}",
+        "Why",
+        "leaves the system prompt out",
+    ),
+    "changed": ("{{ messages[0].content | upper }}", None, "leaves the prompt out, changes it or"),
 }
 
 

@@ -137,12 +137,6 @@ def test_several_files_with_an_index_are_one_checkpoint(tmp_path: Path) -> None:
     assert parts.weights_sha256 == load_checkpoint(sharded(tmp_path / "again")).weights_sha256
 
 
-def test_the_index_decides_where_there_is_a_left_over_file(tmp_path: Path) -> None:
-    folder = sharded(tmp_path / "sharded")
-    (folder / "model.safetensors").write_bytes(b"left over")
-    assert load_checkpoint(folder).family == "huginn"
-
-
 def test_pickle_files_beside_the_weights_are_left_alone(tmp_path: Path, model: LoopedTransformer) -> None:
     save_checkpoint(tmp_path, model)
     (tmp_path / "training_args.bin").write_bytes(b"cos\nabort\n(tR.")

@@ -149,6 +149,13 @@ def test_hooks_without_a_way_to_set_the_number_keep_what_is_left() -> None:
     assert skipped(spinner()) == {"attention", "initial state", "rounding", "recurrences", "decoding"}
 
 
+def test_a_number_that_is_accepted_and_not_run_is_a_broken_promise() -> None:
+    # The probe, which asks for few, finds nothing; another number is refused by nobody and yet not run.
+    given = spinner(set_recurrences=lambda model, recurrences: setattr(model, "turns", min(recurrences, 4)))
+    assert set(failures(given, recurrences=3, other_recurrences=[4])) == set()
+    assert set(failures(given, recurrences=3, other_recurrences=[6])) == {"recurrences"}
+
+
 def test_random_states_of_a_batch_are_found_out() -> None:
     # A model that draws for a whole batch at once gives a prompt another state than alone.
     given = spinner(noisy=True, set_recurrences="turns")
@@ -282,6 +289,11 @@ def test_looking_ahead_is_allowed_where_it_is_announced() -> None:
 def test_arguments_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_subject(subject(INJECTED), **options)
+
+
+def test_a_module_that_is_no_subject_yet_is_told_to_become_one() -> None:
+    with pytest.raises(ConfigError, match=r"Linear is a torch module; wrap it first, as in loopscope\.hook"):
+        check_subject(torch.nn.Linear(2, 2))
 
 
 def test_recurrences_without_a_loop_are_refused() -> None:

@@ -98,6 +98,8 @@ def described(tmp_path: Path, case: str, **changes: Any) -> Architecture:
 
 def test_a_retrofitted_model_rotates_with_rope_theta_and_not_with_the_left_over_base(tmp_path: Path) -> None:
     assert described(tmp_path, "retrofit-llama-tiny", rope_theta=10000.0, rope_base=500000.0).rope_base == 10000.0
+    respelled = {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_theta": 123.0}}
+    assert described(tmp_path, "retrofit-llama-tiny", **respelled).rope_base == 123.0
 
 
 def test_a_tied_head_may_be_named_twice(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_attention_that_cannot_be_seen_is_none_and_said() -> None:
     trace = loopscope.capture(subject, BATCH.input_ids, attention=True)
     assert trace.attention("recurrent", 1, 2).shape == (3, HEADS, 5, 5)
     for layer in (0, 1):
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError, match=f"attention of layer {layer} in the prelude of Unusual cannot be seen"):
             trace.attention("prelude", layer)
     said = [sentence for sentence in subject.blind_spots if sentence.startswith("Attention")]
     assert said == [

@@ -82,6 +82,18 @@ def test_dropout_is_off_in_a_run() -> None:
     assert torch.equal(*logits)
 
 
+def test_modes_that_the_owner_changes_while_a_run_stands_still_are_no_matter_to_it() -> None:
+    subject = loopscope.hook(ForeignLoop().eval(), **PATHS)
+    run = subject.start(Batch(BATCH.input_ids, torch.ones_like(BATCH.mask)), recurrences=3)
+    subject.model.train()
+    for _ in range(3):
+        run.advance()
+    logits = run.decode()
+    run.close()
+    assert all(module.training for module in subject.model.modules())
+    assert torch.equal(logits, subject.model.eval()(BATCH.input_ids)["logits"])
+
+
 def test_the_owner_of_a_model_can_use_it_while_a_run_stands_still() -> None:
     subject = loopscope.hook(ForeignLoop().eval(), **PATHS)
     alone = loopscope.capture(subject, BATCH.input_ids, recurrences=4)

@@ -268,6 +268,13 @@ def test_a_repository_with_pickles_alone(hub: Hub, files: Files) -> None:
     assert not [request for request in hub.requests if "pytorch_model.bin" in request]
 
 
+def test_a_repository_with_an_adapter(hub: Hub, files: Files) -> None:
+    hub.publish(NAME, files | {"adapter_config.json": b"{}", "adapter_model.safetensors": b"what it adds"})
+    for read in (loopscope.inspect_model, loopscope.load):
+        with pytest.raises(CheckpointError, match=r"holds an adapter \(adapter_config\.json\), without which"):
+            read(NAME)
+
+
 def test_a_repository_without_weights(hub: Hub, files: Files) -> None:
     hub.publish(NAME, {"config.json": files["config.json"]})
     refused(CheckpointError, "holds no weights at its top level as safetensors")

@@ -139,11 +139,14 @@ def test_a_feed_forward_models_layers_can_be_changed_too() -> None:
 def test_every_variable_of_a_study_is_that_of_the_changed_model(method: Any) -> None:
     """Horizon, heads, stages, path independence, readout and noise floor included."""
     model = subject()
-    found = analyze(model, PROMPTS, intervene=["mlp:recurrent.1=0", "mlp:coda.0=0"], horizon_method=method, **SHORT)
-    wanted = analyze(without(model, "recurrent.1.mlp.down.weight", "coda.0.mlp.down.weight"), PROMPTS, **SHORT)
+    # Neurons are read from the weights, which an intervention leaves alone.
+    options: dict[str, Any] = {**SHORT, "skip": ("neurons",)}
+    texts = ["mlp:recurrent.1=0", "mlp:coda.0=0"]
+    found = analyze(model, PROMPTS, intervene=texts, horizon_method=method, **options)
+    wanted = analyze(without(model, "recurrent.1.mlp.down.weight", "coda.0.mlp.down.weight"), PROMPTS, **options)
     xarray.testing.assert_identical(found.dataset, wanted.dataset)
     assert "noise_floor" in found.dataset
-    assert found.manifest["settings"]["intervene"] == ["mlp:recurrent.1=0", "mlp:coda.0=0"]
+    assert found.manifest["settings"]["intervene"] == texts
     assert "intervene" in found.manifest["identity"]["settings"]
 
 

@@ -9,6 +9,7 @@ import torch
 
 import loopscope
 from loopscope.architecture import LinearScaling, Llama3Scaling, YarnScaling
+from loopscope.model.exit import ExitRule, exit_distribution, exit_step
 from loopscope.visits import Observer, Visit
 from pairwise import pairwise
 from random_model import random_ids, random_model
@@ -107,6 +108,19 @@ def test_a_model_with_an_exit_gate_answers_each_token_from_where_it_stops(thresh
     settings = {name: values[0] for name, values in LOOPED.items()}
     gated = {"layout": (1, 2, 0), "loop_norm": "recurrence", "exit_gate": True, "exit_threshold": threshold}
     check(settings | gated, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 0.999999, 1.0, 2.0])
+def test_the_answer_is_that_of_the_step_that_is_told(threshold: float, dtype: torch.dtype) -> None:
+    """In many recurrences probabilities add up to 1 but for rounding, which must not part the two."""
+    generator = torch.Generator().manual_seed(0)
+    gates = [torch.randn(3, 50, generator=generator).to(dtype) for _ in range(40)]
+    states = [torch.full((3, 50, 1), float(recurrence)) for recurrence in range(40)]
+    rule = ExitRule(threshold)
+    for state, gate in zip(states, gates, strict=True):
+        rule.after(state, gate)
+    assert torch.equal(rule.answer(states[-1])[..., 0].long(), exit_step(exit_distribution(gates), threshold))
 
 
 def test_the_exit_gate_stops_tokens_at_different_recurrences() -> None:

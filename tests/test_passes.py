@@ -105,6 +105,7 @@ PARTS: Mapping[Part, set[str]] = {
     "noise-floor": {"noise_floor"},
     "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
     "stages": set(STAGE_NAMES),
+    "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
 }
 
 

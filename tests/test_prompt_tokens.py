@@ -222,6 +222,9 @@ def test_a_prompt_longer_than_the_model() -> None:
 def test_token_ids_that_the_model_does_not_have() -> None:
     with pytest.raises(PromptError, match=r"'a' has the token id 10, but the model has 10 tokens \(ids 0 to 9\)"):
         encode(None, Prompt("a", token_ids=(9, 10)), vocab_size=10)
+    for token in (-1, 2**32, 10**30):
+        with pytest.raises(PromptError, match=f"'a' has the token id {token}, but the model has 600 tokens"):
+            encode(TOKENIZERS["byte level"], Prompt("a", token_ids=(token,)), vocab_size=600)
     with pytest.raises(PromptError, match="tokenizer has 600 tokens, so it belongs to another model"):
         encode(TOKENIZERS["byte level"], Prompt("a", text="How many books?"), vocab_size=200)
 

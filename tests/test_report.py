@@ -51,6 +51,7 @@ LOOPED_FIGURES = {
     "heads-stable",
     "head-distance",
     "attention-cycle",
+    "neurons",
     *(
         f"{quantity}-by-{layout}"
         for quantity in ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
@@ -180,7 +181,7 @@ def test_text_from_outside_stays_text(hostile_study: Study, tmp_path: Path, page
 def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
     found = page_of(feed_forward_study(), tmp_path)
     quantities = ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
-    alone = {"cycle-similarity", "attention-cycle", "head-sinks"}
+    alone = {"cycle-similarity", "attention-cycle", "head-sinks", "neurons"}
     assert set(found.figures) == alone | {f"{quantity}-by-depth" for quantity in quantities}
     assert "This model is feed-forward" in found.words
     assert "4 layers, feed-forward" in found.words
@@ -209,7 +210,15 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
     study = looped_study(contracting())
     parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "attention_cycle_distance"]
     parts += ["trajectory", "trajectory_variance", "visit", "visit_other"]
-    parts += [*TOKEN_READOUTS, *HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", *STAGE_NAMES]
+    parts += [
+        "prediction_neurons",
+        "suppression_neurons",
+        *TOKEN_READOUTS,
+        *HEAD_NAMES,
+        *CHANGE_NAMES,
+        "head_stable_from",
+        *STAGE_NAMES,
+    ]
     parts += [str(name) for name in study.dataset.coords if str(name).startswith("depth")]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
     left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}

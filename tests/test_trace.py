@@ -188,11 +188,27 @@ IDS = random_ids(2, 3)
         ({"initial_state": torch.zeros(2, 3, 11)}, r"shape \(2, 3, 11\); .* need \(2, 3, 12\)"),
         ({"initial_state": torch.zeros(1, 3, 12)}, r"shape \(1, 3, 12\); .* need \(2, 3, 12\)"),
         ({"recurrences": 0}, "recurrences must be at least 1, got 0"),
+        ({"input_ids": "The cat sat"}, "must be token ids, got text; encode it first"),
+        ({"input_ids": ["The cat", "sat"]}, "must be token ids, got text"),
+        ({"input_ids": [[1, 2.0]]}, "must be lists of whole numbers, got"),
+        ({"input_ids": [1, [2]]}, "must be lists of whole numbers, got"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "hides a whole prompt"),
+        ({"model": torch.nn.Linear(2, 2)}, r"Linear is a torch module; wrap it first, as in loopscope\.hook"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(model: LoopedTransformer, options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"model": model, "input_ids": IDS} | options
     with pytest.raises(ConfigError, match=message):
-        loopscope.capture(model, **{"input_ids": IDS} | options)
+        loopscope.capture(**arguments)
+
+
+def test_token_ids_may_be_of_any_library(model: LoopedTransformer) -> None:
+    expected = loopscope.capture(model, [[1, 2, 3], [4, 5]]).logits
+    for given in ([torch.tensor([1, 2, 3]), torch.tensor([4, 5])], [np.array([1, 2, 3]), (4, 5)]):
+        assert torch.equal(loopscope.capture(model, given).logits, expected)
+    assert torch.equal(
+        loopscope.capture(model, list(np.array([4, 5]))).logits[0], loopscope.capture(model, [4, 5]).logits[0]
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

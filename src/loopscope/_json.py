@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import sys
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -70,7 +72,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         for option in options:
             if _is(value, option):
                 return option(value) if option in (int, float) else value
-    raise ConfigError(f"The field {where} must be {_describe(hint)}, got {value!r}.")
+    raise ConfigError(f"The field {where} must be {_describe(hint)}, got {reprlib.repr(value)}.")
 
 
 def _structured(value: Any, options: list[Any], where: str) -> Any:
@@ -80,24 +82,29 @@ def _structured(value: Any, options: list[Any], where: str) -> Any:
     if isinstance(value, options[0]):
         return value
     if not isinstance(value, Mapping):
-        raise ConfigError(f"The field {where} must be an object, got {value!r}.")
+        raise ConfigError(f"The field {where} must be an object, got {reprlib.repr(value)}.")
     if len(options) == 1:
         return build(options[0], value, f"the {options[0].__name__}")
-    kinds = {option.kind: option for option in options}
-    if value.get("kind") not in kinds:
-        found = value.get("kind")
-        raise ConfigError(f"The field 'kind' of {where} must be one of {', '.join(kinds)}, got {found!r}.")
-    chosen = kinds[value["kind"]]
-    return build(chosen, value, f"the {chosen.__name__}")
+    found = value.get("kind")
+    for option in options:
+        if option.kind == found:
+            return build(option, value, f"the {option.__name__}")
+    kinds = ", ".join(option.kind for option in options)
+    raise ConfigError(f"The field 'kind' of {where} must be one of {kinds}, got {reprlib.repr(found)}.")
 
 
 def _is(value: Any, option: Any) -> bool:
-    """JSON has one kind of number: a whole float is an int where an int is asked for, and an int is a float."""
-    if option is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if option is int:
-        return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
-    return isinstance(value, option)
+    """JSON has one kind of number: a whole float is an int where an int is asked for, and an int is a float.
+
+    A whole number beyond the range of floats is neither.
+    """
+    if option not in (int, float):
+        return isinstance(value, option)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return option is float or value.is_integer()
 
 
 def _describe(hint: Any) -> str:

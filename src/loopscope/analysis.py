@@ -14,11 +14,21 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 import xarray as xr
+from torch import nn
 
 from loopscope.errors import ConfigError, PromptError
 from loopscope.interventions import check_recurrences, check_tokens, parse_interventions
-from loopscope.loading import load
-from loopscope.measures import LEVELS, Arrays, Named, depth_sites, readout_grid, visit_labels
+from loopscope.loading import as_subject, load
+from loopscope.measures import (
+    LEVELS,
+    Arrays,
+    Named,
+    depth_sites,
+    neuron_operations,
+    neurons,
+    readout_grid,
+    visit_labels,
+)
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
 from loopscope.prompts import (
     Prompt,
@@ -32,7 +42,7 @@ from loopscope.prompts import (
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, Subject, SubjectInfo, intervene
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, intervene
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -67,7 +77,7 @@ class SilentProgress:
 
 
 def analyze(
-    model: str | Path | Subject,
+    model: str | Path | Subject | nn.Module,
     prompts: Prompts | None = None,
     *,
     out: str | Path | None = None,
@@ -79,7 +89,7 @@ def analyze(
 
     **Arguments**
 
-    - `model`: a shipped model's name, a checkpoint folder, a name on the Hugging Face hub, or a subject.
+    - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
     - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
@@ -97,7 +107,8 @@ def analyze(
     if isinstance(model, str | Path):
         subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     else:
-        subject, settings = model, _settings_of(model, settings)
+        subject = as_subject(model)
+        settings = _settings_of(subject, settings)
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
     tokenized = encode_prompts(
@@ -250,7 +261,7 @@ class _Job:
 
     def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
         """All shards as one study."""
-        merged = merge(shards)
+        merged = merge(shards) | self._neurons()
         counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
         merged["token_count"] = Named(("prompt",), counts)
         dataset = xr.Dataset(
@@ -260,6 +271,19 @@ class _Job:
         manifest = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
         return Study(dataset, manifest, self._tokens())
 
+    def _neurons(self) -> dict[str, Named]:
+        """From the weights, which are no shard's: of a native model, unless that takes too long."""
+        if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
+            return {}
+        needed = neuron_operations(self.subject.model) / 1e12
+        if needed > self.settings.neuron_limit:
+            self.progress.note(
+                f"Prediction and suppression neurons are left out: counting them takes {needed:.3g} tera operations; "
+                "raise --neuron-limit to have them."
+            )
+            return {}
+        return neurons(self.subject.model)
+
     def _coordinates(self, arrays: dict[str, Named]) -> dict[str, Any]:
         lengths = {
             dim: size for entry in arrays.values() for dim, size in zip(entry.dims, entry.values.shape, strict=True)
@@ -267,6 +291,11 @@ class _Job:
         cycle = min(self.settings.cycle_recurrences, self.recurrences)
         visits = visit_labels(self.info.prelude, self.info.recurrent, self.info.coda, cycle)
         values: dict[str, Any] = {
+            "unique_layer": [
+                f"{stage}.{layer}"
+                for stage in ("prelude", "recurrent", "coda")
+                for layer in range(getattr(self.info, stage))
+            ],
             "quantile": list(LEVELS),
             "site": ["last_layer", "loop_state"],
             "horizon": ["first", "second"],
@@ -292,7 +321,7 @@ class _Job:
         plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
         digest = prompts_digest(list(self.prompts))
         source = (*_SOURCE, "truncate", "chat")
-        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision")
+        free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision", "neuron_limit")
         return {
             "created": self.created,
             "model": {

@@ -59,7 +59,8 @@ class Llama3Scaling:
     kind: Literal["llama3"] = "llama3"
 
     def __post_init__(self) -> None:
-        if not 0 < self.low_freq_factor < self.high_freq_factor or self.factor < 1 or self.original_max_positions < 1:
+        ends_fit = 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+        if not (ends_fit and 1 <= self.factor < math.inf and self.original_max_positions >= 1):
             raise ConfigError(
                 f"The rotary scaling {self} is not a llama3 scaling: it needs factor >= 1 and "
                 "0 < low_freq_factor < high_freq_factor."
@@ -94,9 +95,12 @@ class YarnScaling:
     kind: Literal["yarn"] = "yarn"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.factor < math.inf or self.original_max_positions < 1 or self.attention_factor <= 0:
-            raise ConfigError(f"The rotary scaling {self} is not a YaRN scaling: it needs factor >= 1.")
-        if not 0 < self.beta_slow < self.beta_fast:
+        factors_fit = 1 <= self.factor < math.inf and 0 < self.attention_factor < math.inf
+        if not (factors_fit and self.original_max_positions >= 1):
+            raise ConfigError(
+                f"The rotary scaling {self} is not a YaRN scaling: it needs factor >= 1 and attention_factor > 0."
+            )
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
             raise ConfigError(f"A YaRN scaling needs 0 < beta_slow < beta_fast, got {self}.")
 
 

@@ -1,4 +1,4 @@
-"""A model's name in, a subject out."""
+"""A model's name, or a model, in; a subject out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from loopscope.checkpoints import Family, FoundCheckpoint, find_checkpoint, load_checkpoint
 from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
 from loopscope.hooks import HookedSubject, load_hooked
+from loopscope.model import LoopedTransformer
 from loopscope.prompts import load_tokenizer
-from loopscope.subject import NativeSubject, find_device
+from loopscope.subject import NativeSubject, Subject, find_device
 
-__all__ = ["load"]
+__all__ = ["as_subject", "load"]
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
@@ -57,6 +59,18 @@ def load(
         weights_sha256=checkpoint.weights_sha256,
         revision=found.revision,
     )
+
+
+def as_subject(model: Subject | nn.Module) -> Subject:
+    """What a function that takes a model in memory was given: a subject already, or loopscope's own model.
+
+    Raises `ConfigError` for any other torch module, since only its owner knows which of its layers are which.
+    """
+    if isinstance(model, LoopedTransformer):
+        return NativeSubject(model)
+    if isinstance(model, nn.Module):
+        raise ConfigError(f"{type(model).__name__} is a torch module; wrap it first, as in loopscope.hook(model).")
+    return model
 
 
 def _load_hooked(

@@ -17,7 +17,9 @@ __all__ = ["AnalyzeSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 HorizonMethod = Literal["auto", "second-pass", "keep"]
-Part = Literal["path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor", "heads", "stages"]
+Part = Literal[
+    "path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor", "heads", "stages", "neurons"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ class AnalyzeSettings:
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
     seed: int = 0
-    """Seed of random initial states; each prompt's state depends on it and on the prompt's tokens alone."""
+    """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
+    model that draws its own."""
     batch_size: int = 8
     """Prompts that are run, and saved, together."""
     threads: int | None = None
@@ -85,6 +88,9 @@ class AnalyzeSettings:
     head_stable: float = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
+    neuron_limit: float = 1.0
+    """Prediction and suppression neurons are counted if that takes at most so many tera floating-point operations: for
+    small models; minutes on a GPU where it is a hundred."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
 
@@ -96,6 +102,8 @@ class AnalyzeSettings:
             raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
         if not self.head_stable > 0:
             raise ConfigError(f"--head-stable must be positive, got {self.head_stable}.")
+        if self.neuron_limit < 0:
+            raise ConfigError(f"--neuron-limit must not be negative, got {self.neuron_limit}.")
         if self.keep_limit < 0:
             raise ConfigError(f"--keep-limit must not be negative, got {self.keep_limit}.")
         if self.threads is not None and self.threads < 1:

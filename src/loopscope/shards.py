@@ -142,11 +142,12 @@ def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
 def merge(shards: Sequence[Arrays]) -> dict[str, Named]:
     """Put the shards' arrays together, in order: one entry a prompt (or tracked token), and means for the sums.
 
-    Shards differ in their longest prompt; the shorter ones are filled up with NaN.
+    Shards differ in their longest prompt; the shorter ones are filled up with NaN. They are emptied on the way, so that
+    no more than one variable is held twice.
     """
     merged: dict[str, Named] = {}
     for name in dict.fromkeys(name for shard in shards for name in shard.per_prompt):
-        parts = [shard.per_prompt[name] for shard in shards if name in shard.per_prompt]
+        parts = [shard.per_prompt.pop(name) for shard in shards if name in shard.per_prompt]
         dims = parts[0].dims
         axis = dims.index("tracked" if "tracked" in dims else "prompt")
         merged[name] = Named(dims, _concatenate([part.values for part in parts], axis))

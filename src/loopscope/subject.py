@@ -46,7 +46,7 @@ class SubjectInfo:
     state_init: StateInit | None
     width: int
     heads: int | None
-    """Query heads; None where no layer's attention can be seen."""
+    """Query heads; None where no layer's attention can be seen, or layers have different numbers."""
     vocab_size: int
     max_positions: int | None
     parameters: int
@@ -383,11 +383,11 @@ def intervene(subject: Subject, interventions: str | Sequence[str | Intervention
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names and values of a model's parameters."""
+    """SHA-256 of the names and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, values in (*model.named_parameters(), *model.named_buffers()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

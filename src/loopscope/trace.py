@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.interventions import Intervention, check_recurrences, parse_interventions
-from loopscope.loading import load
-from loopscope.model import LoopedTransformer
+from loopscope.loading import as_subject, load
 from loopscope.model.exit import exit_distribution, exit_step
-from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
+from loopscope.subject import Batch, Subject, SubjectInfo
 from loopscope.subject import intervene as intervened
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
@@ -68,7 +67,8 @@ class Trace:
     def attention(self, stage: Stage, layer: int, recurrence: int = 0) -> Maps:
         """Post-softmax attention, (batch, head, query, key), float32 or wider; rows and columns of padding are zero.
 
-        Computed from the queries and keys when asked for. Raises `ConfigError` if `capture` was not told to keep them.
+        Computed from the queries and keys when asked for. Raises `ConfigError` if `capture` was not told to keep them,
+        and `KeyError` for a visit that was not made or whose attention cannot be seen.
         """
         return self.attention_view(stage, layer, recurrence).probabilities()
 
@@ -76,7 +76,10 @@ class Trace:
         """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
         if not self._recorder.keeps_attention:
             raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
-        return self._look_up(self._recorder.attention, (stage, layer, recurrence))
+        site = (stage, layer, recurrence)
+        if site in self._recorder.residuals and site not in self._recorder.attention:
+            raise KeyError(f"The attention of layer {layer} in the {stage} of {self._info.name} cannot be seen.")
+        return self._look_up(self._recorder.attention, site)
 
     def loop_state(self, recurrence: int) -> States:
         """The state after a recurrence as the next one receives it, (batch, token, width)."""
@@ -153,8 +156,8 @@ class _Recorder(Observer):
 
 
 def capture(
-    model: str | Path | LoopedTransformer | Subject,
-    input_ids: Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+    model: str | Path | nn.Module | Subject,
+    input_ids: Tensor | np.ndarray | Sequence[Any],
     *,
     recurrences: int | None = None,
     initial_state: Tensor | None = None,
@@ -178,7 +181,8 @@ def capture(
     Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
     that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
     """
-    subject = intervened(_subject(model), intervene)
+    subject = load(model) if isinstance(model, str | Path) else as_subject(model)
+    subject = intervened(subject, intervene)
     batch = _batch(input_ids, attention_mask)
     info = subject.info
     if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
@@ -203,20 +207,11 @@ def capture(
         run.close()
 
 
-def _subject(model: str | Path | LoopedTransformer | Subject) -> Subject:
-    if isinstance(model, str | Path):
-        return load(model)
-    return NativeSubject(model) if isinstance(model, LoopedTransformer) else model
-
-
-def _batch(given: Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]], mask: Tensor | None) -> Batch:
+def _batch(given: Tensor | np.ndarray | Sequence[Any], mask: Tensor | None) -> Batch:
     if not isinstance(given, Tensor | np.ndarray):
         if mask is not None:
             raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
-        nested = [given] if all(isinstance(entry, int) for entry in given) else given
-        if not nested or not all(nested):
-            raise ConfigError("input_ids is empty; a prompt needs at least one token.")
-        return Batch.of(nested)  # type: ignore[arg-type]
+        return Batch.of(_nested(given))
     ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
@@ -227,7 +222,23 @@ def _batch(given: Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    if not bool(mask.any(-1).all()):
+        raise ConfigError("attention_mask hides a whole prompt; a prompt needs at least one token.")
     return Batch(ids.long(), mask)
+
+
+def _nested(given: Sequence[Any]) -> list[list[int]]:
+    """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
+    if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
+        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
+    plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
+    several = all(isinstance(entry, Sequence) for entry in plain)
+    nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]
+    if not all(isinstance(token, int) for prompt in nested for token in prompt):
+        raise ConfigError(f"input_ids must be lists of whole numbers, got {given!r:.80}.")
+    if not nested or not all(nested):
+        raise ConfigError("input_ids is empty; a prompt needs at least one token.")
+    return nested
 
 
 def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:
@@ -251,6 +262,8 @@ def _recurrences(subject: Subject, asked: int | None) -> int:
             raise ConfigError(f"{subject.info.name} has no recurrent layers, so recurrences={asked} means nothing.")
         return 0
     count = subject.info.trained_recurrences if asked is None else asked
+    if not isinstance(count, int | None):
+        raise ConfigError(f"recurrences must be a whole number, got {count!r}.")
     if count is None or count < 1:
         raise ConfigError(f"recurrences must be at least 1, got {count}.")
     return count

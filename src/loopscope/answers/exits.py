@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.criterion import Criterion
+from loopscope.answers.statistics import mean
 from loopscope.answers.view import StudyView
 from loopscope.answers.wording import percent, plural, significant
 
@@ -31,7 +32,7 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
     evidence: dict[str, float | str] = {}
     for index, count in enumerate(counts):
         evidence[f"tokens_final_after_{count}"] = share[index]
-        evidence[f"kl_to_last_after_{count}"] = float(np.nanmean(divergence[index]))
+        evidence[f"kl_to_last_after_{count}"] = mean(divergence[index])
     last = counts[-1]
     if enough == len(counts) - 1:
         outcome, verdict = Outcome.NO, f"not before {last}"
@@ -41,7 +42,7 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
         )
     else:
         outcome, verdict = Outcome.YES, f"after {counts[enough]}"
-        away = significant(float(np.nanmean(divergence[enough])))
+        away = significant(mean(divergence[enough]))
         sentence = (
             f"After {plural(counts[enough], 'recurrence')}: {percent(share[enough])} of the tokens keep their most "
             f"probable next token from there to the last readout, after {last}. The prediction there is {away} nats "

@@ -45,6 +45,9 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
         "most_restless": f"layer {layer}, head {head}",
         "its_change_per_row_at_last": largest,
     }
+    over_bound = _largest_over_bound(view)
+    if np.isfinite(over_bound):
+        evidence["largest_change_over_its_bound"] = over_bound
     said = (
         f"In {percent(share)} of all cases (layer, head and prompt) the rows of a map change by less than "
         f"{view.head_stable:g} from some recurrence on"
@@ -58,6 +61,8 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     else:
         outcome, verdict, answer = Outcome.PARTLY, "some of them", "Some do."
     limits = []
+    if over_bound > 1:
+        limits.append("A map changed by more than its queries and keys allow, an error of loopscope: please report it.")
     if share < 1:
         limits.append(f"A head that is not stable within {view.recurrences} recurrences may be so later.")
     if from_count > 0.75 * view.recurrences:
@@ -73,6 +78,15 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
         limits=limits,
         criterion=criterion,
     )
+
+
+def _largest_over_bound(view: StudyView) -> float:
+    """NaN where no queries and keys were seen."""
+    if "attention_bound_ratio" not in view.finite:
+        return float("nan")
+    ratio = view.finite["attention_bound_ratio"].values
+    finite = ratio[np.isfinite(ratio)]
+    return float(finite.max()) if finite.size else float("nan")
 
 
 def _most_restless(change: xarray.DataArray) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PairedDifference", "Share", "mean", "median", "paired_difference", "wilson_interval"]
+__all__ = ["PairedDifference", "Share", "mean", "median", "paired_difference", "quantile", "wilson_interval"]
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -58,6 +58,12 @@ def median(values: NDArray[np.floating]) -> float:
     """Median of the finite values; NaN where there is none."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan
+
+
+def quantile(values: NDArray[np.floating], level: float) -> float:
+    """Quantile of the finite values; NaN where there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, level)) if finite.size else math.nan
 
 
 def mean(values: NDArray[np.floating]) -> float:

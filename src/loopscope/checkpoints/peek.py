@@ -12,7 +12,7 @@ from loopscope._hub import downloading
 from loopscope.checkpoints.find import find_checkpoint
 from loopscope.checkpoints.headers import Headers, TensorHeader
 from loopscope.checkpoints.hub import LEFT_OUT, is_hub_name, without_safetensors
-from loopscope.checkpoints.store import TensorStore, read_json
+from loopscope.checkpoints.store import TensorStore, read_json, refuse_adapter
 from loopscope.errors import CheckpointError
 
 __all__ = ["Peek", "peek_checkpoint"]
@@ -58,6 +58,7 @@ def _peek_hub(name: str, revision: str | None) -> Peek:
                 name, revision=revision, allow_patterns=["*.json", "*.jinja"], ignore_patterns=list(LEFT_OUT)
             )
         )
+        refuse_adapter(folder)
         config = read_json(folder / "config.json")
         try:
             headers: Headers = TensorStore(folder).headers

@@ -38,7 +38,6 @@ def _architecture(config: Config, *, olmo: bool) -> Architecture:
     fields = raven_fields(config, "retrofitted OLMo-2" if olmo else "retrofitted Llama")
     for option in ("tie_embeddings", "tie_word_embeddings", "qk_bias"):
         fields.require(option, False)
-    fields.number("rope_theta")  # no default: Huginn's base would be wrong
     width, heads = fields.integer("n_embd"), fields.count("n_heads")
     init = fields.mapping("init_values")
     embedding_scale = init.number("embed_scale")
@@ -61,7 +60,7 @@ def _architecture(config: Config, *, olmo: bool) -> Architecture:
         state_std=init.number("std") * embedding_scale,
         max_positions=max_positions,
         **(_OLMO if olmo else {}),
-        **read_rope(fields, max_positions),
+        **read_rope(fields, max_positions, default_base=None),  # Huginn's would be wrong
     )
     fields.close(_HARMLESS)
     return architecture

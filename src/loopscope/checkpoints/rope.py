@@ -19,10 +19,11 @@ _DEFAULT_BASE = 10000.0
 _KINDS = "default, linear, llama3, yarn and dynamic"
 
 
-def read_rope(fields: Fields, max_positions: int) -> dict[str, Any]:
+def read_rope(fields: Fields, max_positions: int, default_base: float | None = _DEFAULT_BASE) -> dict[str, Any]:
     """`rope_base` and `rope_scaling` of the `Architecture`.
 
-    `max_positions` stands in for an original context that is not given. A dynamic scaling changes nothing within
+    `default_base` is what a family takes where the config gives none; None where it has to be given. `max_positions`
+    stands in for an original context that is not given. A dynamic scaling changes nothing within
     `max_positions`, and longer prompts are refused, so it is read as none.
     """
     fields.require("partial_rotary_factor", 1.0)
@@ -30,24 +31,26 @@ def read_rope(fields: Fields, max_positions: int) -> dict[str, Any]:
     if len(places) == 2 and fields.config["rope_scaling"] != fields.config["rope_parameters"]:
         raise CheckpointError("config.json has both rope_scaling and rope_parameters, and they differ; keep one.")
     if not places:
-        return {"rope_base": fields.number("rope_theta", _DEFAULT_BASE), "rope_scaling": None}
+        return {"rope_base": fields.number("rope_theta", default_base), "rope_scaling": None}
     for place in places:
         rope = fields.mapping(place)
     rope.require("partial_rotary_factor", 1.0)
     scaling = _scaling(_kind(rope), rope, max_positions)
-    settings = {"rope_base": _base(fields, rope), "rope_scaling": scaling}
+    settings = {"rope_base": _base(fields, rope, default_base), "rope_scaling": scaling}
     rope.close({"finetuned"})
     return settings
 
 
-def _base(fields: Fields, rope: Fields) -> float:
+def _base(fields: Fields, rope: Fields, default: float | None) -> float:
     outer, inner = fields.optional_number("rope_theta"), rope.optional_number("rope_theta")
     if outer is not None and inner is not None and outer != inner:
         raise CheckpointError(
             f"config.json has rope_theta = {outer} and {rope.prefix}rope_theta = {inner}; keep one of them."
         )
     given = inner if outer is None else outer
-    return _DEFAULT_BASE if given is None else given
+    if given is None:
+        return fields.number("rope_theta") if default is None else default
+    return given
 
 
 def _kind(rope: Fields) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from loopscope.checkpoints.conversion import conversion_command, is_pickled
 from loopscope.checkpoints.headers import READABLE, TensorHeader
 from loopscope.errors import CheckpointError
 
-__all__ = ["TensorStore", "read_json"]
+__all__ = ["TensorStore", "read_json", "refuse_adapter"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+
+_Version = tuple[int, int, int]
+"""Inode, size and time of the last change: another file, or another content, has another one."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,19 +46,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise `CheckpointError` where the weights of a folder are not all of its model."""
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({_ADAPTER}), without which it is another model and which is not applied: "
+            "merge it into the weights (PEFT's merge_and_unload) and give that folder."
+        )
+
+
 class TensorStore:
     """Tensors by name, read when asked for.
 
-    Raises `CheckpointError` for a folder without safetensors, a damaged or truncated file, or an index that does not
-    fit.
+    Raises `CheckpointError` for a folder without safetensors, with two sets of them or with an adapter, a damaged or
+    truncated file, an index that does not fit, and, whenever it reads, a file that is no longer the one whose header
+    was read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        refuse_adapter(folder)
         self.headers: dict[str, TensorHeader] = {}
         self._offsets: dict[str, int] = {}
+        self._versions: dict[str, _Version] = {}
         for path in self._paths():
-            for name, header, offset in _read_header(path):
+            self._versions[path.name], entries = _read_header(path)
+            for name, header, offset in entries:
                 if name in self.headers:
                     raise CheckpointError(
                         f"The tensor {name!r} is in both {self.headers[name].file} and {path.name}; one of "
@@ -72,11 +91,9 @@ class TensorStore:
         path = self.folder / header.file
         width = header.nbytes // header.shape[0]
         content = bytearray((stop - start) * width)
-        with _reading(path), path.open("rb") as file:
+        with self._open(path) as file:
             file.seek(self._offsets[name] + start * width)
-            count = file.readinto(content)
-        if count != len(content):
-            raise CheckpointError(f"{path} ends within {name!r}; copy or download it again.")
+            file.readinto(content)
         dtype = getattr(torch, READABLE[header.code])
         return torch.frombuffer(content, dtype=dtype).view(stop - start, *header.shape[1:])
 
@@ -86,19 +103,36 @@ class TensorStore:
         """
         digests = []
         for path in self._paths():
-            with _reading(path), path.open("rb") as file:
+            with self._open(path) as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[BufferedReader]:
+        """A file, which must not have been changed since its header was read, nor be changed while it is open.
+
+        A training run may write its next checkpoint over the one that is being loaded, whose values would then be read
+        from where the tensors used to lie.
+        """
+        with _reading(path), path.open("rb") as file:
+            before = _version(file)
+            yield file
+            if not before == _version(file) == self._versions.get(path.name):
+                raise CheckpointError(f"{path} was changed while it was being read; load it again when it is complete.")
+
     def _paths(self) -> list[Path]:
-        index = self.folder / _INDEX
+        single, index = self.folder / _SINGLE, self.folder / _INDEX
         if index.exists():
             names = sorted({str(name) for name in self._index().values()})
             for name in names:
                 if not (self.folder / name).is_file() or Path(name).name != name:
                     raise CheckpointError(f"{index} names the file {name!r}, which is not in {self.folder}.")
+            if single.is_file() and _SINGLE not in names:
+                raise CheckpointError(
+                    f"{self.folder} holds both {_SINGLE} and {_INDEX}, which names other files; one of them is left "
+                    "over, so take it away."
+                )
             return [self.folder / name for name in names]
-        single = self.folder / _SINGLE
         if single.is_file():
             return [single]
         pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
@@ -125,8 +159,13 @@ class TensorStore:
                 )
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, TensorHeader, int]]:
-    """Name, header and offset in bytes of each tensor of a file.
+def _version(file: BufferedReader) -> _Version:
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, int]]]:
+    """The file's version, and name, header and offset in bytes of each of its tensors.
 
     The library checks the file: that its header is sound, and that the tensors fill the rest of it without gaps. As it
     does not tell where they lie, the header is then read again: its length in eight bytes, and JSON.
@@ -135,12 +174,14 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorHeader, int]]:
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
+            version = _version(file)
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            header = TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name)
-            yield name, header, 8 + length + entry["data_offsets"][0]
+    return version, [
+        (name, TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name), 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    ]
 
 
 @contextmanager

@@ -34,12 +34,14 @@ class AttentionWatch(TorchFunctionMode):
     not seen.
     """
 
-    def __init__(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
+    def __init__(self, batch: int, tokens: int, mask: TokenMask | None, *, copies: bool = False) -> None:
+        """`copies` for a model that overwrites what its attention was computed from, such as a buffer of keys."""
         super().__init__()
         self._shape = (batch, tokens)
         self._mask = mask
+        self._copies = copies
         self._calls: list[AttentionView | None] = []
-        self._masks: tuple[Tensor, Tensor] | None = None
+        self._masks: tuple[Tensor, int, Tensor] | None = None
 
     def collect(self) -> tuple[AttentionView | None, int]:
         """The attention of the layer that ran, None unless exactly one call was understood; and how many calls."""
@@ -66,7 +68,7 @@ class AttentionWatch(TorchFunctionMode):
         elif func is functional.multi_head_attention_forward:
             self._calls.append(self._multi_head(func, args, kwargs))
         elif self._is_map(result, *args[1:2], **kwargs):
-            self._calls.append(MapAttention(result.detach(), self._mask))
+            self._calls.append(MapAttention(self._kept(result), self._mask))
 
     def _multi_head(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -102,19 +104,24 @@ class AttentionWatch(TorchFunctionMode):
         if query.shape[0] != batch or query.shape[2] != tokens or key.shape[2] != tokens:
             return None
         return QueryKeyAttention(
-            query.detach(),
-            key.detach(),
+            self._kept(query),
+            self._kept(key),
             query.shape[-1] ** -0.5 if scale is None else scale,
             self._mask,
             causal=is_causal,
             added=None if attn_mask is None else self._added(attn_mask),
         )
 
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if self._copies else tensor.detach()
+
     def _added(self, mask: Tensor) -> Tensor:
         """A mask as what is added to the scores. The layers of a model share it, so the last one made is kept."""
         if mask.dtype != torch.bool:
-            return mask.detach()[(None,) * (4 - mask.ndim)]
-        if self._masks is None or self._masks[0] is not mask:
+            return self._kept(mask)[(None,) * (4 - mask.ndim)]
+        # Torch counts the changes of a tensor, but not of one that was made in inference mode.
+        version = -1 if mask.is_inference() else mask._version
+        if self._masks is None or self._masks[0] is not mask or self._masks[1] != version or version < 0:
             added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
-            self._masks = (mask, added[(None,) * (4 - mask.ndim)])
-        return self._masks[1]
+            self._masks = (mask, version, added[(None,) * (4 - mask.ndim)])
+        return self._masks[2]

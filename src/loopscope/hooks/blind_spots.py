@@ -31,6 +31,8 @@ def blind_spots(layout: Layout, facts: Facts, *, settable: bool, takes_mask: boo
             if facts.causal
             else "Padding: the model takes no attention_mask and is not causal, so a batch needs prompts of one length."
         )
+    elif facts.padding is not None:
+        found.append(f"Padding: when a prompt is padded, {facts.padding}, so a batch needs prompts of one length.")
     return found
 
 
@@ -41,6 +43,8 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
             "Injection and initial state: the first recurrent layer receives something else than the loop state, and "
             "what was added to it cannot be told apart."
         )
+    elif facts.prompt_enters:
+        found.append("Injection: the prompt enters within the loop, in a way that cannot be told from outside.")
     elif facts.carries is None:
         found.append(
             "Injection and initial state: only one recurrence can be run, so it is not known what the next would get."
@@ -49,6 +53,11 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
         found.append(
             f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
             "so there is no horizon."
+        )
+    if facts.foresees:
+        found.append(
+            "Convergence: the loop knows how often it will run, so that runs of different numbers of recurrences are "
+            "different computations, and none stands in for another's fixed point."
         )
     return [*found, *OF_ALL_LOOPS]
 
@@ -59,4 +68,7 @@ def _of_attention(layout: Layout, facts: Facts) -> list[str]:
         path = layout.stage(stage)[layer].path
         reason = "no attention that is understood was" if calls == 0 else f"{calls} attentions were"
         found.append(f"Attention of {stage}.{layer} ({path}): {reason} computed in it, where one was expected.")
+    layers = len(layout.prelude) + len(layout.recurrent) + len(layout.coda)
+    if facts.heads is None and len(facts.unseen) < layers:
+        found.append("Heads: the layers have different numbers of them, so that they are not compared head by head.")
     return found

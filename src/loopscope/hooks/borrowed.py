@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from operator import attrgetter
@@ -13,6 +15,11 @@ from torch import Tensor, nn
 from loopscope.errors import ConfigError
 
 __all__ = ["Borrowed", "CallerState", "Setting"]
+
+
+_COMPUTING = threading.Lock()
+"""What is borrowed, a model's modes and the process's generators, belongs to one computing run at a time, in whatever
+thread of the caller's."""
 
 
 class Setting:
@@ -43,14 +50,11 @@ class Borrowed:
     """
 
     def __init__(self, model: nn.Module, *, setting: Setting | None, recurrences: int, seed: int | None) -> None:
-        modules = list(model.modules())
-        self._training = [module for module in modules if module.training]
-        self._compiled = any(
-            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-            for module in modules
-        )
+        self._modules = list(model.modules())
+        # A function that a layer calls may be compiled as well as a module, and only torch knows of it.
+        self._compiled = "torch._dynamo" in sys.modules
         # Its fast path is left as soon as anything watches, and rounds differently: a run must not depend on who does.
-        self._has_fast_path = any(isinstance(module, nn.MultiheadAttention) for module in modules)
+        self._has_fast_path = any(isinstance(module, nn.MultiheadAttention) for module in self._modules)
         self._setting = setting
         self._recurrences = recurrences
         self._generators = _Generators(seed, _device(model)) if seed is not None else None
@@ -62,8 +66,11 @@ class Borrowed:
         return self._generators is not None and self._generators.drew
 
     def take(self) -> None:
+        """Waits while another thread's run computes."""
         with ExitStack() as stack:
-            for module in self._training:
+            stack.enter_context(_COMPUTING)
+            # Looked at each time: the owner may have changed modes while the run stood still.
+            for module in [module for module in self._modules if module.training]:
                 stack.callback(setattr, module, "training", module.training)
                 module.training = False
             if self._setting is not None:
@@ -76,7 +83,7 @@ class Borrowed:
                 stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
                 torch.backends.mha.set_fastpath_enabled(False)
             if self._compiled:
-                # A compiled layer has no hooks to call and no functions to watch.
+                # Compiled code has no hooks to call and no functions to watch.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._back = stack.pop_all()
 

@@ -38,13 +38,15 @@ class ModelCall:
         self._pretrained = is_pretrained(model)
         parameters: Mapping[str, inspect.Parameter] = {}
         if forward is None:
-            parameters = inspect.signature(model.forward).parameters
+            parameters = _parameters(model)
         mask = parameters.get("attention_mask")
         self.takes_mask = forward is not None or mask is not None
         """Whether padding can be hidden from the model."""
         self._needs_mask = mask is not None and mask.default is inspect.Parameter.empty
         takes_rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        self._takes_use_cache = self._pretrained and ("use_cache" in parameters or takes_rest)
+        # A wrapper of such a model hands on what it does not know, and shows the model's configuration as its own.
+        has_cache = self._pretrained or hasattr(getattr(model, "config", None), "use_cache")
+        self._takes_use_cache = has_cache and ("use_cache" in parameters or takes_rest)
 
     def __call__(self, batch: Batch, extra: Mapping[str, Any]) -> Logits:
         """Raises `ConfigError` for an answer that holds no logits."""
@@ -59,6 +61,16 @@ class ModelCall:
                 arguments["use_cache"] = False
             answer = self.model(batch.input_ids, **arguments)
         return _logits(answer, batch.input_ids)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(model.forward).parameters
+    except ValueError:
+        raise ConfigError(
+            f"{type(model).__name__} does not say what its forward takes, as a scripted module does not; give the "
+            "module before it was scripted, or forward=."
+        ) from None
 
 
 def _logits(answer: Any, input_ids: TokenIds) -> Logits:

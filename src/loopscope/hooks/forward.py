@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loopscope._shapes import Logits, States
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError
+from loopscope.hooks.arguments import arguments_of, outputs_of, with_other
 from loopscope.hooks.attention import AttentionWatch
 from loopscope.hooks.borrowed import Borrowed, CallerState
 from loopscope.hooks.calling import ModelCall
@@ -59,7 +60,11 @@ class Pass:
     blind: frozenset[tuple[Stage, int]]
     """(stage, layer) of the layers whose attention is not to be trusted."""
     copies: bool
-    """The model overwrites its layers' outputs."""
+    """The model overwrites what it announced: layers' outputs, or what attention was computed from."""
+    width: int | None
+    """Of every state; None where it is not known yet."""
+    begins_with: States | None = None
+    """What the first recurrent layer receives at the first call in place of its own input, (batch, token, width)."""
 
 
 class HookedForward:
@@ -134,7 +139,7 @@ class _Worker:
         """Calls of `loop_end` since the last layer of a recurrence."""
         mask = None if bool(one.batch.mask.all()) else one.batch.mask
         batch, tokens = one.batch.input_ids.shape
-        self._watch = AttentionWatch(batch, tokens, mask)
+        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies)
         self._watching: ExitStack | None = None
 
     def run(self, pauses: Pauses[Event]) -> Logits:
@@ -142,6 +147,9 @@ class _Worker:
         self._thread = threading.get_ident()
         with ExitStack() as stack:
             self._caller.enter(stack)
+            # Hooks come and go while nobody else computes, who might be looking through them.
+            stack.callback(self._pass.borrowed.give_back)
+            self._pass.borrowed.take()
             for module in self._pass.layout.modules:
                 # Other threads run the same modules: another run of the model, or its owner.
                 before = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -150,24 +158,32 @@ class _Worker:
             if self._pass.layout.loop_end is not None:
                 end = self._pass.layout.loop_end.module.register_forward_hook(self._after_loop_end)
                 stack.callback(end.remove)
-            stack.callback(self._pass.borrowed.give_back)
             stack.callback(self._stop_watching)  # where a layer failed
-            self._pass.borrowed.take()
             logits = self._pass.call(self._pass.batch, self._pass.extra())
             self._cursor.finish()
             self._check_end("after the last recurrence", self._ends > 0)
             return logits
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self._thread:
-            return
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A thread that was going through the hooks when this one was taken off calls it without keyword arguments.
+        if threading.get_ident() != self._thread or kwargs is None:
+            return None
         self._pauses.check()
         site = self._site = self._cursor.enter(module)
+        changed = None
         if site.stage == "recurrent" and site.layer == 0:
-            self._begin_recurrence(site, _state((*args, *kwargs.values()), self._pass, site, "received"))
+            received = self._find(arguments_of(module, args, kwargs), site, "received")
+            if site.recurrence == 0 and self._pass.begins_with is not None:
+                other = self._pass.begins_with.clone()
+                changed = with_other(args, kwargs, received, other)
+                received = other
+            self._begin_recurrence(site, self._announced(received))
         if self._ear.listening:
             self._watching = ExitStack()
             self._watching.enter_context(self._watch)
+        return changed
 
     def _begin_recurrence(self, site: Site, state: States) -> None:
         if site.recurrence == 0:
@@ -189,8 +205,7 @@ class _Worker:
             self._ear.attention_calls[site.stage, site.layer] = calls
             if (site.stage, site.layer) in self._pass.blind:
                 attention = None
-        outputs = output if isinstance(output, tuple | list) else (output,)
-        state = _state(outputs, self._pass, site, "put out")
+        state = self._announced(self._find(outputs_of(output), site, "put out"))
         if self._ear.listening:
             self._tell(Visit(site.stage, site.layer, site.recurrence, state, attention))
         is_last = self._cursor.leave(site)
@@ -208,9 +223,30 @@ class _Worker:
             return
         self._ends += 1
         if self._ends == 1:
-            outputs = output if isinstance(output, tuple | list) else (output,)
             site = Site("recurrent", len(self._pass.layout.recurrent) - 1, self._cursor.recurrences - 1)
-            self._tell(LoopState(site.recurrence, _state(outputs, self._pass, site, "was followed by")))
+            state = self._announced(self._find(outputs_of(output), site, "was followed by"))
+            self._tell(LoopState(site.recurrence, state))
+
+    def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
+        """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
+        batch = tuple(self._pass.batch.input_ids.shape)
+        found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
+        layer = self._pass.layout.stage(site.stage)[site.layer]
+        if found is None or found.shape[:2] != batch:
+            raise ConfigError(
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map "
+                "states to states."
+            )
+        width = self._pass.width
+        if verb != "received" and width is not None and found.shape[2] != width:
+            raise ConfigError(
+                f"{layer.path} ({site.label}) {verb} {tuple(found.shape)} for {batch} tokens, where the model's states "
+                f"have a width of {width}; name modules whose first output is the state."
+            )
+        return found
+
+    def _announced(self, state: Tensor) -> Tensor:
+        return state.detach().clone() if self._pass.copies else state.detach()
 
     def _check_end(self, where: str, held: bool) -> None:
         end = self._pass.layout.loop_end
@@ -229,17 +265,3 @@ class _Worker:
         self._pass.borrowed.give_back()
         self._pauses.pause(event)
         self._pass.borrowed.take()
-
-
-def _state(values: tuple[Any, ...] | list[Any], one: Pass, site: Site, verb: str) -> Tensor:
-    """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
-            if value.shape[:2] != one.batch.input_ids.shape:
-                break
-            return value.detach().clone() if one.copies else value.detach()
-    layer = one.layout.stage(site.stage)[site.layer]
-    raise ConfigError(
-        f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map states to "
-        "states."
-    )

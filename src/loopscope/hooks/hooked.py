@@ -50,6 +50,10 @@ class HookedSubject:
         weights_sha256: str | None = None,
         revision: str | None = None,
     ) -> None:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError(
+                f"{type(model).__name__} has weights on the device 'meta', which are not there; load them."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.layout = layout
@@ -100,12 +104,26 @@ class HookedSubject:
                 f"{self.info.name} runs its own {facts.recurrences} recurrences, and {recurrences} were asked for; "
                 "tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
             )
-        if not (self._call.takes_mask or facts.causal or bool(batch.mask.all())):
+        if not bool(batch.mask.all()):
+            self._check_padding(batch)
+        return HookedRun(self, batch.to(self.device), recurrences if self.info.is_looped else 0, seed, observers)
+
+    def _check_padding(self, batch: Batch) -> None:
+        if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
+            raise ConfigError(
+                f"{self.info.name} is run through hooks and counts positions itself, from the first column on; put "
+                "padding behind the prompts, not before or within them."
+            )
+        if not (self._call.takes_mask or self.facts.causal):
             raise ConfigError(
                 f"{self.info.name} takes no attention_mask and is not causal, so its tokens would look at padding; run "
                 "prompts of one length together, or pass forward= to loopscope.hook."
             )
-        return HookedRun(self, batch.to(self.device), recurrences if self.info.is_looped else 0, seed, observers)
+        if self.facts.padding is not None:
+            raise ConfigError(
+                f"{self.info.name} does not stand padding: when a prompt is padded, {self.facts.padding}; run prompts "
+                "of one length together, or pass forward= to loopscope.hook."
+            )
 
     def other_initial_state(self, batch: Batch, seed: int) -> None:
         """None: the model makes its own initial state."""
@@ -121,19 +139,26 @@ class HookedSubject:
         finally:
             borrowed.give_back()
 
-    def forward(self, batch: Batch, recurrences: int | None, seed: int) -> HookedForward:
-        """Begin a forward pass; with None, of the number of recurrences that the model has anyway."""
+    def forward(
+        self, batch: Batch, recurrences: int | None, seed: int = 0, begins_with: States | None = None
+    ) -> HookedForward:
+        """Begin a forward pass; with None, of the number of recurrences that the model has anyway.
+
+        `begins_with` is given to the first recurrent layer instead of what it would receive.
+        """
         facts = self._facts
         return HookedForward(
             Pass(
                 self._call,
                 self.layout,
-                batch,
+                batch.to(self.device),
                 recurrences,
                 lambda: self._extra(recurrences),
                 self._borrowed(recurrences, seed),
                 blind=frozenset() if facts is None else frozenset(facts.unseen),
                 copies=facts is not None and facts.overwrites,
+                width=None if facts is None else facts.width,
+                begins_with=begins_with,
             )
         )
 
@@ -158,10 +183,11 @@ class HookedSubject:
         own = self._setting.get() if self._setting is not None else trained
         try:
             facts = measure_facts(
-                lambda batch, recurrences, seed: self.forward(batch.to(self.device), recurrences, seed),
+                self.forward,
                 looped=bool(self.layout.recurrent),
                 own=own,
                 settable=self.settable,
+                takes_mask=self._call.takes_mask,
                 tokens=min(PROBE_TOKENS, self._positions or PROBE_TOKENS),
             )
         except LoopscopeError:
@@ -187,7 +213,7 @@ class HookedSubject:
             recurrent=len(self.layout.recurrent),
             coda=len(self.layout.coda),
             trained_recurrences=facts.recurrences,
-            injection="none" if facts.carries or not self.layout.recurrent else None,
+            injection="none" if facts.prompt_enters is False or not self.layout.recurrent else None,
             norm_placement=None,
             loop_norm=None,
             state_init=None,
@@ -223,7 +249,7 @@ class HookedRun:
         self.state: States | None = None
         self._forward = subject.forward(batch, recurrences, seed)
         ready = self._run_to(Ready, tuple(observers))
-        if subject.info.injection == "none":
+        if subject.facts.carries or not subject.info.is_looped:
             self.state = ready.state
 
     def advance(self, observers: Iterable[Observer] = ()) -> None:
@@ -284,6 +310,11 @@ class HookedRun:
         if self._done == 0:
             raise ConfigError(
                 f"{self._subject.info.name} answers after at least one recurrence; call advance before decode."
+            )
+        if self._subject.facts.foresees:
+            raise ConfigError(
+                f"The loop of {self._subject.info.name} depends on how often it will run, so that it has no answer "
+                f"after {self._done} of {self._recurrences} recurrences; start a run of {self._done}."
             )
         forward = self._subject.forward(self._batch, self._done, self._seed)
         forward.listening = False

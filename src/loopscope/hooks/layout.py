@@ -82,7 +82,7 @@ class Cursor:
                 return site
         raise ConfigError(
             f"The model called {self._path(module)} where {self._names(expected)} was expected, after "
-            f"{self._so_far()}; give the layers in the order in which the forward pass calls them."
+            f"{self._so_far()}; {self._advice(expected, module)}"
         )
 
     def leave(self, site: Site) -> bool:
@@ -101,7 +101,7 @@ class Cursor:
         if any(site.stage != "recurrent" or site.layer or not self._may_end() for site, _ in expected):
             raise ConfigError(
                 f"The forward pass ended after {self._so_far()}, where {self._names(expected)} was expected; "
-                "name only layers that it calls, in the order of the calls."
+                f"{self._advice(expected, None)}"
             )
 
     def _may_end(self) -> bool:
@@ -125,6 +125,20 @@ class Cursor:
         index = self.done[stage]
         recurrence = self.recurrences if stage == "recurrent" else 0
         return Site(stage, index, recurrence), self._layout.stage(stage)[index]
+
+    def _advice(self, expected: Sequence[tuple[Site, HookedLayer]], called: nn.Module | None) -> str:
+        recurrent = self._layout.recurrent
+        between = self.recurrences > 0 and self.done["recurrent"] == 0 and self.done["coda"] == 0
+        too_many = called is not None and bool(recurrent) and called is recurrent[0].module
+        too_few = any(site.stage == "recurrent" for site, _ in expected)
+        if between and self._asked is not None and too_many != too_few:
+            return (
+                f"{self._asked} recurrences were to be run: set_recurrences must set their number, and it must be the "
+                "same whatever the tokens are."
+            )
+        if called is None:
+            return "name only layers that it calls, in the order of the calls."
+        return "give the layers in the order in which the forward pass calls them."
 
     def _names(self, expected: Sequence[tuple[Site, HookedLayer]]) -> str:
         return " or ".join(f"{layer.path} ({site.label})" for site, layer in expected) or "no further layer"

@@ -49,14 +49,16 @@ def hook(
       `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
     - `name`, `tokenizer`: for results and for prompts that are texts.
 
-    The module is run on a few tokens, a few times, to measure what would otherwise be assumed: whether the loop carries
-    its state unchanged, whether random numbers are drawn, whether layers overwrite their outputs, how wide it is.
+    The module is run on a few tokens, about ten times, to measure what would otherwise be assumed: whether the loop
+    carries its state unchanged and the prompt enters by it alone, whether random numbers are drawn, whether anything is
+    overwritten in place, what padding does, how wide it is.
 
     While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
     still. Weights are never changed. A model that torch has compiled is run without its compiled code.
 
     Raises `ConfigError` for paths that lead nowhere, layers that are called in another order than given or not at all,
-    and a model that fails on the probe.
+    layers whose first output is not the state, a model that fails on the probe, and one that gives other numbers when
+    it is run again.
     """
     compiled = getattr(model, "_orig_mod", None)
     model = compiled if isinstance(compiled, nn.Module) else model

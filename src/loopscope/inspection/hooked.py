@@ -19,6 +19,7 @@ from torch import nn
 from loopscope._extras import require
 from loopscope.checkpoints import Peek
 from loopscope.errors import CheckpointError, UnknownFamilyError
+from loopscope.hooks.blind_spots import OF_ALL_LOOPS, OF_ALL_MODELS
 from loopscope.hooks.decoders import find_layout
 from loopscope.hooks.layout import HookedLayer, Layout
 from loopscope.inspection.facts import Inspection, ParameterCounts, TokenizerFacts
@@ -27,13 +28,12 @@ from loopscope.settings import RunSize
 
 __all__ = ["inspect_hooked"]
 
-_ALWAYS = "Norms: where they stand within a layer."
-_OF_A_LOOP = (
+_MEASURED = (
+    "Attention: a layer's is seen if it computes one that is understood, which is measured when the model is loaded."
+)
+_MEASURED_OF_A_LOOP = (
     "Injection and initial state: shown only if the loop turns out to carry its state unchanged, which is measured "
-    "when the model is loaded.",
-    "Path independence: the model makes its initial state itself, so the loop cannot be begun from another.",
-    "Noise floor: the rounding error of a recurrence would need the model's arithmetic in another dtype.",
-    "Exit gates: what makes a model answer some tokens from an earlier recurrence.",
+    "when the model is loaded."
 )
 
 
@@ -76,10 +76,16 @@ def inspect_hooked(
         vocab_size=_number(config, "vocab_size"),
         max_positions=_number(config, "max_position_embeddings"),
         settings={},
-        blind_spots=(_ALWAYS, *(_OF_A_LOOP if layout.recurrent else ())),
+        blind_spots=_blind_spots(layout),
         tokenizer=tokenizer,
         memory=_memory(config, parameters, layout, run),
     )
+
+
+def _blind_spots(layout: Layout) -> tuple[str, ...]:
+    """What is known before the model runs; a `HookedSubject` knows more."""
+    of_the_loop = (_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()
+    return (*OF_ALL_MODELS, _MEASURED, *of_the_loop)
 
 
 def _skeleton(transformers: ModuleType, peek: Peek, unknown: UnknownFamilyError) -> Any:

@@ -33,6 +33,7 @@ from loopscope.measures.functions import (
 )
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.neurons import KURTOSIS, neuron_moments, neuron_operations, neurons
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
@@ -49,6 +50,7 @@ from loopscope.measures.trajectories import Trajectories, principal_components
 __all__ = [
     "CHANGE_NAMES",
     "HEAD_NAMES",
+    "KURTOSIS",
     "LEVELS",
     "SINK_THRESHOLD",
     "STAGE_NAMES",
@@ -77,6 +79,9 @@ __all__ = [
     "massive_activation",
     "massive_activation_place",
     "mixing_score",
+    "neuron_moments",
+    "neuron_operations",
+    "neurons",
     "next_token_loss",
     "noise_floor",
     "principal_components",

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loopscope._shapes import TokenMask
 from loopscope.measures.attention import concentration, most_entropy, stable_from
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.depth import depth_of
-from loopscope.visits import AttentionView, Visit
+from loopscope.visits import AttentionView, QueryKeyAttention, Visit
 
-__all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "tiles"]
+__all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "change_bound", "tiles"]
 
 HEAD_NAMES = (
     "colsum_concentration",
@@ -28,7 +29,7 @@ HEAD_NAMES = (
 )
 """Per visit, head and prompt."""
 
-CHANGE_NAMES = ("attention_change", "attention_distance_to_horizon")
+CHANGE_NAMES = ("attention_change", "attention_distance_to_horizon", "attention_bound_ratio")
 """Per recurrent layer, recurrence, head and prompt."""
 
 _TILE_ENTRIES = 2**20
@@ -87,8 +88,8 @@ class HeadMeasures(Measure):
         views = [view for _, view in pending]
         before, horizon = self._before[layer], self._horizon(layer)
         sums = [_Sums(self.frame, view) for view in views]
-        squares = torch.zeros(2, len(views), self.frame.prompts, self._heads, dtype=torch.float64)
-        squares = squares.to(self.frame.mask.device)
+        places = (2, len(views), self.frame.prompts, self._heads)
+        squares = torch.zeros(places, dtype=torch.float64, device=self.frame.mask.device)
         for start, stop in tiles(views[0], self.frame.prompts):
             last = None if before is None else before.tile(start, stop)
             fixed = None if horizon is None else horizon.tile(start, stop)
@@ -98,10 +99,17 @@ class HeadMeasures(Measure):
                 for place, reference in enumerate((last, fixed)):
                     squares[place, index] += torch.nan if reference is None else _square_distance(tile, reference)
                 last = tile
-        distances = squares.sqrt().movedim(-1, -2).cpu().numpy()
+        distances = squares.sqrt()
+        bounds = torch.stack(
+            [
+                change_bound(view, earlier, self.frame.mask)
+                for view, earlier in zip(views, [before, *views[:-1]], strict=True)
+            ]
+        )
+        values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2).cpu().numpy()
         for index, (recurrence, _) in enumerate(pending):
             self._keep(depth_of(self.frame, "recurrent", layer, recurrence), sums[index])
-            self._changes[:, layer, recurrence] = distances[:, index]
+            self._changes[:, layer, recurrence] = values[:, index]
         self._before[layer] = views[-1]
         pending.clear()
 
@@ -163,3 +171,24 @@ def _square_distance(tile: Tensor, reference: Tensor) -> Tensor:
     """Squared Frobenius distance of two tiles, (batch, head)."""
     away: Tensor = torch.linalg.vector_norm((tile - reference).flatten(2), dim=-1)
     return away.double().square()
+
+
+def change_bound(view: AttentionView, before: AttentionView | None, mask: TokenMask) -> Tensor:
+    """The most by which maps can differ, given the queries and keys that make them, per head, (batch, head).
+
+    `(scale / 2) (||Q - Q'|| ||K|| + ||Q'|| ||K - K'||)`, Frobenius norms over a prompt's tokens, as a row's softmax
+    changes by at most half of what its scores do. It is the step before the weights come in of Proposition 4.2 of the
+    paper, whose `(1/2) (2 b kappa / sqrt(d)) ||X - X'||` follows with `||Q|| <= ||W_Q|| b` and the like. Being sharper,
+    it needs no weights, and holds with norms, biases and rotations of queries and keys. NaN where those are not known.
+    """
+    if not (isinstance(view, QueryKeyAttention) and isinstance(before, QueryKeyAttention)):
+        return torch.full((mask.shape[0], view.heads), torch.nan, dtype=torch.float64, device=mask.device)
+    groups = view.heads // view.key.shape[1]
+
+    def norm(states: Tensor) -> Tensor:
+        kept = torch.where(mask[:, None, :, None], states, 0.0).double()
+        size: Tensor = torch.linalg.vector_norm(kept.flatten(2), dim=-1)
+        return size if size.shape[1] == view.heads else size.repeat_interleave(groups, dim=1)
+
+    moved = norm(view.query - before.query) * norm(view.key) + norm(before.query) * norm(view.key - before.key)
+    return moved * abs(view.scale) / 2

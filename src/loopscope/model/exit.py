@@ -32,7 +32,7 @@ def exit_step(distribution: Tensor, threshold: float) -> Tensor:
 
     The last one where none does.
     """
-    reached = distribution.cumsum(-1) >= threshold
+    reached = distribution.cumsum(-1, dtype=torch.float64).to(distribution.dtype) >= threshold
     last = distribution.shape[-1] - 1
     return torch.where(reached.any(-1), reached.int().argmax(-1), last)
 
@@ -55,12 +55,13 @@ class ExitRule:
         if self._kept is None:
             self._kept = torch.zeros_like(state)
             self._survival = torch.ones_like(gate)
-            self._cumulated = torch.zeros_like(gate)
+            self._cumulated = torch.zeros_like(gate, dtype=torch.float64)
             self._stopped = torch.zeros_like(gate, dtype=torch.bool)
         stop = gate.sigmoid()
         self._cumulated = self._cumulated + self._survival * stop
         self._survival = self._survival * (1 - stop)
-        now = (self._cumulated >= self._threshold) & ~self._stopped
+        # Summed up and rounded as in exit_step: near a threshold of 1 the last bit decides where a token stops.
+        now = (self._cumulated.to(gate.dtype) >= self._threshold) & ~self._stopped
         self._kept = torch.where(now[..., None], state, self._kept)
         self._stopped = self._stopped | now
 

@@ -11,7 +11,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
     Half-precision inputs are normalised in float32 and rounded before the weight is applied, as the published code of
-    the families does.
+    the families does; OLMo-2's applies the weight first, which differs in the last bit.
     """
 
     def __init__(self, width: int, eps: float) -> None:

@@ -61,22 +61,25 @@ class ChatTemplate:
         left out or the place of the prompt cannot be told.
         """
         now = now or datetime.now().astimezone()
-        text = self._render(prompt, system, now)
-        if system is not None and system.strip() not in text:
+        text, marked = self._render(prompt, system, now), self._render(_MARK, system, now)
+        if system is not None and system.strip() not in marked:
             raise PromptError(
                 "The model's chat template leaves the system prompt out; leave --system-prompt out, or put its text "
                 "into the prompts."
             )
-        before, *after = self._render(_MARK, system, now).split(_MARK)
+        before, *after = marked.split(_MARK)
+        own = prompt.strip()  # templates may take the blanks around it away
         if len(after) == 1 and text.startswith(before) and text[len(before) :].endswith(after[0]):
-            return RenderedChat(text, len(before), len(text) - len(after[0]))
+            chat = RenderedChat(text, len(before), len(text) - len(after[0]))
+            if text[chat.start : chat.end].strip() == own:
+                return chat
         # The template looks at the prompt before it decides what to write around it.
-        if text.count(prompt.strip()) == 1:
-            start = text.index(prompt.strip())
-            return RenderedChat(text, start, start + len(prompt.strip()))
+        if after and text.count(own) == 1:
+            start = text.index(own)
+            return RenderedChat(text, start, start + len(own))
         raise PromptError(
-            f"The model's chat template writes the prompt {len(after)} times or changes it, so that its place cannot "
-            "be told; leave --chat out."
+            "The model's chat template leaves the prompt out, changes it or writes it more than once, so that its "
+            "place cannot be told; leave --chat out."
         )
 
     def _render(self, prompt: str, system: str | None, now: datetime) -> str:

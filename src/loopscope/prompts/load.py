@@ -24,6 +24,8 @@ __all__ = ["load_prompts"]
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
+NO_LINES = {".json": "JSON", ".csv": "a table", ".tsv": "a table"}
+"""What must not be read line by line: headings, quotation marks and brackets would become part of the prompts."""
 
 
 def load_prompts(
@@ -46,6 +48,8 @@ def load_prompts(
     Raises `PromptError` for anything that cannot be read as asked, `MissingDependencyError` without the extra `hub`
     where it is needed.
     """
+    if isinstance(text, str):  # whose characters would be the prompts
+        raise PromptError(f"text must be a list of prompts, got the text {_abridged(text)}; put it into a list.")
     if (prompts is None) == (not text):
         given = "neither was given" if prompts is None else "both were given"
         raise PromptError(
@@ -98,10 +102,10 @@ def _read_records(path: Path, field: str | None) -> tuple[list[Record], str]:
         records = read_json_lines(path)
         names = ", ".join(records[0].fields) if records else "none, as the file is empty"
         raise PromptError(f"{path} is JSONL; name the field that holds the prompts with --field (there are: {names}).")
-    if kind == ".json":
+    if kind in NO_LINES:
         raise PromptError(
-            f"{path} is JSON, of which a line is no prompt; write one JSON object a line (.jsonl) and name the field "
-            "with --field, or take the file as one text with --whole-file."
+            f"{path} is {NO_LINES[kind]}, of which a line is no prompt; write one JSON object a line (.jsonl) and name "
+            "the field with --field, or take the file as one text with --whole-file."
         )
     return read_text_lines(path), TEXT_FIELD
 

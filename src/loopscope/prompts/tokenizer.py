@@ -74,7 +74,7 @@ class TextTokenizer:
 
     def name(self, token: int) -> str:
         """A readable piece for a token without a text around it: decoded alone, by number where that is impossible."""
-        known = self.backend.id_to_token(token)
+        known = self.backend.id_to_token(token) if 0 <= token < 2**32 else None  # which the library has no room for
         if known is None:
             return f"<{token}>"
         return self.backend.decode([token], skip_special_tokens=False) or known

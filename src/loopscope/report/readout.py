@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from loopscope.answers.exits import final_from
-from loopscope.answers.statistics import mean
+from loopscope.answers.statistics import mean, quantile
 from loopscope.report.axes import mark_vertical, scale_y
 from loopscope.report.figure import Figure, Section
 from loopscope.report.lines import by_layer
@@ -115,7 +115,7 @@ def _divergence(material: Material) -> Figure:
     figure = _over_readouts(material, "KL divergence (nats)")
     for name, values, dash in (
         ("mean over tokens", [mean(row) for row in rows], "solid"),
-        ("95 % of tokens are below", [float(np.nanquantile(row, 0.95)) for row in rows], "dot"),
+        ("95 % of tokens are below", [quantile(row, 0.95) for row in rows], "dot"),
     ):
         figure.add_scatter(
             x=counts,

@@ -14,6 +14,7 @@ from loopscope.report.depth import Site, along_depth, along_one_pass, sites_of
 from loopscope.report.figure import Figure, Section
 from loopscope.report.lines import powers_of_two
 from loopscope.report.material import Material, median_over_prompts
+from loopscope.report.style import CATEGORIES, base_figure
 
 __all__ = ["stages_section"]
 
@@ -98,6 +99,8 @@ def stages_section(material: Material) -> Section:
         if all(name in material.shown for name in quantity.variables)
         for figure in _figures(material, quantity, sites)
     ]
+    if "prediction_neurons" in material.shown:
+        figures.append(_neurons(material))
     lead = "Medians over prompts."
     if material.view.looped:
         lead += (
@@ -141,3 +144,27 @@ def _scaled(figure: go.Figure, quantity: _Quantity) -> go.Figure:
     else:
         figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _neurons(material: Material) -> Figure:
+    labels = [str(label) for label in material.shown["unique_layer"].values]
+    figure = base_figure("layer", "share of neurons", hovermode="closest")
+    for name, colour in (("prediction", CATEGORIES[0]), ("suppression", CATEGORIES[1])):
+        figure.add_bar(
+            x=labels,
+            y=material.shown[f"{name}_neurons"].values.astype(np.float32),
+            name=name,
+            marker={"color": colour},
+            hovertemplate=f"%{{x}}, {name}: %{{y:.2%}}<extra></extra>",
+        )
+    figure.update_xaxes(type="category", nticks=16)
+    figure.update_yaxes(tickformat=".2~p", rangemode="tozero")
+    return Figure(
+        anchor="neurons",
+        title="Which layers write tokens?",
+        caption=(
+            "Share of MLP neurons that raise (prediction) or lower (suppression) the logits of a few tokens far more "
+            "than the rest: the cosines of output and unembedding have a kurtosis above 10. From the weights alone."
+        ),
+        plot=figure,
+    )

@@ -8,7 +8,7 @@ from loopscope.subject import SubjectInfo
 from loopscope.testing.bench import Bench
 from loopscope.testing.recording import Event, Recording
 from loopscope.testing.results import CheckFailed, CheckSkipped
-from loopscope.visits import AttentionView
+from loopscope.visits import AttentionView, MapAttention
 
 __all__ = [
     "attention_is_a_distribution",
@@ -41,8 +41,11 @@ def require_visits(recording: Recording, info: SubjectInfo) -> None:
     shape = (*recording.batch.input_ids.shape, info.width)
     states = [event.label for event in expected] + [f"state@{index}" for index in range(recording.recurrences)]
     for label in states:
-        if recording.shapes.get(label) != shape:
-            raise CheckFailed(f"{label}: got shape {recording.shapes.get(label)}, expected {shape}")
+        # Where an injection cannot be seen from outside, the first layer may receive state and prompt side by side.
+        free = info.injection is None and label.startswith("injected")
+        got_shape = recording.shapes.get(label)
+        if got_shape != shape and not (free and got_shape is not None and got_shape[:2] == shape[:2]):
+            raise CheckFailed(f"{label}: got shape {got_shape}, expected {shape}")
     for index in range(recording.recurrences):
         if not torch.equal(recording.tensors[f"state@{index}"], recording.tensors[f"loop state@{index}"]):
             raise CheckFailed(
@@ -74,8 +77,10 @@ def facts_are_true(bench: Bench) -> str:
     for label, dtype in run.dtypes.items():
         if dtype != info.dtype and label != "logits":  # some models answer in a wider dtype than they run in
             raise CheckFailed(f"{label} is {dtype}, expected {info.dtype} by info.dtype")
-    for label, maps in run.of("attention").items():
-        if maps.shape[1] != info.heads:
+    attention = run.of("attention")
+    differ = len({maps.shape[1] for maps in attention.values()}) > 1
+    for label, maps in attention.items():
+        if maps.shape[1] != info.heads and not (differ and info.heads is None):
             raise CheckFailed(f"{label} has {maps.shape[1]} heads, expected {info.heads} by info.heads")
     if info.is_looped and (info.exit_threshold is not None) != bool(run.of("gate")):
         raise CheckFailed(f"info.exit_threshold is {info.exit_threshold}, got {len(run.of('gate'))} gates")
@@ -124,13 +129,20 @@ def _check_map(bench: Bench, label: str, view: AttentionView) -> float:
     sums = maps.transpose(1, 2)[mask].sum(-1)
     worst = int((sums - 1).abs().amax(-1).argmax())
     furthest = float((sums[worst] - 1).abs().amax())
-    if not furthest <= bench.tolerances.probability:
+    limit = max(bench.tolerances.probability, _resolution(view))
+    if not furthest <= limit:
         prompt, token = bench.main.places[worst]
         raise CheckFailed(
             f"{label}: the row of prompt {prompt}, token {token} sums to 1 only within {furthest:.3g}, expected "
-            f"{bench.tolerances.probability:.1g}"
+            f"{limit:.1g}"
         )
     return furthest
+
+
+def _resolution(view: AttentionView) -> float:
+    """How far from 1 a row may be that the model itself rounded to half precision."""
+    half = isinstance(view, MapAttention) and view.maps.dtype in (torch.float16, torch.bfloat16)
+    return torch.finfo(view.maps.dtype).eps if isinstance(view, MapAttention) and half else 0.0
 
 
 def numbers_are_finite(bench: Bench) -> str:

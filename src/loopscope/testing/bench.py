@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -16,7 +17,7 @@ from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.hooks import HookedSubject
 from loopscope.model import LoopedTransformer
 from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
-from loopscope.testing.recording import Recording, record
+from loopscope.testing.recording import Recording, record, recorded
 from loopscope.testing.results import CheckSkipped
 from loopscope.testing.tolerances import Tolerances
 
@@ -86,11 +87,13 @@ class Bench:
         return record(self.subject, self.batch, self.recurrences, seed=self.seed, observed=False)
 
     def in_other_number(self, recurrences: int) -> Recording:
-        """The main run with another number of recurrences; `CheckSkipped` where the subject refuses it in words."""
-        try:
-            return record(self.subject, self.batch, recurrences, seed=self.seed)
-        except LoopscopeError as error:
-            raise CheckSkipped(f"{recurrences} recurrences are refused: {error}") from error
+        """The main run with another number of recurrences; `CheckSkipped` where the subject refuses to start it."""
+        with ExitStack() as stack:
+            try:
+                run = stack.enter_context(recorded(self.subject, self.batch, recurrences, seed=self.seed))
+            except LoopscopeError as error:
+                raise CheckSkipped(f"{recurrences} recurrences are refused: {error}") from error
+            return run.complete()  # what has started has promised to get through
 
     def raw(self, prompt: Sequence[int], recurrences: int) -> Logits:
         """The raw model's logits of one prompt; `CheckSkipped` where there is no raw model to ask."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from loopscope.errors import ConfigError
+from loopscope.loading import as_subject
 from loopscope.subject import Subject
 from loopscope.testing import announcements, runs
 from loopscope.testing.bench import Bench, RawLogits, default_prompts, main_recurrences
@@ -46,7 +49,7 @@ _UNTOUCHED = ("untouched", "weights, flags and hooks are as before")
 
 
 def check_subject(
-    subject: Subject,
+    subject: Subject | nn.Module,
     prompts: Sequence[Sequence[int]] | None = None,
     *,
     raw_logits: RawLogits | None = None,
@@ -74,8 +77,9 @@ def check_subject(
     - `raise_on_failure`: raise `ContractError` that lists all broken promises, each with layer, recurrence, got and
       expected; else they are in the report.
 
-    Raises `ConfigError` for arguments that do not fit the subject.
+    Raises `ConfigError` for arguments that do not fit the subject, and for a torch module that is none yet.
     """
+    subject = as_subject(subject)
     info = subject.info
     count = main_recurrences(info, recurrences)
     others = (1, count + 1) if other_recurrences is None else tuple(other_recurrences)

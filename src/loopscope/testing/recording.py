@@ -129,6 +129,12 @@ class RecordedRun:
             self.recording.keep(f"state@{self._done}", self.run.state)
         self._done += 1
 
+    def complete(self) -> Recording:
+        """All recurrences and the answer."""
+        for _ in range(self.recording.recurrences):
+            self.advance()
+        return self.finish()
+
     def finish(self) -> Recording:
         """Ask for the model's answer and close the run."""
         self._recorder.phase = "answer"
@@ -166,6 +172,4 @@ def record(
 ) -> Recording:
     """A whole run."""
     with recorded(subject, batch, recurrences, seed=seed, initial_state=initial_state, observed=observed) as run:
-        for _ in range(recurrences):
-            run.advance()
-        return run.finish()
+        return run.complete()

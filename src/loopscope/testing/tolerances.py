@@ -26,7 +26,8 @@ class Tolerances:
     """Between the subject's logits and those of the raw model. Unless given, nothing for a model of loopscope or a
     hooked module, which run the same operations, and by dtype for a `raw_logits` of the caller's."""
     probability: float = 1e-5
-    """Of a sum of attention probabilities from 1: these are float32 or wider, whatever the model runs in."""
+    """Of a sum of attention probabilities from 1. They are float32 or wider, whatever the model runs in, but for maps
+    that a hooked model made in half precision, which may be as far from 1 as that resolves."""
 
     def regrouped_in(self, dtype: str) -> float:
         """The limit for prompts in a batch, of a model that runs in `dtype`."""
