@@ -17,6 +17,7 @@ import xarray as xr
 from torch import nn
 
 from loopscope.errors import ConfigError, PromptError
+from loopscope.interventions import check_recurrences, check_tokens, parse_interventions
 from loopscope.loading import as_subject, load
 from loopscope.measures import (
     LEVELS,
@@ -41,7 +42,7 @@ from loopscope.prompts import (
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo
+from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, intervene
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -91,10 +92,13 @@ def analyze(
     - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
     - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
-    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`.
+    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
+      `intervene=["damp=0.5"]`.
 
     Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
     """
+    if "intervene" in changes:
+        changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -105,6 +109,8 @@ def analyze(
     else:
         subject = as_subject(model)
         settings = _settings_of(subject, settings)
+    if subject.info.interventions != settings.intervene:
+        subject = intervene(subject, settings.intervene)
     tokenized = encode_prompts(
         loaded,
         subject.tokenizer,
@@ -113,6 +119,8 @@ def analyze(
         truncate=settings.truncate,
         chat=settings.chat,
     )
+    check_recurrences(settings.interventions, settings.recurrences)
+    check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
     if out is None:
         started = time.monotonic()
@@ -154,6 +162,8 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
     """Settings that say what a subject in memory is; others are refused rather than ignored."""
     info = subject.info
     actual: dict[str, Any] = {"dtype": info.dtype, "device": info.device, "revision": info.revision}
+    if info.interventions:
+        actual["intervene"] = info.interventions
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)

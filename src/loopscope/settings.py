@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from loopscope.errors import ConfigError
+from loopscope.interventions import Intervention, parse_interventions
 
 __all__ = ["AnalyzeSettings", "CompareSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
 
@@ -69,6 +70,11 @@ class AnalyzeSettings:
     threads: int | None = None
     """CPU threads; torch's choice unless given."""
 
+    intervene: tuple[str, ...] = ()
+    """Change the model's computation: mlp:STAGE.LAYER[@RECURRENCES]=FACTOR, attention:... likewise, inject[@T]=frozen,
+    damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
+    or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
+
     cycle_recurrences: int = 8
     """Recurrences in the cycle similarity; memory grows with it."""
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
@@ -106,6 +112,14 @@ class AnalyzeSettings:
             raise ConfigError(f"--readout needs numbers of recurrences from 1, got {min(self.readout)}.")
         for entry in self.track:
             _parse_tracked(entry)
+        # As they are written again, so that 0 and 0.0 make the same study.
+        canonical = tuple(str(each) for each in self.interventions)
+        object.__setattr__(self, "intervene", canonical)
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """The entries of `intervene`, read."""
+        return parse_interventions(self.intervene)
 
     @property
     def tracked(self) -> tuple[tuple[int, int], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -16,14 +17,15 @@ from torch.func import functional_call
 from loopscope._shapes import Logits, States, TokenIds, TokenMask
 from loopscope.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.errors import ConfigError
-from loopscope.model import LoopedTransformer, initial_noise
+from loopscope.interventions import Intervention, StartScaled, check_fits, parse_interventions
+from loopscope.model import Edits, LoopedTransformer, RunEdits, initial_noise
 from loopscope.model.attention import AttentionContext
 from loopscope.model.exit import ExitRule
 from loopscope.model.rotary import RotationTable
 from loopscope.prompts import TextTokenizer
 from loopscope.visits import Observer
 
-__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "find_device", "weights_digest"]
+__all__ = ["Batch", "NativeSubject", "Run", "Subject", "SubjectInfo", "find_device", "intervene", "weights_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class SubjectInfo:
     probability to stop reaches it."""
     revision: str | None = None
     """Commit of the repository on the hub that the checkpoint came from."""
+    interventions: tuple[str, ...] = ()
+    """What every run changes in the model's computation; see docs/interventions.md."""
 
     @property
     def is_looped(self) -> bool:
@@ -64,8 +68,8 @@ class SubjectInfo:
 
     @property
     def carries_raw_output(self) -> bool:
-        """The loop state is the last recurrent layer's raw output, with no norm between."""
-        return self.loop_norm in ("none", "loop")
+        """The loop state is the last recurrent layer's raw output, with no norm and no damping between."""
+        return self.loop_norm in ("none", "loop") and not any(each.startswith("damp=") for each in self.interventions)
 
     @property
     def state_can_be_set(self) -> bool:
@@ -78,7 +82,8 @@ class SubjectInfo:
         return self.injection in ("linear", "add")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        # A list, as JSON gives it back: what was written is compared with what is to be written.
+        return dataclasses.asdict(self) | {"interventions": list(self.interventions)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,7 @@ class NativeSubject:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.interventions: tuple[Intervention, ...] = ()
         architecture = model.architecture
         self.info = SubjectInfo(
             name=name,
@@ -216,6 +222,19 @@ class NativeSubject:
     def device(self) -> torch.device:
         return self.model.device
 
+    def intervened(self, interventions: str | Sequence[str | Intervention]) -> NativeSubject:
+        """The same model, every run of which applies these interventions, in place of those that this one has.
+
+        Raises `ConfigError` for a text that is no intervention, and for interventions that contradict each other or
+        do not fit the model.
+        """
+        found = parse_interventions(interventions)
+        check_fits(found, self.model.architecture, self.info.name)
+        changed = copy.copy(self)
+        changed.interventions = found
+        changed.info = dataclasses.replace(self.info, interventions=tuple(str(each) for each in found))
+        return changed
+
     def start(
         self,
         batch: Batch,
@@ -225,25 +244,32 @@ class NativeSubject:
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
     ) -> NativeRun:
-        return NativeRun(self.model, batch.to(self.device), seed, initial_state, tuple(observers))
+        batch = batch.to(self.device)
+        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), self._edits(batch, seed))
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
         if not self.info.can_start_elsewhere:
             return None
+        batch = batch.to(self.device)
+        edits = self._edits(batch, seed)
+        # Not the seed that the run itself is told to draw from, or the two would be one.
+        seed = edits.seed(seed) + 1
+        scale = next((abs(each.factor) for each in self.interventions if isinstance(each, StartScaled)), 1.0)
         if architecture.state_init == "normal":
-            noise = initial_noise(
-                batch.input_ids, batch.mask, architecture.width, std=architecture.state_std, seed=seed + 1
-            )
+            std = architecture.state_std * scale
+            noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=std, seed=seed)
             return noise.to(self.device, self.model.dtype)
-        noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=1.0, seed=seed + 1).to(self.device)
-        mask = batch.mask.to(self.device)
+        noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=scale, seed=seed).to(self.device)
         with torch.no_grad():
-            encoded = self.model.encode(batch.input_ids.to(self.device), mask).encoded
+            encoded = self.model.encode(batch.input_ids, batch.mask, edits=edits).encoded
         # As large as the state that it replaces, prompt by prompt: what else is in the batch must not matter.
-        square = torch.where(mask, encoded.double().square().mean(-1), 0.0).sum(-1) / mask.sum(-1)
+        square = torch.where(batch.mask, encoded.double().square().mean(-1), 0.0).sum(-1) / batch.counts
         noise = noise * square.sqrt()[:, None, None]
         return noise.to(self.device, self.model.dtype)
+
+    def _edits(self, batch: Batch, seed: int) -> Edits:
+        return RunEdits(self.interventions, batch.input_ids, batch.mask, seed) if self.interventions else Edits()
 
 
 class NativeRun:
@@ -256,11 +282,12 @@ class NativeRun:
         seed: int,
         initial_state: States | None,
         observers: tuple[Observer, ...],
+        edits: Edits,
     ) -> None:
         self._model = model
         self._recurrence = 0
         with torch.no_grad():
-            self._sequence = model.encode(batch.input_ids, batch.mask, observers)
+            self._sequence = model.encode(batch.input_ids, batch.mask, observers, edits)
             if initial_state is None:
                 initial_state = model.initial_state(self._sequence, seed)
         self.state: States = initial_state.to(model.device, model.dtype)
@@ -288,7 +315,7 @@ class NativeRun:
 
     @torch.no_grad()
     def rounding_error(self) -> Float[Tensor, "layer batch token"]:
-        """Against the same recurrence in float64, upcast layer by layer.
+        """Against the same recurrence in float64, upcast layer by layer, under the same interventions.
 
         A float64 model is compared with its float32 self instead, and the error scaled by the ratio of the unit
         roundoffs, 2^-29: rounding errors are proportional to it.
@@ -311,16 +338,19 @@ class NativeRun:
         def call(module: torch.nn.Module, *arguments: Any) -> Any:
             return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, arguments)
 
-        context = _context_in(self._sequence.context, dtype)
-        state, encoded = self.state.to(dtype), self._sequence.encoded.to(dtype)
-        injection = self._model.injection
-        if injection is not None:
+        context, edits = _context_in(self._sequence.context, dtype), self._sequence.edits
+        frozen, injection = edits.frozen(self._recurrence), self._model.injection
+        state = edits.received(self.state, self._recurrence).to(dtype)
+        encoded = self._sequence.encoded.to(dtype)
+        if frozen is not None:
+            state = frozen.to(dtype)
+        elif injection is not None:
             state = call(injection, torch.cat((state, encoded), dim=-1))
         else:
             state = self._model.inject(state, encoded)
         outputs = []
-        for layer in self._model.recurrent:
-            state, _ = call(layer, state, context)
+        for index, layer in enumerate(self._model.recurrent):
+            state, _ = call(layer, state, context, edits.scale("recurrent", index, self._recurrence))
             outputs.append(state)
         return outputs
 
@@ -331,6 +361,25 @@ def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionConte
         return context
     rotation = RotationTable(context.rotation.cos.to(dtype), context.rotation.sin.to(dtype))
     return dataclasses.replace(context, rotation=rotation)
+
+
+def intervene(subject: Subject, interventions: str | Sequence[str | Intervention]) -> Subject:
+    """The subject under interventions. Raises `ConfigError` as `NativeSubject.intervened` does, for a subject that has
+    some already, and for one that loopscope does not compute itself.
+    """
+    if not interventions:
+        return subject
+    if subject.info.interventions:
+        raise ConfigError(
+            f"{subject.info.name} is given with interventions ({', '.join(subject.info.interventions)}) already; leave "
+            "the others out, or take the model without."
+        )
+    if not isinstance(subject, NativeSubject):
+        raise ConfigError(
+            f"{subject.info.name} computes by itself and is only watched, so that no intervention can be made; leave "
+            "them out, or take a model of a family that loopscope reads natively."
+        )
+    return subject.intervened(interventions)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from loopscope._shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Stage
 from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.interventions import Intervention, check_recurrences, parse_interventions
 from loopscope.loading import as_subject, load
 from loopscope.model.exit import exit_distribution, exit_step
 from loopscope.subject import Batch, Subject, SubjectInfo
+from loopscope.subject import intervene as intervened
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
 __all__ = ["Trace", "capture"]
@@ -162,6 +164,7 @@ def capture(
     attention: bool = False,
     attention_mask: Tensor | None = None,
     seed: int = 0,
+    intervene: str | Sequence[str | Intervention] = (),
 ) -> Trace:
     """Run a model once and keep every residual state, loop state and, on request, attention map.
 
@@ -172,11 +175,14 @@ def capture(
     - `recurrences`: the trained number unless given.
     - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
     - `attention_mask`: True for tokens, of the shape of `input_ids`, where those are a tensor that holds padding.
+    - `intervene`: what to change in the computation, such as `["mlp:prelude.1=0", "damp=0.5"]`; the forms are in
+      docs/interventions.md.
 
     Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
     that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
     """
     subject = load(model) if isinstance(model, str | Path) else as_subject(model)
+    subject = intervened(subject, intervene)
     batch = _batch(input_ids, attention_mask)
     info = subject.info
     if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
@@ -187,8 +193,10 @@ def capture(
         raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
     if initial_state is not None:
         _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
-    recorder = _Recorder(attention)
+        _check_one_start(info)
     count = _recurrences(subject, recurrences)
+    check_recurrences(parse_interventions(info.interventions), count)
+    recorder = _Recorder(attention)
     run = subject.start(batch, recurrences=count, seed=seed, initial_state=initial_state, observers=[recorder])
     try:
         first = run.state
@@ -240,6 +248,12 @@ def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInf
         raise ConfigError(f"initial_state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
     if not bool(torch.isfinite(state).all()):
         raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
+
+
+def _check_one_start(info: SubjectInfo) -> None:
+    started = [each for each in info.interventions if each.startswith("start=")]
+    if started:
+        raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
 
 
 def _recurrences(subject: Subject, asked: int | None) -> int:

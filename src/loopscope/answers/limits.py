@@ -21,6 +21,7 @@ _DIGITS = {"float64": 1e-12, "float32": 1e-5}
 def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answer]) -> Answer:
     """Gather what the numbers cannot show, the gravest first, and the limits of the other answers."""
     found = [
+        *_named("the interventions", _interventions(view)),
         *_named("divergence", diverged_prompts(view)),
         *_horizon(view, criterion),
         *_named("the number of prompts", few_prompts(view, criterion)),
@@ -62,6 +63,13 @@ def few_prompts(view: StudyView, criterion: Criterion) -> list[str]:
         f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): even what all of them show may "
         f"fail for up to {math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
     ]
+
+
+def _interventions(view: StudyView) -> list[str]:
+    if not view.interventions:
+        return []
+    changes = ", ".join(view.interventions)
+    return [f"The model was changed while it ran ({changes}), so they are not about the model as it is."]
 
 
 def _named(name: str, sentences: list[str]) -> list[tuple[str, str]]:

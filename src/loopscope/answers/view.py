@@ -49,6 +49,8 @@ class StudyView:
     """Root mean square change of a map's rows below which a head is stable; NaN if heads were not measured."""
     dtype: str
     """In which the states were computed."""
+    interventions: tuple[str, ...] = ()
+    """What the analysis changed in the model's computation."""
 
     @property
     def prompts(self) -> int:
@@ -97,4 +99,5 @@ def view_study(study: Study) -> StudyView:
         injection=injection,
         head_stable=float(manifest["settings"].get("head_stable", np.nan)),
         dtype=dtype,
+        interventions=tuple(manifest["settings"].get("intervene", ())),
     )

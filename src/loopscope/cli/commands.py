@@ -14,6 +14,13 @@ from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 __all__ = ["parse_and_run"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _AnalyzeSettings(AnalyzeSettings):
+    """The same settings, of which one flag may be given several times rather than the last one winning."""
+
+    intervene: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+
+
 @dataclass(frozen=True)
 class Analyze:
     """Run prompts through a model and measure how each layer's state settles.
@@ -27,7 +34,7 @@ class Analyze:
     organisation/model."""
     out: Path
     """Folder for the study."""
-    settings: Annotated[AnalyzeSettings, tyro.conf.arg(name="")]
+    settings: Annotated[_AnalyzeSettings, tyro.conf.arg(name="")]
     report: bool = True
     """Also write report.html."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._shapes import States
 from loopscope.architecture import Activation, Architecture, NormPlacement
 from loopscope.model.attention import Attention, AttentionContext
+from loopscope.model.edits import UNCHANGED, BranchScale
 from loopscope.model.norm import RMSNorm
 from loopscope.visits import AttentionView
 
@@ -64,11 +66,21 @@ class Layer(nn.Module):
 
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = norm(1), norm(2), norm(3), norm(4)
 
-    def forward(self, x: States, context: AttentionContext) -> tuple[States, AttentionView]:
+    def forward(
+        self, x: States, context: AttentionContext, scale: BranchScale = UNCHANGED
+    ) -> tuple[States, AttentionView]:
         branch, view = self.attention(self.norm_1(x), context)
-        x = self._add(x, branch, self.norm_2)
-        return self._add(x, self.mlp(self.norm_3(x)), self.norm_4), view
+        x = self._add(x, branch, self.norm_2, scale.attention)
+        return self._add(x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp), view
 
-    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
-        added: Tensor = norm(x + branch) if self.on_residual else x + norm(branch)
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module, factor: float) -> Tensor:
+        """A factor is on what is added: a norm between the branch and the residual stream would undo it."""
+        added: Tensor = norm(x + _scaled(branch, factor)) if self.on_residual else x + _scaled(norm(branch), factor)
         return added
+
+
+def _scaled(branch: Tensor, factor: float) -> Tensor:
+    if factor == 1.0:
+        return branch
+    # Not by multiplication: what is taken out may be infinite.
+    return torch.zeros_like(branch) if factor == 0.0 else branch * factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from loopscope._shapes import Logits, States, TokenIds, TokenMask, TokenValues
 from loopscope.architecture import Architecture, Stage
 from loopscope.errors import ConfigError
 from loopscope.model.attention import AttentionContext
+from loopscope.model.edits import Edits
 from loopscope.model.exit import ExitRule
 from loopscope.model.layer import Layer
 from loopscope.model.norm import RMSNorm
@@ -31,6 +32,8 @@ class Sequence:
     encoded: States
     """e, the prelude's output."""
     context: AttentionContext
+    edits: Edits = field(default_factory=Edits)
+    """What interventions change in the model's computation."""
 
 
 class LoopedTransformer(nn.Module):
@@ -137,13 +140,17 @@ class LoopedTransformer(nn.Module):
         return self.decode(state if exits is None else exits.answer(state), sequence, observers)
 
     def encode(
-        self, input_ids: TokenIds, attention_mask: TokenMask | None = None, observers: Iterable[Observer] = ()
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenMask | None = None,
+        observers: Iterable[Observer] = (),
+        edits: Edits | None = None,
     ) -> Sequence:
-        """Embed the tokens and run the prelude."""
-        context = self._context(input_ids, attention_mask)
+        """Embed the tokens and run the prelude. The edits hold for all that is done with the sequence."""
+        context, edits = self._context(input_ids, attention_mask), edits or Edits()
         embedded = self.embed(input_ids)
-        encoded = self._stage("prelude", self.prelude, embedded, 0, context, observers)
-        return Sequence(input_ids, encoded, context)
+        encoded = self._stage("prelude", self.prelude, embedded, 0, context, edits, observers)
+        return Sequence(input_ids, encoded, context, edits)
 
     def embed(self, input_ids: TokenIds) -> States:
         """Token embeddings times the embedding scale, as the first layer receives them."""
@@ -153,6 +160,9 @@ class LoopedTransformer(nn.Module):
 
     def initial_state(self, sequence: Sequence, seed: int) -> States:
         """s_0 as the architecture says."""
+        return sequence.edits.started(self._own_initial_state(sequence, seed), sequence.encoded)
+
+    def _own_initial_state(self, sequence: Sequence, seed: int) -> States:
         if self.architecture.state_init == "embeddings":
             return sequence.encoded
         noise = initial_noise(
@@ -160,23 +170,35 @@ class LoopedTransformer(nn.Module):
             sequence.context.mask,
             self.architecture.width,
             std=self.architecture.state_std,
-            seed=seed,
+            seed=sequence.edits.seed(seed),
         )
         return noise.to(self.device, self.dtype)
 
     def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
         """One pass through the recurrent block: injection, layers, and the norm at its end if there is one."""
         observers = tuple(observers)
-        state = self.inject(state, sequence.encoded)
+        edits = sequence.edits
+        received = edits.received(state, recurrence)
+        state = self._input(received, sequence, recurrence)
         for observer in observers:
             observer.injected(recurrence, state)
-        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, observers)
+        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, edits, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
+        state = edits.carried(received, state)
         gate = self.gate(state) if self.exit_gate is not None and observers else None
         for observer in observers:
             observer.loop_state(LoopState(recurrence, state, gate))
         return state
+
+    def _input(self, state: States, sequence: Sequence, recurrence: int) -> States:
+        """What the recurrent block receives: the mixed state, or, where the injection is frozen, an earlier one."""
+        frozen = sequence.edits.frozen(recurrence)
+        if frozen is not None:
+            return frozen
+        mixed = self.inject(state, sequence.encoded)
+        sequence.edits.mixed(mixed, recurrence)
+        return mixed
 
     def gate(self, state: States) -> TokenValues:
         """The exit gate's answer to a loop state, before the sigmoid, (batch, token)."""
@@ -196,7 +218,7 @@ class LoopedTransformer(nn.Module):
         """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
         if self.architecture.loop_norm == "loop":
             state = self.norm(state)
-        hidden = self._stage("coda", self.coda, state, 0, sequence.context, observers)
+        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.edits, observers)
         return self.unembed(hidden if self._is_normed else self.norm(hidden))
 
     def unembed(self, hidden: States) -> Logits:
@@ -216,10 +238,11 @@ class LoopedTransformer(nn.Module):
         state: States,
         recurrence: int,
         context: AttentionContext,
+        edits: Edits,
         observers: Iterable[Observer],
     ) -> States:
         for index, layer in enumerate(layers):
-            state, view = layer(state, context)
+            state, view = layer(state, context, edits.scale(stage, index, recurrence))
             for observer in observers:
                 observer.visit(Visit(stage, index, recurrence, state, view))
         return state

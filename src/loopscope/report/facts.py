@@ -31,6 +31,7 @@ def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
             ("injection", view.injection),
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
+    facts += _interventions(study)
     facts += _beginning(study.manifest.get("tokenizer"))
     facts.append(("run in", view.dtype))
     if "parameters" in model:
@@ -59,6 +60,12 @@ def provenance(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, s
         else:
             single.append((name, _plain(value)))
     return groups + ([("run", single)] if single else [])
+
+
+def _interventions(study: Study) -> list[tuple[str, str]]:
+    """What the analysis changed in the model: every number of the report is the changed model's."""
+    changes = study.manifest["settings"].get("intervene")
+    return [("interventions", ", ".join(changes))] if changes else []
 
 
 def _beginning(tokenizer: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ class Bench:
     @property
     def has_raw(self) -> bool:
         """Whether `raw` has something to ask."""
-        return self.raw_logits is not None or isinstance(self.subject, NativeSubject | HookedSubject)
+        return self.raw_logits is not None or _own_forward(self.subject) is not None
 
     @property
     def module(self) -> nn.Module | None:
@@ -98,6 +98,8 @@ class Bench:
     def raw(self, prompt: Sequence[int], recurrences: int) -> Logits:
         """The raw model's logits of one prompt; `CheckSkipped` where there is no raw model to ask."""
         forward = self.raw_logits or _own_forward(self.subject)
+        if forward is None:
+            raise CheckSkipped("there is nothing to compare with; give raw_logits, the model's own forward pass")
         device = self.subject.device
         input_ids = torch.tensor([list(prompt)], device=device)
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -126,12 +128,11 @@ def main_recurrences(info: SubjectInfo, asked: int | None) -> int:
     return count
 
 
-def _own_forward(subject: Subject) -> RawLogits:
+def _own_forward(subject: Subject) -> RawLogits | None:
     if isinstance(subject, NativeSubject):
-        return _NativeForward(subject.model)
-    if isinstance(subject, HookedSubject):
-        return _HookedForward(subject)
-    raise CheckSkipped("there is nothing to compare with; give raw_logits, the model's own forward pass")
+        # Under interventions a run is not what the bare module computes.
+        return None if subject.interventions else _NativeForward(subject.model)
+    return _HookedForward(subject) if isinstance(subject, HookedSubject) else None
 
 
 @dataclass(frozen=True)
