@@ -5,16 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from loopscope.errors import StorageError
 
-__all__ = ["storage_error", "write_atomically"]
+__all__ = ["atomic_file", "storage_error", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path` through a temporary file beside it, so that a reader or a crash never meets half a
-    file.
+    """Write `content` to `path`; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when the block ends without an error, so that a reader or a crash never
+    meets half a file.
 
     Missing parent folders are made. Raises `StorageError`; what was at `path` before is then still there.
     """
@@ -23,7 +33,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner can read; a result is as readable as any other new file.

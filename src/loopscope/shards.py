@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import zipfile
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from loopscope._files import storage_error, write_atomically
+from loopscope._files import atomic_file, storage_error, write_atomically
 from loopscope._json import differences
 from loopscope.errors import FolderBusyError, StudyError
 from loopscope.measures import Arrays, Named
@@ -102,9 +101,8 @@ class StudyFolder:
         content = {name: entry.values for name, entry in named.items()}
         content |= {f"weight/{name}": values for name, values in arrays.weight.items()}
         dims = json.dumps({name: entry.dims for name, entry in named.items()})
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, dims=np.array(dims), **content)
-        write_atomically(self._path(index), buffer.getbuffer())
+        with atomic_file(self._path(index)) as file:
+            np.savez(file, allow_pickle=False, dims=np.array(dims), **content)
 
     def read(self, index: int) -> Arrays:
         """A shard from disk."""
