@@ -6,11 +6,16 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 
 Files = dict[str, bytes]
 
@@ -149,3 +154,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content if cut is None else content[:cut])
         if cut is not None:
             self.close_connection = True
+
+
+def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client look for the hub there."""
+    constants = import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@contextmanager
+def believed_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that the client believes in, an empty cache in `folder`, where the process works, and nobody logged in."""
+    constants = import_module("huggingface_hub.constants")
+    with serving() as hub:
+        point_to(hub.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits longer and longer between attempts
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.chdir(folder)
+        yield hub

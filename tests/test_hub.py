@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import loopscope
-from hub_server import Files, Hub, serving
+from hub_server import Files, Hub, believed_hub, point_to
 from loopscope.checkpoints import find_checkpoint, load_checkpoint
 from loopscope.errors import (
     CheckpointError,
@@ -54,15 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that the client believes in, an empty cache, and nobody logged in."""
-    with serving() as hub:
-        point_to(hub.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits longer and longer between attempts
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.chdir(tmp_path)
+    with believed_hub(tmp_path, monkeypatch) as hub:
         yield hub
 
 
@@ -71,11 +62,6 @@ def refused(kind: type[LoopscopeError], sentence: str, name: str = NAME, revisio
         find_checkpoint(name, revision)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def unplug(monkeypatch: pytest.MonkeyPatch) -> None:

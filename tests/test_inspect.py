@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loopscope
-from hub_server import Hub, serving
+from hub_server import Hub, believed_hub
 from loopscope import Architecture
 from loopscope.checkpoints import FAMILIES, Family, Part, demo_names, save_checkpoint
 from loopscope.checkpoints.parts import parameter_shapes
@@ -368,19 +368,8 @@ def test_a_run_of_no_size(name: str) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that the client believes in, and an empty cache."""
-    constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `hub` is not installed")
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.chdir(tmp_path)
+    pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+    with believed_hub(tmp_path, monkeypatch) as hub:
         yield hub
 
 

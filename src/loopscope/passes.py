@@ -22,6 +22,7 @@ from loopscope.measures import (
     Frame,
     HeadMeasures,
     HorizonStates,
+    Measure,
     Named,
     PathIndependence,
     Readout,
@@ -248,8 +249,13 @@ class _Live:
 
     @property
     def observers(self) -> list[Observer]:
+        return [*self._measures, *self._also]
+
+    @property
+    def _measures(self) -> list[Measure]:
+        """Those that were asked for."""
         measures = (self.cycle, self.attention_cycle, self.stages, self.trajectories, self.path, self.readout)
-        return [measure for measure in measures if measure is not None] + self._also
+        return [measure for measure in measures if measure is not None]
 
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:
         """So many recurrences of the measured run are done."""
@@ -261,16 +267,8 @@ class _Live:
 
     def finish(self) -> Arrays:
         arrays = Arrays()
-        for measure in (
-            self.cycle,
-            self.attention_cycle,
-            self.stages,
-            self.trajectories,
-            self.path,
-            self.readout,
-        ):
-            if measure is not None:
-                arrays.update(measure.finish())
+        for measure in self._measures:
+            arrays.update(measure.finish())
         return arrays
 
 

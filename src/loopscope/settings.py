@@ -13,13 +13,16 @@ from typing import Literal
 from loopscope.errors import ConfigError
 from loopscope.interventions import Intervention, parse_interventions
 
-__all__ = ["AnalyzeSettings", "CompareSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
+__all__ = ["SINK_THRESHOLD", "AnalyzeSettings", "CompareSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 HorizonMethod = Literal["auto", "second-pass", "keep"]
 Part = Literal[
     "path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor", "heads", "stages", "neurons"
 ]
+
+SINK_THRESHOLD = 0.3
+"""A head has a sink where a key receives this share of all attention (the value of arXiv 2604.11791)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import xarray
 
+from loopscope.settings import SINK_THRESHOLD
+
 __all__ = ["STAGE_QUANTITIES", "StageQuantity"]
 
 
@@ -43,10 +45,10 @@ STAGE_QUANTITIES = (
         anchor="sinks",
         name="sink rate",
         variable="sink_score",
-        of_prompt=lambda data: (data["sink_score"] >= 0.3).where(data["sink_score"].notnull()).mean("head"),
+        of_prompt=lambda data: (data["sink_score"] >= SINK_THRESHOLD).where(data["sink_score"].notnull()).mean("head"),
         title="How many heads rest on the first token?",
         y_title="sink rate",
-        reading="Share of heads that give the first token at least 30 % of their attention.",
+        reading=f"Share of heads that give the first token at least {100 * SINK_THRESHOLD:g} % of their attention.",
     ),
     StageQuantity(
         anchor="mixing",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopscope.measures.arrays import on_arrays
 from loopscope.measures.functions import widen
+from loopscope.settings import SINK_THRESHOLD
 
 __all__ = [
     "SINK_THRESHOLD",
@@ -37,9 +38,6 @@ Maps = Float[Tensor, "*shape query key"]
 HeadMaps = Float[Tensor, "*shape head query key"]
 Columns = Float[Tensor, "*shape key"]
 Values = Float[Tensor, "*shape"]
-
-SINK_THRESHOLD = 0.3
-"""A head has a sink where a key receives this share of all attention (the paper's value)."""
 
 
 @on_arrays

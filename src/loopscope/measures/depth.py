@@ -6,7 +6,12 @@ from loopscope.architecture import Stage
 from loopscope.measures.base import Frame
 from loopscope.subject import SubjectInfo
 
-__all__ = ["depth_of", "depth_sites"]
+__all__ = ["depth_count", "depth_of", "depth_sites"]
+
+
+def depth_count(frame: Frame) -> int:
+    """Visits of a run, p + k R + c."""
+    return depth_of(frame, "coda", frame.info.coda, 0)
 
 
 def depth_of(frame: Frame, stage: Stage, layer: int, recurrence: int) -> int:

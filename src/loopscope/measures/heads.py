@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope._shapes import TokenMask
 from loopscope.measures.attention import concentration, most_entropy, stable_from
 from loopscope.measures.base import Arrays, Frame, Measure, Named
-from loopscope.measures.depth import depth_of
+from loopscope.measures.depth import depth_count, depth_of
 from loopscope.visits import AttentionView, QueryKeyAttention, Visit
 
 __all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "change_bound", "tiles"]
@@ -58,7 +58,7 @@ class HeadMeasures(Measure):
         self._horizon = horizon
         self._heads = heads
         info = frame.info
-        depths = info.prelude + info.recurrent * frame.recurrences + info.coda
+        depths = depth_count(frame)
         self._stats = np.full((len(HEAD_NAMES), depths, heads, frame.prompts), np.nan, dtype=np.float32)
         changes = (len(CHANGE_NAMES), info.recurrent, frame.recurrences, heads, frame.prompts)
         self._changes = np.full(changes, np.nan, dtype=np.float32)

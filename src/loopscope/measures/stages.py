@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.measures.arrays import on_arrays
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
-from loopscope.measures.depth import depth_of
+from loopscope.measures.depth import depth_count, depth_of
 from loopscope.measures.functions import residual_norm, widen
 from loopscope.visits import Visit
 
@@ -63,15 +63,20 @@ def relative_residual_entropy(states: TokenStates) -> Values:
 @on_arrays
 def massive_activation(states: TokenStates) -> Values:
     """Largest |entry| over the median |entry| (the lower of two middle ones) of a (token, width) matrix."""
-    entries = widen(states).abs().flatten(-2)
-    return entries.amax(-1) / entries.median(-1).values
+    return _massive(states)[0]
 
 
 @on_arrays
 def massive_activation_place(states: TokenStates) -> Tensor:
     """(token, dimension) of the largest |entry|, (..., 2)."""
-    place = widen(states).abs().flatten(-2).argmax(-1)
-    return torch.stack((place // states.shape[-1], place % states.shape[-1]), dim=-1)
+    return _massive(states)[1]
+
+
+def _massive(states: TokenStates) -> tuple[Tensor, Tensor]:
+    """Both of the above, from one pass over the entries."""
+    entries = widen(states).abs().flatten(-2)
+    largest, place = entries.max(-1)
+    return largest / entries.median(-1).values, torch.stack((place // states.shape[-1], place % states.shape[-1]), -1)
 
 
 class StageMeasures(Measure):
@@ -80,7 +85,7 @@ class StageMeasures(Measure):
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         info = frame.info
-        depths = info.prelude + info.recurrent * frame.recurrences + info.coda
+        depths = depth_count(frame)
         self._lengths = frame.counts.tolist()
         most = [min(length, info.width) for length in self._lengths]
         self._most = torch.tensor(most, dtype=torch.float64).log()
@@ -94,8 +99,9 @@ class StageMeasures(Measure):
         norms = residual_norm(states)
         massive, places = [], []
         for prompt, length in enumerate(self._lengths):
-            massive.append(massive_activation(states[prompt, :length]))
-            places.append(massive_activation_place(states[prompt, :length]))
+            ratio, found = _massive(states[prompt, :length])
+            massive.append(ratio)
+            places.append(found)
         place = torch.stack(places).double().cpu()
         values = (
             entropy,

@@ -11,6 +11,7 @@ from loopscope.report.lines import by_layer
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.similarity import visits_map
 from loopscope.report.style import SEQUENTIAL, base_figure, layer_colours, named_in_legend
+from loopscope.settings import SINK_THRESHOLD
 
 __all__ = ["heads_section"]
 
@@ -167,7 +168,9 @@ def _sinks(material: Material) -> Figure:
     return Figure(
         anchor="head-sinks",
         title="Which heads rest on the first token?",
-        caption="Share of a head's attention that the first token receives; a head has a sink from 0.3 on.",
+        caption=(
+            f"Share of a head's attention that the first token receives; a head has a sink from {SINK_THRESHOLD:g} on."
+        ),
         plot=figure,
         height=420,
     )
