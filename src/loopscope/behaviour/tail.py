@@ -1,0 +1,138 @@
+"""The tail of a trajectory, reduced to what a verdict needs: its Gram matrix, and what follows from that."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["COMPONENTS", "Tails", "mean_squared_displacement", "tail_length", "take_tails"]
+
+COMPONENTS = 16
+"""Principal components of the motion that shapes are fitted to: twice what a curve of four harmonics needs. What the
+others hold counts as unexplained, but for cycles, which are fitted to the whole Gram matrix."""
+
+_SMALLEST_TAIL = 24
+"""Recurrences: half of a short trajectory would be too few to see a period in."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tails:
+    """Tails of several tokens' trajectories; lengths are in units of each token's median norm within its tail."""
+
+    times: Float[Tensor, " time"]
+    """Recurrences, counted from 1."""
+    gram: Float[Tensor, "token time time"]
+    """Inner products of the states, their mean taken out."""
+    energy: Float[Tensor, " token"]
+    """Sum over the tail of squared distances to the mean."""
+    scores: Float[Tensor, "token time component"]
+    """Of the leading principal components."""
+    directions: Float[Tensor, " token"]
+    """How many directions the motion takes: participation ratio of the principal components."""
+    noise_directions: Float[Tensor, " token"]
+    """How many the noise takes: the same of what the leading components leave, the window's own limit taken out."""
+    rest_energy: Float[Tensor, " token"]
+    """Sum of the squared principal components beyond the leading ones."""
+    rest_square: Float[Tensor, " token"]
+    """Sum of their squares."""
+    displacement: Float[Tensor, "token lag"]
+    """Mean squared displacement at lags 1, 2, ..."""
+    steps: Float[Tensor, "token step"]
+    """Lengths of the single steps."""
+    norm_growth: Float[Tensor, " token"]
+    """The norm at the end over that after half of the time since the loop began (or at the first state given)."""
+    width: int
+
+    @property
+    def window(self) -> int:
+        return len(self.times)
+
+    @property
+    def white_directions(self) -> float:
+        """Directions that white noise would seem to take within so short a window."""
+        return 1 / (1 / (self.window - 1) + 1 / self.width)
+
+    def select(self, rows: Tensor) -> Tails:
+        """Those of some tokens."""
+        kept = {
+            field.name: getattr(self, field.name)[rows]
+            for field in dataclasses.fields(self)
+            if field.name not in ("times", "width")
+        }
+        return dataclasses.replace(self, **kept)
+
+
+def tail_length(recurrences: int, window: int) -> int:
+    """Recurrences in the tail: the second half, at least 24 where there are so many, at most `window`."""
+    return min(window, max(recurrences // 2, min(recurrences, _SMALLEST_TAIL)))
+
+
+def take_tails(
+    states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 0
+) -> Tails:
+    """Reduce the last `window` recurrences of finite trajectories, in float64.
+
+    `first_recurrence` is the index of the first state given, counted from 0: drifts that slow down are told by the time
+    since the loop began.
+    """
+    recurrences, width = states.shape[1:]
+    tail = states[:, -window:].double()
+    start = first_recurrence + recurrences - window + 1
+    times = torch.arange(start, start + window, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(tail, dim=-1)
+    half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double()
+    norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
+    scale = norms.median(-1).values.clamp_min(1e-300)
+    # Differences before squares: the motion may be a millionth of the norm.
+    moved = (tail - tail[:, -1:]) / scale[:, None, None]
+    steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
+    centred = moved - moved.mean(1, keepdim=True)
+    gram = centred @ centred.mT
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0.0)
+    kept = min(COMPONENTS, window)
+    scores = vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None]
+    energy = values.sum(-1)
+    return Tails(
+        times=times,
+        gram=gram,
+        energy=energy,
+        scores=scores,
+        directions=_participation(values),
+        noise_directions=_noise_directions(values[..., :-kept], width),
+        rest_energy=values[..., :-kept].sum(-1),
+        rest_square=values[..., :-kept].square().sum(-1),
+        displacement=mean_squared_displacement(gram),
+        steps=steps,
+        norm_growth=norm_growth,
+        width=width,
+    )
+
+
+def _participation(values: Tensor) -> Tensor:
+    return values.sum(-1).square() / values.square().sum(-1).clamp_min(1e-300)
+
+
+def _noise_directions(rest: Tensor, width: int) -> Tensor:
+    """White noise in D directions, seen n times, has a participation ratio of 1 / (1/D + 1/n)."""
+    seen = rest.shape[-1]
+    if seen < 3:
+        return torch.ones(rest.shape[0], dtype=rest.dtype)
+    apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
+    return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
+
+
+def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[Tensor, "token lag"]:
+    """`M(lag) = mean over t of ||x[t + lag] - x[t]||^2`, for lags from 1 to three quarters of the window.
+
+    From the Gram matrix; beyond, the mean would be over a few pairs only.
+    """
+    window = gram.shape[-1]
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    distances = (squares[:, :, None] + squares[:, None, :] - 2 * gram).clamp_min(0.0)
+    lags = range(1, max(2, 3 * window // 4 + 1))
+    return torch.stack([distances.diagonal(lag, dim1=-2, dim2=-1).mean(-1) for lag in lags], dim=-1)
