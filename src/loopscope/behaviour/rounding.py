@@ -18,6 +18,7 @@ _SIGNIFICAND_BITS: dict[str, int] = {"float64": 53, "float32": 24, "float16": 11
 def check_dtype(dtype: str) -> StateDtype:
     """The name of a number type. Raises `ConfigError` for one of which nothing is known."""
     name = dtype.removeprefix("torch.")
+    known: StateDtype
     for known in get_args(StateDtype):
         if name == known:
             return known

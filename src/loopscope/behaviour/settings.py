@@ -25,8 +25,8 @@ class DisplacementSettings:
     """Fewer than this give no verdict: a period of 4 would be seen three times in the tail."""
     rounding_factor: float = 4.0
     """Motion within this multiple of the number type's own rounding is rest. A recurrence rounds more than once, and
-    rounding is not random: states that should rest hop between neighbouring numbers, four roundings apart at the most in
-    what we made."""
+    rounding is not random: states that should rest hop between neighbouring numbers, four roundings apart at
+    most in what we made."""
     floor_factor: float = 30.0
     """Shapeless motion within this multiple of the rounding is noise that a model amplifies. Huginn-0125 in bfloat16
     hovers at 6 to 12 times its rounding; a mode with eigenvalue 0.99 amplifies white noise sevenfold."""
@@ -47,8 +47,8 @@ class DisplacementSettings:
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
     least_periods: float = 2.5
-    """An orbit has to come round so often within the tail. Twice could be chance; and a slow turn through less than that
-    is a way, not a cycle."""
+    """An orbit has to come round so often within the tail. Twice could be chance; and a slow turn through less than
+    that is a way, not a cycle."""
     growth: float = 1.15
     """Steps that lengthen by this factor over the tail, in the shape of an exponential, show an unstable point. Below,
     they are those of a slider within what an arc bends."""
@@ -57,12 +57,18 @@ class DisplacementSettings:
     A norm in proportion to time doubles over the second half of any trajectory; a slider has this growth only if it has
     travelled more than three times its norm."""
     summable: float = -0.15
-    """Steps that shrink like t^(q-1) add up to a limit if q < 0. Between this and 0 the trajectory does not tell q from 0
-    (logarithmic drift), which is a slider's."""
+    """Steps that shrink like t^(q-1) add up to a limit if q < 0. Between this and 0 the trajectory does not tell q
+    from 0 (logarithmic drift), which is a slider's."""
     shrinking: float = 2.5
     """Steps whose mean square root falls by this factor from the first third of the tail to the last are those of an
     approach, whatever its shape. Steps like 1/t, which have no limit, fall by 1.6 over the second half of a
     trajectory."""
+    shrinking_late: float = 1.15
+    """The steps of an approach go on shrinking: within the later half of the tail by this factor at least, unless they
+    have come to rest."""
+    nearer: float = 0.6
+    """And its motion within the later half is at most this share of that within the tail. It is about 1 for motion that
+    goes on as before, half for a straight drift."""
     spreading: float = 4.0
     """The mean squared displacement still spreads if it grows by this factor from lags about W/16 to lags about W/2. It
     grows eightfold in a random walk and stays level in motion within bounds."""
@@ -76,7 +82,12 @@ class DisplacementSettings:
             raise ConfigError(f"least_recurrences must be at least 16, got {self.least_recurrences}.")
         if self.window < 16:
             raise ConfigError(f"window must be at least 16 recurrences, got {self.window}.")
-        if not self.significance < 1 or not self.unexplained < 1 or not self.unexplained_noise < 1 or not self.unexplained_structure < 1:
+        if (
+            not self.significance < 1
+            or not self.unexplained < 1
+            or not self.unexplained_noise < 1
+            or not self.unexplained_structure < 1
+        ):
             raise ConfigError("significance, unexplained and unexplained_structure are shares: they must be below 1.")
 
 
@@ -95,8 +106,8 @@ class CosineSettings:
     least_recurrences: int = 16
     """Fewer than this give no verdict."""
     peak: float = 0.5
-    """One peak of the spectrum dominates if it holds at least this share of the power, its two neighbours included. Ours:
-    the paper does not say."""
+    """One peak of the spectrum dominates if it holds at least this share of the power, its two neighbours included.
+    Ours: the paper does not say."""
     monotone: float = 0.9
     """An approach is monotone if at least this share of the steps go towards the last state. Ours likewise."""
 

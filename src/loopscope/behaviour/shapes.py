@@ -1,8 +1,8 @@
 """Shapes that a motion can have: families of functions of time, linear in their coefficients.
 
 A family is a design matrix whose columns depend on a few numbers (a rate, a period). How much of a motion it explains
-is the energy of the motion's projection on those columns, the mean taken out. The best numbers are found on a grid, then
-by a search that narrows.
+is the energy of the motion's projection on those columns, the mean taken out. The best numbers are found on a grid,
+then by a search that narrows.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ def shape_columns(family: Family, numbers: Tensor, times: Tensor) -> Tensor:
     """An orthonormal basis of what the family spans beside a constant, (..., time, column)."""
     columns = family.design(numbers, times)
     centred = columns - columns.mean(-2, keepdim=True)
+    basis: Tensor
     basis, _ = torch.linalg.qr(centred / centred.norm(dim=-2, keepdim=True).clamp_min(1e-300))
     return basis
 
 
 def explained_energy(family: Family, numbers: Tensor, times: Tensor, scores: Tensor) -> Tensor:
     """Of each motion's scores (motion, time, component): the sum of squares that its own numbers explain, (motion,)."""
-    return (shape_columns(family, numbers, times).mT @ scores).square().sum((-1, -2))
+    projected: Tensor = shape_columns(family, numbers, times).mT @ scores
+    return projected.square().sum((-1, -2))
 
 
 @lru_cache(maxsize=16)
@@ -111,9 +113,7 @@ def _family(
     grid = torch.cartesian_prod(*[axis.double() for axis in axes]).reshape(-1, len(axes))
     columns = design(grid[:1], torch.arange(1.0, 9.0, dtype=torch.float64)).shape[-1]
     bounds = [torch.tensor(values, dtype=torch.float64) for values in (step, low, high)]
-    return Family(
-        name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns
-    )
+    return Family(name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns)
 
 
 def _power(numbers: Tensor, times: Tensor) -> Tensor:

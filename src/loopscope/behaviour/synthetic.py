@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from loopscope.behaviour.rounding import StateDtype, rounding_step
-from loopscope.behaviour.verdict import Kind
 from loopscope.errors import ConfigError
+from loopscope.verdicts import Kind
 
 __all__ = ["CASES", "LENGTHS", "WIDTHS", "Trajectory", "generate", "make_trajectory"]
 
@@ -140,7 +140,11 @@ def _damped_rotation(room: _Room) -> _Made:
     angle = 2 * math.pi / period * room.time() + room.rng.uniform(0, 2 * math.pi)
     plane = room.directions(2)
     flat = room.rng.uniform(0.3, 1.0)
-    path = size * (rate ** room.time())[:, None] * (np.cos(angle)[:, None] * plane[0] + flat * np.sin(angle)[:, None] * plane[1])
+    path = (
+        size
+        * (rate ** room.time())[:, None]
+        * (np.cos(angle)[:, None] * plane[0] + flat * np.sin(angle)[:, None] * plane[1])
+    )
     # It is the loss of amplitude over the second half that tells it from an orbit.
     start = size * math.exp(-constants / 2)
     loss = start * (1 - math.exp(-constants / 2))
@@ -150,7 +154,7 @@ def _damped_rotation(room: _Room) -> _Made:
 def _approach(room: _Room, size: float) -> _Path:
     """A transient that is over when the second half begins."""
     rate = math.exp(-room.rng.uniform(16, 60) / room.length)
-    return size * (rate ** room.time())[:, None] * room.directions(1)
+    return np.asarray(size * (rate ** room.time())[:, None] * room.directions(1))
 
 
 def _integer_orbit(room: _Room) -> _Made:
@@ -202,7 +206,9 @@ def _quasi_periodic(room: _Room) -> _Made:
     for index, ratio in enumerate(ratios):
         angle = 2 * math.pi / (base * ratio) * room.time() + room.rng.uniform(0, 2 * math.pi)
         share = room.rng.uniform(0.6, 1.0)
-        path += share * (np.cos(angle)[:, None] * directions[2 * index] + np.sin(angle)[:, None] * directions[2 * index + 1])
+        path += share * (
+            np.cos(angle)[:, None] * directions[2 * index] + np.sin(angle)[:, None] * directions[2 * index + 1]
+        )
     path *= size / np.sqrt((path**2).sum(1).mean())
     # Of fewer turns, a closed curve with harmonics in the rotations' places says as much.
     enough = room.length / 2 >= 8 * base * max(ratios)
@@ -265,7 +271,7 @@ def _logistic_maps(room: _Room) -> _Path:
         state = growth * state * (1 - state)
         if step >= 0:
             path[step] = state
-    return path @ room.directions(count)
+    return np.asarray(path @ room.directions(count))
 
 
 def _lorenz(room: _Room) -> _Path:
@@ -279,7 +285,7 @@ def _lorenz(room: _Room) -> _Path:
             state = state + interval / inner * np.array([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
         if step >= 0:
             path[step] = state
-    return path @ room.directions(3)
+    return np.asarray(path @ room.directions(3))
 
 
 def _chaos(room: _Room) -> _Made:
@@ -381,7 +387,7 @@ def _noise(room: _Room) -> _Path:
     for step, kick in enumerate(white):
         state = mode * state + kick
         coloured[step] = state.real
-    return coloured / coloured.std()
+    return np.asarray(coloured / coloured.std())
 
 
 def _rounded(states: _Path, dtype: StateDtype) -> _Path:

@@ -66,14 +66,14 @@ class Tails:
         return dataclasses.replace(self, **kept)
 
 
-def tail_length(recurrences: int, window: int) -> int:
-    """Recurrences in the tail: the second half, at least 24 where there are so many, at most `window`."""
-    return min(window, max(recurrences // 2, min(recurrences, _SMALLEST_TAIL)))
+def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
+    """Recurrences in the tail: the second half of the time since the loop began, at least 24 where so many are given,
+    and at most `window`."""
+    half = (first_recurrence + recurrences) // 2
+    return min(window, recurrences, max(half, _SMALLEST_TAIL))
 
 
-def take_tails(
-    states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 0
-) -> Tails:
+def take_tails(states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 0) -> Tails:
     """Reduce the last `window` recurrences of finite trajectories, in float64.
 
     `first_recurrence` is the index of the first state given, counted from 0: drifts that slow down are told by the time

@@ -1,0 +1,28 @@
+"""What a token's state tends to: verdicts with their evidence, and trajectories of known truth to calibrate them.
+
+Nothing here needs a model: trajectories that another tool captured are judged as well.
+"""
+
+from loopscope.behaviour.judge import judge
+from loopscope.behaviour.rounding import StateDtype, rounding_step
+from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method
+from loopscope.behaviour.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate, make_trajectory
+from loopscope.verdicts import KINDS, Kind, Verdict
+
+__all__ = [
+    "CASES",
+    "KINDS",
+    "LENGTHS",
+    "WIDTHS",
+    "CosineSettings",
+    "DisplacementSettings",
+    "Kind",
+    "Method",
+    "StateDtype",
+    "Trajectory",
+    "Verdict",
+    "generate",
+    "judge",
+    "make_trajectory",
+    "rounding_step",
+]

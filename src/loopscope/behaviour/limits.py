@@ -1,0 +1,84 @@
+"""What a motion of a given shape tends to, and the numbers that describe it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from loopscope.behaviour.settings import DisplacementSettings
+from loopscope.verdicts import Kind
+
+__all__ = ["Shape", "limit_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One member of a family of shapes, fitted to a tail of so many recurrences."""
+
+    family: str
+    numbers: tuple[float, ...]
+    window: int
+
+    @property
+    def period(self) -> float:
+        """Of what comes round, in recurrences; NaN for other shapes. Of several rotations, the strongest one's."""
+        if self.family == "cycle":
+            return self.numbers[0]
+        if self.family == "alternating":
+            return 2.0
+        if self.family == "spiral" or self.family.startswith("orbit") or self.family.endswith("rotations"):
+            return 2 * math.pi / self.numbers[0]
+        return math.nan
+
+    @property
+    def rate(self) -> float:
+        """Factor per recurrence by which the distance to the limit shrinks, or grows; NaN for shapes without one."""
+        if self.family in ("exponential", "alternating", "spiral"):
+            return math.exp(self.numbers[-1] / self.window)
+        return math.exp(max(self.numbers) / self.window) if self.family == "two exponentials" else math.nan
+
+    @property
+    def words(self) -> str:
+        """The shape in words, for a sentence."""
+        if self.family == "power":
+            return "a logarithm of time" if abs(self.numbers[0]) < 0.1 else f"time to the power {self.numbers[0]:.2g}"
+        if self.family == "exponential":
+            return f"an exponential of {self.rate:.4g} a recurrence"
+        if self.family == "two exponentials":
+            return f"exponentials, the slower of {self.rate:.4g} a recurrence"
+        if self.family == "alternating":
+            return f"a flip of sign that changes by {self.rate:.4g} a recurrence"
+        if self.family == "spiral":
+            return f"a rotation of period {self.period:.4g} that changes by {self.rate:.4g} a recurrence"
+        if self.family == "arc":
+            return "an arc"
+        if self.family == "drift after transient":
+            return "a straight drift after a transient"
+        if self.family.endswith("rotations"):
+            periods = ", ".join(f"{2 * math.pi / turn:.4g}" for turn in self.numbers)
+            return f"rotations of periods {periods}"
+        return f"a closed curve of period {self.period:.4g}"
+
+
+def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
+    """What a motion of exactly this shape tends to."""
+    family, numbers = shape.family, shape.numbers
+    grows = math.log(settings.growth)
+    if family == "power":
+        if numbers[0] <= settings.summable:
+            return Kind.FIXED_POINT
+        # By how much the steps lengthen while time doubles.
+        return Kind.DIVERGING if 2 ** (numbers[0] - 1) >= settings.growth else Kind.SLIDER
+    if family == "exponential":
+        if numbers[0] >= grows:
+            return Kind.DIVERGING
+        return Kind.SLIDER if numbers[0] > -grows else Kind.FIXED_POINT
+    if family in ("alternating", "spiral"):
+        if abs(numbers[-1]) <= math.log(settings.settling):
+            return Kind.ORBIT
+        return Kind.DIVERGING if numbers[-1] > 0 else Kind.FIXED_POINT
+    if family == "two exponentials":
+        return Kind.FIXED_POINT
+    if family in ("arc", "drift after transient"):
+        return Kind.SLIDER
+    return Kind.BOUNDED if family.endswith("rotations") else Kind.ORBIT

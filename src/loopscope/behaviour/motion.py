@@ -1,0 +1,171 @@
+"""What is measured of each token's motion within its tail, before anything is decided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loopscope.behaviour.fitting import Fit, fit_shapes, residual_directions, significance
+from loopscope.behaviour.limits import Shape, limit_of
+from loopscope.behaviour.rounding import StateDtype, rounding_step
+from loopscope.behaviour.settings import DisplacementSettings
+from loopscope.behaviour.tail import Tails, mean_squared_displacement
+
+__all__ = ["Motion", "measure_motions"]
+
+_DEAR = {"two exponentials": 1.25, "drift after transient": 1.25, "2 rotations": 3.0, "3 rotations": 3.0}
+"""By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
+would explain some of that; and rotations would take the place of the harmonics of an orbit."""
+
+_UNRESOLVED = 0.1
+"""Of the number type's rounding: what is left below this decides between no shapes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Motion:
+    """Lengths are relative to the state's norm."""
+
+    window: int
+    last_recurrence: int
+    """Of the tail, counted from 1."""
+    rounding: float
+    """Step that one rounding makes."""
+    level: float
+    """Root mean square displacement at the lag where it is largest."""
+    later_level: float
+    """The same within the later half of the tail."""
+    noise: float
+    """Step that what the best shape leaves would make, were it noise."""
+    shape: Shape | None
+    """The best one; None where the motion is too small to look for one."""
+    unexplained: float
+    """Share of the variance that it leaves."""
+    amplitude: float
+    """Root mean square distance to the centre of what it explains."""
+    p_value: float
+    margin: float
+    """Logarithm of how much likelier it is than the best shape that tends to something else."""
+    filling: float
+    """Directions that the motion takes, over those of white noise."""
+    residual_filling: float
+    """The same of what the shape leaves."""
+    spreading: float
+    """Mean squared displacement at lags about W/2 over that at lags about W/16."""
+    shrinking: float
+    """Step in the first third of the tail over that in the last third."""
+    shrinking_late: float
+    """The same within the later half."""
+    late_step: float
+    norm_growth: float
+    speed: float
+    """Length of the way from the first quarter of the tail to the last, per recurrence."""
+    displacement: tuple[float, ...]
+    """Root mean square, by lag."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    fit: Fit
+    row: int
+    shape: Shape
+    p_value: float
+    margin: float
+    directions: float
+
+
+def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
+    """One motion a token. Shapes are fitted where it moves by more than rounding."""
+    rounding = rounding_step(dtype)
+    level = tails.displacement.max(-1).values.sqrt()
+    moving = (level > settings.rounding_factor * rounding).nonzero()[:, 0]
+    best: dict[int, _Best] = {}
+    if len(moving):
+        found = _best_fits(tails.select(moving), rounding, settings)
+        best = dict(zip(moving.tolist(), found, strict=True))
+    half = tails.window // 2
+    later = mean_squared_displacement(tails.gram[:, half:, half:]).max(-1).values.sqrt()
+    spreading, speed = _spreading(tails), _speed(tails)
+    square = tails.steps.square()
+    third, sixth = max(1, (tails.window - 1) // 3), max(2, (tails.window - 1) // 6)
+    early, late = _root_mean(square[:, :third]), _root_mean(square[:, -third:])
+    middle, latest = _root_mean(square[:, -3 * sixth : -2 * sixth]), _root_mean(square[:, -sixth:])
+    shrinking, shrinking_late = early / late.clamp_min(1e-300), middle / latest.clamp_min(1e-300)
+    motions = []
+    for token in range(len(level)):
+        found_best = best.get(token)
+        energy = float(tails.energy[token])
+        left = energy if found_best is None else float(found_best.fit.left[found_best.row])
+        columns = 0.0 if found_best is None else float(found_best.fit.columns[found_best.row])
+        motions.append(
+            Motion(
+                window=tails.window,
+                last_recurrence=int(tails.times[-1]),
+                rounding=rounding,
+                level=float(level[token]),
+                later_level=float(later[token]),
+                noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
+                shape=None if found_best is None else found_best.shape,
+                unexplained=left / energy if energy > 0 else 1.0,
+                amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
+                p_value=1.0 if found_best is None else found_best.p_value,
+                margin=0.0 if found_best is None else found_best.margin,
+                filling=float(tails.directions[token]) / tails.white_directions,
+                residual_filling=0.0 if found_best is None else found_best.directions / tails.white_directions,
+                spreading=float(spreading[token]),
+                shrinking=float(shrinking[token]),
+                shrinking_late=float(shrinking_late[token]),
+                late_step=float(latest[token]),
+                norm_growth=float(tails.norm_growth[token]),
+                speed=float(speed[token]),
+                displacement=tuple(tails.displacement[token].sqrt().tolist()),
+            )
+        )
+    return motions
+
+
+def _root_mean(square: Tensor) -> Tensor:
+    mean: Tensor = square.mean(-1)
+    return mean.sqrt()
+
+
+def _spreading(tails: Tails) -> Tensor:
+    """Of means over lags, since motion that comes round has deep minima."""
+    window = tails.window
+    short = tails.displacement[:, : max(1, window // 8)].mean(-1)
+    long = tails.displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
+    return long / short.clamp_min(1e-300)
+
+
+def _speed(tails: Tails) -> Tensor:
+    quarter = max(1, tails.window // 4)
+    way = tails.scores[:, -quarter:].mean(1) - tails.scores[:, :quarter].mean(1)
+    length: Tensor = torch.linalg.vector_norm(way, dim=-1)
+    return length / (tails.window - quarter)
+
+
+def _best_fits(tails: Tails, rounding: float, settings: DisplacementSettings) -> list[_Best]:
+    """The likeliest shape of each motion, by the Bayesian information criterion for noise in as many directions as the
+    noise takes: every column has a coefficient in each of them."""
+    fits = fit_shapes(tails, settings.least_periods)
+    window, directions = tails.window, tails.noise_directions
+    unresolved = window * (_UNRESOLVED * rounding) ** 2 / 2
+    costs = []
+    for fit in fits:
+        coefficients = fit.columns * directions + fit.numbers.shape[-1]
+        left = fit.left * _DEAR.get(fit.name, 1.0) + unresolved
+        costs.append(directions * window * left.log() + coefficients * (window * directions).log())
+    cost = torch.stack(costs)
+    chosen = cost.argmin(0).tolist()
+    p_values = torch.stack([significance(fit, tails) for fit in fits])
+    found = []
+    for row, index in enumerate(chosen):
+        shapes = [Shape(fit.name, tuple(fit.numbers[row].tolist()), window) for fit in fits]
+        kinds = [limit_of(shape, settings) for shape in shapes]
+        rivals = [float(cost[other, row]) for other, kind in enumerate(kinds) if kind != kinds[index]]
+        margin = (min(rivals, default=math.inf) - float(cost[index, row])) / 2
+        directions_left = residual_directions(fits[index], row, tails)
+        found.append(_Best(fits[index], row, shapes[index], float(p_values[index, row]), margin, directions_left))
+    return found
