@@ -12,7 +12,7 @@ from scipy import special
 from torch import Tensor
 
 from loopscope.behaviour.shapes import Family, explained_energy, families, rotations, shape_columns
-from loopscope.behaviour.tail import Tails
+from loopscope.behaviour.tail import Components
 
 __all__ = ["Fit", "fit_shapes", "residual_directions", "significance"]
 
@@ -42,76 +42,76 @@ class Fit:
     """Members of the family that were compared, for the correction of the significance."""
 
 
-def fit_shapes(tails: Tails, least_periods: float) -> list[Fit]:
+def fit_shapes(parts: Components, least_periods: float) -> list[Fit]:
     """The best fit of every family."""
-    known = families(tails.window, least_periods)
-    found = [_fit_family(family, tails) for family in known]
+    known = families(parts.window, least_periods)
+    found = [_fit_family(family, parts) for family in known]
     single = next((place for place, family in enumerate(known) if family.name == "orbit 1"), None)
     if single is not None:
-        found += _fit_rotations(known[single], found[single], tails, least_periods)
-    cycles = _fit_cycles(tails, least_periods)
+        found += _fit_rotations(known[single], found[single], parts, least_periods)
+    cycles = _fit_cycles(parts, least_periods)
     return found if cycles is None else [*found, cycles]
 
 
-def _fit_rotations(single: Family, first: Fit, tails: Tails, least_periods: float) -> list[Fit]:
+def _fit_rotations(single: Family, first: Fit, parts: Components, least_periods: float) -> list[Fit]:
     """Two and three rotations of unrelated periods: the strongest one, then the strongest in what that leaves."""
     found, numbers, tried = [], first.numbers, first.tried
     fewer, family = single, single
     for count in (2, 3):
-        if 2 * count + 1 > 0.4 * tails.window:
+        if 2 * count + 1 > 0.4 * parts.window:
             break
-        basis = shape_columns(fewer if count > 2 else single, numbers, tails.times)
-        rest = dataclasses.replace(tails, scores=tails.scores - basis @ (basis.mT @ tails.scores))
+        basis = shape_columns(fewer if count > 2 else single, numbers, parts.times)
+        rest = dataclasses.replace(parts, scores=parts.scores - basis @ (basis.mT @ parts.scores))
         second, _ = _best_on_grid(single, rest)
         numbers, tried = torch.cat((numbers, second), dim=-1), tried * first.tried
-        family = rotations(count, tails.window, least_periods)
-        value = explained_energy(family, numbers, tails.times, tails.scores)
-        promising = (value >= _PROMISING * tails.energy).nonzero()[:, 0]
+        family = rotations(count, parts.window, least_periods)
+        value = explained_energy(family, numbers, parts.times, parts.scores)
+        promising = (value >= _PROMISING * parts.energy).nonzero()[:, 0]
         if len(promising):
-            narrowed, better = _narrow(family, tails, promising, numbers[promising], value[promising])
+            narrowed, better = _narrow(family, parts, promising, numbers[promising], value[promising])
             numbers = numbers.index_copy(0, promising, narrowed)
             value = value.index_copy(0, promising, better)
         columns = torch.full_like(value, float(family.columns))
-        found.append(Fit(family.name, family, (tails.energy - value).clamp_min(0.0), numbers, columns, tried))
+        found.append(Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, tried))
         fewer = family
     return found
 
 
-def residual_directions(fit: Fit, row: int, tails: Tails) -> float:
+def residual_directions(fit: Fit, row: int, parts: Components) -> float:
     """How many directions the rest takes that a fit leaves of one motion: participation ratio of its principal
     components."""
     if fit.family is None:
-        phase = _phases(tails.times, int(fit.numbers[row, 0]))
+        phase = _phases(parts.times, int(fit.numbers[row, 0]))
         basis, _ = torch.linalg.qr(phase - phase.mean(0))
         basis = basis[:, :-1]
     else:
-        basis = shape_columns(fit.family, fit.numbers[row], tails.times)
-    scores = tails.scores[row]
+        basis = shape_columns(fit.family, fit.numbers[row], parts.times)
+    scores = parts.scores[row]
     rest = scores - basis @ (basis.mT @ scores)
     inner = rest.mT @ rest
-    energy = float(inner.trace() + tails.rest_energy[row])
-    square = float(inner.square().sum() + tails.rest_square[row])
+    energy = float(inner.trace() + parts.rest_energy[row])
+    square = float(inner.square().sum() + parts.rest_square[row])
     return energy**2 / max(square, 1e-300)
 
 
-def _fit_family(family: Family, tails: Tails) -> Fit:
-    numbers, value = _best_on_grid(family, tails)
-    promising = (value >= _PROMISING * tails.energy).nonzero()[:, 0]
+def _fit_family(family: Family, parts: Components) -> Fit:
+    numbers, value = _best_on_grid(family, parts)
+    promising = (value >= _PROMISING * parts.energy).nonzero()[:, 0]
     if len(promising):
-        narrowed, better = _narrow(family, tails, promising, numbers[promising], value[promising])
+        narrowed, better = _narrow(family, parts, promising, numbers[promising], value[promising])
         numbers[promising], value[promising] = narrowed, better
     columns = torch.full_like(value, float(family.columns))
-    return Fit(family.name, family, (tails.energy - value).clamp_min(0.0), numbers, columns, len(family.grid))
+    return Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, len(family.grid))
 
 
-def _best_on_grid(family: Family, tails: Tails) -> tuple[Tensor, Tensor]:
-    basis = shape_columns(family, family.grid, tails.times)
+def _best_on_grid(family: Family, parts: Components) -> tuple[Tensor, Tensor]:
+    basis = shape_columns(family, family.grid, parts.times)
     candidates, window, columns = basis.shape
     flat = basis.permute(0, 2, 1).reshape(candidates * columns, window)
-    components = tails.scores.shape[-1]
+    components = parts.scores.shape[-1]
     size = max(1, _CHUNK_ENTRIES // (candidates * columns * components))
     numbers, values = [], []
-    for scores in tails.scores.split(size):
+    for scores in parts.scores.split(size):
         energy = (flat @ scores).square().sum(-1).reshape(len(scores), candidates, columns).sum(-1)
         best = energy.argmax(-1)
         numbers.append(family.grid[best])
@@ -119,9 +119,9 @@ def _best_on_grid(family: Family, tails: Tails) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers), torch.cat(values)
 
 
-def _narrow(family: Family, tails: Tails, rows: Tensor, numbers: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _narrow(family: Family, parts: Components, rows: Tensor, numbers: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """A pattern search around each motion's best grid point."""
-    scores = tails.scores[rows]
+    scores = parts.scores[rows]
     step = family.step.expand_as(numbers).clone()
     for _ in range(_NARROWINGS):
         moved = torch.zeros(len(rows), dtype=torch.bool)
@@ -129,7 +129,7 @@ def _narrow(family: Family, tails: Tails, rows: Tensor, numbers: Tensor, value: 
             for sign in (-1.0, 1.0):
                 tried = numbers.clone()
                 tried[:, axis] = (tried[:, axis] + sign * step[:, axis]).clamp(family.low[axis], family.high[axis])
-                energy = explained_energy(family, tried, tails.times, scores)
+                energy = explained_energy(family, tried, parts.times, scores)
                 better = energy > value
                 numbers = torch.where(better[:, None], tried, numbers)
                 value = torch.where(better, energy, value)
@@ -138,18 +138,18 @@ def _narrow(family: Family, tails: Tails, rows: Tensor, numbers: Tensor, value: 
     return numbers, value
 
 
-def _fit_cycles(tails: Tails, least_periods: float) -> Fit | None:
+def _fit_cycles(parts: Components, least_periods: float) -> Fit | None:
     """A cycle through arbitrary points, of a whole period: the means of the states of equal phase."""
-    longest = min(_LONGEST_CYCLE, int(tails.window / least_periods))
-    best = torch.full_like(tails.energy, math.inf)
-    left, period = tails.energy.clone(), torch.zeros_like(tails.energy)
+    longest = min(_LONGEST_CYCLE, int(parts.window / least_periods))
+    best = torch.full_like(parts.energy, math.inf)
+    left, period = parts.energy.clone(), torch.zeros_like(parts.energy)
     for candidate in range(2, longest + 1):
-        phase = _phases(tails.times, candidate)
+        phase = _phases(parts.times, candidate)
         share = phase / phase.sum(0)
-        explained = torch.einsum("nij,ip,jp->n", tails.gram, share, phase)
-        rest = (tails.energy - explained).clamp_min(0.0)
+        explained = torch.einsum("nij,ip,jp->n", parts.gram, share, phase)
+        rest = (parts.energy - explained).clamp_min(0.0)
         # The longer of two periods must pay for its points.
-        cost = tails.window * rest.clamp_min(1e-300).log() + (candidate - 1) * math.log(tails.window)
+        cost = parts.window * rest.clamp_min(1e-300).log() + (candidate - 1) * math.log(parts.window)
         better = cost < best
         best = torch.where(better, cost, best)
         left = torch.where(better, rest, left)
@@ -163,12 +163,12 @@ def _phases(times: Tensor, period: int) -> Float[Tensor, "time phase"]:
     return torch.nn.functional.one_hot(times.long() % period, period).double()
 
 
-def significance(fit: Fit, tails: Tails) -> Tensor:
+def significance(fit: Fit, parts: Components) -> Tensor:
     """Probability that noise would be explained so well, corrected for the members tried,
     (token,): an F test."""
-    ours, directions = fit.columns, tails.noise_directions
-    rest = (tails.window - 1 - ours).clamp_min(1.0)
-    explained = (tails.energy - fit.left).clamp_min(0.0)
+    ours, directions = fit.columns, parts.noise_directions
+    rest = (parts.window - 1 - ours).clamp_min(1.0)
+    explained = (parts.energy - fit.left).clamp_min(0.0)
     ratio = (explained / ours.clamp_min(1.0)) / (fit.left / rest).clamp_min(1e-300)
     # fdtrc(a, b, x) is the upper tail of the F distribution.
     tail = special.fdtrc((ours * directions).numpy(), (rest * directions).numpy(), ratio.clamp(max=1e200).numpy())

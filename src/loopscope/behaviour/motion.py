@@ -12,7 +12,7 @@ from loopscope.behaviour.fitting import Fit, fit_shapes, residual_directions, si
 from loopscope.behaviour.limits import Shape, limit_of
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
-from loopscope.behaviour.tail import Tails, mean_squared_displacement
+from loopscope.behaviour.tail import Components, Tails, decompose, mean_squared_displacement
 
 __all__ = ["Motion", "measure_motions"]
 
@@ -74,6 +74,13 @@ class _Best:
     p_value: float
     margin: float
     directions: float
+    directions_left: float
+    speed: float
+
+    @property
+    def left(self) -> tuple[float, float]:
+        """Sum of squares that the shape leaves, and how many columns it has."""
+        return float(self.fit.left[self.row]), float(self.fit.columns[self.row])
 
 
 def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
@@ -83,11 +90,10 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
     moving = (level > settings.rounding_factor * rounding).nonzero()[:, 0]
     best: dict[int, _Best] = {}
     if len(moving):
-        found = _best_fits(tails.select(moving), rounding, settings)
-        best = dict(zip(moving.tolist(), found, strict=True))
+        best = dict(zip(moving.tolist(), _best_fits(decompose(tails, moving), rounding, settings), strict=True))
     half = tails.window // 2
     later = mean_squared_displacement(tails.gram[:, half:, half:]).max(-1).values.sqrt()
-    spreading, speed = _spreading(tails), _speed(tails)
+    energies, spreading = tails.energy, _spreading(tails)
     square = tails.steps.square()
     third, sixth = max(1, (tails.window - 1) // 3), max(2, (tails.window - 1) // 6)
     early, late = _root_mean(square[:, :third]), _root_mean(square[:, -third:])
@@ -95,10 +101,9 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
     shrinking, shrinking_late = early / late.clamp_min(1e-300), middle / latest.clamp_min(1e-300)
     motions = []
     for token in range(len(level)):
-        found_best = best.get(token)
-        energy = float(tails.energy[token])
-        left = energy if found_best is None else float(found_best.fit.left[found_best.row])
-        columns = 0.0 if found_best is None else float(found_best.fit.columns[found_best.row])
+        its = best.get(token)
+        energy = float(energies[token])
+        left, columns = (energy, 0.0) if its is None else its.left
         motions.append(
             Motion(
                 window=tails.window,
@@ -107,19 +112,19 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
                 level=float(level[token]),
                 later_level=float(later[token]),
                 noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
-                shape=None if found_best is None else found_best.shape,
+                shape=None if its is None else its.shape,
                 unexplained=left / energy if energy > 0 else 1.0,
                 amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
-                p_value=1.0 if found_best is None else found_best.p_value,
-                margin=0.0 if found_best is None else found_best.margin,
-                filling=float(tails.directions[token]) / tails.white_directions,
-                residual_filling=0.0 if found_best is None else found_best.directions / tails.white_directions,
+                p_value=1.0 if its is None else its.p_value,
+                margin=0.0 if its is None else its.margin,
+                filling=0.0 if its is None else its.directions / tails.white_directions,
+                residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
                 spreading=float(spreading[token]),
                 shrinking=float(shrinking[token]),
                 shrinking_late=float(shrinking_late[token]),
                 late_step=float(latest[token]),
                 norm_growth=float(tails.norm_growth[token]),
-                speed=float(speed[token]),
+                speed=0.0 if its is None else its.speed,
                 displacement=tuple(tails.displacement[token].sqrt().tolist()),
             )
         )
@@ -139,18 +144,18 @@ def _spreading(tails: Tails) -> Tensor:
     return long / short.clamp_min(1e-300)
 
 
-def _speed(tails: Tails) -> Tensor:
-    quarter = max(1, tails.window // 4)
-    way = tails.scores[:, -quarter:].mean(1) - tails.scores[:, :quarter].mean(1)
+def _speeds(parts: Components) -> Tensor:
+    quarter = max(1, parts.window // 4)
+    way = parts.scores[:, -quarter:].mean(1) - parts.scores[:, :quarter].mean(1)
     length: Tensor = torch.linalg.vector_norm(way, dim=-1)
-    return length / (tails.window - quarter)
+    return length / (parts.window - quarter)
 
 
-def _best_fits(tails: Tails, rounding: float, settings: DisplacementSettings) -> list[_Best]:
+def _best_fits(parts: Components, rounding: float, settings: DisplacementSettings) -> list[_Best]:
     """The likeliest shape of each motion, by the Bayesian information criterion for noise in as many directions as the
     noise takes: every column has a coefficient in each of them."""
-    fits = fit_shapes(tails, settings.least_periods)
-    window, directions = tails.window, tails.noise_directions
+    fits = fit_shapes(parts, settings.least_periods)
+    window, directions = parts.window, parts.noise_directions
     unresolved = window * (_UNRESOLVED * rounding) ** 2 / 2
     costs = []
     for fit in fits:
@@ -159,13 +164,24 @@ def _best_fits(tails: Tails, rounding: float, settings: DisplacementSettings) ->
         costs.append(directions * window * left.log() + coefficients * (window * directions).log())
     cost = torch.stack(costs)
     chosen = cost.argmin(0).tolist()
-    p_values = torch.stack([significance(fit, tails) for fit in fits])
+    p_values = torch.stack([significance(fit, parts) for fit in fits])
+    speeds = _speeds(parts)
     found = []
     for row, index in enumerate(chosen):
         shapes = [Shape(fit.name, tuple(fit.numbers[row].tolist()), window) for fit in fits]
         kinds = [limit_of(shape, settings) for shape in shapes]
         rivals = [float(cost[other, row]) for other, kind in enumerate(kinds) if kind != kinds[index]]
         margin = (min(rivals, default=math.inf) - float(cost[index, row])) / 2
-        directions_left = residual_directions(fits[index], row, tails)
-        found.append(_Best(fits[index], row, shapes[index], float(p_values[index, row]), margin, directions_left))
+        found.append(
+            _Best(
+                fit=fits[index],
+                row=row,
+                shape=shapes[index],
+                p_value=float(p_values[index, row]),
+                margin=margin,
+                directions=float(parts.directions[row]),
+                directions_left=residual_directions(fits[index], row, parts),
+                speed=float(speeds[row]),
+            )
+        )
     return found

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["COMPONENTS", "Tails", "mean_squared_displacement", "tail_length", "take_tails"]
+__all__ = [
+    "COMPONENTS",
+    "Components",
+    "Tails",
+    "decompose",
+    "mean_squared_displacement",
+    "tail_length",
+    "take_tails",
+]
 
 COMPONENTS = 16
 """Principal components of the motion that shapes are fitted to: twice what a curve of four harmonics needs. What the
@@ -27,18 +34,6 @@ class Tails:
     """Recurrences, counted from 1."""
     gram: Float[Tensor, "token time time"]
     """Inner products of the states, their mean taken out."""
-    energy: Float[Tensor, " token"]
-    """Sum over the tail of squared distances to the mean."""
-    scores: Float[Tensor, "token time component"]
-    """Of the leading principal components."""
-    directions: Float[Tensor, " token"]
-    """How many directions the motion takes: participation ratio of the principal components."""
-    noise_directions: Float[Tensor, " token"]
-    """How many the noise takes: the same of what the leading components leave, the window's own limit taken out."""
-    rest_energy: Float[Tensor, " token"]
-    """Sum of the squared principal components beyond the leading ones."""
-    rest_square: Float[Tensor, " token"]
-    """Sum of their squares."""
     displacement: Float[Tensor, "token lag"]
     """Mean squared displacement at lags 1, 2, ..."""
     steps: Float[Tensor, "token step"]
@@ -52,18 +47,37 @@ class Tails:
         return len(self.times)
 
     @property
+    def energy(self) -> Float[Tensor, " token"]:
+        """Sum over the tail of squared distances to the mean."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @property
     def white_directions(self) -> float:
         """Directions that white noise would seem to take within so short a window."""
         return 1 / (1 / (self.window - 1) + 1 / self.width)
 
-    def select(self, rows: Tensor) -> Tails:
-        """Those of some tokens."""
-        kept = {
-            field.name: getattr(self, field.name)[rows]
-            for field in dataclasses.fields(self)
-            if field.name not in ("times", "width")
-        }
-        return dataclasses.replace(self, **kept)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Components:
+    """Principal components of some tokens' motion."""
+
+    times: Float[Tensor, " time"]
+    gram: Float[Tensor, "token time time"]
+    energy: Float[Tensor, " token"]
+    scores: Float[Tensor, "token time component"]
+    """Of the leading components."""
+    directions: Float[Tensor, " token"]
+    """How many directions the motion takes: participation ratio of the components."""
+    noise_directions: Float[Tensor, " token"]
+    """How many the noise takes: the same of what the leading components leave, the window's own limit taken out."""
+    rest_energy: Float[Tensor, " token"]
+    """Sum of squares of the components beyond the leading ones."""
+    rest_square: Float[Tensor, " token"]
+    """Sum of their fourth powers."""
+
+    @property
+    def window(self) -> int:
+        return len(self.times)
 
 
 def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
@@ -92,24 +106,32 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
     centred = moved - moved.mean(1, keepdim=True)
     gram = centred @ centred.mT
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0.0)
-    kept = min(COMPONENTS, window)
-    scores = vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None]
-    energy = values.sum(-1)
     return Tails(
         times=times,
         gram=gram,
-        energy=energy,
-        scores=scores,
-        directions=_participation(values),
-        noise_directions=_noise_directions(values[..., :-kept], width),
-        rest_energy=values[..., :-kept].sum(-1),
-        rest_square=values[..., :-kept].square().sum(-1),
         displacement=mean_squared_displacement(gram),
         steps=steps,
         norm_growth=norm_growth,
         width=width,
+    )
+
+
+def decompose(tails: Tails, rows: Int[Tensor, " row"]) -> Components:
+    """Principal components of the motion of some tokens."""
+    gram = tails.gram[rows]
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0.0)
+    kept = min(COMPONENTS, tails.window)
+    rest = values[..., :-kept]
+    return Components(
+        times=tails.times,
+        gram=gram,
+        energy=values.sum(-1),
+        scores=vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None],
+        directions=_participation(values),
+        noise_directions=_noise_directions(rest, tails.width),
+        rest_energy=rest.sum(-1),
+        rest_square=rest.square().sum(-1),
     )
 
 
