@@ -18,10 +18,18 @@ import torch
 import xarray as xr
 from torch import nn
 
+from loopscope.behaviour import (
+    COSINE_GRID,
+    DISPLACEMENT_GRID,
+    KINDS,
+    CosineSettings,
+    DisplacementSettings,
+)
 from loopscope.errors import ConfigError, PromptError
 from loopscope.interventions import check_recurrences, check_tokens, parse_interventions
 from loopscope.loading import as_subject, load
 from loopscope.measures import (
+    CHANGES,
     LEVELS,
     Arrays,
     Named,
@@ -247,9 +255,15 @@ class _Job:
             components=settings.components,
             readout=self.readout,
             head_stable=settings.head_stable,
+            judged_layers=self._judged_layers(),
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
         )
+
+    def _judged_layers(self) -> tuple[int, ...]:
+        if "behaviour" in self.settings.skip:
+            return ()
+        return tuple(range(self.info.recurrent))[-1 if self.settings.judged_layers == "last" else 0 :]
 
     def _readout_grid(self) -> tuple[int, ...]:
         if not self.info.is_looped:
@@ -275,6 +289,19 @@ class _Job:
         )
         manifest = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
         return Study(dataset, manifest, self._tokens())
+
+    def _behaviour(self) -> dict[str, Any]:
+        """How the limits of the tokens were judged."""
+        if not self._judged_layers():
+            return {}
+        methods = (("displacement", DisplacementSettings()), ("cosine", CosineSettings()))
+        grids = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
+        return {
+            "behaviour": {
+                **{name: dataclasses.asdict(settings) for name, settings in methods},
+                "sensitivity": {name: list(grid.names) for name, grid in grids},
+            }
+        }
 
     def _neurons(self) -> dict[str, Named]:
         """From the weights, which are no shard's: of a native model, unless that takes too long."""
@@ -307,6 +334,15 @@ class _Job:
             "visit": visits,
             "visit_other": visits,
             "readout_recurrence": list(self.readout),
+            "judged_layer": list(self._judged_layers()),
+            "change": list(CHANGES),
+            "kind": [str(kind) for kind in KINDS],
+            "lag": np.arange(1, lengths.get("lag", 0) + 1),
+            **{
+                f"{method}_setting{other}": list(values)
+                for method, grid in (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
+                for other, values in zip(("", "_other"), grid.values, strict=True)
+            },
         }
         coordinates = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
         if "depth" in lengths:
@@ -344,6 +380,7 @@ class _Job:
                 "sha256": digest,
             },
             "tokenizer": self.tokenizer,
+            **self._behaviour(),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},

@@ -17,6 +17,7 @@ from loopscope.errors import NonFiniteError
 from loopscope.measures import (
     Arrays,
     AttentionCycle,
+    Behaviour,
     Convergence,
     CycleSimilarity,
     Frame,
@@ -27,7 +28,9 @@ from loopscope.measures import (
     PathIndependence,
     Readout,
     StageMeasures,
+    StateTails,
     Trajectories,
+    behaviour_spans,
     noise_floor,
 )
 from loopscope.settings import Part
@@ -56,6 +59,8 @@ class Plan:
     readout: tuple[int, ...]
     head_stable: float
     """Root mean square change of a row below which a head is stable."""
+    judged_layers: tuple[int, ...]
+    """Recurrent layers whose tokens' limits are judged; none without that part."""
     skip: frozenset[Part]
     first_prompt: int
     """Number of the batch's first prompt, for messages."""
@@ -132,6 +137,8 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
 
     guard = _FiniteGuard(frame, plan.first_prompt)
     end = 2 * plan.horizon
+    tails = _tails(frame, plan, whole=True)
+    long = [horizon] if tails is None else [horizon, tails]
     if heads is not None:
         live.watch(_OutsideTheLoop(heads) if plan.keep else heads)
     if plan.keep:
@@ -139,11 +146,11 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
         run = runs.start(whole, [guard, *live.observers])
         initial_state = run.state
         both = min(plan.recurrences, end)
-        advance(run, 0, both, [guard, horizon, kept, *live.observers], measured=True)
+        advance(run, 0, both, [guard, *long, kept, *live.observers], measured=True)
         advance(run, both, plan.recurrences, [kept, *live.observers], measured=True)
-        advance(run, both, end, [horizon], measured=False)
+        advance(run, both, end, [*long], measured=False)
     else:
-        advance(runs.start(end, [guard]), 0, end, [guard, horizon], measured=False)
+        advance(runs.start(end, [guard]), 0, end, [guard, *long], measured=False)
         run = runs.start(plan.recurrences, live.observers)
         initial_state = run.state
     convergence = Convergence(frame, horizon)
@@ -159,8 +166,20 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
         arrays.update(part)
     if heads is not None:
         arrays.update(heads.finish())
+    if tails is not None:
+        behaviour = Behaviour(frame, tails, live.other_tails, plan.recurrences, plan.horizon)
+        arrays.update(behaviour.finish(plan.judged_layers))
     arrays.per_prompt["diverged_at"] = _diverged_at(arrays)
     return arrays
+
+
+def _tails(frame: Frame, plan: Plan, *, whole: bool) -> StateTails | None:
+    """What keeps the states that are judged: of the run to the second horizon, or of the one from another state."""
+    if not plan.judged_layers:
+        return None
+    second, first, seed = behaviour_spans(plan.recurrences, plan.horizon)
+    spans = [span for span in ((second, first, seed) if whole else (seed,)) if span is not None]
+    return StateTails(frame, plan.judged_layers, spans)
 
 
 def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
@@ -225,6 +244,7 @@ class _Live:
         self.trajectories: Trajectories | None = None
         self.path: PathIndependence | None = None
         self.stages: StageMeasures | None = None
+        self.other_tails: StateTails | None = None
         self._plan = plan
         self._also: list[Observer] = []
         if "cycle-similarity" not in plan.skip:
@@ -241,6 +261,7 @@ class _Live:
             other = runs.subject.other_initial_state(runs.batch, plan.seed)
             if other is not None:
                 self.path = PathIndependence(frame)
+                self.other_tails = _tails(frame, plan, whole=False)
                 self._other = runs.start(plan.recurrences, initial_state=other)
 
     def watch(self, observer: Observer) -> None:
@@ -260,7 +281,8 @@ class _Live:
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:
         """So many recurrences of the measured run are done."""
         if self.path is not None:
-            self._other.advance([self.path.second])
+            tails = [] if self.other_tails is None else [self.other_tails]
+            self._other.advance([self.path.second, *tails])
             tick()
         if recurrences == self._plan.recurrences:
             run.decode(self.observers)

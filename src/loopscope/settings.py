@@ -13,13 +13,32 @@ from typing import Literal
 from loopscope.errors import ConfigError
 from loopscope.interventions import Intervention, parse_interventions
 
-__all__ = ["SINK_THRESHOLD", "AnalyzeSettings", "CompareSettings", "Dtype", "HorizonMethod", "Part", "RunSize"]
+__all__ = [
+    "SINK_THRESHOLD",
+    "AnalyzeSettings",
+    "CompareSettings",
+    "Dtype",
+    "HorizonMethod",
+    "JudgedLayers",
+    "Part",
+    "RunSize",
+]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 HorizonMethod = Literal["auto", "second-pass", "keep"]
 Part = Literal[
-    "path-independence", "cycle-similarity", "trajectories", "readout", "noise-floor", "heads", "stages", "neurons"
+    "path-independence",
+    "cycle-similarity",
+    "trajectories",
+    "readout",
+    "noise-floor",
+    "heads",
+    "stages",
+    "neurons",
+    "behaviour",
 ]
+
+JudgedLayers = Literal["all", "last"]
 
 SINK_THRESHOLD = 0.3
 """A head has a sink where a key receives this share of all attention (the value of arXiv 2604.11791)."""
@@ -91,6 +110,9 @@ class AnalyzeSettings:
     head_stable: float = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
+    judged_layers: JudgedLayers = "all"
+    """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
+    that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
     neuron_limit: float = 1.0
     """Prediction and suppression neurons are counted if that takes at most so many tera floating-point operations: for
     small models; minutes on a GPU where it is a hundred."""

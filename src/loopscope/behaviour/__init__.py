@@ -3,19 +3,24 @@
 Nothing here needs a model: trajectories that another tool captured are judged as well.
 """
 
+from loopscope.behaviour.displacement import same_limit
 from loopscope.behaviour.judge import judge
 from loopscope.behaviour.rounding import StateDtype, rounding_step
+from loopscope.behaviour.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, Grid, sensitivity
 from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method
 from loopscope.behaviour.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate, make_trajectory
 from loopscope.verdicts import KINDS, Kind, Verdict
 
 __all__ = [
     "CASES",
+    "COSINE_GRID",
+    "DISPLACEMENT_GRID",
     "KINDS",
     "LENGTHS",
     "WIDTHS",
     "CosineSettings",
     "DisplacementSettings",
+    "Grid",
     "Kind",
     "Method",
     "StateDtype",
@@ -25,4 +30,6 @@ __all__ = [
     "judge",
     "make_trajectory",
     "rounding_step",
+    "same_limit",
+    "sensitivity",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -15,13 +16,22 @@ from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.behaviour.tail import tail_length, take_tails
 from loopscope.verdicts import Kind, Verdict
 
-__all__ = ["displacement_verdicts"]
+__all__ = ["TokenMotions", "decide_kind", "displacement_verdicts", "measure_tails", "same_limit"]
 
 _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
 _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMotions:
+    """One token's motion within the tail, its later half and its last two thirds; None where that was not needed."""
+
+    whole: Motion
+    later: Motion | None = None
+    shorter: Motion | None = None
 
 
 def displacement_verdicts(
@@ -35,17 +45,43 @@ def displacement_verdicts(
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
     a clear answer. A verdict that the last two thirds of the tail do not share is marked as unstable.
     """
-    window = tail_length(states.shape[1], settings.window, first_recurrence)
-    findings = _judge(states, window, dtype, settings, first_recurrence)
-    verdicts = [_verdict(finding) for finding in findings]
-    moving = [index for index, finding in enumerate(findings) if finding.motion.shape is not None]
-    shorter = 2 * window // 3
-    if moving and shorter >= _SHORTEST_HALF:
-        again = _judge(states[moving], shorter, dtype, settings, first_recurrence)
-        for index, other in zip(moving, again, strict=True):
-            if not _agree(verdicts[index].kind, other.kind):
-                verdicts[index] = dataclasses.replace(verdicts[index], unstable=("window",))
+    verdicts = []
+    for motions in measure_tails(states, dtype, settings, first_recurrence):
+        verdict = _verdict(_decide(motions.whole, motions.later, settings))
+        if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
+            verdict = dataclasses.replace(verdict, unstable=("window",))
+        verdicts.append(verdict)
     return verdicts
+
+
+def measure_tails(
+    states: Float[Tensor, "token recurrence width"],
+    dtype: StateDtype,
+    settings: DisplacementSettings,
+    first_recurrence: int = 0,
+    shorter: bool = True,
+) -> list[TokenMotions]:
+    """All that a verdict needs of finite trajectories, so that it can be decided again with other thresholds.
+
+    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window.
+    """
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    whole = measure_motions(take_tails(states, window, first_recurrence), dtype, settings)
+    moving = [index for index, motion in enumerate(whole) if motion.shape is not None]
+
+    def within(length: int) -> dict[int, Motion]:
+        if not moving or length < _SHORTEST_HALF:
+            return {}
+        tails = take_tails(states[moving], length, first_recurrence)
+        return dict(zip(moving, measure_motions(tails, dtype, settings), strict=True))
+
+    half, third = within(window // 2), within(2 * window // 3) if shorter else {}
+    return [TokenMotions(motion, half.get(index), third.get(index)) for index, motion in enumerate(whole)]
+
+
+def decide_kind(motions: TokenMotions, settings: DisplacementSettings) -> Kind:
+    """The kind alone, for thresholds that may differ from those that the motions were measured with."""
+    return _decide(motions.whole, motions.later, settings).kind
 
 
 class _Finding(NamedTuple):
@@ -58,17 +94,11 @@ class _Finding(NamedTuple):
     """A shape explains the motion."""
 
 
-def _judge(
-    states: Tensor, window: int, dtype: StateDtype, settings: DisplacementSettings, first_recurrence: int
-) -> list[_Finding]:
-    motions = measure_motions(take_tails(states, window, first_recurrence), dtype, settings)
-    findings = [_decide(motion, settings) for motion in motions]
-    asked = [index for index, finding in enumerate(findings) if not finding.settled]
-    if asked and window // 2 >= _SHORTEST_HALF:
-        later = measure_motions(take_tails(states[asked], window // 2, first_recurrence), dtype, settings)
-        for index, motion in zip(asked, later, strict=True):
-            findings[index] = _with_later_half(findings[index], _decide(motion, settings))
-    return findings
+def _decide(whole: Motion, later: Motion | None, settings: DisplacementSettings) -> _Finding:
+    finding = _decide_one(whole, settings)
+    if finding.settled or later is None:
+        return finding
+    return _with_later_half(finding, _decide_one(later, settings))
 
 
 def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
@@ -79,11 +109,12 @@ def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
     return later if later.settled and later.kind in ends else whole
 
 
-def _agree(one: Kind, other: Kind) -> bool:
+def same_limit(one: Kind, other: Kind) -> bool:
+    """Whether two kinds say the same of the limit: rest is rest, seen or hidden by noise."""
     return one == other or (one in _AT_REST and other in _AT_REST)
 
 
-def _decide(motion: Motion, settings: DisplacementSettings) -> _Finding:
+def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     rest = settings.rounding_factor * motion.rounding
     times = motion.level / motion.rounding
     if motion.level == 0:

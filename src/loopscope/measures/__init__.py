@@ -19,6 +19,7 @@ from loopscope.measures.attention import (
     uniform_causal_sink,
 )
 from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.behaviour import CHANGES, VERDICT_NUMBERS, Behaviour, StateTails, behaviour_spans
 from loopscope.measures.convergence import LEVELS, Convergence
 from loopscope.measures.depth import depth_of, depth_sites
 from loopscope.measures.floor import noise_floor
@@ -48,6 +49,7 @@ from loopscope.measures.stages import (
 from loopscope.measures.trajectories import Trajectories, principal_components
 
 __all__ = [
+    "CHANGES",
     "CHANGE_NAMES",
     "HEAD_NAMES",
     "KURTOSIS",
@@ -55,8 +57,10 @@ __all__ = [
     "SINK_THRESHOLD",
     "STAGE_NAMES",
     "TOKEN_READOUTS",
+    "VERDICT_NUMBERS",
     "Arrays",
     "AttentionCycle",
+    "Behaviour",
     "Convergence",
     "CycleSimilarity",
     "Frame",
@@ -67,8 +71,10 @@ __all__ = [
     "PathIndependence",
     "Readout",
     "StageMeasures",
+    "StateTails",
     "Trajectories",
     "attention_distance",
+    "behaviour_spans",
     "colsum_concentration",
     "cosine",
     "degeneracy",
