@@ -3,6 +3,7 @@
 Nothing here needs a model: trajectories that another tool captured are judged as well.
 """
 
+from loopscope.behaviour.calibration import Calibration, CaseScore, calibrate
 from loopscope.behaviour.displacement import same_limit
 from loopscope.behaviour.judge import judge
 from loopscope.behaviour.rounding import StateDtype, rounding_step
@@ -18,6 +19,8 @@ __all__ = [
     "KINDS",
     "LENGTHS",
     "WIDTHS",
+    "Calibration",
+    "CaseScore",
     "CosineSettings",
     "DisplacementSettings",
     "Grid",
@@ -26,6 +29,7 @@ __all__ = [
     "StateDtype",
     "Trajectory",
     "Verdict",
+    "calibrate",
     "generate",
     "judge",
     "make_trajectory",

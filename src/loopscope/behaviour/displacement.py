@@ -157,6 +157,9 @@ def _is_explained(motion: Motion, settings: DisplacementSettings) -> bool:
 def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
     assert motion.shape is not None
     words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"
+    if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
+        reason = f"It moves slowly: {words} and an approach to a point explain it about as well."
+        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
     if kind == Kind.SLIDER and motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles: it follows {words}, {left}."
         return _Finding(Kind.DIVERGING, reason, motion, shaped=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope.behaviour.shapes import Family, explained_energy, families, rotations, shape_columns
 from loopscope.behaviour.tail import Components
 
-__all__ = ["Fit", "fit_shapes", "residual_directions", "significance"]
+__all__ = ["Fit", "Residual", "fit_shapes", "residual", "significance"]
 
 _CHUNK_ENTRIES = 2**24
 """Of projections at a time: 128 MiB."""
@@ -77,21 +77,39 @@ def _fit_rotations(single: Family, first: Fit, parts: Components, least_periods:
     return found
 
 
-def residual_directions(fit: Fit, row: int, parts: Components) -> float:
-    """How many directions the rest takes that a fit leaves of one motion: participation ratio of its principal
-    components."""
-    if fit.family is None:
-        phase = _phases(parts.times, int(fit.numbers[row, 0]))
-        basis, _ = torch.linalg.qr(phase - phase.mean(0))
-        basis = basis[:, :-1]
-    else:
-        basis = shape_columns(fit.family, fit.numbers[row], parts.times)
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What a fit leaves of one motion."""
+
+    directions: float
+    """How many it takes: participation ratio of its principal components."""
+    independent: float
+    """Share of the recurrences that count as independent, from the correlation of neighbouring ones. What rounding
+    makes of a slow motion is the same for many recurrences on end."""
+
+
+def residual(fit: Fit, row: int, parts: Components) -> Residual:
+    basis = _fitted_basis(fit, row, parts)
     scores = parts.scores[row]
     rest = scores - basis @ (basis.mT @ scores)
     inner = rest.mT @ rest
     energy = float(inner.trace() + parts.rest_energy[row])
     square = float(inner.square().sum() + parts.rest_square[row])
-    return energy**2 / max(square, 1e-300)
+    gram = parts.gram[row]
+    half = gram - basis @ (basis.mT @ gram)
+    whole = half - (half @ basis) @ basis.mT
+    neighbours = float(whole.diagonal(1).sum()) / max(float(whole.trace()), 1e-300)
+    correlation = min(max(neighbours, 0.0), 0.999)
+    return Residual(energy**2 / max(square, 1e-300), (1 - correlation) / (1 + correlation))
+
+
+def _fitted_basis(fit: Fit, row: int, parts: Components) -> Tensor:
+    if fit.family is not None:
+        return shape_columns(fit.family, fit.numbers[row], parts.times)
+    phase = _phases(parts.times, int(fit.numbers[row, 0]))
+    basis: Tensor
+    basis, _ = torch.linalg.qr(phase - phase.mean(0))
+    return basis[:, :-1]
 
 
 def _fit_family(family: Family, parts: Components) -> Fit:

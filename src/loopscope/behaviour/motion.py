@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopscope.behaviour.fitting import Fit, fit_shapes, residual_directions, significance
+from loopscope.behaviour.fitting import Fit, fit_shapes, residual, significance
 from loopscope.behaviour.limits import Shape, limit_of
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.behaviour.tail import Components, Tails, decompose, mean_squared_displacement
+from loopscope.verdicts import Kind
 
 __all__ = ["Motion", "measure_motions"]
 
-_DEAR = {"two exponentials": 1.25, "drift after transient": 1.25, "2 rotations": 3.0, "3 rotations": 3.0}
+_DEAR = {"arc": 1.25, "two exponentials": 1.25, "drift after transient": 1.25, "2 rotations": 3.0, "3 rotations": 3.0}
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
@@ -48,6 +49,8 @@ class Motion:
     p_value: float
     margin: float
     """Logarithm of how much likelier it is than the best shape that tends to something else."""
+    rival: Kind | None
+    """What that one tends to."""
     filling: float
     """Directions that the motion takes, over those of white noise."""
     residual_filling: float
@@ -73,6 +76,7 @@ class _Best:
     shape: Shape
     p_value: float
     margin: float
+    rival: Kind
     directions: float
     directions_left: float
     speed: float
@@ -117,6 +121,7 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
                 amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
                 p_value=1.0 if its is None else its.p_value,
                 margin=0.0 if its is None else its.margin,
+                rival=None if its is None else its.rival,
                 filling=0.0 if its is None else its.directions / tails.white_directions,
                 residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
                 spreading=float(spreading[token]),
@@ -153,35 +158,46 @@ def _speeds(parts: Components) -> Tensor:
 
 def _best_fits(parts: Components, rounding: float, settings: DisplacementSettings) -> list[_Best]:
     """The likeliest shape of each motion, by the Bayesian information criterion for noise in as many directions as the
-    noise takes: every column has a coefficient in each of them."""
+    noise takes: every column has a coefficient in each of them.
+
+    Twice: what the first choice leaves says how many recurrences count as independent.
+    """
     fits = fit_shapes(parts, settings.least_periods)
-    window, directions = parts.window, parts.noise_directions
-    unresolved = window * (_UNRESOLVED * rounding) ** 2 / 2
-    costs = []
-    for fit in fits:
-        coefficients = fit.columns * directions + fit.numbers.shape[-1]
-        left = fit.left * _DEAR.get(fit.name, 1.0) + unresolved
-        costs.append(directions * window * left.log() + coefficients * (window * directions).log())
-    cost = torch.stack(costs)
-    chosen = cost.argmin(0).tolist()
+    unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2
+    left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
+    columns = torch.stack([fit.columns for fit in fits])
+    numbers = torch.tensor([[float(fit.numbers.shape[-1])] for fit in fits], dtype=left.dtype)
+    first = _costs(left, columns, numbers, parts, torch.ones_like(parts.energy)).argmin(0).tolist()
+    rests = [residual(fits[index], row, parts) for row, index in enumerate(first)]
+    independent = torch.tensor([rest.independent for rest in rests], dtype=left.dtype)
+    cost = _costs(left, columns, numbers, parts, independent)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
     speeds = _speeds(parts)
     found = []
-    for row, index in enumerate(chosen):
-        shapes = [Shape(fit.name, tuple(fit.numbers[row].tolist()), window) for fit in fits]
+    for row, index in enumerate(cost.argmin(0).tolist()):
+        rest = rests[row] if index == first[row] else residual(fits[index], row, parts)
+        shapes = [Shape(fit.name, tuple(fit.numbers[row].tolist()), parts.window) for fit in fits]
         kinds = [limit_of(shape, settings) for shape in shapes]
-        rivals = [float(cost[other, row]) for other, kind in enumerate(kinds) if kind != kinds[index]]
-        margin = (min(rivals, default=math.inf) - float(cost[index, row])) / 2
+        rivals = [(float(cost[other, row]), kind) for other, kind in enumerate(kinds) if kind != kinds[index]]
+        rival, rival_kind = min(rivals, default=(math.inf, kinds[index]))
         found.append(
             _Best(
                 fit=fits[index],
                 row=row,
                 shape=shapes[index],
                 p_value=float(p_values[index, row]),
-                margin=margin,
+                margin=(rival - float(cost[index, row])) / 2,
+                rival=rival_kind,
                 directions=float(parts.directions[row]),
-                directions_left=residual_directions(fits[index], row, parts),
+                directions_left=rest.directions,
                 speed=float(speeds[row]),
             )
         )
     return found
+
+
+def _costs(left: Tensor, columns: Tensor, numbers: Tensor, parts: Components, independent: Tensor) -> Tensor:
+    """(shape, token): twice the negative log likelihood, and the price of the coefficients."""
+    recurrences = parts.window * independent
+    entries = (recurrences * parts.noise_directions).clamp_min(2.0)
+    return entries * left.log() + (columns * parts.noise_directions + numbers) * entries.log()

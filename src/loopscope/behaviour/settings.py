@@ -38,6 +38,9 @@ class DisplacementSettings:
     """Motion has a shape if noise alone would fit one so well with at most this probability, after correction for how
     many were tried. With 10,000 tokens, one is expected to be taken for shaped by chance; what it is called then rests
     on the other thresholds."""
+    margin: float = 3.0
+    """A slider must be likelier than the best approach to a point by a factor of e to this, 20; below, it does not
+    tell. Taking a fixed point for a slider would be worse."""
     unexplained: float = 0.05
     """A shape explains the motion if at most this share of its variance is left."""
     unexplained_noise: float = 0.25
