@@ -338,6 +338,7 @@ class _Job:
             "change": list(CHANGES),
             "kind": [str(kind) for kind in KINDS],
             "lag": np.arange(1, lengths.get("lag", 0) + 1),
+            "tail": np.arange(2 * self.settings.horizon - lengths.get("tail", 0), 2 * self.settings.horizon),
             **{
                 f"{method}_setting{other}": list(values)
                 for method, grid in (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "Kind", "Verdict"]
+from loopscope._files import write_atomically
+
+__all__ = ["KINDS", "JudgedFiles", "JudgedTrajectory", "Kind", "Verdict"]
 
 
 class Kind(StrEnum):
@@ -76,3 +80,52 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+_VERDICTS = "verdicts.jsonl"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedTrajectory:
+    """One token of one file."""
+
+    file: str
+    array: str
+    """Name within the file; empty for a .npy file."""
+    token: int
+    recurrences: int
+    verdict: Verdict
+    path: tuple[tuple[float, float], ...] = ()
+    """Its way through the tail in the plane of its two leading principal components, relative to the norm; kept for
+    some."""
+
+    @property
+    def label(self) -> str:
+        inside = f" {self.array}" if self.array else ""
+        return f"{Path(self.file).name}{inside} [{self.token}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedFiles:
+    """All tokens of some files, and how they were judged."""
+
+    trajectories: list[JudgedTrajectory]
+    manifest: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Write verdicts.jsonl, a line a token, and manifest.json, each whole or not at all. Raises `StorageError`."""
+        folder = Path(folder)
+        lines = [
+            {
+                "file": each.file,
+                "array": each.array,
+                "token": each.token,
+                "recurrences": each.recurrences,
+                **each.verdict.to_dict(),
+            }
+            for each in self.trajectories
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(folder / _VERDICTS, text.encode())
+        write_atomically(folder / _MANIFEST, (json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n").encode())

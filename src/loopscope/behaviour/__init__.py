@@ -5,12 +5,14 @@ Nothing here needs a model: trajectories that another tool captured are judged a
 
 from loopscope.behaviour.calibration import Calibration, CaseScore, calibrate
 from loopscope.behaviour.displacement import same_limit
+from loopscope.behaviour.files import judge_files, load_trajectories
 from loopscope.behaviour.judge import judge
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, Grid, sensitivity
-from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method
+from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method, parse_settings
 from loopscope.behaviour.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate, make_trajectory
-from loopscope.verdicts import KINDS, Kind, Verdict
+from loopscope.behaviour.tail import tail_paths
+from loopscope.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind, Verdict
 
 __all__ = [
     "CASES",
@@ -24,6 +26,8 @@ __all__ = [
     "CosineSettings",
     "DisplacementSettings",
     "Grid",
+    "JudgedFiles",
+    "JudgedTrajectory",
     "Kind",
     "Method",
     "StateDtype",
@@ -32,8 +36,12 @@ __all__ = [
     "calibrate",
     "generate",
     "judge",
+    "judge_files",
+    "load_trajectories",
     "make_trajectory",
+    "parse_settings",
     "rounding_step",
     "same_limit",
     "sensitivity",
+    "tail_paths",
 ]

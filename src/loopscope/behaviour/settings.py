@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from loopscope.errors import ConfigError
 
-__all__ = ["CosineSettings", "DisplacementSettings", "Method", "method_settings"]
+__all__ = ["CosineSettings", "DisplacementSettings", "Method", "method_settings", "parse_settings"]
 
 Method = Literal["displacement", "cosine"]
 
@@ -133,6 +134,20 @@ def method_settings(method: str, changed: dict[str, Any] | None = None) -> Displ
         if name not in names:
             raise ConfigError(f"The method {method} has no setting {name!r}; it has {', '.join(sorted(names))}.")
     return known[method](**(changed or {}))
+
+
+def parse_settings(method: str, texts: Sequence[str]) -> DisplacementSettings | CosineSettings:
+    """Settings of a method with changes written as NAME=VALUE. Raises `ConfigError`."""
+    changed: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            changed[name.strip()] = int(value) if value.strip().isdigit() else float(value)
+        except ValueError:
+            raise ConfigError(f"A setting is written NAME=VALUE with a number, got {text!r}.") from None
+    return method_settings(method, changed)
 
 
 def _check_positive(settings: DisplacementSettings | CosineSettings, but: tuple[str, ...] = ()) -> None:

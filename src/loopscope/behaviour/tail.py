@@ -15,6 +15,7 @@ __all__ = [
     "decompose",
     "mean_squared_displacement",
     "tail_length",
+    "tail_paths",
     "take_tails",
 ]
 
@@ -146,6 +147,19 @@ def _noise_directions(rest: Tensor, width: int) -> Tensor:
         return torch.ones(rest.shape[0], dtype=rest.dtype)
     apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
     return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
+
+
+def tail_paths(
+    states: Float[Tensor, "token recurrence width"], first_recurrence: int = 0, window: int = 256
+) -> Float[Tensor, "token time 2"]:
+    """The way through the tail in the plane of each token's own two leading principal components, relative to the norm.
+
+    For drawings: signs are such that the way starts to the right and above.
+    """
+    length = tail_length(states.shape[1], window, first_recurrence)
+    tails = take_tails(states, length, first_recurrence)
+    scores = decompose(tails, torch.arange(len(states))).scores[..., -2:].flip(-1)
+    return scores * torch.where(scores[:, :1] < 0, -1.0, 1.0)
 
 
 def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[Tensor, "token lag"]:

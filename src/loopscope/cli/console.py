@@ -78,5 +78,9 @@ class RichProgress:
     def step(self) -> None:
         self._progress.advance(self._task)
 
+    def advance(self, steps: int) -> None:
+        """Several steps at once; without a `start`, only their number is shown."""
+        self._progress.update(self._task, advance=steps, visible=True)
+
     def note(self, message: str) -> None:
         self._progress.console.print(escape(message), soft_wrap=True, highlight=False)

@@ -19,6 +19,7 @@ from loopscope.behaviour import (
     judge,
     same_limit,
     sensitivity,
+    tail_paths,
 )
 from loopscope.measures.base import Arrays, Frame, Named
 from loopscope.visits import Observer, Visit
@@ -167,6 +168,11 @@ class Behaviour:
         curves[:, mask] = np.array(padded, dtype=np.float32).T
         arrays.per_prompt["displacement"] = Named(("lag", "prompt", "token"), curves)
         rows = states.isfinite().all(-1).all(-1)
+        paths = np.full((2, states.shape[1], *mask.shape), np.nan, dtype=np.float32)
+        found = np.full((len(states), states.shape[1], 2), np.nan, dtype=np.float32)
+        found[rows.numpy()] = tail_paths(states[rows], self._second[0]).numpy()
+        paths[:, :, mask] = found.transpose(2, 1, 0)
+        arrays.per_prompt["tail_path"] = Named(("plane", "tail", "prompt", "token"), paths)
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
             places = sensitivity(states[rows], self._dtype, settings, self._second[0])

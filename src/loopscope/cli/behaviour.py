@@ -1,0 +1,169 @@
+"""The commands that judge trajectories, and the methods that judge them. Heavy imports are inside, as in `commands`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loopscope.behaviour import Calibration
+    from loopscope.rates import KindShare
+    from loopscope.verdicts import JudgedFiles
+
+__all__ = ["Behaviour", "Calibrate"]
+
+_Method = Literal["displacement", "cosine"]
+_Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """Judge trajectories that any tool captured: what does each token's state tend to?
+
+    Takes .npy, .npz and .safetensors files of arrays (recurrence, width) or (token, recurrence, width). Writes
+    verdicts.jsonl, manifest.json and report.html to --out.
+    """
+
+    states: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of states."""
+    dtype: _Dtype
+    """The number type that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
+    out: Path
+    """Folder for the verdicts."""
+    method: _Method = "displacement"
+    """displacement looks at the shape of the motion; cosine, after the paper, at the cosine to the last state."""
+    array: str | None = None
+    """The array to take from files that hold several; all of them unless given."""
+    first_recurrence: int = 0
+    """Index of the first state, from 0, if the beginning of the trajectory was cut off."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
+    check_order: bool = True
+    """Refuse arrays whose recurrences seem to run along another axis."""
+    report: bool = True
+    """Also write report.html."""
+
+    def run(self) -> None:
+        from loopscope.behaviour import judge_files, parse_settings
+        from loopscope.cli.console import RichProgress, say
+        from loopscope.report import write_behaviour_report
+
+        with RichProgress("tokens") as progress:
+            judged = judge_files(
+                self.states,
+                self.dtype,
+                self.method,
+                settings=parse_settings(self.method, self.set),
+                array=self.array,
+                first_recurrence=self.first_recurrence,
+                check_order=self.check_order,
+                progress=progress.advance,
+            )
+        judged.save(self.out)
+        _say_kinds(judged)
+        if self.report:
+            say(f"report  {write_behaviour_report(judged, self.out / 'report.html')}")
+        else:
+            say(f"verdicts  {self.out / 'verdicts.jsonl'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Try the methods on trajectories whose truth is known, and show what each one gets right."""
+
+    count: int = 1300
+    """Trajectories, spread evenly over the cases."""
+    dtype: tuple[_Dtype, ...] = ("float32", "bfloat16")
+    """Number types whose noise they carry."""
+    method: tuple[_Method, ...] = ("displacement", "cosine")
+    """Methods to try."""
+    seed: int = 0
+    """The same seed makes the same trajectories."""
+    threads: int | None = None
+    """CPU threads; torch's choice unless given."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        from loopscope.errors import ConfigError
+
+        if self.count < 1 or (self.threads is not None and self.threads < 1):
+            raise ConfigError("--count and --threads must be at least 1.")
+
+    def run(self) -> None:
+        import json
+
+        import torch
+        from rich.console import Console
+
+        from loopscope.behaviour import calibrate
+        from loopscope.cli.console import RichProgress
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        tables = []
+        with RichProgress("trajectories") as progress:
+            progress.start(self.count * len(self.dtype), 0)
+            for dtype in self.dtype:
+                tables += calibrate(
+                    self.count, dtype=dtype, methods=self.method, seed=self.seed, progress=progress.advance
+                )
+        if self.json:
+            print(json.dumps([table.to_dict() for table in tables], indent=2))
+            return
+        console = Console(highlight=False)
+        for table in tables:
+            console.print(_calibration_table(table))
+
+
+def _calibration_table(calibration: Calibration) -> Table:
+    from rich.table import Table
+
+    whole = calibration.total
+    table = Table(
+        "case", "right", "of", "undecidable", "taken for", box=None, pad_edge=False, title_justify="left",
+        title=f"{calibration.method}, {calibration.dtype}: {whole.share:.2%} right, false orbits and sliders "
+        f"{calibration.false_alarms} of {calibration.fixed_points} fixed points",
+    )  # fmt: skip
+    for name, score in calibration.cases.items():
+        wrongly = ", ".join(f"{kind} {count}" for kind, count in score.wrongly.most_common())
+        table.add_row(name, str(score.right), str(score.right + score.wrong), str(score.undecidable), wrongly)
+    table.add_row("all", str(whole.right), str(whole.right + whole.wrong), str(whole.undecidable), "", style="bold")
+    return table
+
+
+def _say_kinds(judged: JudgedFiles) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from loopscope.rates import token_shares
+    from loopscope.verdicts import KINDS
+
+    console = Console(highlight=False)
+    codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories])
+    if len(codes) <= _SHOWN:
+        for each in judged.trajectories:
+            console.print(f"[bold]{escape(each.label)}[/bold]  {each.verdict.kind}")
+            console.print(f"  {escape(each.verdict.reason)}", style="dim")
+        return
+    table = Table("kind", "tokens", "share", "95 % interval", box=None, pad_edge=False)
+    for share in token_shares(codes):
+        if share.count:
+            table.add_row(str(share.kind), str(share.count), f"{share.share:.2%}", _interval(share))
+    console.print(table)
+
+
+_SHOWN = 12
+"""Trajectories that are told one by one; more are counted."""
+
+
+def _interval(share: KindShare) -> str:
+    low, high = share.interval
+    return f"{low:.2%} to {high:.2%}"
