@@ -87,7 +87,7 @@ def looped(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
-    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 10} for entry in study.tokens]
     study = dataclasses.replace(study, manifest=manifest, tokens=tokens)
     return open_report(browser, study, tmp_path_factory.mktemp("report") / "report.html", width=1600)
 

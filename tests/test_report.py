@@ -129,7 +129,9 @@ def test_answers_come_first_and_word_for_word(page: Page) -> None:
 
 def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("figure") == tags.count("figcaption") == len(page.figures)
+    maps = {"head-maps", "floorplan"}
+    assert page.ids("figure") == page.figures.keys() | maps
+    assert tags.count("figure") == tags.count("figcaption") == len(page.figures) + len(maps)
     for anchor, plot in page.figures.items():
         layout = plot["layout"]
         axes = [layout["scene"][f"{name}axis"] for name in "xyz"] if "scene" in layout else [layout["xaxis"]]
@@ -158,7 +160,7 @@ def test_nothing_is_loaded_and_no_data_can_be_sent(page: Page) -> None:
 @pytest.fixture
 def hostile_study() -> Study:
     study = looped_study(contracting(), prompts=3)
-    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 10} for entry in study.tokens]
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
@@ -218,11 +220,14 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
         *CHANGE_NAMES,
         "head_stable_from",
         *STAGE_NAMES,
+        "attention_map",
+        "mapped_prompt",
     ]
-    parts += [str(name) for name in study.dataset.coords if str(name).startswith("depth")]
+    parts += [str(name) for name in study.dataset.coords if str(name).startswith(("depth", "map_"))]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
     left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}
     assert not found.figures.keys() & left_out
+    assert not found.ids("figure") & {"head-maps", "floorplan"}
     assert "distance" in found.figures
 
 

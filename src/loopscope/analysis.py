@@ -24,8 +24,12 @@ from loopscope.loading import as_subject, load
 from loopscope.measures import (
     LEVELS,
     Arrays,
+    MapChoice,
     Named,
     depth_sites,
+    map_recurrences,
+    map_sites,
+    map_tokens,
     neuron_operations,
     neurons,
     readout_grid,
@@ -45,6 +49,7 @@ from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
 from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, intervene
+from loopscope.visits import visit_label
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -190,6 +195,7 @@ class _Job:
         self.tracked = _tracked(prompts, settings) if subject.info.is_looped else []
         self.recurrences = settings.recurrences if self.info.is_looped else 0
         self.readout = self._readout_grid()
+        self.maps = self._maps()
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         self.tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
@@ -249,7 +255,50 @@ class _Job:
             head_stable=settings.head_stable,
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
+            maps=self._maps_of(rows),
         )
+
+    def _maps(self) -> MapChoice | None:
+        """The attention maps to keep, their rows being prompts of the study; None where there are none to keep."""
+        settings = self.settings
+        prompts, recurrences = _mapped(self.prompts, settings), self._map_recurrences()
+        if "maps" in settings.skip or not prompts:
+            return None
+        if self.info.heads is None:
+            self.progress.note(
+                "Attention maps are left out: no layer's attention can be seen, or layers have different numbers of "
+                "heads."
+            )
+            return None
+        maps = len(prompts) * len(map_sites(self.info, recurrences)) * self.info.heads
+        most = min(settings.map_tokens, max(len(self.prompts[prompt].token_ids) for prompt in prompts))
+        tokens = map_tokens(most, maps, settings.map_limit * 2**20)
+        if tokens < most:
+            self.progress.note(
+                f"{maps:,} attention maps are kept for the first {tokens} tokens rather than {most}; raise --map-limit "
+                "or give fewer --map-recurrences to have more."
+            )
+        return MapChoice(prompts, recurrences, tokens) if tokens else None
+
+    def _map_recurrences(self) -> tuple[int, ...]:
+        asked = self.settings.map_recurrences
+        if not self.info.is_looped:
+            return ()
+        if asked and max(asked) > self.settings.recurrences:
+            raise ConfigError(
+                f"--map-recurrences asks for {max(asked)} recurrences, but only {self.settings.recurrences} are "
+                "measured; raise --recurrences."
+            )
+        return tuple(sorted(set(asked))) or map_recurrences(
+            self.info.trained_recurrences or 1, self.settings.recurrences
+        )
+
+    def _maps_of(self, rows: range) -> MapChoice | None:
+        """Of one shard, if any of its prompts is asked for."""
+        if self.maps is None:
+            return None
+        found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
+        return dataclasses.replace(self.maps, rows=found) if found else None
 
     def _readout_grid(self) -> tuple[int, ...]:
         if not self.info.is_looped:
@@ -313,6 +362,12 @@ class _Job:
             sites = depth_sites(self.info, self.recurrences)
             for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
                 coordinates[f"depth_{name}"] = ("depth", list(column))
+        if "mapped" in lengths and self.maps is not None:
+            sites = map_sites(self.info, self.maps.recurrences)
+            coordinates["map_visit"] = ("map_visit", [visit_label(*site) for site in sites])
+            for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+                coordinates[f"map_{name}"] = ("map_visit", list(column))
+            coordinates["mapped_prompt"] = ("mapped", list(self.maps.rows))
         if "tracked" in lengths:
             coordinates["tracked_prompt"] = ("tracked", [prompt for prompt, _ in self.tracked])
             coordinates["tracked_token"] = ("tracked", [token for _, token in self.tracked])
@@ -374,6 +429,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _mapped(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> tuple[int, ...]:
+    """Prompts whose maps are kept, sorted. Raises `ConfigError` for one that there is not."""
+    missing = [prompt for prompt in settings.map_prompts if prompt >= len(prompts)]
+    if missing:
+        raise ConfigError(f"--map-prompts {missing[0]}: there are {len(prompts)} prompts, counted from 0.")
+    return tuple(sorted(set(settings.map_prompts)))
 
 
 def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
