@@ -238,6 +238,10 @@ def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: i
     }
     for name in HEAD_NAMES:
         found[name] = ("depth", "head", "prompt"), rng.uniform(0, 0.6, size=shape).astype(np.float32)
+    found["strongest_sink_position"] = (
+        ("depth", "head", "prompt"),
+        rng.integers(visits.shape[2], size=shape).astype(np.float32),
+    )
     for name in STAGE_NAMES:
         found[name] = ("depth", "prompt"), rng.uniform(0.2, 0.8, size=(len(visits), visits.shape[1]))
     found["mean_token_norm"] = ("depth", "prompt"), _norm(visits).mean(-1)

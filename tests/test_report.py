@@ -6,9 +6,7 @@ import base64
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from loopscope.errors import ConfigError, StorageError, StudyError
 from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.report import ReportSettings, write_report
 from loopscope.study import Study
+from report_page import Page, page_of
 from synthetic_study import (
     contracting,
     feed_forward_study,
@@ -58,53 +57,6 @@ LOOPED_FIGURES = {
         for layout in ("depth", "recurrence")
     ),
 }
-
-
-class Page(HTMLParser):
-    """What a browser would find: elements, the text of each, and the data of figures."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self._script: dict[str, str | None] | None = None
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self._script = dict(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "script":
-            self._script = None
-
-    def handle_data(self, data: str) -> None:
-        if self._script is None:
-            self.text.append(data)
-        else:
-            self.scripts.append((self._script, data))
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        return {
-            str(attributes["id"]).removeprefix("data-"): json.loads(content)
-            for attributes, content in self.scripts
-            if str(attributes.get("id", "")).startswith("data-")
-        }
-
-    def ids(self, tag: str) -> set[str]:
-        return {str(attributes["id"]) for name, attributes in self.elements if name == tag and "id" in attributes}
-
-
-def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
-    return Page(write_report(study, folder / "report.html", settings=settings))
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,9 @@ from loopscope.measures import (
     Arrays,
     MapChoice,
     Named,
+    choose_maps,
     depth_sites,
-    map_recurrences,
     map_sites,
-    map_tokens,
     neuron_operations,
     neurons,
     readout_grid,
@@ -195,11 +194,11 @@ class _Job:
         self.tracked = _tracked(prompts, settings) if subject.info.is_looped else []
         self.recurrences = settings.recurrences if self.info.is_looped else 0
         self.readout = self._readout_grid()
-        self.maps = self._maps()
+        self.maps, notes = choose_maps(self.info, [len(prompt.token_ids) for prompt in prompts], settings)
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         self.tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
-        for note in self.tokenizer["notes"] if self.tokenizer else ():
+        for note in (*(self.tokenizer["notes"] if self.tokenizer else ()), *notes):
             progress.note(note)
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -256,41 +255,6 @@ class _Job:
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
             maps=self._maps_of(rows),
-        )
-
-    def _maps(self) -> MapChoice | None:
-        """The attention maps to keep, their rows being prompts of the study; None where there are none to keep."""
-        settings = self.settings
-        prompts, recurrences = _mapped(self.prompts, settings), self._map_recurrences()
-        if "maps" in settings.skip or not prompts:
-            return None
-        if self.info.heads is None:
-            self.progress.note(
-                "Attention maps are left out: no layer's attention can be seen, or layers have different numbers of "
-                "heads."
-            )
-            return None
-        maps = len(prompts) * len(map_sites(self.info, recurrences)) * self.info.heads
-        most = min(settings.map_tokens, max(len(self.prompts[prompt].token_ids) for prompt in prompts))
-        tokens = map_tokens(most, maps, settings.map_limit * 2**20)
-        if tokens < most:
-            self.progress.note(
-                f"{maps:,} attention maps are kept for the first {tokens} tokens rather than {most}; raise --map-limit "
-                "or give fewer --map-recurrences to have more."
-            )
-        return MapChoice(prompts, recurrences, tokens) if tokens else None
-
-    def _map_recurrences(self) -> tuple[int, ...]:
-        asked = self.settings.map_recurrences
-        if not self.info.is_looped:
-            return ()
-        if asked and max(asked) > self.settings.recurrences:
-            raise ConfigError(
-                f"--map-recurrences asks for {max(asked)} recurrences, but only {self.settings.recurrences} are "
-                "measured; raise --recurrences."
-            )
-        return tuple(sorted(set(asked))) or map_recurrences(
-            self.info.trained_recurrences or 1, self.settings.recurrences
         )
 
     def _maps_of(self, rows: range) -> MapChoice | None:
@@ -429,14 +393,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-def _mapped(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> tuple[int, ...]:
-    """Prompts whose maps are kept, sorted. Raises `ConfigError` for one that there is not."""
-    missing = [prompt for prompt in settings.map_prompts if prompt >= len(prompts)]
-    if missing:
-        raise ConfigError(f"--map-prompts {missing[0]}: there are {len(prompts)} prompts, counted from 0.")
-    return tuple(sorted(set(settings.map_prompts)))
 
 
 def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:

@@ -27,4 +27,4 @@ def encode_maps(probabilities: NDArray[np.floating]) -> NDArray[np.uint8]:
 def decode_maps(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The variable `attention_map` of a study as probabilities, `(code / 254)^2`, of any shape; 255 becomes NaN."""
     known = np.where(codes == UNKNOWN, np.nan, codes).astype(np.float32)
-    return np.square(known / np.float32(HIGHEST))
+    return np.asarray(np.square(known / np.float32(HIGHEST)))

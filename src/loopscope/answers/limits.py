@@ -74,9 +74,10 @@ def sinks_by_chance(counts: Sequence[int]) -> list[str]:
     if not short:
         return []
     who = f"{len(short)} of {len(counts)} prompts have" if len(counts) > 1 else "This prompt has"
+    most = f"{max(short)} at most" if len(counts) > 1 else f"{max(short)}"
     return [
-        f"{who} so few tokens ({max(short)} at most) that attention spread evenly over all that a token can see gives "
-        f"the first token {SINK_THRESHOLD:g} or more: there a sink score as high says nothing."
+        f"{who} so few tokens ({most}) that attention spread evenly over all that a token can see gives the first "
+        f"token {SINK_THRESHOLD:g} or more: there a sink score as high says nothing."
     ]
 
 

@@ -34,7 +34,7 @@ from loopscope.measures.functions import (
 )
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
-from loopscope.measures.maps import AttentionMaps, MapChoice, map_recurrences, map_sites, map_tokens
+from loopscope.measures.maps import AttentionMaps, MapChoice, choose_maps, map_recurrences, map_sites, map_tokens
 from loopscope.measures.neurons import KURTOSIS, neuron_moments, neuron_operations, neurons
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
@@ -73,6 +73,7 @@ __all__ = [
     "StageMeasures",
     "Trajectories",
     "attention_distance",
+    "choose_maps",
     "colsum_concentration",
     "cosine",
     "decode_maps",

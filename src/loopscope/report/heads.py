@@ -42,6 +42,8 @@ def heads_section(material: Material) -> Section:
             " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
             "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
         )
+    if maps is None:
+        lead += " The study holds no maps of single heads: its analysis was told to keep none, or none can be seen."
     return Section(
         anchor="heads",
         short="Heads",
@@ -170,7 +172,7 @@ def _sinks(material: Material) -> Figure:
         zmin=0,
         zmax=1,
         colorscale=SEQUENTIAL,
-        customdata=np.stack(np.indices(sink.shape), axis=-1),
+        customdata=np.moveaxis(np.indices(sink.shape), 0, -1),
         colorbar={"title": {"text": "sink score", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
         hovertemplate="layer %{y}, head %{x}: %{z:.2f}<extra></extra>",
     )

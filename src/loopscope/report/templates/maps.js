@@ -65,12 +65,12 @@
       const codes = codesOf(visit, chosen.head);
       const seen = codes.some((code) => code !== unknown);
       const numbers = inWords(visit);
-      const canvas = make("canvas", { role: "img", "aria-label": `${visits[visit].pass}: ${numbers.join(", ")}` });
+      const canvas = make("canvas", { role: "img", "aria-label": `${visits[visit].name}: ${numbers.join(", ")}` });
       const value = make("span", { class: "value" });
       const place = make(
         "div",
         { class: visit === marked ? "multiple marked" : "multiple" },
-        make("h4", {}, visits[visit].pass, value),
+        make("h4", {}, visits[visit].name, value),
         seen ? canvas : make("p", { class: "unseen" }, "Cannot be seen, or is not finite."),
         make("ul", { class: "numbers" }, ...numbers.map((words) => make("li", {}, words))),
       );
@@ -217,7 +217,7 @@
       choose({ layer, head, recurrence });
       figure.scrollIntoView({ block: "nearest" });
     });
-    const mark = make("span", { class: "mark", "data-layers": rows.map((visit) => visits[visit].layer).join(" ") });
+    const mark = make("span", { class: "chosen", "data-layers": rows.map((visit) => visits[visit].layer).join(" ") });
     return make(
       "div",
       { class: "pass", style: `--layers: ${rows.length}` },
@@ -230,7 +230,7 @@
 
   // Frames the chosen head wherever it stands.
   function markPlan() {
-    for (const mark of plan.querySelectorAll(".mark")) {
+    for (const mark of plan.querySelectorAll(".chosen")) {
       const layers = mark.dataset.layers.split(" ");
       mark.hidden = !layers.includes(chosen.layer);
       mark.style.left = `${(100 * chosen.head) / heads}%`;
