@@ -40,6 +40,7 @@ def slow_dataset(subject: NativeSubject, prompts: Sequence[Sequence[int]], setti
         variables[name] = (dims[:-1], values.mean(-1))
     variables |= _trajectories(subject, prompts, settings)
     variables |= _neurons(subject)
+    variables |= _maps(subject, prompts, settings)
     return xarray.Dataset(variables)
 
 
@@ -347,6 +348,31 @@ def _trajectories(
         "trajectory": (("tracked", "layer", "recurrence", "component"), np.array(scores)),
         "trajectory_variance": (("tracked", "component"), np.array(shares)),
     }
+
+
+def _maps(subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: AnalyzeSettings) -> dict[str, Named]:
+    """`round(254 sqrt(p))` of the maps of single prompts, and 255 beyond their end."""
+    counts = [1, 2, 3, 4, subject.info.trained_recurrences or 1, settings.recurrences]
+    counts += [2**power for power in range(20)]
+    looped = subject.info.is_looped
+    kept = [count - 1 for count in sorted(set(counts)) if count <= settings.recurrences] if looped else [0]
+    found = []
+    for prompt in settings.map_prompts:
+        trace = capture(
+            subject,
+            list(prompts[prompt]),
+            recurrences=settings.recurrences if looped else None,
+            attention=True,
+            seed=settings.seed,
+        )
+        visits = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] in kept]
+        maps = np.stack([_array(trace.attention(*visit)) for visit in visits])
+        found.append(np.rint(254 * np.sqrt(maps)).astype(np.uint8))
+    side = max(codes.shape[-1] for codes in found)
+    padded = [
+        np.pad(codes, [(0, 0), (0, 0), *[(0, side - codes.shape[-1])] * 2], constant_values=255) for codes in found
+    ]
+    return {"attention_map": (("mapped", "map_visit", "head", "query", "key"), np.stack(padded))}
 
 
 def _neurons(subject: NativeSubject) -> dict[str, Named]:

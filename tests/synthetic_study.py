@@ -63,7 +63,7 @@ def looped_study(
     fate: Trajectory | list[Trajectory],
     *,
     prompts: int = 40,
-    tokens: int = 6,
+    tokens: int = 10,
     recurrences: int = 24,
     horizon: int = 32,
     trained: int | None = 4,
@@ -90,6 +90,7 @@ def looped_study(
     dataset |= _visits(states, min(recurrences, 4))
     dataset |= _stages_and_heads(*_all_visits(states, recurrences))
     dataset |= _head_changes(recurrences, prompts)
+    dataset |= attention_maps(_all_visits(states, recurrences)[1], tokens, kept=(1, 2, 4, recurrences))
     dataset |= _trajectories(states[:recurrences])
     readouts = np.array([2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences])
     finite = np.isfinite(states).all(axis=(1, 3, 4))
@@ -117,12 +118,13 @@ def looped_study(
     return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, text))
 
 
-def feed_forward_study(prompts: int = 40, tokens: int = 6, seed: int = 0) -> Study:
+def feed_forward_study(prompts: int = 40, tokens: int = 10, seed: int = 0) -> Study:
     """A study of a feed-forward model of four layers."""
     rng = np.random.default_rng(seed)
     states = np.cumsum(rng.normal(size=(4, prompts, tokens, WIDTH)), axis=0)
     labels = [f"prelude.{layer}" for layer in range(4)]
     dataset = _similarity(states, labels) | _stages_and_heads(states, [("prelude", layer, 0) for layer in range(4)])
+    dataset |= attention_maps([("prelude", layer, 0) for layer in range(4)], tokens)
     dataset["loss"] = ("readout_recurrence", "prompt"), 2.5 + 0.1 * rng.normal(size=(1, prompts))
     dataset["token_count"] = "prompt", np.full(prompts, tokens)
     dataset["diverged_at"] = "prompt", np.full(prompts, -1)
@@ -236,6 +238,10 @@ def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: i
     }
     for name in HEAD_NAMES:
         found[name] = ("depth", "head", "prompt"), rng.uniform(0, 0.6, size=shape).astype(np.float32)
+    found["strongest_sink_position"] = (
+        ("depth", "head", "prompt"),
+        rng.integers(visits.shape[2], size=shape).astype(np.float32),
+    )
     for name in STAGE_NAMES:
         found[name] = ("depth", "prompt"), rng.uniform(0.2, 0.8, size=(len(visits), visits.shape[1]))
     found["mean_token_norm"] = ("depth", "prompt"), _norm(visits).mean(-1)
@@ -244,6 +250,26 @@ def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: i
     for name in ("prediction_neurons", "suppression_neurons"):
         found[name] = "unique_layer", rng.uniform(0, 0.1, size=len(layers))
     return found
+
+
+def attention_maps(sites: list[tuple[str, int, int]], tokens: int, kept: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Of the first prompt, at the recurrences kept (from 1): each token divides its attention between the first one and
+    itself, and gives the first another share in each of the maps."""
+    chosen = [site for site in sites if site[0] != "recurrent" or site[2] + 1 in kept]
+    codes = np.zeros((1, len(chosen), 2, tokens, tokens), dtype=np.uint8)
+    for index, head in np.ndindex(len(chosen), 2):
+        first = 8 * (2 * index + head) + 16
+        codes[0, index, head] = round((254**2 - first**2) ** 0.5) * np.eye(tokens)
+        codes[0, index, head, :, 0] = first
+        codes[0, index, head, 0, 0] = 254
+    return {
+        "attention_map": (("mapped", "map_visit", "head", "query", "key"), codes),
+        "mapped_prompt": ("mapped", [0]),
+        **{
+            f"map_{name}": ("map_visit", list(column))
+            for name, column in zip(("stage", "layer", "recurrence"), zip(*chosen, strict=True), strict=True)
+        },
+    }
 
 
 def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, Any]:

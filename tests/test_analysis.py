@@ -32,7 +32,14 @@ from small_models import (
 )
 
 SETTINGS = AnalyzeSettings(
-    recurrences=7, horizon=5, cycle_recurrences=3, batch_size=3, track=("0:-1", "1:0", "4:2"), components=4, seed=3
+    recurrences=7,
+    horizon=5,
+    cycle_recurrences=3,
+    batch_size=3,
+    track=("0:-1", "1:0", "4:2"),
+    components=4,
+    map_prompts=(1, 2, 3),  # in two batches, the first of which is padded
+    seed=3,
 )
 LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
 
@@ -44,12 +51,16 @@ def dataset_of(model: NativeSubject, settings: AnalyzeSettings = SETTINGS, **cha
 def assert_near(found: xarray.Dataset, wanted: xarray.Dataset, tolerance: float) -> None:
     """Equal but for `tolerance` of the size of the states, which is what rounding errors are proportional to.
 
-    Variables that are stored in float32 have a relative error of half a unit in the last place more.
+    Variables that are stored in float32 have a relative error of half a unit in the last place more. Of those that
+    are rounded to whole numbers, one that lies between two may go either way.
     """
     size = float(wanted["mean_token_norm"].max())
     for name in sorted({str(name) for name in found.data_vars} & {str(name) for name in wanted.data_vars}):
         mine, theirs = found[name], wanted[name]
         assert mine.dims == theirs.dims, name
+        if mine.dtype == np.uint8:
+            np.testing.assert_allclose(mine.values.astype(int), theirs.values.astype(int), atol=1, err_msg=name)
+            continue
         stored = 1e-6 if mine.dtype == np.float32 else 0.0
         np.testing.assert_allclose(
             mine.values, theirs.values, rtol=tolerance + stored, atol=tolerance * size, err_msg=name
@@ -279,6 +290,7 @@ def test_settings_and_changes_are_the_same_thing() -> None:
         settings=AnalyzeSettings(),
         **{name: getattr(SETTINGS, name) for name in ("recurrences", "horizon", "cycle_recurrences", "batch_size")},
         track=SETTINGS.track,
+        map_prompts=SETTINGS.map_prompts,
         components=4,
         seed=3,
     )

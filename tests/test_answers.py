@@ -187,7 +187,7 @@ def test_rounding_of_a_coarse_type_is_its_own_finding() -> None:
 
 
 def test_few_restless_tokens_are_not_hidden_by_the_mean() -> None:
-    study = looped_study(contracting())
+    study = looped_study(contracting(), tokens=6)
     drift = study.dataset["token_horizon_drift"].copy()
     drift[..., 0] = 0.05  # one token of six; the mean over tokens, 0.8 %, is within the tolerance
     dataset = study.dataset.assign(token_horizon_drift=drift)
@@ -270,6 +270,20 @@ def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     assert found["initial_state"].verdict == "not measured"
     assert found["loss"].verdict == "not measured"
     assert found["limits"].verdict == "the unknown rounding floor"
+
+
+def test_sinks_of_short_prompts_are_not_believed() -> None:
+    """At 9 tokens and fewer even uniform causal attention has a sink score of 0.3 (method, section 3)."""
+    short, mixed, longer = (looped_study(contracting(), prompts=40, tokens=tokens) for tokens in (9, 10, 10))
+    mixed.dataset["token_count"][:3] = [1, 7, 4]
+    said = [answers(study)["limits"] for study in (short, mixed, longer)]
+    assert [answer.verdict for answer in said] == ["short prompts", "short prompts", "little"]
+    assert "40 of 40 prompts have so few tokens (9 at most)" in said[0].sentence
+    assert "3 of 40 prompts have so few tokens (7 at most)" in said[1].limits[0]
+    assert answers(feed_forward_study(tokens=6))["limits"].verdict == "short prompts"
+    # Nothing is said of sinks where there are none.
+    without = dataclasses.replace(short, dataset=short.dataset.drop_vars("sink_score"))
+    assert answers(without)["limits"].verdict == "little"
 
 
 def test_incomplete_study_is_refused_by_the_name_of_what_it_lacks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -77,18 +78,25 @@ def open_page(browser: Browser, path: Path, width: int) -> Opened:
     page.on("request", lambda request: opened.requests.append(request.url))
     page.goto(url)
     page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=120_000)
+    if page.locator("#attention-maps").count():
+        page.wait_for_selector("html[data-maps=drawn]", state="attached")
     return opened
 
 
 @pytest.fixture(scope="module")
-def looped(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """A report on a looped model whose every text is hostile."""
+def study() -> Study:
+    """Of a looped model whose every text is hostile."""
     study = looped_study(contracting(), prompts=3)
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
-    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
-    study = dataclasses.replace(study, manifest=manifest, tokens=tokens)
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 10} for entry in study.tokens]
+    return dataclasses.replace(study, manifest=manifest, tokens=tokens)
+
+
+@pytest.fixture(scope="module")
+def looped(browser: Browser, study: Study, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """A report on it."""
     return open_report(browser, study, tmp_path_factory.mktemp("report") / "report.html", width=1600)
 
 
@@ -155,6 +163,106 @@ def test_policy_would_stop_a_script_that_got_in(looped: Opened) -> None:
     )
     assert result == "undefined"
     looped.problems.clear()  # the browser reports what it stopped
+
+
+def codes_of(study: Study, layer: str, head: int, query: int) -> dict[str, int]:
+    """What token `query` gives the first one in each map of a head, as the study holds it, by the name of the map."""
+    columns = [study.dataset[f"map_{name}"].values.tolist() for name in ("stage", "layer", "recurrence")]
+    return {
+        f"recurrence {recurrence + 1}" if stage == "recurrent" else f"{stage} {number}": int(
+            study.dataset["attention_map"][0, visit, head, query, 0]
+        )
+        for visit, (stage, number, recurrence) in enumerate(zip(*columns, strict=True))
+        if f"{stage}.{number}" == layer
+    }
+
+
+def in_percent(code: int) -> str:
+    return f"{float(f'{100 * (code / 254) ** 2:.2g}'):g} %"
+
+
+def assert_shown(page: Page, study: Study, layer: str, head: int) -> None:
+    """The controls name this head, and the maps are its own: by what they say when they are asked, and by colour."""
+    assert page.get_by_role("combobox", name="Layer").input_value() == layer
+    assert page.get_by_role("combobox", name="Head").input_value() == str(head)
+    codes = codes_of(study, layer, head, query=3)
+    page.mouse.move(0, 0)
+    page.locator("[data-multiples]").focus()
+    for _ in range(4):  # the first one goes to the first entry
+        page.keyboard.press("ArrowDown")
+    assert page.locator("[data-pointed]").inner_text().startswith("Token 3 “<script>")
+    said = [text.split("\n") for text in page.locator(".multiple h4").all_inner_texts()]
+    assert said == [[name, in_percent(code)] for name, code in codes.items()]
+    drawn = page.evaluate(
+        """() => [...document.querySelectorAll(".multiple canvas")].map((canvas) => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return [...new Set(new Uint32Array(data.buffer))];
+        })"""
+    )
+    palette = json.loads(page.locator("#attention-maps").text_content() or "")["palette"]
+    for code, colours in zip(codes.values(), drawn, strict=True):
+        assert int.from_bytes([*palette[code], 255], "little") in colours
+
+
+def click(page: Page, figure: str, across: float, down: float) -> None:
+    """On the plot of a figure, at a share of its width and height, as a person would: move there, then press."""
+    plot = page.locator(f"{figure} .nsewdrag")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    x, y = box["x"] + across * box["width"], box["y"] + down * box["height"]
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_timeout(200)  # plotly looks what is below the pointer a few times a second
+    page.mouse.click(x, y)
+    page.wait_for_timeout(400)  # and waits for a second click
+
+
+def test_a_click_on_a_head_shows_its_maps(looped: Opened, study: Study) -> None:
+    page = looped.page
+    page.set_viewport_size({"width": 1600, "height": 900})
+    click(
+        page, "#head-change", 0.15, 3.5 / 6
+    )  # of three layers with two heads the fourth row, of recurrences an early one
+    assert page.locator(".multiple.marked h4").inner_text().startswith("recurrence 4")
+    assert_shown(page, study, "recurrent.1", 1)
+
+
+def test_heads_outside_the_loop_are_chosen_without_a_click(looped: Opened, study: Study) -> None:
+    page = looped.page
+    for layer, head in (("coda.0", 1), ("prelude.0", 0), ("recurrent.2", 0)):
+        page.get_by_role("combobox", name="Layer").select_option(layer)
+        page.get_by_role("combobox", name="Head").select_option(str(head))
+        assert_shown(page, study, layer, head)
+
+
+def test_the_floorplan_shows_all_heads_and_leads_to_each(looped: Opened, study: Study) -> None:
+    page = looped.page
+    passes = page.locator(".pass h4").all_inner_texts()
+    assert passes == ["prelude", "recurrence 1", "recurrence 2", "recurrence 4", "recurrence 24", "coda"]
+    block = page.locator(".pass canvas").nth(2)
+    box = block.bounding_box()
+    assert box is not None
+    block.click(position={"x": 0.25 * box["width"], "y": 2.5 / 3 * box["height"]})
+    assert_shown(page, study, "recurrent.2", 0)
+    assert page.locator(".multiple.marked h4").inner_text().startswith("recurrence 2")
+    assert page.locator(".pass .chosen:visible").count() == 4  # in each block of the loop
+    assert looped.problems == []
+
+
+def test_a_click_on_a_head_of_a_feed_forward_model(browser: Browser, tmp_path: Path) -> None:
+    study = feed_forward_study(prompts=2)
+    opened = open_report(browser, study, tmp_path / "report.html", width=1600)
+    click(opened.page, "#head-sinks", 0.75, 2.5 / 4)  # layer 2 of 4, head 1 of 2
+    opened.page.locator("[data-multiples]").focus()
+    opened.page.keyboard.press("ArrowDown")
+    opened.page.keyboard.press("ArrowDown")
+    assert opened.page.get_by_role("combobox", name="Layer").input_value() == "prelude.2"
+    assert opened.page.get_by_role("combobox", name="Head").input_value() == "1"
+    (code,) = codes_of(study, "prelude.2", 1, query=1).values()
+    assert opened.page.locator(".multiple h4").all_inner_texts() == [f"layer 2\n{in_percent(code)}"]
+    assert opened.problems == []
+    opened.page.close()
 
 
 def test_an_answer_leads_to_its_figure(looped: Opened) -> None:

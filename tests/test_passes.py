@@ -78,15 +78,16 @@ def test_the_batch_size_changes_numbers_by_rounding_only(shape: Architecture) ->
 @given(order=st.permutations(range(len(PROMPTS))))
 def test_the_order_of_prompts_changes_their_place_only(order: list[int]) -> None:
     model = subject(dtype=torch.float64, std=0.1)
-    found = dataset_of(model, [PROMPTS[prompt] for prompt in order], track=())
-    wanted = dataset_of(model, track=()).isel(prompt=order).assign_coords(prompt=found["prompt"])
+    found = dataset_of(model, [PROMPTS[prompt] for prompt in order], track=(), map_prompts=())
+    wanted = dataset_of(model, track=(), map_prompts=()).isel(prompt=order).assign_coords(prompt=found["prompt"])
     xarray.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-10)
 
 
 def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
     model = subject(ADDED, dtype=torch.float64, std=0.1)  # its second initial state is as large as the first one
-    alone = dataset_of(model, PROMPTS[1:2], track=())
-    among = dataset_of(model, track=()).isel(prompt=[1], token=slice(len(PROMPTS[1]))).assign_coords(prompt=[0])
+    alone = dataset_of(model, PROMPTS[1:2], track=(), map_prompts=())
+    among = dataset_of(model, track=(), map_prompts=()).isel(prompt=[1], token=slice(len(PROMPTS[1])))
+    among = among.assign_coords(prompt=[0])
     means = ["cycle_similarity", "attention_cycle_distance"]
     xarray.testing.assert_allclose(among.drop_vars(means), alone.drop_vars(means), rtol=1e-6, atol=1e-10)
 
@@ -104,6 +105,7 @@ PARTS: Mapping[Part, set[str]] = {
     "readout": {"loss", *TOKEN_READOUTS},
     "noise-floor": {"noise_floor"},
     "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
+    "maps": {"attention_map"},
     "stages": set(STAGE_NAMES),
     "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
 }

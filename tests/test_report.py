@@ -6,9 +6,7 @@ import base64
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from loopscope.errors import ConfigError, StorageError, StudyError
 from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.report import ReportSettings, write_report
 from loopscope.study import Study
+from report_page import Page, page_of
 from synthetic_study import (
     contracting,
     feed_forward_study,
@@ -60,53 +59,6 @@ LOOPED_FIGURES = {
 }
 
 
-class Page(HTMLParser):
-    """What a browser would find: elements, the text of each, and the data of figures."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self._script: dict[str, str | None] | None = None
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self._script = dict(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "script":
-            self._script = None
-
-    def handle_data(self, data: str) -> None:
-        if self._script is None:
-            self.text.append(data)
-        else:
-            self.scripts.append((self._script, data))
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        return {
-            str(attributes["id"]).removeprefix("data-"): json.loads(content)
-            for attributes, content in self.scripts
-            if str(attributes.get("id", "")).startswith("data-")
-        }
-
-    def ids(self, tag: str) -> set[str]:
-        return {str(attributes["id"]) for name, attributes in self.elements if name == tag and "id" in attributes}
-
-
-def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
-    return Page(write_report(study, folder / "report.html", settings=settings))
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(looped_study(contracting()), tmp_path_factory.mktemp("report"))
@@ -129,7 +81,9 @@ def test_answers_come_first_and_word_for_word(page: Page) -> None:
 
 def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("figure") == tags.count("figcaption") == len(page.figures)
+    maps = {"head-maps", "floorplan"}
+    assert page.ids("figure") == page.figures.keys() | maps
+    assert tags.count("figure") == tags.count("figcaption") == len(page.figures) + len(maps)
     for anchor, plot in page.figures.items():
         layout = plot["layout"]
         axes = [layout["scene"][f"{name}axis"] for name in "xyz"] if "scene" in layout else [layout["xaxis"]]
@@ -158,7 +112,7 @@ def test_nothing_is_loaded_and_no_data_can_be_sent(page: Page) -> None:
 @pytest.fixture
 def hostile_study() -> Study:
     study = looped_study(contracting(), prompts=3)
-    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 6} for entry in study.tokens]
+    tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 10} for entry in study.tokens]
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
@@ -218,11 +172,14 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
         *CHANGE_NAMES,
         "head_stable_from",
         *STAGE_NAMES,
+        "attention_map",
+        "mapped_prompt",
     ]
-    parts += [str(name) for name in study.dataset.coords if str(name).startswith("depth")]
+    parts += [str(name) for name in study.dataset.coords if str(name).startswith(("depth", "map_"))]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
     left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}
     assert not found.figures.keys() & left_out
+    assert not found.ids("figure") & {"head-maps", "floorplan"}
     assert "distance" in found.figures
 
 

@@ -30,6 +30,7 @@ FEED_FORWARD_VARIABLES = {
     "suppression_neurons",
     "neuron_kurtosis",
     "neuron_skew",
+    "attention_map",
     *TOKEN_READOUTS,
     *HEAD_NAMES,
     *STAGE_NAMES,
@@ -79,7 +80,8 @@ def test_the_documentation_lists_the_variables_and_their_dimensions(study: Study
 
 def test_the_documentation_lists_the_coordinates(study: Study) -> None:
     listed = {name for names, _ in table("Coordinates") for name in re.findall(r"`([^`]+)`", names)}
-    beside = {"tracked_prompt", "tracked_token", "depth_stage", "depth_layer", "depth_recurrence"}
+    beside = {"tracked_prompt", "tracked_token", "mapped_prompt"}
+    beside |= {f"{kind}_{name}" for kind in ("depth", "map") for name in ("stage", "layer", "recurrence")}
     assert {str(name) for name in study.dataset.coords} == listed | beside
 
 

@@ -32,8 +32,11 @@ from loopscope.measures import (
     CHANGES,
     LEVELS,
     Arrays,
+    MapChoice,
     Named,
+    choose_maps,
     depth_sites,
+    map_sites,
     neuron_operations,
     neurons,
     readout_grid,
@@ -53,6 +56,7 @@ from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
 from loopscope.subject import Batch, NativeSubject, Subject, SubjectInfo, intervene
+from loopscope.visits import visit_label
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
@@ -198,10 +202,11 @@ class _Job:
         self.tracked = _tracked(prompts, settings) if subject.info.is_looped else []
         self.recurrences = settings.recurrences if self.info.is_looped else 0
         self.readout = self._readout_grid()
+        self.maps, notes = choose_maps(self.info, [len(prompt.token_ids) for prompt in prompts], settings)
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         self.tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
-        for note in self.tokenizer["notes"] if self.tokenizer else ():
+        for note in (*(self.tokenizer["notes"] if self.tokenizer else ()), *notes):
             progress.note(note)
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -258,12 +263,20 @@ class _Job:
             judged_layers=self._judged_layers(),
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
+            maps=self._maps_of(rows),
         )
 
     def _judged_layers(self) -> tuple[int, ...]:
         if "behaviour" in self.settings.skip:
             return ()
         return tuple(range(self.info.recurrent))[-1 if self.settings.judged_layers == "last" else 0 :]
+
+    def _maps_of(self, rows: range) -> MapChoice | None:
+        """Of one shard, if any of its prompts is asked for."""
+        if self.maps is None:
+            return None
+        found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
+        return dataclasses.replace(self.maps, rows=found) if found else None
 
     def _readout_grid(self) -> tuple[int, ...]:
         if not self.info.is_looped:
@@ -350,6 +363,12 @@ class _Job:
             sites = depth_sites(self.info, self.recurrences)
             for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
                 coordinates[f"depth_{name}"] = ("depth", list(column))
+        if "mapped" in lengths and self.maps is not None:
+            sites = map_sites(self.info, self.maps.recurrences)
+            coordinates["map_visit"] = ("map_visit", [visit_label(*site) for site in sites])
+            for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+                coordinates[f"map_{name}"] = ("map_visit", list(column))
+            coordinates["mapped_prompt"] = ("mapped", list(self.maps.rows))
         if "tracked" in lengths:
             coordinates["tracked_prompt"] = ("tracked", [prompt for prompt, _ in self.tracked])
             coordinates["tracked_token"] = ("tracked", [token for _, token in self.tracked])

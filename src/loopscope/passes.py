@@ -17,12 +17,14 @@ from loopscope.errors import NonFiniteError
 from loopscope.measures import (
     Arrays,
     AttentionCycle,
+    AttentionMaps,
     Behaviour,
     Convergence,
     CycleSimilarity,
     Frame,
     HeadMeasures,
     HorizonStates,
+    MapChoice,
     Measure,
     Named,
     PathIndependence,
@@ -64,6 +66,8 @@ class Plan:
     skip: frozenset[Part]
     first_prompt: int
     """Number of the batch's first prompt, for messages."""
+    maps: MapChoice | None = None
+    """Which attention maps are kept; None for a batch of which there are none to keep."""
 
 
 def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
@@ -245,12 +249,15 @@ class _Live:
         self.path: PathIndependence | None = None
         self.stages: StageMeasures | None = None
         self.other_tails: StateTails | None = None
+        self.maps: AttentionMaps | None = None
         self._plan = plan
         self._also: list[Observer] = []
         if "cycle-similarity" not in plan.skip:
             self.cycle = CycleSimilarity(frame, plan.cycle_recurrences)
             if frame.info.heads is not None and "heads" not in plan.skip:
                 self.attention_cycle = AttentionCycle(frame, frame.info.heads, plan.cycle_recurrences)
+        if plan.maps is not None and frame.info.heads is not None:
+            self.maps = AttentionMaps(frame, frame.info.heads, plan.maps)
         if "stages" not in plan.skip:
             self.stages = StageMeasures(frame)
         if "readout" not in plan.skip:
@@ -275,7 +282,15 @@ class _Live:
     @property
     def _measures(self) -> list[Measure]:
         """Those that were asked for."""
-        measures = (self.cycle, self.attention_cycle, self.stages, self.trajectories, self.path, self.readout)
+        measures = (
+            self.cycle,
+            self.attention_cycle,
+            self.maps,
+            self.stages,
+            self.trajectories,
+            self.path,
+            self.readout,
+        )
         return [measure for measure in measures if measure is not None]
 
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:

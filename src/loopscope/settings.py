@@ -33,6 +33,7 @@ Part = Literal[
     "readout",
     "noise-floor",
     "heads",
+    "maps",
     "stages",
     "neurons",
     "behaviour",
@@ -113,6 +114,17 @@ class AnalyzeSettings:
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
     that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
+    map_prompts: tuple[int, ...] = (0,)
+    """Prompts whose attention maps are kept, counted from 0; every head of every layer."""
+    map_recurrences: tuple[int, ...] = ()
+    """Numbers of recurrences whose maps are kept; the first four, powers of two, the trained number and the last unless
+    given."""
+    map_tokens: int = 64
+    """Of a longer prompt, the maps of the first so many tokens are kept: with more, a pixel of a figure is less than
+    an entry."""
+    map_limit: int = 8
+    """MiB that all these maps together may take, a byte an entry; fewer tokens are kept where they would not fit. With
+    8 a report is at most about twice as large as one without."""
     neuron_limit: float = 1.0
     """Prediction and suppression neurons are counted if that takes at most so many tera floating-point operations: for
     small models; minutes on a GPU where it is a hundred."""
@@ -127,6 +139,15 @@ class AnalyzeSettings:
             raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
         if not self.head_stable > 0:
             raise ConfigError(f"--head-stable must be positive, got {self.head_stable}.")
+        for name in ("map_tokens", "map_limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if any(prompt < 0 for prompt in self.map_prompts):
+            raise ConfigError(f"--map-prompts counts prompts from 0, got {min(self.map_prompts)}.")
+        if any(count < 1 for count in self.map_recurrences):
+            raise ConfigError(
+                f"--map-recurrences needs numbers of recurrences from 1, got {min(self.map_recurrences)}."
+            )
         if self.neuron_limit < 0:
             raise ConfigError(f"--neuron-limit must not be negative, got {self.neuron_limit}.")
         if self.keep_limit < 0:

@@ -16,10 +16,14 @@ from filelock import FileLock, Timeout
 from loopscope._files import atomic_file, storage_error, write_atomically
 from loopscope._json import differences
 from loopscope.errors import FolderBusyError, StudyError
+from loopscope.map_codes import UNKNOWN
 from loopscope.measures import Arrays, Named
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
 
 __all__ = ["StudyFolder", "merge"]
+
+_FILLED = {"f": np.nan, "i": -1, "u": UNKNOWN}
+"""What stands where a shard has nothing, by the kind of the array: numbers, counted things, codes of maps."""
 
 _LOCK = ".lock"
 _SHARDS = "shards"
@@ -138,16 +142,17 @@ def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 def merge(shards: Sequence[Arrays]) -> dict[str, Named]:
-    """Put the shards' arrays together, in order: one entry a prompt (or tracked token), and means for the sums.
+    """Put the shards' arrays together, in order: one entry a prompt (or tracked token, or prompt whose maps are kept),
+    and means for the sums.
 
-    Shards differ in their longest prompt; the shorter ones are filled up with NaN. They are emptied on the way, so that
-    no more than one variable is held twice.
+    Shards differ in their longest prompt; the shorter ones are filled up with what stands for nothing. They are
+    emptied on the way, so that no more than one variable is held twice.
     """
     merged: dict[str, Named] = {}
     for name in dict.fromkeys(name for shard in shards for name in shard.per_prompt):
         parts = [shard.per_prompt.pop(name) for shard in shards if name in shard.per_prompt]
         dims = parts[0].dims
-        axis = dims.index("tracked" if "tracked" in dims else "prompt")
+        axis = next(dims.index(name) for name in ("tracked", "mapped", "prompt") if name in dims)
         merged[name] = Named(dims, _concatenate([part.values for part in parts], axis))
     for name in dict.fromkeys(name for shard in shards for name in shard.summed):
         total = sum(shard.summed[name].values for shard in shards)
@@ -160,7 +165,7 @@ def merge(shards: Sequence[Arrays]) -> dict[str, Named]:
 def _concatenate(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
     shape = [max(part.shape[dimension] for part in parts) for dimension in range(parts[0].ndim)]
     shape[axis] = sum(part.shape[axis] for part in parts)
-    whole = np.full(shape, np.nan if parts[0].dtype.kind == "f" else -1, dtype=parts[0].dtype)
+    whole = np.full(shape, _FILLED[parts[0].dtype.kind], dtype=parts[0].dtype)
     start = 0
     for part in parts:
         place = [slice(0, length) for length in part.shape]

@@ -75,7 +75,7 @@ def netcdf(dataset: xr.Dataset) -> memoryview:
     encoding = {
         str(name): {"zlib": True, "complevel": 1, "shuffle": True}
         for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind == "f" and variable.size > 1000
+        if variable.dtype.kind in "fu" and variable.size > 1000
     }
     return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional
 from loopscope._shapes import Keys, Maps, Queries, Rows, States, TokenMask
 from loopscope.architecture import Stage
 
-__all__ = ["AttentionView", "LoopState", "MapAttention", "Observer", "QueryKeyAttention", "Visit"]
+__all__ = ["AttentionView", "LoopState", "MapAttention", "Observer", "QueryKeyAttention", "Visit", "visit_label"]
 
 
 class AttentionView(ABC):
@@ -42,6 +42,10 @@ class AttentionView(ABC):
 
         Keys that none of these queries can see may be left out at the end: under a causal mask there are `stop`.
         """
+
+    @abstractmethod
+    def prompt(self, row: int) -> AttentionView:
+        """The attention of one prompt of the batch alone; it shares the memory of this view."""
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start:stop` of the post-softmax maps with every key, (batch, head, stop - start, key); padding is
@@ -104,6 +108,12 @@ class QueryKeyAttention(AttentionView):
             probabilities.masked_fill_(~self.mask[:, None, start:stop, None], 0.0)
         return probabilities
 
+    def prompt(self, row: int) -> QueryKeyAttention:
+        one = slice(row, row + 1)
+        added = self.added if self.added is None or self.added.shape[0] == 1 else self.added[one]
+        mask = None if self.mask is None else self.mask[one]
+        return replace(self, query=self.query[one], key=self.key[one], mask=mask, added=added)
+
     def _hide(self, scores: Tensor, start: int, stop: int) -> None:
         """Set the scores of keys that may not be looked at to -infinity, in place."""
         keys = scores.shape[-1]
@@ -146,6 +156,10 @@ class MapAttention(AttentionView):
             return rows
         return rows.masked_fill(~self.mask[:, None, start:stop, None] | ~self.mask[:, None, None, :], 0.0)
 
+    def prompt(self, row: int) -> MapAttention:
+        one = slice(row, row + 1)
+        return MapAttention(self.maps[one], None if self.mask is None else self.mask[one])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visit:
@@ -164,8 +178,12 @@ class Visit:
     @property
     def label(self) -> str:
         """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`."""
-        suffix = f"@{self.recurrence}" if self.stage == "recurrent" else ""
-        return f"{self.stage}.{self.layer}{suffix}"
+        return visit_label(self.stage, self.layer, self.recurrence)
+
+
+def visit_label(stage: Stage, layer: int, recurrence: int) -> str:
+    """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`; all from 0."""
+    return f"{stage}.{layer}@{recurrence}" if stage == "recurrent" else f"{stage}.{layer}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,8 +11,10 @@ from loopscope.answers.settling import Settling, prompt_settling, settling
 from loopscope.answers.statistics import Share, median
 from loopscope.answers.view import StudyView
 from loopscope.answers.wording import listed, percent, plural, significant
+from loopscope.settings import SINK_THRESHOLD
+from loopscope.sinks import sink_by_chance
 
-__all__ = ["diverged_prompts", "few_prompts", "limits_answer"]
+__all__ = ["diverged_prompts", "few_prompts", "limits_answer", "short_prompts", "sinks_by_chance"]
 
 _DIGITS = {"float64": 1e-12, "float32": 1e-5}
 """Rounding floors that no conclusion here comes near; in other types the floor is always worth a word."""
@@ -25,6 +27,7 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
         *_named("divergence", diverged_prompts(view)),
         *_horizon(view, criterion),
         *_named("the number of prompts", few_prompts(view, criterion)),
+        *_named("short prompts", short_prompts(view)),
         *_rounding(view, criterion),
     ]
     named = list(dict.fromkeys(name for name, _ in found))
@@ -63,6 +66,26 @@ def few_prompts(view: StudyView, criterion: Criterion) -> list[str]:
         f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): even what all of them show may "
         f"fail for up to {math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
     ]
+
+
+def sinks_by_chance(counts: Sequence[int]) -> list[str]:
+    """The warning that goes with every sink of prompts that are so short that chance makes one; `counts` are tokens."""
+    short = [count for count in counts if sink_by_chance(count)]
+    if not short:
+        return []
+    who = f"{len(short)} of {len(counts)} prompts have" if len(counts) > 1 else "This prompt has"
+    most = f"{max(short)} at most" if len(counts) > 1 else f"{max(short)}"
+    return [
+        f"{who} so few tokens ({most}) that attention spread evenly over all that a token can see gives the first "
+        f"token {SINK_THRESHOLD:g} or more: there a sink score as high says nothing."
+    ]
+
+
+def short_prompts(view: StudyView) -> list[str]:
+    """The same for all prompts of a study, if it has sink scores."""
+    if "sink_score" not in view.dataset:
+        return []
+    return sinks_by_chance([int(count) for count in view.dataset["token_count"].values])
 
 
 def _interventions(view: StudyView) -> list[str]:

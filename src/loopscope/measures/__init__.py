@@ -3,6 +3,7 @@
 The pure functions on arrays are public; the observers built of them are what `analyze` runs.
 """
 
+from loopscope.map_codes import decode_maps, encode_maps
 from loopscope.measures.attention import (
     SINK_THRESHOLD,
     attention_distance,
@@ -34,6 +35,7 @@ from loopscope.measures.functions import (
 )
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.maps import AttentionMaps, MapChoice, choose_maps, map_recurrences, map_sites, map_tokens
 from loopscope.measures.neurons import KURTOSIS, neuron_moments, neuron_operations, neurons
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
@@ -60,12 +62,14 @@ __all__ = [
     "VERDICT_NUMBERS",
     "Arrays",
     "AttentionCycle",
+    "AttentionMaps",
     "Behaviour",
     "Convergence",
     "CycleSimilarity",
     "Frame",
     "HeadMeasures",
     "HorizonStates",
+    "MapChoice",
     "Measure",
     "Named",
     "PathIndependence",
@@ -75,13 +79,19 @@ __all__ = [
     "Trajectories",
     "attention_distance",
     "behaviour_spans",
+    "choose_maps",
     "colsum_concentration",
     "cosine",
+    "decode_maps",
     "degeneracy",
     "depth_of",
     "depth_sites",
     "distance",
+    "encode_maps",
     "layer_cosine",
+    "map_recurrences",
+    "map_sites",
+    "map_tokens",
     "massive_activation",
     "massive_activation_place",
     "mixing_score",

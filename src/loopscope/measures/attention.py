@@ -6,8 +6,6 @@ arXiv 2604.11791, section 4.1 and appendix E.2.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from loopscope.measures.arrays import on_arrays
 from loopscope.measures.functions import widen
 from loopscope.settings import SINK_THRESHOLD
+from loopscope.sinks import uniform_causal_sink
 
 __all__ = [
     "SINK_THRESHOLD",
@@ -136,8 +135,3 @@ def stable_from(change: Float[Tensor, "*shape recurrence"], threshold: float) ->
     steps = torch.arange(1, change.shape[-1], device=change.device)
     last = torch.where(above, steps, 0).amax(-1) if change.shape[-1] > 1 else torch.zeros(change.shape[:-1])
     return torch.where(last < change.shape[-1] - 1, last.to(change.dtype), torch.nan)
-
-
-def uniform_causal_sink(tokens: int) -> float:
-    """Sink score of the first key under uniform causal attention, `(1/T) sum_i 1/(i+1)`: what chance gives."""
-    return math.fsum(1 / row for row in range(1, tokens + 1)) / tokens

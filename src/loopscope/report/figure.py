@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-__all__ = ["Figure", "Section", "plot_text"]
+__all__ = ["Drawn", "Figure", "Section", "plot_text", "script_json", "visible_text"]
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """What a section holds: plots, and what has a template of its own."""
+
+    @property
+    def anchor(self) -> str:
+        """Unique on the page; answers link to it."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to draw."""
+
+    @property
+    def template(self) -> str:
+        """Of `report/templates`; it is given this object as `figure`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One plot of the report."""
+
+    template: ClassVar[str] = "plot.html"
 
     anchor: str
     """Unique on the page; answers link to it."""
@@ -26,6 +47,8 @@ class Figure:
     plot: go.Figure
     height: int = 340
     """In CSS pixels."""
+    picks: str = ""
+    """The stage of whose heads a click picks one: the plot's custom data begin with layer and head."""
 
     @property
     def has_data(self) -> bool:
@@ -36,8 +59,7 @@ class Figure:
     @property
     def json(self) -> Markup:
         """The plot for a script element: no character in it can end the element, or start another."""
-        text = str(self.plot.to_json())
-        return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+        return _script_text(str(self.plot.to_json()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +73,29 @@ class Section:
     lead: str
     columns: Literal[2, 3] = 2
     """Figures beside each other, where the window is wide enough."""
-    figures: list[Figure] = field(default_factory=list)
+    figures: Sequence[Drawn] = ()
+
+
+def script_json(value: Any) -> Markup:
+    """A value as JSON for a script element, safe as the plots are."""
+    return _script_text(json.dumps(value, allow_nan=False))
+
+
+def _script_text(text: str) -> Markup:
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def plot_text(text: str, longest: int = 40) -> str:
-    """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: escaped, white space
-    made visible, cut to `longest` characters."""
+    """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: as `visible_text`, and
+    escaped."""
+    return html.escape(visible_text(text, longest), quote=False)
+
+
+def visible_text(text: str, longest: int = 40) -> str:
+    """A text from outside with its white space made visible, cut to `longest` characters; not escaped."""
     visible = "".join(
         {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(char, char if char.isprintable() or char == " " else "·") for char in text
     )
     if not visible.strip():
         visible = visible.replace(" ", "␣")
-    short = visible if len(visible) <= longest else visible[: longest - 1] + "…"
-    return html.escape(short, quote=False)
+    return visible if len(visible) <= longest else visible[: longest - 1] + "…"

@@ -6,8 +6,10 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope.report.figure import Figure, Section
+from loopscope.answers.limits import short_prompts
+from loopscope.report.figure import Drawn, Figure, Section
 from loopscope.report.lines import by_layer
+from loopscope.report.maps import head_maps
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.similarity import visits_map
 from loopscope.report.style import SEQUENTIAL, base_figure, layer_colours, named_in_legend
@@ -23,12 +25,14 @@ def heads_section(material: Material) -> Section:
     """Change, stabilisation and sinks of the heads."""
     looped = material.view.looped
     changes = "attention_change" in material.shown and material.view.recurrences > 1
-    # Tall figures beside each other, then the others.
-    figures = [_changes(material)] if changes else []
+    maps = head_maps(material)
+    # Tall figures beside each other, then the maps that a click into them shows, then the others.
+    figures: list[Drawn] = [_changes(material)] if changes else []
     if "sink_score" in material.shown and not looped:
         figures.append(_sinks(material))
     if "attention_cycle_distance" in material.shown:
         figures.append(_cycle(material))
+    figures += [maps] if maps is not None else []
     figures += [_stable(material)] if changes else []
     if "attention_distance_to_horizon" in material.shown:
         figures.append(_distance(material))
@@ -38,6 +42,8 @@ def heads_section(material: Material) -> Section:
             " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
             "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
         )
+    if maps is None:
+        lead += " The study holds no maps of single heads: its analysis was told to keep none, or none can be seen."
     return Section(
         anchor="heads",
         short="Heads",
@@ -45,6 +51,10 @@ def heads_section(material: Material) -> Section:
         lead=lead,
         figures=figures,
     )
+
+
+def _click(material: Material) -> str:
+    return " Click on a head to see its maps below." if "attention_map" in material.view.dataset else ""
 
 
 def _per_row(material: Material, name: str) -> xarray.DataArray:
@@ -95,9 +105,10 @@ def _changes(material: Material) -> Figure:
         title="Which heads keep changing?",
         caption=(
             "Dark to the right: the head's attention has settled. Bright stripes: heads that go on changing, however "
-            "often the block runs. White lines part the layers."
+            f"often the block runs. White lines part the layers.{_click(material)}"
         ),
         plot=figure,
+        picks="recurrent",
         height=max(340, min(900, 120 + _ROW_PIXELS * len(rows))),
     )
 
@@ -161,17 +172,24 @@ def _sinks(material: Material) -> Figure:
         zmin=0,
         zmax=1,
         colorscale=SEQUENTIAL,
+        customdata=np.moveaxis(np.indices(sink.shape), 0, -1),
         colorbar={"title": {"text": "sink score", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
         hovertemplate="layer %{y}, head %{x}: %{z:.2f}<extra></extra>",
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(dtick=max(1, sink.shape[1] // 12))
+    figure.update_yaxes(autorange="reversed", showgrid=False, dtick=max(1, sink.shape[0] // 12))
     return Figure(
         anchor="head-sinks",
         title="Which heads rest on the first token?",
-        caption=(
-            f"Share of a head's attention that the first token receives; a head has a sink from {SINK_THRESHOLD:g} on."
+        caption=" ".join(
+            [
+                "Share of a head's attention that the first token receives; a head has a sink from "
+                f"{SINK_THRESHOLD:g} on.{_click(material)}",
+                *short_prompts(material.view),
+            ]
         ),
         plot=figure,
+        picks="prelude",
         height=420,
     )
 

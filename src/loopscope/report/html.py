@@ -40,10 +40,10 @@ _MARKS = {
 def render_template(name: str, **values: Any) -> str:
     """A template of `report/templates`, rendered with `values` and all that every page has.
 
-    Every text is escaped by the template. A content security policy lets the browser run the page's own two scripts
+    Every text is escaped by the template. A content security policy lets the browser run the page's own three scripts
     alone, known by their hashes, and load nothing.
     """
-    plotly, draw = get_plotlyjs(), _static("draw.js")
+    plotly, draw, maps = get_plotlyjs(), _static("draw.js"), _static("maps.js")
     environment = Environment(
         loader=PackageLoader("loopscope.report"),
         autoescape=True,
@@ -59,8 +59,9 @@ def render_template(name: str, **values: Any) -> str:
         style=Markup(_static("report.css")),
         plotly=Markup(plotly),
         draw=Markup(draw),
+        maps=Markup(maps),
         options=Markup(json.dumps(_PLOTLY_OPTIONS)),
-        script_hashes=[_hash(plotly), _hash(draw)],
+        script_hashes=[_hash(plotly), _hash(draw), _hash(maps)],
     )
 
 

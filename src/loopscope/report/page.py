@@ -13,6 +13,7 @@ from loopscope.report.facts import header_facts, provenance, thresholds
 from loopscope.report.figure import Section
 from loopscope.report.heads import heads_section
 from loopscope.report.html import render_template
+from loopscope.report.maps import floorplan_section
 from loopscope.report.material import Material, gather_material
 from loopscope.report.norms import norms_section
 from loopscope.report.readout import readout_section
@@ -66,12 +67,18 @@ def _sections(material: Material) -> list[Section]:
         sections += [
             readout_section(material),
             heads_section(material),
+            floorplan_section(material),
             stages_section(material),
             tokens_section(material),
             norms_section(material),
         ]
     else:
-        sections = [similarity_section(material), heads_section(material), stages_section(material)]
+        sections = [
+            similarity_section(material),
+            heads_section(material),
+            floorplan_section(material),
+            stages_section(material),
+        ]
     shown = [
         dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])
         for section in sections

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from loopscope.answers.limits import short_prompts
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.report.axes import scale_y
 from loopscope.report.depth import Site, along_depth, along_one_pass, sites_of
@@ -46,11 +47,14 @@ def _figures(material: Material, quantity: StageQuantity, sites: list[Site]) -> 
     shown = min(len(sites), _MOST_VISITS)
     looped = material.view.looped
     cut = f" The first {shown} of {len(sites)} visits." if shown < len(sites) else ""
+    reading = quantity.reading
+    if quantity.variable == "sink_score":
+        reading = " ".join([reading, *short_prompts(material.view)])
     through = _scaled(along_depth(values[:shown], sites[:shown], quantity.y_title), quantity)
     whole = Figure(
         anchor=f"{quantity.anchor}-by-depth",
         title="Through every visit" if looped else quantity.title,
-        caption=(f"Dotted lines part stages and recurrences.{cut}" if looped else quantity.reading),
+        caption=(f"Dotted lines part stages and recurrences.{cut}" if looped else reading),
         plot=through,
     )
     if not looped:
@@ -60,7 +64,7 @@ def _figures(material: Material, quantity: StageQuantity, sites: list[Site]) -> 
         Figure(
             anchor=f"{quantity.anchor}-by-recurrence",
             title=quantity.title,
-            caption=quantity.reading,
+            caption=reading,
             plot=_scaled(along_one_pass(material, values, sites, quantity.y_title, recurrences), quantity),
         ),
         whole,

@@ -1,0 +1,138 @@
+"""Attention maps of single prompts, for the eye: of a few recurrences, and of a prompt's first tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loopscope.architecture import Stage
+from loopscope.errors import ConfigError
+from loopscope.map_codes import UNKNOWN, encode_maps
+from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.heads import tiles
+from loopscope.measures.readout import readout_grid
+from loopscope.settings import AnalyzeSettings
+from loopscope.subject import SubjectInfo
+from loopscope.visits import AttentionView, Visit
+
+__all__ = ["AttentionMaps", "MapChoice", "choose_maps", "map_recurrences", "map_sites", "map_tokens"]
+
+_FIRST = 4
+"""So many recurrences from the start are kept one by one: where heads settle, most of it happens there."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapChoice:
+    """Which maps are kept of one batch."""
+
+    rows: tuple[int, ...]
+    """Rows of the batch, one per prompt."""
+    recurrences: tuple[int, ...]
+    """Numbers of recurrences, from 1; none for a feed-forward model."""
+    tokens: int
+    """Of each prompt, at most so many of the first."""
+
+
+def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
+    """The first four, powers of two, the trained number and the last: about log2(R) + 3 of R."""
+    return tuple(sorted({*readout_grid(trained, recurrences), *range(1, min(_FIRST, recurrences) + 1)}))
+
+
+def choose_maps(
+    info: SubjectInfo, lengths: Sequence[int], settings: AnalyzeSettings
+) -> tuple[MapChoice | None, list[str]]:
+    """What an analysis of prompts of these lengths keeps, its rows being prompts of the study, and what to say of it.
+
+    None where no map is kept. Raises `ConfigError` for a prompt or a recurrence that there is not.
+    """
+    prompts, recurrences = _prompts(len(lengths), settings), _recurrences(info, settings)
+    if "maps" in settings.skip or not prompts:
+        return None, []
+    if info.heads is None:
+        return None, [
+            "Attention maps are left out: no layer's attention can be seen, or layers have different numbers of heads."
+        ]
+    maps = len(prompts) * len(map_sites(info, recurrences)) * info.heads
+    most = min(settings.map_tokens, max(lengths[prompt] for prompt in prompts))
+    tokens = map_tokens(most, maps, settings.map_limit * 2**20)
+    note = (
+        f"{maps:,} attention maps are kept for the first {tokens} tokens rather than {most}; raise --map-limit or give "
+        "fewer --map-recurrences to have more."
+    )
+    return MapChoice(prompts, recurrences, tokens) if tokens else None, [note] if tokens < most else []
+
+
+def _prompts(count: int, settings: AnalyzeSettings) -> tuple[int, ...]:
+    missing = [prompt for prompt in settings.map_prompts if prompt >= count]
+    if missing:
+        raise ConfigError(f"--map-prompts {missing[0]}: there are {count} prompts, counted from 0.")
+    return tuple(sorted(set(settings.map_prompts)))
+
+
+def _recurrences(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
+    asked, measured = settings.map_recurrences, settings.recurrences
+    if not info.is_looped:
+        return ()
+    if asked and max(asked) > measured:
+        raise ConfigError(
+            f"--map-recurrences asks for {max(asked)} recurrences, but only {measured} are measured; raise "
+            "--recurrences."
+        )
+    return tuple(sorted(set(asked))) or map_recurrences(info.trained_recurrences or 1, measured)
+
+
+def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[tuple[Stage, int, int]]:
+    """(stage, layer, recurrence) of every visit whose maps are kept, in order of realised depth; all from 0."""
+    return [
+        *(("prelude", layer, 0) for layer in range(info.prelude)),
+        *(("recurrent", layer, count - 1) for count in recurrences for layer in range(info.recurrent)),
+        *(("coda", layer, 0) for layer in range(info.coda)),
+    ]
+
+
+def map_tokens(most: int, maps: int, limit: int) -> int:
+    """Tokens of which maps can be kept: `most`, or fewer so that so many maps fit into `limit` bytes; 0 if none do."""
+    return min(most, math.isqrt(limit // maps))
+
+
+class AttentionMaps(Measure):
+    """Keeps the maps of the chosen prompts, visits and tokens, a byte an entry (`loopscope.map_codes`).
+
+    Rows are made prompt by prompt in tiles. Under a causal mask those of the first tokens are complete; other attention
+    may reach beyond the tokens that are kept, and the rows then add up to less than 1.
+    """
+
+    def __init__(self, frame: Frame, heads: int, choice: MapChoice) -> None:
+        self._choice = choice
+        self._heads = heads
+        sites = map_sites(frame.info, choice.recurrences)
+        self._places = {site: place for place, site in enumerate(sites)}
+        self._counts = [min(int(frame.counts[row]), choice.tokens) for row in choice.rows]
+        side = max(self._counts)
+        self._codes = np.full((len(choice.rows), len(sites), heads, side, side), UNKNOWN, dtype=np.uint8)
+
+    def visit(self, visit: Visit) -> None:
+        place = self._places.get((visit.stage, visit.layer, visit.recurrence))
+        view = visit.attention
+        if place is None or view is None or view.heads != self._heads:
+            return
+        for index, (row, count) in enumerate(zip(self._choice.rows, self._counts, strict=True)):
+            self._keep(view.prompt(row), self._codes[index, place, :, :count, :count])
+
+    def _keep(self, view: AttentionView, codes: np.ndarray) -> None:
+        """Rows and columns of the first tokens, into `codes` (head, query, key)."""
+        count = codes.shape[-1]
+        for start, stop in tiles(view, 1):
+            if start >= count:
+                return
+            tile = view.rows(start, min(stop, count))[0, :, :, :count]
+            codes[:, start:stop] = encode_maps(tile.cpu().numpy())
+
+    def finish(self) -> Arrays:
+        arrays = Arrays()
+        dims = ("mapped", "map_visit", "head", "query", "key")
+        arrays.per_prompt["attention_map"] = Named(dims, self._codes)
+        return arrays

@@ -1,0 +1,58 @@
+"""A report as a browser finds it, without drawing it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from loopscope.report import ReportSettings, write_report
+from loopscope.study import Study
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements, the text of each, and the data of figures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self._script: dict[str, str | None] | None = None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is None:
+            self.text.append(data)
+        else:
+            self.scripts.append((self._script, data))
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {
+            str(attributes["id"]).removeprefix("data-"): json.loads(content)
+            for attributes, content in self.scripts
+            if str(attributes.get("id", "")).startswith("data-")
+        }
+
+    def ids(self, tag: str) -> set[str]:
+        return {str(attributes["id"]) for name, attributes in self.elements if name == tag and "id" in attributes}
+
+
+def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
+    return Page(write_report(study, folder / "report.html", settings=settings))
