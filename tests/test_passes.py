@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.architecture import Architecture
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
+from loopscope.measures import CHANGE_NAMES, EXIT_READOUTS, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.passes import Plan, kept_bytes, recurrences_run
 from loopscope.settings import HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
@@ -101,9 +101,9 @@ PARTS: Mapping[Part, set[str]] = {
     "path-independence": {"path_distance", "path_cosine"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
-    "readout": {"loss", *TOKEN_READOUTS},
+    "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
     "noise-floor": {"noise_floor"},
-    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
+    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "token_attention_change", "attention_cycle_distance"},
     "stages": set(STAGE_NAMES),
     "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
 }
@@ -161,6 +161,7 @@ def plan(**changes: Any) -> Plan:
         "tracked": (),
         "components": 1,
         "readout": (),
+        "exits": 0,
         "head_stable": 0.01,
         "skip": frozenset(),
         "first_prompt": 0,

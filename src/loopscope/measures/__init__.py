@@ -35,7 +35,14 @@ from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import HorizonStates
 from loopscope.measures.neurons import KURTOSIS, neuron_moments, neuron_operations, neurons
 from loopscope.measures.path import PathIndependence
-from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
+from loopscope.measures.readout import (
+    EXIT_READOUTS,
+    TOKEN_READOUTS,
+    Readout,
+    kl_divergence,
+    next_token_loss,
+    readout_grid,
+)
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
 from loopscope.measures.stages import (
     STAGE_NAMES,
@@ -49,6 +56,7 @@ from loopscope.measures.trajectories import Trajectories, principal_components
 
 __all__ = [
     "CHANGE_NAMES",
+    "EXIT_READOUTS",
     "HEAD_NAMES",
     "KURTOSIS",
     "LEVELS",
@@ -75,6 +83,7 @@ __all__ = [
     "depth_of",
     "depth_sites",
     "distance",
+    "kl_divergence",
     "layer_cosine",
     "massive_activation",
     "massive_activation_place",
