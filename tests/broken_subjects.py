@@ -39,8 +39,8 @@ class WrappedRun:
         self.run.advance(self.owner.through(observers))
         self.done += 1
 
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
-        return self.run.decode(self.owner.through(observers))
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        return self.run.decode(self.owner.through(observers), state=state)
 
     def answer(self, observers: Iterable[Observer] = ()) -> Logits:
         return self.run.answer(self.owner.through(observers))
@@ -269,10 +269,26 @@ class ChangedByObservers(WrappedRun):
 
 
 class ChangedByDecoding(WrappedRun):
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
-        logits = super().decode(observers)
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        logits = super().decode(observers, state=state)
         self.shift(1e-6)
         return logits
+
+
+class ChangedByDecodingAnother(WrappedRun):
+    """A state that is given to be decoded becomes the run's own."""
+
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        if state is not None:
+            self.run.state = state  # type: ignore[misc]
+        return super().decode(observers)
+
+
+class DecodesItsOwn(WrappedRun):
+    """A state that is given to be decoded is ignored."""
+
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        return super().decode(observers)
 
 
 class ChangedByRounding(WrappedRun):
@@ -428,7 +444,7 @@ def saying(**facts: Any) -> type[Wrapped]:
 
 
 class Raises(WrappedRun):
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         raise RuntimeError("no kernel image is available\nfor execution")
 
 

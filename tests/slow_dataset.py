@@ -58,7 +58,8 @@ def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSetti
     found = _whole_depth(subject, prompt, settings)
     counts = _readout(subject, settings) if looped else [None]
     found |= _attention_and_stages(subject, prompt, settings)
-    found |= _readouts(subject, prompt, counts, settings.seed)
+    full = _full_run(subject, settings) if looped else 0
+    found |= _readouts(subject, prompt, counts, full, settings.seed)
     if subject.info.exit_threshold is not None:
         found |= _exits(subject, prompt, settings)
     found["token_count"] = ((), np.array(float(len(prompt))))
@@ -209,6 +210,8 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
             found[name] = (("layer", "recurrence", "head"), away)
         most = np.array([[_most_change(trace, layer, t) for t in steps] for layer in layers])
         found["attention_bound_ratio"] = (("layer", "recurrence", "head"), found["attention_change"][1] / most)
+        moved = ((now - before) ** 2).sum(-1).mean((0, 2))
+        found["token_attention_change"] = (("recurrence", "token"), np.sqrt(moved))
         by_row = found["attention_change"][1] / np.sqrt(len(prompt))
         stable = np.full((len(layers), by_row.shape[2]), np.nan)
         for layer, head in np.ndindex(stable.shape):
@@ -278,13 +281,21 @@ def _head(attention: Array) -> dict[str, float]:
     }
 
 
+def _full_run(subject: NativeSubject, settings: AnalyzeSettings) -> int:
+    asked = subject.info.trained_recurrences if settings.exit_recurrences is None else settings.exit_recurrences
+    assert asked is not None
+    return min(asked, settings.recurrences)
+
+
 def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int]:
     trained = subject.info.trained_recurrences
-    grid = {1, 2, 4, 8, 16, 32, trained, settings.recurrences}
+    grid = {1, 2, 4, 8, 16, 32, trained, settings.recurrences, *range(1, _full_run(subject, settings) + 1)}
     return sorted(count for count in grid if count is not None and count <= settings.recurrences)
 
 
-def _readouts(subject: NativeSubject, prompt: list[int], counts: Sequence[int | None], seed: int) -> dict[str, Named]:
+def _readouts(
+    subject: NativeSubject, prompt: list[int], counts: Sequence[int | None], full: int, seed: int
+) -> dict[str, Named]:
     """Every readout from a run of its own that ends there. With an exit gate, as if the model never stopped early."""
     shares = []
     for count in counts:
@@ -294,18 +305,28 @@ def _readouts(subject: NativeSubject, prompt: list[int], counts: Sequence[int | 
             logits = _array(subject.model.unembed(trace.loop_state(count - 1)).detach())
         score = np.exp(logits - logits.max(-1, keepdims=True))
         shares.append(score / score.sum(-1, keepdims=True))
-    last = shares[-1]
     following = [(place, token) for place, token in enumerate(prompt[1:])]
     losses = [[-np.log(share[place, token]) for place, token in following] for share in shares]
     rows = {
         "token_loss": [[*row, np.nan] for row in losses],
         "token_entropy": [-(share * np.log(share)).sum(-1) for share in shares],
-        "token_kl_to_last": [(last * np.log(last / share)).sum(-1) for share in shares],
+        "token_kl_to_last": [_divergence(shares[-1], share) for share in shares],
         "token_top1": [share.argmax(-1) for share in shares],
     }
     found: dict[str, Named] = {name: (("readout_recurrence", "token"), np.array(row)) for name, row in rows.items()}
     mean = [np.mean(row) if row else np.nan for row in losses]
+    if full:
+        unknown = np.full(len(prompt), np.nan)
+        # The first so many readouts are those after 1, 2, ... recurrences.
+        steps = [unknown, *(_divergence(shares[count - 1], shares[count]) for count in range(1, full))]
+        away = [_divergence(shares[full - 1], shares[count]) for count in range(full)]
+        for name, row in (("token_kl_to_previous", steps), ("token_kl_to_full", away)):
+            found[name] = (("exit_recurrence", "token"), np.array(row))
     return found | {"loss": (("readout_recurrence",), np.array(mean))}
+
+
+def _divergence(share: Array, other: Array) -> Array:
+    return np.asarray((share * np.log(share / other)).sum(-1))
 
 
 def _exits(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
@@ -314,15 +335,17 @@ def _exits(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings)
     assert gate is not None
     weight, bias = gate.weight.detach().double().numpy()[0], float(gate.bias)
     going = np.ones(len(prompt))
-    shares = []
+    shares, stopped = [], []
     for recurrence in range(settings.recurrences):
         stop = 1 / (1 + np.exp(-(_array(trace.loop_state(recurrence)) @ weight + bias)))
         shares.append(going if recurrence == settings.recurrences - 1 else going * stop)
+        stopped.append(np.sum(shares, axis=0))
         going = going * (1 - stop)
     by_token = np.array(shares)
     return {
         "exit_probability": (("recurrence",), by_token.mean(-1)),
         "token_exit_probability": (("recurrence", "token"), by_token),
+        "token_exit_cumulated": (("recurrence", "token"), np.array(stopped)),
     }
 
 

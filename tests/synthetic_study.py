@@ -89,15 +89,18 @@ def looped_study(
         dataset |= _path(states[:recurrences], others[:recurrences])
     dataset |= _visits(states, min(recurrences, 4))
     dataset |= _stages_and_heads(*_all_visits(states, recurrences))
-    dataset |= _head_changes(recurrences, prompts)
     dataset |= attention_maps(_all_visits(states, recurrences)[1], tokens, kept=(1, 2, 4, recurrences))
+    dataset |= _head_changes(recurrences, prompts, tokens)
     dataset |= _trajectories(states[:recurrences])
-    readouts = np.array([2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences])
+    full = min(trained or 8, recurrences)
+    powers = {2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences}
+    readouts = np.array(sorted(powers | set(range(1, full + 1))))
     finite = np.isfinite(states).all(axis=(1, 3, 4))
     scatter = rng.normal(scale=0.3, size=prompts)
     losses = loss(readouts.astype(float))[:, None] + scatter + rng.normal(scale=1e-3, size=(len(readouts), prompts))
     dataset["loss"] = ("readout_recurrence", "prompt"), np.where(finite.all(axis=0), losses, np.nan)
     dataset |= _readouts(readouts, prompts, tokens)
+    dataset |= _exits(full, prompts, tokens)
     dataset["noise_floor"] = ("layer", "prompt"), np.full((LAYERS, prompts), floor)
     dataset["diverged_at"] = "prompt", np.where(finite.all(axis=0), -1, finite.argmin(axis=0))
     dataset["token_count"] = "prompt", np.full(prompts, tokens)
@@ -110,6 +113,7 @@ def looped_study(
         "site": ["last_layer", "loop_state"],
         "horizon": ["first", "second"],
         "readout_recurrence": readouts,
+        "exit_recurrence": np.arange(1, full + 1),
         "tracked_prompt": ("tracked", np.array([0])),
         "tracked_token": ("tracked", np.array([tokens - 1])),
     }
@@ -272,7 +276,7 @@ def attention_maps(sites: list[tuple[str, int, int]], tokens: int, kept: tuple[i
     }
 
 
-def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, Any]:
+def _head_changes(recurrences: int, prompts: int, tokens: int, heads: int = 2) -> dict[str, Any]:
     """Changes that shrink by half from recurrence to recurrence."""
     dims = ("layer", "recurrence", "head", "prompt")
     shrinking = 0.5 ** np.arange(recurrences)[:, None, None] * np.ones((LAYERS, recurrences, heads, prompts))
@@ -283,6 +287,10 @@ def _head_changes(recurrences: int, prompts: int, heads: int = 2) -> dict[str, A
         "attention_change": (dims, change.astype(np.float32)),
         "attention_distance_to_horizon": (dims, shrinking.astype(np.float32)),
         "attention_bound_ratio": (dims, np.full(shrinking.shape, 0.1, dtype=np.float32)),
+        "token_attention_change": (
+            ("recurrence", "prompt", "token"),
+            np.repeat(change[0, :, 0, :, None], tokens, axis=-1).astype(np.float32),
+        ),
         "head_stable_from": (("layer", "head", "prompt"), np.full((LAYERS, heads, prompts), stable)),
     }
 
@@ -299,6 +307,15 @@ def _readouts(counts: Array, prompts: int, tokens: int) -> dict[str, Any]:
         "token_kl_to_last": (dims, away),
         "token_top1": (dims, np.where(counts[:, None, None] < 4, 7, 3) * shape.astype(np.int64)),
     }
+
+
+def _exits(full: int, prompts: int, tokens: int) -> dict[str, Any]:
+    """Of the same predictions, those up to a full run."""
+    dims = ("exit_recurrence", "prompt", "token")
+    away = 0.5 ** np.arange(1, full + 1)[:, None, None] * np.ones((full, prompts, tokens))
+    step = away.copy()
+    step[0] = np.nan
+    return {"token_kl_to_previous": (dims, step), "token_kl_to_full": (dims, away - away[-1])}
 
 
 def _trajectories(states: Array) -> dict[str, Any]:

@@ -228,9 +228,10 @@ class AveragingRun:
             observer.loop_state(LoopState(self.done, self.state))
         self.done += 1
 
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
-        assert self.state is not None
-        return self.state @ self.embedding.T
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        decoded = self.state if state is None else state
+        assert decoded is not None
+        return decoded @ self.embedding.T
 
     answer = decode
 

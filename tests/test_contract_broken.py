@@ -102,6 +102,16 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     ),
     "observers that change the run": (running(broken.ChangedByObservers), {"observers"}, r"state@0 \(prompt"),
     "decoding that changes the run": (running(broken.ChangedByDecoding), {"decoding"}, r"state@1 \(prompt"),
+    "decoding another state that changes the run": (
+        running(broken.ChangedByDecodingAnother),
+        {"decoding"},
+        "after decoding on the way, the run differs at logits",
+    ),
+    "a given state that is not decoded": (
+        running(broken.DecodesItsOwn),
+        {"decoding"},
+        r"later of the state that it left, the result differs at logits@0",
+    ),
     "an error estimate that changes the run": (running(broken.ChangedByRounding), {"rounding"}, r"state@1 \(prompt"),
     "an error estimate of another shape": (
         running(broken.MisshapenRounding),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.architecture import Architecture
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
+from loopscope.measures import CHANGE_NAMES, EXIT_READOUTS, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS, VERDICT_NUMBERS
 from loopscope.passes import Plan, kept_bytes, recurrences_run
 from loopscope.settings import HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
@@ -102,11 +102,21 @@ PARTS: Mapping[Part, set[str]] = {
     "path-independence": {"path_distance", "path_cosine"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
-    "readout": {"loss", *TOKEN_READOUTS},
+    "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
     "noise-floor": {"noise_floor"},
-    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "attention_cycle_distance"},
     "maps": {"attention_map"},
+    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "token_attention_change", "attention_cycle_distance"},
     "stages": set(STAGE_NAMES),
+    "behaviour": {
+        "verdict",
+        "verdict_cosine",
+        "verdict_changes",
+        *(f"verdict_{name}" for name in VERDICT_NUMBERS),
+        "displacement",
+        "tail_path",
+        "displacement_sensitivity",
+        "cosine_sensitivity",
+    },
     "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
 }
 
@@ -163,6 +173,7 @@ def plan(**changes: Any) -> Plan:
         "tracked": (),
         "components": 1,
         "readout": (),
+        "exits": 0,
         "head_stable": 0.01,
         "skip": frozenset(),
         "first_prompt": 0,

@@ -13,7 +13,7 @@ import pytest
 
 from loopscope.answers import Criterion, quick_answers
 from loopscope.errors import ConfigError, StorageError, StudyError
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
+from loopscope.measures import CHANGE_NAMES, EXIT_READOUTS, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.report import ReportSettings, write_report
 from loopscope.study import Study
 from report_page import Page, page_of
@@ -45,6 +45,9 @@ LOOPED_FIGURES = {
     "loss",
     "final-token",
     "readout-divergence",
+    "exit-changed",
+    "exit-loss",
+    "exit-kl",
     "norm-by-layer",
     "head-change",
     "heads-stable",
@@ -168,6 +171,8 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
         "prediction_neurons",
         "suppression_neurons",
         *TOKEN_READOUTS,
+        *EXIT_READOUTS,
+        "token_attention_change",
         *HEAD_NAMES,
         *CHANGE_NAMES,
         "head_stable_from",
@@ -177,7 +182,15 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
     ]
     parts += [str(name) for name in study.dataset.coords if str(name).startswith(("depth", "map_"))]
     found = page_of(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)), tmp_path)
-    left_out = {"path-independence", "loss", "cycle-similarity", "trajectory-2d-0", "head-change", "magnitude-by-depth"}
+    left_out = {
+        "path-independence",
+        "loss",
+        "exit-changed",
+        "cycle-similarity",
+        "trajectory-2d-0",
+        "head-change",
+        "magnitude-by-depth",
+    }
     assert not found.figures.keys() & left_out
     assert not found.ids("figure") & {"head-maps", "floorplan"}
     assert "distance" in found.figures

@@ -19,7 +19,7 @@ from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPT
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 SETTINGS = AnalyzeSettings(recurrences=5, horizon=3, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2)
-GATE = {"exit_probability", "token_exit_probability"}
+GATE = {"exit_probability", "token_exit_probability", "token_exit_cumulated"}
 FEED_FORWARD_VARIABLES = {
     "cycle_similarity",
     "attention_cycle_distance",
@@ -106,7 +106,8 @@ def test_coordinates_say_what_each_entry_is(study: Study) -> None:
     assert dataset["quantile"].values.tolist() == [0.05, 0.25, 0.5, 0.75, 0.95]
     assert dataset["site"].values.tolist() == ["last_layer", "loop_state"]
     assert dataset["horizon"].values.tolist() == ["first", "second"]
-    assert dataset["readout_recurrence"].values.tolist() == [1, 2, 4, 5]
+    assert dataset["readout_recurrence"].values.tolist() == [1, 2, 3, 4, 5]
+    assert dataset["exit_recurrence"].values.tolist() == [1, 2, 3, 4]  # as many as in training
     assert dataset["visit"].values.tolist() == dataset["visit_other"].values.tolist()
     assert dataset["visit"].values.tolist() == [
         "prelude.0",

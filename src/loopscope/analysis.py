@@ -26,6 +26,7 @@ from loopscope.behaviour import (
     DisplacementSettings,
 )
 from loopscope.errors import ConfigError, PromptError
+from loopscope.hooks import HookedSubject
 from loopscope.interventions import check_recurrences, check_tokens, parse_interventions
 from loopscope.loading import as_subject, load
 from loopscope.measures import (
@@ -34,6 +35,7 @@ from loopscope.measures import (
     Arrays,
     MapChoice,
     Named,
+    can_be_judged,
     choose_maps,
     depth_sites,
     map_sites,
@@ -62,6 +64,12 @@ __all__ = ["Progress", "SilentProgress", "analyze"]
 
 _SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt")
 """Settings that say where prompts come from."""
+
+_EXITS_IF_UNKNOWN = 8
+"""Recurrences of a full run of a model whose trained number is not known: as many as most are trained with or more."""
+_EXITS_BY_RUNS = 8
+"""A model whose state cannot be set is run anew for every readout, 1 + 2 + ... + N recurrences in all; 36 for 8, a
+tenth of what an analysis runs by default. Beyond that it is done on request only."""
 
 Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
 
@@ -201,6 +209,7 @@ class _Job:
         self.progress = progress
         self.tracked = _tracked(prompts, settings) if subject.info.is_looped else []
         self.recurrences = settings.recurrences if self.info.is_looped else 0
+        self.exits = self._exit_recurrences()
         self.readout = self._readout_grid()
         self.maps, notes = choose_maps(self.info, [len(prompt.token_ids) for prompt in prompts], settings)
         size = settings.batch_size
@@ -259,6 +268,7 @@ class _Job:
             tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
             components=settings.components,
             readout=self.readout,
+            exits=self.exits,
             head_stable=settings.head_stable,
             judged_layers=self._judged_layers(),
             skip=frozenset(settings.skip),
@@ -267,7 +277,7 @@ class _Job:
         )
 
     def _judged_layers(self) -> tuple[int, ...]:
-        if "behaviour" in self.settings.skip:
+        if "behaviour" in self.settings.skip or not can_be_judged(self.settings.horizon):
             return ()
         return tuple(range(self.info.recurrent))[-1 if self.settings.judged_layers == "last" else 0 :]
 
@@ -278,18 +288,43 @@ class _Job:
         found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
         return dataclasses.replace(self.maps, rows=found) if found else None
 
+    def _exit_recurrences(self) -> int:
+        """N, the recurrences of a full run of which exit rules may save some; 0 where they are left out."""
+        settings, info = self.settings, self.info
+        if not info.is_looped or "readout" in settings.skip or settings.exit_recurrences == 0:
+            return 0
+        asked = settings.exit_recurrences
+        if asked is not None and asked > settings.recurrences:
+            raise ConfigError(
+                f"--exit-recurrences asks for {asked} recurrences, but only {settings.recurrences} are measured; raise "
+                "--recurrences."
+            )
+        count = min(info.trained_recurrences or _EXITS_IF_UNKNOWN, settings.recurrences) if asked is None else asked
+        reason = None
+        if isinstance(self.subject, HookedSubject) and self.subject.facts.foresees:
+            reason = "its loop depends on how often it will run, so that it cannot be stopped on the way"
+        elif asked is None and not info.state_can_be_set and count > _EXITS_BY_RUNS:
+            reason = (
+                f"reading it out after each of {count} recurrences takes {count * (count + 1) // 2} more of them; ask "
+                f"for it with --exit-recurrences {count}"
+            )
+        if reason is not None:
+            self.progress.note(f"Exit rules are left out for {info.name}: {reason}.")
+            return 0
+        return count
+
     def _readout_grid(self) -> tuple[int, ...]:
         if not self.info.is_looped:
             return (1,)
         if not self.settings.readout:
-            return readout_grid(self.info.trained_recurrences or 1, self.settings.recurrences)
+            return readout_grid(self.info.trained_recurrences or 1, self.settings.recurrences, self.exits)
         if max(self.settings.readout) > self.settings.recurrences:
             raise ConfigError(
                 f"--readout asks for {max(self.settings.readout)} recurrences, but only "
                 f"{self.settings.recurrences} are "
                 "measured; raise --recurrences."
             )
-        return tuple(sorted(set(self.settings.readout)))
+        return tuple(sorted({*self.settings.readout, *range(1, self.exits + 1)}))
 
     def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
         """All shards as one study."""
@@ -357,6 +392,7 @@ class _Job:
                 for method, grid in (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
                 for other, values in zip(("", "_other"), grid.values, strict=True)
             },
+            "exit_recurrence": list(range(1, self.exits + 1)),
         }
         coordinates = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
         if "depth" in lengths:

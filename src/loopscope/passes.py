@@ -59,6 +59,8 @@ class Plan:
     """(row of the batch, token from 0)."""
     components: int
     readout: tuple[int, ...]
+    exits: int
+    """Every state up to so many recurrences is decoded and compared with the one before; 0 for none."""
     head_stable: float
     """Root mean square change of a row below which a head is stable."""
     judged_layers: tuple[int, ...]
@@ -164,7 +166,7 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
     else:
         advance(run, 0, plan.recurrences, [convergence, *live.observers], measured=True)
     if live.readout is not None:
-        live.readout.decode(partial(_decode, runs))
+        live.readout.decode(partial(_decode, runs, run))
     arrays = Arrays()
     for part in (convergence.finish(), horizon.finish(), live.finish(), floor):
         arrays.update(part)
@@ -204,14 +206,13 @@ def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
     return arrays
 
 
-def _decode(runs: _Runs, recurrences: int, state: States | None) -> Logits:
-    """Logits after so many recurrences: of a run that starts where the measured one stood, if that can be had."""
+def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) -> Logits:
+    """Logits after so many recurrences of the measured run, whose state was this; of another run if it takes none."""
     if runs.subject.info.state_can_be_set:
-        run = runs.start(0, initial_state=state)
-    else:
-        run = runs.start(recurrences)
-        for _ in range(recurrences):
-            run.advance()
+        return measured.decode(state=state)
+    run = runs.start(recurrences)
+    for _ in range(recurrences):
+        run.advance()
     logits = run.decode()
     run.close()
     return logits
@@ -261,7 +262,7 @@ class _Live:
         if "stages" not in plan.skip:
             self.stages = StageMeasures(frame)
         if "readout" not in plan.skip:
-            self.readout = Readout(frame, runs.batch, plan.readout)
+            self.readout = Readout(frame, runs.batch, plan.readout, plan.exits)
         if "trajectories" not in plan.skip and plan.tracked and frame.info.is_looped:
             self.trajectories = Trajectories(frame, plan.tracked, plan.components)
         if frame.info.is_looped and _has_other_path(frame.info, plan):

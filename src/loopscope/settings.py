@@ -108,6 +108,9 @@ class AnalyzeSettings:
     readout: tuple[int, ...] = ()
     """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
     given."""
+    exit_recurrences: int | None = None
+    """Recurrences of a full run, of which an exit rule might save some: the state is decoded after each of them,
+    besides --readout. The trained number unless given; 0 leaves exit rules out."""
     head_stable: float = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
@@ -137,6 +140,8 @@ class AnalyzeSettings:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.horizon < 2:
             raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
+        if self.exit_recurrences is not None and self.exit_recurrences < 0:
+            raise ConfigError(f"--exit-recurrences must not be negative, got {self.exit_recurrences}.")
         if not self.head_stable > 0:
             raise ConfigError(f"--head-stable must be positive, got {self.head_stable}.")
         for name in ("map_tokens", "map_limit"):

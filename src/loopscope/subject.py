@@ -124,8 +124,12 @@ class Run(Protocol):
     def advance(self, observers: Iterable[Observer] = ()) -> None:
         """Run one recurrence."""
 
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
-        """Logits of the state as it stands; the run can go on afterwards."""
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        """Logits of the state as it stands; the run can go on afterwards.
+
+        `state` is decoded instead, where it is given: a loop state of the same tokens, such as an earlier one of this
+        run. A subject whose state cannot be set (`info.state_can_be_set`) refuses it with a `ConfigError`.
+        """
 
     def answer(self, observers: Iterable[Observer] = ()) -> Logits:
         """What the model itself answers after the recurrences so far.
@@ -302,8 +306,8 @@ class NativeRun:
         self._recurrence += 1
 
     @torch.no_grad()
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
-        return self._model.decode(self.state, self._sequence, observers)
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        return self._model.decode(self.state if state is None else state, self._sequence, observers)
 
     @torch.no_grad()
     def answer(self, observers: Iterable[Observer] = ()) -> Logits:

@@ -54,12 +54,23 @@ class Criterion:
     any pattern the share is about one over the number of recurrences."""
     loss_tolerance: float = 0.01
     """Differences of the mean loss below this many nats are no difference: 1 % in perplexity."""
+    saving_needed: float = 0.1
+    """An exit rule that saves less than this share of the recurrences saves hardly any, and one that takes so little
+    less than a fixed number does no better than that: stopping tokens one by one costs something too, and its threshold
+    was chosen on the prompts it is judged on."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"The criterion {field.name} must be a positive finite number, got {value}.")
-        for name in ("slowing_ratio", "tokens_needed", "prompts_needed", "degenerate_cosine", "repetition_needed"):
+        for name in (
+            "slowing_ratio",
+            "tokens_needed",
+            "prompts_needed",
+            "degenerate_cosine",
+            "repetition_needed",
+            "saving_needed",
+        ):
             if getattr(self, name) > 1:
                 raise ConfigError(f"The criterion {name} must be at most 1, got {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""When is the answer final, token by token, and what would stopping early have cost?"""
+"""When is the answer final, token by token?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.statistics import mean
 from loopscope.answers.view import StudyView
-from loopscope.answers.wording import percent, plural, significant
+from loopscope.answers.wording import percent, plural, significant, spans
 
 __all__ = ["final_answer", "final_from"]
 
@@ -31,6 +31,8 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
     divergence = view.finite["token_kl_to_last"].transpose("readout_recurrence", "prompt", "token").values
     evidence: dict[str, float | str] = {}
     for index, count in enumerate(counts):
+        if count & (count - 1) and count != view.trained and index not in (enough, len(counts) - 1):
+            continue  # of many readouts those at powers of two are enough to see the course
         evidence[f"tokens_final_after_{count}"] = share[index]
         evidence[f"kl_to_last_after_{count}"] = mean(divergence[index])
     last = counts[-1]
@@ -56,7 +58,7 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence=sentence,
         evidence=evidence,
         figure="final-token",
-        limits=[f"Read out at {', '.join(map(str, counts))} recurrences only; between them the answer may differ."],
+        limits=[f"Read out at {spans(counts)} recurrences only; between them the answer may differ."],
         criterion=criterion,
     )
 

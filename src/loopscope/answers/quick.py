@@ -6,6 +6,7 @@ from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.arrival import arrival_answer
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.depth import trained_depth_answer
+from loopscope.answers.early_exit import exit_rule_answer
 from loopscope.answers.exits import final_answer
 from loopscope.answers.fixed_point import fixed_point_answer
 from loopscope.answers.heads import heads_answer
@@ -27,6 +28,7 @@ _LOOPED = (
     initial_state_answer,
     loss_answer,
     final_answer,
+    exit_rule_answer,
     heads_answer,
     stages_answer,
 )

@@ -47,6 +47,8 @@ class StudyView:
     """`unknown` for a model that is seen from outside."""
     head_stable: float
     """Root mean square change of a map's rows below which a head is stable; NaN if heads were not measured."""
+    exit_threshold: float | None
+    """Cumulated probability at which the model's own exit gate stops a token; None without a gate."""
     dtype: str
     """In which the states were computed."""
     interventions: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def view_study(study: Study) -> StudyView:
         trained=int(trained) if trained is not None else None,
         injection=injection,
         head_stable=float(manifest["settings"].get("head_stable", np.nan)),
+        exit_threshold=None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
         dtype=dtype,
         interventions=tuple(manifest["settings"].get("intervene", ())),
     )

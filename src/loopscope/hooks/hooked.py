@@ -262,8 +262,13 @@ class HookedRun:
         self.state = self._run_to(LoopState, tuple(observers)).state
         self._done += 1
 
-    def decode(self, observers: Iterable[Observer] = ()) -> Logits:
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         self._check_open()
+        if state is not None:
+            raise ConfigError(
+                f"{self._subject.info.name} is run through hooks, which cannot give its coda another state to decode; "
+                "start a run of that many recurrences."
+            )
         observers = tuple(observers)
         if self._decoded is None:
             self._decoded = self._decode()

@@ -20,7 +20,7 @@ from loopscope.measures.attention import (
     uniform_causal_sink,
 )
 from loopscope.measures.base import Arrays, Frame, Measure, Named
-from loopscope.measures.behaviour import CHANGES, VERDICT_NUMBERS, Behaviour, StateTails, behaviour_spans
+from loopscope.measures.behaviour import CHANGES, VERDICT_NUMBERS, Behaviour, StateTails, behaviour_spans, can_be_judged
 from loopscope.measures.convergence import LEVELS, Convergence
 from loopscope.measures.depth import depth_of, depth_sites
 from loopscope.measures.floor import noise_floor
@@ -38,7 +38,14 @@ from loopscope.measures.horizon import HorizonStates
 from loopscope.measures.maps import AttentionMaps, MapChoice, choose_maps, map_recurrences, map_sites, map_tokens
 from loopscope.measures.neurons import KURTOSIS, neuron_moments, neuron_operations, neurons
 from loopscope.measures.path import PathIndependence
-from loopscope.measures.readout import TOKEN_READOUTS, Readout, next_token_loss, readout_grid
+from loopscope.measures.readout import (
+    EXIT_READOUTS,
+    TOKEN_READOUTS,
+    Readout,
+    kl_divergence,
+    next_token_loss,
+    readout_grid,
+)
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
 from loopscope.measures.stages import (
     STAGE_NAMES,
@@ -53,6 +60,7 @@ from loopscope.measures.trajectories import Trajectories, principal_components
 __all__ = [
     "CHANGES",
     "CHANGE_NAMES",
+    "EXIT_READOUTS",
     "HEAD_NAMES",
     "KURTOSIS",
     "LEVELS",
@@ -79,6 +87,7 @@ __all__ = [
     "Trajectories",
     "attention_distance",
     "behaviour_spans",
+    "can_be_judged",
     "choose_maps",
     "colsum_concentration",
     "cosine",
@@ -88,6 +97,7 @@ __all__ = [
     "depth_sites",
     "distance",
     "encode_maps",
+    "kl_divergence",
     "layer_cosine",
     "map_recurrences",
     "map_sites",

@@ -24,7 +24,7 @@ from loopscope.behaviour import (
 from loopscope.measures.base import Arrays, Frame, Named
 from loopscope.visits import Observer, Visit
 
-__all__ = ["CHANGES", "VERDICT_NUMBERS", "Behaviour", "Span", "StateTails", "behaviour_spans"]
+__all__ = ["CHANGES", "VERDICT_NUMBERS", "Behaviour", "Span", "StateTails", "behaviour_spans", "can_be_judged"]
 
 CHANGES = ("window", "horizon", "seed")
 """What a verdict is tried against."""
@@ -61,6 +61,11 @@ class StateTails(Observer):
 
     def drop(self, layer: int) -> None:
         self._states[layer].clear()
+
+
+def can_be_judged(horizon: int) -> bool:
+    """Whether twice the horizon is long enough for a verdict."""
+    return 2 * horizon >= DisplacementSettings().least_recurrences
 
 
 def behaviour_spans(recurrences: int, horizon: int) -> tuple[Span, Span | None, Span | None]:

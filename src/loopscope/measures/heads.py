@@ -64,6 +64,10 @@ class HeadMeasures(Measure):
         self._changes = np.full(changes, np.nan, dtype=np.float32)
         self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
         self._before: list[AttentionView | None] = [None] * info.recurrent
+        # Of each row, over the heads of the layers that can be seen: sum of squared changes, and how many there are.
+        moved = (frame.recurrences, frame.prompts, frame.tokens)
+        self._moved = torch.zeros(moved, dtype=torch.float64, device=frame.mask.device)
+        self._moving = np.zeros(frame.recurrences)
 
     def visit(self, visit: Visit) -> None:
         view = visit.attention
@@ -97,7 +101,13 @@ class HeadMeasures(Measure):
                 tile = view.tile(start, stop)
                 sums[index].add(tile, start)
                 for place, reference in enumerate((last, fixed)):
-                    squares[place, index] += torch.nan if reference is None else _square_distance(tile, reference)
+                    if reference is None:
+                        squares[place, index] = torch.nan
+                        continue
+                    rows = _square_distances(tile, reference)
+                    squares[place, index] += rows.sum(-1)
+                    if place == 0:
+                        self._moved[pending[index][0], :, start:stop] += rows.sum(1)
                 last = tile
         distances = squares.sqrt()
         bounds = torch.stack(
@@ -108,6 +118,7 @@ class HeadMeasures(Measure):
         )
         values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2).cpu().numpy()
         for index, (recurrence, _) in enumerate(pending):
+            self._moving[recurrence] += 0 if before is None and index == 0 else self._heads
             self._keep(depth_of(self.frame, "recurrent", layer, recurrence), sums[index])
             self._changes[:, layer, recurrence] = values[:, index]
         self._before[layer] = views[-1]
@@ -128,7 +139,15 @@ class HeadMeasures(Measure):
             by_row = self._changes[0] / np.sqrt(self.frame.counts.cpu().numpy())
             found = stable_from(np.moveaxis(by_row, 1, -1), self._stable)
             arrays.per_prompt["head_stable_from"] = Named(("layer", "head", "prompt"), found)
+            arrays.per_prompt["token_attention_change"] = self._token_change()
         return arrays
+
+    def _token_change(self) -> Named:
+        """Root mean square change of a token's own rows, over all heads and layers that can be seen."""
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to compare with
+            change = np.sqrt(self._moved.cpu().numpy() / self._moving[:, None, None])
+        change[:, ~self.frame.mask.cpu().numpy()] = np.nan
+        return Named(("recurrence", "prompt", "token"), change.astype(np.float32))
 
 
 class _Sums:
@@ -167,9 +186,9 @@ class _Sums:
         return torch.stack([value.T for value in values])
 
 
-def _square_distance(tile: Tensor, reference: Tensor) -> Tensor:
-    """Squared Frobenius distance of two tiles, (batch, head)."""
-    away: Tensor = torch.linalg.vector_norm((tile - reference).flatten(2), dim=-1)
+def _square_distances(tile: Tensor, reference: Tensor) -> Tensor:
+    """Squared Euclidean distances of the rows of two tiles, (batch, head, row)."""
+    away: Tensor = torch.linalg.vector_norm(tile - reference, dim=-1)
     return away.double().square()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +14,19 @@ from torch.nn import functional
 from loopscope._shapes import Logits, States
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
 from loopscope.measures.functions import widen
-from loopscope.model.exit import exit_distribution
+from loopscope.model.exit import exit_cumulated, exit_distribution
 from loopscope.subject import Batch
 from loopscope.visits import LoopState
 
-__all__ = ["TOKEN_READOUTS", "Decode", "Readout", "next_token_loss", "readout_grid"]
+__all__ = [
+    "EXIT_READOUTS",
+    "TOKEN_READOUTS",
+    "Decode",
+    "Readout",
+    "kl_divergence",
+    "next_token_loss",
+    "readout_grid",
+]
 
 Decode = Callable[[int, States | None], Logits]
 """Logits after a number of recurrences, of which the loop state is at hand; None in a model without a loop."""
@@ -25,11 +34,19 @@ Decode = Callable[[int, States | None], Logits]
 TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_top1")
 """Per readout, prompt and token."""
 
+EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
+"""Per number of recurrences at which a token may stop, prompt and token."""
 
-def readout_grid(trained: int, recurrences: int) -> tuple[int, ...]:
-    """Powers of two up to the measured number, that number itself, and the trained one."""
-    powers = [2**exponent for exponent in range(recurrences.bit_length()) if 2**exponent <= recurrences]
-    return tuple(sorted({*powers, recurrences, *((trained,) if trained <= recurrences else ())}))
+_PIECE_ENTRIES = 2**20
+"""Logits that are reduced together, in float64: 8 MiB and a few temporaries, however large the vocabulary is."""
+
+
+def readout_grid(trained: int, recurrences: int, exits: int = 0) -> tuple[int, ...]:
+    """Powers of two up to the measured number, that number itself, the trained one, and every one up to `exits`."""
+    powers = [2**exponent for exponent in range(recurrences.bit_length())]
+    return tuple(
+        sorted(count for count in {*powers, recurrences, trained, *range(1, exits + 1)} if count <= recurrences)
+    )
 
 
 def next_token_loss(logits: Logits, batch: Batch) -> Float[Tensor, " batch"]:
@@ -40,18 +57,60 @@ def next_token_loss(logits: Logits, batch: Batch) -> Float[Tensor, " batch"]:
     return torch.where(counted, loss, 0.0).sum(-1) / counted.sum(-1)
 
 
+def kl_divergence(
+    log_p: Float[Tensor, "*shape vocabulary"], log_q: Float[Tensor, "*shape vocabulary"]
+) -> Float[Tensor, "*shape"]:
+    """`KL(p || q) = sum_v p_v (log p_v - log q_v)`, nats, of logarithms of probabilities; at least 0.
+
+    Take it in float64: a small divergence is the difference of large sums, and in float32 nothing below about 1e-7 is
+    resolved.
+    """
+    return _expected(log_p.exp(), log_p - log_q).clamp(min=0.0)
+
+
+def _expected(shares: Tensor, values: Tensor) -> Tensor:
+    """Mean of values under a distribution over the last dimension. What has no probability counts for nothing,
+    whatever its value."""
+    return torch.where(shares == 0, 0.0, shares * values).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prediction:
+    """A readout that others are compared with."""
+
+    logits: Logits
+    normalizer: Tensor
+    """`log sum_v exp(logit_v)`, float64, (batch, token)."""
+
+    def log_shares(self, place: tuple[int, slice]) -> Float[Tensor, "token vocabulary"]:
+        """Of some tokens of one prompt, float64."""
+        return self.logits[place].double() - self.normalizer[place][:, None]
+
+
 class Readout(Measure):
     """Keeps the loop state after chosen numbers of recurrences, and the exit gate's answers; decodes them at the end.
 
-    The last one is decoded first, for the others are compared with it. A feed-forward model has one, numbered 1.
+    The last one is decoded first, for the others are compared with it. A feed-forward model has one, numbered 1. Up to
+    `exits` recurrences, a full run, every state is decoded, and its prediction is compared with the one before it and
+    with the full run's: what rules that stop a token early go by, and what they cost.
+
+    Of the logits four are there at a time: those of the last readout, of the full run, of the one decoded just before,
+    and of the one that is being reduced, in small pieces.
     """
 
-    def __init__(self, frame: Frame, batch: Batch, grid: Sequence[int]) -> None:
+    def __init__(self, frame: Frame, batch: Batch, grid: Sequence[int], exits: int = 0) -> None:
         self.frame = frame
-        self.grid = tuple(grid)
+        self.grid = tuple(sorted({*grid, *range(1, exits + 1)}))
+        self.exits = exits
         self._batch = batch.to(frame.mask.device)
+        self._lengths = frame.counts.tolist()
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
+        shape = (frame.prompts, frame.tokens)
+        self._tokens = np.full((3, len(self.grid), *shape), np.nan, dtype=np.float32)
+        self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
+        self._losses = np.full((len(self.grid), frame.prompts), np.nan)
+        self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=np.float32)
 
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence + 1 in self.grid:
@@ -61,43 +120,87 @@ class Readout(Measure):
 
     def decode(self, decode: Decode) -> None:
         """To be called once, when the run is over."""
-        shape = (len(self.grid), self.frame.prompts, self.frame.tokens)
-        self._tokens = np.full((3, *shape), np.nan, dtype=np.float32)
-        self._top1 = np.full(shape, -1, dtype=np.int64)
-        self._losses = np.full(shape[:2], np.nan)
-        last: Tensor | None = None
-        for place in reversed(range(len(self.grid))):
-            logits = decode(self.grid[place], self._states.get(self.grid[place]))
-            self._losses[place] = next_token_loss(logits, self._batch).double().cpu().numpy()
-            log_shares = widen(logits).log_softmax(-1)
-            last = log_shares if last is None else last
-            self._keep(place, log_shares, last)
-        self._states.clear()
+        last: _Prediction | None = None
+        full: _Prediction | None = None
+        after: _Prediction | None = None
+        for count in reversed(self.grid):
+            logits = decode(count, self._states.pop(count, None))
+            normalizer = torch.full(logits.shape[:2], torch.nan, dtype=torch.float64, device=logits.device)
+            for place in self._pieces(logits):
+                normalizer[place] = logits[place].double().logsumexp(-1)
+            now = _Prediction(logits, normalizer)
+            last = now if last is None else last
+            self._keep(count, now, last)
+            if count == self.exits:
+                full, after = now, None
+            if full is not None:
+                self._keep_exit(count, now, full, after)
+            after = now
 
-    def _keep(self, place: int, log_shares: Tensor, last: Tensor) -> None:
+    def _pieces(self, logits: Logits) -> Iterator[tuple[int, slice]]:
+        """All tokens, (row, some tokens) at a time."""
+        size = max(1, _PIECE_ENTRIES // logits.shape[-1])
+        for row, length in enumerate(self._lengths):
+            for start in range(0, length, size):
+                yield row, slice(start, min(start + size, length))
+
+    def _keep(self, count: int, now: _Prediction, last: _Prediction) -> None:
         """Token by token: loss of the next token, entropy, divergence from the last readout, and the top token."""
         mask = self.frame.mask
-        targets = self._batch.input_ids[:, 1:, None]
-        loss = torch.full_like(log_shares[..., 0], torch.nan)
-        loss[:, :-1] = torch.where(mask[:, 1:], -log_shares[:, :-1].gather(-1, targets)[..., 0], torch.nan)
-        shares = log_shares.exp()
-        entropy = -(shares * log_shares).sum(-1)
-        divergence = (last.exp() * (last - log_shares)).sum(-1)
-        values = torch.stack((loss, entropy, divergence)).masked_fill(~mask, torch.nan)
-        self._tokens[:, place] = values.float().cpu().numpy()
-        self._top1[place] = log_shares.argmax(-1).masked_fill(~mask, -1).cpu().numpy()
+        targets = self._batch.input_ids.roll(-1, dims=1)
+        values = torch.full((3, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
+        top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
+        for place in self._pieces(now.logits):
+            log_shares = now.log_shares(place)
+            values[0][place] = -log_shares.gather(-1, targets[place][:, None])[:, 0]
+            values[1][place] = -_expected(log_shares.exp(), log_shares)
+            values[2][place] = kl_divergence(last.log_shares(place), log_shares)
+            top1[place] = log_shares.argmax(-1)
+        followed = functional.pad(mask[:, 1:], (0, 1))
+        values[0].masked_fill_(~followed, torch.nan)
+        index = self.grid.index(count)
+        self._losses[index] = masked_mean(values[0], followed).cpu().numpy()
+        self._tokens[:, index] = values.float().cpu().numpy()
+        self._top1[index] = top1.cpu().numpy()
+
+    def _keep_exit(self, count: int, now: _Prediction, full: _Prediction, after: _Prediction | None) -> None:
+        """Token by token: the divergence of this prediction from the full run's, and of the one after from this."""
+        values = torch.full((2, *now.logits.shape[:2]), torch.nan, dtype=torch.float64, device=now.logits.device)
+        for place in self._pieces(now.logits):
+            log_shares = now.log_shares(place)
+            values[0][place] = kl_divergence(full.log_shares(place), log_shares)
+            if after is not None:
+                values[1][place] = kl_divergence(log_shares, after.log_shares(place))
+        to_full, to_this = values.float().cpu().numpy()
+        self._to_full[count - 1] = to_full
+        if after is not None:
+            self._to_previous[count] = to_this
 
     def finish(self) -> Arrays:
         arrays = Arrays({"loss": Named(("readout_recurrence", "prompt"), self._losses)})
         dims = ("readout_recurrence", "prompt", "token")
         for name, values in zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True):
             arrays.per_prompt[name] = Named(dims, values)
+        if self.exits:
+            dims = ("exit_recurrence", "prompt", "token")
+            for name, values in zip(EXIT_READOUTS, (self._to_previous, self._to_full), strict=True):
+                arrays.per_prompt[name] = Named(dims, values)
         if self._gates:
-            distribution = exit_distribution(self._gates).movedim(-1, 0)
-            mean = masked_mean(distribution, self.frame.mask)
-            tokens = distribution.masked_fill(~self.frame.mask, torch.nan)
-            arrays.per_prompt["exit_probability"] = Named(("recurrence", "prompt"), mean.double().cpu().numpy())
-            arrays.per_prompt["token_exit_probability"] = Named(
-                ("recurrence", "prompt", "token"), tokens.float().cpu().numpy()
-            )
+            arrays.update(self._exit_gate())
         return arrays
+
+    def _exit_gate(self) -> Arrays:
+        """What the model's own gate says, mean over tokens and token by token."""
+        mask = self.frame.mask
+        distribution = exit_distribution(self._gates)
+        cumulated = exit_cumulated(distribution).masked_fill(~mask[..., None], torch.nan).movedim(-1, 0)
+        tokens = distribution.masked_fill(~mask[..., None], torch.nan).movedim(-1, 0)
+        mean = masked_mean(distribution.movedim(-1, 0), mask)
+        dims = ("recurrence", "prompt", "token")
+        return Arrays(
+            {
+                "exit_probability": Named(dims[:2], mean.double().cpu().numpy()),
+                "token_exit_probability": Named(dims, tokens.float().cpu().numpy()),
+                "token_exit_cumulated": Named(dims, widen(cumulated).cpu().numpy()),
+            }
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope._shapes import States, TokenValues
 
-__all__ = ["ExitRule", "exit_distribution", "exit_step"]
+__all__ = ["ExitRule", "exit_cumulated", "exit_distribution", "exit_step"]
 
 
 def exit_distribution(gates: Sequence[TokenValues]) -> Tensor:
@@ -27,12 +27,19 @@ def exit_distribution(gates: Sequence[TokenValues]) -> Tensor:
     return torch.stack([*shares, survival], dim=-1)
 
 
+def exit_cumulated(distribution: Tensor) -> Tensor:
+    """Probability to have stopped, (batch, token, recurrence), as it is compared with a threshold: summed up in float64
+    and rounded to the gate's dtype. Near a threshold of 1 the last bit decides where a token stops.
+    """
+    return distribution.cumsum(-1, dtype=torch.float64).to(distribution.dtype)
+
+
 def exit_step(distribution: Tensor, threshold: float) -> Tensor:
     """The first recurrence, from 0, whose cumulated probability reaches the threshold, (batch, token).
 
     The last one where none does.
     """
-    reached = distribution.cumsum(-1, dtype=torch.float64).to(distribution.dtype) >= threshold
+    reached = exit_cumulated(distribution) >= threshold
     last = distribution.shape[-1] - 1
     return torch.where(reached.any(-1), reached.int().argmax(-1), last)
 
@@ -60,7 +67,7 @@ class ExitRule:
         stop = gate.sigmoid()
         self._cumulated = self._cumulated + self._survival * stop
         self._survival = self._survival * (1 - stop)
-        # Summed up and rounded as in exit_step: near a threshold of 1 the last bit decides where a token stops.
+        # Summed up and rounded as in exit_cumulated.
         now = (self._cumulated.to(gate.dtype) >= self._threshold) & ~self._stopped
         self._kept = torch.where(now[..., None], state, self._kept)
         self._stopped = self._stopped | now

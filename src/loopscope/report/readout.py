@@ -8,12 +8,16 @@ import plotly.graph_objects as go
 from loopscope.answers.exits import final_from
 from loopscope.answers.statistics import mean, quantile
 from loopscope.report.axes import mark_vertical, scale_y
+from loopscope.report.exit_rules import exit_rule_figures
 from loopscope.report.figure import Figure, Section
-from loopscope.report.lines import by_layer
+from loopscope.report.lines import by_layer, powers_of_two
 from loopscope.report.material import Material, median_over_prompts, positive
 from loopscope.report.style import CATEGORIES, base_figure
 
 __all__ = ["readout_section"]
+
+_MOST_TICKS = 12
+"""Numbers of recurrences that an axis names one by one; of more, the powers of two."""
 
 
 def readout_section(material: Material) -> Section:
@@ -27,6 +31,7 @@ def readout_section(material: Material) -> Section:
         figures += [_final(material), _divergence(material)]
     if "exit_probability" in material.shown:
         figures.append(_exits(material))
+    figures += exit_rule_figures(material)
     return Section(
         anchor="readout",
         short="Start and loss",
@@ -158,7 +163,8 @@ def _over_readouts(material: Material, y_title: str) -> go.Figure:
     """An empty figure over the numbers of recurrences at which the model was read out."""
     counts = material.shown["readout_recurrence"].values
     figure = base_figure("recurrences before the readout", y_title)
-    figure.update_xaxes(type="log", tickvals=counts, ticktext=[str(count) for count in counts])
+    ticks = counts if len(counts) <= _MOST_TICKS else powers_of_two(int(counts[-1]))
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(count) for count in ticks])
     trained = material.view.trained
     if trained is not None and counts[0] <= trained <= counts[-1]:
         mark_vertical(figure, trained, f"trained: {trained}", log=True)

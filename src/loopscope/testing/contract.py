@@ -40,7 +40,9 @@ _CHECKS = (
     _Check("seed", "another seed gives another random state", runs.seed_decides),
     _Check("initial state", "a given initial state is honoured", runs.initial_state_is_honoured),
     _Check("observers", "watching a run changes nothing", runs.observing_changes_nothing),
-    _Check("decoding", "logits on the way leave the run as it was", runs.decoding_disturbs_nothing),
+    _Check(
+        "decoding", "logits on the way, or of a given state, leave the run as it was", runs.decoding_disturbs_nothing
+    ),
     _Check("rounding", "the rounding error is told and changes nothing", runs.rounding_error_is_told),
     _Check("turns", "two runs can be advanced in turn", runs.runs_take_turns),
     _Check("abandoned", "a run closed on the way leaves nothing behind", runs.abandoned_runs_leave_nothing),

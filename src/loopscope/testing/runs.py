@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loopscope._shapes import States
 from loopscope.errors import LoopscopeError
 from loopscope.subject import Batch
 from loopscope.testing.announcements import require_visits
@@ -168,19 +169,34 @@ def observing_changes_nothing(bench: Bench) -> str:
 
 
 def decoding_disturbs_nothing(bench: Bench) -> str:
-    """Logits asked for on the way are those of a shorter run, and leave the run as it was."""
+    """Logits asked for on the way are those of a shorter run, or of a state that is given, and leave the run as it
+    was.
+    """
     if not bench.info.is_looped:
         raise CheckSkipped("it has no loop")
     decoded: list[Tensor] = []
+    again: Tensor | None = None
     with recorded(bench.subject, bench.batch, bench.recurrences, seed=bench.seed, observed=False) as run:
+        first: States | None = None
         for _ in range(bench.recurrences):
             run.advance()
             try:
                 decoded.append(run.recording.at_tokens(run.run.decode()))
             except LoopscopeError as error:
                 raise CheckSkipped(f"it cannot be decoded on the way: {error}") from error
+            first = run.run.state if first is None else first
+        if bench.info.state_can_be_set and first is not None:
+            again = run.recording.at_tokens(run.run.decode(state=first))
         whole = run.finish()
     result = _same(bench, whole, bench.unobserved, "after decoding on the way, the run differs")
+    if again is not None:
+        require_close(
+            {"logits@0": again},
+            {"logits@0": decoded[0]},
+            bench.main.places,
+            bench.tolerances.repeated,
+            "decoded after the first recurrence, and later of the state that it left, the result differs",
+        )
     if bench.same_loop:
         _decoded_shorter(bench, decoded[0])
     return result

@@ -1,0 +1,207 @@
+"""Would an exit rule have saved recurrences?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
+from loopscope.answers.statistics import PairedDifference, mean, paired_difference
+from loopscope.answers.stopping import constant_at
+from loopscope.answers.view import StudyView
+from loopscope.answers.wording import percent, significant
+
+__all__ = ["exit_rule_answer"]
+
+_QUESTION = "Would an exit rule have saved recurrences?"
+_LIMITS = (
+    "Exit rules are judged by the states of a full run: a token that stops does not change what the others read, as it "
+    "would if the loop stopped computing it.",
+    "The threshold of an exit rule was chosen on the prompts that it is judged on; on others it may save or cost "
+    "something else.",
+)
+_DECODES = (
+    "A rule that compares predictions reads the model out after every recurrence; that work is not counted against "
+    "what it saves."
+)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A rule under one threshold."""
+
+    rule: StoppingRule
+    threshold: float
+    costs: xarray.Dataset
+    """By prompt."""
+
+    def mean(self, name: str) -> float:
+        return mean(self.costs[name].values)
+
+    @property
+    def recurrences(self) -> float:
+        return self.mean("recurrences")
+
+    @property
+    def loss(self) -> PairedDifference:
+        """To the full run, positive where stopping costs."""
+        difference = self.costs["loss_difference"].values
+        return paired_difference(difference, np.zeros_like(difference))
+
+    def evidence(self, prefix: str, full: int) -> dict[str, float | str]:
+        return {
+            f"{prefix}_rule": self.rule.name,
+            f"{prefix}_threshold": self.threshold,
+            f"{prefix}_recurrences": self.recurrences,
+            f"{prefix}_saved": 1 - self.recurrences / full,
+            f"{prefix}_tokens_changed": self.mean("changed"),
+            f"{prefix}_loss_difference": self.loss.mean,
+            f"{prefix}_loss_half_width": self.loss.half_width,
+            f"{prefix}_kl_to_full": self.mean("kl"),
+        }
+
+
+def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """The rule that takes fewest recurrences within tolerance of a full run, against the same number for all tokens."""
+    if not view.finite.sizes["prompt"]:
+        return _unanswered("it diverges", "Every prompt diverged, so there is no answer to stop at.", criterion)
+    tables = tables_of(view, view.finite)
+    if tables is None:
+        return _unanswered("not measured", "The model was not read out after each recurrence of a full run.", criterion)
+    full = tables.recurrences
+    if full == 1:
+        return _unanswered("nothing to save", "A full run is one recurrence.", criterion)
+    best, cheapest = _best(tables, criterion)
+    constant = _constant_within(tables.constant, criterion)
+    evidence: dict[str, float | str] = {"full_run": float(full), "constant_recurrences": constant}
+    evidence |= {f"{key}_recurrences": point.recurrences for key, point in cheapest.items()}
+    if best is not None:
+        evidence |= best.evidence("best", full)
+        evidence["best_saved_of_measured"] = 1 - best.recurrences / view.recurrences
+        evidence |= _over_constant(best, tables)
+    outcome, verdict, sentence = _verdict(best, constant, full, criterion)
+    gate = _own_gate(tables)
+    if gate is not None:
+        evidence |= gate.evidence("own_gate", full)
+        sentence += _gate_sentence(gate, full)
+    return Answer(
+        key="exit_rule",
+        question=_QUESTION,
+        outcome=outcome,
+        verdict=verdict,
+        sentence=sentence,
+        evidence=evidence,
+        figure="exit-changed",
+        limits=[*_LIMITS, *([_DECODES] if best is not None and best.rule.decodes else [])],
+        criterion=criterion,
+    )
+
+
+def _verdict(best: _Point | None, constant: float, full: int, criterion: Criterion) -> tuple[Outcome, str, str]:
+    """Outcome, verdict and sentence for the best rule, of which a fixed number within tolerance is the rival."""
+    enough = 1 - criterion.saving_needed
+    if best is None or best.recurrences > enough * full:
+        fewest = full if best is None else best.recurrences
+        kept = f"{percent(criterion.tokens_needed)} of the most probable next tokens kept"
+        sentence = (
+            f"No: with {kept} and the loss at most {criterion.loss_tolerance:g} nats higher, no rule takes fewer than "
+            f"{significant(fewest, 3)} of the {full} recurrences of a full run on average."
+        )
+        return Outcome.NO, "hardly any", sentence
+    saved, fixed = percent(1 - best.recurrences / full), significant(constant, 2)
+    takes = f"the best rule takes {significant(best.recurrences, 2)} of the {full} recurrences of a full run on average"
+    rule = f"It stops a token once {best.rule.condition(best.threshold)}. Then {_costs(best)}"
+    if best.recurrences > enough * constant:
+        sentence = f"No more than a fixed number: {takes}, and {fixed} for every token would do as well. {rule}"
+        return Outcome.PARTLY, "no more than a fixed number", sentence
+    sentence = f"Yes, {saved}: {takes}, and a fixed number would have to be {fixed} to do as well. {rule}"
+    return Outcome.YES, f"yes, {saved}", sentence
+
+
+def _best(tables: ExitTables, criterion: Criterion) -> tuple[_Point | None, dict[str, _Point]]:
+    """The rule with the fewest recurrences within tolerance, and that threshold of every rule which has one."""
+    cheapest: dict[str, _Point] = {}
+    for rule in EXIT_RULES:
+        if rule.key not in tables.rules:
+            continue
+        table = tables.rules[rule.key]
+        within = (_excess(table, criterion) <= 0).all("cost")
+        if within.any():
+            threshold = float(table["recurrences"].mean("prompt").where(within).idxmin("threshold"))
+            cheapest[rule.key] = _Point(rule, threshold, table.sel(threshold=threshold))
+    best = min(cheapest.values(), key=lambda point: point.recurrences, default=None)
+    return best, cheapest
+
+
+def _excess(table: xarray.Dataset, criterion: Criterion) -> xarray.DataArray:
+    """By how much the share of changed tokens and the loss are beyond what is tolerated, (cost, threshold). A loss that
+    no prompt has is beyond nothing."""
+    means = table.mean("prompt")
+    changed = means["changed"] - (1 - criterion.tokens_needed)
+    loss = means["loss_difference"].fillna(0.0) - criterion.loss_tolerance
+    return xarray.concat([changed, loss], "cost")
+
+
+def _constant_within(constant: xarray.Dataset, criterion: Criterion) -> float:
+    """The smallest number of recurrences for all tokens within tolerance. Between whole numbers it is a mean, of tokens
+    drawn at random that get the one below or the one above."""
+    excess = _excess(constant, criterion).transpose("threshold", "cost").values
+    enough = int((excess <= 0).all(axis=1).argmax())
+    if enough == 0:
+        return 1.0
+    # Where each cost, on the line between the two, comes down to what is tolerated.
+    pairs = zip(excess[enough - 1], excess[enough], strict=True)
+    return enough + float(max(before / (before - after) for before, after in pairs if before > 0))
+
+
+def _over_constant(point: _Point, tables: ExitTables) -> dict[str, float | str]:
+    """What the rule costs beyond the same number of recurrences for all tokens, prompt by prompt."""
+    other = constant_at(tables.constant, point.recurrences)
+    loss = paired_difference(point.costs["loss"].values, other["loss"].values)
+    changed = paired_difference(point.costs["changed"].values, other["changed"].values)
+    return {
+        "best_loss_over_constant": loss.mean,
+        "best_loss_over_constant_half_width": loss.half_width,
+        "best_tokens_changed_over_constant": changed.mean,
+        "best_tokens_changed_over_constant_half_width": changed.half_width,
+    }
+
+
+def _costs(point: _Point) -> str:
+    """What changes, in a sentence."""
+    loss, half = point.loss.mean, point.loss.half_width
+    found = f"{percent(point.mean('changed'))} of the most probable next tokens are others"
+    if not np.isfinite(loss):
+        return f"{found}."
+    interval = f" (95 % interval {loss - half:.2g} to {loss + half:.2g})" if np.isfinite(half) else ""
+    return f"{found}, and the loss changes by {loss:+.2g} nats{interval}."
+
+
+def _own_gate(tables: ExitTables) -> _Point | None:
+    if "gate" not in tables.rules or "gate" not in tables.usual:
+        return None
+    threshold = tables.usual["gate"]
+    rule = next(rule for rule in EXIT_RULES if rule.key == "gate")
+    return _Point(rule, threshold, tables.rules["gate"].sel(threshold=threshold))
+
+
+def _gate_sentence(gate: _Point, full: int) -> str:
+    own = f" The model's own gate, at its threshold of {gate.threshold:g},"
+    if gate.recurrences == full:
+        return f"{own} stops no token before."
+    return f"{own} takes {significant(gate.recurrences, 2)} of {full}; then {_costs(gate)}"
+
+
+def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
+    return Answer(
+        key="exit_rule",
+        question=_QUESTION,
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict=verdict,
+        sentence=sentence,
+        criterion=criterion,
+    )
