@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import xarray
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
 from loopscope.comparison import compare
@@ -263,6 +264,25 @@ def test_a_click_on_a_head_of_a_feed_forward_model(browser: Browser, tmp_path: P
     assert opened.page.locator(".multiple h4").all_inner_texts() == [f"layer 2\n{in_percent(code)}"]
     assert opened.problems == []
     opened.page.close()
+
+
+def test_another_prompt_can_be_chosen_on_a_telephone(browser: Browser, study: Study, tmp_path: Path) -> None:
+    maps = study.dataset["attention_map"]
+    other = maps.copy()
+    other[..., 2:, 0] = 99
+    both = xarray.concat([maps, other], "mapped").assign_coords(mapped_prompt=("mapped", [0, 2]))
+    dataset = study.dataset.drop_vars(["attention_map", "mapped_prompt"]).assign(attention_map=both)
+    opened = open_report(browser, dataclasses.replace(study, dataset=dataset), tmp_path / "report.html", width=400)
+    page = opened.page
+    page.get_by_role("combobox", name="Prompt").last.select_option("1")  # that of the floorplan
+    assert page.get_by_role("combobox", name="Prompt").first.input_value() == "1"
+    page.locator("[data-multiples]").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert page.locator(".multiple .value").first.inner_text() == in_percent(99)
+    assert overflow(page) == 0
+    assert opened.problems == []
+    page.close()
 
 
 def test_an_answer_leads_to_its_figure(looped: Opened) -> None:

@@ -21,7 +21,7 @@
 
   const prompt = () => prompts[chosen.prompt];
   const count = () => Math.min(side, prompt().tokens.length);
-  const percent = (value) => (value < 0.0005 ? "0 %" : `${Number((100 * value).toPrecision(2))} %`);
+  const percent = (value) => (value > 0 && value < 0.0005 ? "< 0.05 %" : `${Number((100 * value).toPrecision(2))} %`);
 
   // Texts from outside become text nodes, or are drawn on a canvas; never markup.
   function make(tag, attributes, ...children) {
