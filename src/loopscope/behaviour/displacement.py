@@ -124,11 +124,26 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
         return _Finding(Kind.FIXED_POINT, reason, motion)
     approaches = _approaches(motion, settings, rest)
     kind = limit_of(motion.shape, settings)
+    if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
+        return _drifting(motion, settings)
     if _is_explained(motion, settings) and not (approaches and kind in (Kind.ORBIT, Kind.SLIDER)):
         return _shaped(motion, kind, settings)
+    if approaches and _drifts(motion, settings):
+        return _drifting(motion, settings)
     if approaches:
         reason = f"It approaches a point: its steps shrink {motion.shrinking:.3g}-fold within the tail."
         return _Finding(Kind.FIXED_POINT, reason, motion, settled=motion.late_step <= rest)
+    if kind == Kind.SLIDER and motion.ballistic >= settings.ballistic and motion.unexplained <= settings.unsteady:
+        reason = (
+            f"It moves on, not quite steadily: {motion.shape.words} leaves {motion.unexplained:.2g} of its variance."
+        )
+        return _Finding(Kind.SLIDER, reason, motion)
+    if motion.noise > settings.floor_factor * motion.rounding and motion.trend <= 1 / settings.steady:
+        reason = f"It approaches a point, in many turns: its steps shrink steadily, {1 / motion.trend:.3g}-fold."
+        return _Finding(Kind.FIXED_POINT, reason, motion)
+    if motion.noise > settings.floor_factor * motion.rounding and motion.trend >= settings.steady:
+        reason = f"It moves away, in many turns: its steps lengthen steadily, {motion.trend:.3g}-fold."
+        return _Finding(Kind.DIVERGING, reason, motion)
     if motion.shrinking <= 1 / settings.shrinking and motion.spreading >= settings.spreading:
         return _Finding(Kind.DIVERGING, f"Its steps lengthen {1 / motion.shrinking:.3g}-fold within the tail.", motion)
     return _shapeless(motion, settings, times)
@@ -139,6 +154,21 @@ def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> 
     still = motion.shrinking_late >= settings.shrinking_late or motion.late_step <= rest
     nearer = motion.later_level <= settings.nearer * motion.level
     return motion.shrinking >= settings.shrinking and still and nearer
+
+
+def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:
+    """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
+    exact = motion.noise <= settings.floor_factor * motion.rounding
+    one_way = motion.unexplained <= settings.unsteady and motion.ballistic >= settings.one_way
+    return not exact and one_way and motion.slowing <= settings.slowing
+
+
+def _drifting(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    if motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in steps that have no limit."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    reason = f"It moves on: its steps shrink like time to the power -{max(0.0, motion.slowing):.2g}, and have no limit."
+    return _Finding(Kind.SLIDER, reason, motion)
 
 
 def _is_explained(motion: Motion, settings: DisplacementSettings) -> bool:
@@ -174,7 +204,10 @@ def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Find
 
 
 def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> _Finding:
-    fills = motion.filling >= settings.filling or times <= settings.floor_factor / 4
+    if motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    fills = motion.filling >= settings.filling or times <= settings.floor_factor / 3
     if times <= settings.floor_factor and fills:
         reason = (
             f"It hovers: its motion of {motion.level:.2g} of its norm has no shape and is {times:.2g} times what one "

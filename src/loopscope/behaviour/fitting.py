@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy import special
 from torch import Tensor
 
-from loopscope.behaviour.shapes import Family, explained_energy, families, rotations, shape_columns
+from loopscope.behaviour.shapes import Family, explained_energy, families, many_harmonics, rotations, shape_columns
 from loopscope.behaviour.tail import Components
 
 __all__ = ["Fit", "Residual", "fit_shapes", "residual", "significance"]
@@ -23,6 +23,8 @@ _NARROWINGS = 26
 _PROMISING = 0.5
 """Motions of which a grid point explains this share have their fits narrowed. What explains less can gain little, and
 decides nothing."""
+_NEARLY = 0.8
+"""Of which few harmonics explain less than about this share is no closed curve."""
 _LONGEST_CYCLE = 64
 
 
@@ -49,6 +51,7 @@ def fit_shapes(parts: Components, least_periods: float) -> list[Fit]:
     single = next((place for place, family in enumerate(known) if family.name == "orbit 1"), None)
     if single is not None:
         found += _fit_rotations(known[single], found[single], parts, least_periods)
+        found += _fit_many_harmonics(found, parts, least_periods)
     cycles = _fit_cycles(parts, least_periods)
     return found if cycles is None else [*found, cycles]
 
@@ -74,6 +77,27 @@ def _fit_rotations(single: Family, first: Fit, parts: Components, least_periods:
         columns = torch.full_like(value, float(family.columns))
         found.append(Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, tried))
         fewer = family
+    return found
+
+
+def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float) -> list[Fit]:
+    few = [fit for fit in fits if fit.name in ("orbit 2", "orbit 3", "orbit 4")]
+    counts = [count for count in (6, 9) if 2 * count + 1 <= 0.4 * parts.window]
+    if not few or not counts:
+        return []
+    best = torch.stack([fit.left for fit in few]).argmin(0)
+    turns = torch.stack([fit.numbers for fit in few])[best, torch.arange(len(best))]
+    found = []
+    for count in counts:
+        family = many_harmonics(count, parts.window, least_periods)
+        numbers, value = turns.clone(), explained_energy(family, turns, parts.times, parts.scores)
+        promising = (value >= _NEARLY * parts.energy).nonzero()[:, 0]
+        if len(promising):
+            narrowed, better = _narrow(family, parts, promising, numbers[promising], value[promising])
+            numbers[promising], value[promising] = narrowed, better
+        columns = torch.full_like(value, float(family.columns))
+        tried = sum(fit.tried for fit in few)
+        found.append(Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, tried))
     return found
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.verdicts import Kind
 
-__all__ = ["Shape", "limit_of"]
+__all__ = ["Shape", "closed_period", "limit_of", "separate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Shape:
     @property
     def period(self) -> float:
         """Of what comes round, in recurrences; NaN for other shapes. Of several rotations, the strongest one's."""
-        if self.family == "cycle":
+        if self.family in ("cycle", "closed curve"):
             return self.numbers[0]
         if self.family == "alternating":
             return 2.0
@@ -35,7 +36,7 @@ class Shape:
         """Factor per recurrence by which the distance to the limit shrinks, or grows; NaN for shapes without one."""
         if self.family in ("exponential", "alternating", "spiral"):
             return math.exp(self.numbers[-1] / self.window)
-        return math.exp(max(self.numbers) / self.window) if self.family == "two exponentials" else math.nan
+        return math.nan
 
     @property
     def words(self) -> str:
@@ -44,20 +45,51 @@ class Shape:
             return "a logarithm of time" if abs(self.numbers[0]) < 0.1 else f"time to the power {self.numbers[0]:.2g}"
         if self.family == "exponential":
             return f"an exponential of {self.rate:.4g} a recurrence"
-        if self.family == "two exponentials":
-            return f"exponentials, the slower of {self.rate:.4g} a recurrence"
         if self.family == "alternating":
             return f"a flip of sign that changes by {self.rate:.4g} a recurrence"
         if self.family == "spiral":
             return f"a rotation of period {self.period:.4g} that changes by {self.rate:.4g} a recurrence"
-        if self.family == "arc":
+        if self.family in ("arc", "logarithmic arc"):
             return "an arc"
+        if self.family == "logarithm":
+            return "a logarithm of time"
         if self.family == "drift after transient":
             return "a straight drift after a transient"
         if self.family.endswith("rotations"):
             periods = ", ".join(f"{2 * math.pi / turn:.4g}" for turn in self.numbers)
             return f"rotations of periods {periods}"
         return f"a closed curve of period {self.period:.4g}"
+
+
+def closed_period(turns: tuple[float, ...], window: int, least_periods: float, slip: float) -> float | None:
+    """The period after which rotations by these turns (radians a recurrence) are all round again; None if there is none
+    that the window holds `least_periods` times, or two turns are too close to tell apart.
+
+    `slip` is the phase, in radians, by which a turn may miss a multiple of the common one over the whole window.
+    """
+    longest = window / least_periods
+    for harmonic in range(1, int(longest / 2) + 1):
+        period = 2 * math.pi * harmonic / turns[0]
+        if period > longest:
+            return None
+        common = turns[0] / harmonic
+        if all(_missed_by(turn, common) * window <= slip for turn in turns):
+            return period
+    return None
+
+
+def _missed_by(turn: float, common: float) -> float:
+    """How far a turn is from the nearest multiple of the common one, as recurrences show it: folded back at half a
+    round."""
+    nearest = round(turn / common) * common
+    beyond = round((2 * math.pi - turn) / common) * common
+    return min(abs(turn - nearest), abs(2 * math.pi - turn - beyond))
+
+
+def separate(turns: tuple[float, ...], window: int) -> bool:
+    """Whether the window can tell the turns apart: nearer ones are one rotation whose size changes."""
+    ordered = sorted(turns)
+    return all(high - low >= 2 * math.pi / window for low, high in pairwise(ordered))
 
 
 def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
@@ -77,8 +109,6 @@ def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
         if abs(numbers[-1]) <= math.log(settings.settling):
             return Kind.ORBIT
         return Kind.DIVERGING if numbers[-1] > 0 else Kind.FIXED_POINT
-    if family == "two exponentials":
-        return Kind.FIXED_POINT
-    if family in ("arc", "drift after transient"):
+    if family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
         return Kind.SLIDER
     return Kind.BOUNDED if family.endswith("rotations") else Kind.ORBIT

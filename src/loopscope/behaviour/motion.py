@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 
 from loopscope.behaviour.fitting import Fit, fit_shapes, residual, significance
-from loopscope.behaviour.limits import Shape, limit_of
+from loopscope.behaviour.limits import Shape, closed_period, limit_of, separate
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
+from loopscope.behaviour.steps import slowing_power, steady_trend
 from loopscope.behaviour.tail import Components, Tails, decompose, mean_squared_displacement
 from loopscope.verdicts import Kind
 
 __all__ = ["Motion", "measure_motions"]
 
-_DEAR = {"arc": 1.25, "two exponentials": 1.25, "drift after transient": 1.25, "2 rotations": 3.0, "3 rotations": 3.0}
+_DEAR = {"arc": 2.0, "2 rotations": 3.0, "3 rotations": 3.0}
+_DEAR |= {"logarithmic arc": 2.0, "drift after transient": 2.0}
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
+_SLIP = 0.05
+"""Radians over the window: turns are found to a thousandth of that where there is no noise."""
+_SLOWING_MISFIT = 0.05
+"""Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
 _UNRESOLVED = 0.1
 """Of the number type's rounding: what is left below this decides between no shapes."""
 
@@ -65,6 +71,12 @@ class Motion:
     norm_growth: float
     speed: float
     """Length of the way from the first quarter of the tail to the last, per recurrence."""
+    slowing: float
+    """The power a of steps that shrink like (t + s)^-a; NaN where noise hides it or they do not follow one."""
+    trend: float
+    """Factor by which the steps change over the tail, if they do so steadily; 1 otherwise."""
+    ballistic: float
+    """Exponent of the mean squared displacement between lags W/4 and W/2: 2 for a drift, 1 for a random walk."""
     displacement: tuple[float, ...]
     """Root mean square, by lag."""
 
@@ -97,7 +109,9 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
         best = dict(zip(moving.tolist(), _best_fits(decompose(tails, moving), rounding, settings), strict=True))
     half = tails.window // 2
     later = mean_squared_displacement(tails.gram[:, half:, half:]).max(-1).values.sqrt()
-    energies, spreading = tails.energy, _spreading(tails)
+    energies, spreading, ballistic = tails.energy, _spreading(tails), _ballistic(tails)
+    slowing, misfit = slowing_power(tails.steps, tails.times)
+    trend = steady_trend(tails.steps)
     square = tails.steps.square()
     third, sixth = max(1, (tails.window - 1) // 3), max(2, (tails.window - 1) // 6)
     early, late = _root_mean(square[:, :third]), _root_mean(square[:, -third:])
@@ -130,6 +144,9 @@ def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSetti
                 late_step=float(latest[token]),
                 norm_growth=float(tails.norm_growth[token]),
                 speed=0.0 if its is None else its.speed,
+                slowing=float(slowing[token]) if float(misfit[token]) <= _SLOWING_MISFIT else math.nan,
+                trend=float(trend[token]),
+                ballistic=float(ballistic[token]),
                 displacement=tuple(tails.displacement[token].sqrt().tolist()),
             )
         )
@@ -147,6 +164,12 @@ def _spreading(tails: Tails) -> Tensor:
     short = tails.displacement[:, : max(1, window // 8)].mean(-1)
     long = tails.displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
     return long / short.clamp_min(1e-300)
+
+
+def _ballistic(tails: Tails) -> Tensor:
+    quarter, half = max(1, tails.window // 4), max(2, tails.window // 2)
+    ratio = tails.displacement[:, half - 1] / tails.displacement[:, quarter - 1].clamp_min(1e-300)
+    return ratio.clamp_min(1e-300).log() / math.log(half / quarter)
 
 
 def _speeds(parts: Components) -> Tensor:
@@ -167,6 +190,10 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
     columns = torch.stack([fit.columns for fit in fits])
     numbers = torch.tensor([[float(fit.numbers.shape[-1])] for fit in fits], dtype=left.dtype)
+    for place, fit in enumerate(fits):
+        if fit.name.endswith("rotations"):
+            told = [separate(tuple(turns), parts.window) for turns in fit.numbers.tolist()]
+            left[place] = torch.where(torch.tensor(told), left[place], math.inf)
     first = _costs(left, columns, numbers, parts, torch.ones_like(parts.energy)).argmin(0).tolist()
     rests = [residual(fits[index], row, parts) for row, index in enumerate(first)]
     independent = torch.tensor([rest.independent for rest in rests], dtype=left.dtype)
@@ -176,7 +203,7 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     found = []
     for row, index in enumerate(cost.argmin(0).tolist()):
         rest = rests[row] if index == first[row] else residual(fits[index], row, parts)
-        shapes = [Shape(fit.name, tuple(fit.numbers[row].tolist()), parts.window) for fit in fits]
+        shapes = [_shape(fit, row, parts, settings) for fit in fits]
         kinds = [limit_of(shape, settings) for shape in shapes]
         rivals = [(float(cost[other, row]), kind) for other, kind in enumerate(kinds) if kind != kinds[index]]
         rival, rival_kind = min(rivals, default=(math.inf, kinds[index]))
@@ -194,6 +221,18 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
             )
         )
     return found
+
+
+def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings) -> Shape:
+    """Rotations that have a common period are a closed curve."""
+    numbers = tuple(fit.numbers[row].tolist())
+    left, energy = float(fit.left[row]), float(parts.energy[row])
+    if fit.name.endswith("rotations") and left <= settings.unexplained_noise * energy:
+        slip = _SLIP * (1 + math.sqrt(left / max(energy, 1e-300)))
+        period = closed_period(numbers, parts.window, settings.least_periods, slip)
+        if period is not None:
+            return Shape("closed curve", (period,), parts.window)
+    return Shape(fit.name, numbers, parts.window)
 
 
 def _costs(left: Tensor, columns: Tensor, numbers: Tensor, parts: Components, independent: Tensor) -> Tensor:

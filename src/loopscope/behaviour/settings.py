@@ -34,7 +34,7 @@ class DisplacementSettings:
     filling: float = 0.2
     """Noise moves in many directions at once. Motion beyond `rounding_factor` counts as noise only if it takes at least
     this share of the directions that white noise would take in the same window (participation ratio of the principal
-    components), or stays within a quarter of `floor_factor`."""
+    components), or stays within a third of `floor_factor`."""
     significance: float = 1e-4
     """Motion has a shape if noise alone would fit one so well with at most this probability, after correction for how
     many were tried. With 10,000 tokens, one is expected to be taken for shaped by chance; what it is called then rests
@@ -47,7 +47,7 @@ class DisplacementSettings:
     unexplained_noise: float = 0.25
     """The same where what is left is no more than `rounding_factor` times the rounding: then it is noise, however small
     the motion."""
-    unexplained_structure: float = 0.005
+    unexplained_structure: float = 0.002
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
     least_periods: float = 2.5
@@ -63,6 +63,19 @@ class DisplacementSettings:
     summable: float = -0.15
     """Steps that shrink like t^(q-1) add up to a limit if q < 0. Between this and 0 the trajectory does not tell q
     from 0 (logarithmic drift), which is a slider's."""
+    slowing: float = 1.1
+    """Steps that follow (t + s)^-a have no limit if a is at most 1; this much is allowed for the fit. Looked at where
+    no approach fits exactly, since exponentials come near to a logarithm."""
+    one_way: float = 1.5
+    """Exponent that the mean squared displacement of such steps has at least, between lags W/4 and W/2."""
+    ballistic: float = 1.7
+    """A drift that is not quite steady has a mean squared displacement that grows with at least this power of the lag,
+    2 without the unsteadiness; a random walk has 1."""
+    unsteady: float = 0.08
+    """And a straight way or an arc leaves at most this share of its variance."""
+    steady: float = 1.3
+    """Motion in many turns approaches a point, or leaves it, if its steps change steadily by this factor over the tail:
+    eight standard errors from none, in both halves."""
     shrinking: float = 2.5
     """Steps whose mean square root falls by this factor from the first third of the tail to the last are those of an
     approach, whatever its shape. Steps like 1/t, which have no limit, fall by 1.6 over the second half of a

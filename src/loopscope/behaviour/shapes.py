@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Family", "explained_energy", "families", "rotations", "shape_columns"]
+__all__ = ["Family", "explained_energy", "families", "many_harmonics", "rotations", "shape_columns"]
 
 Design = Callable[[Tensor, Tensor], Tensor]
 """(..., numbers) and times (time,) to columns (..., time, column), without the constant one."""
@@ -61,15 +61,17 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
     both = torch.cat((-rates, rates))
     spins = torch.cat((-rates[3:-1], -rates[:3], torch.zeros(1, dtype=torch.float64), rates[:7]))
     powers = torch.tensor([-3.0, -2.0, -1.5, -1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25])
-    slow, fast = torch.tensor([-0.5, -0.8, -1.5, -3.0]), torch.tensor([-2.0, -6.0, -12.0, -25.0])
+    fast = torch.tensor([-2.0, -6.0, -12.0, -25.0])
     arcs = 2 * math.pi / window * torch.tensor([0.1, 0.2, 0.3, 0.45, 0.6, 0.75])
-    far = math.inf
+    late, far = math.log(20.0 * window), math.inf
+    shifts, bends = torch.linspace(-2.0, math.log(8.0 * window), 8), torch.tensor([0.2, 0.5, 1.0, 1.6])
     found = [
         _family("power", _power, [powers], [0.2], [-4.0], [3.0]),
         _family("arc", _turn, [arcs], [0.2 / window], [0.01 / window], [2 * math.pi / window]),
         _family("exponential", _exponential, [both], [0.3], [-60.0], [60.0]),
         _family("alternating", _alternating, [torch.cat((both, torch.zeros(1)))], [0.3], [-60.0], [60.0]),
-        _family("two exponentials", _two_exponentials, [slow, fast], [0.3, 1.0], [-60.0, -60.0], [-0.4, -0.4]),
+        _family("logarithm", _logarithm, [shifts], [0.5], [-4.6], [math.log(20.0 * window)]),
+        _family("logarithmic arc", _logarithmic_arc, [shifts, bends], [0.5, 0.2], [-4.6, 0.02], [late, 3.0]),
         _family("drift after transient", _late_drift, [fast], [1.0], [-60.0], [-1.5]),
         _family("spiral", _spiral, [turns, spins], [math.pi / (4 * window), 0.3], [slowest, -far], [math.pi, far]),
     ]
@@ -80,6 +82,19 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
             turns = turns[_distinct(turns, harmonics, slowest)]
             found.append(_family(f"orbit {harmonics}", _orbit(harmonics), [turns], [step / 2], [slowest], [math.pi]))
     return tuple(found)
+
+
+def many_harmonics(harmonics: int, window: int, least_periods: float) -> Family:
+    """A closed curve of more harmonics than a grid is worth: it is looked for around the best one of few."""
+    slowest = 2 * math.pi * least_periods / window
+    return _family(
+        f"orbit {harmonics}",
+        _orbit(harmonics),
+        [torch.zeros(0)],
+        [math.pi / (8 * window * harmonics)],
+        [slowest],
+        [math.pi],
+    )
 
 
 def rotations(count: int, window: int, least_periods: float) -> Family:
@@ -111,7 +126,8 @@ def _family(
     name: str, design: Design, axes: list[Tensor], step: list[float], low: list[float], high: list[float]
 ) -> Family:
     grid = torch.cartesian_prod(*[axis.double() for axis in axes]).reshape(-1, len(axes))
-    columns = design(grid[:1], torch.arange(1.0, 9.0, dtype=torch.float64)).shape[-1]
+    some = torch.ones(1, len(axes), dtype=torch.float64)
+    columns = design(some, torch.arange(1.0, 9.0, dtype=torch.float64)).shape[-1]
     bounds = [torch.tensor(values, dtype=torch.float64) for values in (step, low, high)]
     return Family(name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns)
 
@@ -122,6 +138,19 @@ def _power(numbers: Tensor, times: Tensor) -> Tensor:
     small = exponent.abs() < 1e-4
     safe = torch.where(small, torch.ones_like(exponent), exponent)
     return torch.where(small, times.log(), (times**safe - 1) / safe)[..., None]
+
+
+def _logarithm(numbers: Tensor, times: Tensor) -> Tensor:
+    """log(t + s), the number log s: 0 where the drift began with the loop."""
+    return (times - 1 + numbers[..., 0:1].exp()).log()[..., None]
+
+
+def _logarithmic_arc(numbers: Tensor, times: Tensor) -> Tensor:
+    """An arc whose angle goes with that; the second number is how far it turns within the tail, in radians."""
+    place = _logarithm(numbers, times)[..., 0]
+    place = (place - place[..., :1]) / (place[..., -1:] - place[..., :1])
+    angle = numbers[..., 1:2] * place
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def _envelope(rate: Tensor, times: Tensor) -> Tensor:
@@ -136,10 +165,6 @@ def _exponential(numbers: Tensor, times: Tensor) -> Tensor:
 
 def _alternating(numbers: Tensor, times: Tensor) -> Tensor:
     return (_envelope(numbers[..., 0:1], times) * torch.cos(math.pi * times).round())[..., None]
-
-
-def _two_exponentials(numbers: Tensor, times: Tensor) -> Tensor:
-    return torch.stack([_envelope(numbers[..., place : place + 1], times) for place in (0, 1)], dim=-1)
 
 
 def _late_drift(numbers: Tensor, times: Tensor) -> Tensor:
