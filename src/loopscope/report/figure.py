@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
+from loopscope.drawing import visible
+
 __all__ = ["Figure", "Section", "plot_text"]
 
 
@@ -57,10 +59,4 @@ class Section:
 def plot_text(text: str, longest: int = 40) -> str:
     """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: escaped, white space
     made visible, cut to `longest` characters."""
-    visible = "".join(
-        {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(char, char if char.isprintable() or char == " " else "·") for char in text
-    )
-    if not visible.strip():
-        visible = visible.replace(" ", "␣")
-    short = visible if len(visible) <= longest else visible[: longest - 1] + "…"
-    return html.escape(short, quote=False)
+    return html.escape(visible(text, longest), quote=False)
