@@ -26,6 +26,7 @@ __all__ = [
     "add_legend",
     "choose_scale",
     "count_recurrences",
+    "count_x",
     "decade",
     "decade_ticks",
     "drawable",
@@ -48,7 +49,7 @@ _HEIGHT, _LOWEST, _LEGEND = 0.72, 1.8, 0.2
 the legend."""
 _PAGE = 8.6
 """Inches: what a page of a paper has room for; of many rows of panels each becomes lower."""
-_CHARACTER, _HANDLE = 0.052, 0.27
+_CHARACTER, _HANDLE = 0.052, 0.24
 """Inches that a character and a handle take in a legend, roughly; more columns than fit would be cut off."""
 _LINEAR = 5.0
 """Values within this factor are compared by eye on a linear axis; beyond it the small ones lie on top of each other."""
@@ -205,6 +206,11 @@ def count_recurrences(axes: Axes, total: int) -> None:
     """An x axis of recurrences from 1."""
     axes.set_xlabel("recurrence")
     axes.set_xlim((0.5, 1.5) if total == 1 else (1, total))
+    count_x(axes)
+
+
+def count_x(axes: Axes) -> None:
+    """Whole numbers on the x axis."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
 
 
@@ -232,9 +238,13 @@ def label_marks(axes: Axes, x: float, words: str) -> None:
     )
 
 
-def add_legend(figure: Figure, drawn: Sequence[Axes], title: str | None = None) -> None:
-    """One legend below all panels: every label once, numbers before words, row by row, as much as fits beside each
-    other. The title is its first entry."""
+def add_legend(
+    figure: Figure, drawn: Sequence[Axes], title: str | None = None, *, explained: Sequence[str] = ()
+) -> None:
+    """One legend below all panels: every label once, numbers before words, row by row. The title is its first entry.
+
+    Where one row does not hold all, the labels that the caption has `explained` as well are left out.
+    """
     entries: dict[str, Artist] = {}
     for axes in drawn:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -242,18 +252,16 @@ def add_legend(figure: Figure, drawn: Sequence[Axes], title: str | None = None) 
     if not entries:
         return
     labels = sorted(entries, key=lambda label: not label.isdigit())
-    handles = [entries[label] for label in labels]
     if title and labels[0].isdigit():
-        labels, handles = [title, *labels], [Line2D([], [], linestyle="none"), *handles]
-    columns = _legend_columns(labels, figure.get_figwidth())
+        labels, entries = [title, *labels], {title: Line2D([], [], linestyle="none"), **entries}
+    width = figure.get_figwidth()
+    for label in explained:
+        if label in labels and _legend_columns(labels, width) < len(labels):
+            labels.remove(label)
+    columns = _legend_columns(labels, width)
     # Matplotlib fills column by column.
-    order = [index for column in range(columns) for index in range(column, len(labels), columns)]
-    figure.legend(
-        [handles[index] for index in order],
-        [labels[index] for index in order],
-        loc="outside lower center",
-        ncols=columns,
-    )
+    order = [labels[index] for column in range(columns) for index in range(column, len(labels), columns)]
+    figure.legend([entries[label] for label in order], order, loc="outside lower center", ncols=columns)
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:

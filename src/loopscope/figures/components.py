@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import axes3d
 from numpy.typing import NDArray
 
-from loopscope.drawing import Readings, layer_colours, named_in_legend
+from loopscope.drawing import Readings, layer_colours, named_in_legend, visible
 from loopscope.figures.axes import add_legend, panels, text
 from loopscope.figures.style import Width, study_figure
 
-__all__ = ["tracked", "trajectories", "trajectories_3d"]
+__all__ = ["token_words", "tracked", "trajectories", "trajectories_3d"]
 
 _MOST_TOKENS = 3
 """Panels of one figure."""
@@ -42,7 +43,7 @@ def trajectories(readings: Readings, width: Width = "auto") -> Figure:
         axes.grid(visible=True, axis="both")
         axes.set_xlabel(_axis(0, share))
         axes.set_ylabel(_axis(1, share))
-        axes.set_title(_where(readings, index))
+        axes.set_title(_where(readings, index, partial(text, longest=12)))
     add_legend(figure, drawn, "layer")
     return figure
 
@@ -51,7 +52,7 @@ def trajectories(readings: Readings, width: Width = "auto") -> Figure:
 def trajectories_3d(readings: Readings, width: Width = "auto") -> Figure:
     """The first three principal components of up to three tracked tokens' states, a line per recurrent layer."""
     tokens = tracked(readings, components=3)
-    figure, flat = panels(len(tokens), width, height=1.0)
+    figure, flat = panels(len(tokens), width, height=0.85)
     drawn: list[Axes] = []
     for axes, index in zip(flat, tokens, strict=True):
         # The panel gives way to one in space at the same place.
@@ -72,7 +73,7 @@ def trajectories_3d(readings: Readings, width: Width = "auto") -> Figure:
             getattr(space, f"set_{axis}label")(_axis(component, share), labelpad=-9, fontsize=6)
             space.locator_params(axis, nbins=4)
         space.set_title(letter, loc="left", fontweight="bold")
-        space.set_title(_where(readings, index))
+        space.set_title(_where(readings, index, partial(text, longest=12)))
         drawn.append(space)
     add_legend(figure, drawn, "layer")
     return figure
@@ -87,6 +88,14 @@ def tracked(readings: Readings, components: int) -> list[int]:
     return [int(index) for index in np.flatnonzero(finite)[:_MOST_TOKENS]]
 
 
+def token_words(readings: Readings, components: int) -> str:
+    """For a caption: which tokens are drawn, in full."""
+    drawn = [_where(readings, index, visible) for index in tracked(readings, components)]
+    if len(drawn) > 1:
+        drawn = [f"({letter}) {words}" for letter, words in zip("abc", drawn, strict=False)]
+    return f"Shown: {', '.join(drawn)}."
+
+
 def _of(readings: Readings, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores (layer, recurrence, component) of a tracked token, and the components' shares of the variance."""
     data = readings.view.dataset.isel(tracked=index)
@@ -99,9 +108,9 @@ def _axis(component: int, share: Sequence[float] | NDArray[np.float64]) -> str:
     return f"PC {component + 1}" + (f" ({100 * part:.0f} %)" if np.isfinite(part) else "")
 
 
-def _where(readings: Readings, index: int) -> str:
+def _where(readings: Readings, index: int, shown: Callable[[str], str]) -> str:
     """Which token it is, in the prompt's own letters."""
     data = readings.view.dataset
     prompt, token = (int(data[name].values[index]) for name in ("tracked_prompt", "tracked_token"))
     string = str(readings.tokens[prompt]["token_strings"][token])
-    return f"prompt {prompt}, token {token} “{text(string.strip() or string, 12)}”"
+    return f"prompt {prompt}, token {token} “{shown(string.strip() or string)}”"

@@ -10,7 +10,7 @@ from loopscope.answers import Criterion
 from loopscope.drawing import CATEGORIES, MUTED, Readings, median_over_prompts
 from loopscope.figures.axes import add_legend, choose_scale, drawable, finish_scale, name_x_once, name_y, panels
 from loopscope.figures.curves import BAND_LEVELS, Curve, attention_curve, state_curve
-from loopscope.figures.layouts import Layout, draw_curve, legend_title, passes
+from loopscope.figures.layouts import EXPLAINED, Layout, draw_curve, legend_title, passes
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["attention", "direction", "distance", "horizons", "norm", "path_independence", "step"]
@@ -140,7 +140,7 @@ def _laid_out(
         name_y(axes, curve.title)
         finish_scale(axes)
     name_x_once(drawn)
-    add_legend(figure, drawn, legend_title(layout))
+    add_legend(figure, drawn, legend_title(layout), explained=EXPLAINED)
     return figure
 
 

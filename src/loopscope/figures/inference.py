@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.drawing import CATEGORIES, Readings, sites_of
-from loopscope.figures.axes import add_legend, finish_scale, name_x_once, name_y, panels
+from loopscope.figures.axes import add_legend, count_x, finish_scale, name_x_once, name_y, panels
 from loopscope.figures.curves import visit_curve
-from loopscope.figures.layouts import Layout, draw_curve, legend_title, passes
+from loopscope.figures.layouts import EXPLAINED, Layout, draw_curve, legend_title, passes
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["FEW", "beyond", "judged_at", "massive_places", "measured", "neurons", "stages", "within"]
@@ -40,7 +40,7 @@ def stages(
         name_y(axes, quantity.y_title)
         finish_scale(axes)
     name_x_once(drawn)
-    add_legend(figure, drawn, legend_title(layout))
+    add_legend(figure, drawn, legend_title(layout), explained=EXPLAINED)
     return figure
 
 
@@ -72,14 +72,15 @@ def massive_places(readings: Readings, width: Width = "auto") -> Figure:
     last = len(sites_of(shown)) if not readings.view.looped or readings.view.recurrences <= FEW else count
     token, place = (shown[f"massive_{name}"].transpose("depth", "prompt").values for name in ("token", "dimension"))
     figure, (axes,) = panels(1, width)
-    visits = np.arange(1, last + 1)
+    visits = np.arange(last) + (1 if readings.view.looped else 0)
     for name, share, colour in (
         ("on the first token", (token == 0).mean(axis=1), CATEGORIES[0]),
         ("in the most common coordinate", np.array([_most_common(row) for row in place]), CATEGORIES[1]),
     ):
         axes.plot(visits, 100 * share[:last], color=colour, marker="o", label=name)
     axes.set_ylim(-3, 103)
-    axes.set_xlim(0.5, last + 0.5)
+    axes.set_xlim(visits[0] - 0.5, visits[-1] + 0.5)
+    count_x(axes)
     axes.set_xlabel("layer application, in order" if readings.view.looped else "layer")
     axes.set_ylabel("share of prompts (%)")
     add_legend(figure, [axes])

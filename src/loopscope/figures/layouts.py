@@ -19,10 +19,10 @@ from loopscope.drawing import (
     ordered_colours,
     powers_of_two,
 )
-from loopscope.figures.axes import choose_scale, count_recurrences, drawable, label_marks, mark_trained
+from loopscope.figures.axes import choose_scale, count_recurrences, count_x, drawable, label_marks, mark_trained
 from loopscope.figures.curves import Curve
 
-__all__ = ["LAYOUTS", "MOST_JOINED", "Layout", "draw_curve", "legend_title", "passes", "shade_stages"]
+__all__ = ["EXPLAINED", "LAYOUTS", "MOST_JOINED", "Layout", "draw_curve", "legend_title", "passes", "shade_stages"]
 
 Layout = Literal["by layer", "by recurrence", "by depth"]
 LAYOUTS: tuple[Layout, ...] = ("by layer", "by recurrence", "by depth")
@@ -31,7 +31,9 @@ _MOST_PARTED = 16
 """Recurrences between which lines are drawn; more would hide the curve."""
 MOST_JOINED = 12
 """Layers of which each gets a line of its own through the visits."""
-_OUTER = "prelude, coda"
+_OUTER, _BAND, _VISITS = "prelude, coda", "90 %", "every visit"
+EXPLAINED = (_OUTER, _VISITS, _BAND)
+"""Labels of what every caption says in words too."""
 
 
 def draw_curve(
@@ -109,8 +111,9 @@ def _by_recurrence(axes: Axes, readings: Readings, curve: Curve, recurrences: Se
 
 def _by_depth(axes: Axes, readings: Readings, curve: Curve, recurrences: int) -> None:
     values = curve.along_depth(recurrences)
-    visits = np.arange(1, values.shape[1] + 1)
     layers, looped = curve.block.shape[1], readings.view.looped
+    # Visits are counted from 1, as recurrences are; layers, as everywhere, from 0.
+    visits = np.arange(values.shape[1]) + (1 if looped else 0)
     _band(axes, visits, values)
     few = len(visits) <= 24
     axes.plot(
@@ -119,7 +122,7 @@ def _by_depth(axes: Axes, readings: Readings, curve: Curve, recurrences: int) ->
         color=MUTED if looped else layer_colours(1)[0],
         linewidth=0.7 if looped else 1.1,
         marker="o" if few else None,
-        label="every visit" if looped else None,
+        label=_VISITS if looped else None,
         zorder=2,
     )
     if layers <= MOST_JOINED:
@@ -131,7 +134,8 @@ def _by_depth(axes: Axes, readings: Readings, curve: Curve, recurrences: int) ->
             at_edge = readings.prelude + layers * recurrence + 0.5
             axes.axvline(at_edge, color=MUTED, linewidth=0.5, linestyle=":", gid="mark")
     axes.set_xlabel("layer application, in order" if looped else "layer")
-    axes.set_xlim(0.5, len(visits) + 0.5)
+    axes.set_xlim(visits[0] - 0.5, visits[-1] + 0.5)
+    count_x(axes)
     trained = readings.view.trained
     if looped and trained is not None and trained < recurrences:
         at_trained = readings.prelude + layers * trained + 0.5
@@ -143,4 +147,4 @@ def _band(axes: Axes, x: Sequence[float] | NDArray[np.int64], values: NDArray[np
     """Grey between low and high, where both are there."""
     low, high = drawable(axes, values[0]), drawable(axes, values[2])
     if (np.isfinite(low) & np.isfinite(high)).any():
-        axes.fill_between(x, low, high, color=MUTED, alpha=BAND, linewidth=0, label="90 %", zorder=1)
+        axes.fill_between(x, low, high, color=MUTED, alpha=BAND, linewidth=0, label=_BAND, zorder=1)

@@ -41,6 +41,7 @@ def layer_cosine(readings: Readings, width: Width = "auto") -> Figure:
     """Cosines of the layers' states at the horizon, median over prompts."""
     cosine = median_over_prompts(readings.shown["layer_cosine"]).transpose("layer", "layer_other").values
     figure, (axes,) = panels(1, width, height=0.82)
+    figure.set_layout_engine("compressed")
     lowest = min(0.0, float(np.nanmin(cosine)))
     image = axes.imshow(cosine, vmin=lowest, vmax=1)
     axes.grid(visible=False)
@@ -77,6 +78,7 @@ def _visits_map(
 ) -> Figure:
     """Visits x visits in order of realised depth, white lines where a stage or a recurrence begins."""
     figure, (axes,) = panels(1, width, height=0.84)
+    figure.set_layout_engine("compressed")
     image = axes.imshow(values, vmin=lowest, vmax=highest)
     axes.grid(visible=False)
     _name_passes(axes, labels)
@@ -85,18 +87,23 @@ def _visits_map(
 
 
 def _name_passes(axes: Axes, labels: Sequence[str]) -> None:
+    """Names of stages and recurrences, with white lines where each begins; of a feed-forward model its layers."""
     starts = stage_starts(labels)
-    for start in starts[1:]:
-        axes.axvline(start - 0.5, color="white", linewidth=0.5)
-        axes.axhline(start - 0.5, color="white", linewidth=0.5)
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
     names = [stage_name(labels[start]) for start in starts]
-    every = max(1, -(-len(names) // _MOST_NAMES))
-    kept = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % every == 0 or every == 1]
+    looped = any(name.isdigit() for name in names)
+    if looped:
+        for start in starts[1:]:
+            axes.axvline(start - 0.5, color="white", linewidth=0.5)
+            axes.axhline(start - 0.5, color="white", linewidth=0.5)
+        middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
+    else:
+        middles, names = [float(index) for index in range(len(labels))], [str(index) for index in range(len(labels))]
+    every = -(-len(names) // _MOST_NAMES)
+    kept = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % every == 0]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([middles[place] for place in kept], labels=[names[place] for place in kept])
     axes.tick_params(length=0)
-    axes.tick_params(axis="x", rotation=90)
-    looped = any(name.isdigit() for name in names)
+    if looped:
+        axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("recurrence" if looped else "layer")
     axes.set_ylabel("recurrence" if looped else "layer")

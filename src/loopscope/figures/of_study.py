@@ -27,6 +27,7 @@ _COMPONENTS = (
     "principal components of the residual streams of single tokens, over all recurrent layers and recurrences, with "
     "their shares of the variance. One line per layer; a circle is the first recurrence, a diamond the last."
 )
+_FLOOR = "Dotted, where it is near: the estimated rounding floor."
 _PER_ROW = "Frobenius distances are over the square root of the number of tokens."
 
 
@@ -138,7 +139,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         "step",
         convergence.step,
         "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
-        f"streams, (b) the same over the norm of the state. {_MEANS}",
+        f"streams, (b) the same over the norm of the state. {_MEANS} {_FLOOR}",
         ("successive_difference", "relative_step"),
         _TOKENS,
         (3,),
@@ -148,7 +149,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         convergence.distance,
         "Distance of each layer's residual stream to its approximate fixed point, its state at the horizon H: (a) "
         "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. The "
-        f"distance to the state at H is 0 there by construction. {_MEANS}",
+        f"distance to the state at H is 0 there by construction. {_MEANS} {_FLOOR}",
         ("distance_to_horizon", "relative_distance", "relative_distance_second_horizon"),
         _TOKENS,
         (4,),
@@ -186,7 +187,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         convergence.path_independence,
         "by layer",
         "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
-        f"norm, (b) 1 − cosine. {_MEANS}",
+        f"norm, (b) 1 − cosine. {_MEANS} {_FLOOR}",
         ("path_distance", "path_cosine"),
         "",
         (),
@@ -209,7 +210,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
     _type(
         "trajectories",
         components.trajectories,
-        f"First two {_COMPONENTS}",
+        lambda readings: f"First two {_COMPONENTS} {components.token_words(readings, 2)}",
         ("trajectory",),
         (5,),
         unless=partial(_no_trajectory, 2),
@@ -217,7 +218,9 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
     _type(
         "trajectories-3d",
         components.trajectories_3d,
-        f"First three {_COMPONENTS} Each axis has a scale of its own.",
+        lambda readings: (
+            f"First three {_COMPONENTS} Each axis has a scale of its own. {components.token_words(readings, 3)}"
+        ),
         ("trajectory",),
         (5,),
         unless=partial(_no_trajectory, 3),

@@ -55,7 +55,7 @@ _STYLE: dict[str, Any] = {
     "legend.fontsize": 6.5,
     "legend.title_fontsize": 6.5,
     "legend.frameon": False,
-    "legend.handlelength": 1.4,
+    "legend.handlelength": 1.1,
     "legend.columnspacing": 1.0,
     "legend.handletextpad": 0.5,
     "legend.borderaxespad": 0.2,
