@@ -123,14 +123,16 @@ class Figures:
     name that there is not."""
 
     def run(self) -> None:
-        from loopscope.cli.console import say
+        # First, so that a missing matplotlib is said before torch is imported.
         from loopscope.figures import CAPTIONS, write_figures
+
+        from loopscope.cli.console import say  # isort: skip
 
         for found in write_figures(self.studies, self.out, formats=self.format, width=self.width, only=self.only):
             for reason in dict.fromkeys(found.left_out.values()):
                 names = [name for name, why in found.left_out.items() if why == reason]
                 say(f"left out  {', '.join(names)}: {reason}")
-            say(f"{len(found.files)} figures  {found.folder / CAPTIONS}")
+            say(f"figures  {len(found.files)}, with their captions in {found.folder / CAPTIONS}")
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,20 @@ from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.comparison import MEASURES, Comparison
 from loopscope.drawing import BAND, CATEGORIES, INK, MUTED, layer_colours, ordered_colours, powers_of_two
 from loopscope.figures.axes import (
-    add_legend,
+    MARK,
     choose_scale,
     count_recurrences,
     drawable,
     finish_scale,
+    name_panel,
     name_x_once,
     name_y,
     panels,
-    text,
 )
 from loopscope.figures.layouts import passes, shade_stages
+from loopscope.figures.legends import add_legend
 from loopscope.figures.style import Width, paper_style
+from loopscope.figures.texts import text
 
 __all__ = [
     "MOST_COLUMNS",
@@ -75,7 +77,7 @@ def compared_curves(comparison: Comparison, width: Width = "auto") -> Figure:
                 color=INK if reference else next(others),
                 linestyle="--" if reference else "-",
                 marker="o",
-                label=text(label, 40) + (" (reference)" if reference else ""),
+                label=text(label) + (" (reference)" if reference else ""),
             )
         _finish(axes, quantity)
     name_x_once(drawn)
@@ -96,7 +98,7 @@ def compared_measure(comparison: Comparison, measure: str, width: Width = "auto"
     figure, drawn = panels(len(labels), width, share_y=True)
     for axes, label in zip(drawn, labels, strict=True):
         _draw_passes(axes, comparison, label, quantity, lines)
-        axes.set_title(text(label, 26))
+        name_panel(axes, text(label))
     for axes in drawn:
         _finish(axes, quantity, drawn)
     name_x_once(drawn)
@@ -116,7 +118,7 @@ def compared_stages(comparison: Comparison, width: Width = "auto") -> Figure:
     for index, (axes, (quantity, label)) in enumerate(zip(drawn, places, strict=True)):
         _draw_passes(axes, comparison, label, quantity, lines)
         if not alone and index < len(labels):
-            axes.set_title(text(label, 26))
+            name_panel(axes, text(label))
         _finish(axes, quantity)
     name_x_once(drawn)
     add_legend(figure, drawn, "recurrence")
@@ -148,7 +150,7 @@ def compared_likeness(comparison: Comparison, width: Width = "auto") -> Figure:
             axes.plot(counts, data[name].values, color=colour, linestyle=style, marker=marker, label=words)
         axes.set_ylim(-1.05, 1.05)
         name_y(axes, "correlation with reference")
-        axes.set_title(f"{text(label, 20)}, {span}")
+        name_panel(axes, f"{span}: {text(label)}")
         count_recurrences(axes, len(counts))
         _mark_trained(axes, study)
     name_x_once(drawn)
@@ -174,7 +176,7 @@ def compared_drift(comparison: Comparison, width: Width = "auto") -> Figure:
                 counts = np.arange(1, len(row) + 1)
                 axes.plot(counts, drawable(axes, row), color=colour, label=quantity.name)
         name_y(axes, _DRIFTS[variable])
-        axes.set_title(text(label, 26))
+        name_panel(axes, text(label))
         finish_scale(axes)
         count_recurrences(axes, study["recurrences"])
         _mark_trained(axes, study)
@@ -218,7 +220,7 @@ def _draw_passes(
     # Half way to the block's first and last layer.
     start = (layout["prelude"] - 0.5) * step if layout["prelude"] else 0.0
     end = (layout["prelude"] + layout["recurrent"] - 0.5) * step if layout["coda"] else 100.0
-    shade_stages(axes, (0, start, end, 100))
+    shade_stages(axes, start, end)
     # One colour for a recurrence in all panels, since they share a legend.
     every = sorted(set().union(*lines.values()))
     colours = dict(zip(every, ordered_colours(len(every)), strict=True))
@@ -228,7 +230,7 @@ def _draw_passes(
     if label != comparison.reference:
         depth, values = reference
         shown = drawable(axes, values.astype(np.float64))
-        axes.plot(depth, shown, color=CATEGORIES[3], linestyle="--", label=text(comparison.reference, 30))
+        axes.plot(depth, shown, color=CATEGORIES[3], linestyle="--", label=text(comparison.reference))
 
 
 def _scale(axes: Axes, quantity: StageQuantity, lines: Sequence[np.ndarray]) -> None:
@@ -255,4 +257,4 @@ def _mark_trained(axes: Axes, study: Mapping[str, Any]) -> None:
     trained = study["trained_recurrences"]
     if trained is not None and trained <= study["recurrences"]:
         words = "trained number"
-        axes.axvline(trained, color=MUTED, linewidth=0.7, linestyle=(0, (4, 2)), gid="mark", label=words)
+        axes.axvline(trained, color=MUTED, linewidth=0.7, linestyle=(0, (4, 2)), gid=MARK, label=words)

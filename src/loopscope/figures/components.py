@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ from mpl_toolkits.mplot3d import axes3d
 from numpy.typing import NDArray
 
 from loopscope.drawing import Readings, layer_colours, named_in_legend, visible
-from loopscope.figures.axes import add_legend, panels, text
+from loopscope.figures.axes import name_panel, panels
+from loopscope.figures.legends import add_legend
 from loopscope.figures.style import Width, study_figure
+from loopscope.figures.texts import text
 
 __all__ = ["token_words", "tracked", "trajectories", "trajectories_3d"]
 
@@ -43,7 +44,7 @@ def trajectories(readings: Readings, width: Width = "auto") -> Figure:
         axes.grid(visible=True, axis="both")
         axes.set_xlabel(_axis(0, share))
         axes.set_ylabel(_axis(1, share))
-        axes.set_title(_where(readings, index, partial(text, longest=12)))
+        name_panel(axes, _where(readings, index, text))
     add_legend(figure, drawn, "layer")
     return figure
 
@@ -73,7 +74,7 @@ def trajectories_3d(readings: Readings, width: Width = "auto") -> Figure:
             getattr(space, f"set_{axis}label")(_axis(component, share), labelpad=-9, fontsize=6)
             space.locator_params(axis, nbins=4)
         space.set_title(letter, loc="left", fontweight="bold")
-        space.set_title(_where(readings, index, partial(text, longest=12)))
+        name_panel(space, _where(readings, index, text))
         drawn.append(space)
     add_legend(figure, drawn, "layer")
     return figure

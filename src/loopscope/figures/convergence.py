@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 
 from loopscope.answers import Criterion
 from loopscope.drawing import CATEGORIES, MUTED, Readings, median_over_prompts
-from loopscope.figures.axes import add_legend, choose_scale, drawable, finish_scale, name_x_once, name_y, panels
+from loopscope.figures.axes import choose_scale, drawable, finish_scale, name_x_once, name_y, panels
 from loopscope.figures.curves import BAND_LEVELS, Curve, attention_curve, state_curve
 from loopscope.figures.layouts import EXPLAINED, Layout, draw_curve, legend_title, passes
+from loopscope.figures.legends import add_legend
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["attention", "direction", "distance", "horizons", "norm", "path_independence", "step"]

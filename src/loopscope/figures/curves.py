@@ -27,8 +27,8 @@ class Curve:
     title: str
     """Of the y axis."""
     block: Float64[np.ndarray, "3 layer recurrence"]
-    prelude: Float64[np.ndarray, "3 layer"]
-    coda: Float64[np.ndarray, "3 layer"]
+    prelude: Float64[np.ndarray, "3 prelude"]
+    coda: Float64[np.ndarray, "3 coda"]
 
     @property
     def recurrences(self) -> int:

@@ -15,17 +15,11 @@ from loopscope.drawing import (
     sites_of,
     stable_share,
 )
-from loopscope.figures.axes import (
-    add_colour_bar,
-    add_legend,
-    count_recurrences,
-    decade_ticks,
-    label_marks,
-    mark_trained,
-    panels,
-)
+from loopscope.figures.axes import count_recurrences, mark_trained, panels
 from loopscope.figures.inference import judged_at
+from loopscope.figures.legends import add_colour_bar, add_legend
 from loopscope.figures.style import Width, study_figure
+from loopscope.figures.texts import decade_ticks
 
 __all__ = ["head_change", "head_sinks", "heads_stable"]
 
@@ -75,8 +69,6 @@ def heads_stable(readings: Readings, width: Width = "auto") -> Figure:
     axes.set_ylabel("share of heads (%)")
     count_recurrences(axes, len(counts))
     mark_trained(axes, readings)
-    if readings.view.trained is not None and readings.view.trained <= len(counts):
-        label_marks(axes, readings.view.trained, f"trained: {readings.view.trained}")
     add_legend(figure, [axes], "layer")
     return figure
 

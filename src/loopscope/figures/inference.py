@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.drawing import CATEGORIES, Readings, sites_of
-from loopscope.figures.axes import add_legend, count_x, finish_scale, name_x_once, name_y, panels
+from loopscope.figures.axes import count_x, finish_scale, name_x_once, name_y, panels
 from loopscope.figures.curves import visit_curve
 from loopscope.figures.layouts import EXPLAINED, Layout, draw_curve, legend_title, passes
+from loopscope.figures.legends import add_legend
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["FEW", "beyond", "judged_at", "massive_places", "measured", "neurons", "stages", "within"]

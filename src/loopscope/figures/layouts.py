@@ -19,7 +19,7 @@ from loopscope.drawing import (
     ordered_colours,
     powers_of_two,
 )
-from loopscope.figures.axes import choose_scale, count_recurrences, count_x, drawable, label_marks, mark_trained
+from loopscope.figures.axes import MARK, choose_scale, count_recurrences, count_x, drawable, mark_trained
 from loopscope.figures.curves import Curve
 
 __all__ = ["EXPLAINED", "LAYOUTS", "MOST_JOINED", "Layout", "draw_curve", "legend_title", "passes", "shade_stages"]
@@ -66,11 +66,11 @@ def legend_title(layout: Layout) -> str:
     return {"by layer": "layer", "by recurrence": "recurrence", "by depth": "layer"}[layout]
 
 
-def shade_stages(axes: Axes, edges: Sequence[float]) -> None:
-    """Grey behind prelude and coda; `edges` are start of the prelude, start and end of the block, end of the coda."""
-    for start, end in (edges[:2], edges[2:]):
-        if end > start:
-            axes.axvspan(start, end, color=GRID, linewidth=0, alpha=0.6, zorder=0)
+def shade_stages(axes: Axes, start: float, end: float) -> None:
+    """Grey on 0 to 100 % of relative depth but for the block, from `start` to `end`: prelude and coda."""
+    for low, high in ((0.0, start), (end, 100.0)):
+        if high > low:
+            axes.axvspan(low, high, color=GRID, linewidth=0, alpha=0.6, zorder=0)
 
 
 def _by_layer(axes: Axes, readings: Readings, curve: Curve) -> None:
@@ -84,9 +84,7 @@ def _by_layer(axes: Axes, readings: Readings, curve: Curve) -> None:
         marker = "o" if len(counts) == 1 else None
         axes.plot(counts, drawable(axes, curve.block[1, layer]), color=colour, label=label, marker=marker)
     count_recurrences(axes, curve.recurrences)
-    if readings.view.trained is not None and readings.view.trained <= readings.view.recurrences:
-        mark_trained(axes, readings)
-        label_marks(axes, readings.view.trained, f"trained: {readings.view.trained}")
+    mark_trained(axes, readings)
 
 
 def _by_recurrence(axes: Axes, readings: Readings, curve: Curve, recurrences: Sequence[int]) -> None:
@@ -94,7 +92,7 @@ def _by_recurrence(axes: Axes, readings: Readings, curve: Curve, recurrences: Se
     block = [readings.depth_percent(layer) for layer in range(readings.recurrent)]
     step = 100 / total
     start, end = readings.prelude * step, (readings.prelude + readings.recurrent) * step
-    shade_stages(axes, (0, start, end, 100))
+    shade_stages(axes, start, end)
     if recurrences:
         _band(axes, block, curve.block[:, :, recurrences[-1] - 1])
     for count, colour in zip(recurrences, ordered_colours(len(recurrences)), strict=True):
@@ -132,15 +130,13 @@ def _by_depth(axes: Axes, readings: Readings, curve: Curve, recurrences: int) ->
     if recurrences and recurrences <= _MOST_PARTED:
         for recurrence in range(recurrences + 1):
             at_edge = readings.prelude + layers * recurrence + 0.5
-            axes.axvline(at_edge, color=MUTED, linewidth=0.5, linestyle=":", gid="mark")
+            axes.axvline(at_edge, color=MUTED, linewidth=0.5, linestyle=":", gid=MARK)
     axes.set_xlabel("layer application, in order" if looped else "layer")
     axes.set_xlim(visits[0] - 0.5, visits[-1] + 0.5)
     count_x(axes)
     trained = readings.view.trained
     if looped and trained is not None and trained < recurrences:
-        at_trained = readings.prelude + layers * trained + 0.5
-        mark_trained(axes, readings, at_trained)
-        label_marks(axes, at_trained, f"trained: {trained}")
+        mark_trained(axes, readings, readings.prelude + layers * trained + 0.5)
 
 
 def _band(axes: Axes, x: Sequence[float] | NDArray[np.int64], values: NDArray[np.float64]) -> None:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from loopscope.drawing import Readings, median_over_prompts, stage_name, stage_starts
-from loopscope.figures.axes import add_colour_bar, panels
+from loopscope.figures.axes import panels
 from loopscope.figures.inference import FEW
+from loopscope.figures.legends import add_colour_bar
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["cycle_attention", "cycle_residual", "cycle_visits", "layer_cosine"]
@@ -92,14 +93,19 @@ def _name_passes(axes: Axes, labels: Sequence[str]) -> None:
     names = [stage_name(labels[start]) for start in starts]
     looped = any(name.isdigit() for name in names)
     if looped:
+        thin = min(0.5, 6 / len(starts))
         for start in starts[1:]:
-            axes.axvline(start - 0.5, color="white", linewidth=0.5)
-            axes.axhline(start - 0.5, color="white", linewidth=0.5)
+            axes.axvline(start - 0.5, color="white", linewidth=thin)
+            axes.axhline(start - 0.5, color="white", linewidth=thin)
         middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
     else:
         middles, names = [float(index) for index in range(len(labels))], [str(index) for index in range(len(labels))]
     every = -(-len(names) // _MOST_NAMES)
-    kept = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % every == 0]
+    # The coda is named beside the last recurrence, where there is room for one name of the two.
+    room = len(names) - (every if names[-1] == "coda" else 0)
+    kept = [
+        place for place, name in enumerate(names) if not name.isdigit() or (int(name) % every == 0 and place < room)
+    ]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([middles[place] for place in kept], labels=[names[place] for place in kept])
     axes.tick_params(length=0)

@@ -100,7 +100,7 @@ COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (
         f"ColSum concentration of each looped study, mean over heads. {_PASSES}",
         _CURVES,
         partial(_lacks, "attention concentration"),
-        (8,),
+        (8, 10),
     ),
     _type(
         "compared-concentration-beyond",
@@ -124,7 +124,7 @@ COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (
         f"Stage measures of each looped study. {_PASSES}",
         _CURVES,
         _too_many,
-        (35, 36, 37, 38, 39, 40, 41),
+        (*range(35, 47), *range(54, 63)),
     ),
     _type(
         "compared-likeness",

@@ -128,7 +128,7 @@ STAGE_FIGURES: tuple[FigureType[Readings], ...] = (
     _type("concentration-beyond", "by recurrence", (12,), only="concentration", lines=beyond, unless=_nothing_beyond),
     _type("magnitude-by-depth", "by depth", (9,), only="magnitude", lines=_few, loops=False),
     _type("stages-by-depth", "by depth", (34,), lines=_few, loops=False),
-    _type("stages-by-recurrence", "by recurrence", (35, 36, 37, 38, 39, 40, 41)),
+    _type("stages-by-recurrence", "by recurrence", tuple(range(35, 47))),
     _type("stages-by-layer", "by layer", (47, 48, 49)),
     _type("stages-beyond", "by recurrence", (50, 51, 52), lines=beyond, unless=_nothing_beyond),
     FigureType(

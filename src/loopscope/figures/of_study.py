@@ -91,7 +91,7 @@ def _cycle_no_longer(readings: Readings) -> str | None:
     return (
         None
         if len(labels) > len(few)
-        else "the study holds no more (--cycle-recurrences), which the other figure shows"
+        else f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
     )
 
 
@@ -212,7 +212,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         components.trajectories,
         lambda readings: f"First two {_COMPONENTS} {components.token_words(readings, 2)}",
         ("trajectory",),
-        (5,),
+        (5, 26, 27, 28),
         unless=partial(_no_trajectory, 2),
     ),
     _type(
@@ -222,7 +222,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
             f"First three {_COMPONENTS} Each axis has a scale of its own. {components.token_words(readings, 3)}"
         ),
         ("trajectory",),
-        (5,),
+        (5, 26, 27, 28),
         unless=partial(_no_trajectory, 3),
     ),
     _type(

@@ -6,8 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loopscope.drawing import Readings
-from loopscope.figures.axes import add_colour_bar, decade_ticks, panels, text
+from loopscope.figures.axes import panels
+from loopscope.figures.legends import add_colour_bar
 from loopscope.figures.style import Width, study_figure
+from loopscope.figures.texts import decade_ticks, text
 
 __all__ = ["MOST_TOKENS", "chosen_prompts", "tokens"]
 

@@ -9,17 +9,9 @@ from matplotlib.ticker import NullLocator
 
 from loopscope.answers.statistics import mean, quantile
 from loopscope.drawing import BAND, CATEGORIES, MUTED, Readings, final_shares, median_over_prompts
-from loopscope.figures.axes import (
-    add_legend,
-    choose_scale,
-    count_recurrences,
-    drawable,
-    finish_scale,
-    label_marks,
-    mark_trained,
-    panels,
-)
+from loopscope.figures.axes import choose_scale, count_recurrences, drawable, finish_scale, mark_trained, panels
 from loopscope.figures.curves import BAND_LEVELS
+from loopscope.figures.legends import add_legend
 from loopscope.figures.style import Width, study_figure
 
 __all__ = ["exit_gate", "loss", "prediction"]
@@ -93,4 +85,3 @@ def _over_readouts(axes: Axes, readings: Readings) -> None:
     trained = readings.view.trained
     if trained is not None and counts[0] <= trained <= counts[-1]:
         mark_trained(axes, readings)
-        label_marks(axes, trained, f"trained: {trained}")

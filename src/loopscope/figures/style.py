@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from loopscope.drawing import GRID, INK, MUTED, Readings, read_study
 from loopscope.errors import ConfigError
+from loopscope.figures.texts import FONT, LABEL_SIZE, SMALL_SIZE
 from loopscope.study import Study
 
 __all__ = ["FORMATS", "Format", "Width", "file_of", "inches", "paper_style", "study_figure"]
@@ -46,14 +47,14 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
     # Instead of random names of elements.
     "svg.hashsalt": "loopscope",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same on every machine
-    "font.size": 7.5,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 7.5,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
-    "legend.fontsize": 6.5,
-    "legend.title_fontsize": 6.5,
+    "font.family": FONT,
+    "font.size": LABEL_SIZE,
+    "axes.titlesize": LABEL_SIZE,
+    "axes.labelsize": LABEL_SIZE,
+    "xtick.labelsize": SMALL_SIZE,
+    "ytick.labelsize": SMALL_SIZE,
+    "legend.fontsize": SMALL_SIZE,
+    "legend.title_fontsize": SMALL_SIZE,
     "legend.frameon": False,
     "legend.handlelength": 1.1,
     "legend.columnspacing": 1.0,
