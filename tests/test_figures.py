@@ -24,7 +24,20 @@ from loopscope.architecture import Architecture
 from loopscope.cli import main
 from loopscope.drawing import read_study
 from loopscope.errors import ConfigError, StorageError, StudyError
-from loopscope.figures import CAPTIONS, FigureSet, Format, Width, figure_names, file_of, stages, tokens, write_figures
+from loopscope.figures import (
+    CAPTIONS,
+    FigureSet,
+    Format,
+    Width,
+    compared_measure,
+    exit_gate,
+    figure_names,
+    file_of,
+    stages,
+    step,
+    tokens,
+    write_figures,
+)
 from loopscope.figures.axes import MARK
 from loopscope.figures.kinds import FigureType
 from loopscope.figures.of_comparison import COMPARISON_FIGURES
@@ -42,8 +55,8 @@ OF_COMPARISON = [kind.name for kind in COMPARISON_FIGURES]
 NOT_SYNTHETIC = {"exit-gate", "cycle-attention-long", "cycle-residual-long"}
 """What the synthetic studies lack: an exit gate, and more than four recurrences in the cycle similarity."""
 SIMPLE = ["norm-by-layer"]
-VARIED = ["step-by-depth", "cycle-attention", "trajectories-3d", "tokens", "neurons"]
-"""Lines, a map, a figure in space, names of tokens, bars."""
+VARIED = ["step-by-depth", "cycle-attention", "trajectories-3d", "tokens"]
+"""Lines, a map, a figure in space, names of tokens."""
 
 HOSTILE = ["$x_1$", "$\\frac{1", "<script>alert(1)</script>", "a_b^c$", "&amp;" * 40, "\x00\u202e\n水\U0001f9ff"]
 
@@ -430,6 +443,20 @@ def test_what_cannot_be_asked_for(
     with pytest.raises(error, match=message):
         call(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_function_of_one_figure_says_what_the_study_lacks(study: Study) -> None:
+    with pytest.raises(StudyError, match="no variable exit_probability, from which this is drawn"):
+        exit_gate(study)
+    with pytest.raises(StudyError, match="no variable successive_difference"):
+        step(feed_forward_study(prompts=2))
+    with pytest.raises(ConfigError, match="no stage measure 'norms'; there are concentration, sinks"):
+        stages(study, only="norms")
+    with pytest.raises(StudyError, match="lacks the stage measures"):
+        stages(without(study, "mean_token_norm"), only="magnitude")
+    comparison = compare([staged_study(SHAPE, model="a"), staged_study(SHAPE, model="b")])
+    with pytest.raises(ConfigError, match="no stage measure 'norms'; there are attention concentration"):
+        compared_measure(comparison, "norms")
 
 
 def test_where_nothing_can_be_drawn_nothing_is_replaced(study: Study, tmp_path: Path) -> None:

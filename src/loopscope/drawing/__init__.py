@@ -10,7 +10,7 @@ from loopscope.drawing.colours import (
     named_in_legend,
     ordered_colours,
 )
-from loopscope.drawing.readings import Readings, median_over_prompts, positive, read_study
+from loopscope.drawing.readings import Readings, median_over_prompts, positive, quantile_over, read_study
 from loopscope.drawing.shares import final_shares, per_row, stable_share
 from loopscope.drawing.sites import Site, powers_of_two, sites_of, stage_name, stage_starts
 from loopscope.drawing.texts import visible
@@ -31,6 +31,7 @@ __all__ = [
     "per_row",
     "positive",
     "powers_of_two",
+    "quantile_over",
     "read_study",
     "sites_of",
     "stable_share",

@@ -12,9 +12,10 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope.answers.view import StudyView, view_study
+from loopscope.errors import StudyError
 from loopscope.study import Study
 
-__all__ = ["Readings", "median_over_prompts", "positive", "read_study"]
+__all__ = ["Readings", "median_over_prompts", "positive", "quantile_over", "read_study"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,12 @@ class Readings:
         if not self.view.looped:
             return f"{self.prelude + self.coda} layers, feed-forward"
         return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+
+    def variable(self, name: str) -> xarray.DataArray:
+        """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
+        if name not in self.shown:
+            raise StudyError(f"The study has no variable {name}, from which this is drawn; docs/study.md says why.")
+        return self.shown[name]
 
     def depth_percent(self, layer: int) -> float:
         """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
@@ -59,9 +66,14 @@ def read_study(study: Study) -> Readings:
 
 def median_over_prompts(array: xarray.DataArray, level: float = 0.5) -> xarray.DataArray:
     """Median (or another quantile) of what is finite; NaN where nothing is."""
+    return quantile_over(array, level, "prompt")
+
+
+def quantile_over(array: xarray.DataArray, level: float, dim: str) -> xarray.DataArray:
+    """Quantile, along a dimension, of what is finite; NaN where nothing is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of slices without a finite value
-        found = array.where(np.isfinite(array)).quantile(level, "prompt")
+        found = array.where(np.isfinite(array)).quantile(level, dim)
     return found.drop_vars("quantile")
 
 

@@ -137,6 +137,9 @@ def finish_scale(axes: Axes, together: Sequence[Axes] = ()) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         return
     positive = values[values > 0]
+    if not positive.size:  # what made the axis logarithmic is not among what was drawn
+        axes.set_yscale("linear")
+        return
     span = _span(values)
     margin = span**0.05
     low, high = math.log10(positive.min() / margin), math.log10(positive.max() * margin)

@@ -10,7 +10,9 @@ from loopscope.comparison import Comparison
 from loopscope.drawing import Readings, visible
 from loopscope.figures.layouts import MOST_JOINED, Layout
 
-__all__ = ["comparison_subject", "line_words", "study_subject"]
+__all__ = ["PER_ROW", "comparison_subject", "line_words", "study_subject"]
+
+PER_ROW = "Frobenius distances are over the square root of the number of tokens."
 
 _LONGEST = 80
 """Characters of a name from outside."""

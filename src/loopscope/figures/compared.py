@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.comparison import MEASURES, Comparison
 from loopscope.drawing import BAND, CATEGORIES, INK, MUTED, layer_colours, ordered_colours, powers_of_two
+from loopscope.errors import ConfigError
 from loopscope.figures.axes import (
     MARK,
     choose_scale,
@@ -90,8 +91,10 @@ def compared_measure(comparison: Comparison, measure: str, width: Width = "auto"
     """One stage measure, a panel per looped study: a line per recurrence between prelude and coda, and the reference
     dashed. Up to the recurrence that a study is judged at, or, with `beyond`, up to the last one measured.
 
-    `measure` is one of `loopscope.comparison.MEASURES`.
+    `measure` is one of `loopscope.comparison.MEASURES`; raises `ConfigError` for another.
     """
+    if measure not in MEASURES:
+        raise ConfigError(f"There is no stage measure {measure!r}; there are {', '.join(MEASURES)}.")
     quantity = STAGE_QUANTITIES[MEASURES.index(measure)]
     labels = [label for label in looped(comparison) if measure not in comparison.studies[label]["missing"]]
     lines = _recurrences(comparison, labels, beyond=beyond)

@@ -87,12 +87,12 @@ def horizons(readings: Readings, width: Width = "auto") -> Figure:
     """Per layer, as shares of the state's norm: how far it moves from H to 2H, and the steps into both, beside the
     rounding floor and the tolerance of the quick answers; medians over prompts with whiskers that hold 90 % of them."""
     first, second = readings.view.horizon, 2 * readings.view.horizon
-    steps = readings.shown["horizon_relative_step"]
+    steps = readings.variable("horizon_relative_step")
     kinds = [
-        (f"moved from {first} to {second}", readings.shown["horizon_drift"], "D", CATEGORIES[3]),
+        (f"moved from {first} to {second}", readings.variable("horizon_drift"), "D", CATEGORIES[3]),
         (f"step into {first}", steps.sel(horizon="first", drop=True), "o", CATEGORIES[5]),
         (f"step into {second}", steps.sel(horizon="second", drop=True), "s", CATEGORIES[0]),
-        ("rounding floor", readings.shown["noise_floor"], "_", MUTED),
+        ("rounding floor", readings.variable("noise_floor"), "_", MUTED),
     ]
     figure, (axes,) = panels(1, width)
     low, middle, high = (
@@ -147,7 +147,7 @@ def _laid_out(
 
 def _add_floor(axes: Axes, readings: Readings) -> None:
     """A dotted line at the estimated rounding floor, median over layers and prompts, where it is near the curves."""
-    floor = readings.shown["noise_floor"].values
+    floor = readings.variable("noise_floor").values
     floor = floor[np.isfinite(floor) & (floor > 0)]
     values = np.concatenate([np.empty(0), *(np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines)])
     values = values[values > 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from jaxtyping import Float64
 from numpy.typing import NDArray
 
 from loopscope.answers.quantities import StageQuantity
-from loopscope.drawing import Readings, median_over_prompts, per_row, sites_of
+from loopscope.drawing import Readings, median_over_prompts, per_row, quantile_over, sites_of
 
 __all__ = ["BAND_LEVELS", "Curve", "attention_curve", "state_curve", "visit_curve"]
 
@@ -47,10 +46,10 @@ def state_curve(readings: Readings, name: str, title: str, *, one_minus: bool = 
     The band is the study's quantiles over tokens, medians over prompts; of a variable that has none there is no band.
     `one_minus` turns a cosine into its distance from 1.
     """
-    middle = median_over_prompts(readings.shown[name])
+    middle = median_over_prompts(readings.variable(name))
     edges = [xarray.full_like(middle, np.nan)] * 2
     if f"{name}_quantile" in readings.shown:
-        quantiles = readings.shown[f"{name}_quantile"]
+        quantiles = readings.variable(f"{name}_quantile")
         edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)) for level in BAND_LEVELS]
     values = _stacked([edges[0], middle, edges[1]], ("layer", "recurrence"))
     return _of_block(readings, title, 1 - values[::-1] if one_minus else values)
@@ -61,7 +60,7 @@ def attention_curve(readings: Readings, name: str, title: str) -> Curve:
     prompts."""
     distance = per_row(readings.shown, name)
     every = distance.stack(place=("head", "prompt"))
-    low, high = (_quantile(every, level, "place") for level in BAND_LEVELS)
+    low, high = (quantile_over(every, level, "place") for level in BAND_LEVELS)
     return _of_block(
         readings, title, _stacked([low, median_over_prompts(distance.mean("head")), high], ("layer", "recurrence"))
     )
@@ -96,10 +95,3 @@ def _of_block(readings: Readings, title: str, values: NDArray[np.float64]) -> Cu
 
 def _stacked(arrays: Sequence[xarray.DataArray], dims: tuple[str, ...]) -> NDArray[np.float64]:
     return np.stack([array.transpose(*dims).values.astype(np.float64) for array in arrays])
-
-
-def _quantile(array: xarray.DataArray, level: float, dim: str) -> xarray.DataArray:
-    """Of what is finite; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of slices without a finite value
-        return array.where(np.isfinite(array)).quantile(level, dim, skipna=True).drop_vars("quantile")

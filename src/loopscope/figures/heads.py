@@ -58,7 +58,7 @@ def head_change(readings: Readings, width: Width = "auto") -> Figure:
 @study_figure
 def heads_stable(readings: Readings, width: Width = "auto") -> Figure:
     """Share of a layer's heads, over all prompts, that are stable after so many recurrences."""
-    stable_from = readings.shown["head_stable_from"]
+    stable_from = readings.variable("head_stable_from")
     counts = np.arange(1, readings.view.recurrences + 1)
     shares = 100 * stable_share(stable_from, counts)
     figure, (axes,) = panels(1, width)
@@ -83,7 +83,9 @@ def head_sinks(readings: Readings, width: Width = "auto") -> Figure:
         for index, site in enumerate(sites_of(readings.shown))
         if site.stage != "recurrent" or site.recurrence == at
     ]
-    sink = median_over_prompts(readings.shown["sink_score"]).transpose("depth", "head").values[kept].astype(np.float64)
+    sink = (
+        median_over_prompts(readings.variable("sink_score")).transpose("depth", "head").values[kept].astype(np.float64)
+    )
     figure, (axes,) = panels(1, width)
     image = axes.imshow(sink, vmin=0, vmax=1, aspect="auto")
     axes.grid(visible=False)

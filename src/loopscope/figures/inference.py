@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.drawing import CATEGORIES, Readings, sites_of
+from loopscope.errors import ConfigError, StudyError
 from loopscope.figures.axes import count_x, finish_scale, name_x_once, name_y, panels
 from loopscope.figures.curves import visit_curve
 from loopscope.figures.layouts import EXPLAINED, Layout, draw_curve, legend_title, passes
@@ -30,9 +31,15 @@ def stages(
 ) -> Figure:
     """A panel per stage measure that the study has, or the one that `only` names by its anchor, such as concentration.
 
-    `recurrences`, counted from 1: by recurrence a line each, by depth up to the last of them; `within` unless given.
+    `recurrences`, counted from 1: by recurrence a line each, by depth up to the last of them; those up to the trained
+    number unless given. Raises `ConfigError` for a name that there is not, `StudyError` for a study without it.
     """
+    anchors = [quantity.anchor for quantity in STAGE_QUANTITIES]
+    if only is not None and only not in anchors:
+        raise ConfigError(f"There is no stage measure {only!r}; there are {', '.join(anchors)}.")
     quantities = [quantity for quantity in measured(readings) if only in (None, quantity.anchor)]
+    if not quantities:
+        raise StudyError("The study lacks the stage measures from which this is drawn; analyze the model again.")
     lines = within(readings) if recurrences is None else recurrences
     figure, drawn = panels(len(quantities), width)
     for axes, quantity in zip(drawn, quantities, strict=True):
@@ -48,11 +55,11 @@ def stages(
 @study_figure
 def neurons(readings: Readings, width: Width = "auto") -> Figure:
     """Share of a layer's MLP neurons that raise, or lower, the logits of a few tokens far more than the rest."""
-    labels = [str(label) for label in readings.shown["unique_layer"].values]
+    labels = [str(label) for label in readings.variable("unique_layer").values]
     figure, (axes,) = panels(1, width)
     at = np.arange(len(labels))
     for name, colour, shift in (("prediction", CATEGORIES[0], -0.2), ("suppression", CATEGORIES[1], 0.2)):
-        share = 100 * readings.shown[f"{name}_neurons"].values.astype(np.float64)
+        share = 100 * readings.variable(f"{name}_neurons").values.astype(np.float64)
         axes.bar(at + shift, np.nan_to_num(share), width=0.4, color=colour, label=name)
     every = max(1, -(-len(labels) // 12))
     short = [label.replace("prelude.", "p").replace("recurrent.", "r").replace("coda.", "c") for label in labels]
@@ -68,10 +75,11 @@ def neurons(readings: Readings, width: Width = "auto") -> Figure:
 def massive_places(readings: Readings, width: Width = "auto") -> Figure:
     """Where the largest entry of the residual stream is, visit by visit: the share of prompts in which it belongs to
     the first token, and the share in which it lies in the coordinate where it lies most often."""
-    shown = readings.shown
     count = readings.prelude + readings.recurrent * min(FEW, max(1, readings.view.recurrences))
-    last = len(sites_of(shown)) if not readings.view.looped or readings.view.recurrences <= FEW else count
-    token, place = (shown[f"massive_{name}"].transpose("depth", "prompt").values for name in ("token", "dimension"))
+    last = len(sites_of(readings.shown)) if not readings.view.looped or readings.view.recurrences <= FEW else count
+    token, place = (
+        readings.variable(f"massive_{name}").transpose("depth", "prompt").values for name in ("token", "dimension")
+    )
     figure, (axes,) = panels(1, width)
     visits = np.arange(last) + (1 if readings.view.looped else 0)
     for name, share, colour in (

@@ -15,7 +15,7 @@ from loopscope.figures.inference import FEW
 from loopscope.figures.legends import add_colour_bar
 from loopscope.figures.style import Width, study_figure
 
-__all__ = ["cycle_attention", "cycle_residual", "cycle_visits", "layer_cosine"]
+__all__ = ["cycle_attention", "cycle_labels", "cycle_residual", "layer_cosine"]
 
 _MOST_NUMBERS = 8
 """Layers whose cosines are written into the map."""
@@ -26,21 +26,21 @@ _MOST_NAMES = 16
 @study_figure
 def cycle_residual(readings: Readings, width: Width = "auto", *, recurrences: int | None = FEW) -> Figure:
     """Cosine of the residual streams of every two visits up to a recurrence, or of all that the study holds."""
-    shown, labels = cycle_visits(readings, "cycle_similarity", recurrences)
+    shown, labels = _part(readings, "cycle_similarity", recurrences)
     return _visits_map(shown, labels, width, "cosine", lowest=min(0.0, float(np.nanmin(shown))), highest=1.0)
 
 
 @study_figure
 def cycle_attention(readings: Readings, width: Width = "auto", *, recurrences: int | None = FEW) -> Figure:
     """Frobenius distance per row of the attention maps of every two visits up to a recurrence, or of all."""
-    shown, labels = cycle_visits(readings, "attention_cycle_distance", recurrences)
+    shown, labels = _part(readings, "attention_cycle_distance", recurrences)
     return _visits_map(shown, labels, width, "distance per row", lowest=0.0, highest=float(np.nanmax(shown)) or 1.0)
 
 
 @study_figure
 def layer_cosine(readings: Readings, width: Width = "auto") -> Figure:
     """Cosines of the layers' states at the horizon, median over prompts."""
-    cosine = median_over_prompts(readings.shown["layer_cosine"]).transpose("layer", "layer_other").values
+    cosine = median_over_prompts(readings.variable("layer_cosine")).transpose("layer", "layer_other").values
     figure, (axes,) = panels(1, width, height=0.82)
     figure.set_layout_engine("compressed")
     lowest = min(0.0, float(np.nanmin(cosine)))
@@ -59,19 +59,22 @@ def layer_cosine(readings: Readings, width: Width = "auto") -> Figure:
     return figure
 
 
-def cycle_visits(readings: Readings, name: str, recurrences: int | None) -> tuple[NDArray[np.float64], list[str]]:
-    """The part of a matrix of visits up to a recurrence, and the visits' labels.
+def cycle_labels(readings: Readings, recurrences: int | None) -> list[str]:
+    """The visits of a cycle's matrix up to a recurrence, or all of them.
 
     The coda, which runs after the last recurrence of all, is left out of a part.
     """
     labels = [str(label) for label in readings.shown["visit"].values]
     held = sum(stage_name(label).isdigit() for label in labels) // max(1, readings.recurrent)
-    kept = (
-        len(labels)
-        if recurrences is None or held <= recurrences
-        else (readings.prelude + readings.recurrent * recurrences)
-    )
-    return readings.shown[name].values[:kept, :kept].astype(np.float64), labels[:kept]
+    if recurrences is None or held <= recurrences:
+        return labels
+    return labels[: readings.prelude + readings.recurrent * recurrences]
+
+
+def _part(readings: Readings, name: str, recurrences: int | None) -> tuple[NDArray[np.float64], list[str]]:
+    values = readings.variable(name).values.astype(np.float64)
+    labels = cycle_labels(readings, recurrences)
+    return values[: len(labels), : len(labels)], labels
 
 
 def _visits_map(

@@ -21,7 +21,7 @@ from loopscope.figures.inference import (
     stages,
     within,
 )
-from loopscope.figures.kinds import FigureType
+from loopscope.figures.kinds import FigureType, never, study_type
 from loopscope.figures.layouts import Layout
 from loopscope.figures.style import Width
 from loopscope.settings import SINK_THRESHOLD
@@ -30,10 +30,6 @@ __all__ = ["STAGE_FIGURES"]
 
 _Lines = Callable[[Readings], list[int]]
 _Reason = Callable[[Readings], str | None]
-
-
-def _none(_: Readings) -> str | None:
-    return None
 
 
 def _few(readings: Readings) -> list[int]:
@@ -63,7 +59,7 @@ def _type(
     only: str | None = None,
     lines: _Lines = within,
     loops: bool = True,
-    unless: _Reason = _none,
+    unless: _Reason = never,
 ) -> FigureType[Readings]:
     variables = tuple(quantity.variable for quantity in STAGE_QUANTITIES if only in (None, quantity.anchor))
 
@@ -114,13 +110,6 @@ def _massive_words(readings: Readings) -> str:
     )
 
 
-def _neuron_words(_: Readings) -> str:
-    return (
-        "Share of MLP neurons whose output raises (prediction) or lowers (suppression) the logits of a few tokens "
-        "far more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights alone."
-    )
-
-
 STAGE_FIGURES: tuple[FigureType[Readings], ...] = (
     _type("concentration-by-depth", "by depth", (7,), only="concentration", lines=_few, loops=False),
     _type("concentration-by-depth-long", "by depth", (11,), only="concentration", lines=_all, unless=_no_more_than_few),
@@ -131,19 +120,14 @@ STAGE_FIGURES: tuple[FigureType[Readings], ...] = (
     _type("stages-by-recurrence", "by recurrence", tuple(range(35, 47))),
     _type("stages-by-layer", "by layer", (47, 48, 49)),
     _type("stages-beyond", "by recurrence", (50, 51, 52), lines=beyond, unless=_nothing_beyond),
-    FigureType(
-        name="massive-places",
-        draw=massive_places,
-        words=_massive_words,
-        variables=("massive_token", "massive_dimension"),
-        absent=partial(why_absent, variables=("massive_token", "massive_dimension"), loops=False),
-    ),
-    FigureType(
-        name="neurons",
-        draw=neurons,
-        words=_neuron_words,
-        variables=("prediction_neurons", "suppression_neurons"),
-        absent=partial(why_absent, variables=("prediction_neurons", "suppression_neurons"), loops=False),
-        paper=(32, 33),
+    study_type("massive-places", massive_places, _massive_words, ("massive_token", "massive_dimension"), loops=False),
+    study_type(
+        "neurons",
+        neurons,
+        "Share of MLP neurons whose output raises (prediction) or lowers (suppression) the logits of a few tokens far "
+        "more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights alone.",
+        ("prediction_neurons", "suppression_neurons"),
+        (32, 33),
+        loops=False,
     ),
 )

@@ -2,97 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-from matplotlib.figure import Figure
-
 from loopscope.drawing import Readings
-from loopscope.figures import components, convergence, heads, maps, prompt_map, readout
-from loopscope.figures.absence import why_absent
-from loopscope.figures.captions import line_words
+from loopscope.figures import components, heads, maps, prompt_map, readout
+from loopscope.figures.captions import PER_ROW
 from loopscope.figures.inference import FEW, judged_at
-from loopscope.figures.kinds import FigureType
-from loopscope.figures.layouts import LAYOUTS, Layout, passes
+from loopscope.figures.kinds import FigureType, one_recurrence, study_type
+from loopscope.figures.of_convergence import CONVERGENCE_FIGURES
 from loopscope.figures.of_stages import STAGE_FIGURES
-from loopscope.figures.style import Width
 from loopscope.settings import SINK_THRESHOLD
 
 __all__ = ["STUDY_FIGURES"]
 
-_TOKENS = "90 % of the tokens (median over prompts)"
-_HEADS = "90 % of the heads of all prompts"
-_MEANS = "Medians over prompts of means over each prompt's tokens."
 _COMPONENTS = (
     "principal components of the residual streams of single tokens, over all recurrent layers and recurrences, with "
     "their shares of the variance. One line per layer; a circle is the first recurrence, a diamond the last."
 )
-_FLOOR = "Dotted, where it is near: the estimated rounding floor."
-_PER_ROW = "Frobenius distances are over the square root of the number of tokens."
-
-
-def _none(_: Readings) -> str | None:
-    return None
-
-
-def _type(
-    name: str,
-    draw: Callable[[Readings, Width], Figure],
-    words: str | Callable[[Readings], str],
-    variables: tuple[str, ...],
-    paper: tuple[int, ...] = (),
-    *,
-    loops: bool = True,
-    unless: Callable[[Readings], str | None] = _none,
-) -> FigureType[Readings]:
-    """Of a looped model, unless `loops` is false; `unless` gives another reason for which it cannot be drawn."""
-
-    def absent(readings: Readings) -> str | None:
-        return why_absent(readings, variables, loops=loops) or unless(readings)
-
-    said = words if callable(words) else lambda _: str(words)
-    return FigureType(name=name, draw=draw, words=said, variables=variables, absent=absent, paper=paper)
-
-
-def _laid_out(
-    name: str,
-    function: Callable[[Readings, Layout, Width], Figure],
-    what: str,
-    variables: tuple[str, ...],
-    band: str = "",
-    paper: tuple[int, ...] = (),
-) -> list[FigureType[Readings]]:
-    """A type per layout. The paper has these by layer."""
-    return [_of_layout(name, function, layout, what, variables, band, paper) for layout in LAYOUTS]
-
-
-def _of_layout(
-    name: str,
-    function: Callable[[Readings, Layout, Width], Figure],
-    layout: Layout,
-    what: str,
-    variables: tuple[str, ...],
-    band: str,
-    paper: tuple[int, ...],
-) -> FigureType[Readings]:
-    def draw(readings: Readings, width: Width) -> Figure:
-        return function(readings, layout, width)
-
-    def words(readings: Readings) -> str:
-        return f"{what} {line_words(readings, layout, band, passes(readings.view.recurrences))}"
-
-    file = f"{name}-{layout.replace(' ', '-')}"
-    return _type(file, draw, words, variables, paper if layout == "by layer" else (), unless=_one_recurrence)
 
 
 def _cycle_no_longer(readings: Readings) -> str | None:
-    labels = maps.cycle_visits(readings, "cycle_similarity", None)[1]
-    few = maps.cycle_visits(readings, "cycle_similarity", FEW)[1]
-    return (
-        None
-        if len(labels) > len(few)
-        else f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
-    )
+    if len(maps.cycle_labels(readings, None)) > len(maps.cycle_labels(readings, FEW)):
+        return None
+    return f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
 
 
 def _no_trajectory(count: int, readings: Readings) -> str | None:
@@ -105,16 +37,12 @@ def _one_readout(readings: Readings) -> str | None:
     return None if read > 1 else "the model was read out at one number of recurrences only"
 
 
-def _one_recurrence(readings: Readings) -> str | None:
-    return None if readings.view.recurrences > 1 else "one recurrence was measured, so there is no change"
-
-
 def _no_finite_prompt(readings: Readings) -> str | None:
     return None if prompt_map.chosen_prompts(readings) else "all prompts diverged"
 
 
 def _maps_words(visits: str) -> str:
-    return f"Distance between the attention maps of every two {visits}, over all heads, mean over prompts. {_PER_ROW}"
+    return f"Distance between the attention maps of every two {visits}, over all heads, mean over prompts. {PER_ROW}"
 
 
 def _states_words(visits: str) -> str:
@@ -135,79 +63,15 @@ def _prompts_shown(readings: Readings) -> str:
 
 
 STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
-    *_laid_out(
-        "step",
-        convergence.step,
-        "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
-        f"streams, (b) the same over the norm of the state. {_MEANS} {_FLOOR}",
-        ("successive_difference", "relative_step"),
-        _TOKENS,
-        (3,),
-    ),
-    *_laid_out(
-        "distance",
-        convergence.distance,
-        "Distance of each layer's residual stream to its approximate fixed point, its state at the horizon H: (a) "
-        "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. The "
-        f"distance to the state at H is 0 there by construction. {_MEANS} {_FLOOR}",
-        ("distance_to_horizon", "relative_distance", "relative_distance_second_horizon"),
-        _TOKENS,
-        (4,),
-    ),
-    *_laid_out(
-        "direction",
-        convergence.direction,
-        "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
-        f"state at the horizon H. On a logarithmic axis what is 0 or below by rounding is a gap. {_MEANS}",
-        ("cosine_to_previous", "cosine_to_horizon"),
-        _TOKENS,
-        (22, 24),
-    ),
-    *_laid_out(
-        "attention",
-        convergence.attention,
-        "Attention maps of each layer: distance (a) to the map one recurrence before, (b) to the map at the horizon H. "
-        f"{_PER_ROW} Medians over prompts of means over heads.",
-        ("attention_change", "attention_distance_to_horizon"),
-        _HEADS,
-        (23, 25),
-    ),
-    _of_layout(
-        "norm",
-        convergence.norm,
-        "by layer",
-        "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
-        f"that grows shrinks relative steps although the state does not settle. {_MEANS}",
-        ("residual_norm", "norm_growth"),
-        _TOKENS,
-        (),
-    ),
-    _of_layout(
-        "path-independence",
-        convergence.path_independence,
-        "by layer",
-        "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
-        f"norm, (b) 1 − cosine. {_MEANS} {_FLOOR}",
-        ("path_distance", "path_cosine"),
-        "",
-        (),
-    ),
-    _type(
-        "horizons",
-        convergence.horizons,
-        "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H recurrences, the "
-        "steps into both, the estimated rounding floor, and the tolerance of the quick answers. Medians over "
-        "prompts; whiskers hold 90 % of the prompts.",
-        ("horizon_drift", "horizon_relative_step"),
-    ),
-    _type(
+    *CONVERGENCE_FIGURES,
+    study_type(
         "layer-cosine",
         maps.layer_cosine,
         "Cosine between the residual streams of the recurrent layers at the horizon H, median over prompts of means "
         "over tokens. All near 1: the layers share one point, and the cycle is no cycle.",
         ("layer_cosine",),
     ),
-    _type(
+    study_type(
         "trajectories",
         components.trajectories,
         lambda readings: f"First two {_COMPONENTS} {components.token_words(readings, 2)}",
@@ -215,7 +79,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (5, 26, 27, 28),
         unless=partial(_no_trajectory, 2),
     ),
-    _type(
+    study_type(
         "trajectories-3d",
         components.trajectories_3d,
         lambda readings: (
@@ -225,7 +89,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (5, 26, 27, 28),
         unless=partial(_no_trajectory, 3),
     ),
-    _type(
+    study_type(
         "cycle-attention",
         maps.cycle_attention,
         lambda readings: (
@@ -235,7 +99,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (2,),
         loops=False,
     ),
-    _type(
+    study_type(
         "cycle-attention-long",
         partial(maps.cycle_attention, recurrences=None),
         _maps_words("visits of all the recurrences kept"),
@@ -243,7 +107,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (21,),
         unless=_cycle_no_longer,
     ),
-    _type(
+    study_type(
         "cycle-residual",
         maps.cycle_residual,
         lambda readings: _states_words(_visits(readings)),
@@ -251,7 +115,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (19,),
         loops=False,
     ),
-    _type(
+    study_type(
         "cycle-residual-long",
         partial(maps.cycle_residual, recurrences=None),
         _states_words("visits of all the recurrences kept"),
@@ -259,15 +123,15 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         (20,),
         unless=_cycle_no_longer,
     ),
-    _type(
+    study_type(
         "head-change",
         heads.head_change,
         "How much each head's attention map changes from one recurrence to the next, a row per head, median over "
-        f"prompts. {_PER_ROW} White lines part the recurrent layers; no colour: no change at all.",
+        f"prompts. {PER_ROW} White lines part the recurrent layers; no colour: no change at all.",
         ("attention_change",),
-        unless=_one_recurrence,
+        unless=one_recurrence,
     ),
-    _type(
+    study_type(
         "heads-stable",
         heads.heads_stable,
         lambda readings: (
@@ -277,9 +141,9 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         ),
         # Not head_stable_from: a head that is never stable has no number, so that may be finite nowhere.
         ("attention_change",),
-        unless=_one_recurrence,
+        unless=one_recurrence,
     ),
-    _type(
+    study_type(
         "head-sinks",
         heads.head_sinks,
         lambda readings: (
@@ -292,7 +156,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         loops=False,
     ),
     *STAGE_FIGURES,
-    _type(
+    study_type(
         "loss",
         readout.loss,
         lambda readings: (
@@ -306,7 +170,7 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         ("loss",),
         unless=_one_readout,
     ),
-    _type(
+    study_type(
         "prediction",
         readout.prediction,
         "(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
@@ -315,14 +179,14 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         ("token_top1", "token_kl_to_last"),
         unless=_one_readout,
     ),
-    _type(
+    study_type(
         "exit-gate",
         readout.exit_gate,
         "Probability, by the model's exit gate, to stop after each recurrence; mean over tokens and prompts. The "
         "last recurrence measured takes all that is left.",
         ("exit_probability",),
     ),
-    _type(
+    study_type(
         "tokens",
         prompt_map.tokens,
         lambda readings: (

@@ -20,7 +20,7 @@ __all__ = ["exit_gate", "loss", "prediction"]
 @study_figure
 def loss(readings: Readings, width: Width = "auto") -> Figure:
     """Mean next-token loss on the prompts' own tokens, decoded after so many recurrences: mean over prompts."""
-    values = readings.shown["loss"].transpose("readout_recurrence", "prompt")
+    values = readings.variable("loss").transpose("readout_recurrence", "prompt")
     counts = values["readout_recurrence"].values
     figure, (axes,) = panels(1, width)
     if values.sizes["prompt"] > 1:
@@ -38,9 +38,9 @@ def loss(readings: Readings, width: Width = "auto") -> Figure:
 def prediction(readings: Readings, width: Width = "auto") -> Figure:
     """Share of tokens whose most probable next token is that of the last readout already, and how far the whole
     prediction is from that one (KL divergence)."""
-    agrees, final = final_shares(readings.shown["token_top1"])
-    counts = readings.shown["readout_recurrence"].values
-    divergence = readings.shown["token_kl_to_last"].transpose("readout_recurrence", "prompt", "token").values
+    agrees, final = final_shares(readings.variable("token_top1"))
+    counts = readings.variable("readout_recurrence").values
+    divergence = readings.variable("token_kl_to_last").transpose("readout_recurrence", "prompt", "token").values
     rows = divergence[:-1].reshape(len(counts) - 1, -1).astype(np.float64)
     figure, (shares, distances) = panels(2, width)
     shares.plot(counts, 100 * agrees, color=CATEGORIES[5], marker="o", label="same top token as at the last readout")
@@ -64,7 +64,7 @@ def prediction(readings: Readings, width: Width = "auto") -> Figure:
 @study_figure
 def exit_gate(readings: Readings, width: Width = "auto") -> Figure:
     """Probability, by the model's own gate, to stop after each recurrence: mean over tokens and prompts."""
-    share = readings.shown["exit_probability"].transpose("recurrence", "prompt").values
+    share = readings.variable("exit_probability").transpose("recurrence", "prompt").values
     counts = np.arange(1, len(share) + 1)
     figure, (axes,) = panels(1, width)
     axes.bar(counts, np.array([mean(row) for row in share]), color=CATEGORIES[0])
@@ -76,7 +76,7 @@ def exit_gate(readings: Readings, width: Width = "auto") -> Figure:
 
 def _over_readouts(axes: Axes, readings: Readings) -> None:
     """A logarithmic x axis with the numbers of recurrences at which the model was read out."""
-    counts = readings.shown["readout_recurrence"].values
+    counts = readings.variable("readout_recurrence").values
     axes.set_xscale("log")
     axes.set_xlim(counts[0] / 1.1, counts[-1] * 1.1)
     axes.set_xticks(counts, labels=[str(count) for count in counts])

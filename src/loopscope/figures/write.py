@@ -75,7 +75,8 @@ def write_figures(
     if not any(plan.drawings for plan in plans):
         reasons = sorted({f"{name}: {reason}" for plan in plans for name, reason in plan.left_out.items()})
         raise StudyError(f"None of the figures can be drawn ({'; '.join(reasons)}).")
-    return [_write(plan, tuple(dict.fromkeys(formats)), width) for plan in plans]
+    asked = [plan for plan in plans if plan.drawings or plan.left_out]
+    return [_write(plan, tuple(dict.fromkeys(formats)), width) for plan in asked]
 
 
 def _names(kinds: Sequence[FigureType[S]]) -> list[str]:
