@@ -27,7 +27,7 @@ from loopscope.figures.axes import (
 )
 from loopscope.figures.layouts import passes, shade_stages
 from loopscope.figures.legends import add_legend
-from loopscope.figures.style import Width, paper_style
+from loopscope.figures.style import Width, inches, paper_style
 from loopscope.figures.texts import text
 
 __all__ = [
@@ -45,6 +45,8 @@ _P = ParamSpec("_P")
 
 MOST_COLUMNS = 3
 """Of looped studies beside each other: more would be narrower than a panel can be read."""
+_TWO_PANELS = 4.0
+"""Inches that two panels beside each other need."""
 _DEPTH = "relative depth (%)"
 _DRIFTS = {"drift": "RMS difference / RMS", "own_similarity": "correlation with own pass"}
 
@@ -105,7 +107,7 @@ def compared_measure(comparison: Comparison, measure: str, width: Width = "auto"
     for axes in drawn:
         _finish(axes, quantity, drawn)
     name_x_once(drawn)
-    add_legend(figure, drawn, "recurrence")
+    add_legend(figure, drawn, "recurrence", explained=[text(comparison.reference)])
     return figure
 
 
@@ -124,7 +126,7 @@ def compared_stages(comparison: Comparison, width: Width = "auto") -> Figure:
             name_panel(axes, text(label))
         _finish(axes, quantity)
     name_x_once(drawn)
-    add_legend(figure, drawn, "recurrence")
+    add_legend(figure, drawn, "recurrence", explained=[text(comparison.reference)])
     return figure
 
 
@@ -167,7 +169,8 @@ def compared_drift(comparison: Comparison, width: Width = "auto") -> Figure:
     from the pass at the recurrence that the study is judged at; a line per measure."""
     labels = [label for label in looped(comparison) if comparison.studies[label]["recurrences"] > 1]
     places = [(label, variable) for label in labels for variable in _DRIFTS]
-    figure, drawn = panels(len(places), width, columns=2)
+    # The two of a study beside each other, where there is room for two.
+    figure, drawn = panels(len(places), width, columns=2 if inches(width, len(places)) >= _TWO_PANELS else 1)
     for axes, (label, variable) in zip(drawn, places, strict=True):
         study = comparison.studies[label]
         data = comparison.dataset[variable].sel(study=label).isel(recurrence=slice(study["recurrences"]))

@@ -16,7 +16,7 @@ __all__ = ["add_colour_bar", "add_legend"]
 
 _MARGIN = 0.15
 """Inches around a legend."""
-_HANDLE = 0.26
+_HANDLE = 0.21
 """Inches that the handle of a label and the spaces around it take in a legend."""
 
 

@@ -138,9 +138,9 @@ COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (
     _type(
         "compared-drift",
         compared_drift,
-        "Each pass through the block against the study's own pass at the recurrence it is judged at. Left: root mean"
-        " square difference over the root mean square of that. Right: Pearson correlation; where all layers share "
-        "one value there is none. A line per stage measure.",
+        "Each pass through the block against the study's own pass at the recurrence it is judged at; two panels a "
+        "study: root mean square difference over the root mean square of that pass, and Pearson correlation. Where "
+        "all layers share one value there is no correlation. A line per stage measure.",
         ("drift", "own_similarity"),
         _single_passes,
     ),
