@@ -275,25 +275,31 @@ def of_stage(study: Study, name: str) -> Array:
     return medians(found.mean("head") if "head" in found.dims else found)
 
 
-@pytest.mark.parametrize("place", range(len(STAGES)))
-def test_stages_in_all_layouts(study: Study, place: int) -> None:
-    wanted = of_stage(study, STAGES[place])
-    loop = wanted[1:-1].reshape(RECURRENCES, LAYERS)
+def test_stages_in_all_layouts(study: Study) -> None:
+    by_recurrence, by_layer, few, whole = (
+        panels(figure)
+        for figure in (
+            figures.stages(study),
+            figures.stages(study, "by layer"),
+            figures.stages(study, "by depth", recurrences=[8]),
+            figures.stages(study, "by depth", recurrences=[RECURRENCES]),
+        )
+    )
+    for place, name in enumerate(STAGES):
+        wanted = of_stage(study, name)
+        loop = wanted[1:-1].reshape(RECURRENCES, LAYERS)
 
-    axes = panels(figures.stages(study))[place]
-    assert labels(axes) == ["1", "2", "3", "4", "prelude, coda", "prelude, coda"]
-    np.testing.assert_allclose(line(axes, "3")[1], loop[2], rtol=1e-6)
-    outer = [drawn for drawn in axes.lines if drawn.get_label() == "prelude, coda"]
-    assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [20, 100]
-    np.testing.assert_allclose([float(np.asarray(drawn.get_ydata())[0]) for drawn in outer], wanted[[0, -1]], rtol=1e-6)
+        axes = by_recurrence[place]
+        assert labels(axes) == ["1", "2", "3", "4", "prelude, coda", "prelude, coda"]
+        np.testing.assert_allclose(line(axes, "3")[1], loop[2], rtol=1e-6)
+        outer = [drawn for drawn in axes.lines if drawn.get_label() == "prelude, coda"]
+        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [20, 100]
+        values = [float(np.asarray(drawn.get_ydata())[0]) for drawn in outer]
+        np.testing.assert_allclose(values, wanted[[0, -1]], rtol=1e-6)
 
-    axes = panels(figures.stages(study, "by layer"))[place]
-    np.testing.assert_allclose(line(axes, "1")[1], loop[:, 1], rtol=1e-6)
-
-    axes = panels(figures.stages(study, "by depth", recurrences=[8]))[place]
-    np.testing.assert_allclose(line(axes, "every visit")[1], wanted[: 1 + 8 * LAYERS], rtol=1e-6)
-    axes = panels(figures.stages(study, "by depth", recurrences=[RECURRENCES]))[place]
-    np.testing.assert_allclose(line(axes, "every visit")[1], wanted, rtol=1e-6)
+        np.testing.assert_allclose(line(by_layer[place], "1")[1], loop[:, 1], rtol=1e-6)
+        np.testing.assert_allclose(line(few[place], "every visit")[1], wanted[: 1 + 8 * LAYERS], rtol=1e-6)
+        np.testing.assert_allclose(line(whole[place], "every visit")[1], wanted, rtol=1e-6)
 
 
 def test_passes_beyond_training_begin_with_the_trained_one(study: Study) -> None:
