@@ -13,7 +13,7 @@ import loopscope
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("loopscope")
-HEAVY = {"h5netcdf", "numpy", "pandas", "plotly", "torch", "xarray"}
+HEAVY = {"h5netcdf", "matplotlib", "numpy", "pandas", "plotly", "torch", "xarray"}
 
 
 def imported_by(*command: str | Path) -> set[str]:
@@ -61,6 +61,7 @@ def test_the_citation_names_this_version() -> None:
         ["train", "--help"],
         ["report", "--help"],
         ["compare", "--help"],
+        ["figures", "--help"],
         ["inspect", "--help"],
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -104,6 +104,39 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Write paper figures of studies, or of a comparison, as PDF, SVG or PNG, with captions (figures.json).
+
+    All that a study can support; what is left out is listed with its reason. Of several studies, also the figures that
+    put them side by side. Needs matplotlib: pip install 'loopscope[figures]'.
+    """
+
+    studies: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of analyses, or of a comparison."""
+    out: Path
+    """Folder for the figures; of several studies each gets a folder of its own inside."""
+    format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)
+    """One or several."""
+    width: Literal["auto", "single", "double"] | float = "auto"
+    """A column (3.25 inches), two (6.75), inches, or what the panels of each figure need."""
+    only: tuple[str, ...] = ()
+    """Names of figures, such as step-by-layer, instead of all; docs/figures.md lists them, and so does the answer to a
+    name that there is not."""
+
+    def run(self) -> None:
+        # First, so that a missing matplotlib is said before torch is imported.
+        from loopscope.figures import CAPTIONS, write_figures
+
+        from loopscope.cli.console import say  # isort: skip
+
+        for found in write_figures(self.studies, self.out, formats=self.format, width=self.width, only=self.only):
+            for reason in dict.fromkeys(found.left_out.values()):
+                names = [name for name, why in found.left_out.items() if why == reason]
+                say(f"left out  {', '.join(names)}: {reason}")
+            say(f"figures  {len(found.files)}, with their captions in {found.folder / CAPTIONS}")
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model from a configuration; the same command goes on with a run that was interrupted."""
 
@@ -175,6 +208,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Behaviour, tyro.conf.subcommand("behaviour")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Models, tyro.conf.subcommand("models")]
@@ -183,7 +217,7 @@ Command = (
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Compare | Behaviour | Calibrate | Train | Inspect | Models = tyro.cli(
+    command: Analyze | Report | Compare | Behaviour | Calibrate | Figures | Train | Inspect | Models = tyro.cli(
         Command,
         prog="loopscope",
         description="An instrument for looking inside looped language models.",

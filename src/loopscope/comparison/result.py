@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from loopscope._files import write_atomically
 from loopscope.errors import StudyError
@@ -49,6 +51,13 @@ class Comparison:
     def studies(self) -> dict[str, Mapping[str, Any]]:
         """What the manifest says of each study, by label."""
         return {str(entry["label"]): entry for entry in self.manifest["studies"]}
+
+    def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of one study's pass: relative depth in percent and the measure's values, both over the layers that it has."""
+        data = self.dataset.sel(study=label, measure=measure)
+        layers = sum(self.studies[label]["layout"].values())
+        values = data["curve"].isel(recurrence=recurrence).values[:layers]
+        return data["depth_percent"].values[:layers].astype(np.float32), values.astype(np.float32)
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

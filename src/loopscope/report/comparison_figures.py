@@ -10,9 +10,9 @@ import xarray
 
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.comparison import Comparison
+from loopscope.drawing import powers_of_two
 from loopscope.report.axes import mark_vertical, scale_y
 from loopscope.report.figure import Figure, Section, plot_text
-from loopscope.report.lines import powers_of_two
 from loopscope.report.style import CATEGORIES, GRID, INK, MUTED, base_figure, layer_colours, ordered_colours
 
 __all__ = ["comparison_sections"]
@@ -48,7 +48,7 @@ def _curves(comparison: Comparison) -> Section:
             at = (comparison.studies[label]["judged_at"] or 1) - 1
             _add_curve(
                 figure,
-                *_curve(comparison, label, quantity.name, at),
+                *comparison.curve(label, quantity.name, at),
                 name=f"{plot_text(label)}{' (reference)' if reference else ''}",
                 colour=INK if reference else next(others),
                 dash="dash" if reference else "solid",
@@ -73,11 +73,11 @@ def _passes(comparison: Comparison, label: str) -> Section:
         figure = base_figure(_DEPTH, quantity.y_title, hovermode="closest")
         _shade_outer_stages(figure, study["layout"])
         for count, colour in zip(counts, ordered_colours(len(counts)), strict=True):
-            depth, values = _curve(comparison, label, quantity.name, count - 1)
+            depth, values = comparison.curve(label, quantity.name, count - 1)
             _add_curve(figure, depth, values, name=str(count), colour=colour)
         if label != comparison.reference:
             at = (comparison.studies[comparison.reference]["judged_at"] or 1) - 1
-            depth, values = _curve(comparison, comparison.reference, quantity.name, at)
+            depth, values = comparison.curve(comparison.reference, quantity.name, at)
             _add_curve(figure, depth, values, name="reference", colour=INK, dash="dash")
         figures.append(_figure(f"passes-{index}-{quantity.anchor}", quantity.title, quantity.reading, figure, quantity))
     return Section(
@@ -193,14 +193,6 @@ def _drift_plot(comparison: Comparison, label: str, variable: str, y_title: str)
     if study["trained_recurrences"] is not None and study["trained_recurrences"] <= study["recurrences"]:
         mark_vertical(figure, study["trained_recurrences"], f"trained: {study['trained_recurrences']}")
     return figure
-
-
-def _curve(comparison: Comparison, label: str, measure: str, recurrence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depth in percent and values, of the layers that the model has."""
-    data = comparison.dataset.sel(study=label, measure=measure)
-    layers = sum(comparison.studies[label]["layout"].values())
-    values = data["curve"].isel(recurrence=recurrence).values[:layers]
-    return data["depth_percent"].values[:layers].astype(np.float32), values.astype(np.float32)
 
 
 def _add_curve(

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
-import xarray
 from numpy.typing import NDArray
 
+from loopscope.drawing import Site
 from loopscope.report.axes import add_stages
 from loopscope.report.material import Material
 from loopscope.report.style import CATEGORIES, MUTED, base_figure, ordered_colours
 
-__all__ = ["Site", "along_depth", "along_one_pass", "sites_of"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a visit stands."""
-
-    stage: str
-    layer: int
-    recurrence: int
-    """From 0; 0 in prelude and coda."""
-
-    @property
-    def label(self) -> str:
-        suffix = f"@{self.recurrence}" if self.stage == "recurrent" else ""
-        return f"{self.stage}.{self.layer}{suffix}"
-
-
-def sites_of(dataset: xarray.Dataset) -> list[Site]:
-    """The visits of the dimension `depth`, in order."""
-    columns = (dataset[f"depth_{name}"].values for name in ("stage", "layer", "recurrence"))
-    return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
+__all__ = ["along_depth", "along_one_pass"]
 
 
 def along_depth(values: NDArray[np.floating], sites: Sequence[Site], y_title: str) -> go.Figure:

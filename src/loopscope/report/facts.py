@@ -23,7 +23,7 @@ _HIDDEN = ("identity", "status")
 def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
     """(name, value) pairs, most important first."""
     model, view = study.manifest["model"], material.view
-    facts = [("layout", _layout(material)), ("prompts", f"{view.prompts:,} ({view.tokens:,} tokens)")]
+    facts = [("layout", material.layout), ("prompts", f"{view.prompts:,} ({view.tokens:,} tokens)")]
     if view.looped:
         facts += [
             ("recurrences", f"{view.recurrences} measured, " + _trained(view.trained)),
@@ -74,12 +74,6 @@ def _beginning(tokenizer: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []
     bos = "no special token" if tokenizer["bos"] is None else str(tokenizer["bos"]["text"])
     return [("prompts start with", f"{bos}, chat template" if tokenizer["chat_template"] == "used" else bos)]
-
-
-def _layout(material: Material) -> str:
-    if not material.view.looped:
-        return f"{material.prelude + material.coda} layers, feed-forward"
-    return f"({material.prelude}, {material.recurrent} ⊗ R, {material.coda})"
 
 
 def _trained(trained: int | None) -> str:

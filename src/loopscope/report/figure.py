@@ -12,7 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-__all__ = ["Drawn", "Figure", "Section", "plot_text", "script_json", "visible_text"]
+from loopscope.drawing import visible
+
+__all__ = ["Drawn", "Figure", "Section", "plot_text", "script_json"]
 
 
 @runtime_checkable
@@ -86,16 +88,6 @@ def _script_text(text: str) -> Markup:
 
 
 def plot_text(text: str, longest: int = 40) -> str:
-    """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: as `visible_text`, and
-    escaped."""
-    return html.escape(visible_text(text, longest), quote=False)
-
-
-def visible_text(text: str, longest: int = 40) -> str:
-    """A text from outside with its white space made visible, cut to `longest` characters; not escaped."""
-    visible = "".join(
-        {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(char, char if char.isprintable() or char == " " else "·") for char in text
-    )
-    if not visible.strip():
-        visible = visible.replace(" ", "␣")
-    return visible if len(visible) <= longest else visible[: longest - 1] + "…"
+    """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: escaped, white space
+    made visible, cut to `longest` characters."""
+    return html.escape(visible(text, longest), quote=False)

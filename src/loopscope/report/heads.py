@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray
 from numpy.typing import NDArray
 
 from loopscope.answers.limits import short_prompts
+from loopscope.drawing import per_row, stable_share
 from loopscope.report.figure import Drawn, Figure, Section
 from loopscope.report.lines import by_layer
 from loopscope.report.maps import head_maps
@@ -57,13 +57,8 @@ def _click(material: Material) -> str:
     return " Click on a head to see its maps below." if "attention_map" in material.view.dataset else ""
 
 
-def _per_row(material: Material, name: str) -> xarray.DataArray:
-    """Frobenius distances over sqrt(T), so that prompts of different length compare."""
-    return material.shown[name] / np.sqrt(material.shown["token_count"])
-
-
 def _changes(material: Material) -> Figure:
-    change = median_over_prompts(_per_row(material, "attention_change"))
+    change = median_over_prompts(per_row(material.shown, "attention_change"))
     counts = material.counts[material.counts > 1]
     heads = change.sizes["head"]
     values = change.isel(recurrence=counts - 1).transpose("layer", "head", "recurrence").values
@@ -128,10 +123,9 @@ def _stable(material: Material) -> Figure:
     found = material.shown["head_stable_from"]
     counts = material.counts
     figure = base_figure("recurrences", "share of heads")
-    settled = [(found < count).where(np.isfinite(found), other=False) for count in counts]
     layers = found.sizes["layer"]
-    for layer, colour in enumerate(layer_colours(layers)):
-        share = np.array([float(one.isel(layer=layer).mean()) for one in settled], dtype=np.float32)
+    shares = stable_share(found, counts).astype(np.float32)
+    for layer, (share, colour) in enumerate(zip(shares, layer_colours(layers), strict=True)):
         figure.add_scatter(
             x=counts,
             y=share,
@@ -154,7 +148,7 @@ def _stable(material: Material) -> Figure:
 
 
 def _distance(material: Material) -> Figure:
-    by_head = _per_row(material, "attention_distance_to_horizon").mean("head")
+    by_head = per_row(material.shown, "attention_distance_to_horizon").mean("head")
     drawn = Material(**{**vars(material), "shown": material.shown.assign(attention_away=by_head)})
     return Figure(
         anchor="head-distance",

@@ -10,11 +10,12 @@ import plotly.graph_objects as go
 import xarray
 from numpy.typing import NDArray
 
+from loopscope.drawing import powers_of_two
 from loopscope.report.axes import add_floor, add_stages, mark_vertical, scale_y
 from loopscope.report.material import Material, median_over_prompts, positive
 from loopscope.report.style import base_figure, layer_colours, named_in_legend, ordered_colours
 
-__all__ = ["by_layer", "by_recurrence", "powers_of_two"]
+__all__ = ["by_layer", "by_recurrence"]
 
 
 def by_layer(material: Material, name: str, y_title: str, *, ribbon: bool = True, floor: bool = False) -> go.Figure:
@@ -88,9 +89,3 @@ def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArra
         name="90 % of tokens",
         **shared,
     )
-
-
-def powers_of_two(total: int) -> list[int]:
-    """1, 2, 4 and so on up to a number, and that number."""
-    powers = [2**exponent for exponent in range(total.bit_length()) if 2**exponent <= total]
-    return powers if powers[-1] == total else [*powers, total]

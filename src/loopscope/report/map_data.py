@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 from loopscope.answers.limits import sinks_by_chance
+from loopscope.drawing import visible
 from loopscope.map_codes import HIGHEST, UNKNOWN
 from loopscope.report.depth import Site, sites_of
-from loopscope.report.figure import visible_text
 from loopscope.report.material import Material
 from loopscope.report.style import SEQUENTIAL
 
@@ -51,7 +51,7 @@ def map_data(material: Material) -> dict[str, Any]:
         "start": {"layer": f"{sites[start[0]].stage}.{sites[start[0]].layer}", "head": start[1]},
         "prompts": [
             {
-                "tokens": [visible_text(str(token), 12) for token in material.tokens[prompt]["token_strings"]],
+                "tokens": [visible(str(token), 12) for token in material.tokens[prompt]["token_strings"]],
                 "note": _note(material, prompt),
                 "codes": _packed(codes[index]),
                 "numbers": _packed(numbers[index]),

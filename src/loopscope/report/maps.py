@@ -14,8 +14,9 @@ import numpy as np
 from markupsafe import Markup
 
 from loopscope.answers.wording import listed
+from loopscope.drawing import visible
 from loopscope.map_codes import HIGHEST, UNKNOWN
-from loopscope.report.figure import Section, script_json, visible_text
+from loopscope.report.figure import Section, script_json
 from loopscope.report.map_data import layer_name, map_data, mapped_prompts, mapped_sites, palette, pass_name
 from loopscope.report.material import Material
 
@@ -171,7 +172,7 @@ def _prompt_names(material: Material) -> list[str]:
     for prompt in mapped_prompts(material):
         entry = material.tokens[prompt]
         text = entry["text"] or "".join(map(str, entry["token_strings"]))
-        names.append(f"Prompt {prompt}: {visible_text(str(text), 70)}")
+        names.append(f"Prompt {prompt}: {visible(str(text), 70)}")
     return names
 
 

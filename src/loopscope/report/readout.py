@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from loopscope.answers.exits import final_from
 from loopscope.answers.statistics import mean, quantile
+from loopscope.drawing import final_shares
 from loopscope.report.axes import mark_vertical, scale_y
 from loopscope.report.exit_rules import exit_rule_figures
 from loopscope.report.figure import Figure, Section
@@ -85,11 +85,8 @@ def _loss(material: Material) -> Figure:
 
 
 def _final(material: Material) -> Figure:
-    top = material.shown["token_top1"].transpose("readout_recurrence", "prompt", "token").values
-    place = final_from(top)[top[-1] >= 0]
     counts = material.shown["readout_recurrence"].values
-    agrees = [float((row == top[-1])[top[-1] >= 0].mean()) for row in top]
-    final = [float((place <= index).mean()) for index in range(len(counts))]
+    agrees, final = final_shares(material.shown["token_top1"])
     figure = _over_readouts(material, "share of tokens")
     for name, values, colour in (
         ("the same as at the last readout", agrees, CATEGORIES[5]),
@@ -97,7 +94,7 @@ def _final(material: Material) -> Figure:
     ):
         figure.add_scatter(
             x=counts,
-            y=np.array(values, dtype=np.float32),
+            y=values.astype(np.float32),
             name=name,
             mode="lines+markers",
             line={"color": colour, "width": 2},

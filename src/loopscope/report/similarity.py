@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from loopscope.drawing import stage_name, stage_starts
 from loopscope.report.figure import Figure, Section
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.style import SEQUENTIAL, base_figure
@@ -79,12 +80,12 @@ def visits_map(
 ) -> go.Figure:
     """A heat map of visits x visits, with white lines where a stage or a recurrence begins."""
     figure = _heat_map(values, labels, "visit", "visit", what=what, lowest=lowest, highest=highest)
-    edges = _stage_starts(labels)
+    edges = stage_starts(labels)
     for edge in edges[1:]:
         for add in (figure.add_vline, figure.add_hline):
             add(edge - 0.5, line={"color": "white", "width": 1.5})
     middles = [(start + end - 1) / 2 for start, end in zip(edges, [*edges[1:], len(labels)], strict=True)]
-    names = [_stage_name(labels[start]) for start in edges]
+    names = [stage_name(labels[start]) for start in edges]
     figure.update_traces(
         x=None,
         y=None,
@@ -127,16 +128,3 @@ def _heat_map(
         figure.update_xaxes(type="category", tickvals=ticks, tickangle=0)
         figure.update_yaxes(type="category", tickvals=ticks)
     return figure
-
-
-def _stage_starts(labels: list[str]) -> list[int]:
-    """Where a stage or a recurrence begins."""
-    names = [_stage_name(label) for label in labels]
-    return [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
-
-
-def _stage_name(label: str) -> str:
-    """`prelude`, the recurrence counted from 1, or `coda`."""
-    stage, _, place = label.partition(".")
-    _, at, recurrence = place.partition("@")
-    return str(int(recurrence) + 1) if at else stage

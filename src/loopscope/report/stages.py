@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 
 from loopscope.answers.limits import short_prompts
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
+from loopscope.drawing import Site, powers_of_two, sites_of
 from loopscope.report.axes import scale_y
-from loopscope.report.depth import Site, along_depth, along_one_pass, sites_of
+from loopscope.report.depth import along_depth, along_one_pass
 from loopscope.report.figure import Figure, Section
-from loopscope.report.lines import powers_of_two
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.style import CATEGORIES, base_figure
 

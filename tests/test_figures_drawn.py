@@ -1,0 +1,493 @@
+"""Paper figures, artist by artist: what is drawn are the study's numbers, by the formulas that captions state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from loopscope import compare, figures
+from loopscope.drawing import ordered_colours, read_study
+from loopscope.figures import inference
+from loopscope.figures.texts import decade, decade_ticks, number
+from loopscope.study import Study
+from staged_study import OTHER, SHAPE, staged_study
+from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
+
+Array = NDArray[np.float64]
+RECURRENCES, PROMPTS = 24, 7
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    """A study of a (1, 3 (x) 24, 1) model, trained with 4."""
+    made = looped_study(contracting(), prompts=PROMPTS, recurrences=RECURRENCES)
+    count = 1 + LAYERS * 12
+    labels = ["prelude.0", *(f"recurrent.{layer}@{at}" for at in range(12) for layer in range(LAYERS)), "coda.0"]
+    rng = np.random.default_rng(3)
+    similarity = rng.uniform(-0.2, 1, size=(count + 1, count + 1))
+    dataset = made.dataset.drop_dims(["visit", "visit_other"]).assign(
+        cycle_similarity=(("visit", "visit_other"), similarity),
+        attention_cycle_distance=(("visit", "visit_other"), 1 - similarity),
+        visit=("visit", labels),
+        visit_other=("visit_other", labels),
+        massive_token=(("depth", "prompt"), rng.integers(0, 2, size=(2 + LAYERS * RECURRENCES, PROMPTS))),
+        massive_dimension=(("depth", "prompt"), rng.integers(0, 3, size=(2 + LAYERS * RECURRENCES, PROMPTS))),
+        exit_probability=(("recurrence", "prompt"), rng.dirichlet(np.ones(RECURRENCES), size=PROMPTS).T),
+    )
+    return dataclasses.replace(made, dataset=dataset)
+
+
+def panels(figure: Figure) -> list[Axes]:
+    """Without colour bars, which are inside the axes of their maps."""
+    return list(figure.axes)
+
+
+def line(axes: Axes, label: str) -> tuple[Array, Array]:
+    (found,) = [line for line in axes.lines if line.get_label() == label]
+    return np.asarray(found.get_xdata(), dtype=np.float64), np.asarray(found.get_ydata(), dtype=np.float64)
+
+
+def labels(axes: Axes) -> list[str]:
+    return [str(line.get_label()) for line in axes.lines if not str(line.get_label()).startswith("_")]
+
+
+def band(axes: Axes) -> Array:
+    """All corners of the grey bands, as (x, y)."""
+    corners = [np.asarray(path.vertices) for drawn in axes.collections for path in drawn.get_paths()]
+    return np.concatenate(corners).astype(np.float64)
+
+
+def image(axes: Axes) -> Array:
+    (found,) = axes.images
+    return np.ma.filled(np.ma.asarray(found.get_array(), dtype=np.float64), np.nan)
+
+
+def medians(array: xarray.DataArray) -> Array:
+    return np.asarray(np.median(array.transpose(..., "prompt").values, axis=-1), dtype=np.float64)
+
+
+CONVERGENCE: dict[str, list[tuple[str, bool]]] = {
+    "step": [("successive_difference", False), ("relative_step", False)],
+    "distance": [
+        ("distance_to_horizon", False),
+        ("relative_distance", False),
+        ("relative_distance_second_horizon", False),
+    ],
+    "direction": [("cosine_to_previous", True), ("cosine_to_horizon", True)],
+    "norm": [("residual_norm", False), ("norm_growth", False)],
+    "path_independence": [("path_distance", False), ("path_cosine", True)],
+}
+
+
+@pytest.mark.parametrize("name", CONVERGENCE)
+def test_curves_by_layer_are_medians_over_prompts(study: Study, name: str) -> None:
+    figure = getattr(figures, name)(study)
+    for axes, (variable, one_minus) in zip(panels(figure), CONVERGENCE[name], strict=True):
+        wanted = medians(study.dataset[variable])
+        wanted = 1 - wanted if one_minus else wanted
+        for layer in range(LAYERS):
+            x, y = line(axes, str(layer))
+            np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
+            there = np.isfinite(y)
+            np.testing.assert_allclose(y[there], wanted[layer][there])
+            # On a logarithmic axis alone, and there only what has no logarithm, is left out.
+            gaps = ~np.isfinite(wanted[layer]) | ((wanted[layer] <= 0) & (axes.get_yscale() == "log"))
+            np.testing.assert_array_equal(~there, gaps)
+
+
+def test_the_band_is_the_middle_ninety_per_cent_of_the_tokens_at_the_last_layer(study: Study) -> None:
+    axes = panels(figures.step(study))[1]
+    corners = band(axes)
+    for level in (0.05, 0.95):
+        edge = medians(study.dataset["relative_step_quantile"].sel(quantile=level))[-1]
+        for count in range(2, RECURRENCES + 1):
+            heights = corners[corners[:, 0] == count, 1]
+            assert np.isclose(heights, edge[count - 1], rtol=1e-6).any()
+
+
+def test_a_band_of_one_minus_cosine_has_its_edges_the_right_way_round(study: Study) -> None:
+    axes = panels(figures.norm(study))[0]
+    low, high = (medians(study.dataset["residual_norm_quantile"].sel(quantile=q))[-1] for q in (0.05, 0.95))
+    corners = band(axes)
+    assert corners[:, 1].min() == pytest.approx(low.min())
+    assert corners[:, 1].max() == pytest.approx(high.max())
+    turned = figures.direction(looped_study(growing, prompts=3, recurrences=8, horizon=8))
+    for axes in panels(turned):
+        corners = band(axes)
+        for count in range(2, 8):
+            heights = corners[corners[:, 0] == count, 1]
+            _, y = line(axes, str(LAYERS - 1))
+            assert heights.min() <= y[count - 1] <= heights.max()
+
+
+def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
+    axes = panels(figures.distance(study, "by recurrence"))[1]
+    wanted = medians(study.dataset["relative_distance"])
+    picked = [1, 2, 4, 8, 16, 24]
+    assert labels(axes)[: len(picked)] == [str(count) for count in picked]
+    for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
+        x, y = line(axes, str(count))
+        # (1, 3, 1): the block's layers end at 2, 3 and 4 of 5 layers.
+        np.testing.assert_allclose(x, [40, 60, 80])
+        np.testing.assert_allclose(y, wanted[:, count - 1])
+        (drawn,) = [line for line in axes.lines if line.get_label() == str(count)]
+        assert drawn.get_color() == colour
+
+
+def test_curves_by_depth_go_through_all_visits_in_order(study: Study) -> None:
+    axes = panels(figures.step(study, "by depth"))[0]
+    wanted = medians(study.dataset["successive_difference"])
+    x, y = line(axes, "every visit")
+    # A prelude of one layer before, a coda of one after: neither has a step.
+    np.testing.assert_array_equal(x, np.arange(1, 3 + LAYERS * RECURRENCES))
+    np.testing.assert_allclose(y, np.concatenate([[np.nan], wanted.T.ravel(), [np.nan]]))
+    at, of_layer = line(axes, "2")
+    np.testing.assert_array_equal(at, 4 + LAYERS * np.arange(RECURRENCES))
+    np.testing.assert_allclose(of_layer, wanted[2])
+
+
+def test_the_trained_number_and_the_floor_are_marked(study: Study) -> None:
+    figure = figures.step(study)
+    for axes in panels(figure):
+        marked = [line for line in axes.lines if line.get_gid() == "mark"]
+        assert [list(np.asarray(line.get_xdata())) for line in marked] == [[4, 4]]
+        assert [note.get_text() for note in axes.texts] == ["trained: 4"]
+    _, level = line(panels(figure)[1], "rounding floor")
+    assert set(level) == {float(study.dataset["noise_floor"].median())}
+
+
+def test_a_floor_far_below_would_flatten_the_curves() -> None:
+    restless = looped_study(contracting(0.97), prompts=3, recurrences=8, floor=1e-12)
+    assert "rounding floor" not in labels(panels(figures.step(restless))[1])
+
+
+def test_attention_distances_are_per_row_and_over_heads(study: Study) -> None:
+    figure = figures.attention(study)
+    for axes, name in zip(panels(figure), ("attention_change", "attention_distance_to_horizon"), strict=True):
+        per_row = study.dataset[name] / np.sqrt(study.dataset["token_count"])
+        wanted = medians(per_row.mean("head"))
+        for layer in range(LAYERS):
+            np.testing.assert_allclose(line(axes, str(layer))[1], wanted[layer], rtol=1e-6)
+
+
+def test_horizons_have_a_dot_per_layer_and_kind(study: Study) -> None:
+    (axes,) = panels(figures.horizons(study))
+    drawn: dict[str, Any] = {str(container.get_label()): container for container in axes.containers}
+    assert list(drawn) == ["moved from 32 to 64", "step into 32", "step into 64", "rounding floor"]
+    moved = drawn["moved from 32 to 64"].lines[0]
+    np.testing.assert_allclose(moved.get_ydata(), medians(study.dataset["horizon_drift"]))
+    step = drawn["step into 64"].lines[0]
+    np.testing.assert_allclose(step.get_ydata(), medians(study.dataset["horizon_relative_step"].sel(horizon="second")))
+
+
+@pytest.mark.parametrize("function", ["trajectories", "trajectories_3d"])
+def test_trajectories_are_the_principal_components(study: Study, function: str) -> None:
+    (axes,) = panels(getattr(figures, function)(study))
+    scores = study.dataset["trajectory"].values[0]
+    for layer in range(LAYERS):
+        (found,) = [line for line in axes.lines if line.get_label() == str(layer)]
+        flat: Any = found
+        data = flat.get_data_3d() if function.endswith("3d") else flat.get_data()
+        for component, values in enumerate(data):
+            np.testing.assert_allclose(values, scores[layer, :, component])
+    share = study.dataset["trajectory_variance"].values[0]
+    assert axes.get_xlabel() == f"PC 1 ({100 * share[0]:.0f} %)"
+
+
+@pytest.mark.parametrize(
+    ("function", "variable"), [("cycle_residual", "cycle_similarity"), ("cycle_attention", "attention_cycle_distance")]
+)
+def test_maps_of_visits_show_the_first_recurrences_or_all(study: Study, function: str, variable: str) -> None:
+    whole = study.dataset[variable].values
+    (axes,) = panels(getattr(figures, function)(study))
+    few = 1 + 8 * LAYERS
+    np.testing.assert_array_equal(image(axes), whole[:few, :few])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["prelude", *(str(n) for n in range(1, 9))]
+    # A white line before every recurrence.
+    assert len(axes.lines) == 2 * 8
+    (axes,) = panels(getattr(figures, function)(study, recurrences=None))
+    np.testing.assert_array_equal(image(axes), whole)
+    assert axes.get_xticklabels()[-1].get_text() == "coda"
+
+
+def test_the_map_of_layers_is_numbered(study: Study) -> None:
+    (axes,) = panels(figures.layer_cosine(study))
+    wanted = medians(study.dataset["layer_cosine"])
+    np.testing.assert_allclose(image(axes), wanted)
+    assert [note.get_text() for note in axes.texts] == [f"{value:.2f}" for value in wanted.ravel()]
+
+
+def test_the_map_of_heads_has_a_row_per_head(study: Study) -> None:
+    (axes,) = panels(figures.head_change(study))
+    per_row = study.dataset["attention_change"] / np.sqrt(study.dataset["token_count"])
+    wanted = np.log10(medians(per_row.transpose("layer", "head", "recurrence", "prompt"))[..., 1:])
+    np.testing.assert_allclose(image(axes), wanted.reshape(-1, RECURRENCES - 1), rtol=1e-6)
+    assert axes.get_ylabel() == "recurrent layer, a row per head"
+
+
+def test_a_head_that_does_not_change_at_all_has_no_colour(study: Study) -> None:
+    still = study.dataset["attention_change"].copy()
+    still[0, 5, 1] = 0
+    (axes,) = panels(
+        figures.head_change(dataclasses.replace(study, dataset=study.dataset.assign(attention_change=still)))
+    )
+    assert np.isnan(image(axes)[1, 4])
+    assert np.isnan(image(axes)).sum() == 1
+
+
+def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
+    stable = study.dataset["head_stable_from"].copy()
+    stable[0, 0, :2] = [3, np.nan]
+    (axes,) = panels(
+        figures.heads_stable(dataclasses.replace(study, dataset=study.dataset.assign(head_stable_from=stable)))
+    )
+    x, y = line(axes, "0")
+    np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
+    # Stable from index 6 on, so after 7 recurrences; one after 4, one never.
+    of = 2 * PROMPTS
+    wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) * 100 / of
+    np.testing.assert_allclose(y, wanted)
+
+
+def test_sinks_are_those_of_the_trained_pass(study: Study) -> None:
+    (axes,) = panels(figures.head_sinks(study))
+    rows = [0, *(1 + 3 * LAYERS + layer for layer in range(LAYERS)), 1 + RECURRENCES * LAYERS]
+    wanted = medians(study.dataset["sink_score"])[rows]
+    np.testing.assert_allclose(image(axes), wanted, rtol=1e-6)
+
+
+STAGES = ["colsum_concentration", "sink", "relative_mixing_score", "relative_residual_entropy", "mean_token_norm"]
+
+
+def of_stage(study: Study, name: str) -> Array:
+    """(visit,): medians over prompts of what docs/study.md calls so, means over heads."""
+    data = study.dataset
+    if name == "sink":
+        return medians((data["sink_score"] >= 0.3).mean("head"))
+    found = data[name]
+    return medians(found.mean("head") if "head" in found.dims else found)
+
+
+def test_stages_in_all_layouts(study: Study) -> None:
+    by_recurrence, by_layer, few, whole = (
+        panels(figure)
+        for figure in (
+            figures.stages(study),
+            figures.stages(study, "by layer"),
+            figures.stages(study, "by depth", recurrences=[8]),
+            figures.stages(study, "by depth", recurrences=[RECURRENCES]),
+        )
+    )
+    for place, name in enumerate(STAGES):
+        wanted = of_stage(study, name)
+        loop = wanted[1:-1].reshape(RECURRENCES, LAYERS)
+
+        axes = by_recurrence[place]
+        assert labels(axes) == ["1", "2", "3", "4", "prelude, coda", "prelude, coda"]
+        np.testing.assert_allclose(line(axes, "3")[1], loop[2], rtol=1e-6)
+        outer = [drawn for drawn in axes.lines if drawn.get_label() == "prelude, coda"]
+        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [20, 100]
+        values = [float(np.asarray(drawn.get_ydata())[0]) for drawn in outer]
+        np.testing.assert_allclose(values, wanted[[0, -1]], rtol=1e-6)
+
+        np.testing.assert_allclose(line(by_layer[place], "1")[1], loop[:, 1], rtol=1e-6)
+        np.testing.assert_allclose(line(few[place], "every visit")[1], wanted[: 1 + 8 * LAYERS], rtol=1e-6)
+        np.testing.assert_allclose(line(whole[place], "every visit")[1], wanted, rtol=1e-6)
+
+
+def test_passes_beyond_training_begin_with_the_trained_one(study: Study) -> None:
+    assert inference.within(read_study(study)) == [1, 2, 3, 4]
+    assert inference.beyond(read_study(study)) == [4, 8, 16, 24]
+    unknown = looped_study(contracting(), prompts=2, recurrences=12, trained=None)
+    assert inference.within(read_study(unknown)) == [1, 2, 4, 8, 12]
+    assert inference.beyond(read_study(unknown)) == []
+    assert inference.beyond(read_study(looped_study(contracting(), prompts=2, recurrences=4, trained=4))) == []
+
+
+def test_the_band_of_stages_is_over_prompts_and_absent_for_one(study: Study) -> None:
+    axes = panels(figures.stages(study, "by depth", only="magnitude", recurrences=[RECURRENCES]))[0]
+    corners = band(axes)
+    of_visit = study.dataset["mean_token_norm"].transpose("depth", "prompt").values
+    for visit in (0, 5, len(of_visit) - 1):
+        heights = corners[corners[:, 0] == visit + 1, 1]
+        assert heights.min() == pytest.approx(np.quantile(of_visit[visit], 0.05))
+        assert heights.max() == pytest.approx(np.quantile(of_visit[visit], 0.95))
+    alone = dataclasses.replace(study, dataset=study.dataset.isel(prompt=[0]), tokens=study.tokens[:1])
+    assert not panels(figures.stages(alone, "by depth", only="magnitude", recurrences=[8]))[0].collections
+
+
+def test_a_feed_forward_model_has_its_layers_in_order() -> None:
+    study = feed_forward_study(prompts=5)
+    axes = panels(figures.stages(study, "by depth", only="magnitude", recurrences=[]))[0]
+    (drawn,) = axes.lines
+    np.testing.assert_array_equal(drawn.get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_allclose(np.asarray(drawn.get_ydata()), of_stage(study, "mean_token_norm"))
+    assert axes.get_xlabel() == "layer"
+    (axes,) = panels(figures.cycle_residual(study))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_neurons_are_bars_in_per_cent(study: Study) -> None:
+    (axes,) = panels(figures.neurons(study))
+    for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
+        heights = [bar.get_height() for bar in container]
+        np.testing.assert_allclose(heights, 100 * study.dataset[name].values)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
+
+
+def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> None:
+    (axes,) = panels(figures.massive_places(study))
+    token = study.dataset["massive_token"].values[: 1 + 8 * LAYERS]
+    np.testing.assert_allclose(line(axes, "on the first token")[1], 100 * (token == 0).mean(axis=1))
+    place = study.dataset["massive_dimension"].values[: 1 + 8 * LAYERS]
+    most = [max(list(row).count(value) for value in row) / PROMPTS for row in place.tolist()]
+    np.testing.assert_allclose(line(axes, "in the most common coordinate")[1], 100 * np.array(most))
+
+
+def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
+    (axes,) = panels(figures.loss(study))
+    x, y = line(axes, "mean over prompts")
+    np.testing.assert_array_equal(x, [1, 2, 4, 8, 16])
+    np.testing.assert_allclose(y, study.dataset["loss"].mean("prompt"))
+    assert axes.get_xscale() == "log"
+
+
+def test_predictions_are_compared_with_the_last(study: Study) -> None:
+    shares, distances = panels(figures.prediction(study))
+    # The top token is the last one's from 4 recurrences on, and the divergence halves.
+    np.testing.assert_allclose(line(shares, "and it stays")[1], [0, 0, 100, 100, 100])
+    x, y = line(distances, "mean over tokens")
+    np.testing.assert_array_equal(x, [1, 2, 4, 8])
+    np.testing.assert_allclose(y, 0.5 ** np.array([1, 2, 4, 8]))
+
+
+def test_exit_probabilities_are_bars(study: Study) -> None:
+    (axes,) = panels(figures.exit_gate(study))
+    heights = [bar.get_height() for bar in axes.containers[0]]
+    np.testing.assert_allclose(heights, study.dataset["exit_probability"].mean("prompt"))
+
+
+def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
+    figure = figures.tokens(study)
+    end = study.dataset["relative_distance_second_horizon"].values[-1, -1]
+    order = np.argsort(end)
+    for axes, prompt in zip(panels(figure), (order[PROMPTS // 2], order[-1]), strict=True):
+        assert axes.get_title() == f"prompt {prompt}"
+        wanted = study.dataset["token_relative_distance"].sel(site="last_layer").isel(prompt=int(prompt))
+        np.testing.assert_allclose(image(axes), np.log10(wanted.transpose("token", "recurrence").values))
+        names = [tick.get_text() for tick in axes.get_yticklabels()]
+        assert names == ["Two", "apples", "cost", "three", "coins", "."]
+    # One range of colours for both.
+    assert len({axes.images[0].get_clim() for axes in panels(figure)}) == 1
+
+
+def test_diverged_prompts_are_left_out_of_medians() -> None:
+    mixed = looped_study([contracting(), contracting(), overflowing], prompts=6, recurrences=8, horizon=8)
+    finite = mixed.dataset.isel(prompt=np.flatnonzero(mixed.dataset["diverged_at"].values < 0))
+    axes = panels(figures.norm(mixed))[0]
+    np.testing.assert_allclose(line(axes, "0")[1], medians(finite["residual_norm"])[0])
+
+
+def test_what_all_prompts_have_before_they_diverge_is_drawn() -> None:
+    lost = looped_study(overflowing, prompts=3, recurrences=8, horizon=8)
+    _, y = line(panels(figures.norm(lost))[0], "0")
+    np.testing.assert_array_equal(np.isfinite(y), [True] * 4 + [False] * 4)
+
+
+def test_a_study_of_one_recurrence_has_points() -> None:
+    single = looped_study(contracting(), prompts=3, recurrences=1, horizon=4)
+    axes = panels(figures.norm(single))[0]
+    (drawn,) = [line for line in axes.lines if line.get_label() == "0"]
+    assert drawn.get_marker() == "o"
+
+
+LOOPED = staged_study([SHAPE, OTHER, SHAPE, OTHER], (2, 4, 2), model="looped", trained=2)
+LONGER = staged_study([SHAPE] * 4 + [OTHER], (0, 8, 0), model="longer", trained=4)
+PLAIN = staged_study(SHAPE, model="plain")
+
+
+def test_compared_passes_and_their_reference() -> None:
+    comparison = compare([LOOPED, LONGER, PLAIN])
+    figure = figures.compared_measure(comparison, "attention concentration")
+    first, second = panels(figure)
+    assert labels(first) == ["1", "2", "plain"]
+    assert labels(second) == ["1", "2", "3", "4", "plain"]
+    x, y = line(first, "2")
+    np.testing.assert_allclose(x, np.linspace(0, 100, 8), rtol=1e-6)
+    np.testing.assert_allclose(y, np.concatenate([SHAPE[:2], OTHER[2:6], SHAPE[6:]]), rtol=1e-6)
+    (reference,) = [line for line in first.lines if line.get_label() == "plain"]
+    assert reference.get_linestyle() == "--"
+    np.testing.assert_allclose(np.asarray(reference.get_ydata()), SHAPE, rtol=1e-6)
+
+
+def test_a_recurrence_has_one_colour_in_all_panels_of_a_comparison() -> None:
+    figure = figures.compared_stages(compare([LOOPED, LONGER, PLAIN]))
+    colours: dict[str, set[Any]] = {}
+    for axes in panels(figure):
+        for drawn in axes.lines:
+            colours.setdefault(str(drawn.get_label()), set()).add(drawn.get_color())
+    assert set(colours) == {"1", "2", "3", "4", "plain"}
+    assert all(len(found) == 1 for found in colours.values())
+
+
+def test_panels_that_share_an_axis_show_all_of_it() -> None:
+    high = staged_study([5 * SHAPE] * 2, (0, 8, 0), model="high", trained=2)
+    figure = figures.compared_measure(compare([LOOPED, high, PLAIN]), "residual magnitude")
+    for axes in panels(figure):
+        bottom, top = axes.get_ylim()
+        assert bottom <= 0.1
+        assert top >= 4.5
+
+
+def test_compared_curves_have_every_study() -> None:
+    comparison = compare([LOOPED, LONGER, PLAIN])
+    axes = panels(figures.compared_curves(comparison))[0]
+    assert labels(axes) == ["looped", "longer", "plain (reference)"]
+    np.testing.assert_allclose(line(axes, "plain (reference)")[1], SHAPE, rtol=1e-6)
+    # At the trained recurrence.
+    np.testing.assert_allclose(line(axes, "looped")[1][2:6], OTHER[2:6], rtol=1e-6)
+
+
+def test_likeness_and_drift_are_the_comparisons_own() -> None:
+    comparison = compare([LOOPED, PLAIN])
+    block, whole = panels(figures.compared_likeness(comparison))
+    for axes, span in ((block, "block"), (whole, "pass")):
+        wanted = comparison.dataset["overall_similarity"].sel(study="looped", span=span).values[:4]
+        np.testing.assert_allclose(line(axes, "correlation")[1], wanted)
+    level, order = panels(figures.compared_drift(comparison))
+    for axes, variable in ((level, "drift"), (order, "own_similarity")):
+        wanted = comparison.dataset[variable].sel(study="looped", measure="residual magnitude").values[:4]
+        y = line(axes, "residual magnitude")[1]
+        np.testing.assert_allclose(y[np.isfinite(y)], wanted[np.isfinite(y)])
+        # Where it is the pass itself, nothing has moved, and 0 has no logarithm.
+        assert np.isfinite(y).sum() == (2 if variable == "drift" and axes.get_yscale() == "log" else 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.02, "0.02"),
+        (350.0, "350"),
+        (2e-7, "2·10⁻⁷"),
+        (-0.5, "−0.5"),
+        (1e6, "1·10⁶"),
+        (0.999e-3, "9.99·10⁻⁴"),
+    ],
+)
+def test_numbers_on_axes_need_no_markup(value: float, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_powers_of_ten_are_few_and_even() -> None:
+    assert decade(-12) == "10⁻¹²"
+    assert decade_ticks(-7.2, 0.3) == [-7, -5, -3, -1]
+    assert decade_ticks(-2.0, 0.0) == [-2, -1, 0]
+    assert len(decade_ticks(-300.0, 300.0)) <= 7
