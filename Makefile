@@ -54,7 +54,7 @@ format: $(TEST_STAMP) ## Mend what can be mended by itself
 docs-check: $(TEST_STAMP) ## Run the commands of README and docs/, with their output
 	$(BIN)/python tools/run_doc_commands.py
 
-bench: $(RUN_STAMP) ## Print the cost of an analysis as ratios to the bare forward passes
+bench: $(TEST_STAMP) ## Print the cost of an analysis as ratios to the bare forward passes
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # Everything moves to its newest release but torch, which stays at the version that constraints.txt names: of torch there

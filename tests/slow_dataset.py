@@ -352,7 +352,7 @@ def _exits(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings)
 def _trajectories(
     subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: AnalyzeSettings
 ) -> dict[str, Named]:
-    if not subject.info.is_looped:
+    if not (subject.info.is_looped and settings.tracked):
         return {}
     scores, shares = [], []
     for prompt, token in settings.tracked:

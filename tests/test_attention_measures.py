@@ -179,6 +179,54 @@ def test_massive_activations_are_found_where_they_are() -> None:
     assert float(measures.residual_entropy(states[0])) == pytest.approx(0.0, abs=1e-6)
 
 
+UNIFORM = {8: (0.3397, 0.1512, 1.3256), 64: (0.0741, 0.0974, 3.2058), 256: (0.0239, 0.0754, 4.5596)}
+"""Sink score of the first token, concentration and mixing score of uniform causal attention, by the number of tokens."""
+
+
+def test_an_analysis_finds_uniform_attention_where_queries_are_zero() -> None:
+    """The table of known values, through batches, padding and tiles."""
+    model = random_model(max_positions=256)
+    for layer in (*model.prelude, *model.recurrent, *model.coda):
+        torch.nn.init.zeros_(layer.attention.query.weight)
+    prompts = [random_ids(length, seed=length).tolist() for length in UNIFORM]
+    found = loopscope.analyze(NativeSubject(model), prompts, recurrences=2, horizon=2).dataset
+    for prompt, expected in enumerate(UNIFORM.values()):
+        for name, value in zip(("sink_score", "colsum_concentration", "mixing_score"), expected, strict=True):
+            np.testing.assert_allclose(found[name].sel(prompt=prompt), value, rtol=0, atol=5e-5, err_msg=name)
+        np.testing.assert_allclose(found["relative_mixing_score"].sel(prompt=prompt), 1, rtol=1e-5)
+        assert (found["strongest_sink_position"].sel(prompt=prompt) == 0).all()
+    # Maps that never change are stable from the first recurrence on, and alike in every visit.
+    assert (found["attention_change"].sel(recurrence=1) == 0).all()
+    assert (found["head_stable_from"] == 0).all()
+    np.testing.assert_allclose(found["attention_cycle_distance"], 0, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.floats(0.01, 40), st.integers(0, 99))
+def test_entropy_is_exact_whatever_the_sharpness_of_a_map(tokens: int, sharpness: float, seed: int) -> None:
+    """Rows from nearly even to nearly all on one key, where an entropy is a sum of tiny terms."""
+    maps = random_maps(tokens, sharpness, seed)
+    exact = torch.special.entr(maps).sum(-1)
+    torch.testing.assert_close(measures.row_entropy(maps), exact, rtol=1e-13, atol=1e-300)
+    torch.testing.assert_close(measures.row_entropy(maps.float()).double(), exact, rtol=2e-5, atol=1e-6)
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+def test_massive_activations_are_relative_to_the_lower_median(size: int, seed: int) -> None:
+    states = torch.randn(2, 1, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ordered = states.abs().sort(-1).values[:, 0]
+    expected = ordered[:, -1] / ordered[:, (size - 1) // 2]
+    assert torch.equal(measures.massive_activation(states), expected)
+    # Where gradients are asked for there are the same numbers, and all of the gradients.
+    tracked = states.clone().requires_grad_()
+    again = measures.massive_activation(tracked)
+    assert torch.equal(again, expected)
+    again.sum().backward()
+    assert tracked.grad is not None
+    moved = 0 if size == 1 else 2  # the largest entry and the median, where they are two
+    assert (tracked.grad != 0).sum(-1).tolist() == [[moved], [moved]]
+
+
 LENGTHS = (5, 9, 1)
 
 

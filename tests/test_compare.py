@@ -212,6 +212,17 @@ def test_one_model_under_several_settings_of_unlike_length() -> None:
     assert "is judged at recurrence 4, and model [1] was measured up to 2" in answer.sentence
 
 
+@pytest.mark.parametrize(
+    ("models", "labels"),
+    [
+        (["/a/one", "../b/two", "organisation/three"], ["one", "two", "organisation/three"]),
+        (["/a/same", "/b/same"], ["/a/same", "/b/same"]),
+    ],
+)
+def test_checkpoint_folders_go_by_what_tells_them_apart(models: list[str], labels: list[str]) -> None:
+    assert compare([staged_study(SHAPE, model=model) for model in models]).labels == labels
+
+
 def test_what_limits_a_comparison_is_said() -> None:
     comparison = compare(
         [

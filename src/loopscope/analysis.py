@@ -48,6 +48,7 @@ from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
 from loopscope.prompts import (
     Prompt,
     TokenizedPrompt,
+    cut_text,
     draw,
     encode_prompts,
     load_prompts,
@@ -62,7 +63,7 @@ from loopscope.visits import visit_label
 
 __all__ = ["Progress", "SilentProgress", "analyze"]
 
-_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt")
+_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "chunk")
 """Settings that say where prompts come from."""
 
 _EXITS_IF_UNKNOWN = 8
@@ -133,14 +134,7 @@ def analyze(
         settings = _settings_of(subject, settings)
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
-    tokenized = encode_prompts(
-        loaded,
-        subject.tokenizer,
-        vocab_size=subject.info.vocab_size,
-        max_positions=subject.info.max_positions,
-        truncate=settings.truncate,
-        chat=settings.chat,
-    )
+    tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     job = _Job(subject, tokenized, settings, progress or SilentProgress())
@@ -170,6 +164,29 @@ def _read(prompts: Prompts | None, settings: AnalyzeSettings) -> list[Prompt]:
             raise PromptError(f"{name} means nothing for prompts that are lists of token ids; leave it out.")
     given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
     return draw(given, limit=settings.limit, seed=settings.sample_seed)
+
+
+def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSettings) -> list[TokenizedPrompt]:
+    """The prompts as the model reads them; with `chunk`, the one long text cut into prompts."""
+    vocab_size, max_positions = subject.info.vocab_size, subject.info.max_positions
+    if settings.chunk is not None:
+        return cut_text(
+            prompts[0],
+            subject.tokenizer,
+            settings.chunk,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            limit=settings.limit,
+            seed=settings.sample_seed,
+        )
+    return encode_prompts(
+        prompts,
+        subject.tokenizer,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        truncate=settings.truncate,
+        chat=settings.chat,
+    )
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:

@@ -57,6 +57,8 @@ class AnalyzeSettings:
     """Prompts given right here, instead of --prompts."""
     whole_file: bool = False
     """Take a text file as one prompt."""
+    chunk: int | None = None
+    """Take a text file as running text, and cut it into prompts of so many tokens each."""
     limit: int | None = None
     """Use so many prompts: the first ones, or a random subset with --sample-seed."""
     sample_seed: int | None = None
@@ -157,6 +159,15 @@ class AnalyzeSettings:
             raise ConfigError(f"--neuron-limit must not be negative, got {self.neuron_limit}.")
         if self.keep_limit < 0:
             raise ConfigError(f"--keep-limit must not be negative, got {self.keep_limit}.")
+        if self.chunk is not None:
+            if self.chunk < 1:
+                raise ConfigError(f"--chunk must be at least 1, got {self.chunk}.")
+            for name in ("system_prompt", "chat", "truncate"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
+                        "change; leave one of them out."
+                    )
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {self.threads}.")
         if any(count < 1 for count in self.readout):

@@ -103,9 +103,9 @@ class QueryKeyAttention(AttentionView):
             scores = scores + (added if added.shape[-1] == 1 else added[..., :keys]).to(dtype)
         self._hide(scores, start, stop)
         probabilities = scores.softmax(-1)
-        if self.mask is not None:
+        if self.mask is not None and not bool((tokens := self.mask[:, start:stop]).all()):
             # A row of padding may have no key to look at, which makes its softmax 0/0.
-            probabilities.masked_fill_(~self.mask[:, None, start:stop, None], 0.0)
+            probabilities.masked_fill_(~tokens[:, None, :, None], 0.0)
         return probabilities
 
     def prompt(self, row: int) -> QueryKeyAttention:

@@ -36,20 +36,23 @@ def distinct_labels(studies: Sequence[Study]) -> list[str]:
     """A name for each study: the shortest of several that tells all of them apart.
 
     The model's; of one model alone that of the prompts, or of the folder; else model and prompts, and model and folder.
-    What has the same name in all of these is numbered.
+    What has the same name in all of these is numbered. A checkpoint folder goes by its last part, if that tells models
+    apart.
     """
-    ways: list[Callable[[Study], str]] = [_model]
-    if len({_model(study) for study in studies}) == 1:
+    models = {_model(study) for study in studies}
+    model = _last_part if len({_last_part(study) for study in studies}) == len(models) else _model
+    ways: list[Callable[[Study], str]] = [model]
+    if len(models) == 1:
         ways += [_prompts_name, _folder_name]
     ways += [
-        lambda study: _prompts_name(study) and f"{_model(study)} on {_prompts_name(study)}",
-        lambda study: _folder_name(study) and f"{_model(study)} in {_folder_name(study)}",
+        lambda study: _prompts_name(study) and f"{model(study)} on {_prompts_name(study)}",
+        lambda study: _folder_name(study) and f"{model(study)} in {_folder_name(study)}",
     ]
     for way in ways:
         labels = [way(study) for study in studies]
         if all(labels) and len(set(labels)) == len(labels):
             return labels
-    return [f"{_model(study)} [{number}]" for number, study in enumerate(studies, start=1)]
+    return [f"{model(study)} [{number}]" for number, study in enumerate(studies, start=1)]
 
 
 def choose_reference(labels: Sequence[str], studies: Sequence[Study], wanted: str | Path | None) -> int:
@@ -121,6 +124,14 @@ def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) ->
 
 def _model(study: Study) -> str:
     return str(study.manifest["model"]["name"])
+
+
+def _last_part(study: Study) -> str:
+    """The model's name; of a checkpoint folder the last part of its path. A name of the hub, organisation/model, is no
+    path."""
+    name = _model(study)
+    path = Path(name)
+    return path.name if path.is_absolute() or len(path.parts) > 2 or ".." in path.parts else name
 
 
 def _prompts(study: Study) -> Mapping[str, Any]:

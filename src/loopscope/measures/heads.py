@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from loopscope._shapes import TokenMask
-from loopscope.measures.attention import concentration, most_entropy, stable_from
+from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.depth import depth_count, depth_of
+from loopscope.measures.functions import widen
 from loopscope.visits import AttentionView, QueryKeyAttention, Visit
 
 __all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "change_bound", "tiles"]
@@ -32,8 +33,9 @@ HEAD_NAMES = (
 CHANGE_NAMES = ("attention_change", "attention_distance_to_horizon", "attention_bound_ratio")
 """Per recurrent layer, recurrence, head and prompt."""
 
-_TILE_ENTRIES = 2**20
-"""Probabilities in a tile: 4 MiB in float32, so that the passes over it stay in the processor's cache."""
+_TILE_ENTRIES = 2**18
+"""Probabilities in a tile: 1 MiB in float32, so that the passes over it stay in a processor's second cache. The fewer
+rows, the less of a tile lies beyond the diagonal, too."""
 _PENDING_BYTES = 2**25
 """Of queries and keys that wait. Consecutive recurrences of a layer are done together, so that each map is made once
 and not once more for the change to the next; how many wait depends on the shapes and never on R."""
@@ -163,7 +165,7 @@ class _Sums:
 
     def add(self, tile: Tensor, start: int) -> None:
         self._columns[..., : tile.shape[-1]] += tile.sum(-2)
-        entropy = torch.special.entr(tile).sum(-1)
+        entropy = entropy_of_rows(tile)
         self._entropy += entropy.sum(-1)
         most = most_entropy(start + tile.shape[-2], entropy)[start:]
         # The first row has one key to look at, and no entropy to be relative to.
@@ -205,8 +207,8 @@ def change_bound(view: AttentionView, before: AttentionView | None, mask: TokenM
     groups = view.heads // view.key.shape[1]
 
     def norm(states: Tensor) -> Tensor:
-        kept = torch.where(mask[:, None, :, None], states, 0.0).double()
-        size: Tensor = torch.linalg.vector_norm(kept.flatten(2), dim=-1)
+        by_token = torch.where(mask[:, None], torch.linalg.vector_norm(widen(states), dim=-1), 0.0)
+        size: Tensor = torch.linalg.vector_norm(by_token, dim=-1, dtype=torch.float64)
         return size if size.shape[1] == view.heads else size.repeat_interleave(groups, dim=1)
 
     moved = norm(view.query - before.query) * norm(view.key) + norm(before.query) * norm(view.key - before.key)

@@ -37,6 +37,7 @@ def load_prompts(
     limit: int | None = None,
     sample_seed: int | None = None,
     system_prompt: Path | None = None,
+    chunk: int | None = None,
 ) -> list[Prompt]:
     """Read prompts from one source, and draw those to use.
 
@@ -44,6 +45,7 @@ def load_prompts(
     file `field` names the field that holds the prompt, as text or as a list of token ids (it replaces a preset's own);
     any other file is plain text, with a prompt on each line that is not blank, or one prompt if `whole_file`. For
     `limit` and `sample_seed` see `draw`. The file `system_prompt` goes before every prompt, with a blank line between.
+    With `chunk` a text file is one prompt too, which `cut_text` will cut; it is then that prompts are drawn.
 
     Raises `PromptError` for anything that cannot be read as asked, `MissingDependencyError` without the extra `hub`
     where it is needed.
@@ -57,32 +59,35 @@ def load_prompts(
             f"and {given}; give one of them."
         )
     if prompts is None:
-        for name, value in (("--field", field), ("--whole-file", whole_file)):
+        for name, value in (("--field", field), ("--whole-file", whole_file), ("--chunk", chunk)):
             if value:
                 raise PromptError(f"{name} says how to read a file, but the prompts come from --text; leave it out.")
         records = [Record(f"text-{n}", f"Prompt {n} of --text", {TEXT_FIELD: each}) for n, each in enumerate(text, 1)]
         field = TEXT_FIELD
     else:
-        records, field = _read(prompts, field, whole_file=whole_file)
+        whole = "--whole-file" if whole_file else None if chunk is None else "--chunk"
+        records, field = _read(prompts, field, whole)
     system = None if system_prompt is None else _read_system_prompt(system_prompt)
-    return [_prompt(record, field, system) for record in draw(records, limit=limit, seed=sample_seed)]
+    drawn = records if chunk is not None else draw(records, limit=limit, seed=sample_seed)
+    return [_prompt(record, field, system) for record in drawn]
 
 
-def _read(source: str, field: str | None, *, whole_file: bool) -> tuple[list[Record], str]:
-    """Records of a file or preset, and the field that holds their prompts."""
-    if whole_file and field is not None:
+def _read(source: str, field: str | None, whole: str | None) -> tuple[list[Record], str]:
+    """Records of a file or preset, and the field that holds their prompts; `whole` is the option, if any, that takes
+    the file as one text."""
+    if whole and field is not None:
         raise PromptError(
-            "--whole-file takes a file as one text and --field takes a field of each line; leave one of them out."
+            f"{whole} takes a file as one text and --field takes a field of each line; leave one of them out."
         )
     preset = find_preset(source)
     if preset is not None:
-        if whole_file:
-            raise PromptError(f"--whole-file is for text files, and {source!r} is a preset; leave it out.")
+        if whole:
+            raise PromptError(f"{whole} is for text files, and {source!r} is a preset; leave it out.")
         path, own_field = preset
         field = field or own_field
     else:
         path = _existing(source)
-    if whole_file:
+    if whole:
         return [Record("file", f"The file {path}", {TEXT_FIELD: read_text(path).strip("\n")})], TEXT_FIELD
     records, field = _read_records(path, field)
     if not records:

@@ -14,7 +14,7 @@ from loopscope.prompts.chat import RenderedChat
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt
 from loopscope.prompts.tokenizer import TextTokenizer
 
-__all__ = ["encode_prompts"]
+__all__ = ["Limits", "TextToken", "encode_prompts", "text_tokens"]
 
 BETWEEN = "\n\n"
 """A blank line between system prompt and prompt."""
@@ -55,7 +55,7 @@ def encode_prompts(
                 )
     if chat:
         _check_chat(prompts, tokenizer)
-    limits = _Limits(vocab_size, max_positions, truncate, tokenizer.vocab_size if tokenizer else None)
+    limits = Limits(vocab_size, max_positions, truncate, tokenizer.vocab_size if tokenizer else None)
     now = datetime.now().astimezone() if chat else None  # one date for all prompts, even at midnight
     return [limits.applied(_encode(prompt, tokenizer, now)) for prompt in prompts]
 
@@ -75,7 +75,7 @@ def _check_chat(prompts: Sequence[Prompt], tokenizer: TextTokenizer | None) -> N
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """What the model and the user ask of every prompt."""
 
     vocab_size: int
@@ -133,7 +133,7 @@ def _encode(prompt: Prompt, tokenizer: TextTokenizer | None, now: datetime | Non
     assert tokenizer is not None  # or encode_prompts would have
     whole = _whole(prompt.text, prompt.system, tokenizer, now)
     encoding = tokenizer.encode(whole.text, add_special_tokens=now is None)
-    tokens = _tokens(encoding, whole.text)
+    tokens = text_tokens(encoding, whole.text)
     before = _tokens_before(tokens, whole.start)
     return TokenizedPrompt(
         id=prompt.id,
@@ -156,7 +156,7 @@ def _whole(text: str, system: str | None, tokenizer: TextTokenizer, now: datetim
 
 
 @dataclass(frozen=True, slots=True)
-class _Token:
+class TextToken:
     """What one token stands for in the text."""
 
     piece: str
@@ -167,7 +167,7 @@ class _Token:
     """A special token that the tokenizer added, which stands for no text."""
 
 
-def _tokens_before(tokens: Sequence[_Token], boundary: int) -> int:
+def _tokens_before(tokens: Sequence[TextToken], boundary: int) -> int:
     """Leading tokens without any character at or beyond `boundary`; 0 if there is nothing before it.
 
     A token that reaches across the boundary belongs to the prompt, so that the prompt's tokens hold all of its text.
@@ -177,7 +177,7 @@ def _tokens_before(tokens: Sequence[_Token], boundary: int) -> int:
     return next((index for index, token in enumerate(tokens) if token.end > boundary), len(tokens))
 
 
-def _tokens_after(tokens: Sequence[_Token], boundary: int) -> int:
+def _tokens_after(tokens: Sequence[TextToken], boundary: int) -> int:
     """Trailing tokens without any character before `boundary`, those that the tokenizer added included.
 
     A token that reaches across the boundary belongs to the prompt, as at its beginning.
@@ -186,7 +186,7 @@ def _tokens_after(tokens: Sequence[_Token], boundary: int) -> int:
     return next((count for count, token in trailing if not token.added and token.start < boundary), len(tokens))
 
 
-def _tokens(encoding: Encoding, text: str) -> list[_Token]:
+def text_tokens(encoding: Encoding, text: str) -> list[TextToken]:
     """What each token stands for in the text; special tokens that the tokenizer added keep their names.
 
     Blanks that a tokenizer leaves out of its offsets go to the token after them, and a character whose bytes are
@@ -197,13 +197,13 @@ def _tokens(encoding: Encoding, text: str) -> list[_Token]:
     done = 0
     for name, (start, end), added in zip(encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True):
         if added:
-            tokens.append(_Token(name, start, end, added=True))
+            tokens.append(TextToken(name, start, end, added=True))
             continue
         if name in BLANK_MARKS and not text[done:end].isspace():
-            tokens.append(_Token(" ", start, end, added=False))
+            tokens.append(TextToken(" ", start, end, added=False))
             continue
         begin = done if start < done or text[done:start].isspace() else start
         piece = text[begin:end] or (CONTINUED if start < done else name)
-        tokens.append(_Token(piece, min(begin, start), end, added=False))
+        tokens.append(TextToken(piece, min(begin, start), end, added=False))
         done = max(done, end)
     return tokens
