@@ -126,7 +126,7 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     kind = limit_of(motion.shape, settings)
     if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
-    if _is_explained(motion, settings) and not (approaches and kind in (Kind.ORBIT, Kind.SLIDER)):
+    if _is_explained(motion, kind, settings) and not (approaches and kind in (Kind.ORBIT, Kind.SLIDER)):
         return _shaped(motion, kind, settings)
     if approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
@@ -171,21 +171,25 @@ def _drifting(motion: Motion, settings: DisplacementSettings) -> _Finding:
     return _Finding(Kind.SLIDER, reason, motion)
 
 
-def _is_explained(motion: Motion, settings: DisplacementSettings) -> bool:
+def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
     """The best shape is no chance, and what it leaves is noise, or little."""
     if motion.p_value > settings.significance:
         return False
     left = motion.noise / motion.rounding
+    noisy = settings.unexplained_small if kind in (Kind.ORBIT, Kind.SLIDER) else settings.unexplained_noise
     if left <= settings.rounding_factor:
-        return motion.unexplained <= settings.unexplained_noise
+        return motion.unexplained <= noisy
     if left <= settings.floor_factor:
         fills = motion.residual_filling >= settings.filling
-        return motion.unexplained <= (settings.unexplained_noise if fills else settings.unexplained)
+        return motion.unexplained <= (noisy if fills else settings.unexplained)
     return motion.unexplained <= settings.unexplained_structure
 
 
 def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
     assert motion.shape is not None
+    if kind in (Kind.ORBIT, Kind.SLIDER) and motion.level < settings.visible * motion.rounding:
+        reason = f"It hovers: its motion is {motion.level / motion.rounding:.2g} times what one rounding does."
+        return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
     words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"
     if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
         reason = f"It moves slowly: {words} and an approach to a point explain it about as well."

@@ -30,7 +30,7 @@ _DRAWN = 12
 
 def judge_files(
     paths: Sequence[str | Path],
-    dtype: str,
+    dtype: object,
     method: Method = "displacement",
     *,
     settings: DisplacementSettings | CosineSettings | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -146,10 +147,17 @@ def _fit_family(family: Family, parts: Components) -> Fit:
     return Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, len(family.grid))
 
 
+@lru_cache(maxsize=256)
+def _grid_basis(family: Family, first: float, window: int) -> Tensor:
+    """Every column of every member on the grid, (member and column, time): the same for all tokens of a tail."""
+    times = torch.arange(first, first + window, dtype=torch.float64)
+    basis = shape_columns(family, family.grid, times)
+    return basis.permute(0, 2, 1).reshape(-1, window)
+
+
 def _best_on_grid(family: Family, parts: Components) -> tuple[Tensor, Tensor]:
-    basis = shape_columns(family, family.grid, parts.times)
-    candidates, window, columns = basis.shape
-    flat = basis.permute(0, 2, 1).reshape(candidates * columns, window)
+    flat = _grid_basis(family, float(parts.times[0]), parts.window)
+    candidates, columns = len(family.grid), family.columns
     components = parts.scores.shape[-1]
     size = max(1, _CHUNK_ENTRIES // (candidates * columns * components))
     numbers, values = [], []

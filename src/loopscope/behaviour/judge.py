@@ -29,7 +29,7 @@ broke."""
 
 def judge(
     states: NDArray[Any] | Tensor | Sequence[Any],
-    dtype: str,
+    dtype: object,
     method: Method = "displacement",
     *,
     settings: DisplacementSettings | CosineSettings | None = None,
@@ -41,8 +41,8 @@ def judge(
 
     `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
     as the output of the last recurrent layer, one a recurrence. `dtype` is the number type that the *model* ran in,
-    whatever the array is stored in: it sets the rounding that no motion is seen below. (If the array is stored in a
-    coarser one, that counts.) `first_recurrence` is the index of the first state, if the beginning was cut off.
+    whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding below
+    which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the index of the first state, if the beginning was cut off.
     `settings` are those of the method, its defaults unless given. `progress` is told how many tokens were judged since
     the last time.
 
@@ -60,7 +60,8 @@ def judge(
     if recurrences < chosen.least_recurrences:
         raise ConfigError(
             f"{recurrences} recurrences are too few for a verdict: at least {chosen.least_recurrences} are needed to "
-            "tell motion from noise; run the loop longer."
+            "tell motion from noise. Run the loop longer, or put the axes in the order (token, recurrence, width): the "
+            f"array has the shape {tuple(tensor.shape)}."
         )
     if check_order:
         check_axes(tensor)
@@ -123,5 +124,5 @@ def _not_finite(states: Tensor, finite: Tensor, method: str) -> Verdict:
         told = f" after its norm had grown {grown:.3g}-fold" if grown >= _OUTGROWN else ""
         reason = f"It is no longer finite in recurrence {until + 1}{told}."
         return Verdict(kind=Kind.DIVERGING, reason=reason, method=method, evidence={"norm_growth": grown})
-    reason = f"It holds NaN from recurrence {until + 1} on, without having grown before."
+    reason = f"It holds NaN in recurrence {until + 1}, without having grown before."
     return Verdict(kind=Kind.UNKNOWN, reason=reason, method=method, evidence={"norm_growth": grown})

@@ -106,9 +106,12 @@ def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
             return Kind.DIVERGING
         return Kind.SLIDER if numbers[0] > -grows else Kind.FIXED_POINT
     if family in ("alternating", "spiral"):
-        if abs(numbers[-1]) <= math.log(settings.settling):
-            return Kind.ORBIT
-        return Kind.DIVERGING if numbers[-1] > 0 else Kind.FIXED_POINT
+        if numbers[-1] < -math.log(settings.settling):
+            return Kind.FIXED_POINT
+        if numbers[-1] >= grows:
+            return Kind.DIVERGING
+        # Less than a few turns at one size are a way, not a cycle.
+        return Kind.ORBIT if shape.window >= settings.least_periods * shape.period else Kind.SLIDER
     if family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
         return Kind.SLIDER
     return Kind.BOUNDED if family.endswith("rotations") else Kind.ORBIT

@@ -27,7 +27,7 @@ _SLIP = 0.05
 """Radians over the window: turns are found to a thousandth of that where there is no noise."""
 _SLOWING_MISFIT = 0.05
 """Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
-_UNRESOLVED = 0.1
+_UNRESOLVED = 0.5
 """Of the number type's rounding: what is left below this decides between no shapes."""
 
 

@@ -15,9 +15,14 @@ _SIGNIFICAND_BITS: dict[str, int] = {"float64": 53, "float32": 24, "float16": 11
 """With the implicit one."""
 
 
-def check_dtype(dtype: str) -> StateDtype:
-    """The name of a number type. Raises `ConfigError` for one of which nothing is known."""
-    name = dtype.removeprefix("torch.")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def check_dtype(dtype: object) -> StateDtype:
+    """The name of a number type, from its name or from torch's or numpy's object. Raises `ConfigError` for one of which
+    nothing is known."""
+    name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
+    name = _SHORT.get(name, name)
     known: StateDtype
     for known in get_args(StateDtype):
         if name == known:

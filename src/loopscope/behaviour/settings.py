@@ -45,15 +45,16 @@ class DisplacementSettings:
     unexplained: float = 0.05
     """A shape explains the motion if at most this share of its variance is left."""
     unexplained_noise: float = 0.25
-    """The same where what is left is no more than `rounding_factor` times the rounding: then it is noise, however small
-    the motion."""
+    """The same for an approach or a departure of which no more is left than noise, however small it is."""
+    unexplained_small: float = 0.12
+    """The same for an orbit or a slider, which noise alone may seem to show."""
     unexplained_structure: float = 0.002
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
     least_periods: float = 2.5
     """An orbit has to come round so often within the tail. Twice could be chance; and a slow turn through less than
     that is a way, not a cycle."""
-    growth: float = 1.15
+    growth: float = 1.3
     """Steps that lengthen by this factor over the tail, in the shape of an exponential, show an unstable point. Below,
     they are those of a slider within what an arc bends."""
     norm_growth: float = 1.8
@@ -90,8 +91,11 @@ class DisplacementSettings:
     """The mean squared displacement still spreads if it grows by this factor from lags about W/16 to lags about W/2. It
     grows eightfold in a random walk and stays level in motion within bounds."""
     settling: float = 1.05
-    """An oscillation shrinks, or grows, if its amplitude changes by this factor over the tail and noise cannot explain
-    it."""
+    """An oscillation shrinks if its amplitude does by this factor over the tail and noise cannot explain it. (For it to
+    grow takes `growth`: an orbit that is approached from within grows a little.)"""
+    visible: float = 7.0
+    """An orbit or a slider moves by at least so many times the rounding. Rounding makes small cycles and slow hops of
+    its own, which no data tell from others."""
 
     def __post_init__(self) -> None:
         _check_positive(self, but=("summable",))

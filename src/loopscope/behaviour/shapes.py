@@ -59,6 +59,8 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
     slowest = 2 * math.pi * least_periods / window
     turns = torch.arange(slowest, math.pi, math.pi / (2 * window), dtype=torch.float64)
     both = torch.cat((-rates, rates))
+    # A spiral is told by its shrinking as well, so that less than a turn is enough to see it.
+    some = torch.arange(0.7 * 2 * math.pi / window, slowest, math.pi / (2 * window), dtype=torch.float64)
     spins = torch.cat((-rates[3:-1], -rates[:3], torch.zeros(1, dtype=torch.float64), rates[:7]))
     powers = torch.tensor([-3.0, -2.0, -1.5, -1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25])
     fast = torch.tensor([-2.0, -6.0, -12.0, -25.0])
@@ -73,7 +75,14 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
         _family("logarithm", _logarithm, [shifts], [0.5], [-4.6], [math.log(20.0 * window)]),
         _family("logarithmic arc", _logarithmic_arc, [shifts, bends], [0.5, 0.2], [-4.6, 0.02], [late, 3.0]),
         _family("drift after transient", _late_drift, [fast], [1.0], [-60.0], [-1.5]),
-        _family("spiral", _spiral, [turns, spins], [math.pi / (4 * window), 0.3], [slowest, -far], [math.pi, far]),
+        _family(
+            "spiral",
+            _spiral,
+            [torch.cat((some, turns)), spins],
+            [math.pi / (4 * window), 0.3],
+            [0.5 * 2 * math.pi / window, -far],
+            [math.pi, far],
+        ),
     ]
     for harmonics in (1, 2, 3, 4):
         if 2 * harmonics + 1 <= 0.4 * window:

@@ -95,11 +95,13 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     since the loop began.
     """
     recurrences, width = states.shape[1:]
-    tail = states[:, -window:].double()
+    # Neither squares of tiny numbers nor those of huge ones are numbers.
+    largest = states.abs().amax((1, 2)).double().clamp_min(1e-300)[:, None, None]
+    tail = states[:, -window:].double() / largest
     start = first_recurrence + recurrences - window + 1
     times = torch.arange(start, start + window, dtype=torch.float64)
     norms = torch.linalg.vector_norm(tail, dim=-1)
-    half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double()
+    half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double() / largest[:, 0]
     norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
     scale = norms.median(-1).values.clamp_min(1e-300)
     # Differences before squares: the motion may be a millionth of the norm.

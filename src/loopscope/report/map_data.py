@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 from loopscope.answers.limits import sinks_by_chance
-from loopscope.drawing import visible
+from loopscope.drawing import Site, sites_of, visible
 from loopscope.map_codes import HIGHEST, UNKNOWN
-from loopscope.report.depth import Site, sites_of
 from loopscope.report.material import Material
 from loopscope.report.style import SEQUENTIAL
 
