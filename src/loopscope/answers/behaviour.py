@@ -62,7 +62,9 @@ def judged_answer(judged: JudgedFiles) -> Answer:
     codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories], dtype=np.int64)
     shares = token_shares(codes)
     unstable = sum(bool(each.verdict.unstable) for each in judged.trajectories)
-    limits = _number_type(str(judged.manifest["dtype"])) + _dependence(len(judged.manifest["sources"]), "array")
+    limits = _number_type(str(judged.manifest["dtype"])) + _dependence(
+        len(judged.manifest["sources"]), "array", "trajectories"
+    )
     if unstable:
         limits.insert(0, f"{_of(unstable, len(codes))} verdicts change within a shorter window.")
     return _answer(
@@ -168,10 +170,10 @@ def _changes(view: StudyView) -> list[str]:
     return said
 
 
-def _dependence(groups: int, noun: str = "prompt") -> list[str]:
+def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list[str]:
     return [
-        f"The tokens come from {plural(groups, noun)} and depend on each other, so that the interval of a share of "
-        "tokens is too narrow."
+        f"The {many} come from {plural(groups, noun)}; those of one {noun} depend on each other, so that the interval "
+        f"of a share of {many} is too narrow."
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from loopscope.cli.behaviour import Behaviour, Calibrate
+from loopscope.cli.rates import CountRates
 from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 
 __all__ = ["parse_and_run"]
@@ -174,6 +175,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Behaviour, tyro.conf.subcommand("behaviour")]
+    | Annotated[CountRates, tyro.conf.subcommand("rates")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -183,7 +185,7 @@ Command = (
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Compare | Behaviour | Calibrate | Train | Inspect | Models = tyro.cli(
+    command: Analyze | Report | Compare | Behaviour | CountRates | Calibrate | Train | Inspect | Models = tyro.cli(
         Command,
         prog="loopscope",
         description="An instrument for looking inside looped language models.",

@@ -56,16 +56,17 @@ def render_behaviour(judged: JudgedFiles) -> str:
         sections=sections,
         anchors={figure.anchor for section in sections for figure in section.figures} | {"limits", "table"},
         thresholds=[(name.replace("_", " "), f"{value:g}", "") for name, value in manifest["settings"].items()],
-        provenance=provenance({name: value for name, value in manifest.items() if name not in ("settings", "sources")})
-        + [
-            (
-                "files",
-                [(_source(entry), f"{entry['shape']}, SHA-256 {entry['sha256']}") for entry in manifest["sources"]],
-            )
-        ],
+        provenance=_provenance(judged),
         created="",
         version=str(manifest["versions"]["loopscope"]),
     )
+
+
+def _provenance(judged: JudgedFiles) -> list[tuple[str, list[tuple[str, str]]]]:
+    kept = {name: value for name, value in judged.manifest.items() if name not in ("settings", "sources")}
+    sources = judged.manifest["sources"]
+    files = [(_source(entry), f"shape {entry['shape']}, SHA-256 {entry['sha256']}") for entry in sources]
+    return [*provenance(kept), ("files", files)]
 
 
 def _sections(judged: JudgedFiles) -> list[Section]:
@@ -76,6 +77,7 @@ def _sections(judged: JudgedFiles) -> list[Section]:
         "Points are shares of the trajectories, bars 95 % Clopper-Pearson intervals; a triangle stands at the highest "
         "share that the interval leaves possible where none was found. Trajectories of one run depend on each other, "
         "which makes the intervals too narrow.",
+        things="trajectories",
     )
     drawn = extremes(
         [
@@ -121,8 +123,9 @@ def _panel(trajectories: Sequence[JudgedTrajectory]) -> TokenPanel:
             for (file, array), there in shown
         ],
         title="Trajectory by trajectory",
-        caption="Pick a trajectory, with the mouse or the arrow keys, to see its way and its displacement. Ways are kept "
-        "for those of each kind that move most." + (f" {left_out} are in verdicts.jsonl alone." if left_out else ""),
+        caption="Pick a trajectory, with the mouse or the arrow keys, to see its way and its displacement. Ways are "
+        "kept for those of each kind that move most."
+        + (f" {left_out} are in verdicts.jsonl alone." if left_out else ""),
         choose="Array",
     )
 

@@ -34,7 +34,7 @@ class ShareSeries:
     hollow: bool = False
 
 
-def shares_figure(series: Sequence[ShareSeries], caption: str) -> Figure:
+def shares_figure(series: Sequence[ShareSeries], caption: str, things: str = "tokens") -> Figure:
     """Shares of the kinds that any series has, with their intervals, on a logarithmic axis."""
     kinds = [share.kind for share in series[0].shares]
     there = [kind for place, kind in enumerate(kinds) if any(each.shares[place].count for each in series)] or kinds[:1]
@@ -48,7 +48,7 @@ def shares_figure(series: Sequence[ShareSeries], caption: str) -> Figure:
         type="log",
         tickvals=ticks,
         ticktext=[f"{100 * tick:g} %" for tick in ticks],
-        range=[math.log10(low), 0.05],
+        range=[math.log10(low), 0.15],
         showgrid=True,
     )
     figure.update_yaxes(
@@ -60,7 +60,7 @@ def shares_figure(series: Sequence[ShareSeries], caption: str) -> Figure:
     )
     return Figure(
         anchor="behaviour-shares",
-        title="What do the tokens tend to, and how many of them?",
+        title=f"How many {things} tend to what?",
         caption=caption,
         plot=figure,
         height=150 + max(2, len(there)) * _ROW,

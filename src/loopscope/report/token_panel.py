@@ -111,7 +111,7 @@ def facts_of(numbers: dict[str, float]) -> list[tuple[str, str]]:
         "p_value": "p of its shape",
     }
     return [
-        (text, significant(float(numbers[name])))
+        (text, significant(float(numbers[name])) if numbers[name] or name != "p_value" else "below 1e-300")
         for name, text in named.items()
         if name in numbers and math.isfinite(numbers[name])
     ]

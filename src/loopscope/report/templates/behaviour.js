@@ -11,6 +11,7 @@
   const picked = find("picked");
   const INK = "#1c1d21";
   const MUTED = "#5b5f66";
+  const LAGS = [1, 2, 5, 10, 20, 50, 100, 200, 500]; // named on the axis
   let group = null;
   let chosen = 0; // place among the group's tokens
 
@@ -35,13 +36,19 @@
     return make("span", { class: "letter", style: `background: ${colour}; color: ${on}` }, letter);
   }
 
+  // A trajectory of a file has nothing but its number.
+  function nameOf(place) {
+    const [number, { label }] = [group.first + place, group.tokens[place]];
+    return label === String(number) ? label : `${number} “${label}”`;
+  }
+
   // ---- the tokens ----
 
   function showGroup() {
     find("note").textContent = group.note;
     chips.replaceChildren(
       ...group.tokens.map((token, place) => {
-        const name = `${group.first + place}: ${token.label}, ${lookOf(token).name}`;
+        const name = `${nameOf(place)}: ${lookOf(token).name}`;
         const attributes = { class: "chip", role: "option", id: `token-${place}`, title: name, "aria-label": name };
         const style = `--kind: ${lookOf(token).colour}`;
         const chip = make("span", { ...attributes, style, "aria-selected": "false" }, token.label, letterOf(token));
@@ -63,7 +70,7 @@
     const token = group.tokens[chosen];
     const facts = token.facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)));
     picked.replaceChildren(
-      make("h4", {}, letterOf(token), ` ${group.first + chosen} “${token.label}”: ${lookOf(token).name}`),
+      make("h4", {}, letterOf(token), ` ${nameOf(chosen)}: ${lookOf(token).name}`),
       make("p", {}, token.line),
       make("dl", {}, ...facts),
     );
@@ -127,7 +134,7 @@
     if (token.floor !== null)
       traces.push({ x: [1, x.length], y: [token.floor, token.floor], mode: "lines", name: "noise floor", line: { color: MUTED, width: 1.5, dash: "dot" }, hovertemplate: "noise floor %{y:.2g}<extra></extra>" });
     const layout = {
-      xaxis: axis("lag, recurrences", { type: "log", dtick: "D2" }),
+      xaxis: axis("lag, recurrences", { type: "log", tickvals: LAGS, ticktext: LAGS.map(String) }),
       yaxis: axis("displacement / norm", { type: "log" }),
       showlegend: token.floor !== null,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
