@@ -40,7 +40,7 @@ class CountRates:
 
         from rich.console import Console
 
-        from loopscope.errors import ConfigError
+        from loopscope.errors import ConfigError, StudyError
         from loopscope.rates import study_rates
         from loopscope.study import Study
 
@@ -48,7 +48,11 @@ class CountRates:
             raise ConfigError("No study was given; name the --out folders of one or more analyses.")
         found = {}
         for folder in dict.fromkeys(self.studies):
-            found[folder] = study_rates(Study.load(folder), layer=self.layer, method=self.method)
+            study = Study.load(folder)
+            try:
+                found[folder] = study_rates(study, layer=self.layer, method=self.method)
+            except StudyError as error:
+                raise StudyError(f"{folder}: {error}") from None
         names = _names(list(found))
         rates = dict(zip(names, found.values(), strict=True))
         if self.json:
@@ -90,7 +94,6 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
         for row in zip(*columns, strict=True):
             if _worth_a_row(row):
                 table.add_row(str(row[0].kind), name, *map(_cell, row))
-        table.add_section()
     return table
 
 
@@ -101,15 +104,14 @@ def _worth_a_row(row: Sequence[KindShare]) -> bool:
 
 
 def _cell(share: KindShare) -> str:
-    """`12 of 4,000: 0.300 % (0.155 % to 0.523 %)`."""
+    """Count and share on one line, the interval on the next."""
     if not share.total:
         return "–"
     low, high = share.interval
-    return f"{share.count:,} of {share.total:,}: {_percent(share.share)} ({_percent(low)} to {_percent(high)})"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
+    return (
+        f"{share.count:,} of {share.total:,}: {100 * share.share:.3g}\u00a0%\n"
+        f"({100 * low:.3g} to {100 * high:.3g}\u00a0%)"
+    )
 
 
 def _changed(rates: Mapping[str, Rates]) -> list[str]:

@@ -35,9 +35,9 @@ def behaviour_section(study: Study, material: Material) -> Section:
         short="Behaviour",
         title="What do the tokens tend to?",
         lead=(
-            f"Each token's last states of {2 * horizon} recurrences, judged by the shape of their motion (displacement) "
-            "and by their cosine to the last state (cosine), which is blind to the norm and to small motion. Lengths "
-            "are relative to the norm of the state."
+            f"Each token's last states of {2 * horizon} recurrences, judged by the shape of their motion "
+            "(displacement) and by their cosine to the last state (cosine). The cosine is blind to the norm and to "
+            "small motion. Lengths are relative to the norm of the state."
         ),
         figures=figures,
     )
@@ -71,8 +71,8 @@ def _by_layer(data: xarray.Dataset) -> list[Figure]:
             {str(layer): token_shares(one[one >= 0]) for layer, one in zip(layers, codes, strict=True)},
             anchor="behaviour-layers",
             title="Is it the same at every layer?",
-            caption="Share of the tokens, by displacement; the colours are even in its square root. Point at a cell for "
-            "the count and its interval.",
+            caption="Percent of the tokens, by displacement; the colours are even in the square root. Point at a cell "
+            "for the count and its interval.",
             x_title="recurrent layer",
         )
     ]
@@ -83,9 +83,9 @@ def _by_role(study: Study) -> Figure:
     return share_map(
         {name: shares for name, shares in rates.roles.items() if shares[0].total},
         anchor="behaviour-roles",
-        title="Which tokens are it?",
-        caption=f"Share of the tokens of each role after recurrent layer {rates.layer}, by displacement. A token can have "
-        "several roles: the question is what lies between a system prompt and what a chat template adds.",
+        title="Does it depend on what the token is?",
+        caption=f"Percent of the tokens of each role after recurrent layer {rates.layer}, by displacement. A token can "
+        "have several roles: the question is what lies between a system prompt and what a chat template adds.",
         x_title="",
     )
 

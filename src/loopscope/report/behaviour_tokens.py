@@ -37,8 +37,8 @@ def prompts_panel(material: Material) -> list[TokenPanel]:
             groups,
             title="Token by token: what does each one do?",
             caption=(
-                f"After recurrent layer {int(data['judged_layer'])}. Pick a token, with the mouse or the arrow keys, to "
-                "see its way and its displacement: level for an orbit or for noise, rising in proportion to the lag "
+                f"After recurrent layer {int(data['judged_layer'])}. Pick a token, with the mouse or the arrow keys, "
+                "to see its way and its displacement: level for an orbit or for noise, rising in proportion to the lag "
                 "for a slider. The prompts shown are those with the rarest kinds, unless some were asked for."
             ),
             choose="Prompt",

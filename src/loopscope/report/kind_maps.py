@@ -106,8 +106,8 @@ def sensitivity_map(counts: xarray.DataArray, names: Sequence[str], chosen: Sequ
         title=f"How much hangs on the thresholds of the method {method}?",
         caption=(
             f"Every token judged again with other values of two settings. The colour is the share of {KINDS[common]}, "
-            "a cell names the commonest kinds by their letters, in percent, and the frame marks the values that were used. Cells "
-            "alike around the frame: the verdicts do not hang on the choice."
+            "a cell gives the commonest kinds by their letters, in percent, and the frame marks the values that were "
+            "used. Cells alike around the frame: the verdicts do not hang on the choice."
         ),
         plot=figure,
         height=420,
