@@ -51,7 +51,7 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         shares,
         "token",
         f"After recurrent layer {layer}, {2 * view.horizon} recurrences on",
-        {"recurrent_layer": layer, **_evidence(shares, "tokens"), **_evidence(prompt_shares(codes), "prompts")},
+        {"recurrent_layer": float(layer), **_evidence(shares, "tokens"), **_evidence(prompt_shares(codes), "prompts")},
         limits,
         criterion,
     )

@@ -17,7 +17,7 @@ from loopscope.report.facts import provenance
 from loopscope.report.figure import Drawn, Section, visible_text
 from loopscope.report.html import render_template
 from loopscope.report.kind_shares import ShareSeries, shares_figure
-from loopscope.report.token_panel import PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
+from loopscope.report.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
 from loopscope.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind
 
 __all__ = ["render_behaviour"]
@@ -132,7 +132,7 @@ def _panel(trajectories: Sequence[JudgedTrajectory]) -> TokenPanel:
 
 def _token(each: JudgedTrajectory) -> PanelToken:
     verdict = each.verdict
-    numbers = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
+    numbers = {name: float(getattr(verdict, name)) for name in FACTS}
     changes = [("changes with", listed(verdict.unstable))] if verdict.unstable else []
     return PanelToken(
         label=str(each.token),

@@ -12,7 +12,7 @@ from loopscope.answers.wording import listed, percent, significant
 from loopscope.report.extremes import Extreme, extremes
 from loopscope.report.figure import Figure, visible_text
 from loopscope.report.material import Material
-from loopscope.report.token_panel import PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
+from loopscope.report.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
 from loopscope.verdicts import KINDS, Kind
 
 __all__ = ["extreme_figures", "prompts_panel", "verdict_line"]
@@ -21,7 +21,6 @@ _PROMPTS = 4
 """Prompts in the page unless the settings name some: with 200 tokens each they take half a MB."""
 _TOKENS = 200
 """Of a longer prompt, the last so many."""
-_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_value")
 _SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
@@ -134,7 +133,7 @@ def _token(here: xarray.Dataset, place: int, string: str) -> PanelToken:
     if code < 0:
         return PanelToken(label=string, kind=None, line="It was not judged.")
     kind = KINDS[code]
-    numbers = {name: float(here[f"verdict_{name}"].values[place]) for name in _NUMBERS}
+    numbers = {name: float(here[f"verdict_{name}"].values[place]) for name in FACTS}
     other = int(here["verdict_cosine"].values[place])
     facts = [("by the cosine method", str(KINDS[other]) if other >= 0 else "not judged")]
     return PanelToken(

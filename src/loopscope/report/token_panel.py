@@ -23,7 +23,18 @@ from loopscope.report.figure import script_json, visible_text
 from loopscope.report.kinds import looks_for_script
 from loopscope.verdicts import KINDS, Kind
 
-__all__ = ["PanelGroup", "PanelToken", "TokenPanel", "facts_of", "token_panel"]
+__all__ = ["FACTS", "PanelGroup", "PanelToken", "TokenPanel", "facts_of", "token_panel"]
+
+FACTS = {
+    "level": "still moves by",
+    "floor": "noise floor",
+    "period": "period (recurrences)",
+    "amplitude": "amplitude",
+    "speed": "speed per recurrence",
+    "rate": "rate per recurrence",
+    "p_value": "p of its shape",
+}
+"""Numbers of a verdict that a reader is shown, and what they are called."""
 
 _STEPS = 128
 """Of a longer way, the last so many recurrences are drawn: an orbit of any period that can be told is closed by then,
@@ -101,18 +112,9 @@ def token_panel(groups: Sequence[PanelGroup], *, title: str, caption: str, choos
 
 def facts_of(numbers: dict[str, float]) -> list[tuple[str, str]]:
     """(name, text) of those of a verdict's numbers that it has; lengths are shares of the state's norm."""
-    named = {
-        "level": "still moves by",
-        "floor": "noise floor",
-        "period": "period (recurrences)",
-        "amplitude": "amplitude",
-        "speed": "speed per recurrence",
-        "rate": "rate per recurrence",
-        "p_value": "p of its shape",
-    }
     return [
         (text, significant(float(numbers[name])) if numbers[name] or name != "p_value" else "below 1e-300")
-        for name, text in named.items()
+        for name, text in FACTS.items()
         if name in numbers and math.isfinite(numbers[name])
     ]
 
