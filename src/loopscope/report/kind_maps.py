@@ -20,6 +20,7 @@ __all__ = ["co_occurrence_map", "sensitivity_map", "share_map"]
 
 _MOST_TEXTS = 12
 """Columns in whose cells there is room for a number."""
+_QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _IN_CELL = 3
 """Kinds named in a cell of a sensitivity map."""
 
@@ -86,7 +87,7 @@ def sensitivity_map(counts: xarray.DataArray, names: Sequence[str], chosen: Sequ
         customdata=[[_all(shares[row, column]) for column in range(shares.shape[1])] for row in range(shares.shape[0])],
         hovertemplate="%{customdata}<extra></extra>",
         colorscale=SEQUENTIAL,
-        colorbar=_bar(str(KINDS[common]), [0, 0.25, 0.5, 0.75, 1], [0, 0.25, 0.5, 0.75, 1]),
+        colorbar=_bar(str(KINDS[common]), _QUARTERS, _QUARTERS),
         xgap=2,
         ygap=2,
     )
@@ -128,7 +129,7 @@ def _map(
 ) -> Figure:
     figure = base_figure(x_title, y_title, hovermode="closest")
     wide = len(columns) > _MOST_TEXTS
-    ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
+    ticks = [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
     figure.add_heatmap(
         z=np.sqrt(values),
         zmin=0,
