@@ -133,7 +133,7 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
     if codes is None:
         codes = (np.indices(shape).sum(0) % len(KINDS)).astype(np.int8)
     dims = ("judged_layer", "prompt", "token")
-    numbers = dict(zip(VERDICT_NUMBERS, (0.2, 1e-3, 5.5, 0.3, 0.01, 0.9, 1e-9), strict=True))
+    numbers = dict(zip(VERDICT_NUMBERS, (0.2, 1e-3, 5.5, 0.3, 0.0123, 0.9, 1e-9), strict=True))
     found: dict[str, Any] = {"verdict": (dims, codes), "verdict_cosine": (dims, np.where(codes == 1, 0, codes))}
     for name, value in numbers.items():
         only = {"period": Kind.ORBIT, "amplitude": Kind.ORBIT, "speed": Kind.SLIDER}.get(name)

@@ -159,7 +159,7 @@ def test_a_token_is_picked_by_mouse_and_keyboard(looped: Opened) -> None:
     assert [plots.nth(place).locator(".trace").count() for place in range(plots.count())] == [1, 2]
     chips.press("ArrowRight")  # the kinds come in turn
     assert "slider" in picked.locator("h4").inner_text()
-    assert "It moves on by 1.0 % of its norm per recurrence" in picked.inner_text()
+    assert "It moves on by 1.2 % of its norm per recurrence" in picked.inner_text()
     before = picked.inner_text()
     page.locator("[data-group]").select_option("1")
     page.wait_for_function("(before) => document.querySelector('[data-picked]').innerText !== before", arg=before)

@@ -36,7 +36,7 @@ class _Table:
     anchor: str
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def render_behaviour(judged: JudgedFiles) -> str:

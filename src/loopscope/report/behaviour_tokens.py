@@ -21,6 +21,7 @@ _PROMPTS = 4
 """Prompts in the page unless the settings name some: with 200 tokens each they take half a MB."""
 _TOKENS = 200
 """Of a longer prompt, the last so many."""
+_MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
 _SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
@@ -123,9 +124,13 @@ def _group(material: Material, data: xarray.Dataset, prompt: int) -> PanelGroup:
 
 
 def _first_shown(tokens: list[PanelToken], levels: NDArray[np.floating]) -> int:
-    """A token of the rarest kind, of these the one that moves most."""
+    """A token of the rarest kind that does not settle, of these the one that moves most."""
     counts = [sum(token.kind is other.kind for other in tokens) for token in tokens]
-    return min(range(len(tokens)), key=lambda place: (counts[place], -float(np.nan_to_num(levels[place]))), default=0)
+    moving = [token.kind in _MOVING for token in tokens]
+    moved = np.nan_to_num(levels)
+    return min(
+        range(len(tokens)), key=lambda place: (not moving[place], counts[place], -float(moved[place])), default=0
+    )
 
 
 def _token(here: xarray.Dataset, place: int, string: str) -> PanelToken:

@@ -63,10 +63,11 @@ def _drawn(extreme: Extreme, among: int) -> Figure:
         numbers = f"amplitude {percent(extreme.size)} of the norm, period {significant(extreme.period, 3)} recurrences"
     else:
         numbers = f"{percent(extreme.size)} of the norm per recurrence"
+    rank = f"the most of {among:,}" if among > 1 else "the only one"
     return Figure(
         anchor=f"extreme-{extreme.kind}",
         title="The widest orbit" if orbit else "The fastest slider",
-        caption=f"{visible_text(extreme.label, 80)}: {numbers}; the most of {among:,}. Each point is a state of the "
+        caption=f"{visible_text(extreme.label, 80)}: {numbers}; {rank}. Each point is a state of the "
         "tail, in the plane in which it moves most; the star is the last one.",
         plot=figure,
     )
