@@ -12,8 +12,9 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope.measures import HEAD_NAMES, STAGE_NAMES
+from loopscope.measures import HEAD_NAMES, STAGE_NAMES, VERDICT_NUMBERS
 from loopscope.study import Study
+from loopscope.verdicts import KINDS, Kind
 
 Array = NDArray[np.float64]
 Trajectory = Callable[[Array, Array, np.random.Generator], Array]
@@ -120,6 +121,55 @@ def looped_study(
     manifest = _manifest(looped=True, trained=trained, injection=injection, prompts=prompts, dtype=dtype)
     manifest["settings"] |= {"recurrences": recurrences, "horizon": horizon, "horizon_method": "second-pass"}
     return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, text))
+
+
+def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study:
+    """The study with verdicts `codes`, (layer, prompt, token), places in `KINDS`; all kinds in turn unless given.
+
+    Numbers and ways are of a plausible size; the way of an orbit is a circle, that of everything else a straight line.
+    """
+    prompts, tokens = study.dataset.sizes["prompt"], study.dataset.sizes["token"]
+    shape = (LAYERS, prompts, tokens)
+    if codes is None:
+        codes = (np.indices(shape).sum(0) % len(KINDS)).astype(np.int8)
+    dims = ("judged_layer", "prompt", "token")
+    numbers = dict(zip(VERDICT_NUMBERS, (0.2, 1e-3, 5.5, 0.3, 0.0123, 0.9, 1e-9), strict=True))
+    found: dict[str, Any] = {"verdict": (dims, codes), "verdict_cosine": (dims, np.where(codes == 1, 0, codes))}
+    for name, value in numbers.items():
+        only = {"period": Kind.ORBIT, "amplitude": Kind.ORBIT, "speed": Kind.SLIDER}.get(name)
+        there = codes >= 0 if only is None else codes == KINDS.index(only)
+        found[f"verdict_{name}"] = dims, np.where(there, value, np.nan).astype(np.float32)
+    changes = np.zeros((3, *shape), dtype=np.int8)
+    changes[0, :, 0, 0], changes[2] = 1, -1
+    found["verdict_changes"] = ("change", *dims), changes
+    lags, tail = np.arange(1, 13), np.arange(24) / 24
+    orbit = codes[-1] == KINDS.index(Kind.ORBIT)
+    circle = 0.3 * np.stack([np.cos(8 * np.pi * tail), np.sin(8 * np.pi * tail)])
+    line = np.stack([tail, 0 * tail])
+    found["displacement"] = (
+        ("lag", "prompt", "token"),
+        np.where(orbit, 0.2, 0.01 * lags[:, None, None]).astype(np.float32),
+    )
+    found["tail_path"] = (
+        ("plane", "tail", "prompt", "token"),
+        np.where(orbit, circle[..., None, None], line[..., None, None]).astype(np.float32),
+    )
+    counts = np.stack([(codes[-1] == kind).sum(-1) for kind in range(len(KINDS))], axis=-1)
+    grids = {"displacement": ((7.5, 30.0, 120.0), (0.0125, 0.05, 0.2)), "cosine": ((0.01, 0.05), (0.5, 0.9))}
+    coordinates: dict[str, Any] = {"judged_layer": np.arange(LAYERS), "change": ["window", "horizon", "seed"]}
+    coordinates |= {"lag": lags, "tail": np.arange(len(tail)), "kind": list(map(str, KINDS))}
+    for method, (first, second) in grids.items():
+        names = (f"{method}_setting", f"{method}_setting_other")
+        everywhere = np.broadcast_to(counts[:, None, None], (prompts, len(first), len(second), len(KINDS)))
+        found[f"{method}_sensitivity"] = ("prompt", *names, "kind"), everywhere
+        coordinates |= {names[0]: list(first), names[1]: list(second)}
+    manifest = dict(study.manifest)
+    manifest["behaviour"] = {
+        "displacement": {"floor_factor": 30.0, "unexplained": 0.05},
+        "cosine": {"tau": 0.05, "rho": 0.9},
+        "sensitivity": {"displacement": ["floor_factor", "unexplained"], "cosine": ["tau", "rho"]},
+    }
+    return Study(study.dataset.assign(found).assign_coords(coordinates), manifest, study.tokens)
 
 
 def feed_forward_study(prompts: int = 40, tokens: int = 10, seed: int = 0) -> Study:

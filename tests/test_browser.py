@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_play
 from loopscope.comparison import compare
 from loopscope.report import write_comparison, write_report
 from loopscope.study import Study
-from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
+from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
 
 # One worker, and so one browser, for all of them.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
@@ -81,13 +81,15 @@ def open_page(browser: Browser, path: Path, width: int) -> Opened:
     page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=120_000)
     if page.locator("#attention-maps").count():
         page.wait_for_selector("html[data-maps=drawn]", state="attached")
+    if page.locator("#token-panel").count():
+        page.wait_for_selector("html[data-tokens=drawn]", state="attached")
     return opened
 
 
 @pytest.fixture(scope="module")
 def study() -> Study:
     """Of a looped model whose every text is hostile."""
-    study = looped_study(contracting(), prompts=3)
+    study = with_behaviour(looped_study(contracting(), prompts=3))
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
@@ -141,6 +143,28 @@ def test_hostile_text_is_shown_and_does_nothing(looped: Opened) -> None:
     assert looped.page.locator("h1").inner_text() == HOSTILE
     shown = looped.page.locator("[data-plot^=data-tokens] .ytick").first.text_content() or ""
     assert shown.startswith("<script>hacked")
+
+
+def test_a_token_is_picked_by_mouse_and_keyboard(looped: Opened) -> None:
+    page = looped.page
+    chips, picked = page.locator("[data-chips]"), page.locator("[data-picked]")
+    assert chips.locator(".chip").count() == 10
+    orbit = chips.locator(".chip", has=page.locator(".letter", has_text="O")).first
+    orbit.click()
+    assert orbit.get_attribute("aria-selected") == "true"
+    assert "orbit" in picked.locator("h4").inner_text()
+    assert "It comes round every 5.5 recurrences" in picked.inner_text()
+    # Its way and its displacement are drawn, the floor in the second.
+    plots = page.locator("[data-small-plots] .plot")
+    assert [plots.nth(place).locator(".trace").count() for place in range(plots.count())] == [1, 2]
+    chips.press("ArrowRight")  # the kinds come in turn
+    assert "slider" in picked.locator("h4").inner_text()
+    assert "It moves on by 1.2 % of its norm per recurrence" in picked.inner_text()
+    before = picked.inner_text()
+    page.locator("[data-group]").select_option("1")
+    page.wait_for_function("(before) => document.querySelector('[data-picked]').innerText !== before", arg=before)
+    assert page.locator("[data-chips] .chip[aria-selected=true]").count() == 1
+    assert looped.problems == []
 
 
 def test_no_button_sends_data_away(looped: Opened) -> None:

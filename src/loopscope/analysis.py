@@ -46,12 +46,15 @@ from loopscope.measures import (
 )
 from loopscope.passes import Plan, kept_bytes, measure_batch, recurrences_run
 from loopscope.prompts import (
+    PADDING,
     Prompt,
     TokenizedPrompt,
     cut_text,
     draw,
     encode_prompts,
     load_prompts,
+    pad_prompts,
+    padding_record,
     prompts_digest,
     tokenizer_record,
 )
@@ -134,6 +137,8 @@ def analyze(
         settings = _settings_of(subject, settings)
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
+    if str(settings.system_prompt) == PADDING:
+        loaded = pad_prompts(loaded, subject.tokenizer)
     tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
@@ -368,6 +373,13 @@ class _Job:
             }
         }
 
+    def _padding(self) -> dict[str, Any]:
+        """Of which tokens a system prompt of padding is made."""
+        tokenizer = self.subject.tokenizer
+        if str(self.settings.system_prompt) != PADDING or tokenizer is None:
+            return {}
+        return {"padding": padding_record(tokenizer)}
+
     def _neurons(self) -> dict[str, Named]:
         """From the weights, which are no shard's: of a native model, unless that takes too long."""
         if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
@@ -448,6 +460,7 @@ class _Job:
                 # The texts themselves are in tokens.jsonl.
                 **{name: plain[name] for name in source if name != "text"},
                 "source": settings.prompts or "given as a list",
+                **self._padding(),
                 "count": len(self.prompts),
                 "tokens": sum(len(prompt.token_ids) for prompt in self.prompts),
                 "sha256": digest,

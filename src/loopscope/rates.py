@@ -20,6 +20,7 @@ __all__ = [
     "Rates",
     "clopper_pearson",
     "co_occurrence",
+    "prompt_shares",
     "study_rates",
     "token_roles",
     "token_shares",
@@ -102,10 +103,7 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
         layer=chosen,
         method=method,
         tokens=token_shares(there[there >= 0]),
-        prompts=[
-            KindShare(kind, int((there == index).any(-1).sum()), int((there >= 0).any(-1).sum()))
-            for index, kind in enumerate(KINDS)
-        ],
+        prompts=prompt_shares(there),
         roles={name: token_shares(there[mask & (there >= 0)]) for name, mask in roles.items()},
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
     )
@@ -114,6 +112,12 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
 def token_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares among tokens, from their places in `KINDS`."""
     return [KindShare(kind, int((codes == index).sum()), int(codes.size)) for index, kind in enumerate(KINDS)]
+
+
+def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
+    """Shares of the prompts with at least one such token, from places in `KINDS`, (prompt, token); below 0 none."""
+    total = int((codes >= 0).any(-1).sum())
+    return [KindShare(kind, int((codes == index).any(-1).sum()), total) for index, kind in enumerate(KINDS)]
 
 
 def co_occurrence(study: Study, method: str = "displacement") -> NDArray[np.float64]:

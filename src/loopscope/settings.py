@@ -64,7 +64,8 @@ class AnalyzeSettings:
     sample_seed: int | None = None
     """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
     system_prompt: Path | None = None
-    """A text file that is put before every prompt; with --chat, the system's turn."""
+    """A text file that is put before every prompt, or the name of a shipped one: persona (long), maths (short), or
+    padding (as many padding tokens as persona has); with --chat, the system's turn."""
     chat: bool = False
     """Make each prompt the user's turn of a chat, written by the model's chat template."""
     truncate: int | None = None

@@ -41,6 +41,11 @@ class Study:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if manifest.get("kind") == "verdicts":
+            raise StudyError(
+                f"{folder} holds verdicts on trajectories and no study; give the --out folder of a `loopscope analyze` "
+                "run."
+            )
         if manifest.get("status") != "complete":
             raise StudyError(
                 f"The study in {folder} is not finished; run the same `loopscope analyze` command to finish it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.arrival import arrival_answer
+from loopscope.answers.behaviour import behaviour_answer
 from loopscope.answers.criterion import Criterion
 from loopscope.answers.depth import trained_depth_answer
 from loopscope.answers.early_exit import exit_rule_answer
@@ -22,6 +23,7 @@ __all__ = ["quick_answers"]
 
 _LOOPED = (
     fixed_point_answer,
+    behaviour_answer,
     points_answer,
     arrival_answer,
     trained_depth_answer,

@@ -41,10 +41,10 @@ def judge(
 
     `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
     as the output of the last recurrent layer, one a recurrence. `dtype` is the number type that the *model* ran in,
-    whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding below
-    which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the index of the first state, if the beginning was cut off.
-    `settings` are those of the method, its defaults unless given. `progress` is told how many tokens were judged since
-    the last time.
+    whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding,
+    below which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the
+    index of the first state, if the beginning was cut off. `settings` are those of the method, its defaults unless
+    given. `progress` is told how many tokens were judged since the last time.
 
     The list has one `Verdict` a token. A token whose states are not all finite is `diverging` if they grew before, else
     `unknown`. Raises `ConfigError` for an array that is no trajectory: other axes, other numbers, too few recurrences,

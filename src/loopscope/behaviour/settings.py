@@ -103,13 +103,15 @@ class DisplacementSettings:
             raise ConfigError(f"least_recurrences must be at least 16, got {self.least_recurrences}.")
         if self.window < 16:
             raise ConfigError(f"window must be at least 16 recurrences, got {self.window}.")
-        if (
-            not self.significance < 1
-            or not self.unexplained < 1
-            or not self.unexplained_noise < 1
-            or not self.unexplained_structure < 1
-        ):
-            raise ConfigError("significance, unexplained and unexplained_structure are shares: they must be below 1.")
+        shares = (
+            "significance",
+            "nearer",
+            "unsteady",
+            *(name for name in vars(self) if name.startswith("unexplained")),
+        )
+        for name in shares:
+            if not getattr(self, name) < 1:
+                raise ConfigError(f"The setting {name} is a share: it must be below 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

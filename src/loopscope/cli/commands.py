@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from loopscope.cli.behaviour import Behaviour, Calibrate
+from loopscope.cli.rates import CountRates
 from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 
 __all__ = ["parse_and_run"]
@@ -202,11 +203,18 @@ class Models:
         say_models()
 
 
+class _Command(Protocol):
+    """What the parser makes of a command line."""
+
+    def run(self) -> None: ...
+
+
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Behaviour, tyro.conf.subcommand("behaviour")]
+    | Annotated[CountRates, tyro.conf.subcommand("rates")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -217,11 +225,13 @@ Command = (
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Compare | Behaviour | Calibrate | Figures | Train | Inspect | Models = tyro.cli(
-        Command,
-        prog="loopscope",
-        description="An instrument for looking inside looped language models.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
+    command: Analyze | Report | Compare | Behaviour | CountRates | Calibrate | Figures | Train | Inspect | Models = (
+        tyro.cli(
+            Command,
+            prog="loopscope",
+            description="An instrument for looking inside looped language models.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     )
     command.run()

@@ -6,6 +6,7 @@ tokenizer and chat template. The room knows nothing of models.
 """
 
 from loopscope.prompts.chat import ChatTemplate, RenderedChat
+from loopscope.prompts.conditions import PADDING, condition_names, pad_prompts, padding_record
 from loopscope.prompts.load import load_prompts
 from loopscope.prompts.presets import HUB_PRESETS, SHIPPED_PRESETS, preset_names
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, prompts_digest
@@ -17,6 +18,7 @@ from loopscope.prompts.tokens import encode_prompts
 
 __all__ = [
     "HUB_PRESETS",
+    "PADDING",
     "SHIPPED_PRESETS",
     "ChatTemplate",
     "Prompt",
@@ -24,11 +26,14 @@ __all__ = [
     "SpecialToken",
     "TextTokenizer",
     "TokenizedPrompt",
+    "condition_names",
     "cut_text",
     "draw",
     "encode_prompts",
     "load_prompts",
     "load_tokenizer",
+    "pad_prompts",
+    "padding_record",
     "preset_names",
     "prompts_digest",
     "read_tokenizer",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loopscope.errors import PromptError
+from loopscope.prompts.conditions import read_system_prompt
 from loopscope.prompts.files import (
     TEXT_FIELD,
     Record,
@@ -44,8 +45,10 @@ def load_prompts(
     The source is `text`, a list of prompts, or `prompts`: the name of a preset, or else a file. Of a .jsonl or .parquet
     file `field` names the field that holds the prompt, as text or as a list of token ids (it replaces a preset's own);
     any other file is plain text, with a prompt on each line that is not blank, or one prompt if `whole_file`. For
-    `limit` and `sample_seed` see `draw`. The file `system_prompt` goes before every prompt, with a blank line between.
-    With `chunk` a text file is one prompt too, which `cut_text` will cut; it is then that prompts are drawn.
+    `limit` and `sample_seed` see `draw`. The file `system_prompt`, or the shipped text of that name (`persona`,
+    `maths`), goes before every prompt, with a blank line between; that of `padding` is for `pad_prompts` to make, as it
+    takes the model's tokenizer. With `chunk` a text file is one prompt too, which `cut_text` will cut; it is then that
+    prompts are drawn.
 
     Raises `PromptError` for anything that cannot be read as asked, `MissingDependencyError` without the extra `hub`
     where it is needed.
@@ -67,7 +70,7 @@ def load_prompts(
     else:
         whole = "--whole-file" if whole_file else None if chunk is None else "--chunk"
         records, field = _read(prompts, field, whole)
-    system = None if system_prompt is None else _read_system_prompt(system_prompt)
+    system = None if system_prompt is None else read_system_prompt(system_prompt)
     drawn = records if chunk is not None else draw(records, limit=limit, seed=sample_seed)
     return [_prompt(record, field, system) for record in drawn]
 
@@ -135,13 +138,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # no name of a file: a whole prompt is longer than names may be
         return False
-
-
-def _read_system_prompt(path: Path) -> str:
-    text = read_text(path).strip()
-    if not text:
-        raise PromptError(f"The system prompt {path} is empty; write one into it, or leave --system-prompt out.")
-    return text
 
 
 def _prompt(record: Record, field: str, system: str | None) -> Prompt:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from tokenizers import Encoding, Tokenizer
 
@@ -32,8 +33,14 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, backend: Tokenizer, *, chat_template: ChatTemplate | None = None, notes: Sequence[str] = ()
+        self,
+        backend: Tokenizer,
+        *,
+        chat_template: ChatTemplate | None = None,
+        notes: Sequence[str] = (),
+        named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`named` are special tokens by the names under which files declare them: `pad_token` and so on."""
         if backend.truncation is not None or backend.padding is not None:
             backend = Tokenizer.from_str(backend.to_str())  # the caller's own stays as it is
             backend.no_truncation()
@@ -47,6 +54,19 @@ class TextTokenizer:
         self._special = {
             token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
         }
+
+        self.padding = self._padding(named)
+        """The token that fills up a batch, or else the one that ends a text; None where there is neither."""
+
+    def _padding(self, named: Mapping[str, str]) -> SpecialToken | None:
+        """As declared, else a special token that is called so."""
+        for name, calls in (("pad_token", ("pad", "padding")), ("eos_token", ("eos", "end", "endoftext", "/s"))):
+            called = [text for text in self._special if text.strip("<>[]|_ ").lower() in calls]
+            for text in (named.get(name), *called):
+                id_ = None if text is None else self.backend.token_to_id(text)
+                if text is not None and id_ is not None:
+                    return SpecialToken(text, id_)
+        return None
 
     @property
     def bos(self) -> SpecialToken | None:
@@ -113,7 +133,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer | None:
         *_contradiction("bos", config.add_bos, config.named, before, "in front of"),
         *_contradiction("eos", config.add_eos, config.named, after, "behind"),
     ]
-    return TextTokenizer(backend, chat_template=template, notes=notes)
+    return TextTokenizer(backend, chat_template=template, notes=notes, named=config.named)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

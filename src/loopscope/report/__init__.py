@@ -1,6 +1,7 @@
-"""The report: one self-contained HTML file, drawn from a study and its answers, or from a comparison of studies."""
+"""The report: one self-contained HTML file, drawn from a study and its answers, from a comparison of studies, or from
+verdicts on trajectories."""
 
 from loopscope.report.settings import ReportSettings
-from loopscope.report.write import write_comparison, write_report
+from loopscope.report.write import write_behaviour_report, write_comparison, write_report
 
-__all__ = ["ReportSettings", "write_comparison", "write_report"]
+__all__ = ["ReportSettings", "write_behaviour_report", "write_comparison", "write_report"]

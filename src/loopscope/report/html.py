@@ -28,6 +28,9 @@ _PLOTLY_OPTIONS: dict[str, Any] = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
 
+_SCRIPTS = ("draw.js", "maps.js", "behaviour.js")
+"""Each does nothing on a page that has none of its figures."""
+
 _MARKS = {
     Outcome.YES: "✓",
     Outcome.NO: "✕",
@@ -40,10 +43,10 @@ _MARKS = {
 def render_template(name: str, **values: Any) -> str:
     """A template of `report/templates`, rendered with `values` and all that every page has.
 
-    Every text is escaped by the template. A content security policy lets the browser run the page's own three scripts
+    Every text is escaped by the template. A content security policy lets the browser run the page's own scripts
     alone, known by their hashes, and load nothing.
     """
-    plotly, draw, maps = get_plotlyjs(), _static("draw.js"), _static("maps.js")
+    scripts = [get_plotlyjs(), *map(_static, _SCRIPTS)]
     environment = Environment(
         loader=PackageLoader("loopscope.report"),
         autoescape=True,
@@ -57,11 +60,9 @@ def render_template(name: str, **values: Any) -> str:
         **values,
         marks=_MARKS,
         style=Markup(_static("report.css")),
-        plotly=Markup(plotly),
-        draw=Markup(draw),
-        maps=Markup(maps),
+        scripts=[Markup(script) for script in scripts],
         options=Markup(json.dumps(_PLOTLY_OPTIONS)),
-        script_hashes=[_hash(plotly), _hash(draw), _hash(maps)],
+        script_hashes=[_hash(script) for script in scripts],
     )
 
 

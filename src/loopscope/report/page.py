@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from loopscope.answers import Answer, quick_answers
 from loopscope.answers.wording import significant
+from loopscope.report.behaviour import behaviour_section
 from loopscope.report.convergence import convergence_section
 from loopscope.report.facts import header_facts, provenance, thresholds
 from loopscope.report.figure import Section
@@ -40,7 +41,7 @@ def render_page(study: Study, settings: ReportSettings) -> str:
     """The whole report as HTML."""
     material = gather_material(study, settings)
     answers = quick_answers(study, settings.criterion)
-    sections = _sections(material)
+    sections = _sections(study, material)
     return render_template(
         "report.html",
         model=str(study.manifest["model"]["name"]),
@@ -57,11 +58,15 @@ def render_page(study: Study, settings: ReportSettings) -> str:
     )
 
 
-def _sections(material: Material) -> list[Section]:
+def _sections(study: Study, material: Material) -> list[Section]:
     """In the order of the questions, without figures that have nothing to show. A feed-forward model has those that
     need no recurrence."""
     if material.view.looped:
-        sections = [convergence_section(material), similarity_section(material)]
+        sections = [
+            convergence_section(material),
+            behaviour_section(study, material),
+            similarity_section(material),
+        ]
         if "trajectory" in material.view.dataset:
             sections.append(trajectories_section(material))
         sections += [

@@ -6,11 +6,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from loopscope.answers.statistics import mean, quantile
-from loopscope.drawing import final_shares
+from loopscope.drawing import final_shares, powers_of_two
 from loopscope.report.axes import mark_vertical, scale_y
 from loopscope.report.exit_rules import exit_rule_figures
 from loopscope.report.figure import Figure, Section
-from loopscope.report.lines import by_layer, powers_of_two
+from loopscope.report.lines import by_layer
 from loopscope.report.material import Material, median_over_prompts, positive
 from loopscope.report.style import CATEGORIES, base_figure
 

@@ -1,4 +1,4 @@
-"""From a study, or a comparison of studies, to a file."""
+"""From a study, a comparison of studies, or verdicts on trajectories, to a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from pathlib import Path
 
 from loopscope._files import write_atomically
 from loopscope.comparison import Comparison
+from loopscope.report.behaviour_page import render_behaviour
 from loopscope.report.comparison_page import render_comparison
 from loopscope.report.page import render_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
+from loopscope.verdicts import JudgedFiles
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_behaviour_report", "write_comparison", "write_report"]
 
 
 def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
@@ -34,4 +36,15 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     """
     path = Path(path)
     write_atomically(path, render_comparison(comparison).encode())
+    return path
+
+
+def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
+    """Write the report of judged trajectories to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_behaviour(judged).encode())
     return path

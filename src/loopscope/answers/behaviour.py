@@ -1,0 +1,217 @@
+"""What do the tokens tend to?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.view import StudyView
+from loopscope.answers.wording import listed, percent, plural
+from loopscope.rates import KindShare, prompt_shares, token_shares
+from loopscope.verdicts import KINDS, JudgedFiles, Kind
+
+__all__ = ["behaviour_answer", "judged_answer"]
+
+_QUESTION = "What do the tokens tend to?"
+_SETTLED = (Kind.FIXED_POINT, Kind.AT_FLOOR)
+_PLURALS = {
+    Kind.FIXED_POINT: "reach a fixed point",
+    Kind.AT_FLOOR: "hover at the noise floor",
+    Kind.ORBIT: "orbit",
+    Kind.SLIDER: "slide on without a limit",
+    Kind.BOUNDED: "keep moving within bounds",
+    Kind.DIVERGING: "diverge",
+    Kind.UNKNOWN: "cannot be told",
+}
+_CHANGES = {
+    "window": "within a shorter window",
+    "horizon": "at the horizon instead of twice it",
+    "seed": "from another initial state",
+}
+
+
+def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """Shares of the kinds at the last layer judged, with Clopper-Pearson intervals."""
+    if "verdict" not in view.dataset:
+        return _unanswered(
+            "No token's limit was judged: the part was skipped, the horizon is too short, or the study is older.",
+            criterion,
+        )
+    data = view.dataset.isel(judged_layer=-1)
+    codes = data["verdict"].transpose("prompt", "token").values
+    shares = token_shares(codes[codes >= 0])
+    layer = int(data["judged_layer"])
+    limits = [*_changes(view), *_dependence(view.prompts), *_number_type(view.dtype), *_disagreement(view)]
+    return _answer(
+        _QUESTION,
+        shares,
+        "token",
+        f"After recurrent layer {layer}, {2 * view.horizon} recurrences on",
+        {"recurrent_layer": float(layer), **_evidence(shares, "tokens"), **_evidence(prompt_shares(codes), "prompts")},
+        limits,
+        criterion,
+    )
+
+
+def judged_answer(judged: JudgedFiles) -> Answer:
+    """The same of trajectories that another tool captured."""
+    codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories], dtype=np.int64)
+    shares = token_shares(codes)
+    unstable = sum(bool(each.verdict.unstable) for each in judged.trajectories)
+    limits = _number_type(str(judged.manifest["dtype"])) + _dependence(
+        len(judged.manifest["sources"]), "array", "trajectories"
+    )
+    if unstable:
+        limits.insert(0, f"{_of(unstable, len(codes))} verdicts change within a shorter window.")
+    return _answer(
+        "What do the trajectories tend to?",
+        shares,
+        "trajectory",
+        f"By the method {judged.manifest['method']}",
+        _evidence(shares, "trajectories"),
+        limits,
+        Criterion(),
+    )
+
+
+def _answer(
+    question: str,
+    shares: Sequence[KindShare],
+    noun: str,
+    where: str,
+    evidence: dict[str, float | str],
+    limits: list[str],
+    criterion: Criterion,
+) -> Answer:
+    total = shares[0].total
+    there = sorted((share for share in shares if share.count), key=lambda share: -share.count)
+    if not there:
+        return _unanswered("There is no token to judge.", criterion, question)
+    settled = sum(share.count for share in there if share.kind in _SETTLED)
+    unknown = sum(share.count for share in there if share.kind is Kind.UNKNOWN)
+    many = "trajectories" if noun == "trajectory" else f"{noun}s"
+    counted = f"1 {noun}" if total == 1 else f"{total:,} {many}"
+    parts = [f"{_share(share)} {_verb(share.kind, share.count)}" for share in there]
+    return Answer(
+        key="behaviour",
+        question=question,
+        outcome=_outcome(settled, unknown, total),
+        verdict=_verdict(there, total),
+        sentence=f"{where}, of {counted}: {listed(parts)}." + _rare(shares, many),
+        evidence=evidence,
+        figure="behaviour-shares",
+        limits=limits,
+        criterion=criterion,
+    )
+
+
+def _verb(kind: Kind, count: int) -> str:
+    verb, _, rest = _PLURALS[kind].partition(" ")
+    if count != 1 or verb == "cannot":
+        return _PLURALS[kind]
+    verb = f"{verb}es" if verb == "reach" else f"{verb}s"
+    return f"{verb} {rest}".rstrip()
+
+
+def _outcome(settled: int, unknown: int, total: int) -> Outcome:
+    if settled == total:
+        return Outcome.YES
+    if 2 * unknown > total:
+        return Outcome.CANNOT_TELL
+    return Outcome.NO if settled == 0 else Outcome.PARTLY
+
+
+def _verdict(there: Sequence[KindShare], total: int) -> str:
+    """The commonest kind, and how much of the rest there is."""
+    first = there[0]
+    if first.count == total:
+        return f"all: {first.kind}"
+    return f"{percent(first.share)} {first.kind}, {percent(1 - first.share)} otherwise"
+
+
+def _share(share: KindShare) -> str:
+    """Few are counted, so that a rate of one in thousands does not read as none."""
+    return f"{share.count:,} ({percent(share.share)})"
+
+
+def _rare(shares: Sequence[KindShare], many: str) -> str:
+    """What the absence of orbits and sliders means."""
+    absent = [share for share in shares if share.kind in (Kind.ORBIT, Kind.SLIDER) and not share.count]
+    if not absent:
+        return ""
+    names = " or ".join(f"{share.kind}" for share in absent)
+    return f" No {names} was found, which leaves room for up to {percent(absent[0].interval[1])} of {many} (95 %)."
+
+
+def _evidence(shares: Sequence[KindShare], things: str) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for share in shares:
+        if share.count or share.kind in (Kind.ORBIT, Kind.SLIDER):
+            low, high = share.interval
+            found[f"{things}: {share.kind}"] = (
+                f"{share.count:,} of {share.total:,}, {percent(low)} to {percent(high)} (95 %)"
+            )
+    return found
+
+
+def _changes(view: StudyView) -> list[str]:
+    """Verdicts of the last layer that did not stand a trial."""
+    changes = view.dataset["verdict_changes"].isel(judged_layer=-1)
+    said = []
+    for name in map(str, changes["change"].values):
+        found = changes.sel(change=name).values
+        changed, tried = int((found == 1).sum()), int((found >= 0).sum())
+        if changed:
+            said.append(f"{_of(changed, tried)} verdicts are others {_CHANGES.get(name, f'with another {name}')}.")
+    return said
+
+
+def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list[str]:
+    return [
+        f"The {many} come from {plural(groups, noun)}; those of one {noun} depend on each other, so that the interval "
+        f"of a share of {many} is too narrow."
+    ]
+
+
+def _number_type(dtype: str) -> list[str]:
+    if dtype not in ("bfloat16", "float16"):
+        return []
+    return [f"In {dtype} motion below the noise floor cannot be seen: an orbit or a slide as small as that is missed."]
+
+
+def _disagreement(view: StudyView) -> list[str]:
+    """Between the two methods, about whether a token settles."""
+    if "verdict_cosine" not in view.dataset:
+        return []
+    codes = [view.dataset[name].isel(judged_layer=-1).values for name in ("verdict", "verdict_cosine")]
+    one, other = (_settles(each) for each in codes)
+    differ = int(((one != other) & (codes[0] >= 0)).sum())
+    if not differ:
+        return []
+    return [
+        f"The two methods disagree on whether {_of(differ, int((codes[0] >= 0).sum()))} tokens settle; the cosine sees "
+        "neither the norm nor small motion."
+    ]
+
+
+def _settles(codes: NDArray[np.integer]) -> NDArray[np.bool_]:
+    return np.isin(codes, [KINDS.index(kind) for kind in _SETTLED])
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,}"
+
+
+def _unanswered(sentence: str, criterion: Criterion, question: str = _QUESTION) -> Answer:
+    return Answer(
+        key="behaviour",
+        question=question,
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict="not measured",
+        sentence=sentence,
+        criterion=criterion,
+    )
