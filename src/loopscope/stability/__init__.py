@@ -5,21 +5,28 @@ will do (`predict`), what damping would change (`damped`, `damping_needed`), and
 (`observed_rate`).
 """
 
-from loopscope.stability.approach import Heading
-from loopscope.stability.damping import best_damping, damped, damping_needed, spectral_radius, undamped
-from loopscope.stability.eigenvalues import eigenvalues_near, leading_eigenvalues
-from loopscope.stability.hooked import approach_hooked
-from loopscope.stability.native import NativeApproach, approach_native
-from loopscope.stability.prediction import (
+from loopscope.spectra import (
     Kind,
+    ObservedRates,
     Prediction,
+    RateReason,
+    RateSettings,
     StabilityCriterion,
+    best_damping,
+    damped,
+    damping_needed,
+    observed_rate,
     period,
     predict,
     predicted_rate,
+    spectral_radius,
     stability_margin,
+    undamped,
 )
-from loopscope.stability.rates import ObservedRates, RateReason, RateSettings, observed_rate
+from loopscope.stability.approach import Heading
+from loopscope.stability.eigenvalues import eigenvalues_near, leading_eigenvalues
+from loopscope.stability.hooked import approach_hooked
+from loopscope.stability.native import NativeApproach, approach_native
 from loopscope.stability.result import Stability
 from loopscope.stability.settings import EigenvalueSettings
 

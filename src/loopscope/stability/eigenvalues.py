@@ -102,7 +102,8 @@ def eigenvalues_near(approach: Approach, batch: Batch, settings: EigenvalueSetti
     start, spare = _first_vectors(approach.heading, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
     for part in approach.linearised(state):
-        ritz = ritz_values(arnoldi(part.products, start[part.tokens], spare[part.tokens], products))
+        coefficients = arnoldi(part.products, start[part.tokens], spare[part.tokens], products)
+        ritz = ritz_values(coefficients, part.products.accuracy)
         tokens = part.tokens.cpu()
         values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
         derivatives.add(part.derivative)

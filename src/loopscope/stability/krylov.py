@@ -28,8 +28,9 @@ class RitzValues:
     residuals: Float64[Tensor, "token pair"]
     """`|J x - theta x|` for the Ritz vector x of length one. Zero to rounding for an eigenvalue of J."""
     errors: Float64[Tensor, "token pair"]
-    """Estimated distance of the Ritz value from an eigenvalue: residual times condition of the eigenvalue in the
-    space. To first order it bounds the distance; infinite where eigenvectors coincide."""
+    """Estimated distance of the Ritz value from an eigenvalue: residual, and what products are off by, times the
+    condition of the eigenvalue in the space. To first order it bounds the distance; infinite where eigenvectors
+    coincide and the residual is not zero."""
 
 
 def arnoldi(
@@ -81,10 +82,10 @@ def _orthogonal(basis: Tensor, vectors: TokenVectors) -> tuple[TokenVectors, Ten
     return vectors, along
 
 
-def ritz_values(coefficients: Hessenberg) -> RitzValues:
+def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
     """Eigenvalues of the square part, with residual `h_(m+1,m) |y_m|` for the eigenvector y of length one.
 
-    NaN where a coefficient is not finite.
+    `accuracy` is the relative error of the products. NaN where a coefficient is not finite.
     """
     known = torch.isfinite(coefficients).all(-1).all(-1)[:, None]
     coefficients = coefficients.where(known[..., None], 0.0)
@@ -93,8 +94,11 @@ def ritz_values(coefficients: Hessenberg) -> RitzValues:
     # Rows of the inverse are the left eigenvectors that make a product of one with the right ones.
     left, _ = torch.linalg.inv_ex(vectors)
     conditions = torch.linalg.vector_norm(left, dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # 0 times infinity: an invariant space has exact eigenvalues, however ill-conditioned they are.
-    errors = torch.where(residuals > 0, residuals * conditions, 0.0)
+    # 0 times infinity: in a space that is closed, an eigenvalue is exact however ill-conditioned it is.
+    unseen = torch.where(residuals > 0, residuals * conditions, 0.0)
+    # A double eigenvalue, whose condition says nothing, moves by the square root of what moves the matrix.
+    size = torch.linalg.vector_norm(coefficients, dim=1).amax(-1, keepdim=True)
+    errors = unseen + size * (accuracy * conditions).clamp(max=accuracy**0.5)
     order = values.abs().argsort(dim=-1, descending=True, stable=True)
     values, residuals, errors = (
         each.gather(-1, order).masked_fill(~known, torch.nan) for each in (values, residuals, errors)

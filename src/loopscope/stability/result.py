@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Complex128, Float, Float64
 from numpy import ndarray
 
+from loopscope.spectra import Prediction, StabilityCriterion, predict, predicted_rate, spectral_radius
 from loopscope.stability.approach import Derivative, Site
-from loopscope.stability.damping import spectral_radius
-from loopscope.stability.prediction import Prediction, StabilityCriterion, predict, predicted_rate
 from loopscope.stability.settings import EigenvalueSettings
 
 __all__ = ["Stability"]
@@ -28,7 +27,7 @@ class Stability:
     residuals: Float64[ndarray, "prompt token pair"]
     """`|J x - lambda x|` for the Ritz vector x of length one."""
     errors: Float64[ndarray, "prompt token pair"]
-    """Estimated distance to an eigenvalue: residual times the eigenvalue's condition."""
+    """Estimated distance to an eigenvalue: the residual and the error of products, times the eigenvalue's condition."""
     relative_step: Float64[ndarray, "prompt token"]
     """`|F(x) - x| / |x|` at the point x: 0 at a fixed point."""
     moved: Float64[ndarray, "prompt token"]
@@ -52,7 +51,7 @@ class Stability:
     @property
     def products(self) -> int:
         """Products with the Jacobian that were made."""
-        return self.eigenvalues.shape[-1]
+        return int(self.eigenvalues.shape[-1])
 
     @property
     def radius(self) -> Float[ndarray, "prompt token"]:

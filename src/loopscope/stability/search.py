@@ -55,7 +55,8 @@ def find_fixed_point(
         now = (rests & near).logical_or(~mask).all(-1) & ~found
         kept[now] = state[now]
         found = found | now
-        if bool(found.all()):
+        lost = ~torch.isfinite(following).logical_or(~mask[..., None]).flatten(1).all(-1)
+        if bool((found | lost).all()):
             break
         states, steps = [*states[-_MEMORY:], state], [*steps[-_MEMORY:], following - state]
         state = _guess(states, steps)

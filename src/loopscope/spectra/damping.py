@@ -100,7 +100,8 @@ def best_damping(eigenvalues: Eigenvalues) -> tuple[Values, Values]:
 def _radius(eigenvalues: ndarray, eta: ndarray) -> ndarray:
     """Of the damped loop, with an eta for each token."""
     moved: ndarray = 1 - eta[:, None] * (1 - eigenvalues)
-    return np.where(np.isnan(moved), -np.inf, np.abs(moved)).max(-1)
+    largest: ndarray = np.where(np.isnan(moved), -np.inf, np.abs(moved)).max(-1)
+    return largest
 
 
 def _check_eta(eta: float) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Complex, Float, Int
 from numpy import ndarray
 
 from loopscope.errors import ConfigError
-from loopscope.stability.damping import spectral_radius
+from loopscope.spectra.damping import spectral_radius
 
 __all__ = ["Kind", "Prediction", "StabilityCriterion", "period", "predict", "predicted_rate", "stability_margin"]
 

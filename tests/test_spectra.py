@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopscope.errors import ConfigError
-from loopscope.stability import (
+from loopscope.spectra import (
     Kind,
     RateReason,
     RateSettings,
@@ -45,7 +45,8 @@ def test_damping_moves_eigenvalues_as_it_moves_those_of_the_damped_matrix(seed: 
 
 
 def radii(eigenvalues: np.ndarray, etas: np.ndarray) -> np.ndarray:
-    return np.abs(1 - etas[:, None] + etas[:, None] * eigenvalues).max(-1)
+    largest: np.ndarray = np.abs(1 - etas[:, None] + etas[:, None] * eigenvalues).max(-1)
+    return largest
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1.0, 0.95, 0.6]), st.sampled_from([0.3, 0.8, 1.5]))
