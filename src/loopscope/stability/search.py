@@ -40,22 +40,21 @@ def find_fixed_point(
 
     Anderson's mixing (1965; Walker and Ni 2011) of each token's states by itself. It solves `F(x) = x` rather than
     following F, so that it reaches fixed points that repel, as that within an orbit. Prompts for which none is found
-    in so many evaluations of F keep their state. Steps are relative to the state given and not to where the search
-    has gone: a state that runs away has small steps relative to itself, and no fixed point.
+    in so many evaluations of F, or that run away, keep their state. Steps are relative to the state given and not to
+    where the search has gone.
     """
-    begin, size = state, torch.linalg.vector_norm(state, dim=-1)
-    found = torch.zeros(len(state), dtype=torch.bool, device=state.device)
-    kept = state.clone()
+    begin, kept, size = state, state.clone(), torch.linalg.vector_norm(state, dim=-1)
+    found, lost = (torch.zeros(len(state), dtype=torch.bool, device=state.device) for _ in range(2))
     states: list[States] = []
     steps: list[States] = []
     for _ in range(evaluations):
         following = recurrence(state)
-        rests = relative_step(state, following, size) <= settled
-        near = relative_step(begin, state) <= _REACH
-        now = (rests & near).logical_or(~mask).all(-1) & ~found
+        near = (relative_step(begin, state) <= _REACH).logical_or(~mask).all(-1)
+        rests = (relative_step(state, following, size) <= settled).logical_or(~mask).all(-1)
+        lost = lost | (~near & ~found)
+        now = rests & ~found & ~lost
         kept[now] = state[now]
         found = found | now
-        lost = ~torch.isfinite(following).logical_or(~mask[..., None]).flatten(1).all(-1)
         if bool((found | lost).all()):
             break
         states, steps = [*states[-_MEMORY:], state], [*steps[-_MEMORY:], following - state]
