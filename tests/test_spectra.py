@@ -159,6 +159,8 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         damping_needed(np.array([0.5 + 0j]), 1.5)
     with pytest.raises(ConfigError, match="fewest must be at least 6"):
         RateSettings(fewest=3)
+    with pytest.raises(ConfigError, match="transient must be below 1 and no less than least_transient"):
+        RateSettings(transient=0.2)
     with pytest.raises(ConfigError, match="dtype must be one of float64"):
         observed_rate(np.ones(20), dtype="int8")
     with pytest.raises(ConfigError, match=r"sizes has shape \(3,\), and steps \(20,\)"):
@@ -205,6 +207,11 @@ def test_why_there_is_no_rate_is_said() -> None:
     ]
     assert np.isnan(found.rate).tolist() == [True, True, True, False]
     assert observed_rate(np.ones((2, 0, 9))).rate.shape == (2, 0)
+    # A bfloat16 floor leaves room for transients alone; six steps do where the fall is long enough.
+    assert observed_rate(np.maximum(0.8 ** np.arange(64), 0.02), dtype="bfloat16").reason == RateReason.TOO_SHORT
+    fast = observed_rate(np.maximum(0.2 ** np.arange(64), 2e-7))
+    assert fast.rate == pytest.approx(0.2, abs=0.01)
+    assert fast.stop - fast.first == 6
 
 
 @pytest.mark.parametrize(("dtype", "noise", "within"), [("float64", 1e-16, 0.005), ("float32", 6e-8, 0.01)])
