@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopscope.architecture import Architecture
 from loopscope.checkpoints import save_checkpoint
+from loopscope.hooks import HookedSubject, hook
 from loopscope.model import LoopedTransformer
 from loopscope.prompts import TextTokenizer
 from loopscope.subject import NativeSubject
@@ -82,6 +83,21 @@ def subject(
     """With random weights. With the standard deviation given, states move a good way in each recurrence."""
     model = LoopedTransformer(architecture).initialize(seed, std).to(dtype).eval().requires_grad_(False)
     return NativeSubject(model, name="small", tokenizer=tokenizer)
+
+
+def hooked_native(
+    shape: Architecture, *, std: float = 0.3, dtype: torch.dtype = torch.float32
+) -> tuple[NativeSubject, HookedSubject]:
+    """One native model as its own subject and, its modules hooked, as another's."""
+    model = LoopedTransformer(shape).initialize(0, std).to(dtype).eval().requires_grad_(False)
+    stages: dict[str, Any] = {name: name for name in ("prelude", "recurrent", "coda") if len(getattr(model, name))}
+    hooked = hook(
+        model,
+        **stages,
+        loop_end="norm" if shape.loop_norm == "recurrence" else None,
+        set_recurrences=(lambda _, recurrences: {"recurrences": recurrences}) if shape.is_looped else None,
+    )
+    return NativeSubject(model), hooked
 
 
 def linear_loop(

@@ -12,27 +12,13 @@ import loopscope
 from foreign_models import PATHS, VOCAB, ForeignLoop, assert_untouched
 from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
 from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject
+from loopscope.subject import Batch
 from loopscope.trace import Trace
 from loopscope.visits import Observer, Visit
-from small_models import ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, architecture
+from small_models import ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, architecture, hooked_native
 
 BATCH = Batch.of([[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]])
-
-
-def hooked_native(shape: Architecture) -> tuple[NativeSubject, HookedSubject]:
-    """One native model as its own subject and, its modules hooked, as another's."""
-    model = LoopedTransformer(shape).initialize(0, 0.3).eval().requires_grad_(False)
-    stages: dict[str, Any] = {name: name for name in ("prelude", "recurrent", "coda") if len(getattr(model, name))}
-    hooked = loopscope.hook(
-        model,
-        **stages,
-        loop_end="norm" if shape.loop_norm == "recurrence" else None,
-        set_recurrences=(lambda _, recurrences: {"recurrences": recurrences}) if shape.is_looped else None,
-    )
-    return NativeSubject(model), hooked
 
 
 def assert_same(trace: Trace, other: Trace) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loopscope.model import LoopedTransformer
     from loopscope.report import write_comparison, write_report
     from loopscope.settings import AnalyzeSettings
+    from loopscope.stability import leading_eigenvalues
     from loopscope.study import Study
     from loopscope.subject import Subject
     from loopscope.trace import Trace, capture
@@ -44,6 +45,7 @@ _HOMES = {
     "compare": "comparison",
     "hook": "hooks",
     "inspect_model": "inspection",
+    "leading_eigenvalues": "stability",
     "load": "loading",
     "quick_answers": "answers",
     "write_comparison": "report",
@@ -69,6 +71,7 @@ __all__ = [
     "compare",
     "hook",
     "inspect_model",
+    "leading_eigenvalues",
     "load",
     "quick_answers",
     "write_comparison",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,9 +19,10 @@ from loopscope.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.errors import ConfigError
 from loopscope.interventions import Intervention, StartScaled, check_fits, parse_interventions
 from loopscope.model import Edits, LoopedTransformer, RunEdits, initial_noise
-from loopscope.model.attention import AttentionContext
+from loopscope.model.attention import AttentionContext, Mix, mix_values
 from loopscope.model.exit import ExitRule
 from loopscope.model.rotary import RotationTable
+from loopscope.model.transformer import Sequence as TokenSequence
 from loopscope.prompts import TextTokenizer
 from loopscope.visits import Observer
 
@@ -336,6 +337,37 @@ class NativeRun:
         ]
         return torch.stack(errors) * scale
 
+    def recurrence_map(
+        self, *, recurrence: int | None = None, dtype: torch.dtype | None = None, mix: Mix = mix_values
+    ) -> Callable[[States], States]:
+        """One recurrence of this run's prompts as a function of the loop state, (batch, token, width) to the same.
+
+        It is what `advance` does, interventions included, at `recurrence`, by default the one that comes next; in
+        `dtype`, the model's own by default, with the weights that the model has. Gradients flow to the state alone.
+        `mix` is how attention mixes values.
+        """
+        at = self._recurrence if recurrence is None else recurrence
+        dtype = dtype or self._model.dtype
+        sequence = dataclasses.replace(
+            self._sequence,
+            encoded=self._sequence.encoded.to(dtype),
+            context=dataclasses.replace(_context_in(self._sequence.context, dtype), mix=mix),
+            # Edits may remember what they see, and this is no part of the run.
+            edits=copy.copy(self._sequence.edits),
+        )
+        module = _Recurrence(self._model)
+        weights = {
+            name: parameter.detach().to(dtype)
+            for name, parameter in module.named_parameters()
+            if name.startswith(_Recurrence.USED)
+        }
+
+        def one_recurrence(state: States) -> States:
+            following: Tensor = functional_call(module, weights, (state, sequence, at))
+            return following
+
+        return one_recurrence
+
     def _recurrence_in(self, dtype: torch.dtype) -> list[Tensor]:
         """Outputs of the recurrent layers in one recurrence from here, computed in another dtype."""
 
@@ -357,6 +389,19 @@ class NativeRun:
             state, _ = call(layer, state, context, edits.scale("recurrent", index, self._recurrence))
             outputs.append(state)
         return outputs
+
+
+class _Recurrence(nn.Module):
+    """`LoopedTransformer.recur` as the forward pass of a module, whose weights can be given to it."""
+
+    USED = ("model.injection.", "model.recurrent.", "model.norm.")
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, state: States, sequence: TokenSequence, recurrence: int) -> States:
+        return self.model.recur(state, sequence, recurrence)
 
 
 def _context_in(context: AttentionContext, dtype: torch.dtype) -> AttentionContext:

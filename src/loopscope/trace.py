@@ -20,11 +20,14 @@ from loopscope.subject import Batch, Subject, SubjectInfo
 from loopscope.subject import intervene as intervened
 from loopscope.visits import AttentionView, LoopState, Observer, Visit
 
-__all__ = ["Trace", "capture"]
+__all__ = ["InputIds", "Trace", "as_batch", "capture"]
 
 
 _Site = tuple[Stage, int, int]
 _Kept = TypeVar("_Kept")
+
+InputIds = Tensor | np.ndarray | Sequence[Any]
+"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -157,7 +160,7 @@ class _Recorder(Observer):
 
 def capture(
     model: str | Path | nn.Module | Subject,
-    input_ids: Tensor | np.ndarray | Sequence[Any],
+    input_ids: InputIds,
     *,
     recurrences: int | None = None,
     initial_state: Tensor | None = None,
@@ -183,14 +186,8 @@ def capture(
     """
     subject = load(model) if isinstance(model, str | Path) else as_subject(model)
     subject = intervened(subject, intervene)
-    batch = _batch(input_ids, attention_mask)
     info = subject.info
-    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
-        raise ConfigError(
-            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
-        )
-    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
-        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    batch = as_batch(input_ids, attention_mask, info)
     if initial_state is not None:
         _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
         _check_one_start(info)
@@ -207,7 +204,22 @@ def capture(
         run.close()
 
 
-def _batch(given: Tensor | np.ndarray | Sequence[Any], mask: Tensor | None) -> Batch:
+def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
+    """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
+
+    Raises `ConfigError` for what are no token ids of this model.
+    """
+    batch = _batch(given, mask)
+    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
+        raise ConfigError(
+            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
+        )
+    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
+        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    return batch
+
+
+def _batch(given: InputIds, mask: Tensor | None) -> Batch:
     if not isinstance(given, Tensor | np.ndarray):
         if mask is not None:
             raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")

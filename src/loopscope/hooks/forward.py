@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loopscope._shapes import Logits, States
@@ -65,6 +66,8 @@ class Pass:
     """Of every state; None where it is not known yet."""
     begins_with: States | None = None
     """What the first recurrent layer receives at the first call in place of its own input, (batch, token, width)."""
+    gradients: bool = False
+    """States are announced with the gradients that flow from them, as to `begins_with`."""
 
 
 class HookedForward:
@@ -147,6 +150,7 @@ class _Worker:
         self._thread = threading.get_ident()
         with ExitStack() as stack:
             self._caller.enter(stack)
+            stack.enter_context(torch.set_grad_enabled(self._pass.gradients))
             # Hooks come and go while nobody else computes, who might be looking through them.
             stack.callback(self._pass.borrowed.give_back)
             self._pass.borrowed.take()
@@ -246,7 +250,8 @@ class _Worker:
         return found
 
     def _announced(self, state: Tensor) -> Tensor:
-        return state.detach().clone() if self._pass.copies else state.detach()
+        seen = state if self._pass.gradients else state.detach()
+        return seen.clone() if self._pass.copies else seen
 
     def _check_end(self, where: str, held: bool) -> None:
         end = self._pass.layout.loop_end

@@ -140,11 +140,17 @@ class HookedSubject:
             borrowed.give_back()
 
     def forward(
-        self, batch: Batch, recurrences: int | None, seed: int = 0, begins_with: States | None = None
+        self,
+        batch: Batch,
+        recurrences: int | None,
+        seed: int = 0,
+        begins_with: States | None = None,
+        gradients: bool = False,
     ) -> HookedForward:
         """Begin a forward pass; with None, of the number of recurrences that the model has anyway.
 
-        `begins_with` is given to the first recurrent layer instead of what it would receive.
+        `begins_with` is given to the first recurrent layer instead of what it would receive. With `gradients`, those
+        of what is announced flow to it.
         """
         facts = self._facts
         return HookedForward(
@@ -159,6 +165,7 @@ class HookedSubject:
                 copies=facts is not None and facts.overwrites,
                 width=None if facts is None else facts.width,
                 begins_with=begins_with,
+                gradients=gradients,
             )
         )
 

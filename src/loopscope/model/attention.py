@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loopscope._shapes import States, TokenMask
+from loopscope._shapes import Keys, Queries, States, TokenMask
 from loopscope.architecture import Architecture
 from loopscope.model.norm import RMSNorm
 from loopscope.model.rotary import RotationTable, rotate
 from loopscope.visits import QueryKeyAttention
 
-__all__ = ["Attention", "AttentionContext"]
+__all__ = ["Attention", "AttentionContext", "Mix", "mix_values"]
+
+Mix = Callable[[Queries, Keys, Keys, Tensor | None], Queries]
+"""`mix(query, key, value, allowed)`: each query's mean of the values, (batch, head, token, head_dim). With None for
+`allowed`, causality alone decides where a query may look; otherwise it is True there."""
+
+
+def mix_values(query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:
+    """softmax(q k^T / sqrt(d)) v, by whichever of torch's kernels is fastest."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,8 @@ class AttentionContext:
     """(batch, 1, query, key), True where a query may look; None where causality alone decides."""
     near: Tensor | None
     """The same for layers with a sliding window, (batch or 1, 1, query, key)."""
+    mix: Mix = mix_values
+    """How values are mixed; another function of the same value has other derivatives."""
 
 
 class Attention(nn.Module):
@@ -64,14 +78,7 @@ class Attention(nn.Module):
         key = self._heads(self.key(x), self.key_norm, self.key_bias, context)
         value = self._split(self.value(x))
         allowed = context.allowed if self.window is None else context.near
-        mixed = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=allowed,
-            is_causal=allowed is None,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        mixed = context.mix(query, key, value, allowed)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return output, QueryKeyAttention(query, key, self.head_dim**-0.5, context.mask, self.window)
 

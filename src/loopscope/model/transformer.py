@@ -195,7 +195,7 @@ class LoopedTransformer(nn.Module):
         """What the recurrent block receives: the mixed state, or, where the injection is frozen, an earlier one."""
         frozen = sequence.edits.frozen(recurrence)
         if frozen is not None:
-            return frozen
+            return frozen.to(state.dtype)
         mixed = self.inject(state, sequence.encoded)
         sequence.edits.mixed(mixed, recurrence)
         return mixed

@@ -1,0 +1,258 @@
+"""How good the eigenvalues of one recurrence are, and how well they predict the rate at which a state settles.
+
+    python benchmarks/stability.py
+    python benchmarks/stability.py --products 60
+
+Random looped models of 4 layers on 12 tokens: three norm placements, several weight scales, injection added, or by one
+random matrix, or with a gain on the state of its own, which sets how fast they settle; two widths, float64 and float32.
+For each the states run 160 recurrences; the eigenvalues there are compared with those of the whole Jacobian blocks in
+float64, and the rates that they predict with those that the steps of the last recurrences show. Models that do not
+settle are counted and take no part. A pair counts as one in the separation of the leading eigenvalue from the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopscope.architecture import Architecture, Injection, LoopNorm, NormPlacement
+from loopscope.model import LoopedTransformer
+from loopscope.stability import Stability, damped, leading_eigenvalues, observed_rate, spectral_radius
+from loopscope.stability.frozen import mix_with_others_frozen
+from loopscope.stability.products import ExactProducts
+from loopscope.subject import Batch, NativeSubject
+
+TOKENS, RECURRENCES = 12, 160
+PLACEMENTS: tuple[tuple[NormPlacement, LoopNorm], ...] = (
+    ("pre", "none"),
+    ("residual", "none"),
+    ("branch-in-out", "recurrence"),
+)
+GAINS = (0.2, 0.4, 0.6, 0.8, 0.95)
+"""Spectral radii of the injection's matrix on the state, where it is not drawn like the others."""
+SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)
+"""Standard deviations of the weights at width 128; larger in a narrower model, so that matrices weigh the same."""
+SEPARATED = 0.95
+SETTLED = 1e-5
+
+
+@dataclass
+class Tokens:
+    """What was found for the tokens of one model."""
+
+    separated: np.ndarray
+    error: np.ndarray
+    """Of the leading eigenvalue against that of the whole matrix, relative."""
+    estimate: np.ndarray
+    """The error that the eigenvalue comes with, relative."""
+    damped: np.ndarray
+    """Of the spectral radius after damping by one half, absolute."""
+    predicted: np.ndarray
+    observed: np.ndarray
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a random model is made from."""
+
+    placement: NormPlacement
+    loop_norm: LoopNorm
+    injection: Injection
+    std: float
+    gain: float | None = None
+
+
+def recipes() -> list[Recipe]:
+    found = []
+    for placement, loop_norm in PLACEMENTS:
+        found += [Recipe(placement, loop_norm, "linear", std) for std in SCALES]
+        found += [Recipe(placement, loop_norm, "add", std) for std in SCALES]
+        found += [Recipe(placement, loop_norm, "linear", std, gain) for std in (0.02, 0.05) for gain in GAINS]
+    return found
+
+
+def make(width: int, recipe: Recipe, seed: int) -> NativeSubject:
+    architecture = Architecture(
+        vocab_size=64,
+        width=width,
+        heads=4,
+        kv_heads=4,
+        head_dim=width // 4,
+        mlp_width=3 * width,
+        prelude=1,
+        recurrent=4,
+        coda=0,
+        recurrences=4,
+        norm_placement=recipe.placement,
+        loop_norm=recipe.loop_norm,
+        injection=recipe.injection,
+        state_init="normal",
+    )
+    model = LoopedTransformer(architecture).initialize(seed, recipe.std * (128 / width) ** 0.5)
+    if recipe.gain is not None:
+        set_gain(model, recipe.gain, seed)
+    return NativeSubject(model.to(torch.float64).eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def set_gain(model: LoopedTransformer, gain: float, seed: int) -> None:
+    """An injection `u = gain A s + B e` with A and B random of spectral radius about 1, and embeddings of size 1."""
+    assert model.injection is not None
+    width = model.architecture.width
+    both = torch.randn(width, 2 * width, generator=torch.Generator().manual_seed(1000 + seed)) / width**0.5
+    both[:, :width] *= gain
+    model.injection.weight.copy_(both)
+    model.embedding.weight.div_(model.embedding.weight.std())
+
+
+def in_float32(subject: NativeSubject) -> NativeSubject:
+    model = LoopedTransformer(subject.model.architecture)
+    model.load_state_dict(subject.model.state_dict())
+    return NativeSubject(model.eval().requires_grad_(False))
+
+
+def whole_spectra(subject: NativeSubject, batch: Batch, point: np.ndarray) -> np.ndarray:
+    """Eigenvalues of the Jacobian block of every token, (token, width), by decreasing modulus, in float64."""
+    run = subject.start(batch, recurrences=1)
+    alone = run.recurrence_map(recurrence=RECURRENCES, mix=mix_with_others_frozen)
+    products = ExactProducts(lambda states: alone(states[None])[0], torch.from_numpy(point[0]).double())
+    columns = [products(unit.expand(TOKENS, -1)) for unit in torch.eye(point.shape[-1], dtype=torch.float64)]
+    spectra = torch.linalg.eigvals(torch.stack(columns, dim=-1))
+    ordered: np.ndarray = spectra.gather(-1, spectra.abs().argsort(dim=-1, descending=True)).numpy()
+    return ordered
+
+
+def trajectory(subject: NativeSubject, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the steps and of the states, (token, recurrence)."""
+    run = subject.start(batch, recurrences=RECURRENCES)
+    states: list[Tensor] = [run.state]
+    for _ in range(RECURRENCES):
+        run.advance()
+        states.append(run.state)
+    whole = torch.stack(states)[:, 0].double()
+    return (
+        (whole[1:] - whole[:-1]).norm(dim=-1).T.numpy(),
+        whole[1:].norm(dim=-1).T.numpy(),
+    )
+
+
+def examine(subject: NativeSubject, exact: NativeSubject, batch: Batch, products: int) -> Tokens | None:
+    """None where the states do not settle."""
+    found: Stability = leading_eigenvalues(subject, batch, recurrences=RECURRENCES, products=products, search=0)
+    if not found.relative_step.max() < SETTLED:
+        return None
+    spectra = whole_spectra(exact, batch, found.point)
+    lead = spectra[:, 0]
+    is_pair = np.abs(lead.imag) > 1e-9 * np.abs(lead)
+    second = np.where(is_pair, np.abs(spectra[:, 2]), np.abs(spectra[:, 1]))
+    leading = found.eigenvalues[0, :, 0]
+    away = np.minimum(np.abs(leading - lead), np.abs(leading - lead.conj()))
+    steps, sizes = trajectory(subject, batch)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Tokens(
+            separated=second <= SEPARATED * np.abs(lead),
+            error=away / np.abs(lead),
+            estimate=found.errors[0, :, 0] / np.abs(lead),
+            damped=np.abs(spectral_radius(damped(found.eigenvalues[0], 0.5)) - spectral_radius(damped(spectra, 0.5))),
+            predicted=found.predicted_rate[0],
+            observed=observed_rate(steps, sizes=sizes, dtype=subject.info.dtype).rate,
+        )
+
+
+def summary(name: str, parts: list[Tokens]) -> None:
+    def all_of(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part in parts])
+
+    error, estimate = all_of("error"), all_of("estimate")
+    apart = error[all_of("separated")]
+    known = np.isfinite(error)
+    predicted, observed = all_of("predicted"), all_of("observed")
+    seen = np.isfinite(observed)
+    difference = np.abs(predicted - observed)[seen]
+    print(f"{name}: {len(parts)} models, {len(error)} tokens")
+    print(
+        f"  eigenvalue, {len(apart)} tokens whose leading one stands 5 % above the next: relative error median "
+        f"{np.median(apart):.0e}, within 1e-4 in {np.mean(apart <= 1e-4):.1%}, at most {apart.max():.0e}"
+    )
+    print(f"  eigenvalue, all tokens: within its estimated error in {np.mean((error <= estimate)[known]):.1%}")
+    shifted = all_of("damped")
+    print(
+        f"  spectral radius if the loop is damped by 0.5: error median {np.median(shifted):.0e}, 99 % "
+        f"{np.quantile(shifted, 0.99):.0e}, at most {shifted.max():.0e}"
+    )
+    print(
+        f"  rate, {seen.sum()} tokens that show one, {predicted[seen].min():.2f} to {predicted[seen].max():.2f}: "
+        f"difference median {np.median(difference):.4f}, 90 % {np.quantile(difference, 0.9):.4f}, correlation "
+        f"{np.corrcoef(predicted[seen], observed[seen])[0, 1]:.4f}"
+    )
+
+
+def clock(function: Callable[[], object], times: int) -> float:
+    """Processor time of one call, the least of so many: this machine does other things as well."""
+    least = float("inf")
+    for _ in range(times):
+        started = time.process_time()
+        function()
+        least = min(least, time.process_time() - started)
+    return least
+
+
+def costs(products: int) -> None:
+    """In bare recurrences of the same prompts."""
+    subject = in_float32(make(128, Recipe("pre", "none", "linear", 0.02), 1))
+    batch = Batch.of(torch.randint(64, (8, 64), generator=torch.Generator().manual_seed(0)).tolist())
+    run = subject.start(batch, recurrences=1)
+    alone = run.recurrence_map(mix=mix_with_others_frozen)
+    point = run.state
+
+    def linearise() -> ExactProducts:
+        return ExactProducts(lambda flat: alone(flat.view_as(point)).flatten(0, 1), point.flatten(0, 1))
+
+    jacobians, vectors = linearise(), torch.randn_like(point)
+    bare = clock(run.advance, 20)
+    once = clock(linearise, 5) / bare
+    each = clock(lambda: jacobians(vectors.flatten(0, 1)), 20) / bare
+    forward = clock(lambda: torch.func.jvp(alone, (point,), (vectors,)), 5) / bare
+    whole = clock(lambda: leading_eigenvalues(subject, batch, recurrences=1, products=products, search=0), 3) / bare
+    print(
+        f"cost in bare recurrences, width 128, 8 x 64 tokens: linearising {once:.1f}, a product {each:.1f} (by "
+        f"torch.func.jvp {forward:.1f}), eigenvalues of {products} products {whole:.0f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--products", type=int, default=40)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ids = torch.randint(64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+    for width in arguments.widths:
+        parts: dict[str, list[Tokens]] = {"float64": [], "float32": []}
+        unsettled: Counter[str] = Counter()
+        for recipe, seed in itertools.product(recipes(), range(arguments.seeds)):
+            exact = make(width, recipe, seed)
+            for subject in (exact, in_float32(exact)):
+                tokens = examine(subject, exact, batch, arguments.products)
+                if tokens is None:
+                    unsettled[f"{recipe.placement}, {recipe.injection}"] += 1
+                else:
+                    parts[subject.info.dtype].append(tokens)
+        for dtype, found in parts.items():
+            summary(f"width {width}, {dtype}, {arguments.products} products", found)
+        print(f"  do not settle: {', '.join(f'{count} {name}' for name, count in unsettled.items())}")
+    costs(arguments.products)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A subject near the state at which its recurrence is linearised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loopscope._shapes import States, TokenMask
+from loopscope.stability.products import Products
+from loopscope.stability.search import relative_step
+
+__all__ = ["Approach", "Derivative", "Heading", "Part", "Site"]
+
+Site = Literal["loop state", "block input"]
+"""Where the state is taken: as one recurrence hands it on, or as the first recurrent layer receives it. The two maps
+are the same layers begun at different places, so their Jacobians at the fixed point have the same eigenvalues."""
+
+Derivative = Literal["exact", "differences"]
+
+_DROWNED = 1e3
+"""A step of less than so many roundings of the state points where rounding does."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a batch's tokens with the derivative of their recurrence."""
+
+    tokens: TokenMask
+    """Which they are, in the order of the batch."""
+    products: Products
+    derivative: Derivative
+
+
+@runtime_checkable
+class Approach(Protocol):
+    """What eigenvalues need of a subject that has run some prompts to the horizon."""
+
+    state: States
+    """Where the run stands, in the arithmetic of the derivatives."""
+    heading: States
+    """Where each token's state last went before rounding drowned its steps; zero where nothing is known."""
+    recurrences: int
+    """How many were run before the state."""
+    site: Site
+
+    def recurrence(self, state: States) -> States:
+        """One recurrence of all prompts, without gradients."""
+
+    def linearised(self, state: States) -> Iterator[Part]:
+        """The recurrence's derivative at these states, in parts that hold every token once."""
+
+
+class Heading:
+    """Keeps each token's last step that is above rounding."""
+
+    def __init__(self, state: States, rounds_in: torch.dtype) -> None:
+        self._before = state
+        self._level = _DROWNED * torch.finfo(rounds_in).eps
+        self.steps: Tensor = torch.zeros_like(state)
+
+    def follow(self, state: States) -> None:
+        """The state one recurrence later."""
+        clear = relative_step(state, self._before) > self._level
+        self.steps = torch.where(clear[..., None], state - self._before, self.steps)
+        self._before = state

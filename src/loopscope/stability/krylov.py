@@ -1,0 +1,106 @@
+"""Leading eigenvalues of many matrices at once, from products with them: Arnoldi's method, batched over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex128, Float64
+from torch import Tensor
+
+from loopscope.stability.products import TokenVectors
+
+__all__ = ["RitzValues", "arnoldi", "ritz_values"]
+
+Hessenberg = Float64[Tensor, "token rows columns"]
+"""Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
+
+_INVARIANT = 100.0
+"""A product of which less than so many roundings of its size is new adds nothing to the space."""
+
+
+@dataclass(frozen=True)
+class RitzValues:
+    """Eigenvalues of J restricted to a Krylov space, the largest modulus first, and how good they are."""
+
+    values: Complex128[Tensor, "token pair"]
+    residuals: Float64[Tensor, "token pair"]
+    """`|J x - theta x|` for the Ritz vector x of length one. Zero to rounding for an eigenvalue of J."""
+    errors: Float64[Tensor, "token pair"]
+    """Estimated distance of the Ritz value from an eigenvalue: residual, and what products are off by, times the
+    condition of the eigenvalue in the space. To first order it bounds the distance; infinite where eigenvectors
+    coincide and the residual is not zero."""
+
+
+def arnoldi(
+    product: Callable[[TokenVectors], TokenVectors], start: TokenVectors, spare: TokenVectors, products: int
+) -> Hessenberg:
+    """Run so many steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
+    section 6.2).
+
+    **Arguments**
+
+    - `product`: `J_i v_i` for every token.
+    - `start`: first vectors, not zero. Their space holds their powers `J^k start`.
+    - `spare`: vectors in general position; shifted around, they give directions to go on with where the space is
+      closed under J before its dimension is reached. The subdiagonal entry is zero there, and all Ritz values hold.
+
+    Orthogonalised by classical Gram-Schmidt, twice, which keeps the basis orthogonal to rounding (Giraud et al. 2005).
+    Memory: `products` times (token, width). Needs `products <= width`.
+    """
+    tokens, width = start.shape
+    basis = start.new_empty(products, tokens, width)
+    coefficients = torch.zeros(tokens, products + 1, products, dtype=torch.float64)
+    basis[0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
+    largest = torch.zeros(tokens, dtype=start.dtype, device=start.device)
+    roundoff = _INVARIANT * torch.finfo(start.dtype).eps
+    for column in range(products):
+        image = product(basis[column])
+        largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=-1))
+        rest, along = _orthogonal(basis[: column + 1], image)
+        length = torch.linalg.vector_norm(rest, dim=-1)
+        closed = length <= roundoff * largest
+        coefficients[:, : column + 1, column] = along.T.double().cpu()
+        coefficients[:, column + 1, column] = length.masked_fill(closed, 0.0).double().cpu()
+        if column + 1 < products:
+            if bool(closed.any()):
+                other, _ = _orthogonal(basis[: column + 1], spare.roll(column, dims=-1))
+                rest = torch.where(closed[:, None], other, rest)
+                length = torch.linalg.vector_norm(rest, dim=-1)
+            basis[column + 1] = rest / length[:, None]
+    return coefficients
+
+
+def _orthogonal(basis: Tensor, vectors: TokenVectors) -> tuple[TokenVectors, Tensor]:
+    """What of the vectors is orthogonal to the basis, (column, token, width), and their coefficients in it."""
+    along = torch.zeros(basis.shape[:2], dtype=vectors.dtype, device=vectors.device)
+    for _ in range(2):
+        again = torch.einsum("ktd,td->kt", basis, vectors)
+        vectors = vectors - torch.einsum("ktd,kt->td", basis, again)
+        along = along + again
+    return vectors, along
+
+
+def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
+    """Eigenvalues of the square part, with residual `h_(m+1,m) |y_m|` for the eigenvector y of length one.
+
+    `accuracy` is the relative error of the products. NaN where a coefficient is not finite.
+    """
+    known = torch.isfinite(coefficients).all(-1).all(-1)[:, None]
+    coefficients = coefficients.where(known[..., None], 0.0)
+    values, vectors = torch.linalg.eig(coefficients[:, :-1])
+    residuals = coefficients[:, -1, -1, None] * vectors[:, -1].abs()
+    # Rows of the inverse are the left eigenvectors that make a product of one with the right ones.
+    left, _ = torch.linalg.inv_ex(vectors)
+    conditions = torch.linalg.vector_norm(left, dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    # 0 times infinity: in a space that is closed, an eigenvalue is exact however ill-conditioned it is.
+    unseen = torch.where(residuals > 0, residuals * conditions, 0.0)
+    # A double eigenvalue, whose condition says nothing, moves by the square root of what moves the matrix.
+    size = torch.linalg.vector_norm(coefficients, dim=1).amax(-1, keepdim=True)
+    errors = unseen + size * (accuracy * conditions).clamp(max=accuracy**0.5)
+    order = values.abs().argsort(dim=-1, descending=True, stable=True)
+    values, residuals, errors = (
+        each.gather(-1, order).masked_fill(~known, torch.nan) for each in (values, residuals, errors)
+    )
+    return RitzValues(values, residuals, errors)

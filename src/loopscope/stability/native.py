@@ -1,0 +1,85 @@
+"""The native model's recurrence near a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from loopscope._shapes import States, TokenMask
+from loopscope.errors import ConfigError
+from loopscope.interventions import FreezeInjection, ReplaceToken
+from loopscope.stability.approach import Heading, Part, Site
+from loopscope.stability.frozen import mix_with_others_frozen
+from loopscope.stability.products import ExactProducts, TokenVectors
+from loopscope.subject import Batch, NativeRun, NativeSubject
+
+__all__ = ["NativeApproach", "approach_native"]
+
+
+def approach_native(
+    subject: NativeSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
+) -> NativeApproach:
+    """Run the prompts so many recurrences, or take the state given for that after them.
+
+    Raises `ConfigError` for interventions that make the recurrence there unlike those around it.
+    """
+    _check_interventions(subject, recurrences, given=state is not None)
+    batch = batch.to(subject.device)
+    run = subject.start(batch, recurrences=recurrences, seed=seed, initial_state=state)
+    heading = Heading(run.state, subject.model.dtype)
+    if state is None:
+        for _ in range(recurrences):
+            run.advance()
+            heading.follow(run.state)
+    return NativeApproach(run, batch.mask, recurrences, state=state, heading=heading.steps)
+
+
+class NativeApproach:
+    """Of a run that stands at a state.
+
+    A half-precision model's recurrence is computed in float32, with the weights it has: what is rounded to 8 or 11 bits
+    has no useful derivative, and the eigenvalues are those of the exact arithmetic.
+    """
+
+    site: Site = "loop state"
+
+    def __init__(
+        self, run: NativeRun, mask: TokenMask, recurrence: int, *, state: States | None = None, heading: States
+    ) -> None:
+        """`recurrence` is the one that comes next, whose interventions are in force. A state given takes the place of
+        the run's own."""
+        state = run.state if state is None else state
+        self._dtype = torch.float64 if run.state.dtype == torch.float64 else torch.float32
+        self._run, self._mask = run, mask
+        self.recurrences = recurrence
+        self.state: States = state.to(mask.device, self._dtype)
+        self.heading: States = heading.to(self._dtype)
+        self._plain = run.recurrence_map(recurrence=recurrence, dtype=self._dtype)
+
+    @torch.no_grad()
+    def recurrence(self, state: States) -> States:
+        return self._plain(state)
+
+    def linearised(self, state: States) -> Iterator[Part]:
+        alone = self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix_with_others_frozen)
+
+        def own(vectors: TokenVectors) -> TokenVectors:
+            following: TokenVectors = alone(state.index_put((self._mask,), vectors))[self._mask]
+            return following
+
+        yield Part(self._mask, ExactProducts(own, state[self._mask]), "exact")
+
+
+def _check_interventions(subject: NativeSubject, recurrence: int, *, given: bool) -> None:
+    for each in subject.interventions:
+        if isinstance(each, ReplaceToken) and each.recurrence == recurrence:
+            raise ConfigError(
+                f"The intervention '{each}' replaces a state at the recurrence whose eigenvalues were asked for, which "
+                "no other recurrence does; ask for more recurrences."
+            )
+        if isinstance(each, FreezeInjection) and given:
+            raise ConfigError(
+                f"The intervention '{each}' makes a recurrence depend on the state before an earlier one, which a "
+                "given state does not tell; leave state out."
+            )

@@ -1,0 +1,146 @@
+"""Eigenvalues of models that are only watched: the same as of the same weights run natively, or a clear refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loopscope
+from foreign_models import PATHS, VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
+from loopscope import leading_eigenvalues
+from loopscope.errors import ConfigError
+from loopscope.hooks import HookedSubject
+from loopscope.stability import EigenvalueSettings
+from small_models import ADDED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, hooked_native
+
+IDS = [[3, 1, 4, 1, 5], [9, 2]]
+EXACT = EigenvalueSettings(recurrences=5, products=12, search=0)
+
+
+@pytest.mark.parametrize("shape", [INJECTED, RESIDUAL_NORM, LOOP_NORM, ADDED], ids=lambda shape: shape.norm_placement)
+def test_a_hooked_model_has_the_eigenvalues_of_the_native_one_at_their_fixed_point(shape: Any) -> None:
+    """One is entered at its loop state and the other behind the injection."""
+    native, hooked = hooked_native(shape, std=0.05, dtype=torch.float64)
+    settings = EigenvalueSettings(recurrences=100, products=16, settled=1e-9)
+    found, wanted = (leading_eigenvalues(subject, PROMPTS[:3], settings=settings) for subject in (hooked, native))
+    assert (found.site, wanted.site) == ("block input", "loop state")
+    assert found.derivative == "exact"
+    assert np.nanmax(wanted.relative_step) < 1e-8 or shape is ADDED
+    # The states of `ADDED` grow without bound, and its Jacobians are compared at two different points.
+    tolerance = 0.05 if shape is ADDED else 1e-6
+    np.testing.assert_allclose(found.radius, wanted.radius, atol=tolerance)
+    assert_untouched(hooked.model)
+
+
+def test_the_eigenvalues_are_those_of_the_model_written_out() -> None:
+    """Of the derivative of the loop's body, written out here with torch alone."""
+    model = ForeignLoop().double().eval()
+    hooked = loopscope.hook(model, **PATHS)
+    found = leading_eigenvalues(hooked, IDS, settings=EXACT)
+    for row, ids in enumerate(IDS):
+        with torch.no_grad():
+            encoded = model.embedding(torch.tensor([ids]))
+            for block in model.enter.children():
+                encoded = block(encoded)
+
+        def body(entered: Tensor, encoded: Tensor = encoded) -> Tensor:
+            for block in model.cycle.children():
+                entered = block(entered)
+            return entered + encoded
+
+        entered = encoded + encoded
+        with torch.no_grad():
+            for _ in range(5):
+                entered = body(entered)
+        np.testing.assert_allclose(found.point[row, : len(ids)], entered[0].numpy(), rtol=1e-9)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            whole = torch.autograd.functional.jacobian(body, entered)[0, :, :, 0]
+        for token in range(len(ids)):
+            wanted = torch.linalg.eigvals(whole[token, :, token]).abs().sort(descending=True).values
+            np.testing.assert_allclose(np.abs(found.eigenvalues[row, token]), wanted.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"eager": True}, {"random_state": True}, {"in_place": True}], ids=str)
+def test_however_it_is_written_a_model_has_the_same_eigenvalues(options: dict[str, bool]) -> None:
+    plain, other = (loopscope.hook(ForeignLoop(**each).double().eval(), **PATHS) for each in ({}, options))
+    state = leading_eigenvalues(plain, IDS, settings=EXACT).point
+    found, wanted = (
+        leading_eigenvalues(subject, IDS, state=torch.from_numpy(state), settings=EXACT) for subject in (other, plain)
+    )
+    assert found.derivative == ("differences" if "in_place" in options else "exact")
+    np.testing.assert_allclose(found.radius, wanted.radius, rtol=1e-6)
+    np.testing.assert_allclose(found.relative_step, wanted.relative_step, rtol=1e-9)
+    assert_untouched(other.model)
+
+
+def test_long_prompts_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooked = loopscope.hook(ForeignLoop().double().eval(), **PATHS)
+    whole = leading_eigenvalues(hooked, IDS, settings=EXACT)
+    monkeypatch.setattr("loopscope.stability.hooked._COPIED_TOKENS", 6)
+    parts = leading_eigenvalues(hooked, IDS, settings=EXACT)
+    np.testing.assert_allclose(np.abs(parts.eigenvalues), np.abs(whole.eigenvalues), atol=1e-8)
+
+
+class Loop(nn.Module):
+    """`loops` times two layers from the embeddings, with a hidden state beside that is no layer's business."""
+
+    def __init__(self, *, hidden: bool = False, timed: bool = False, causal: bool = True) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+            self.body = nn.ModuleList([Block(causal=causal) for _ in range(2)])
+        self.loops, self.hidden, self.timed = 4, hidden, timed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        state = embedded = self.embedding(tokens)
+        beside = torch.zeros_like(state)
+        for turn in range(self.loops):
+            if self.hidden:
+                beside = beside + 0.5 * state
+            state = state + beside + (turn * embedded if self.timed else 0)
+            for layer in self.body.children():
+                state = layer(state)
+        logits: Tensor = self.head(state)
+        return logits
+
+
+def hooked(**options: Any) -> HookedSubject:
+    return loopscope.hook(Loop(**options).double().eval(), recurrent="body", set_recurrences="loops")
+
+
+def test_what_is_no_function_of_its_first_layers_input_is_refused() -> None:
+    assert np.isfinite(leading_eigenvalues(hooked(), IDS[:1], settings=EXACT).eigenvalues).all()
+    for options in ({"hidden": True}, {"timed": True}):
+        subject = hooked(**options)
+        with pytest.raises(ConfigError, match="depends on more than what its first layer receives"):
+            leading_eigenvalues(subject, IDS[:1], settings=EXACT)
+        assert_untouched(subject.model)
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not causal, so that its tokens have no eigenvalues of their own"):
+        leading_eigenvalues(hooked(causal=False), IDS[:1], settings=EXACT)
+
+
+def test_half_precision_is_refused() -> None:
+    subject = loopscope.hook(ForeignLoop().bfloat16().eval(), **PATHS)
+    with pytest.raises(ConfigError, match="in bfloat16, whose rounding hides derivatives; load it in float32"):
+        leading_eigenvalues(subject, IDS, settings=EXACT)
+
+
+def test_a_model_with_its_own_number_of_recurrences_is_taken_after_those() -> None:
+    free = hooked()
+    fixed = loopscope.hook(Loop().double().eval(), recurrent="body")
+    found = leading_eigenvalues(fixed, IDS[:1], settings=EXACT)
+    assert found.recurrences == 3
+    wanted = leading_eigenvalues(free, IDS[:1], settings=EXACT, recurrences=3)
+    np.testing.assert_array_equal(found.eigenvalues, wanted.eigenvalues)
+    short = Loop().double().eval()
+    short.loops = 2
+    with pytest.raises(ConfigError, match="runs 2 recurrences, and eigenvalues need 3 to see that"):
+        leading_eigenvalues(loopscope.hook(short, recurrent="body"), IDS[:1], settings=EXACT)
