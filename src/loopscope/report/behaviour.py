@@ -111,6 +111,6 @@ def _layers_together(study: Study) -> list[Figure]:
     figure = co_occurrence_map(
         co_occurrence(study),
         "Of the tokens that show the kind of a row at some layer, the share that shows the kind of the column at some "
-        "layer. A row of a rare kind with everything in one column: the layers before do not show it yet.",
+        "layer. The row of a rare kind tells what other layers show of the tokens that have it.",
     )
     return [] if figure is None else [figure]

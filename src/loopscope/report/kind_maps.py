@@ -58,7 +58,7 @@ def co_occurrence_map(values: NDArray[np.float64], caption: str) -> Figure | Non
     ]
     return _map(
         shown,
-        [kind_label(kind) for kind in kinds],
+        [KIND_LOOKS[kind].letter for kind in kinds],
         kinds,
         texts,
         anchor="behaviour-co-occurrence",

@@ -1,0 +1,275 @@
+"""Verdicts on trajectories whose truth is known by construction, and what a verdict must not depend on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopscope import AnalyzeSettings, analyze, capture
+from loopscope.behaviour import (
+    CASES,
+    KINDS,
+    CosineSettings,
+    DisplacementSettings,
+    Kind,
+    calibrate,
+    judge,
+    make_trajectory,
+    rounding_step,
+    same_limit,
+    sensitivity,
+)
+from loopscope.behaviour.rounding import StateDtype
+from loopscope.behaviour.tail import mean_squared_displacement
+from loopscope.errors import ConfigError
+from small_models import looped_subject
+
+Array = np.ndarray
+LENGTH, WIDTH = 128, 64
+TIME = np.arange(LENGTH, dtype=np.float64)
+
+
+def directions(count: int, seed: int = 0) -> Array:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, count)))[0].T
+
+
+def rounded(path: Array, dtype: StateDtype) -> Array:
+    """About a point of norm 1, as numbers of the type."""
+    point = directions(9, seed=1)[-1]
+    return torch.from_numpy(point + path).to(getattr(torch, dtype)).float().numpy()
+
+
+def circle(period: float, size: float = 0.2, rate: float = 1.0) -> Array:
+    angle = 2 * math.pi / period * TIME
+    plane = directions(2)
+    turning = np.cos(angle)[:, None] * plane[0] + np.sin(angle)[:, None] * plane[1]
+    return size * (rate**TIME)[:, None] * turning
+
+
+def logistic(growth: float) -> Array:
+    value, path = 0.3, []
+    for _ in range(LENGTH):
+        value = growth * value * (1 - value)
+        path.append(value)
+    return 0.3 * np.array(path)[:, None] * directions(1)
+
+
+ALONG = directions(1, seed=2)
+SHAPES = {
+    "contraction": (0.5 * (0.8**TIME)[:, None] * ALONG, {Kind.FIXED_POINT, Kind.AT_FLOOR}),
+    "slow contraction": (0.5 * (0.975**TIME)[:, None] * ALONG, {Kind.FIXED_POINT}),
+    "damped rotation": (circle(7.3, rate=0.97), {Kind.FIXED_POINT}),
+    "barely damped rotation": (circle(7.3, rate=0.995), {Kind.FIXED_POINT}),
+    "rotation": (circle(7.3), {Kind.ORBIT}),
+    "cycle of five": (0.1 * np.random.default_rng(3).standard_normal((5, WIDTH))[np.arange(LENGTH) % 5], {Kind.ORBIT}),
+    "two rotations": (circle(7.3) + circle(7.3 / 1.618) @ np.roll(np.eye(WIDTH), 7, 0), {Kind.BOUNDED}),
+    "chaos": (logistic(3.99), {Kind.BOUNDED}),
+    "drift": (TIME[:, None] / LENGTH * ALONG, {Kind.SLIDER}),
+    "logarithmic drift": (0.3 * np.log(TIME + 5)[:, None] * ALONG, {Kind.SLIDER}),
+    "growing rotation": (circle(7.3, size=0.01, rate=1.04), {Kind.DIVERGING}),
+    "exponential growth": (0.01 * (1.05**TIME)[:, None] * ALONG, {Kind.DIVERGING}),
+    "norm in proportion to time": (TIME[:, None] * ALONG, {Kind.DIVERGING}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_motion_is_called_what_it_is(shape: str, dtype: StateDtype) -> None:
+    path, right = SHAPES[shape]
+    verdict = judge(rounded(path, dtype), dtype)[0]
+    assert verdict.kind in right, verdict.reason
+    assert verdict.reason
+    assert verdict.floor >= rounding_step(dtype)
+
+
+@pytest.mark.parametrize("period", [2.0, 3.0, 5.0, 7.3, 12.9])
+def test_an_orbit_comes_with_its_period_and_size(period: float) -> None:
+    verdict = judge(rounded(circle(period, size=0.3), "float32"), "float32")[0]
+    assert verdict.kind == Kind.ORBIT
+    assert verdict.period == pytest.approx(period, rel=1e-4)
+    assert verdict.amplitude == pytest.approx(0.3 / math.sqrt(2) if period == 2 else 0.3, rel=0.1)
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.96, 0.98])
+def test_an_approach_comes_with_its_rate(rate: float) -> None:
+    verdict = judge(rounded(0.5 * (rate**TIME)[:, None] * ALONG, "float64"), "float32")[0]
+    assert verdict.kind == Kind.FIXED_POINT
+    assert verdict.rate == pytest.approx(rate, abs=1e-3)
+
+
+def test_a_slider_comes_with_its_speed() -> None:
+    verdict = judge(rounded(0.004 * TIME[:, None] * ALONG, "float32"), "float32")[0]
+    assert verdict.kind == Kind.SLIDER
+    assert verdict.speed == pytest.approx(0.004, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_noise_about_a_point_is_neither_an_orbit_nor_a_slider(dtype: StateDtype) -> None:
+    noise = np.random.default_rng(5).standard_normal((50, LENGTH, WIDTH)) / math.sqrt(WIDTH)
+    for times in (0.3, 2.0, 8.0):
+        states = directions(1, seed=1) + times * rounding_step(dtype) * noise
+        kinds = {verdict.kind for verdict in judge(states.astype(np.float32), dtype)}
+        assert kinds <= {Kind.FIXED_POINT, Kind.AT_FLOOR}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_moves_a_state_by_what_is_said(dtype: StateDtype) -> None:
+    exact = torch.randn(400, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    error = (exact.to(getattr(torch, dtype)).double() - exact).norm() / exact.norm()
+    assert math.sqrt(2) * float(error) == pytest.approx(rounding_step(dtype), rel=0.01)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(sorted(SHAPES)), st.integers(-30, 30), st.integers(0, 10**6))
+def test_a_verdict_depends_on_neither_scale_nor_orientation_nor_company(shape: str, power: int, seed: int) -> None:
+    path, _ = SHAPES[shape]
+    states = rounded(path, "float32").astype(np.float64)
+    turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, WIDTH)))[0]
+    alone = judge(states, "float32")[0]
+    changed = judge(np.stack([states * 2.0**power, states @ turn, -states]), "float32")
+    assert [verdict.kind for verdict in changed] == [alone.kind] * 3
+
+
+def test_displacement_is_the_mean_over_pairs_of_states() -> None:
+    states = np.random.default_rng(0).standard_normal((3, 20, 6)).cumsum(1)
+    centred = torch.from_numpy(states - states.mean(1, keepdims=True))
+    found = mean_squared_displacement(centred @ centred.mT).numpy()
+    assert found.shape == (3, 15)
+    for lag in range(1, 16):
+        slow = [((states[:, t + lag] - states[:, t]) ** 2).sum(-1) for t in range(20 - lag)]
+        np.testing.assert_allclose(found[:, lag - 1], np.mean(slow, axis=0), rtol=1e-10)
+
+
+def test_cosine_follows_its_definition() -> None:
+    chosen = CosineSettings()
+    for shape, (path, _) in SHAPES.items():
+        states = rounded(path, "float32").astype(np.float64)
+        tail = states[-64:]
+        cosines = tail @ tail[-1] / np.linalg.norm(tail, axis=1) / np.linalg.norm(tail[-1])
+        verdict = judge(states, "float32", "cosine")[0]
+        if np.mean(1 - cosines <= chosen.tau) >= chosen.rho:
+            assert verdict.kind == Kind.FIXED_POINT, shape
+            continue
+        detrended = cosines - np.polyval(np.polyfit(np.arange(64), cosines, 1), np.arange(64))
+        power = np.abs(np.fft.rfft(detrended))[1:] ** 2
+        peak = int(power.argmax())
+        share = power[max(0, peak - 1) : peak + 2].sum() / power.sum()
+        assert verdict.evidence["peak"] == pytest.approx(share, rel=1e-6), shape
+        assert (verdict.kind == Kind.ORBIT) == (share >= chosen.peak), shape
+
+
+def test_the_default_mix_is_decided() -> None:
+    for dtype, least in (("float32", 0.985), ("bfloat16", 0.975)):
+        table = calibrate(
+            156, dtype=dtype, methods=["displacement"], seed=17, lengths=(64, 128), widths=(16, 256)
+        )[0]
+        assert table.total.share >= least, {name: score.wrongly for name, score in table.cases.items() if score.wrong}
+        assert table.false_alarms == 0
+        assert table.fixed_points >= 40
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_generated_trajectory_repeats_itself_and_is_of_its_type(case: str) -> None:
+    one, other = (make_trajectory(case, seed=4, length=48, width=32, dtype="bfloat16") for _ in range(2))
+    np.testing.assert_array_equal(one.states, other.states)
+    assert one.states.shape == (48, 32)
+    assert torch.equal(torch.from_numpy(one.states).bfloat16().float(), torch.from_numpy(one.states))
+    assert one.truth
+
+
+@pytest.mark.reference
+def test_real_trajectories_are_at_the_floor(shared: Path) -> None:
+    folder = shared / "data" / "huginn-trajectories"
+    files = sorted(folder.glob("*ns64*.npy"))
+    if not files:
+        pytest.skip(f"No recorded trajectories in {folder}.")
+    for file in files:
+        verdict = judge(np.load(file), "bfloat16")[0]
+        assert verdict.kind == Kind.AT_FLOOR, (file.name, verdict.reason)
+        assert 0.005 < verdict.floor < 0.03
+
+
+BAD = {
+    "too few": (np.zeros((2, 5, 8), np.float32), "5 recurrences are too few"),
+    "nothing finite": (np.full((2, 32, 8), np.nan, np.float32), "No state is finite"),
+    "whole numbers": (np.zeros((2, 32, 8), np.int64), "floating-point"),
+    "one axis": (np.zeros(32, np.float32), "axes"),
+    "four axes": (np.zeros((1, 2, 32, 8), np.float32), "axes"),
+    "empty": (np.zeros((0, 32, 8), np.float32), "no states"),
+    "mixed lengths": ([np.zeros((32, 8), np.float32), np.zeros((40, 8), np.float32)], "one shape"),
+    "swapped axes": (np.stack([rounded(SHAPES["contraction"][0], "float32")] * 3).swapaxes(0, 1), "swapaxes"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_trajectory_is_refused_with_a_sentence(what: str) -> None:
+    states, words = BAD[what]
+    if what == "swapped axes":
+        tokens = np.stack([rounded(SHAPES["contraction"][0], "float32") * scale for scale in np.linspace(-3, 3, 40)])
+        states = (tokens + np.random.default_rng(0).standard_normal((40, 1, WIDTH))).swapaxes(0, 1)
+    with pytest.raises(ConfigError, match=words):
+        judge(states, "float32")
+
+
+def test_one_broken_token_spoils_no_other() -> None:
+    states = np.stack([rounded(circle(5.0), "float32")] * 4)
+    states[1, 60:] = np.nan
+    states[2, 100:] = np.inf
+    states[3] = 0
+    kinds = [verdict.kind for verdict in judge(states, "float32")]
+    assert kinds == [Kind.ORBIT, Kind.UNKNOWN, Kind.DIVERGING, Kind.UNKNOWN]
+
+
+def test_states_that_never_change_are_a_fixed_point() -> None:
+    verdict = judge(np.ones((32, 8), np.float32), "bfloat16")[0]
+    assert verdict.kind == Kind.FIXED_POINT
+    assert "the same" in verdict.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, np.float32, "bf16", "torch.float16"])
+def test_a_number_type_may_be_an_object(dtype: object) -> None:
+    assert judge(np.ones((32, 8), np.float32), dtype)[0].kind == Kind.FIXED_POINT
+
+
+def test_an_unknown_number_type_is_named() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        judge(np.ones((32, 8), np.float32), "int8")
+
+
+def test_the_defaults_lie_in_the_middle_of_the_sensitivity_map() -> None:
+    states = torch.stack([torch.from_numpy(rounded(path, "float32")) for path, _ in SHAPES.values()])
+    for chosen, method in ((DisplacementSettings(), "displacement"), (CosineSettings(), "cosine")):
+        places = sensitivity(states, "float32", chosen)
+        verdicts = judge(states, "float32", method)  # type: ignore[arg-type]
+        assert [KINDS[place] for place in places[:, 2, 2]] == [verdict.kind for verdict in verdicts]
+
+
+def test_a_study_holds_the_verdicts_of_its_states() -> None:
+    subject = looped_subject()
+    prompts = [[5, 6, 7, 8, 9], [3, 4, 5]]
+    chosen = AnalyzeSettings(recurrences=24, horizon=32, batch_size=2, threads=1)
+    data = analyze(subject, prompts, settings=chosen).dataset
+    assert list(data["kind"].values) == [str(kind) for kind in KINDS]
+    for row, prompt in enumerate(prompts):
+        trace = capture(subject, [prompt], recurrences=64)
+        for layer in data["judged_layer"].values:
+            states = torch.stack([trace.residual("recurrent", int(layer), t)[0] for t in range(32, 64)], dim=1)
+            verdicts = judge(states, "float32", first_recurrence=32)
+            stored = data["verdict"].sel(judged_layer=layer, prompt=row).values[: len(prompt)]
+            assert all(
+                same_limit(KINDS[code], verdict.kind) for code, verdict in zip(stored, verdicts, strict=True)
+            )
+    beyond = data["verdict"].sel(prompt=1).values[:, 3:]
+    assert (beyond == -1).all()
+    assert int(data["displacement_sensitivity"].sum()) == 8 * 25
+
+
+def test_too_short_a_horizon_gives_no_verdicts() -> None:
+    study = analyze(looped_subject(), [[5, 6, 7]], settings=AnalyzeSettings(recurrences=4, horizon=6, threads=1))
+    assert "verdict" not in study.dataset
