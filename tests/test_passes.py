@@ -175,6 +175,7 @@ def plan(**changes: Any) -> Plan:
         "readout": (),
         "exits": 0,
         "head_stable": 0.01,
+        "judged_layers": (),
         "skip": frozenset(),
         "first_prompt": 0,
     }

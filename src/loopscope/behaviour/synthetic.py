@@ -192,7 +192,7 @@ def _smooth_orbit(room: _Room) -> _Made:
     # A harmonic that the recurrences alias to a slow turn looks like a drift, or a second rotation.
     turns = np.arange(1, harmonics + 1) / period
     slowest = np.abs(turns - turns.round()).min() * room.length / 2
-    return path, {Kind.ORBIT}, room.visible(size) and slowest >= _PERIODS, {"period": period, "amplitude": size}
+    return path, {Kind.ORBIT}, room.visible(size) and bool(slowest >= _PERIODS), {"period": period, "amplitude": size}
 
 
 def _quasi_periodic(room: _Room) -> _Made:
