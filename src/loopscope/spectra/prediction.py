@@ -51,9 +51,9 @@ class StabilityCriterion:
     """Recurrences over which trajectories are judged. A modulus within 1 / horizon of 1 changes a distance by less than
     a factor e in so many, and an angle below 2 pi / horizon makes less than one turn: neither can be told from 1, or
     from no angle, by anyone who looks."""
-    visible_turn: float = 0.1
-    """A fixed point is reached in a rotation if so much of the distance is left after one turn. With less, nothing can
-    be seen to come around."""
+    visible_turn: float = 0.3
+    """A fixed point is reached in a rotation if so much of the distance is left after one turn. With less, what comes
+    around is lost in what was there before; `demo:injected` keeps 0.1 and shows no turns."""
     largest_step: float = 0.02
     """Above this relative step the point is no fixed point. A state that grows in proportion to the recurrences moves
     by 1 / 128 at the horizon, and is a slider."""
