@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def circle(period: float, size: float = 0.2, rate: float = 1.0) -> Array:
     angle = 2 * math.pi / period * TIME
     plane = directions(2)
     turning = np.cos(angle)[:, None] * plane[0] + np.sin(angle)[:, None] * plane[1]
-    return size * (rate**TIME)[:, None] * turning
+    return np.asarray(size * (rate**TIME)[:, None] * turning)
 
 
 def logistic(growth: float) -> Array:
@@ -63,7 +64,7 @@ def logistic(growth: float) -> Array:
     for _ in range(LENGTH):
         value = growth * value * (1 - value)
         path.append(value)
-    return 0.3 * np.array(path)[:, None] * directions(1)
+    return np.asarray(0.3 * np.array(path)[:, None] * directions(1))
 
 
 ALONG = directions(1, seed=2)
@@ -171,12 +172,12 @@ def test_cosine_follows_its_definition() -> None:
         assert (verdict.kind == Kind.ORBIT) == (share >= chosen.peak), shape
 
 
-def test_the_default_mix_is_decided() -> None:
-    for dtype, least in (("float32", 0.985), ("bfloat16", 0.975)):
-        table = calibrate(156, dtype=dtype, methods=["displacement"], seed=17, lengths=(64, 128), widths=(16, 256))[0]
-        assert table.total.share >= least, {name: score.wrongly for name, score in table.cases.items() if score.wrong}
-        assert table.false_alarms == 0
-        assert table.fixed_points >= 40
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.985), ("bfloat16", 0.975)])
+def test_the_default_mix_is_decided(dtype: StateDtype, least: float) -> None:
+    table = calibrate(156, dtype=dtype, methods=["displacement"], seed=17, lengths=(64, 128), widths=(16, 256))[0]
+    assert table.total.share >= least, {name: score.wrongly for name, score in table.cases.items() if score.wrong}
+    assert table.false_alarms == 0
+    assert table.fixed_points >= 40
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,7 +201,7 @@ def test_real_trajectories_are_at_the_floor(shared_dir: Path) -> None:
         assert 0.005 < verdict.floor < 0.03
 
 
-BAD = {
+BAD: dict[str, tuple[Any, str]] = {
     "too few": (np.zeros((2, 5, 8), np.float32), "5 recurrences are too few"),
     "nothing finite": (np.full((2, 32, 8), np.nan, np.float32), "No state is finite"),
     "whole numbers": (np.zeros((2, 32, 8), np.int64), "floating-point"),
