@@ -79,9 +79,9 @@ def llama(model: LoopedTransformer, recurrences: int) -> LlamaForCausalLM:
         num_hidden_layers=size.layers,
         rms_norm_eps=size.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_base},
-        attn_implementation="eager",
     )
-    theirs = LlamaForCausalLM(config).eval().requires_grad_(False)
+    theirs: LlamaForCausalLM = LlamaForCausalLM(config).requires_grad_(False)
+    theirs.set_attn_implementation("eager")
     modules = {
         "attention.query": "self_attn.q_proj",
         "attention.key": "self_attn.k_proj",

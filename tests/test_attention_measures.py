@@ -180,7 +180,7 @@ def test_massive_activations_are_found_where_they_are() -> None:
 
 
 UNIFORM = {8: (0.3397, 0.1512, 1.3256), 64: (0.0741, 0.0974, 3.2058), 256: (0.0239, 0.0754, 4.5596)}
-"""Sink score of the first token, concentration and mixing score of uniform causal attention, by the number of tokens."""
+"""Sink score of the first token, concentration and mixing score of uniform causal attention, by number of tokens."""
 
 
 def test_an_analysis_finds_uniform_attention_where_queries_are_zero() -> None:

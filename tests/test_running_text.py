@@ -43,6 +43,7 @@ def test_chunks_in_a_row_are_the_tokens_of_the_text(tokenizer: TextTokenizer, te
         assert each.id == f"chunk-{number}"
         assert len(each.token_ids) == len(each.token_strings) == chunk
         assert each.suffix_tokens == len(tokenizer.after)
+        assert each.text is not None
         assert each.text in text
         assert tokenizer.encode(text).ids[: len(tokenizer.before)] == list(each.token_ids[: len(tokenizer.before)])
 
