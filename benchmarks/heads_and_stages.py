@@ -171,12 +171,12 @@ def main(what: str) -> None:
     if what in ("all", "memory"):
         small, large = peak(128, 32), peak(128, 256)
         print(f"memory, T = 128: peak {small:.0f} MiB at R = 32, {large:.0f} MiB at R = 256: {large / small:.3f}")
-        lengths = (128, 256, 512, 1024)
-        peaks = [peak(tokens, 16) for tokens in lengths]
+        lengths = (256, 512, 1024, 2048)
+        peaks = [peak(tokens, 8) for tokens in lengths]
         slope, start = np.polyfit(lengths, peaks, 1)
         off = np.abs(np.polyval([slope, start], lengths) - peaks).max()
         shown = ", ".join(f"{size:.0f} MiB at T = {tokens}" for tokens, size in zip(lengths, peaks, strict=True))
-        print(f"memory, R = 16: peak {shown}: {start:.0f} MiB + {slope * 1024:.0f} KiB a token, within {off:.0f} MiB")
+        print(f"memory, R = 8: peak {shown}: {start:.0f} MiB + {slope * 1024:.0f} KiB a token, within {off:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -80,10 +80,8 @@ def llama(model: LoopedTransformer, recurrences: int) -> LlamaForCausalLM:
         rms_norm_eps=size.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_base},
     )
-    config._attn_implementation = "eager"
-    theirs: LlamaForCausalLM = LlamaForCausalLM(config)
-    theirs.requires_grad_(False)
-    theirs.train(False)
+    theirs: LlamaForCausalLM = LlamaForCausalLM(config).requires_grad_(False)
+    theirs.set_attn_implementation("eager")
     modules = {
         "attention.query": "self_attn.q_proj",
         "attention.key": "self_attn.k_proj",

@@ -38,9 +38,8 @@ STAGES: Functions = {
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest) -> Path:
-    kept = REFERENCE / request.param
-    found: Path = kept if kept.is_dir() else request.getfixturevalue("reference_case")(request.param)
-    return found
+    kept: Path = REFERENCE / request.param
+    return kept if kept.is_dir() else Path(request.getfixturevalue("reference_case")(request.param))
 
 
 def recorded_name(info: SubjectInfo, stage: str, layer: int, recurrence: int) -> str:
