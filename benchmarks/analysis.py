@@ -34,8 +34,10 @@ METHODS: tuple[HorizonMethod, ...] = ("second-pass", "keep")
 SECTIONS: dict[str, tuple[tuple[Part, ...], float]] = {
     "convergence": (("readout", "heads", "stages"), 1.3),
     "with heads and stages": (("readout",), 1.6),
+    "with readouts and exit rules too": ((), 1.7),
 }
-"""What is left out of an analysis, and the ratio that it may cost. The readout's decoding is work of its own."""
+"""What is left out of an analysis, and the ratio that it may cost. The readout's decoding is work of its own, a coda
+and a head for each state that is read out."""
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_top1
 EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
 """Per number of recurrences at which a token may stop, prompt and token."""
 
-_PIECE_ENTRIES = 2**20
-"""Logits that are reduced together, in float64: 8 MiB and a few temporaries, however large the vocabulary is."""
+_PIECE_ENTRIES = 2**18
+"""Logits that are reduced together, in float64: 2 MiB and a few temporaries, so that the passes over them stay in the
+processor's cache."""
 
 
 def readout_grid(trained: int, recurrences: int, exits: int = 0) -> tuple[int, ...]:
@@ -58,33 +60,57 @@ def next_token_loss(logits: Logits, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 def kl_divergence(
-    log_p: Float[Tensor, "*shape vocabulary"], log_q: Float[Tensor, "*shape vocabulary"]
+    logits: Float[Tensor, "*shape vocabulary"], other: Float[Tensor, "*shape vocabulary"]
 ) -> Float[Tensor, "*shape"]:
-    """`KL(p || q) = sum_v p_v (log p_v - log q_v)`, nats, of logarithms of probabilities; at least 0.
+    """`KL(p || q) = sum_v p_v (log p_v - log q_v)`, nats, at least 0, of the predictions p and q that logits make.
 
-    Take it in float64: a small divergence is the difference of large sums, and in float32 nothing below about 1e-7 is
-    resolved.
+    In float64: a small divergence is the difference of large sums, of which float32 resolves nothing below about 1e-7.
     """
-    return _expected(log_p.exp(), log_p - log_q).clamp(min=0.0)
+    return _Prediction.of(logits).divergence(_Prediction.of(other))
 
 
-def _expected(shares: Tensor, values: Tensor) -> Tensor:
-    """Mean of values under a distribution over the last dimension. What has no probability counts for nothing,
-    whatever its value."""
-    return torch.where(shares == 0, 0.0, shares * values).sum(-1)
+@dataclass(frozen=True, eq=False)
+class _Prediction:
+    """A distribution over the vocabulary, `p_v = exp(score_v - normalizer)`, of each of some tokens."""
+
+    scores: Tensor
+    """Logits in float64, (..., vocabulary)."""
+    normalizer: Tensor
+    """`log sum_v exp(score_v)`, float64, (...)."""
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Prediction:
+        scores = logits.double()
+        return cls(scores, scores.logsumexp(-1))
+
+    @cached_property
+    def shares(self) -> Tensor:
+        return (self.scores - self.normalizer[..., None]).exp_()
+
+    def mean_log(self, other: _Prediction) -> Tensor:
+        """`sum_v p_v log q_v`. Logarithms of the shares are never formed, which would be one more pass over them."""
+        found: Tensor = torch.linalg.vecdot(self.shares, other.scores)
+        if not bool(found.isfinite().all()):
+            # A score of -infinity: what has no probability counts for nothing.
+            found = torch.where(self.shares == 0, 0.0, self.shares * other.scores).sum(-1)
+        return found - other.normalizer
+
+    def divergence(self, other: _Prediction) -> Tensor:
+        """`KL(p || q)`."""
+        return (self.mean_log(self) - self.mean_log(other)).clamp(min=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prediction:
-    """A readout that others are compared with."""
+class _Decoded:
+    """A readout of all tokens, with which others are compared."""
 
     logits: Logits
     normalizer: Tensor
-    """`log sum_v exp(logit_v)`, float64, (batch, token)."""
+    """Float64, (batch, token); of padding NaN."""
 
-    def log_shares(self, place: tuple[int, slice]) -> Float[Tensor, "token vocabulary"]:
-        """Of some tokens of one prompt, float64."""
-        return self.logits[place].double() - self.normalizer[place][:, None]
+    def at(self, place: tuple[int, slice]) -> _Prediction:
+        """Of some tokens of one prompt."""
+        return _Prediction(self.logits[place].double(), self.normalizer[place])
 
 
 class Readout(Measure):
@@ -120,21 +146,17 @@ class Readout(Measure):
 
     def decode(self, decode: Decode) -> None:
         """To be called once, when the run is over."""
-        last: _Prediction | None = None
-        full: _Prediction | None = None
-        after: _Prediction | None = None
+        last: _Decoded | None = None
+        full: _Decoded | None = None
+        after: _Decoded | None = None
         for count in reversed(self.grid):
             logits = decode(count, self._states.pop(count, None))
-            normalizer = torch.full(logits.shape[:2], torch.nan, dtype=torch.float64, device=logits.device)
-            for place in self._pieces(logits):
-                normalizer[place] = logits[place].double().logsumexp(-1)
-            now = _Prediction(logits, normalizer)
-            last = now if last is None else last
-            self._keep(count, now, last)
+            empty = torch.full(self.frame.mask.shape, torch.nan, dtype=torch.float64, device=logits.device)
+            now = _Decoded(logits, empty)
+            last = last or now
             if count == self.exits:
                 full, after = now, None
-            if full is not None:
-                self._keep_exit(count, now, full, after)
+            self._keep(count, now, last, full, after)
             after = now
 
     def _pieces(self, logits: Logits) -> Iterator[tuple[int, slice]]:
@@ -144,37 +166,35 @@ class Readout(Measure):
             for start in range(0, length, size):
                 yield row, slice(start, min(start + size, length))
 
-    def _keep(self, count: int, now: _Prediction, last: _Prediction) -> None:
-        """Token by token: loss of the next token, entropy, divergence from the last readout, and the top token."""
+    def _keep(self, count: int, now: _Decoded, last: _Decoded, full: _Decoded | None, after: _Decoded | None) -> None:
+        """Reduce one readout token by token: loss of the next token, entropy, the top token, and divergences from the
+        last readout and, within a full run, from its last one, and of the one after from this."""
         mask = self.frame.mask
         targets = self._batch.input_ids.roll(-1, dims=1)
-        values = torch.full((3, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
+        values = torch.full((5, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
-            log_shares = now.log_shares(place)
-            values[0][place] = -log_shares.gather(-1, targets[place][:, None])[:, 0]
-            values[1][place] = -_expected(log_shares.exp(), log_shares)
-            values[2][place] = kl_divergence(last.log_shares(place), log_shares)
-            top1[place] = log_shares.argmax(-1)
+            made = _Prediction.of(now.logits[place])
+            now.normalizer[place] = made.normalizer
+            values[0][place] = made.normalizer - made.scores.gather(-1, targets[place][:, None])[:, 0]
+            values[1][place] = -made.mean_log(made)
+            values[2][place] = last.at(place).divergence(made)
+            if full is not None:
+                values[3][place] = values[2][place] if full is last else full.at(place).divergence(made)
+                if after is not None:
+                    values[4][place] = made.divergence(after.at(place))
+            top1[place] = made.scores.argmax(-1)
         followed = functional.pad(mask[:, 1:], (0, 1))
         values[0].masked_fill_(~followed, torch.nan)
         index = self.grid.index(count)
         self._losses[index] = masked_mean(values[0], followed).cpu().numpy()
-        self._tokens[:, index] = values.float().cpu().numpy()
+        kept = values.float().cpu().numpy()
+        self._tokens[:, index] = kept[:3]
         self._top1[index] = top1.cpu().numpy()
-
-    def _keep_exit(self, count: int, now: _Prediction, full: _Prediction, after: _Prediction | None) -> None:
-        """Token by token: the divergence of this prediction from the full run's, and of the one after from this."""
-        values = torch.full((2, *now.logits.shape[:2]), torch.nan, dtype=torch.float64, device=now.logits.device)
-        for place in self._pieces(now.logits):
-            log_shares = now.log_shares(place)
-            values[0][place] = kl_divergence(full.log_shares(place), log_shares)
+        if full is not None:
+            self._to_full[count - 1] = kept[3]
             if after is not None:
-                values[1][place] = kl_divergence(log_shares, after.log_shares(place))
-        to_full, to_this = values.float().cpu().numpy()
-        self._to_full[count - 1] = to_full
-        if after is not None:
-            self._to_previous[count] = to_this
+                self._to_previous[count] = kept[4]
 
     def finish(self) -> Arrays:
         arrays = Arrays({"loss": Named(("readout_recurrence", "prompt"), self._losses)})
