@@ -112,7 +112,7 @@ def test_captions_say_what_is_drawn_and_from_what(study: Study, tmp_path: Path) 
         "The grey band is that of the last layer and holds 90 % of the tokens",
         "Dashed: the trained number of recurrences.",
         "Model synthetic, (1, 3 ⊗ R, 1), injection linear, run in float32.",
-        "5 prompts from synthetic, 30 tokens.",
+        "5 prompts from synthetic, 50 tokens.",
         "12 recurrences measured, horizon H = 32; trained with 4 recurrences.",
     ):
         assert words in figure["caption"]

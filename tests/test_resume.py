@@ -28,7 +28,7 @@ from small_models import checkpoint
 COMMAND = str(Path(sys.executable).with_name("loopscope"))
 LONG = 100
 """Bytes, so tokens, of the last prompt, which makes its shard almost twice as large as the others."""
-ROOM = 120_000
+ROOM = 170_000
 """Bytes that hold each shard but the last."""
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopscope.behaviour import (
+    COSINE_GRID,
+    DISPLACEMENT_GRID,
     KINDS,
     CosineSettings,
     DisplacementSettings,
@@ -175,15 +177,18 @@ class Behaviour:
         rows = states.isfinite().all(-1).all(-1)
         paths = np.full((2, states.shape[1], *mask.shape), np.nan, dtype=np.float32)
         found = np.full((len(states), states.shape[1], 2), np.nan, dtype=np.float32)
-        found[rows.numpy()] = tail_paths(states[rows], self._second[0]).numpy()
+        if bool(rows.any()):
+            found[rows.numpy()] = tail_paths(states[rows], self._second[0]).numpy()
         paths[:, :, mask] = found.transpose(2, 1, 0)
         arrays.per_prompt["tail_path"] = Named(("plane", "tail", "prompt", "token"), paths)
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
-            places = sensitivity(states[rows], self._dtype, settings, self._second[0])
-            counts = np.zeros((len(mask), *places.shape[1:], len(KINDS)), dtype=np.int64)
-            for kind in range(len(KINDS)):
-                np.add.at(counts[..., kind], prompts, places == kind)
+            grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
+            counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)
+            if bool(rows.any()):
+                places = sensitivity(states[rows], self._dtype, settings, self._second[0])
+                for kind in range(len(KINDS)):
+                    np.add.at(counts[..., kind], prompts, places == kind)
             first, second = (f"{name}_setting", f"{name}_setting_other")
             arrays.per_prompt[f"{name}_sensitivity"] = Named(("prompt", first, second, "kind"), counts)
 
