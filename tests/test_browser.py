@@ -299,7 +299,7 @@ def test_another_prompt_can_be_chosen_on_a_telephone(browser: Browser, study: St
     opened = open_report(browser, dataclasses.replace(study, dataset=dataset), tmp_path / "report.html", width=400)
     page = opened.page
     page.get_by_role("combobox", name="Prompt").last.select_option("1")  # that of the floorplan
-    assert page.get_by_role("combobox", name="Prompt").first.input_value() == "1"
+    assert page.locator("#head-maps").get_by_role("combobox", name="Prompt").input_value() == "1"
     page.locator("[data-multiples]").focus()
     for _ in range(3):
         page.keyboard.press("ArrowDown")
