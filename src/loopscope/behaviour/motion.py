@@ -18,8 +18,13 @@ from loopscope.verdicts import Kind
 
 __all__ = ["Motion", "measure_motions"]
 
-_DEAR = {"arc": 2.0, "2 rotations": 3.0, "3 rotations": 3.0}
-_DEAR |= {"logarithmic arc": 2.0, "drift after transient": 2.0}
+_DEAR = {
+    "arc": 2.0,
+    "logarithmic arc": 2.0,
+    "drift after transient": 2.0,
+    "2 rotations": 3.0,
+    "3 rotations": 3.0,
+}
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
