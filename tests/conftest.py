@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 install_import_hook("loopscope", "beartype.beartype")
 
 # How long an example takes depends on the machine's other load, and says nothing about loopscope. `make test` tries the
-# same examples everywhere, so that a failure is the change's own; `pytest --hypothesis-profile=explore` looks for new ones.
+# same examples everywhere, so that a failure is the change's own; `pytest --hypothesis-profile=explore` tries others.
 settings.register_profile("loopscope", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("loopscope")

@@ -1,0 +1,156 @@
+"""What an analysis decides before it runs anything: from its settings, the subject and the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loopscope.errors import ConfigError
+from loopscope.hooks import HookedSubject
+from loopscope.measures import MapChoice, can_be_judged, choose_maps, readout_grid
+from loopscope.passes import Plan, kept_bytes
+from loopscope.prompts import TokenizedPrompt
+from loopscope.settings import AnalyzeSettings
+from loopscope.subject import Batch, Subject, SubjectInfo
+
+__all__ = ["Choices", "choose"]
+
+_EXITS_IF_UNKNOWN = 8
+"""Recurrences of a full run of a model whose trained number is not known: as many as most are trained with or more."""
+_EXITS_BY_RUNS = 8
+"""A model whose state cannot be set is run anew for every readout, 1 + 2 + ... + N recurrences in all; 36 for 8, a
+tenth of what an analysis runs by default. Beyond that it is done on request only."""
+
+Note = Callable[[str], None]
+"""Told what a user should know of the choices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is measured, of which tokens and layers."""
+
+    recurrences: int
+    """How many are measured; 0 for a feed-forward model."""
+    tracked: tuple[tuple[int, int], ...]
+    """(prompt, token from 0)."""
+    exits: int
+    """N, the recurrences of a full run of which exit rules may save some; 0 where they are left out."""
+    readout: tuple[int, ...]
+    """Numbers of recurrences after which the state is decoded."""
+    judged_layers: tuple[int, ...]
+    maps: MapChoice | None
+    """Which attention maps are kept, of prompts by their number in the study."""
+
+    def plan(self, subject: Subject, batch: Batch, rows: range, settings: AnalyzeSettings) -> Plan:
+        """How the prompts `rows` are run, which are one batch."""
+        return Plan(
+            recurrences=settings.recurrences,
+            horizon=settings.horizon,
+            keep=_keeps(subject, batch, settings),
+            seed=settings.seed,
+            cycle_recurrences=settings.cycle_recurrences,
+            tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
+            components=settings.components,
+            readout=self.readout,
+            exits=self.exits,
+            head_stable=settings.head_stable,
+            judged_layers=self.judged_layers,
+            skip=frozenset(settings.skip),
+            first_prompt=rows.start,
+            maps=self._maps_of(rows),
+        )
+
+    def _maps_of(self, rows: range) -> MapChoice | None:
+        """Of one shard, if any of its prompts is asked for."""
+        if self.maps is None:
+            return None
+        found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
+        return dataclasses.replace(self.maps, rows=found) if found else None
+
+
+def choose(subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, note: Note) -> Choices:
+    """Raises `ConfigError` for settings that ask for what these prompts or this model do not have."""
+    info = subject.info
+    exits = _exit_recurrences(subject, settings, note)
+    maps, notes = choose_maps(info, [len(prompt.token_ids) for prompt in prompts], settings)
+    for message in notes:
+        note(message)
+    return Choices(
+        recurrences=settings.recurrences if info.is_looped else 0,
+        tracked=tuple(_tracked(prompts, settings)) if info.is_looped else (),
+        exits=exits,
+        readout=_readout_grid(info, settings, exits),
+        judged_layers=_judged_layers(info, settings),
+        maps=maps,
+    )
+
+
+def _keeps(subject: Subject, batch: Batch, settings: AnalyzeSettings) -> bool:
+    """Whether the states of a batch are kept rather than made twice."""
+    if settings.horizon_method != "auto" or not subject.info.is_looped:
+        return settings.horizon_method == "keep"
+    needed = kept_bytes(subject, batch, settings.recurrences, attention="heads" not in settings.skip)
+    return needed <= settings.keep_limit * 2**20
+
+
+def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
+    if "behaviour" in settings.skip or not can_be_judged(settings.horizon):
+        return ()
+    return tuple(range(info.recurrent))[-1 if settings.judged_layers == "last" else 0 :]
+
+
+def _exit_recurrences(subject: Subject, settings: AnalyzeSettings, note: Note) -> int:
+    info = subject.info
+    if not info.is_looped or "readout" in settings.skip or settings.exit_recurrences == 0:
+        return 0
+    asked = settings.exit_recurrences
+    if asked is not None and asked > settings.recurrences:
+        raise ConfigError(
+            f"--exit-recurrences asks for {asked} recurrences, but only {settings.recurrences} are measured; raise "
+            "--recurrences."
+        )
+    count = min(info.trained_recurrences or _EXITS_IF_UNKNOWN, settings.recurrences) if asked is None else asked
+    reason = None
+    if isinstance(subject, HookedSubject) and subject.facts.foresees:
+        reason = "its loop depends on how often it will run, so that it cannot be stopped on the way"
+    elif asked is None and not info.state_can_be_set and count > _EXITS_BY_RUNS:
+        reason = (
+            f"reading it out after each of {count} recurrences takes {count * (count + 1) // 2} more of them; ask "
+            f"for it with --exit-recurrences {count}"
+        )
+    if reason is not None:
+        note(f"Exit rules are left out for {info.name}: {reason}.")
+        return 0
+    return count
+
+
+def _readout_grid(info: SubjectInfo, settings: AnalyzeSettings, exits: int) -> tuple[int, ...]:
+    if not info.is_looped:
+        return (1,)
+    if not settings.readout:
+        return readout_grid(info.trained_recurrences or 1, settings.recurrences, exits)
+    if max(settings.readout) > settings.recurrences:
+        raise ConfigError(
+            f"--readout asks for {max(settings.readout)} recurrences, but only {settings.recurrences} are measured; "
+            "raise --recurrences."
+        )
+    return tuple(sorted({*settings.readout, *range(1, exits + 1)}))
+
+
+def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
+    """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones
+    refused.
+    """
+    default = AnalyzeSettings().track
+    found = []
+    for entry, (prompt, token) in zip(settings.track, settings.tracked, strict=True):
+        if prompt >= len(prompts):
+            if settings.track == default:
+                continue
+            raise ConfigError(f"--track {entry}: there are {len(prompts)} prompts, counted from 0.")
+        length = len(prompts[prompt].token_ids)
+        if not -length <= token < length:
+            raise ConfigError(f"--track {entry}: prompt {prompt} has {length} tokens, counted from 0.")
+        found.append((prompt, token % length))
+    return sorted(set(found))

@@ -1,0 +1,147 @@
+"""One analysis, shard by shard, in a folder that can be gone on with."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import xarray as xr
+
+from loopscope.choices import choose
+from loopscope.description import coordinates, manifest
+from loopscope.measures import Arrays, Named, neuron_operations, neurons
+from loopscope.passes import Plan, measure_batch, recurrences_run
+from loopscope.prompts import TokenizedPrompt, tokenizer_record
+from loopscope.settings import AnalyzeSettings
+from loopscope.shards import StudyFolder, merge
+from loopscope.study import Study
+from loopscope.subject import Batch, NativeSubject, Subject
+
+__all__ = ["Job", "Progress", "SilentProgress"]
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Told how an analysis gets on."""
+
+    def start(self, steps: int, done: int) -> None:
+        """So many steps in all, of which so many were done by an earlier run of the same command."""
+
+    def step(self) -> None:
+        """One more step."""
+
+    def note(self, message: str) -> None:
+        """Something worth saying."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def start(self, steps: int, done: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+class Job:
+    """A subject, prompts and settings, with what was chosen from them."""
+
+    def __init__(
+        self, subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, progress: Progress
+    ) -> None:
+        self.subject = subject
+        self.prompts = prompts
+        self.settings = settings
+        self.progress = progress
+        self.choices = choose(subject, prompts, settings, progress.note)
+        size = settings.batch_size
+        self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+        self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
+        for note in self._tokenizer["notes"] if self._tokenizer else ():
+            progress.note(note)
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def shards(self) -> int:
+        return len(self._batches)
+
+    def run_in(self, folder: Path) -> Study:
+        """In a folder, going on with what is there."""
+        started = time.monotonic()
+        with StudyFolder(folder, self._manifest(), self._tokens()) as study:
+            if study.is_complete:
+                self.progress.note(f"{folder} already holds this study, finished; nothing to do.")
+                return Study.load(folder)
+            missing = [index for index in range(self.shards) if not study.has(index)]
+            if len(missing) < self.shards:
+                done = self.shards - len(missing)
+                self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
+            steps = [recurrences_run(self.subject, self._plan(index)) for index in range(self.shards)]
+            self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
+            for index in missing:
+                study.write(index, self.run(index))
+            _give_memory_back()
+            arrays = [study.read(index) for index in range(self.shards)]
+            whole = self.assemble(arrays, started)
+            _give_memory_back()
+            return study.finish(whole)
+
+    def run(self, index: int) -> Arrays:
+        """Measure one shard."""
+        return measure_batch(self.subject, self._batch(index), self._plan(index), self.progress.step)
+
+    def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
+        """All shards as one study."""
+        merged = merge(shards) | self._neurons()
+        counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+        merged["token_count"] = Named(("prompt",), counts)
+        dataset = xr.Dataset(
+            {name: (entry.dims, entry.values) for name, entry in merged.items()},
+            coords=coordinates(merged, self.subject.info, self.settings, self.choices),
+        )
+        whole = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
+        return Study(dataset, whole, self._tokens())
+
+    def _batch(self, index: int) -> Batch:
+        return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
+
+    def _plan(self, index: int) -> Plan:
+        return self.choices.plan(self.subject, self._batch(index), self._batches[index], self.settings)
+
+    def _neurons(self) -> dict[str, Named]:
+        """From the weights, which are no shard's: of a native model, unless that takes too long."""
+        if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
+            return {}
+        needed = neuron_operations(self.subject.model) / 1e12
+        if needed > self.settings.neuron_limit:
+            self.progress.note(
+                f"Prediction and suppression neurons are left out: counting them takes {needed:.3g} tera operations; "
+                "raise --neuron-limit to have them."
+            )
+            return {}
+        return neurons(self.subject.model)
+
+    def _tokens(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(prompt) for prompt in self.prompts]
+
+    def _manifest(self) -> dict[str, Any]:
+        found = manifest(self.subject, self.prompts, self.settings, self.choices, self._tokenizer)
+        return {"created": self._created, **found}
+
+
+def _give_memory_back() -> None:
+    """Let the C library return what the passes freed to the system, where it can be told to (glibc).
+
+    Else the whole study, when it is put together, comes on top of memory that nobody uses any more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
