@@ -15,14 +15,29 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.architecture import Architecture
-from loopscope.measures import CHANGE_NAMES, EXIT_READOUTS, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS, VERDICT_NUMBERS
-from loopscope.passes import Plan, kept_bytes, recurrences_run
+from loopscope.measures import (
+    CHANGE_NAMES,
+    EIGENVALUE_NAMES,
+    EXIT_READOUTS,
+    HEAD_NAMES,
+    RATE_NAMES,
+    STAGE_NAMES,
+    TOKEN_READOUTS,
+    VERDICT_NUMBERS,
+)
+from loopscope.passes import Plan, kept_bytes, steps_of
 from loopscope.settings import HorizonMethod, Part
 from loopscope.subject import Batch, NativeSubject
 from small_models import ADDED, ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, subject
 
 SETTINGS = AnalyzeSettings(
-    recurrences=6, horizon=4, cycle_recurrences=3, batch_size=3, track=("0:-1", "3:0"), components=2
+    recurrences=6,
+    horizon=4,
+    cycle_recurrences=3,
+    batch_size=3,
+    track=("0:-1", "3:0"),
+    components=2,
+    eigenvalue_search=8,
 )
 LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
 
@@ -44,6 +59,12 @@ class Counting:
 
 def dataset_of(model: NativeSubject, prompts: list[list[int]] = PROMPTS, **changes: Any) -> xarray.Dataset:
     return analyze(model, prompts, settings=SETTINGS, **changes).dataset
+
+
+def steady(data: xarray.Dataset) -> xarray.Dataset:
+    """Without the eigenvalues inside the spectrum and the place where a search for a fixed point ends, which rounding
+    moves further than other numbers. What follows from them is left."""
+    return data.drop_vars([name for name in data if str(name).startswith(("eigenvalue_", "point_step"))])
 
 
 HORIZONS = [(INJECTED, count) for count in (3, 4, 8, 11)] + [(shape, 6) for shape in LOOPED.values()]
@@ -71,7 +92,7 @@ def test_another_seed_is_another_initial_state() -> None:
 def test_the_batch_size_changes_numbers_by_rounding_only(shape: Architecture) -> None:
     model = subject(shape, dtype=torch.float64, std=0.1)
     one_by_one = dataset_of(model, batch_size=1)
-    xarray.testing.assert_allclose(dataset_of(model, batch_size=4), one_by_one, rtol=1e-6, atol=1e-10)
+    xarray.testing.assert_allclose(steady(dataset_of(model, batch_size=4)), steady(one_by_one), rtol=1e-6, atol=1e-10)
 
 
 @settings(max_examples=5)
@@ -80,7 +101,7 @@ def test_the_order_of_prompts_changes_their_place_only(order: list[int]) -> None
     model = subject(dtype=torch.float64, std=0.1)
     found = dataset_of(model, [PROMPTS[prompt] for prompt in order], track=(), map_prompts=())
     wanted = dataset_of(model, track=(), map_prompts=()).isel(prompt=order).assign_coords(prompt=found["prompt"])
-    xarray.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-10)
+    xarray.testing.assert_allclose(steady(found), steady(wanted), rtol=1e-6, atol=1e-10)
 
 
 def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
@@ -89,7 +110,9 @@ def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
     among = dataset_of(model, track=(), map_prompts=()).isel(prompt=[1], token=slice(len(PROMPTS[1])))
     among = among.assign_coords(prompt=[0])
     means = ["cycle_similarity", "attention_cycle_distance"]
-    xarray.testing.assert_allclose(among.drop_vars(means), alone.drop_vars(means), rtol=1e-6, atol=1e-10)
+    xarray.testing.assert_allclose(
+        steady(among.drop_vars(means)), steady(alone.drop_vars(means)), rtol=1e-6, atol=1e-10
+    )
 
 
 def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
@@ -117,6 +140,7 @@ PARTS: Mapping[Part, set[str]] = {
         "displacement_sensitivity",
         "cosine_sensitivity",
     },
+    "stability": {*EIGENVALUE_NAMES, *RATE_NAMES},
     "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
 }
 
@@ -176,6 +200,7 @@ def plan(**changes: Any) -> Plan:
         "exits": 0,
         "head_stable": 0.01,
         "judged_layers": (),
+        "eigenvalues": None,
         "skip": frozenset(),
         "first_prompt": 0,
     }
@@ -183,11 +208,12 @@ def plan(**changes: Any) -> Plan:
 
 
 def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
-    assert recurrences_run(subject(), plan()) == 10 + 10
-    assert recurrences_run(subject(), plan(keep=False)) == 10 + 10 + 8
-    assert recurrences_run(subject(), plan(horizon=20, skip=frozenset({"path-independence"}))) == 40
-    assert recurrences_run(subject(LOOP_NORM), plan()) == 10
-    assert recurrences_run(subject(FEED_FORWARD), plan()) == 0
+    batch = Batch.of(PROMPTS)
+    assert steps_of(subject(), batch, plan()) == 10 + 10
+    assert steps_of(subject(), batch, plan(keep=False)) == 10 + 10 + 8
+    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence"}))) == 40
+    assert steps_of(subject(LOOP_NORM), batch, plan()) == 10
+    assert steps_of(subject(FEED_FORWARD), batch, plan()) == 0
 
 
 def test_states_are_kept_while_they_fit() -> None:
@@ -201,10 +227,10 @@ def test_states_are_kept_while_they_fit() -> None:
     assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
 
 
-@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6), (1, 8 + 6)])
+@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 16), (1, 8 + 6 + 16)])
 def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps: int) -> None:
     progress = Counting()
-    changes: dict[str, Any] = {"keep_limit": limit, "track": ()}
+    changes: dict[str, Any] = {"keep_limit": limit, "track": ()}  # and 16 products
     analyze(subject(), PROMPTS[:1], out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
     assert progress.steps == steps
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from loopscope.errors import ConfigError
 from loopscope.hooks import HookedSubject
-from loopscope.measures import MapChoice, can_be_judged, choose_maps, readout_grid
+from loopscope.measures import MapChoice, can_be_judged, choose_maps, readout_grid, replaced_at, study_eigenvalues
 from loopscope.passes import Plan, kept_bytes
 from loopscope.prompts import TokenizedPrompt
 from loopscope.settings import AnalyzeSettings
+from loopscope.stability import EigenvalueSettings
 from loopscope.subject import Batch, Subject, SubjectInfo
 
 __all__ = ["Choices", "choose"]
@@ -39,6 +40,8 @@ class Choices:
     readout: tuple[int, ...]
     """Numbers of recurrences after which the state is decoded."""
     judged_layers: tuple[int, ...]
+    eigenvalues: EigenvalueSettings | None
+    """How each token's eigenvalues are taken; None where they are not."""
     maps: MapChoice | None
     """Which attention maps are kept, of prompts by their number in the study."""
 
@@ -56,6 +59,7 @@ class Choices:
             exits=self.exits,
             head_stable=settings.head_stable,
             judged_layers=self.judged_layers,
+            eigenvalues=self.eigenvalues,
             skip=frozenset(settings.skip),
             first_prompt=rows.start,
             maps=self._maps_of(rows),
@@ -82,6 +86,7 @@ def choose(subject: Subject, prompts: Sequence[TokenizedPrompt], settings: Analy
         exits=exits,
         readout=_readout_grid(info, settings, exits),
         judged_layers=_judged_layers(info, settings),
+        eigenvalues=_eigenvalues(subject, settings, note),
         maps=maps,
     )
 
@@ -98,6 +103,25 @@ def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, .
     if "behaviour" in settings.skip or not can_be_judged(settings.horizon):
         return ()
     return tuple(range(info.recurrent))[-1 if settings.judged_layers == "last" else 0 :]
+
+
+def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> EigenvalueSettings | None:
+    info = subject.info
+    if not info.is_looped or "stability" in settings.skip:
+        return None
+    replaced = replaced_at(settings.interventions, 2 * settings.horizon)
+    reason = None
+    if isinstance(subject, HookedSubject) and not settings.hooked_eigenvalues:
+        reason = (
+            "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
+            "--hooked-eigenvalues"
+        )
+    elif replaced is not None:
+        reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
+    if reason is not None:
+        note(f"Eigenvalues are left out for {info.name}: {reason}.")
+        return None
+    return study_eigenvalues(settings.horizon, settings.eigenvalue_products, settings.eigenvalue_search, settings.seed)
 
 
 def _exit_recurrences(subject: Subject, settings: AnalyzeSettings, note: Note) -> int:

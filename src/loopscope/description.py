@@ -14,9 +14,19 @@ import torch
 
 from loopscope.behaviour import COSINE_GRID, DISPLACEMENT_GRID, KINDS, CosineSettings, DisplacementSettings
 from loopscope.choices import Choices
-from loopscope.measures import CHANGES, LEVELS, Named, depth_sites, map_sites, visit_labels
+from loopscope.measures import (
+    CHANGES,
+    LEVELS,
+    RATE_REASONS,
+    Named,
+    depth_sites,
+    map_sites,
+    study_criterion,
+    visit_labels,
+)
 from loopscope.prompts import PADDING, TokenizedPrompt, padding_record, prompts_digest
 from loopscope.settings import AnalyzeSettings
+from loopscope.spectra import PREDICTED_KINDS, RateSettings
 from loopscope.subject import Subject, SubjectInfo
 from loopscope.visits import visit_label
 
@@ -104,6 +114,7 @@ def manifest(
         },
         "tokenizer": tokenizer,
         **_behaviour(choices),
+        **_stability(settings, choices),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
@@ -128,6 +139,22 @@ def _behaviour(choices: Choices) -> dict[str, Any]:
         "behaviour": {
             **{name: dataclasses.asdict(settings) for name, settings in methods},
             "sensitivity": {name: list(grid.names) for name, grid in _GRIDS},
+        }
+    }
+
+
+def _stability(settings: AnalyzeSettings, choices: Choices) -> dict[str, Any]:
+    """How eigenvalues were taken, what was predicted from them by which thresholds, and how rates were observed."""
+    if "stability" in settings.skip or not choices.recurrences:
+        return {}
+    taken = choices.eigenvalues
+    return {
+        "stability": {
+            "eigenvalues": None if taken is None else dataclasses.asdict(taken),
+            "criterion": dataclasses.asdict(study_criterion(settings.horizon)),
+            "kinds": [str(kind) for kind in PREDICTED_KINDS],
+            "rates": dataclasses.asdict(RateSettings()),
+            "reasons": [str(reason) for reason in RATE_REASONS],
         }
     }
 

@@ -17,7 +17,7 @@ import xarray as xr
 from loopscope.choices import choose
 from loopscope.description import coordinates, manifest
 from loopscope.measures import Arrays, Named, neuron_operations, neurons
-from loopscope.passes import Plan, measure_batch, recurrences_run
+from loopscope.passes import Plan, measure_batch, steps_of
 from loopscope.prompts import TokenizedPrompt, tokenizer_record
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
@@ -84,7 +84,7 @@ class Job:
             if len(missing) < self.shards:
                 done = self.shards - len(missing)
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
-            steps = [recurrences_run(self.subject, self._plan(index)) for index in range(self.shards)]
+            steps = [steps_of(self.subject, self._batch(index), self._plan(index)) for index in range(self.shards)]
             self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
             for index in missing:
                 study.write(index, self.run(index))

@@ -31,18 +31,21 @@ from loopscope.measures import (
     Readout,
     StageMeasures,
     StateTails,
+    TokenStability,
     Trajectories,
     behaviour_spans,
+    eigenvalue_products,
     noise_floor,
 )
 from loopscope.settings import Part
+from loopscope.stability import EigenvalueSettings
 from loopscope.subject import Batch, Run, Subject, SubjectInfo
 from loopscope.visits import LoopState, Observer, Visit
 
-__all__ = ["Plan", "Tick", "kept_bytes", "measure_batch", "recurrences_run"]
+__all__ = ["Plan", "Tick", "kept_bytes", "measure_batch", "steps_of"]
 
 Tick = Callable[[], None]
-"""Called after each recurrence of each run."""
+"""Called after each recurrence of each run, and each product for eigenvalues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Plan:
     """Root mean square change of a row below which a head is stable."""
     judged_layers: tuple[int, ...]
     """Recurrent layers whose tokens' limits are judged; none without that part."""
+    eigenvalues: EigenvalueSettings | None
+    """How each token's eigenvalues are taken; None where they are not."""
     skip: frozenset[Part]
     first_prompt: int
     """Number of the batch's first prompt, for messages."""
@@ -83,11 +88,13 @@ def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: b
     return batch.mask.numel() * info.width * itemsize * sites * recurrences
 
 
-def recurrences_run(subject: Subject, plan: Plan) -> int:
-    """Recurrences of all runs of a batch, which is how often `tick` is called."""
+def steps_of(subject: Subject, batch: Batch, plan: Plan) -> int:
+    """Recurrences of all runs of a batch, and products for its eigenvalues: how often `tick` is called."""
     if not subject.info.is_looped:
         return 0
     other = plan.recurrences if _has_other_path(subject.info, plan) else 0
+    if plan.eigenvalues is not None:
+        other += eigenvalue_products(subject, batch, plan.eigenvalues)
     if plan.keep:
         return max(plan.recurrences, 2 * plan.horizon) + other
     return plan.recurrences + 2 * plan.horizon + other
@@ -138,25 +145,34 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
             tick()
             if measured:
                 live.after(recurrence + 1, run, tick)
-            if recurrence + 1 == 2 * plan.horizon and "noise-floor" not in plan.skip and horizon in observers:
-                floor = noise_floor(frame, run)
+            if recurrence + 1 == 2 * plan.horizon and horizon in observers:
+                if "noise-floor" not in plan.skip:
+                    floor = noise_floor(frame, run)
+                if stability is not None and plan.eigenvalues is not None:
+                    stability.take(run, tick)
 
     guard = _FiniteGuard(frame, plan.first_prompt)
     end = 2 * plan.horizon
     tails = _tails(frame, plan, whole=True)
-    long = [horizon] if tails is None else [horizon, tails]
+    stability = _stability(runs, plan, frame)
+    long: list[Observer] = [each for each in (horizon, tails, stability) if each is not None]
     if heads is not None:
         live.watch(_OutsideTheLoop(heads) if plan.keep else heads)
     if plan.keep:
         whole = max(plan.recurrences, end)
         run = runs.start(whole, [guard, *live.observers])
         initial_state = run.state
+        if stability is not None:
+            stability.start(initial_state)
         both = min(plan.recurrences, end)
         advance(run, 0, both, [guard, *long, kept, *live.observers], measured=True)
         advance(run, both, plan.recurrences, [kept, *live.observers], measured=True)
         advance(run, both, end, [*long], measured=False)
     else:
-        advance(runs.start(end, [guard]), 0, end, [guard, *long], measured=False)
+        long_run = runs.start(end, [guard])
+        if stability is not None:
+            stability.start(long_run.state)
+        advance(long_run, 0, end, [guard, *long], measured=False)
         run = runs.start(plan.recurrences, live.observers)
         initial_state = run.state
     convergence = Convergence(frame, horizon)
@@ -175,8 +191,16 @@ def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
     if tails is not None:
         behaviour = Behaviour(frame, tails, live.other_tails, plan.recurrences, plan.horizon)
         arrays.update(behaviour.finish(plan.judged_layers))
+    if stability is not None:
+        arrays.update(stability.finish())
     arrays.per_prompt["diverged_at"] = _diverged_at(arrays)
     return arrays
+
+
+def _stability(runs: _Runs, plan: Plan, frame: Frame) -> TokenStability | None:
+    if "stability" in plan.skip:
+        return None
+    return TokenStability(runs.subject, runs.batch, frame, plan.horizon, plan.eigenvalues)
 
 
 def _tails(frame: Frame, plan: Plan, *, whole: bool) -> StateTails | None:

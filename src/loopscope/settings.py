@@ -37,6 +37,7 @@ Part = Literal[
     "stages",
     "neurons",
     "behaviour",
+    "stability",
 ]
 
 JudgedLayers = Literal["all", "last"]
@@ -120,6 +121,14 @@ class AnalyzeSettings:
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
     that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
+    eigenvalue_products: int = 40
+    """Products with the Jacobian of one recurrence, a token, from which its leading eigenvalues are found; each takes
+    about one and a half recurrences of a batch."""
+    eigenvalue_search: int = 200
+    """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
+    --horizon; 0 takes the state as it is."""
+    hooked_eigenvalues: bool = False
+    """Take eigenvalues of a hooked model too. Each product then takes as many copies of a prompt as it has tokens."""
     map_prompts: tuple[int, ...] = (0,)
     """Prompts whose attention maps are kept, counted from 0; every head of every layer."""
     map_recurrences: tuple[int, ...] = ()
@@ -150,6 +159,9 @@ class AnalyzeSettings:
         for name in ("map_tokens", "map_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("eigenvalue_products", 1), ("eigenvalue_search", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}.")
         if any(prompt < 0 for prompt in self.map_prompts):
             raise ConfigError(f"--map-prompts counts prompts from 0, got {min(self.map_prompts)}.")
         if any(count < 1 for count in self.map_recurrences):

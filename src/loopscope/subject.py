@@ -355,6 +355,8 @@ class NativeRun:
             # Edits may remember what they see, and this is no part of the run.
             edits=copy.copy(self._sequence.edits),
         )
+        if dtype == self._model.dtype and not any(weight.requires_grad for weight in self._model.parameters()):
+            return lambda state: self._model.recur(state, sequence, at)
         module = _Recurrence(self._model)
         weights = {
             name: parameter.detach().to(dtype)

@@ -47,6 +47,17 @@ from loopscope.measures.readout import (
     readout_grid,
 )
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity, visit_labels
+from loopscope.measures.stability import (
+    EIGENVALUE_NAMES,
+    KEPT_PAIRS,
+    RATE_NAMES,
+    RATE_REASONS,
+    TokenStability,
+    eigenvalue_products,
+    replaced_at,
+    study_criterion,
+    study_eigenvalues,
+)
 from loopscope.measures.stages import (
     STAGE_NAMES,
     StageMeasures,
@@ -60,10 +71,14 @@ from loopscope.measures.trajectories import Trajectories, principal_components
 __all__ = [
     "CHANGES",
     "CHANGE_NAMES",
+    "EIGENVALUE_NAMES",
     "EXIT_READOUTS",
     "HEAD_NAMES",
+    "KEPT_PAIRS",
     "KURTOSIS",
     "LEVELS",
+    "RATE_NAMES",
+    "RATE_REASONS",
     "SINK_THRESHOLD",
     "STAGE_NAMES",
     "TOKEN_READOUTS",
@@ -84,6 +99,7 @@ __all__ = [
     "Readout",
     "StageMeasures",
     "StateTails",
+    "TokenStability",
     "Trajectories",
     "attention_distance",
     "behaviour_spans",
@@ -96,6 +112,7 @@ __all__ = [
     "depth_of",
     "depth_sites",
     "distance",
+    "eigenvalue_products",
     "encode_maps",
     "kl_divergence",
     "layer_cosine",
@@ -116,6 +133,7 @@ __all__ = [
     "relative_distance",
     "relative_mixing_score",
     "relative_residual_entropy",
+    "replaced_at",
     "residual_entropy",
     "residual_norm",
     "row_entropy",
@@ -125,6 +143,8 @@ __all__ = [
     "stable_from",
     "strongest_sink",
     "strongest_sink_position",
+    "study_criterion",
+    "study_eigenvalues",
     "uniform_causal_sink",
     "visit_labels",
 ]

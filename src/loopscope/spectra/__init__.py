@@ -6,6 +6,7 @@ which has these names too.
 
 from loopscope.spectra.damping import best_damping, damped, damping_needed, spectral_radius, undamped
 from loopscope.spectra.prediction import (
+    PREDICTED_KINDS,
     Kind,
     Prediction,
     StabilityCriterion,
@@ -17,6 +18,7 @@ from loopscope.spectra.prediction import (
 from loopscope.spectra.rates import ObservedRates, RateReason, RateSettings, observed_rate
 
 __all__ = [
+    "PREDICTED_KINDS",
     "Kind",
     "ObservedRates",
     "Prediction",

@@ -14,7 +14,16 @@ from numpy import ndarray
 from loopscope.errors import ConfigError
 from loopscope.spectra.damping import spectral_radius
 
-__all__ = ["Kind", "Prediction", "StabilityCriterion", "period", "predict", "predicted_rate", "stability_margin"]
+__all__ = [
+    "PREDICTED_KINDS",
+    "Kind",
+    "Prediction",
+    "StabilityCriterion",
+    "period",
+    "predict",
+    "predicted_rate",
+    "stability_margin",
+]
 
 Eigenvalues = Complex[ndarray, "prompt token pair"]
 TokenValues = Float[ndarray, "prompt token"]
@@ -38,6 +47,10 @@ class Kind(StrEnum):
     """The point moves too much in one recurrence for its eigenvalues to be those of a fixed point."""
     UNRESOLVED = "cannot tell"
     """The eigenvalue's error leaves several kinds open, or there is no eigenvalue."""
+
+
+PREDICTED_KINDS = tuple(Kind)
+"""In the order in which a study numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True)

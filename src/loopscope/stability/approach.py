@@ -11,9 +11,8 @@ from torch import Tensor
 
 from loopscope._shapes import States, TokenMask
 from loopscope.stability.products import Products
-from loopscope.stability.search import relative_step
 
-__all__ = ["Approach", "Derivative", "Heading", "Part", "Site"]
+__all__ = ["Approach", "Derivative", "Heading", "Part", "Site", "at_least_float32"]
 
 Site = Literal["loop state", "block input"]
 """Where the state is taken: as one recurrence hands it on, or as the first recurrent layer receives it. The two maps
@@ -55,15 +54,26 @@ class Approach(Protocol):
 
 
 class Heading:
-    """Keeps each token's last step that is above rounding."""
+    """Keeps each token's last step that is above rounding.
+
+    The steps of a half-precision model are taken in float32: their own rounding would come on top of that of states.
+    """
 
     def __init__(self, state: States, rounds_in: torch.dtype) -> None:
-        self._before = state
+        self._before = at_least_float32(state)
         self._level = _DROWNED * torch.finfo(rounds_in).eps
-        self.steps: Tensor = torch.zeros_like(state)
+        self.steps: Tensor = torch.zeros_like(self._before)
 
-    def follow(self, state: States) -> None:
-        """The state one recurrence later."""
-        clear = relative_step(state, self._before) > self._level
-        self.steps = torch.where(clear[..., None], state - self._before, self.steps)
+    def follow(self, state: States) -> tuple[Tensor, Tensor]:
+        """The state one recurrence later; (batch, token) each, how long the step to it is, and its norm."""
+        state = at_least_float32(state)
+        step = state - self._before
+        length, size = (torch.linalg.vector_norm(each, dim=-1) for each in (step, state))
+        self.steps = torch.where((length > self._level * size)[..., None], step, self.steps)
         self._before = state
+        return length, size
+
+
+def at_least_float32(state: Tensor) -> Tensor:
+    """The same in float32, unless it is in float64."""
+    return state if state.dtype == torch.float64 else state.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from loopscope.stability.approach import Approach, Derivative
 from loopscope.stability.hooked import approach_hooked
 from loopscope.stability.krylov import arnoldi, ritz_values
 from loopscope.stability.native import approach_native
+from loopscope.stability.products import Products, TokenVectors
 from loopscope.stability.result import Stability
 from loopscope.stability.search import find_fixed_point, relative_step
 from loopscope.stability.settings import EigenvalueSettings
@@ -71,7 +72,7 @@ def leading_eigenvalues(
     check_recurrences(parse_interventions(subject.info.interventions), settings.recurrences + 1)
     if state is not None:
         _check_state(state, (*batch.input_ids.shape, subject.info.width))
-    rows = _rows_at_once(batch.input_ids.shape[1], subject.info.width, settings)
+    rows = settings.rows_at_once(batch.input_ids.shape[1], subject.info.width)
     groups = [slice(begin, begin + rows) for begin in range(0, len(batch.input_ids), rows)]
     found = []
     for group in groups:
@@ -81,8 +82,10 @@ def leading_eigenvalues(
     return Stability.joined(found)
 
 
-def eigenvalues_near(approach: Approach, batch: Batch, settings: EigenvalueSettings) -> Stability:
-    """The same for prompts that have been run already, all at once."""
+def eigenvalues_near(
+    approach: Approach, batch: Batch, settings: EigenvalueSettings, on_product: Callable[[], None] = lambda: None
+) -> Stability:
+    """The same for prompts that have been run already, all at once. `on_product` is called after each product."""
     start_state = approach.state
     mask = batch.mask.to(start_state.device)
     following = approach.recurrence(start_state)
@@ -102,7 +105,7 @@ def eigenvalues_near(approach: Approach, batch: Batch, settings: EigenvalueSetti
     start, spare = _first_vectors(approach.heading, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
     for part in approach.linearised(state):
-        coefficients = arnoldi(part.products, start[part.tokens], spare[part.tokens], products)
+        coefficients = arnoldi(_announced(part.products, on_product), start[part.tokens], spare[part.tokens], products)
         ritz = ritz_values(coefficients, part.products.accuracy)
         tokens = part.tokens.cpu()
         values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
@@ -122,6 +125,15 @@ def eigenvalues_near(approach: Approach, batch: Batch, settings: EigenvalueSetti
         dtype=str(state.dtype).removeprefix("torch."),
         settings=settings,
     )
+
+
+def _announced(products: Products, on_product: Callable[[], None]) -> Callable[[TokenVectors], TokenVectors]:
+    def product(vectors: TokenVectors) -> TokenVectors:
+        image = products(vectors)
+        on_product()
+        return image
+
+    return product
 
 
 def _approach(subject: Subject, batch: Batch, settings: EigenvalueSettings, state: States | None) -> Approach:
@@ -157,11 +169,6 @@ def _numbers(values: Tensor, mask: TokenMask) -> np.ndarray:
     """float64, NaN at padding."""
     numbers: np.ndarray = values.double().masked_fill(~mask, torch.nan).cpu().numpy()
     return numbers
-
-
-def _rows_at_once(tokens: int, width: int, settings: EigenvalueSettings) -> int:
-    bytes_of_one = min(settings.products, width) * tokens * width * 8
-    return max(1, settings.basis_bytes // bytes_of_one)
 
 
 def _check_looped(info: SubjectInfo) -> None:

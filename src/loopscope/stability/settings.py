@@ -38,6 +38,11 @@ class EigenvalueSettings:
     basis_bytes: int = 2**30
     """Prompts are taken in groups whose basis vectors fill at most so much memory; one prompt at the least."""
 
+    def rows_at_once(self, tokens: int, width: int) -> int:
+        """Prompts of so many tokens in one group."""
+        bytes_of_one = min(self.products, width) * tokens * width * 8
+        return max(1, self.basis_bytes // bytes_of_one)
+
     def __post_init__(self) -> None:
         for name, least in (("recurrences", 1), ("products", 1), ("seed", 0), ("search", 0), ("basis_bytes", 1)):
             if getattr(self, name) < least:
