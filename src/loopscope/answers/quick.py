@@ -15,6 +15,7 @@ from loopscope.answers.initial_state import initial_state_answer
 from loopscope.answers.limits import limits_answer
 from loopscope.answers.loss import loss_answer
 from loopscope.answers.points import points_answer
+from loopscope.answers.stability import stability_answer
 from loopscope.answers.stages import stages_answer
 from loopscope.answers.view import view_study
 from loopscope.study import Study
@@ -24,6 +25,7 @@ __all__ = ["quick_answers"]
 _LOOPED = (
     fixed_point_answer,
     behaviour_answer,
+    stability_answer,
     points_answer,
     arrival_answer,
     trained_depth_answer,

@@ -14,6 +14,8 @@ from loopscope.report.extremes import Extreme, extremes
 from loopscope.report.figure import Figure
 from loopscope.report.material import Material
 from loopscope.report.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
+from loopscope.spectra import PREDICTED_KINDS
+from loopscope.spectra import Kind as Predicted
 from loopscope.verdicts import KINDS, Kind
 
 __all__ = ["extreme_figures", "prompts_panel", "verdict_line"]
@@ -23,6 +25,7 @@ _PROMPTS = 4
 _TOKENS = 200
 """Of a longer prompt, the last so many."""
 _MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
+_TURNING = (Predicted.DAMPED_ROTATION, Predicted.ORBIT, Predicted.PERIOD_TWO)
 _SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
@@ -146,11 +149,42 @@ def _token(here: xarray.Dataset, place: int, string: str) -> PanelToken:
         label=string,
         kind=kind,
         line=verdict_line(kind, numbers),
-        facts=[*facts, *facts_of(numbers), *_trials(here["verdict_changes"].isel(token=place))],
+        facts=[
+            *facts,
+            *facts_of(numbers),
+            *_trials(here["verdict_changes"].isel(token=place)),
+            *_predicted(here, place),
+        ],
         path=_path(here, {"token": place}) if "tail_path" in here else None,
         curve=here["displacement"].isel(token=place).values if "displacement" in here else None,
         floor=numbers["floor"],
+        eigenvalues=_eigenvalues(here, place),
     )
+
+
+def _predicted(here: xarray.Dataset, place: int) -> list[tuple[str, str]]:
+    """What the token's eigenvalues and its steps say, where they were taken."""
+    names = ["predicted_rate", "observed_rate"]
+    found = []
+    if "predicted_kind" in here:
+        code = int(here["predicted_kind"].values[place])
+        found.append(("predicted", str(PREDICTED_KINDS[code]) if code >= 0 else "nothing"))
+        if code >= 0 and PREDICTED_KINDS[code] in _TURNING:
+            names.append("predicted_period")
+        if here["damping_needed"].values[place] < 1:
+            names.append("damping_needed")
+    for name in names:
+        value = float(here[name].values[place]) if name in here else math.nan
+        if math.isfinite(value):
+            found.append((name.replace("_", " "), significant(value, 3)))
+    return found
+
+
+def _eigenvalues(here: xarray.Dataset, place: int) -> NDArray[np.complexfloating] | None:
+    if "eigenvalue_real" not in here:
+        return None
+    one = here.isel(token=place)
+    return np.asarray(one["eigenvalue_real"].values + 1j * one["eigenvalue_imag"].values)
 
 
 def _trials(changes: xarray.DataArray) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from loopscope.report.norms import norms_section
 from loopscope.report.readout import readout_section
 from loopscope.report.settings import ReportSettings
 from loopscope.report.similarity import similarity_section
+from loopscope.report.stability import stability_section
 from loopscope.report.stages import stages_section
 from loopscope.report.tokens import tokens_section
 from loopscope.report.trajectories import trajectories_section
@@ -65,6 +66,7 @@ def _sections(study: Study, material: Material) -> list[Section]:
         sections = [
             convergence_section(material),
             behaviour_section(study, material),
+            stability_section(material),
             similarity_section(material),
         ]
         if "trajectory" in material.view.dataset:

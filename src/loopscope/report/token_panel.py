@@ -60,6 +60,8 @@ class PanelToken:
     curve: NDArray[np.floating] | None = None
     """Root mean square displacement at lags 1, 2, ..., relative to the norm."""
     floor: float = math.nan
+    eigenvalues: NDArray[np.complexfloating] | None = None
+    """Of one recurrence; None where none were taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class TokenPanel:
     """Colours and letters of the kinds that occur."""
     data: Markup
     """JSON for behaviour.js."""
+    eigenvalues: bool
+    """Some token has them, so that there is a plot of them."""
 
     @property
     def has_data(self) -> bool:
@@ -107,6 +111,7 @@ def token_panel(groups: Sequence[PanelGroup], *, title: str, caption: str, choos
         choose=choose,
         groups=[group.name for group in groups],
         looks=[look for kind, look in zip(KINDS, looks, strict=True) if kind in there],
+        eigenvalues=any(token.eigenvalues is not None for group in groups for token in group.tokens),
         data=script_json({"looks": looks, "finest": _FINEST, "groups": [_group(group) for group in groups]}),
     )
 
@@ -140,6 +145,7 @@ def _token(token: PanelToken) -> dict[str, Any]:
         "path": path,
         "reach": reach,
         "curve": curve,
+        "eigenvalues": None if token.eigenvalues is None else _eigenvalues(token.eigenvalues),
         "floor": token.floor if math.isfinite(token.floor) and token.floor > 0 else None,
     }
 
@@ -157,6 +163,12 @@ def _curve(curve: NDArray[np.floating]) -> list[int | None] | None:
     """1,000 natural logarithms; None where nothing moves, which has no place on a logarithmic axis."""
     found = [round(1000 * math.log(value)) if math.isfinite(value) and value > 0 else None for value in curve.tolist()]
     return found if any(value is not None for value in found) else None
+
+
+def _eigenvalues(eigenvalues: NDArray[np.complexfloating]) -> list[list[float]] | None:
+    """Real and imaginary parts to a ten-thousandth, the larger moduli first; None where none is known."""
+    known = eigenvalues[np.isfinite(eigenvalues)]
+    return [np.round(part, 4).tolist() for part in (known.real, known.imag)] if known.size else None
 
 
 def _packed(content: bytes) -> str:

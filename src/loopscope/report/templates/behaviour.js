@@ -142,9 +142,22 @@
     return { traces, layout };
   }
 
+  // Those of one recurrence, with the circle on which stability is lost.
+  function eigenvalues(token) {
+    if (!token.eigenvalues) return null;
+    const [x, y] = token.eigenvalues;
+    const turns = Array.from({ length: 121 }, (_, step) => (2 * Math.PI * step) / 120);
+    const circle = { x: turns.map(Math.cos), y: turns.map(Math.sin), mode: "lines", line: { color: INK, width: 1 }, hoverinfo: "skip" };
+    const modulus = x.map((real, place) => Math.hypot(real, y[place]));
+    const marker = { size: 8, color: lookOf(token).colour, opacity: modulus.map((_, place) => (place === 0 ? 1 : 0.5)) };
+    const points = { x, y, mode: "markers", marker, customdata: modulus, hovertemplate: "%{x:.3f} %{y:+.3f}i, modulus %{customdata:.3f}<extra></extra>" };
+    return { traces: [circle, points], layout: { showlegend: false, xaxis: axis("real part", { nticks: 5 }), yaxis: axis("imaginary part", { scaleanchor: "x", nticks: 5 }) } };
+  }
+
   const PLOTS = [
     ["Its way, in the plane in which it moves most", way, "Its way was not kept."],
     ["How far apart are states so many recurrences apart?", displacement, "It does not move, or this was not kept."],
+    ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, and the circle of modulus 1", eigenvalues, "None were taken of this token."]] : []),
   ].map(([title, drawing, otherwise]) => {
     const place = make("div", { class: "plot", role: "img", "aria-label": title });
     const missing = make("p", { class: "unseen" }, otherwise);

@@ -1,0 +1,170 @@
+"""Is the point at which a token's state stands stable?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.criterion import Criterion
+from loopscope.answers.view import StudyView
+from loopscope.answers.wording import listed, percent, plural, significant
+from loopscope.predictions import Agreement, RatePairs, agreement, prediction_table, rate_pairs, token_eigenvalues
+from loopscope.spectra import PREDICTED_KINDS, Kind
+
+__all__ = ["stability_answer"]
+
+_QUESTION = "Why: are the fixed points stable?"
+_SAID = {
+    Kind.FIXED_POINT: "stand at a fixed point that attracts",
+    Kind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
+    Kind.SLIDER: "have an eigenvalue that cannot be told from 1, and creep",
+    Kind.ORBIT: "stand at a fixed point that repels in turns",
+    Kind.PERIOD_TWO: "stand at a fixed point that repels to and fro",
+    Kind.UNSTABLE: "stand at a fixed point that repels in one direction",
+    Kind.FAR: "stand at no fixed point",
+    Kind.UNRESOLVED: "have an eigenvalue that is not known well enough",
+}
+_STABLE = (Kind.FIXED_POINT, Kind.DAMPED_ROTATION)
+_UNTOLD = (Kind.FAR, Kind.UNRESOLVED)
+
+
+def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """What the leading eigenvalues of one recurrence predict, and whether the trajectories bear it out."""
+    data = view.dataset
+    if "predicted_kind" not in data:
+        return _unanswered(
+            "No eigenvalues were taken: of this model they cannot be, or the part was skipped.", criterion
+        )
+    codes = data["predicted_kind"].transpose("prompt", "token").values
+    counts = {kind: int((codes == place).sum()) for place, kind in enumerate(PREDICTED_KINDS)}
+    total = sum(counts.values())
+    if not total:
+        return _unanswered("There is no token to take eigenvalues of.", criterion)
+    outcome, verdict = _outcome(counts, total)
+    pairs = rate_pairs(data)
+    found = agreement(prediction_table(data)) if "verdict" in data else None
+    there = sorted((kind for kind in counts if counts[kind]), key=lambda kind: -counts[kind])
+    parts = [f"{counts[kind]:,} ({percent(counts[kind] / total)}) {_SAID[kind]}" for kind in there]
+    return Answer(
+        key="stability",
+        question=_QUESTION,
+        outcome=outcome,
+        verdict=verdict,
+        sentence=f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, counts, pairs)}{_borne_out(found)}",
+        evidence=_evidence(data, counts, total, pairs, found),
+        figure="stability-rates" if pairs.predicted.size else "stability-spectrum",
+        limits=_limits(view, counts, total),
+        criterion=criterion,
+    )
+
+
+def _outcome(counts: Mapping[Kind, int], total: int) -> tuple[Outcome, str]:
+    stable, untold = (sum(counts[kind] for kind in kinds) for kinds in (_STABLE, _UNTOLD))
+    if stable == total:
+        return Outcome.YES, "yes, all"
+    if 2 * untold > total:
+        return Outcome.CANNOT_TELL, "no fixed point found" if counts[Kind.FAR] > counts[
+            Kind.UNRESOLVED
+        ] else "cannot tell"
+    if stable == 0:
+        return Outcome.NO, "no"
+    return Outcome.PARTLY, f"{percent(stable / total)} are"
+
+
+def _rates(data: xarray.Dataset, counts: Mapping[Kind, int], pairs: RatePairs) -> str:
+    """How fast, and how far from where stability is lost."""
+    if not any(counts[kind] for kind in PREDICTED_KINDS if kind not in _UNTOLD):
+        return ""
+    rate = _told(data, "predicted_rate")
+    slowest = float(rate.max())
+    middle = significant(float(np.median(rate)), 3)
+    said = f" The predicted rate per recurrence is {middle} (median), at most {significant(slowest, 3)}"
+    said += f", {significant(1 - slowest)} below 1." if slowest < 1 else "."
+    if pairs.predicted.size:
+        said += f" Observed rates differ from it by {significant(pairs.median_difference)} (median)."
+    return said
+
+
+def _borne_out(found: Agreement | None) -> str:
+    if found is None or not found.agree + found.disagree:
+        return ""
+    told = found.agree + found.disagree
+    return f" {found.agree:,} of {told:,} verdicts bear the prediction out."
+
+
+def _evidence(
+    data: xarray.Dataset, counts: Mapping[Kind, int], total: int, pairs: RatePairs, found: Agreement | None
+) -> dict[str, float | str]:
+    evidence: dict[str, float | str] = {
+        f"tokens: {kind}": f"{count:,} of {total:,}" for kind, count in counts.items() if count
+    }
+    rate = _told(data, "predicted_rate")
+    if rate.size:
+        evidence["predicted_rate_median"] = float(np.median(rate))
+        evidence["predicted_rate_largest"] = float(rate.max())
+        evidence["smallest_stability_margin"] = 1 - float(rate.max())
+        evidence["error_of_predicted_rate_median"] = float(np.median(_told(data, "predicted_rate_error")))
+        leading = np.abs(token_eigenvalues(data)[..., 0])
+        residual = data["eigenvalue_residual"].transpose("prompt", "token", "pair").values[..., 0]
+        there = np.isfinite(residual) & (leading > 0)
+        if there.any():
+            evidence["relative_residual_of_leading_eigenvalue_median"] = float(
+                np.median(residual[there] / leading[there])
+            )
+        needed = _told(data, "damping_needed")
+        if np.isfinite(needed).any() and np.nanmin(needed) < 1:
+            evidence["largest_step_that_keeps_all_stable"] = float(np.nanmin(needed))
+    if pairs.predicted.size:
+        evidence["tokens_with_both_rates"] = float(pairs.predicted.size)
+        evidence["observed_rate_median"] = float(np.median(pairs.observed))
+        evidence["predicted_minus_observed_median_absolute"] = pairs.median_difference
+        if np.isfinite(pairs.correlation):
+            evidence["correlation_of_predicted_and_observed"] = pairs.correlation
+    if found is not None:
+        evidence["verdicts_that_agree"] = f"{found.agree:,}, {found.disagree:,} do not, {found.open:,} open"
+    return evidence
+
+
+def _told(data: xarray.Dataset, name: str) -> np.ndarray:
+    """Values of the tokens about which eigenvalues say something, flat."""
+    codes = data["predicted_kind"].transpose("prompt", "token").values
+    told = (codes >= 0) & ~np.isin(codes, [PREDICTED_KINDS.index(kind) for kind in _UNTOLD])
+    found: np.ndarray = data[name].transpose("prompt", "token").values[told]
+    return found
+
+
+def _limits(view: StudyView, counts: Mapping[Kind, int], total: int) -> list[str]:
+    data = view.dataset
+    limits = ["Eigenvalues hold near the fixed point: a state that is thrown far from it may end elsewhere."]
+    if counts[Kind.FAR]:
+        step = data["point_step"].values
+        limits.append(
+            f"For {percent(counts[Kind.FAR] / total)} of the tokens no fixed point was found: where their eigenvalues "
+            f"were taken a recurrence moves the state by up to {percent(float(np.nanmax(step)))} of its norm."
+        )
+    searched = int((data["point_searched"].values == 1).sum())
+    if searched:
+        moved = data["point_moved"].where(data["point_searched"] == 1)
+        limits.append(
+            f"The fixed points of {plural(searched, 'prompt')} were found by a search, "
+            f"{percent(float(moved.median()))} of the norm (median) from where the run stood."
+        )
+    if not (data["eigenvalue_exact"].values == 1).all():
+        limits.append("The model's code cannot be differentiated twice, so products were taken by differences.")
+    if view.dtype in ("bfloat16", "float16"):
+        limits.append(f"They are those of exact arithmetic with the model's weights, not of rounding to {view.dtype}.")
+    return limits
+
+
+def _unanswered(sentence: str, criterion: Criterion) -> Answer:
+    return Answer(
+        key="stability",
+        question=_QUESTION,
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict="not measured",
+        sentence=sentence,
+        criterion=criterion,
+    )
