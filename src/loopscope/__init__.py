@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loopscope.answers import Answer, Criterion, quick_answers
     from loopscope.architecture import Architecture
     from loopscope.comparison import Comparison, compare
+    from loopscope.controlled import Control, control
     from loopscope.errors import LoopscopeError
     from loopscope.hooks import hook
     from loopscope.inspection import Inspection, inspect_model
@@ -31,6 +32,7 @@ _HOMES = {
     "AnalyzeSettings": "settings",
     "Architecture": "architecture",
     "Comparison": "comparison",
+    "Control": "controlled",
     "Criterion": "answers",
     "Inspection": "inspection",
     "LoopedTransformer": "model",
@@ -43,6 +45,7 @@ _HOMES = {
     "analyze": "analysis",
     "capture": "trace",
     "compare": "comparison",
+    "control": "controlled",
     "hook": "hooks",
     "inspect_model": "inspection",
     "leading_eigenvalues": "stability",
@@ -57,6 +60,7 @@ __all__ = [
     "Answer",
     "Architecture",
     "Comparison",
+    "Control",
     "Criterion",
     "Inspection",
     "LoopedTransformer",
@@ -69,6 +73,7 @@ __all__ = [
     "analyze",
     "capture",
     "compare",
+    "control",
     "hook",
     "inspect_model",
     "leading_eigenvalues",

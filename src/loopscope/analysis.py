@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,7 @@ def analyze(
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     job = Job(subject, tokenized, settings, progress or SilentProgress())
-    if out is None:
-        started = time.monotonic()
-        return job.assemble([job.run(index) for index in range(job.shards)], started)
-    return job.run_in(Path(out))
+    return job.run_in_memory() if out is None else job.run_in(Path(out))
 
 
 def _source(prompts: Prompts | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Protocol
 import tyro
 
 from loopscope.cli.behaviour import Behaviour, Calibrate
+from loopscope.cli.control import ControlTokens
 from loopscope.cli.rates import CountRates
 from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 
@@ -215,6 +216,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Behaviour, tyro.conf.subcommand("behaviour")]
     | Annotated[CountRates, tyro.conf.subcommand("rates")]
+    | Annotated[ControlTokens, tyro.conf.subcommand("control")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -225,13 +227,11 @@ Command = (
 
 def parse_and_run(arguments: list[str]) -> None:
     """Parse a command line and run its command."""
-    command: Analyze | Report | Compare | Behaviour | CountRates | Calibrate | Figures | Train | Inspect | Models = (
-        tyro.cli(
-            Command,
-            prog="loopscope",
-            description="An instrument for looking inside looped language models.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+    command: _Command = tyro.cli(
+        Command,
+        prog="loopscope",
+        description="An instrument for looking inside looped language models.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     command.run()

@@ -1,0 +1,56 @@
+"""The command that damps what does not settle. Heavy imports are inside, as in `commands`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+__all__ = ["ControlTokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTokens:
+    """Damp what does not settle: run prompts whose tokens orbit, slide or diverge again, as their eigenvalues ask for.
+
+    Writes the study of the damped loop to --out, with report.html and control.json: the step, what was predicted, and
+    the verdicts before and after.
+    """
+
+    study: tyro.conf.Positional[Path]
+    """The --out folder of an analysis."""
+    out: Path
+    """Folder for the study of the damped loop."""
+    model: str | None = None
+    """The model, if it is not to be had by the name in the study; its weights must be the same."""
+    eta: float | None = None
+    """Step of the damped loop, above 0 and up to 1, instead of the one that the eigenvalues ask for."""
+    radius: float = 0.95
+    """What the largest modulus of the damped eigenvalues may be: the rate at which the slowest token then settles."""
+    horizon: int | None = None
+    """Horizon of the damped run, which with a small step needs more recurrences; that of the study unless given."""
+    report: bool = True
+    """Also write report.html."""
+
+    def run(self) -> None:
+        from loopscope.cli.console import RichProgress, say
+        from loopscope.controlled import CONTROL, control
+        from loopscope.report import write_report
+
+        with RichProgress("recurrences") as progress:
+            found = control(
+                self.study,
+                out=self.out,
+                model=self.model,
+                eta=self.eta,
+                radius=self.radius,
+                horizon=self.horizon,
+                progress=progress,
+            )
+        for sentence in found.sentences():
+            say(sentence)
+        if self.report:
+            say(f"report  {write_report(found.after, self.out / 'report.html')}")
+        else:
+            say(f"control  {self.out / CONTROL}")
