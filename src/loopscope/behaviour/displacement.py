@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def displacement_verdicts(
     a clear answer. A verdict that the last two thirds of the tail do not share is marked as unstable.
     """
     verdicts = []
-    for motions in measure_tails(states, dtype, settings, first_recurrence):
+    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=True):
         verdict = _verdict(_decide(motions.whole, motions.later, settings))
         if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
             verdict = dataclasses.replace(verdict, unstable=("window",))
@@ -59,28 +61,34 @@ def measure_tails(
     dtype: StateDtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
-    shorter: bool = True,
+    *,
+    others: Sequence[DisplacementSettings] = (),
+    shorter: bool = False,
 ) -> list[TokenMotions]:
-    """All that a verdict needs of finite trajectories, so that it can be decided again with other thresholds.
+    """All that a verdict needs of finite trajectories, by these settings or by `others`, which may have other
+    thresholds.
 
     `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window.
     """
     window = tail_length(states.shape[1], settings.window, first_recurrence)
-    whole = measure_motions(take_tails(states, window, first_recurrence), dtype, settings)
-    moving = [index for index, motion in enumerate(whole) if motion.shape is not None]
+    tails = take_tails(states, window, first_recurrence)
+    whole = measure_motions(tails, dtype, settings)
 
-    def within(length: int) -> dict[int, Motion]:
-        if not moving or length < _SHORTEST_HALF:
+    def within(length: int, rows: list[int]) -> dict[int, Motion]:
+        if not rows or length < _SHORTEST_HALF:
             return {}
-        tails = take_tails(states[moving], length, first_recurrence)
-        return dict(zip(moving, measure_motions(tails, dtype, settings), strict=True))
+        return dict(zip(rows, measure_motions(tails.last(length, torch.tensor(rows)), dtype, settings), strict=True))
 
-    half, third = within(window // 2), within(2 * window // 3) if shorter else {}
-    return [TokenMotions(motion, half.get(index), third.get(index)) for index, motion in enumerate(whole)]
+    moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
+    unsettled = [
+        token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
+    ]
+    half, third = within(window // 2, unsettled), within(2 * window // 3, moving) if shorter else {}
+    return [TokenMotions(motion, half.get(token), third.get(token)) for token, motion in enumerate(whole)]
 
 
 def decide_kind(motions: TokenMotions, settings: DisplacementSettings) -> Kind:
-    """The kind alone, for thresholds that may differ from those that the motions were measured with."""
+    """The kind alone, by the settings or one of the others that the motions were measured for."""
     return _decide(motions.whole, motions.later, settings).kind
 
 

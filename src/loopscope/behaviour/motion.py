@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopscope.behaviour.fitting import Fit, fit_shapes, residual, significance
+from loopscope.behaviour.fitting import Fit, fit_shapes, residuals, significance
 from loopscope.behaviour.limits import Shape, closed_period, limit_of, separate
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.behaviour.steps import slowing_power, steady_trend
-from loopscope.behaviour.tail import Components, Tails, decompose, mean_squared_displacement
+from loopscope.behaviour.tail import Components, Tails, decompose
 from loopscope.verdicts import Kind
 
 __all__ = ["Motion", "measure_motions"]
@@ -34,6 +34,8 @@ _SLOWING_MISFIT = 0.05
 """Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
 _UNRESOLVED = 0.5
 """Of the number type's rounding: what is left below this decides between no shapes."""
+_EXACT = 1e-14
+"""Of the energy: likewise, since the components of a motion in float64 are no better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +90,12 @@ class Motion:
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    fit: Fit
-    row: int
+    """The likeliest shape of one motion, and what it leaves."""
+
     shape: Shape
+    left: float
+    """Sum of squares that it leaves."""
+    columns: float
     p_value: float
     margin: float
     rival: Kind
@@ -98,64 +103,71 @@ class _Best:
     directions_left: float
     speed: float
 
-    @property
-    def left(self) -> tuple[float, float]:
-        """Sum of squares that the shape leaves, and how many columns it has."""
-        return float(self.fit.left[self.row]), float(self.fit.columns[self.row])
-
 
 def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
     """One motion a token. Shapes are fitted where it moves by more than rounding."""
     rounding = rounding_step(dtype)
-    level = tails.displacement.max(-1).values.sqrt()
+    displacement = tails.displacement()
+    level = displacement.amax(-1).sqrt()
     moving = (level > settings.rounding_factor * rounding).nonzero()[:, 0]
     best: dict[int, _Best] = {}
     if len(moving):
-        best = dict(zip(moving.tolist(), _best_fits(decompose(tails, moving), rounding, settings), strict=True))
-    half = tails.window // 2
-    later = mean_squared_displacement(tails.gram[:, half:, half:]).max(-1).values.sqrt()
-    energies, spreading, ballistic = tails.energy, _spreading(tails), _ballistic(tails)
+        parts = decompose(tails.last(tails.window, moving))
+        best = dict(zip(moving.tolist(), _best_fits(parts, rounding, settings), strict=True))
+    energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
+    numbers = {
+        "level": level,
+        "later_level": tails.displacement(tails.window - tails.window // 2).amax(-1).sqrt(),
+        "energy": energies.clamp_min(0.0),
+        "spreading": _spreading(displacement, tails.window),
+        "ballistic": _ballistic(displacement, tails.window),
+        "norm_growth": tails.norm_growth,
+        **_step_numbers(tails),
+    }
+    rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
+    curves = displacement.sqrt().tolist()
+    return [
+        _motion(tails, rounding, best.get(token), dict(zip(numbers, row, strict=True)), curves[token])
+        for token, row in enumerate(rows)
+    ]
+
+
+def _motion(tails: Tails, rounding: float, its: _Best | None, numbers: dict[str, float], curve: list[float]) -> Motion:
+    energy = numbers.pop("energy")
+    left, columns = (energy, 0.0) if its is None else (its.left, its.columns)
+    return Motion(
+        window=tails.window,
+        last_recurrence=int(tails.times[-1]),
+        rounding=rounding,
+        noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
+        shape=None if its is None else its.shape,
+        unexplained=left / energy if energy > 0 else 1.0,
+        amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
+        p_value=1.0 if its is None else its.p_value,
+        margin=0.0 if its is None else its.margin,
+        rival=None if its is None else its.rival,
+        filling=0.0 if its is None else its.directions / tails.white_directions,
+        residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
+        speed=0.0 if its is None else its.speed,
+        displacement=tuple(curve),
+        **numbers,
+    )
+
+
+def _step_numbers(tails: Tails) -> dict[str, Tensor]:
+    """What the lengths of the steps say."""
     slowing, misfit = slowing_power(tails.steps, tails.times)
-    trend = steady_trend(tails.steps)
     square = tails.steps.square()
     third, sixth = max(1, (tails.window - 1) // 3), max(2, (tails.window - 1) // 6)
     early, late = _root_mean(square[:, :third]), _root_mean(square[:, -third:])
     middle, latest = _root_mean(square[:, -3 * sixth : -2 * sixth]), _root_mean(square[:, -sixth:])
-    shrinking, shrinking_late = early / late.clamp_min(1e-300), middle / latest.clamp_min(1e-300)
-    motions = []
-    for token in range(len(level)):
-        its = best.get(token)
-        energy = float(energies[token])
-        left, columns = (energy, 0.0) if its is None else its.left
-        motions.append(
-            Motion(
-                window=tails.window,
-                last_recurrence=int(tails.times[-1]),
-                rounding=rounding,
-                level=float(level[token]),
-                later_level=float(later[token]),
-                noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
-                shape=None if its is None else its.shape,
-                unexplained=left / energy if energy > 0 else 1.0,
-                amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
-                p_value=1.0 if its is None else its.p_value,
-                margin=0.0 if its is None else its.margin,
-                rival=None if its is None else its.rival,
-                filling=0.0 if its is None else its.directions / tails.white_directions,
-                residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
-                spreading=float(spreading[token]),
-                shrinking=float(shrinking[token]),
-                shrinking_late=float(shrinking_late[token]),
-                late_step=float(latest[token]),
-                norm_growth=float(tails.norm_growth[token]),
-                speed=0.0 if its is None else its.speed,
-                slowing=float(slowing[token]) if float(misfit[token]) <= _SLOWING_MISFIT else math.nan,
-                trend=float(trend[token]),
-                ballistic=float(ballistic[token]),
-                displacement=tuple(tails.displacement[token].sqrt().tolist()),
-            )
-        )
-    return motions
+    return {
+        "shrinking": early / late.clamp_min(1e-300),
+        "shrinking_late": middle / latest.clamp_min(1e-300),
+        "late_step": latest,
+        "slowing": torch.where(misfit <= _SLOWING_MISFIT, slowing, math.nan),
+        "trend": steady_trend(tails.steps),
+    }
 
 
 def _root_mean(square: Tensor) -> Tensor:
@@ -163,17 +175,16 @@ def _root_mean(square: Tensor) -> Tensor:
     return mean.sqrt()
 
 
-def _spreading(tails: Tails) -> Tensor:
+def _spreading(displacement: Tensor, window: int) -> Tensor:
     """Of means over lags, since motion that comes round has deep minima."""
-    window = tails.window
-    short = tails.displacement[:, : max(1, window // 8)].mean(-1)
-    long = tails.displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
+    short = displacement[:, : max(1, window // 8)].mean(-1)
+    long = displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
     return long / short.clamp_min(1e-300)
 
 
-def _ballistic(tails: Tails) -> Tensor:
-    quarter, half = max(1, tails.window // 4), max(2, tails.window // 2)
-    ratio = tails.displacement[:, half - 1] / tails.displacement[:, quarter - 1].clamp_min(1e-300)
+def _ballistic(displacement: Tensor, window: int) -> Tensor:
+    quarter, half = max(1, window // 4), max(2, window // 2)
+    ratio = displacement[:, half - 1] / displacement[:, quarter - 1].clamp_min(1e-300)
     return ratio.clamp_min(1e-300).log() / math.log(half / quarter)
 
 
@@ -191,7 +202,7 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     Twice: what the first choice leaves says how many recurrences count as independent.
     """
     fits = fit_shapes(parts, settings.least_periods)
-    unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2
+    unresolved = (parts.window * (_UNRESOLVED * rounding) ** 2 / 2) + _EXACT * parts.energy
     left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
     columns = torch.stack([fit.columns for fit in fits])
     numbers = torch.tensor([[float(fit.numbers.shape[-1])] for fit in fits], dtype=left.dtype)
@@ -199,30 +210,34 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
         if fit.name.endswith("rotations"):
             told = [separate(tuple(turns), parts.window) for turns in fit.numbers.tolist()]
             left[place] = torch.where(torch.tensor(told), left[place], math.inf)
-    first = _costs(left, columns, numbers, parts, torch.ones_like(parts.energy)).argmin(0).tolist()
-    rests = [residual(fits[index], row, parts) for row, index in enumerate(first)]
-    independent = torch.tensor([rest.independent for rest in rests], dtype=left.dtype)
-    cost = _costs(left, columns, numbers, parts, independent)
+    first = _costs(left, columns, numbers, parts, torch.ones_like(parts.energy)).argmin(0)
+    rest = residuals(fits, first, parts, unresolved)
+    cost = _costs(left, columns, numbers, parts, rest.independent)
+    chosen = cost.argmin(0)
+    directions = torch.where(chosen == first, rest.directions, residuals(fits, chosen, parts, unresolved).directions)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
-    speeds = _speeds(parts)
+    speeds, order = _speeds(parts).tolist(), cost.argsort(0).T.tolist()
     found = []
-    for row, index in enumerate(cost.argmin(0).tolist()):
-        rest = rests[row] if index == first[row] else residual(fits[index], row, parts)
-        shapes = [_shape(fit, row, parts, settings) for fit in fits]
-        kinds = [limit_of(shape, settings) for shape in shapes]
-        rivals = [(float(cost[other, row]), kind) for other, kind in enumerate(kinds) if kind != kinds[index]]
-        rival, rival_kind = min(rivals, default=(math.inf, kinds[index]))
+    for row, (best, *others) in enumerate(order):
+        shape = _shape(fits[best], row, parts, settings)
+        kind = limit_of(shape, settings)
+        rival, rival_kind = math.inf, kind
+        for other in others:
+            rival_kind = limit_of(_shape(fits[other], row, parts, settings), settings)
+            if rival_kind != kind:
+                rival = float(cost[other, row])
+                break
         found.append(
             _Best(
-                fit=fits[index],
-                row=row,
-                shape=shapes[index],
-                p_value=float(p_values[index, row]),
-                margin=(rival - float(cost[index, row])) / 2,
+                shape=shape,
+                left=float(fits[best].left[row]),
+                columns=float(fits[best].columns[row]),
+                p_value=float(p_values[best, row]),
+                margin=(rival - float(cost[best, row])) / 2,
                 rival=rival_kind,
                 directions=float(parts.directions[row]),
-                directions_left=rest.directions,
-                speed=float(speeds[row]),
+                directions_left=float(directions[row]),
+                speed=speeds[row],
             )
         )
     return found

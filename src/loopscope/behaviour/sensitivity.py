@@ -43,7 +43,7 @@ def sensitivity(
     grid = COSINE_GRID if isinstance(settings, CosineSettings) else DISPLACEMENT_GRID
     changed = [[_changed(settings, grid, (first, second)) for second in grid.values[1]] for first in grid.values[0]]
     found = np.empty((len(states), len(grid.values[0]), len(grid.values[1])), dtype=np.int64)
-    decide = _decider(states, dtype, settings, first_recurrence)
+    decide = _decider(states, dtype, settings, [each for row in changed for each in row], first_recurrence)
     for row, settings_row in enumerate(changed):
         for column, each in enumerate(settings_row):
             found[:, row, column] = [KINDS.index(kind) for kind in decide(each)]
@@ -51,12 +51,16 @@ def sensitivity(
 
 
 def _decider(
-    states: Tensor, dtype: StateDtype, settings: DisplacementSettings | CosineSettings, first_recurrence: int
+    states: Tensor,
+    dtype: StateDtype,
+    settings: DisplacementSettings | CosineSettings,
+    others: list[Any],
+    first_recurrence: int,
 ) -> Callable[[Any], list[Kind]]:
     """From settings to kinds; what does not depend on the thresholds is measured once."""
     if isinstance(settings, CosineSettings):
         return partial(cosine_kinds, measure_turns(states, settings))
-    motions = measure_tails(states, dtype, settings, first_recurrence, shorter=False)
+    motions = measure_tails(states, dtype, settings, first_recurrence, others=others)
     return lambda changed: [decide_kind(motion, changed) for motion in motions]
 
 

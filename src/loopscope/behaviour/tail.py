@@ -33,14 +33,14 @@ class Tails:
 
     times: Float[Tensor, " time"]
     """Recurrences, counted from 1."""
-    gram: Float[Tensor, "token time time"]
-    """Inner products of the states, their mean taken out."""
-    displacement: Float[Tensor, "token lag"]
-    """Mean squared displacement at lags 1, 2, ..."""
+    products: Float[Tensor, "token time time"]
+    """Inner products of the differences to the last state: what is left of a motion that shrinks keeps its digits."""
     steps: Float[Tensor, "token step"]
     """Lengths of the single steps."""
+    norms: Float[Tensor, "token time"]
+    """Of the states."""
     norm_growth: Float[Tensor, " token"]
-    """The norm at the end over that after half of the time since the loop began (or at the first state given)."""
+    """Norm of the last state over that of the state at half the time since the loop began."""
     width: int
 
     @property
@@ -48,14 +48,32 @@ class Tails:
         return len(self.times)
 
     @property
-    def energy(self) -> Float[Tensor, " token"]:
-        """Sum over the tail of squared distances to the mean."""
-        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-    @property
     def white_directions(self) -> float:
         """Directions that white noise would seem to take within so short a window."""
         return 1 / (1 / (self.window - 1) + 1 / self.width)
+
+    def displacement(self, window: int | None = None) -> Float[Tensor, "token lag"]:
+        """Mean squared displacement at lags 1, 2, ..., within the last `window` recurrences (all, unless given)."""
+        first = 0 if window is None else self.window - window
+        return mean_squared_displacement(self.products[:, first:, first:])
+
+    def gram(self) -> Float[Tensor, "token time time"]:
+        """Inner products of the states, their mean taken out."""
+        rows = self.products.mean(-1, keepdim=True)
+        return self.products - rows - rows.mT + rows.mean(-2, keepdim=True)
+
+    def last(self, window: int, rows: Int[Tensor, " row"]) -> Tails:
+        """The last so many recurrences of some tokens, in units of their median norm there."""
+        norms = self.norms[rows, -window:]
+        scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+        return Tails(
+            times=self.times[-window:],
+            products=self.products[rows, -window:, -window:] / scale[..., None].square(),
+            steps=self.steps[rows, 1 - window :] / scale,
+            norms=norms / scale,
+            norm_growth=self.norm_growth[rows],
+            width=self.width,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,25 +121,22 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     norms = torch.linalg.vector_norm(tail, dim=-1)
     half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double() / largest[:, 0]
     norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
-    scale = norms.median(-1).values.clamp_min(1e-300)
+    scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
     # Differences before squares: the motion may be a millionth of the norm.
-    moved = (tail - tail[:, -1:]) / scale[:, None, None]
-    steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
-    centred = moved - moved.mean(1, keepdim=True)
-    gram = centred @ centred.mT
+    moved = (tail - tail[:, -1:]) / scale[..., None]
     return Tails(
         times=times,
-        gram=gram,
-        displacement=mean_squared_displacement(gram),
-        steps=steps,
+        products=moved @ moved.mT,
+        steps=torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1),
+        norms=norms / scale,
         norm_growth=norm_growth,
         width=width,
     )
 
 
-def decompose(tails: Tails, rows: Int[Tensor, " row"]) -> Components:
-    """Principal components of the motion of some tokens."""
-    gram = tails.gram[rows]
+def decompose(tails: Tails) -> Components:
+    """Principal components of each token's motion."""
+    gram = tails.gram()
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0.0)
     kept = min(COMPONENTS, tails.window)
@@ -160,7 +175,7 @@ def tail_paths(
     """
     length = tail_length(states.shape[1], window, first_recurrence)
     tails = take_tails(states, length, first_recurrence)
-    scores = decompose(tails, torch.arange(len(states))).scores[..., -2:].flip(-1)
+    scores = decompose(tails).scores[..., -2:].flip(-1)
     return scores * torch.where(scores[:, :1] < 0, -1.0, 1.0)
 
 
