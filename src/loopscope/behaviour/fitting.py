@@ -44,15 +44,15 @@ class Fit:
     """Members of the family that were compared, for the correction of the significance."""
 
 
-def fit_shapes(parts: Components, least_periods: float) -> list[Fit]:
-    """The best fit of every family."""
+def fit_shapes(parts: Components, least_periods: float, unresolved: Float[Tensor, " token"]) -> list[Fit]:
+    """The best fit of every family; `unresolved` of a motion's sum of squares cannot be told from 0."""
     known = families(parts.window, least_periods)
     found = [_fit_family(family, parts) for family in known]
     single = next((place for place, family in enumerate(known) if family.name == "orbit 1"), None)
     if single is not None:
         found += _fit_rotations(known[single], found[single], parts, least_periods)
         found += _fit_many_harmonics(found, parts, least_periods)
-    cycles = _fit_cycles(parts, least_periods)
+    cycles = _fit_cycles(parts, least_periods, unresolved)
     return found if cycles is None else [*found, cycles]
 
 
@@ -114,7 +114,7 @@ class Residuals:
 def residuals(
     fits: Sequence[Fit], chosen: Int[Tensor, " token"], parts: Components, unresolved: Float[Tensor, " token"]
 ) -> Residuals:
-    """What each motion's chosen fit leaves; `unresolved` of its sum of squares cannot be told from 0."""
+    """What each motion's chosen fit leaves; `unresolved` as in `fit_shapes`."""
     directions, correlation = torch.empty_like(parts.energy), torch.empty_like(parts.energy)
     for place in chosen.unique().tolist():
         rows = (chosen == place).nonzero()[:, 0]
@@ -152,7 +152,7 @@ def _fit_family(family: Family, parts: Components) -> Fit:
     return _fit_from(family, best_on_grid(family, parts.times, parts.scores), parts, len(family.grid))
 
 
-def _fit_cycles(parts: Components, least_periods: float) -> Fit | None:
+def _fit_cycles(parts: Components, least_periods: float, unresolved: Tensor) -> Fit | None:
     """A cycle through arbitrary points, of a whole period: the means of the states of equal phase."""
     longest = min(_LONGEST_CYCLE, int(parts.window / least_periods))
     if longest < 2:
@@ -161,7 +161,7 @@ def _fit_cycles(parts: Components, least_periods: float) -> Fit | None:
     rest = (parts.energy[:, None] - explained).clamp_min(0.0)
     # The longer of two periods must pay for its points.
     prices = torch.arange(1, longest, dtype=rest.dtype) * math.log(parts.window)
-    best = (parts.window * rest.clamp_min(1e-300).log() + prices).argmin(-1)
+    best = (parts.window * (rest + unresolved[:, None]).log() + prices).argmin(-1)
     period = (best + 2).double()
     return Fit("cycle", None, rest.gather(-1, best[:, None])[:, 0], period[:, None], period - 1, longest - 1)
 

@@ -34,7 +34,7 @@ _SLOWING_MISFIT = 0.05
 """Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
 _UNRESOLVED = 0.5
 """Of the number type's rounding: what is left below this decides between no shapes."""
-_EXACT = 1e-14
+_EXACT = 1e-13
 """Of the energy: likewise, since the components of a motion in float64 are no better."""
 
 
@@ -201,11 +201,12 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
 
     Twice: what the first choice leaves says how many recurrences count as independent.
     """
-    fits = fit_shapes(parts, settings.least_periods)
-    unresolved = (parts.window * (_UNRESOLVED * rounding) ** 2 / 2) + _EXACT * parts.energy
+    unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
+    fits = fit_shapes(parts, settings.least_periods, unresolved)
     left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
     columns = torch.stack([fit.columns for fit in fits])
-    numbers = torch.tensor([[float(fit.numbers.shape[-1])] for fit in fits], dtype=left.dtype)
+    # A whole period is one of a few, and costs less than a number.
+    numbers = torch.tensor([[0.0 if fit.family is None else fit.numbers.shape[-1]] for fit in fits], dtype=left.dtype)
     for place, fit in enumerate(fits):
         if fit.name.endswith("rotations"):
             told = [separate(tuple(turns), parts.window) for turns in fit.numbers.tolist()]
