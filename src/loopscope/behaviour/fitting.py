@@ -83,9 +83,7 @@ def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float
     ]
 
 
-def _fit_from(
-    family: Family, numbers: Tensor, parts: Components, tried: int, promising: float = _PROMISING
-) -> Fit:
+def _fit_from(family: Family, numbers: Tensor, parts: Components, tried: int, promising: float = _PROMISING) -> Fit:
     """The best member near the one given for each motion, looked for where that one promises something."""
     value = explained_energy(family, numbers, parts.times, parts.scores)
     rows = (value >= promising * parts.energy).nonzero()[:, 0]

@@ -22,6 +22,8 @@ __all__ = ["judge"]
 
 _CHUNK_BYTES = 2**27
 """Of a trajectory's tails in float64, judged at a time."""
+_FEW = 256
+"""Tokens that are looked through for what is not finite at a time."""
 _OUTGROWN = 10.0
 """A state that is no longer finite diverged if its norm had grown by this factor before; otherwise something else
 broke."""
@@ -66,7 +68,7 @@ def judge(
     if check_order:
         check_axes(tensor)
     coarse = _coarser(check_dtype(dtype), stored_dtype(tensor))
-    finite = tensor.isfinite().all(-1)
+    finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
     if not bool(finite.any()):
         raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
     verdicts: list[Verdict | None] = [None] * len(tensor)

@@ -18,7 +18,7 @@ _ITERATIONS = 12
 """At most. From a grid point the numbers are right to nine digits after four to eight."""
 _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
-_RESOLVED = 1e-16
+_RESOLVED = 1e-15
 """Of the energy: gains below are rounding."""
 _DIFFERENCE = 1e-4
 """Of the family's step: how far apart the columns are whose difference stands for the derivative. It is right to eight
@@ -91,7 +91,7 @@ def narrow(
 def _step(family: Family, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor) -> Tensor:
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = damping[:, None] * diagonal + 1e-300
-    moved = torch.linalg.solve_ex(normal + ridge.diag_embed(), gradient)[0]
+    moved: Tensor = torch.linalg.solve_ex(normal + ridge.diag_embed(), gradient)[0]
     reach = torch.maximum(4 * family.step, numbers.abs() / 2)
     moved = moved.nan_to_num(0.0, 0.0, 0.0).clamp(-reach, reach)
     return (numbers + moved).clamp(family.low, family.high)
