@@ -12,17 +12,31 @@ from jaxtyping import Float, Int
 from scipy import special
 from torch import Tensor
 
+from loopscope.behaviour.curves import gradual, shortest_turns
 from loopscope.behaviour.narrowing import best_on_grid, narrow
-from loopscope.behaviour.shapes import Family, explained_energy, families, many_harmonics, rotations, shape_columns
+from loopscope.behaviour.shapes import (
+    Family,
+    explained_energy,
+    families,
+    many_harmonics,
+    rotations,
+    shape_coefficients,
+    shape_columns,
+)
 from loopscope.behaviour.tail import Components
 
-__all__ = ["Fit", "Residuals", "fit_shapes", "residuals", "significance"]
+__all__ = ["Fit", "Residuals", "fit_curves", "fit_shapes", "residuals", "significance"]
 
 _PROMISING = 0.5
 """Motions of which a grid point explains this share have their fits narrowed. What explains less can gain little, and
 decides nothing."""
 _NEARLY = 0.8
 """Of which few harmonics explain less than about this share is no closed curve."""
+_HARMONICS = (6, 9, 13, 19, 25)
+_MOST_COLUMNS = 0.6
+"""Of the recurrences of the window."""
+_SCATTERED = 0.25
+"""Mean squared distance of neighbours in phase, over twice the variance, from which on there is no curve."""
 _SPARE = 2
 """Components beside as many as a shape has columns that its numbers are fitted to."""
 _LONGEST_CYCLE = 64
@@ -81,6 +95,39 @@ def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float
     return [
         _fit_from(many_harmonics(count, parts.window, least_periods), turns, parts, tried, _NEARLY) for count in counts
     ]
+
+
+def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float) -> list[Fit]:
+    """Closed curves of as many harmonics as they need, about the period at which states of like phase are nearest.
+
+    The search is dear: only some motions, those that no shape explains, are worth it. Of the others, and of what is no
+    smooth curve, everything is left.
+    """
+    counts = [count for count in _HARMONICS if 2 * count + 1 <= _MOST_COLUMNS * parts.window]
+    if not counts:
+        return []
+    turns, distance = shortest_turns(parts.gram[rows], least_periods)
+    rows, turns = rows[distance <= _SCATTERED], turns[distance <= _SCATTERED, None]
+    if not len(rows):
+        return []
+    scores, energy = parts.scores[rows], parts.energy[rows]
+    found = []
+    for count in counts:
+        family = many_harmonics(count, parts.window, least_periods)
+        numbers = narrow(family, parts.times, scores[..., -family.columns - _SPARE :], turns)
+        smooth = gradual(shape_coefficients(family, numbers, parts.times, scores))
+        left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
+        found.append(
+            Fit(
+                name=family.name,
+                family=family,
+                left=parts.energy.index_copy(0, rows, torch.where(smooth, left, energy)),
+                numbers=torch.ones_like(parts.energy)[:, None].index_copy(0, rows, numbers),
+                columns=torch.full_like(parts.energy, float(family.columns)),
+                tried=len(parts.times),
+            )
+        )
+    return found
 
 
 def _fit_from(family: Family, numbers: Tensor, parts: Components, tried: int, promising: float = _PROMISING) -> Fit:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.verdicts import Kind
@@ -86,10 +88,9 @@ def _missed_by(turn: float, common: float) -> float:
     return min(abs(turn - nearest), abs(2 * math.pi - turn - beyond))
 
 
-def separate(turns: tuple[float, ...], window: int) -> bool:
+def separate(turns: Float[Tensor, "motion turn"], window: int) -> Bool[Tensor, " motion"]:
     """Whether the window can tell the turns apart: nearer ones are one rotation whose size changes."""
-    ordered = sorted(turns)
-    return all(high - low >= 2 * math.pi / window for low, high in pairwise(ordered))
+    return (turns.sort(-1).values.diff(dim=-1) >= 2 * math.pi / window).all(-1)
 
 
 def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopscope.behaviour.fitting import Fit, fit_shapes, residuals, significance
+from loopscope.behaviour.fitting import Fit, fit_curves, fit_shapes, residuals, significance
 from loopscope.behaviour.limits import Shape, closed_period, limit_of, separate
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
@@ -196,30 +196,31 @@ def _speeds(parts: Components) -> Tensor:
 
 
 def _best_fits(parts: Components, rounding: float, settings: DisplacementSettings) -> list[_Best]:
-    """The likeliest shape of each motion, by the Bayesian information criterion for noise in as many directions as the
-    noise takes: every column has a coefficient in each of them.
-
-    Twice: what the first choice leaves says how many recurrences count as independent.
-    """
+    """The likeliest shape of each motion."""
     unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
     fits = fit_shapes(parts, settings.least_periods, unresolved)
-    left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
-    columns = torch.stack([fit.columns for fit in fits])
-    # A whole period is one of a few, and costs less than a number.
-    numbers = torch.tensor([[0.0 if fit.family is None else fit.numbers.shape[-1]] for fit in fits], dtype=left.dtype)
-    for place, fit in enumerate(fits):
-        if fit.name.endswith("rotations"):
-            told = [separate(tuple(turns), parts.window) for turns in fit.numbers.tolist()]
-            left[place] = torch.where(torch.tensor(told), left[place], math.inf)
-    first = _costs(left, columns, numbers, parts, torch.ones_like(parts.energy)).argmin(0)
+    first = _costs(fits, parts, unresolved, torch.ones_like(parts.energy)).argmin(0)
+    # What the first choice leaves says how many recurrences count as independent.
     rest = residuals(fits, first, parts, unresolved)
-    cost = _costs(left, columns, numbers, parts, rest.independent)
-    chosen = cost.argmin(0)
-    directions = torch.where(chosen == first, rest.directions, residuals(fits, chosen, parts, unresolved).directions)
+    cost = _costs(fits, parts, unresolved, rest.independent)
+    unexplained = ~_explaining(fits, parts, settings.floor_factor * rounding, settings).gather(0, cost.argmin(0)[None])[
+        0
+    ]
+    if bool(unexplained.any()):
+        fits += fit_curves(parts, unexplained.nonzero()[:, 0], settings.least_periods)
+        cost = _costs(fits, parts, unresolved, rest.independent)
+        # A closed curve that explains a motion is better than a likelier shape that does not.
+        closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
+        closed = closed & _explaining(fits, parts, settings.rounding_factor * rounding, settings)
+        cost = torch.where(unexplained & closed.any(0) & ~closed, math.inf, cost)
+    order = cost.argsort(0)
+    directions = torch.where(
+        order[0] == first, rest.directions, residuals(fits, order[0], parts, unresolved).directions
+    ).tolist()
+    speeds, columns = _speeds(parts).tolist(), parts.directions.tolist()
     p_values = torch.stack([significance(fit, parts) for fit in fits])
-    speeds, order = _speeds(parts).tolist(), cost.argsort(0).T.tolist()
     found = []
-    for row, (best, *others) in enumerate(order):
+    for row, (best, *others) in enumerate(order.T.tolist()):
         shape = _shape(fits[best], row, parts, settings)
         kind = limit_of(shape, settings)
         rival, rival_kind = math.inf, kind
@@ -236,12 +237,19 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
                 p_value=float(p_values[best, row]),
                 margin=(rival - float(cost[best, row])) / 2,
                 rival=rival_kind,
-                directions=float(parts.directions[row]),
-                directions_left=float(directions[row]),
+                directions=columns[row],
+                directions_left=directions[row],
                 speed=speeds[row],
             )
         )
     return found
+
+
+def _explaining(fits: list[Fit], parts: Components, noise: float, settings: DisplacementSettings) -> Tensor:
+    """(shape, token): whether as little is left as such a step of noise makes, or nearly nothing."""
+    left, columns = torch.stack([fit.left for fit in fits]), torch.stack([fit.columns for fit in fits])
+    step = (2 * left / (parts.window - 1 - columns).clamp_min(1.0)).sqrt()
+    return (left <= settings.unexplained_structure * parts.energy) | (step <= noise)
 
 
 def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings) -> Shape:
@@ -256,8 +264,15 @@ def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings
     return Shape(fit.name, numbers, parts.window)
 
 
-def _costs(left: Tensor, columns: Tensor, numbers: Tensor, parts: Components, independent: Tensor) -> Tensor:
-    """(shape, token): twice the negative log likelihood, and the price of the coefficients."""
-    recurrences = parts.window * independent
-    entries = (recurrences * parts.noise_directions).clamp_min(2.0)
+def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
+    """(shape, token): the Bayesian information criterion for noise in as many directions as the noise takes, in each of
+    which every column has a coefficient: twice the negative log likelihood, and the price of the coefficients."""
+    left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
+    for place, fit in enumerate(fits):
+        if fit.name.endswith("rotations"):
+            left[place][~separate(fit.numbers, parts.window)] = math.inf
+    columns = torch.stack([fit.columns for fit in fits])
+    # A whole period is one of a few, and costs less than a number.
+    numbers = torch.tensor([[0.0 if fit.family is None else fit.numbers.shape[-1]] for fit in fits], dtype=left.dtype)
+    entries = (parts.window * independent * parts.noise_directions).clamp_min(2.0)
     return entries * left.log() + (columns * parts.noise_directions + numbers) * entries.log()

@@ -16,7 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Family", "explained_energy", "families", "many_harmonics", "rotations", "shape_columns"]
+__all__ = [
+    "Family",
+    "explained_energy",
+    "families",
+    "many_harmonics",
+    "rotations",
+    "shape_coefficients",
+    "shape_columns",
+    "without_trends",
+]
 
 Design = Callable[[Tensor, Tensor], Tensor]
 """(..., numbers) and times (time,) to columns (..., time, column), without the constant one."""
@@ -43,6 +52,16 @@ def shape_columns(family: Family, numbers: Tensor, times: Tensor) -> Tensor:
     basis: Tensor
     basis, _ = torch.linalg.qr(centred / centred.norm(dim=-2, keepdim=True).clamp_min(1e-300))
     return basis
+
+
+def shape_coefficients(
+    family: Family, numbers: Tensor, times: Tensor, scores: Tensor
+) -> Float[Tensor, "motion column component"]:
+    """The family's columns times these, and a constant, come nearest to each motion."""
+    columns = family.design(numbers, times)
+    basis, upper = torch.linalg.qr(columns - columns.mean(-2, keepdim=True))
+    found: Tensor = torch.linalg.solve_triangular(upper, basis.mT @ scores, upper=True)
+    return found.nan_to_num(0.0, 0.0, 0.0)
 
 
 def explained_energy(family: Family, numbers: Tensor, times: Tensor, scores: Tensor) -> Tensor:
@@ -88,7 +107,7 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
         if 2 * harmonics + 1 <= 0.4 * window:
             step = math.pi / (2 * window * harmonics)
             turns = torch.arange(slowest, math.pi, step, dtype=torch.float64)
-            turns = turns[_distinct(turns, harmonics, slowest)]
+            turns = turns[without_trends(turns, harmonics, slowest)]
             found.append(_family(f"orbit {harmonics}", _orbit(harmonics), [turns], [step / 2], [slowest], [math.pi]))
     return tuple(found)
 
@@ -124,7 +143,7 @@ def _rotations(numbers: Tensor, times: Tensor) -> Tensor:
     return torch.cat([_turn(numbers[..., place : place + 1], times) for place in range(numbers.shape[-1])], dim=-1)
 
 
-def _distinct(turns: Tensor, harmonics: int, slowest: float) -> Tensor:
+def without_trends(turns: Tensor, harmonics: int, slowest: float) -> Tensor:
     """Which turns have no harmonic that recurrences alias to a slow turn, which would be a trend and no cycle."""
     angles = turns[:, None] * torch.arange(1, harmonics + 1)
     folded = (angles + math.pi).remainder(2 * math.pi) - math.pi

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -97,6 +97,13 @@ class Components:
     @property
     def window(self) -> int:
         return len(self.times)
+
+    def take(self, rows: Int[Tensor, " row"]) -> Components:
+        """Of some tokens."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _OF_TOKENS})
+
+
+_OF_TOKENS = tuple(field.name for field in fields(Components) if field.name != "times")
 
 
 def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
