@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,8 @@ _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
 _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
+_IN_FEW_DIRECTIONS = 0.4
+"""Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
 
 
@@ -219,14 +222,16 @@ def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> 
     if motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
         return _Finding(Kind.DIVERGING, reason, motion)
-    fills = motion.filling >= settings.filling or times <= settings.floor_factor / 3
-    if times <= settings.floor_factor and fills:
+    # Of motion that does not spread, not the largest lag: in a short tail, one of so many is far above the others.
+    spreads = motion.spreading >= settings.spreading
+    size = times if spreads else statistics.median(motion.displacement) / motion.rounding
+    if size <= settings.floor_factor * (1.0 if motion.filling >= settings.filling else _IN_FEW_DIRECTIONS):
         reason = (
             f"It hovers: its motion of {motion.level:.2g} of its norm has no shape and is {times:.2g} times what one "
             "rounding does."
         )
         return _Finding(Kind.AT_FLOOR, reason, motion)
-    if motion.spreading >= settings.spreading:
+    if spreads:
         reason = (
             f"It wanders: its squared displacement still grows {motion.spreading:.2g}-fold from short lags to long "
             "ones, in no direction of its own."

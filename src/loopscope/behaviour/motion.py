@@ -28,8 +28,11 @@ _DEAR = {
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
-_SLIP = 0.05
-"""Radians over the window: turns are found to a thousandth of that where there is no noise."""
+_SLIP, _MOST_SLIP = 0.001, 0.05
+"""Radians over the window by which turns may miss a common period: where there is no noise, and at most."""
+_SLIP_IN_NOISE = 20.0
+"""The same in the noise's root mean square over that of the motion and the root of the number of recurrences: the
+error of the turn of a rotation of half the size, three times over."""
 _SLOWING_MISFIT = 0.05
 """Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
 _UNRESOLVED = 0.5
@@ -207,12 +210,15 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
         0
     ]
     if bool(unexplained.any()):
+        usual = len(fits)
         fits += fit_curves(parts, unexplained.nonzero()[:, 0], settings.least_periods)
         cost = _costs(fits, parts, unresolved, rest.independent)
-        # A closed curve that explains a motion is better than a likelier shape that does not.
+        # A closed curve that explains a motion is better than a likelier shape that does not; and one of so many
+        # harmonics has to explain it.
         closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
         closed = closed & _explaining(fits, parts, settings.rounding_factor * rounding, settings)
         cost = torch.where(unexplained & closed.any(0) & ~closed, math.inf, cost)
+        cost[usual:][~closed[usual:]] = math.inf
     order = cost.argsort(0)
     directions = torch.where(
         order[0] == first, rest.directions, residuals(fits, order[0], parts, unresolved).directions
@@ -257,7 +263,7 @@ def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings
     numbers = tuple(fit.numbers[row].tolist())
     left, energy = float(fit.left[row]), float(parts.energy[row])
     if fit.name.endswith("rotations") and left <= settings.unexplained_noise * energy:
-        slip = _SLIP * (1 + math.sqrt(left / max(energy, 1e-300)))
+        slip = min(_MOST_SLIP, _SLIP + _SLIP_IN_NOISE * math.sqrt(left / max(energy, 1e-300) / parts.window))
         period = closed_period(numbers, parts.window, settings.least_periods, slip)
         if period is not None:
             return Shape("closed curve", (period,), parts.window)

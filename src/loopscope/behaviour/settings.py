@@ -34,7 +34,7 @@ class DisplacementSettings:
     filling: float = 0.2
     """Noise moves in many directions at once. Motion beyond `rounding_factor` counts as noise only if it takes at least
     this share of the directions that white noise would take in the same window (participation ratio of the principal
-    components), or stays within a third of `floor_factor`."""
+    components), or stays within two fifths of `floor_factor`."""
     significance: float = 1e-4
     """Motion has a shape if noise alone would fit one so well with at most this probability, after correction for how
     many were tried. With 10,000 tokens, one is expected to be taken for shaped by chance; what it is called then rests
