@@ -27,7 +27,10 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_OFTEN = 6.0
+"""Periods within the tail from which on its thirds are alike."""
 _AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
+_MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,10 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     kind = limit_of(motion.shape, settings)
     if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
-    if _is_explained(motion, kind, settings) and not (approaches and kind in (Kind.ORBIT, Kind.SLIDER)):
+    contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
+        kind == Kind.ORBIT and _changes(motion, settings)
+    )
+    if _is_explained(motion, kind, settings) and not contradicted:
         return _shaped(motion, kind, settings)
     if approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
@@ -167,6 +173,16 @@ def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> 
     return motion.shrinking >= settings.shrinking and still and nearer
 
 
+def _changes(motion: Motion, settings: DisplacementSettings) -> bool:
+    """The steps of what should come round at one size lengthen or shrink.
+
+    Harmonics that recurrences alias to nearly the same turn make a rotation of any changing size.
+    """
+    assert motion.shape is not None
+    often = motion.window >= _OFTEN * motion.shape.period
+    return often and not 1 / settings.even <= motion.shrinking <= settings.even
+
+
 def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:
     """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
     exact = motion.noise <= settings.floor_factor * motion.rounding
@@ -187,7 +203,7 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
     if motion.p_value > settings.significance:
         return False
     left = motion.noise / motion.rounding
-    noisy = settings.unexplained_small if kind in (Kind.ORBIT, Kind.SLIDER) else settings.unexplained_noise
+    noisy = settings.unexplained_noise if kind == Kind.FIXED_POINT else settings.unexplained_small
     if left <= settings.rounding_factor:
         return motion.unexplained <= noisy
     if left <= settings.floor_factor:
@@ -198,7 +214,7 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
 
 def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
     assert motion.shape is not None
-    if kind in (Kind.ORBIT, Kind.SLIDER) and motion.level < settings.visible * motion.rounding:
+    if kind in _MOVING and motion.level < settings.visible * motion.rounding:
         reason = f"It hovers: its motion is {motion.level / motion.rounding:.2g} times what one rounding does."
         return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
     words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"

@@ -32,7 +32,7 @@ _PROMISING = 0.5
 decides nothing."""
 _NEARLY = 0.8
 """Of which few harmonics explain less than about this share is no closed curve."""
-_HARMONICS = (6, 9, 13, 19, 25)
+_HARMONICS = (6, 9, 13, 18, 25, 32, 38)
 _MOST_COLUMNS = 0.6
 """Of the recurrences of the window."""
 _SCATTERED = 0.25

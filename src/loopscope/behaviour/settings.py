@@ -45,9 +45,9 @@ class DisplacementSettings:
     unexplained: float = 0.05
     """A shape explains the motion if at most this share of its variance is left."""
     unexplained_noise: float = 0.25
-    """The same for an approach or a departure of which no more is left than noise, however small it is."""
+    """The same for an approach of which no more is left than noise, however small it is."""
     unexplained_small: float = 0.12
-    """The same for an orbit or a slider, which noise alone may seem to show."""
+    """The same for other motion, which noise alone may seem to show."""
     unexplained_structure: float = 0.002
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
@@ -93,9 +93,12 @@ class DisplacementSettings:
     settling: float = 1.05
     """An oscillation shrinks if its amplitude does by this factor over the tail and noise cannot explain it. (For it to
     grow takes `growth`: an orbit that is approached from within grows a little.)"""
+    even: float = 1.5
+    """The steps of an orbit that comes round twice within a third of the tail differ by at most this factor from the
+    first third to the last."""
     visible: float = 7.0
-    """An orbit or a slider moves by at least so many times the rounding. Rounding makes small cycles and slow hops of
-    its own, which no data tell from others."""
+    """An orbit, a slider or what diverges moves by at least so many times the rounding. Rounding makes small cycles and
+    slow hops of its own, which no data tell from others."""
 
     def __post_init__(self) -> None:
         _check_positive(self, but=("summable",))
