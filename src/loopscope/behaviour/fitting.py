@@ -97,36 +97,37 @@ def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float
     ]
 
 
-def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float) -> list[Fit]:
+def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float, enough: float) -> list[Fit]:
     """Closed curves of as many harmonics as they need, about the period at which states of like phase are nearest.
 
-    The search is dear: only some motions, those that no shape explains, are worth it. Of the others, and of what is no
-    smooth curve, everything is left.
+    The search is dear: only some motions, those that no shape explains, are worth it, and each until so large a share
+    as `enough` is left at most. Of the others, and of what is no smooth curve, everything is left.
     """
     counts = [count for count in _HARMONICS if 2 * count + 1 <= _MOST_COLUMNS * parts.window]
     if not counts:
         return []
     turns, distance = shortest_turns(parts.gram[rows], least_periods)
     rows, turns = rows[distance <= _SCATTERED], turns[distance <= _SCATTERED, None]
-    if not len(rows):
-        return []
-    scores, energy = parts.scores[rows], parts.energy[rows]
     found = []
     for count in counts:
+        if not len(rows):
+            break
         family = many_harmonics(count, parts.window, least_periods)
+        scores, energy = parts.scores[rows], parts.energy[rows]
         numbers = narrow(family, parts.times, scores[..., -family.columns - _SPARE :], turns)
-        smooth = gradual(shape_coefficients(family, numbers, parts.times, scores))
         left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
+        left = torch.where(gradual(shape_coefficients(family, numbers, parts.times, scores)), left, energy)
         found.append(
             Fit(
                 name=family.name,
                 family=family,
-                left=parts.energy.index_copy(0, rows, torch.where(smooth, left, energy)),
+                left=parts.energy.index_copy(0, rows, left),
                 numbers=torch.ones_like(parts.energy)[:, None].index_copy(0, rows, numbers),
                 columns=torch.full_like(parts.energy, float(family.columns)),
-                tried=len(parts.times),
+                tried=parts.window,
             )
         )
+        rows, turns = rows[left > enough * energy], turns[left > enough * energy]
     return found
 
 

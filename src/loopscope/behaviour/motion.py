@@ -211,7 +211,8 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     ]
     if bool(unexplained.any()):
         usual = len(fits)
-        fits += fit_curves(parts, unexplained.nonzero()[:, 0], settings.least_periods)
+        open_rows = unexplained.nonzero()[:, 0]
+        fits += fit_curves(parts, open_rows, settings.least_periods, settings.unexplained_structure)
         cost = _costs(fits, parts, unresolved, rest.independent)
         # A closed curve that explains a motion is better than a likelier shape that does not; and one of so many
         # harmonics has to explain it.
