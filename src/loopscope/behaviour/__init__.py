@@ -7,7 +7,7 @@ from loopscope.behaviour.calibration import Calibration, CaseScore, calibrate
 from loopscope.behaviour.displacement import same_limit
 from loopscope.behaviour.files import judge_files, load_trajectories
 from loopscope.behaviour.judge import judge
-from loopscope.behaviour.rounding import StateDtype, rounding_step
+from loopscope.behaviour.rounding import StateDtype, known_dtype, rounding_step
 from loopscope.behaviour.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, Grid, sensitivity
 from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method, parse_settings
 from loopscope.behaviour.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate, make_trajectory
@@ -37,6 +37,7 @@ __all__ = [
     "generate",
     "judge",
     "judge_files",
+    "known_dtype",
     "load_trajectories",
     "make_trajectory",
     "parse_settings",

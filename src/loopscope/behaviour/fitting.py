@@ -33,8 +33,9 @@ decides nothing."""
 _NEARLY = 0.8
 """Of which few harmonics explain less than about this share is no closed curve."""
 _HARMONICS = (6, 9, 13, 18, 25, 32, 38)
+"""Of closed curves of any form; a relaxation oscillation of period 20 takes about 25."""
 _MOST_COLUMNS = 0.6
-"""Of the recurrences of the window."""
+"""Of the recurrences of the window. What they leave of other motion is far more than what counts as explained."""
 _SCATTERED = 0.25
 """Mean squared distance of neighbours in phase, over twice the variance, from which on there is no curve."""
 _SPARE = 2
@@ -207,7 +208,7 @@ def _fit_cycles(parts: Components, least_periods: float, unresolved: Tensor) -> 
     rest = (parts.energy[:, None] - explained).clamp_min(0.0)
     # The longer of two periods must pay for its points.
     prices = torch.arange(1, longest, dtype=rest.dtype) * math.log(parts.window)
-    best = (parts.window * (rest + unresolved[:, None]).log() + prices).argmin(-1)
+    best = (parts.window * torch.maximum(rest, unresolved[:, None]).log() + prices).argmin(-1)
     period = (best + 2).double()
     return Fit("cycle", None, rest.gather(-1, best[:, None])[:, 0], period[:, None], period - 1, longest - 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.behaviour.cosine import cosine_verdicts
 from loopscope.behaviour.displacement import displacement_verdicts
-from loopscope.behaviour.rounding import StateDtype, check_dtype, rounding_step
+from loopscope.behaviour.rounding import StateDtype, check_dtype, known_dtype, rounding_step
 from loopscope.behaviour.settings import CosineSettings, DisplacementSettings, Method, method_settings
 from loopscope.behaviour.states import as_states, check_axes, stored_dtype
 from loopscope.errors import ConfigError
@@ -67,7 +67,8 @@ def judge(
         )
     if check_order:
         check_axes(tensor)
-    coarse = _coarser(check_dtype(dtype), stored_dtype(tensor))
+    declared = check_dtype(dtype)
+    coarse = max(declared, known_dtype(stored_dtype(tensor), otherwise=declared), key=rounding_step)
     finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
     if not bool(finite.any()):
         raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
@@ -99,14 +100,6 @@ def _judge(
         else verdict
         for verdict, empty in zip(found, zero.tolist(), strict=True)
     ]
-
-
-def _coarser(declared: StateDtype, stored: str) -> StateDtype:
-    try:
-        other = check_dtype(stored)
-    except ConfigError:
-        return declared
-    return max(declared, other, key=rounding_step)
 
 
 def _chunks(rows: Tensor, recurrences: int, width: int) -> Iterator[Tensor]:

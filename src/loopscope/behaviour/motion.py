@@ -274,7 +274,7 @@ def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings
 def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
     """(shape, token): the Bayesian information criterion for noise in as many directions as the noise takes, in each of
     which every column has a coefficient: twice the negative log likelihood, and the price of the coefficients."""
-    left = torch.stack([fit.left * _DEAR.get(fit.name, 1.0) + unresolved for fit in fits])
+    left = torch.stack([torch.maximum(fit.left * _DEAR.get(fit.name, 1.0), unresolved) for fit in fits])
     for place, fit in enumerate(fits):
         if fit.name.endswith("rotations"):
             left[place][~separate(fit.numbers, parts.window)] = math.inf

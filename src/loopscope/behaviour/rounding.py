@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from loopscope.errors import ConfigError
 
-__all__ = ["StateDtype", "check_dtype", "rounding_step"]
+__all__ = ["StateDtype", "check_dtype", "known_dtype", "rounding_step"]
 
 StateDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -30,6 +30,14 @@ def check_dtype(dtype: object) -> StateDtype:
     raise ConfigError(
         f"dtype is the number type that the model ran in, one of {', '.join(get_args(StateDtype))}; got {dtype!r}."
     )
+
+
+def known_dtype(dtype: object, otherwise: StateDtype) -> StateDtype:
+    """The same, or another number type where nothing is known of this one."""
+    try:
+        return check_dtype(dtype)
+    except ConfigError:
+        return otherwise
 
 
 def rounding_step(dtype: StateDtype) -> float:

@@ -16,9 +16,9 @@ from loopscope.behaviour import (
     CosineSettings,
     DisplacementSettings,
     Kind,
-    StateDtype,
     Verdict,
     judge,
+    known_dtype,
     same_limit,
     sensitivity,
     tail_paths,
@@ -105,7 +105,7 @@ class Behaviour:
         self._other = other
         self._second, self._first, self._seed = behaviour_spans(recurrences, horizon)
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
-        self._dtype = _judged_dtype(frame.info.dtype)
+        self._dtype = known_dtype(frame.info.dtype, otherwise="float32")
 
     def finish(self, layers: Sequence[int]) -> Arrays:
         """Judge layer by layer; the kept states go as they are judged."""
@@ -199,12 +199,3 @@ def _codes(verdicts: list[Verdict]) -> list[int]:
 
 def _differ(one: list[Verdict], other: list[Verdict]) -> list[bool]:
     return [not same_limit(mine.kind, its.kind) for mine, its in zip(one, other, strict=True)]
-
-
-def _judged_dtype(dtype: str) -> StateDtype:
-    """A number type of which the rounding is not known counts as float32."""
-    known: StateDtype
-    for known in ("float64", "float32", "float16", "bfloat16"):
-        if known == dtype:
-            return known
-    return "float32"
