@@ -34,8 +34,8 @@ def tails_of(path: Array) -> Tails:
     return take_tails(torch.from_numpy(np.atleast_3d(path)), path.shape[-2])
 
 
-def pulse(time: Array, period: float, sharpness: float = 3.0) -> Array:
-    """A closed curve with a short pulse once a period: a dozen harmonics matter."""
+def pulse(time: Array, period: float, sharpness: float = 12.0) -> Array:
+    """A closed curve with a short pulse once a period: a score of harmonics matters."""
     angle = 2 * math.pi / period * time
     height = np.exp(sharpness * (np.cos(angle) - 1))
     return np.asarray(0.3 * np.stack([height, np.sin(angle) * height], axis=-1) @ directions(2))
