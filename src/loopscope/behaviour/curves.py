@@ -6,13 +6,22 @@ import math
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.behaviour.shapes import without_trends
+from loopscope.behaviour.fitting import SPARE, Fit
+from loopscope.behaviour.narrowing import narrow
+from loopscope.behaviour.shapes import explained_energy, many_harmonics, shape_coefficients, without_trends
+from loopscope.behaviour.tail import Components
 
-__all__ = ["gradual", "shortest_turns"]
+__all__ = ["fit_curves", "gradual", "shortest_turns"]
 
+_HARMONICS = (6, 9, 13, 18, 25, 32, 38)
+"""Of closed curves of any form; a relaxation oscillation of period 20 takes about 25."""
+_MOST_COLUMNS = 0.6
+"""Of the recurrences of the window. What they leave of other motion is far more than what counts as explained."""
+_SCATTERED = 0.25
+"""Mean squared distance of neighbours in phase, over twice the variance, from which on there is no curve."""
 _PHASE = 0.03
 """By how much of a period neighbours on the grid differ over the whole window."""
 _CHUNK_ENTRIES = 2**21
@@ -23,6 +32,40 @@ orbit."""
 _GAP, _JUMP = 3, 2.0
 """A harmonic has at most so many times the energy of the strongest of so many before it: a curve may have odd harmonics
 alone. Those of relaxation oscillations have 0.1 to 1 times; of two rotations that nearly close, one has thousands."""
+
+
+def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float, enough: float) -> list[Fit]:
+    """Closed curves of as many harmonics as they need, about the period at which states of like phase are nearest.
+
+    The search is dear: only some motions, those that no shape explains, are worth it, and each until so large a share
+    as `enough` is left at most. Of the others, and of what is no smooth curve, everything is left.
+    """
+    counts = [count for count in _HARMONICS if 2 * count + 1 <= _MOST_COLUMNS * parts.window]
+    if not counts:
+        return []
+    turns, distance = shortest_turns(parts.gram[rows], least_periods)
+    rows, turns = rows[distance <= _SCATTERED], turns[distance <= _SCATTERED, None]
+    found = []
+    for count in counts:
+        if not len(rows):
+            break
+        family = many_harmonics(count, parts.window, least_periods)
+        scores, energy = parts.scores[rows], parts.energy[rows]
+        numbers = narrow(family, parts.times, scores[..., -family.columns - SPARE :], turns)
+        left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
+        left = torch.where(gradual(shape_coefficients(family, numbers, parts.times, scores)), left, energy)
+        found.append(
+            Fit(
+                name=family.name,
+                family=family,
+                left=parts.energy.index_copy(0, rows, left),
+                numbers=torch.ones_like(parts.energy)[:, None].index_copy(0, rows, numbers),
+                columns=torch.full_like(parts.energy, float(family.columns)),
+                tried=parts.window,
+            )
+        )
+        rows, turns = rows[left > enough * energy], turns[left > enough * energy]
+    return found
 
 
 def shortest_turns(

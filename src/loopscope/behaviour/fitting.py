@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from scipy import special
 from torch import Tensor
 
-from loopscope.behaviour.curves import gradual, shortest_turns
 from loopscope.behaviour.narrowing import best_on_grid, narrow
 from loopscope.behaviour.shapes import (
     Family,
@@ -20,25 +19,18 @@ from loopscope.behaviour.shapes import (
     families,
     many_harmonics,
     rotations,
-    shape_coefficients,
     shape_columns,
 )
 from loopscope.behaviour.tail import Components
 
-__all__ = ["Fit", "Residuals", "fit_curves", "fit_shapes", "residuals", "significance"]
+__all__ = ["SPARE", "Fit", "Residuals", "fit_shapes", "residuals", "significance"]
 
 _PROMISING = 0.5
 """Motions of which a grid point explains this share have their fits narrowed. What explains less can gain little, and
 decides nothing."""
 _NEARLY = 0.8
 """Of which few harmonics explain less than about this share is no closed curve."""
-_HARMONICS = (6, 9, 13, 18, 25, 32, 38)
-"""Of closed curves of any form; a relaxation oscillation of period 20 takes about 25."""
-_MOST_COLUMNS = 0.6
-"""Of the recurrences of the window. What they leave of other motion is far more than what counts as explained."""
-_SCATTERED = 0.25
-"""Mean squared distance of neighbours in phase, over twice the variance, from which on there is no curve."""
-_SPARE = 2
+SPARE = 2
 """Components beside as many as a shape has columns that its numbers are fitted to."""
 _LONGEST_CYCLE = 64
 
@@ -98,40 +90,6 @@ def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float
     ]
 
 
-def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float, enough: float) -> list[Fit]:
-    """Closed curves of as many harmonics as they need, about the period at which states of like phase are nearest.
-
-    The search is dear: only some motions, those that no shape explains, are worth it, and each until so large a share
-    as `enough` is left at most. Of the others, and of what is no smooth curve, everything is left.
-    """
-    counts = [count for count in _HARMONICS if 2 * count + 1 <= _MOST_COLUMNS * parts.window]
-    if not counts:
-        return []
-    turns, distance = shortest_turns(parts.gram[rows], least_periods)
-    rows, turns = rows[distance <= _SCATTERED], turns[distance <= _SCATTERED, None]
-    found = []
-    for count in counts:
-        if not len(rows):
-            break
-        family = many_harmonics(count, parts.window, least_periods)
-        scores, energy = parts.scores[rows], parts.energy[rows]
-        numbers = narrow(family, parts.times, scores[..., -family.columns - _SPARE :], turns)
-        left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
-        left = torch.where(gradual(shape_coefficients(family, numbers, parts.times, scores)), left, energy)
-        found.append(
-            Fit(
-                name=family.name,
-                family=family,
-                left=parts.energy.index_copy(0, rows, left),
-                numbers=torch.ones_like(parts.energy)[:, None].index_copy(0, rows, numbers),
-                columns=torch.full_like(parts.energy, float(family.columns)),
-                tried=parts.window,
-            )
-        )
-        rows, turns = rows[left > enough * energy], turns[left > enough * energy]
-    return found
-
-
 def _fit_from(family: Family, numbers: Tensor, parts: Components, tried: int, promising: float = _PROMISING) -> Fit:
     """The best member near the one given for each motion, looked for where that one promises something."""
     value = explained_energy(family, numbers, parts.times, parts.scores)
@@ -140,7 +98,7 @@ def _fit_from(family: Family, numbers: Tensor, parts: Components, tried: int, pr
         # What such a shape explains is in few components.
         scores = parts.scores[rows]
         numbers = numbers.index_copy(
-            0, rows, narrow(family, parts.times, scores[..., -family.columns - _SPARE :], numbers[rows])
+            0, rows, narrow(family, parts.times, scores[..., -family.columns - SPARE :], numbers[rows])
         )
         value = value.index_copy(0, rows, explained_energy(family, numbers[rows], parts.times, scores))
     columns = torch.full_like(value, float(family.columns))

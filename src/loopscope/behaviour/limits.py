@@ -36,7 +36,7 @@ class Shape:
     @property
     def rate(self) -> float:
         """Factor per recurrence by which the distance to the limit shrinks, or grows; NaN for shapes without one."""
-        if self.family in ("exponential", "alternating", "spiral"):
+        if self.family in ("exponential", "alternating", "spiral", "modes"):
             return math.exp(self.numbers[-1] / self.window)
         return math.nan
 
@@ -51,6 +51,8 @@ class Shape:
             return f"a flip of sign that changes by {self.rate:.4g} a recurrence"
         if self.family == "spiral":
             return f"a rotation of period {self.period:.4g} that changes by {self.rate:.4g} a recurrence"
+        if self.family == "modes":
+            return f"several modes, the slowest of which changes by {self.rate:.4g} a recurrence"
         if self.family in ("arc", "logarithmic arc"):
             return "an arc"
         if self.family == "logarithm":
@@ -113,6 +115,8 @@ def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
             return Kind.DIVERGING
         # Less than a few turns at one size are a way, not a cycle.
         return Kind.ORBIT if shape.window >= settings.least_periods * shape.period else Kind.SLIDER
+    if family == "modes":
+        return Kind.FIXED_POINT
     if family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
         return Kind.SLIDER
     return Kind.BOUNDED if family.endswith("rotations") else Kind.ORBIT

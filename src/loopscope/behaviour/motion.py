@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopscope.behaviour.fitting import Fit, fit_curves, fit_shapes, residuals, significance
+from loopscope.behaviour.curves import fit_curves
+from loopscope.behaviour.fitting import Fit, fit_shapes, residuals, significance
 from loopscope.behaviour.limits import Shape, closed_period, limit_of, separate
+from loopscope.behaviour.modes import fit_modes
 from loopscope.behaviour.rounding import StateDtype, rounding_step
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.behaviour.steps import slowing_power, steady_trend
@@ -28,6 +30,12 @@ _DEAR = {
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
+_SINGLE_MODES = ("exponential", "alternating", "spiral")
+_SIMPLE = (*_SINGLE_MODES, "power", "logarithm", "arc", "orbit 1")
+_IN_PART = 0.7
+"""Share that the best single mode leaves at most where several modes are looked for."""
+_SHRINKS = 1.3
+"""And factor by which the squares of their steps fall from the first third of the tail to the last."""
 _SLIP, _MOST_SLIP = 0.001, 0.05
 """Radians over the window by which turns may miss a common period: where there is no noise, and at most."""
 _SLIP_IN_NOISE = 20.0
@@ -202,7 +210,14 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     """The likeliest shape of each motion."""
     unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
     fits = fit_shapes(parts, settings.least_periods, unresolved)
-    first = _costs(fits, parts, unresolved, torch.ones_like(parts.energy)).argmin(0)
+    everywhere = torch.ones_like(parts.energy)
+    first = _costs(fits, parts, unresolved, everywhere).argmin(0)
+    mixed = _may_be_modes(fits, first, parts, rounding, settings)
+    if len(mixed):
+        singles = {fit.name: fit for fit in fits if fit.name in _SINGLE_MODES}
+        least = {name: math.log(settings.growth if name == "exponential" else settings.settling) for name in singles}
+        fits += fit_modes(parts, mixed, singles, least)
+        first = _costs(fits, parts, unresolved, everywhere).argmin(0)
     # What the first choice leaves says how many recurrences count as independent.
     rest = residuals(fits, first, parts, unresolved)
     cost = _costs(fits, parts, unresolved, rest.independent)
@@ -250,6 +265,21 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
             )
         )
     return found
+
+
+def _may_be_modes(
+    fits: list[Fit], first: Tensor, parts: Components, rounding: float, settings: DisplacementSettings
+) -> Tensor:
+    """Motions that shrink and that one mode explains in part, but that nothing simple explains."""
+    left = torch.stack([fit.left for fit in fits]).gather(0, first[None])[0]
+    simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
+    simple = simple & ((2 * left / parts.window).sqrt() <= settings.rounding_factor * rounding)
+    one = torch.stack([fit.left for fit in fits if fit.name in _SINGLE_MODES]).amin(0)
+    squares = parts.gram.diagonal(dim1=-2, dim2=-1)
+    steps = squares[:, 1:] + squares[:, :-1] - 2 * parts.gram.diagonal(1, dim1=-2, dim2=-1)
+    third = steps.shape[-1] // 3
+    shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
+    return (shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
 
 
 def _explaining(fits: list[Fit], parts: Components, noise: float, settings: DisplacementSettings) -> Tensor:

@@ -59,6 +59,7 @@ def narrow(
     times: Float[Tensor, " time"],
     scores: Float[Tensor, "motion time component"],
     numbers: Float[Tensor, "motion number"],
+    iterations: int = _ITERATIONS,
 ) -> Float[Tensor, "motion number"]:
     """The numbers nearby that explain most of each motion.
 
@@ -71,7 +72,7 @@ def narrow(
     energy = scores.square().sum((-1, -2))
     tried, gradient = numbers, torch.zeros_like(numbers)
     normal = torch.zeros(*numbers.shape, numbers.shape[-1], dtype=scores.dtype)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         found, slope, square = _linearised(family, times, scores[active], tried)
         gain = found - value[active]
         better = gain > 0

@@ -24,6 +24,7 @@ __all__ = [
     "rotations",
     "shape_coefficients",
     "shape_columns",
+    "together",
     "without_trends",
 ]
 
@@ -141,6 +142,27 @@ def rotations(count: int, window: int, least_periods: float) -> Family:
 
 def _rotations(numbers: Tensor, times: Tensor) -> Tensor:
     return torch.cat([_turn(numbers[..., place : place + 1], times) for place in range(numbers.shape[-1])], dim=-1)
+
+
+@lru_cache(maxsize=256)
+def together(members: tuple[Family, ...]) -> Family:
+    """The columns of several families side by side, their numbers one after the other. Its grid has no points, and
+    numbers beyond those of the members say nothing."""
+    counts = [family.grid.shape[-1] for family in members]
+
+    def design(numbers: Tensor, times: Tensor) -> Tensor:
+        pieces = numbers[..., : sum(counts)].split(counts, dim=-1)
+        return torch.cat([family.design(piece, times) for family, piece in zip(members, pieces, strict=True)], dim=-1)
+
+    return Family(
+        name=", ".join(family.name for family in members),
+        design=design,
+        grid=torch.zeros(0, sum(counts), dtype=torch.float64),
+        step=torch.cat([family.step for family in members]),
+        low=torch.cat([family.low for family in members]),
+        high=torch.cat([family.high for family in members]),
+        columns=sum(family.columns for family in members),
+    )
 
 
 def without_trends(turns: Tensor, harmonics: int, slowest: float) -> Tensor:
