@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,20 +39,30 @@ def fit_modes(
     window. `least` is how much each kind shrinks at least. The numbers of what is found end with the slowest rate. Of
     other motions, and of those that do not come near a point, everything is left.
     """
-    known = {name: fit.family for name, fit in singles.items() if fit.family is not None}
+    known = {name: _full_turns(fit.family, parts.window) for name, fit in singles.items() if fit.family is not None}
     names = list(known)
     first = torch.stack([singles[name].left[rows] for name in names]).argmin(0)
     groups: _Groups = {}
     for place, name in enumerate(names):
         some = rows[first == place]
         if len(some):
-            groups[(name,)] = some, singles[name].numbers[some]
+            groups[(name,)] = some, singles[name].numbers[some].clamp(known[name].low, known[name].high)
     found = []
     for _ in range(1, _MOST):
         groups = _with_one_more(groups, known, parts)
         for kinds, (some, numbers) in groups.items():
             found.append(_as_fit(kinds, some, numbers, known, parts, least))
     return found
+
+
+@lru_cache(maxsize=64)
+def _full_turns(family: Family, window: int) -> Family:
+    """Of rotations, only those that come round within the tail: with slower ones, modes make any smooth way."""
+    if family.name != "spiral":
+        return family
+    slowest = 2 * math.pi / window
+    grid = family.grid[family.grid[:, 0] >= slowest]
+    return replace(family, grid=grid, low=torch.tensor([slowest, float(family.low[1])], dtype=torch.float64))
 
 
 def _with_one_more(groups: _Groups, known: Mapping[str, Family], parts: Components) -> _Groups:
