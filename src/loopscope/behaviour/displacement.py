@@ -27,6 +27,8 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_IN_FEW_DIRECTIONS = 0.4
+"""Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _OFTEN = 6.0
 """Periods within the tail from which on its thirds are alike."""
 _AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
@@ -141,7 +143,7 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
     contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
-        kind == Kind.ORBIT and _changes(motion, settings)
+        not 1 / settings.even <= motion.evenness <= settings.even
     )
     if _is_explained(motion, kind, settings) and not contradicted:
         return _shaped(motion, kind, settings)
@@ -171,16 +173,6 @@ def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> 
     still = motion.shrinking_late >= settings.shrinking_late or motion.late_step <= rest
     nearer = motion.later_level <= settings.nearer * motion.level
     return motion.shrinking >= settings.shrinking and still and nearer
-
-
-def _changes(motion: Motion, settings: DisplacementSettings) -> bool:
-    """The steps of what should come round at one size lengthen or shrink.
-
-    Harmonics that recurrences alias to nearly the same turn make a rotation of any changing size.
-    """
-    assert motion.shape is not None
-    often = motion.window >= _OFTEN * motion.shape.period
-    return often and not 1 / settings.even <= motion.shrinking <= settings.even
 
 
 def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:

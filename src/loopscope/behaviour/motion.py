@@ -87,6 +87,9 @@ class Motion:
     """The same within the later half."""
     late_step: float
     norm_growth: float
+    evenness: float
+    """Of what comes round: step in the first whole periods of the tail over that in the last as many; 1 of other
+    motion."""
     speed: float
     """Length of the way from the first quarter of the tail to the last, per recurrence."""
     slowing: float
@@ -113,6 +116,7 @@ class _Best:
     directions: float
     directions_left: float
     speed: float
+    evenness: float
 
 
 def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
@@ -159,6 +163,7 @@ def _motion(tails: Tails, rounding: float, its: _Best | None, numbers: dict[str,
         rival=None if its is None else its.rival,
         filling=0.0 if its is None else its.directions / tails.white_directions,
         residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
+        evenness=1.0 if its is None else its.evenness,
         speed=0.0 if its is None else its.speed,
         displacement=tuple(curve),
         **numbers,
@@ -239,7 +244,7 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     directions = torch.where(
         order[0] == first, rest.directions, residuals(fits, order[0], parts, unresolved).directions
     ).tolist()
-    speeds, columns = _speeds(parts).tolist(), parts.directions.tolist()
+    speeds, columns, steps = _speeds(parts).tolist(), parts.directions.tolist(), _squared_steps(parts)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
     found = []
     for row, (best, *others) in enumerate(order.T.tolist()):
@@ -262,6 +267,7 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
                 directions=columns[row],
                 directions_left=directions[row],
                 speed=speeds[row],
+                evenness=_evenness(steps[row], shape.period) if kind == Kind.ORBIT else 1.0,
             )
         )
     return found
@@ -275,11 +281,23 @@ def _may_be_modes(
     simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
     simple = simple & ((2 * left / parts.window).sqrt() <= settings.rounding_factor * rounding)
     one = torch.stack([fit.left for fit in fits if fit.name in _SINGLE_MODES]).amin(0)
-    squares = parts.gram.diagonal(dim1=-2, dim2=-1)
-    steps = squares[:, 1:] + squares[:, :-1] - 2 * parts.gram.diagonal(1, dim1=-2, dim2=-1)
+    steps = _squared_steps(parts)
     third = steps.shape[-1] // 3
     shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
     return (shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
+
+
+def _squared_steps(parts: Components) -> Tensor:
+    squares = parts.gram.diagonal(dim1=-2, dim2=-1)
+    return squares[:, 1:] + squares[:, :-1] - 2 * parts.gram.diagonal(1, dim1=-2, dim2=-1)
+
+
+def _evenness(steps: Tensor, period: float) -> float:
+    """Steps over whole periods have the same length wherever they begin."""
+    if not 2 * period <= len(steps):
+        return 1.0
+    count = round(int(len(steps) / (2 * period)) * period)
+    return math.sqrt(float(steps[:count].sum()) / max(float(steps[-count:].sum()), 1e-300))
 
 
 def _explaining(fits: list[Fit], parts: Components, noise: float, settings: DisplacementSettings) -> Tensor:

@@ -93,9 +93,10 @@ class DisplacementSettings:
     settling: float = 1.05
     """An oscillation shrinks if its amplitude does by this factor over the tail and noise cannot explain it. (For it to
     grow takes `growth`: an orbit that is approached from within grows a little.)"""
-    even: float = 1.5
-    """The steps of an orbit that comes round twice within a third of the tail differ by at most this factor from the
-    first third to the last."""
+    even: float = 1.4
+    """The steps of an orbit have the same root mean square over the first whole periods of the tail as over the last,
+    within this factor. Harmonics that recurrences alias to nearly the same turn make a rotation of any changing size; a
+    sharp jump once a period may be seen as one step or as two."""
     visible: float = 7.0
     """An orbit, a slider or what diverges moves by at least so many times the rounding. Rounding makes small cycles and
     slow hops of its own, which no data tell from others."""
