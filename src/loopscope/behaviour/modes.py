@@ -22,6 +22,8 @@ _MOST = 3
 _FAR = 3.0
 """What the modes have left to go at the end of the tail, over the root mean square of the motion within it: 2 for one
 exponential of a time constant within the tail, 5 for half of one. Exponentials that cancel make anything."""
+_MOST_NUMBERS = 0.4
+"""Columns and numbers per recurrence of the window."""
 _ITERATIONS = 30
 """Numbers of modes that are alike are found slowly."""
 
@@ -30,13 +32,11 @@ _Groups = dict[_Kinds, tuple[Int[Tensor, " row"], Float[Tensor, "row number"]]]
 """Motions and their numbers, by the kinds of their modes."""
 
 
-def fit_modes(
-    parts: Components, rows: Int[Tensor, " row"], singles: Mapping[str, Fit], least: Mapping[str, float]
-) -> list[Fit]:
+def fit_modes(parts: Components, rows: Int[Tensor, " row"], singles: Mapping[str, Fit], least: float) -> list[Fit]:
     """Two and three modes for some motions: the best one, then the best in what that leaves, then all together.
 
     `singles` are the fits of one mode, by the name of their family; the last number of each is its rate in e-folds per
-    window. `least` is how much each kind shrinks at least. The numbers of what is found end with the slowest rate. Of
+    window, which has to be below minus `least`. The numbers of what is found end with the slowest rate. Of
     other motions, and of those that do not come near a point, everything is left.
     """
     known = {name: _full_turns(fit.family, parts.window) for name, fit in singles.items() if fit.family is not None}
@@ -51,7 +51,9 @@ def fit_modes(
     for _ in range(1, _MOST):
         groups = _with_one_more(groups, known, parts)
         for kinds, (some, numbers) in groups.items():
-            found.append(_as_fit(kinds, some, numbers, known, parts, least))
+            fit = _as_fit(kinds, some, numbers, known, parts, least)
+            if fit.columns[0] + numbers.shape[-1] <= _MOST_NUMBERS * parts.window:
+                found.append(fit)
     return found
 
 
@@ -94,7 +96,7 @@ def _as_fit(
     numbers: Tensor,
     known: Mapping[str, Family],
     parts: Components,
-    least: Mapping[str, float],
+    least: float,
 ) -> Fit:
     family = together(tuple(known[kind] for kind in kinds))
     ends = torch.tensor([known[kind].grid.shape[-1] for kind in kinds]).cumsum(0) - 1
@@ -103,7 +105,7 @@ def _as_fit(
     coefficients = shape_coefficients(family, numbers, parts.times, scores)
     sizes = torch.linalg.vector_norm(coefficients, dim=-1).split([known[kind].columns for kind in kinds], dim=-1)
     ahead = sum(torch.linalg.vector_norm(size, dim=-1) * rate.exp() for size, rate in zip(sizes, rates.T, strict=True))
-    shrinking: Bool[Tensor, " row"] = (rates <= -torch.tensor([least[kind] for kind in kinds])).all(-1)
+    shrinking: Bool[Tensor, " row"] = (rates <= -least).all(-1)
     near = shrinking & (ahead <= _FAR * (energy / parts.window).sqrt())
     slowest = torch.cat((numbers, rates.amax(-1, keepdim=True)), dim=-1)
     return Fit(

@@ -220,8 +220,7 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     mixed = _may_be_modes(fits, first, parts, rounding, settings)
     if len(mixed):
         singles = {fit.name: fit for fit in fits if fit.name in _SINGLE_MODES}
-        least = {name: math.log(settings.growth if name == "exponential" else settings.settling) for name in singles}
-        fits += fit_modes(parts, mixed, singles, least)
+        fits += fit_modes(parts, mixed, singles, math.log(settings.growth))
         first = _costs(fits, parts, unresolved, everywhere).argmin(0)
     # What the first choice leaves says how many recurrences count as independent.
     rest = residuals(fits, first, parts, unresolved)
