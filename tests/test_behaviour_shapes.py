@@ -34,7 +34,7 @@ def tails_of(path: Array) -> Tails:
     return take_tails(torch.from_numpy(np.atleast_3d(path)), path.shape[-2])
 
 
-def pulse(time: Array, period: float, sharpness: float = 12.0) -> Array:
+def pulse(time: Array, period: float, sharpness: float = 25.0) -> Array:
     """A closed curve with a short pulse once a period: a score of harmonics matters."""
     angle = 2 * math.pi / period * time
     height = np.exp(sharpness * (np.cos(angle) - 1))
@@ -146,6 +146,31 @@ def test_a_flip_that_fades_is_no_cycle() -> None:
         modes = [(-flips[0]) ** time, 0.3 * (-flips[1]) ** time, 0.05 * 0.97**time * np.cos(turns * time)]
         verdict = judge(rounded(0.5 * np.stack(modes, axis=-1) @ directions(3)), "float32")[0]
         assert verdict.kind in (Kind.FIXED_POINT, Kind.AT_FLOOR), verdict.reason
+
+
+@pytest.mark.parametrize("length", [64, 128, 256])
+def test_a_sum_of_decays_approaches_a_point(length: int) -> None:
+    """Two or three exponentials come near to a logarithm or a drift after a transient, but for what float32 shows."""
+    rng = np.random.default_rng(length)
+    states = []
+    for _ in range(20):
+        rates, sizes = rng.uniform(2, 12, 3), np.array([1.0, *rng.uniform(-0.5, 0.5, 2)])
+        decays = sizes * np.exp(-rates * np.arange(length)[:, None] / length)
+        states.append(rounded(0.5 * decays @ directions(3, seed=int(rng.integers(99)))))
+    kinds = [verdict.kind for verdict in judge(np.stack(states), "float32", check_order=False)]
+    assert set(kinds) <= {Kind.FIXED_POINT, Kind.AT_FLOOR}
+
+
+@pytest.mark.parametrize("length", [64, 128, 256])
+def test_a_drift_after_transients_still_drifts(length: int) -> None:
+    rng, time = np.random.default_rng(length), np.arange(float(length))
+    states = []
+    for _ in range(10):
+        for way in (time / length, np.log(time + 2) / 5, (time + 1) ** 0.4 / length**0.4):
+            transients = rng.uniform(0.05, 0.3, 2) * np.exp(-rng.uniform(15, 40, 2) * time[:, None] / length)
+            states.append(rounded(np.concatenate([way[:, None], transients], axis=1) @ directions(3)))
+    kinds = [verdict.kind for verdict in judge(np.stack(states), "float32", check_order=False)]
+    assert set(kinds) == {Kind.SLIDER}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

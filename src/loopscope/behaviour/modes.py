@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopscope.behaviour.fitting import SPARE, Fit
@@ -28,8 +28,8 @@ _ITERATIONS = 30
 """Numbers of modes that are alike are found slowly."""
 
 _Kinds = tuple[str, ...]
-_Groups = dict[_Kinds, tuple[Int[Tensor, " row"], Float[Tensor, "row number"]]]
-"""Motions and their numbers, by the kinds of their modes."""
+_Groups = dict[_Kinds, tuple[Tensor, Tensor]]
+"""By the kinds of their modes, the motions (row,) and their numbers (row, number)."""
 
 
 def fit_modes(parts: Components, rows: Int[Tensor, " row"], singles: Mapping[str, Fit], least: float) -> list[Fit]:

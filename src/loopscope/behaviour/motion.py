@@ -225,19 +225,21 @@ def _best_fits(parts: Components, rounding: float, settings: DisplacementSetting
     # What the first choice leaves says how many recurrences count as independent.
     rest = residuals(fits, first, parts, unresolved)
     cost = _costs(fits, parts, unresolved, rest.independent)
-    unexplained = ~_explaining(fits, parts, settings.floor_factor * rounding, settings).gather(0, cost.argmin(0)[None])[
-        0
-    ]
-    if bool(unexplained.any()):
+    chosen = cost.argmin(0)
+    small, step = _left_over(fits, parts, settings)
+    # A cycle of many points may be a curve that nearly closes after several rounds.
+    told = small.gather(0, chosen[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[chosen]
+    untold = ~told & (step.gather(0, chosen[None])[0] > settings.floor_factor * rounding)
+    if bool(untold.any()):
         usual = len(fits)
-        open_rows = unexplained.nonzero()[:, 0]
-        fits += fit_curves(parts, open_rows, settings.least_periods, settings.unexplained_structure)
+        fits += fit_curves(parts, untold.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
         cost = _costs(fits, parts, unresolved, rest.independent)
-        # A closed curve that explains a motion is better than a likelier shape that does not; and one of so many
-        # harmonics has to explain it.
+        small, step = _left_over(fits, parts, settings)
         closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
-        closed = closed & _explaining(fits, parts, settings.rounding_factor * rounding, settings)
-        cost = torch.where(unexplained & closed.any(0) & ~closed, math.inf, cost)
+        closed = closed & (small | (step <= settings.rounding_factor * rounding))
+        # The closed curve that leaves least of a motion is better than a likelier shape that does not explain it; and
+        # one of so many harmonics has to explain it.
+        cost = torch.where(untold & closed.any(0), torch.where(closed, step.clamp_min(1e-300).log(), math.inf), cost)
         cost[usual:][~closed[usual:]] = math.inf
     order = cost.argsort(0)
     directions = torch.where(
@@ -299,11 +301,11 @@ def _evenness(steps: Tensor, period: float) -> float:
     return math.sqrt(float(steps[:count].sum()) / max(float(steps[-count:].sum()), 1e-300))
 
 
-def _explaining(fits: list[Fit], parts: Components, noise: float, settings: DisplacementSettings) -> Tensor:
-    """(shape, token): whether as little is left as such a step of noise makes, or nearly nothing."""
+def _left_over(fits: list[Fit], parts: Components, settings: DisplacementSettings) -> tuple[Tensor, Tensor]:
+    """(shape, token): whether nearly nothing is left, and the step of noise of the size of what is left."""
     left, columns = torch.stack([fit.left for fit in fits]), torch.stack([fit.columns for fit in fits])
     step = (2 * left / (parts.window - 1 - columns).clamp_min(1.0)).sqrt()
-    return (left <= settings.unexplained_structure * parts.energy) | (step <= noise)
+    return left <= settings.unexplained_structure * parts.energy, step
 
 
 def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings) -> Shape:
