@@ -54,53 +54,60 @@ class Fit:
 def fit_shapes(parts: Components, least_periods: float, unresolved: Float[Tensor, " token"]) -> list[Fit]:
     """The best fit of every family; `unresolved` of a motion's sum of squares cannot be told from 0."""
     known = families(parts.window, least_periods)
-    found = [_fit_family(family, parts) for family in known]
-    single = next((place for place, family in enumerate(known) if family.name == "orbit 1"), None)
+    found: list[Fit] = []
+    for family in known:
+        start = best_on_grid(family, parts.times, parts.scores)
+        found.append(_fit_from(family, start, parts, len(family.grid), found))
+    single = next((fit for fit in found if fit.name == "orbit 1"), None)
     if single is not None:
-        found += _fit_rotations(known[single], found[single], parts, least_periods)
-        found += _fit_many_harmonics(found, parts, least_periods)
+        _add_rotations(found, single, parts, least_periods)
+        _add_many_harmonics(found, parts, least_periods)
     cycles = _fit_cycles(parts, least_periods, unresolved)
     return found if cycles is None else [*found, cycles]
 
 
-def _fit_rotations(single: Family, first: Fit, parts: Components, least_periods: float) -> list[Fit]:
+def _add_rotations(found: list[Fit], single: Fit, parts: Components, least_periods: float) -> None:
     """Two and three rotations of unrelated periods: the strongest one, then the strongest in what that leaves."""
-    found, so_far = [], first
+    assert single.family is not None
+    family, numbers, tried = single.family, single.numbers, single.tried
     for count in (2, 3):
         if 2 * count + 1 > 0.4 * parts.window:
             break
-        basis = shape_columns(so_far.family or single, so_far.numbers, parts.times)
+        basis = shape_columns(family, numbers, parts.times)
         rest = parts.scores - basis @ (basis.mT @ parts.scores)
-        numbers = torch.cat((so_far.numbers, best_on_grid(single, parts.times, rest)), dim=-1)
-        so_far = _fit_from(rotations(count, parts.window, least_periods), numbers, parts, so_far.tried * first.tried)
-        found.append(so_far)
-    return found
+        numbers = torch.cat((numbers, best_on_grid(single.family, parts.times, rest)), dim=-1)
+        family, tried = rotations(count, parts.window, least_periods), tried * single.tried
+        found.append(_fit_from(family, numbers, parts, tried, found))
+        numbers = found[-1].numbers
 
 
-def _fit_many_harmonics(fits: list[Fit], parts: Components, least_periods: float) -> list[Fit]:
-    few = [fit for fit in fits if fit.name in ("orbit 2", "orbit 3", "orbit 4")]
+def _add_many_harmonics(found: list[Fit], parts: Components, least_periods: float) -> None:
+    few = [fit for fit in found if fit.name in ("orbit 2", "orbit 3", "orbit 4")]
     counts = [count for count in (6, 9) if 2 * count + 1 <= 0.4 * parts.window]
     if not few or not counts:
-        return []
+        return
     best = torch.stack([fit.left for fit in few]).argmin(0)
     turns = torch.stack([fit.numbers for fit in few])[best, torch.arange(len(best))]
     tried = sum(fit.tried for fit in few)
-    return [
-        _fit_from(many_harmonics(count, parts.window, least_periods), turns, parts, tried, _NEARLY) for count in counts
-    ]
+    for count in counts:
+        family = many_harmonics(count, parts.window, least_periods)
+        found.append(_fit_from(family, turns, parts, tried, found, _NEARLY))
 
 
-def _fit_from(family: Family, numbers: Tensor, parts: Components, tried: int, promising: float = _PROMISING) -> Fit:
-    """The best member near the one given for each motion, looked for where that one promises something."""
+def _fit_from(
+    family: Family, numbers: Tensor, parts: Components, tried: int, others: list[Fit], promising: float = _PROMISING
+) -> Fit:
+    """The best member near the one given for each motion, looked for where that one promises something and as long as
+    others do not leave far less."""
     value = explained_energy(family, numbers, parts.times, parts.scores)
     rows = (value >= promising * parts.energy).nonzero()[:, 0]
     if len(rows):
         # What such a shape explains is in few components.
         scores = parts.scores[rows]
-        numbers = numbers.index_copy(
-            0, rows, narrow(family, parts.times, scores[..., -family.columns - SPARE :], numbers[rows])
-        )
-        value = value.index_copy(0, rows, explained_energy(family, numbers[rows], parts.times, scores))
+        least = torch.stack([parts.energy, *(fit.left for fit in others)]).amin(0)[rows]
+        found = narrow(family, parts.times, scores[..., -family.columns - SPARE :], numbers[rows], rivals=least)
+        numbers = numbers.index_copy(0, rows, found)
+        value = value.index_copy(0, rows, explained_energy(family, found, parts.times, scores))
     columns = torch.full_like(value, float(family.columns))
     return Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, tried)
 
@@ -151,10 +158,6 @@ def _fitted_basis(fit: Fit, rows: Tensor, parts: Components) -> Tensor:
         # The last column is what the others and a constant leave none of.
         basis[periods == period, :, : period - 1] = torch.linalg.qr(phase - phase.mean(0))[0][:, :-1]
     return basis
-
-
-def _fit_family(family: Family, parts: Components) -> Fit:
-    return _fit_from(family, best_on_grid(family, parts.times, parts.scores), parts, len(family.grid))
 
 
 def _fit_cycles(parts: Components, least_periods: float, unresolved: Tensor) -> Fit | None:

@@ -16,6 +16,8 @@ _CHUNK_ENTRIES = 2**20
 """Of projections at a time: 4 MiB in float32, which stay in the cache."""
 _ITERATIONS = 12
 """At most. From a grid point the numbers are right to nine digits after four to eight."""
+_TRIAL, _BEHIND = 5, 10.0
+"""After so many, what leaves so many times as much as another shape is given up."""
 _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
 _RESOLVED = 1e-15
@@ -25,6 +27,8 @@ _DIFFERENCE = 1e-4
 digits, and moves no limit by more than that share of what is left."""
 _DAMPING = 1e-3
 """To begin with, relative to the diagonal of the normal equations; Levenberg's and Marquardt's."""
+_HOPELESS = 100.0
+"""Damping from which on steps are too short to matter."""
 
 
 def best_on_grid(
@@ -60,8 +64,12 @@ def narrow(
     scores: Float[Tensor, "motion time component"],
     numbers: Float[Tensor, "motion number"],
     iterations: int = _ITERATIONS,
+    rivals: Float[Tensor, " motion"] | None = None,
 ) -> Float[Tensor, "motion number"]:
     """The numbers nearby that explain most of each motion.
+
+    `rivals` are the sums of squares that other shapes leave: where far more is left after some iterations, that is
+    enough.
 
     Least squares in the numbers, the coefficients being those of the projection (variable projection: Golub and
     Pereyra 1973, with the derivative of the residual as Kaufman 1975 shortens it), by Levenberg-Marquardt steps.
@@ -72,7 +80,7 @@ def narrow(
     energy = scores.square().sum((-1, -2))
     tried, gradient = numbers, torch.zeros_like(numbers)
     normal = torch.zeros(*numbers.shape, numbers.shape[-1], dtype=scores.dtype)
-    for _ in range(iterations):
+    for iteration in range(iterations):
         found, slope, square = _linearised(family, times, scores[active], tried)
         gain = found - value[active]
         better = gain > 0
@@ -82,7 +90,9 @@ def narrow(
         damping[active] = torch.where(better, damping[active] / 8, damping[active] * 8)
         # A step that gained nothing is tried again, shorter, unless it was already too small to matter.
         enough = _CONVERGED * (energy - value)[active] + _RESOLVED * energy[active]
-        active = active[gain.abs() > enough]
+        active = active[(gain.abs() > enough) & (damping[active] < _HOPELESS)]
+        if rivals is not None and iteration >= _TRIAL:
+            active = active[(energy - value)[active] <= _BEHIND * rivals[active]]
         if not len(active):
             break
         tried = _step(family, best[active], gradient[active], normal[active], damping[active])
@@ -90,7 +100,10 @@ def narrow(
 
 
 def _step(family: Family, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor) -> Tensor:
+    # What is at its bound and would go beyond stays there.
+    free = ~((numbers <= family.low) & (gradient < 0) | (numbers >= family.high) & (gradient > 0))
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    gradient, normal = gradient * free, normal * free[..., None] * free[..., None, :] + (~free).double().diag_embed()
     ridge = damping[:, None] * diagonal + 1e-300
     moved: Tensor = torch.linalg.solve_ex(normal + ridge.diag_embed(), gradient)[0]
     reach = torch.maximum(4 * family.step, numbers.abs() / 2)
