@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -16,12 +16,15 @@ from loopscope.behaviour.narrowing import best_on_grid, narrow
 from loopscope.behaviour.shapes import Family, explained_energy, shape_coefficients, shape_columns, together
 from loopscope.behaviour.tail import Components
 
-__all__ = ["fit_modes"]
+__all__ = ["SINGLE_MODES", "fit_modes"]
+
+SINGLE_MODES = ("exponential", "alternating", "spiral")
 
 _MOST = 3
 _FAR = 3.0
-"""What the modes have left to go at the end of the tail, over the root mean square of the motion within it: 2 for one
-exponential of a time constant within the tail, 5 for half of one. Exponentials that cancel make anything."""
+"""What is left to go at the end of the tail, over the root mean square of the motion within it: 2 for one exponential of
+a time constant within the tail, 5 for half of one. Exponentials that cancel fit any drift, and put its limit far away.
+"""
 _MOST_NUMBERS = 0.4
 """Columns and numbers per recurrence of the window."""
 _ITERATIONS = 30
@@ -32,13 +35,14 @@ _Groups = dict[_Kinds, tuple[Tensor, Tensor]]
 """By the kinds of their modes, the motions (row,) and their numbers (row, number)."""
 
 
-def fit_modes(parts: Components, rows: Int[Tensor, " row"], singles: Mapping[str, Fit], least: float) -> list[Fit]:
+def fit_modes(parts: Components, rows: Int[Tensor, " row"], fits: Sequence[Fit], least_rate: float) -> list[Fit]:
     """Two and three modes for some motions: the best one, then the best in what that leaves, then all together.
 
-    `singles` are the fits of one mode, by the name of their family; the last number of each is its rate in e-folds per
-    window, which has to be below minus `least`. The numbers of what is found end with the slowest rate. Of
+    `fits` are those of other shapes, and of one mode, the last number of which is its rate in e-folds per window. Each
+    mode has to shrink by `least_rate` at least. The numbers of what is found end with the slowest rate. Of
     other motions, and of those that do not come near a point, everything is left.
     """
+    singles = {fit.name: fit for fit in fits if fit.name in SINGLE_MODES}
     known = {name: _full_turns(fit.family, parts.window) for name, fit in singles.items() if fit.family is not None}
     names = list(known)
     first = torch.stack([singles[name].left[rows] for name in names]).argmin(0)
@@ -51,7 +55,7 @@ def fit_modes(parts: Components, rows: Int[Tensor, " row"], singles: Mapping[str
     for _ in range(1, _MOST):
         groups = _with_one_more(groups, known, parts)
         for kinds, (some, numbers) in groups.items():
-            fit = _as_fit(kinds, some, numbers, known, parts, least)
+            fit = _as_fit(kinds, some, numbers, known, parts, least_rate)
             if fit.columns[0] + numbers.shape[-1] <= _MOST_NUMBERS * parts.window:
                 found.append(fit)
     return found
@@ -96,16 +100,16 @@ def _as_fit(
     numbers: Tensor,
     known: Mapping[str, Family],
     parts: Components,
-    least: float,
+    least_rate: float,
 ) -> Fit:
     family = together(tuple(known[kind] for kind in kinds))
     ends = torch.tensor([known[kind].grid.shape[-1] for kind in kinds]).cumsum(0) - 1
     rates, scores, energy = numbers[:, ends], parts.scores[rows], parts.energy[rows]
     left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
     coefficients = shape_coefficients(family, numbers, parts.times, scores)
-    sizes = torch.linalg.vector_norm(coefficients, dim=-1).split([known[kind].columns for kind in kinds], dim=-1)
-    ahead = sum(torch.linalg.vector_norm(size, dim=-1) * rate.exp() for size, rate in zip(sizes, rates.T, strict=True))
-    shrinking: Bool[Tensor, " row"] = (rates <= -least).all(-1)
+    at_end = family.design(numbers, parts.times)[:, -1:]
+    ahead = torch.linalg.vector_norm((at_end @ coefficients)[:, 0], dim=-1)
+    shrinking: Bool[Tensor, " row"] = (rates <= -least_rate).all(-1)
     near = shrinking & (ahead <= _FAR * (energy / parts.window).sqrt())
     slowest = torch.cat((numbers, rates.amax(-1, keepdim=True)), dim=-1)
     return Fit(

@@ -12,7 +12,7 @@ from torch import Tensor
 from loopscope.behaviour.curves import fit_curves
 from loopscope.behaviour.fitting import Fit, fit_shapes, residuals, significance
 from loopscope.behaviour.limits import Shape, closed_period, limit_of, separate
-from loopscope.behaviour.modes import fit_modes
+from loopscope.behaviour.modes import SINGLE_MODES, fit_modes
 from loopscope.behaviour.settings import DisplacementSettings
 from loopscope.behaviour.tail import Components
 from loopscope.verdicts import Kind
@@ -29,8 +29,7 @@ _DEAR = {
 """By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
 would explain some of that; and rotations would take the place of the harmonics of an orbit."""
 
-_SINGLE_MODES = ("exponential", "alternating", "spiral")
-_SIMPLE = (*_SINGLE_MODES, "power", "logarithm", "arc", "orbit 1")
+_SIMPLE = (*SINGLE_MODES, "power", "logarithm", "arc", "orbit 1")
 _IN_PART = 0.7
 """Share that the best single mode leaves at most where several modes are looked for."""
 _SHRINKS = 1.3
@@ -113,17 +112,18 @@ def _compared(
     first = _costs(fits, parts, unresolved, everywhere).argmin(0)
     mixed = _may_be_modes(fits, first, parts, rounding, settings)
     if len(mixed):
-        singles = {fit.name: fit for fit in fits if fit.name in _SINGLE_MODES}
-        fits += fit_modes(parts, mixed, singles, math.log(settings.growth))
+        fits += fit_modes(parts, mixed, fits, math.log(settings.growth))
         first = _costs(fits, parts, unresolved, everywhere).argmin(0)
     # What the first choice leaves says how many recurrences count as independent.
     rest = residuals(fits, first, parts, unresolved)
     cost = _costs(fits, parts, unresolved, rest.independent)
     small, step = _left_over(fits, parts, settings)
     best = cost.argmin(0)
+    # Of what is explained as exactly as can be seen, nothing more is to be told.
+    exact = torch.stack([fit.left for fit in fits]).gather(0, best[None])[0] <= unresolved
     # A cycle of many points may be a curve that nearly closes after several rounds.
     told = small.gather(0, best[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[best]
-    untold = ~told & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
+    untold = ~told & ~exact & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
     if bool(untold.any()):
         usual = len(fits)
         fits += fit_curves(parts, untold.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
@@ -147,7 +147,7 @@ def _may_be_modes(
     left = torch.stack([fit.left for fit in fits]).gather(0, first[None])[0]
     simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
     simple = simple & ((2 * left / parts.window).sqrt() <= settings.rounding_factor * rounding)
-    one = torch.stack([fit.left for fit in fits if fit.name in _SINGLE_MODES]).amin(0)
+    one = torch.stack([fit.left for fit in fits if fit.name in SINGLE_MODES]).amin(0)
     steps = _squared_steps(parts)
     third = steps.shape[-1] // 3
     shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
