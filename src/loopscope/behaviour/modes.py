@@ -22,8 +22,8 @@ SINGLE_MODES = ("exponential", "alternating", "spiral")
 
 _MOST = 3
 _FAR = 3.0
-"""What is left to go at the end of the tail, over the root mean square of the motion within it: 2 for one exponential of
-a time constant within the tail, 5 for half of one. Exponentials that cancel fit any drift, and put its limit far away.
+"""What is left to go at the end of the tail, over the root mean square of the motion within it: 2 for one exponential
+of a time constant within the tail, 5 for half of one. Exponentials that cancel fit any drift, its limit far away.
 """
 _MOST_NUMBERS = 0.4
 """Columns and numbers per recurrence of the window."""
