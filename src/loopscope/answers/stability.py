@@ -20,7 +20,7 @@ _QUESTION = "Why: are the fixed points stable?"
 _SAID = {
     Kind.FIXED_POINT: "stand at a fixed point that attracts",
     Kind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
-    Kind.SLIDER: "have an eigenvalue that cannot be told from 1, and creep",
+    Kind.SLIDER: "have an eigenvalue that cannot be told from 1",
     Kind.ORBIT: "stand at a fixed point that repels in turns",
     Kind.PERIOD_TWO: "stand at a fixed point that repels to and fro",
     Kind.UNSTABLE: "stand at a fixed point that repels in one direction",
@@ -47,7 +47,7 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     pairs = rate_pairs(data)
     found = agreement(prediction_table(data)) if "verdict" in data else None
     there = sorted((kind for kind in counts if counts[kind]), key=lambda kind: -counts[kind])
-    parts = [f"{counts[kind]:,} ({percent(counts[kind] / total)}) {_SAID[kind]}" for kind in there]
+    parts = [f"{counts[kind]:,} ({percent(counts[kind] / total)}) {_said(kind, counts[kind])}" for kind in there]
     return Answer(
         key="stability",
         question=_QUESTION,
@@ -72,6 +72,12 @@ def _outcome(counts: Mapping[Kind, int], total: int) -> tuple[Outcome, str]:
     if stable == 0:
         return Outcome.NO, "no"
     return Outcome.PARTLY, f"{percent(stable / total)} are"
+
+
+def _said(kind: Kind, count: int) -> str:
+    """In the singular for one token."""
+    verb, _, rest = _SAID[kind].partition(" ")
+    return f"{ ({'have': 'has'}.get(verb, f'{verb}s') if count == 1 else verb) } {rest}"
 
 
 def _rates(data: xarray.Dataset, counts: Mapping[Kind, int], pairs: RatePairs) -> str:

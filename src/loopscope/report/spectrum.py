@@ -12,7 +12,7 @@ from loopscope.report.figure import Figure, plot_text
 from loopscope.report.material import Material
 from loopscope.report.predicted_kinds import PREDICTED_LOOKS
 from loopscope.report.style import INK, base_figure
-from loopscope.spectra import PREDICTED_KINDS, damped, spectral_radius
+from loopscope.spectra import PREDICTED_KINDS, Kind, damped, spectral_radius
 
 __all__ = ["damping_figure", "drawn_note", "drawn_tokens", "radii_figure", "spectrum_figure", "token_labels"]
 
@@ -68,8 +68,7 @@ def spectrum_figure(material: Material) -> Figure:
 
 
 def radii_figure(material: Material) -> Figure:
-    eigenvalues, _, _, _ = _leading(material)
-    radius = np.abs(eigenvalues)
+    radius = spectral_radius(_at_fixed_points(material))
     figure = base_figure("largest modulus of the token's eigenvalues", "tokens", hovermode="closest", bargap=0.05)
     if radius.size:
         low, high = min(0.0, float(radius.min())), max(1.05, float(radius.max()) * 1.02)
@@ -87,8 +86,8 @@ def radii_figure(material: Material) -> Figure:
     return Figure(
         anchor="stability-radii",
         title="How far are the tokens from where stability is lost?",
-        caption="Each token's own spectral radius. The distance to 1 is what it may grow by before the point no longer "
-        "attracts.",
+        caption="The spectral radius of each token that stands at a fixed point, its own alone. The distance to 1 is "
+        "what it may grow by before the point no longer attracts.",
         plot=figure,
         height=340,
     )
@@ -96,8 +95,7 @@ def radii_figure(material: Material) -> Figure:
 
 def damping_figure(material: Material) -> Figure:
     """The damped loop's radius for every step size, over the tokens."""
-    values = token_eigenvalues(material.view.dataset)
-    values = values[np.isfinite(values).any(-1)]
+    values = _at_fixed_points(material)
     figure = base_figure("step η of the damped loop", "largest modulus", hovermode="x unified")
     best = ""
     if values.size:
@@ -138,6 +136,15 @@ def damping_figure(material: Material) -> Figure:
         plot=figure,
         height=340,
     )
+
+
+def _at_fixed_points(material: Material) -> NDArray[np.complex128]:
+    """Eigenvalues of the tokens at whose point there is a fixed point, (token, pair)."""
+    data = material.view.dataset
+    values = token_eigenvalues(data)
+    kinds = data["predicted_kind"].transpose("prompt", "token").values
+    found: NDArray[np.complex128] = values[np.isfinite(values).any(-1) & (kinds != PREDICTED_KINDS.index(Kind.FAR))]
+    return found
 
 
 def _leading(

@@ -1,0 +1,120 @@
+"""What answers and report say of a study's eigenvalues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loopscope import AnalyzeSettings, Study, analyze, quick_answers
+from loopscope.answers import Answer, Outcome
+from loopscope.errors import StudyError
+from loopscope.predictions import EXPECTED, agreement, prediction_table, rate_pairs
+from loopscope.spectra import PREDICTED_KINDS
+from loopscope.spectra import Kind as Predicted
+from loopscope.verdicts import KINDS
+from loopscope.verdicts import Kind as Verdict
+from report_page import page_of
+from small_models import PROMPTS, linear_loop, relaxation
+from test_stability_study import rotation
+
+SETTINGS = AnalyzeSettings(
+    recurrences=8, horizon=32, track=(), judged_layers="last", skip=("heads", "maps", "readout", "stages", "neurons")
+)
+TOKENS = sum(map(len, PROMPTS))
+
+
+def study_of(model: Any, **changes: Any) -> Study:
+    return analyze(model, PROMPTS, settings=SETTINGS, **changes)
+
+
+def answer_of(study: Study) -> Answer:
+    return next(answer for answer in quick_answers(study) if answer.key == "stability")
+
+
+@pytest.fixture(scope="module")
+def settles() -> Study:
+    return study_of(relaxation(0.6))
+
+
+@pytest.fixture(scope="module")
+def turns() -> Study:
+    return study_of(linear_loop(*rotation(5.0)))
+
+
+def test_a_stable_fixed_point(settles: Study) -> None:
+    answer = answer_of(settles)
+    assert (answer.outcome, answer.verdict) == (Outcome.YES, "yes, all")
+    assert answer.evidence["predicted_rate_largest"] == pytest.approx(0.6, rel=1e-6)
+    assert answer.evidence["smallest_stability_margin"] == pytest.approx(0.4, rel=1e-5)
+    assert answer.evidence["predicted_minus_observed_median_absolute"] == pytest.approx(0, abs=1e-5)
+    assert f"{TOKENS} of {TOKENS} verdicts bear the prediction out" in answer.sentence
+
+
+def test_a_fixed_point_that_repels(turns: Study) -> None:
+    answer = answer_of(turns)
+    assert (answer.outcome, answer.verdict) == (Outcome.NO, "no")
+    assert "repels in turns" in answer.sentence
+    assert answer.evidence["verdicts_that_agree"] == f"{TOKENS}, 0 do not, 0 open"
+
+
+def test_where_there_is_no_fixed_point_it_cannot_be_told() -> None:
+    # s -> s + e goes on for ever: in steps of a share of the state that is above the tolerance to begin with.
+    answer = answer_of(study_of(linear_loop(torch.eye(16), torch.eye(16)), horizon=16, eigenvalue_search=4))
+    assert answer.outcome is Outcome.CANNOT_TELL
+    assert any("no fixed point was found" in limit for limit in answer.limits)
+
+
+def test_one_token_stands_where_two_stand() -> None:
+    one = analyze(relaxation(0.5), [[3]], settings=SETTINGS)
+    assert "1 (100 %) stands at" in answer_of(one).sentence
+
+
+@pytest.mark.parametrize("skip", ["stability", "behaviour"])
+def test_skipped_parts_are_not_measured(skip: str, tmp_path: Path) -> None:
+    study = study_of(relaxation(0.6), skip=(*SETTINGS.skip, skip))
+    answer, figures = answer_of(study), page_of(study, tmp_path).figures
+    if skip == "stability":
+        assert answer.outcome is Outcome.NOT_APPLICABLE
+        assert not [name for name in figures if name.startswith("stability")]
+        with pytest.raises(StudyError, match="no eigenvalues"):
+            rate_pairs(study.dataset)
+    else:
+        assert "verdicts" not in answer.sentence
+        assert "stability-agreement" not in figures
+        assert "stability-rates" in figures
+        with pytest.raises(StudyError, match="no verdicts"):
+            prediction_table(study.dataset)
+
+
+def test_every_prediction_that_says_something_has_its_verdicts() -> None:
+    assert set(EXPECTED) == set(Predicted) - {Predicted.FAR, Predicted.UNRESOLVED}
+    table = np.zeros((len(PREDICTED_KINDS), len(KINDS)), dtype=np.int64)
+    table[PREDICTED_KINDS.index(Predicted.ORBIT), KINDS.index(Verdict.ORBIT)] = 5
+    table[PREDICTED_KINDS.index(Predicted.ORBIT), KINDS.index(Verdict.UNKNOWN)] = 2
+    table[PREDICTED_KINDS.index(Predicted.FIXED_POINT), KINDS.index(Verdict.ORBIT)] = 3
+    table[PREDICTED_KINDS.index(Predicted.FAR), KINDS.index(Verdict.ORBIT)] = 4
+    found = agreement(table)
+    assert (found.agree, found.disagree, found.open) == (5, 3, 6)
+
+
+def test_the_section_shows_a_point_for_each_token(settles: Study, turns: Study, tmp_path: Path) -> None:
+    page = page_of(settles, tmp_path)
+    assert {"stability-rates", "stability-spectrum", "stability-agreement", "stability-radii", "stability-damping"} <= (
+        page.figures.keys()
+    )
+    points = [trace for trace in page.figures["stability-rates"]["data"] if trace["mode"] == "markers"]
+    assert sum(len(trace["text"]) for trace in points) == TOKENS
+    spectrum = page_of(turns, tmp_path).figures["stability-spectrum"]["data"]
+    circle, orbits = spectrum[0], next(trace for trace in spectrum if trace["name"] == "orbit")
+    assert circle["name"] == "modulus 1"
+    assert len(orbits["text"]) == 2 * TOKENS  # with the conjugates
+
+
+def test_a_token_of_the_panel_has_its_eigenvalues(turns: Study, tmp_path: Path) -> None:
+    page = page_of(turns, tmp_path)
+    panel = next(attributes for attributes, _ in page.scripts if attributes.get("id") == "token-panel")
+    assert panel["data-eigenvalues"] == "there"
