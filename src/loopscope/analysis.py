@@ -74,7 +74,8 @@ def analyze(
     tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
-    job = Job(subject, tokenized, settings, progress or SilentProgress())
+    source = model if isinstance(model, str | Path) else None
+    job = Job(subject, tokenized, settings, progress or SilentProgress(), source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
 
 

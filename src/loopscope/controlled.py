@@ -163,7 +163,14 @@ def control(
     step, asked_by = (eta, "the user") if eta is not None else _step(known, radius)
     settings = _settings(study, step, horizon)
     subject = _subject(study, model, settings)
-    job = Job(subject, _prompts(study, prompts), settings, progress or SilentProgress())
+    source = study.manifest["model"]["name"] if model is None else model
+    job = Job(
+        subject,
+        _prompts(study, prompts),
+        settings,
+        progress or SilentProgress(),
+        source if isinstance(source, str | Path) else None,
+    )
     after = job.run_in(Path(out)) if out is not None else job.run_in_memory()
     later = _verdicts(after)
     first = codes[prompts, : later.shape[1]]

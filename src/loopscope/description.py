@@ -95,7 +95,19 @@ def manifest(
     plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
     digest = prompts_digest(list(prompts))
     source = (*PROMPT_SOURCE, "truncate", "chat")
-    free = (*source, "threads", "keep_limit", "horizon_method", "device", "dtype", "revision", "neuron_limit")
+    free = (
+        *source,
+        "threads",
+        "engine",
+        "workers",
+        "address",
+        "keep_limit",
+        "horizon_method",
+        "device",
+        "dtype",
+        "revision",
+        "neuron_limit",
+    )
     return {
         "model": {
             **info.to_dict(),

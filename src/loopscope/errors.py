@@ -9,6 +9,7 @@
     ├── StudyError                an output folder or a saved study
     ├── FolderBusyError           another process is writing to the folder of a study or a training run
     ├── StorageError              writing failed: full disk, no permission
+    ├── WorkerError               work that was handed to other processes failed there
     ├── MissingDependencyError    an optional package is needed and not installed
     └── ContractError             a subject breaks promises that loopscope relies on
 
@@ -27,6 +28,7 @@ __all__ = [
     "StorageError",
     "StudyError",
     "UnknownFamilyError",
+    "WorkerError",
 ]
 
 
@@ -68,6 +70,10 @@ class StorageError(LoopscopeError):
 
 class MissingDependencyError(LoopscopeError):
     """An optional package is not installed."""
+
+
+class WorkerError(LoopscopeError):
+    """Work that was handed to other processes could not be done there."""
 
 
 class ContractError(LoopscopeError, AssertionError):

@@ -6,23 +6,28 @@ import ctypes
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 import xarray as xr
 
 from loopscope.choices import choose
 from loopscope.description import coordinates, manifest
+from loopscope.engine import make_engine, run_items
+from loopscope.engine.select import cpu_count
+from loopscope.errors import WorkerError
+from loopscope.loading import load
 from loopscope.measures import Arrays, Named, neuron_operations, neurons
 from loopscope.passes import Plan, measure_batch, steps_of
 from loopscope.prompts import TokenizedPrompt, tokenizer_record
 from loopscope.settings import AnalyzeSettings
 from loopscope.shards import StudyFolder, merge
 from loopscope.study import Study
-from loopscope.subject import Batch, NativeSubject, Subject
+from loopscope.subject import Batch, NativeSubject, Subject, intervene
 
 __all__ = ["Job", "Progress", "SilentProgress"]
 
@@ -55,9 +60,17 @@ class Job:
     """A subject, prompts and settings, with what was chosen from them."""
 
     def __init__(
-        self, subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, progress: Progress
+        self,
+        subject: Subject,
+        prompts: Sequence[TokenizedPrompt],
+        settings: AnalyzeSettings,
+        progress: Progress,
+        source: str | Path | None = None,
     ) -> None:
+        """`source` is what the subject was loaded from, so that workers can do so too; without it they are sent the
+        model itself."""
         self.subject = subject
+        self._source = source
         self.prompts = prompts
         self.settings = settings
         self.progress = progress
@@ -86,8 +99,7 @@ class Job:
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
             steps = [steps_of(self.subject, self._batch(index), self._plan(index)) for index in range(self.shards)]
             self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
-            for index in missing:
-                study.write(index, self.run(index))
+            self._run_all(missing, study.write)
             _give_memory_back()
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
@@ -97,7 +109,27 @@ class Job:
     def run_in_memory(self) -> Study:
         """All shards, with nothing written."""
         started = time.monotonic()
-        return self.assemble([self.run(index) for index in range(self.shards)], started)
+        found: dict[int, Arrays] = {}
+        self._run_all(range(self.shards), found.__setitem__)
+        return self.assemble([found[index] for index in range(self.shards)], started)
+
+    def _run_all(self, shards: Sequence[int], done: Callable[[int, Arrays], None]) -> None:
+        """Some shards, by the engine that the settings name; `done` is told of each as it is finished."""
+        settings = self.settings
+        gpus = 1.0 if self.subject.device.type == "cuda" else 0.0
+        engine = make_engine(settings.engine, settings.workers, settings.address, gpus)
+        if engine is None:
+            for shard in shards:
+                done(shard, self.run(shard))
+            return
+
+        def finished(place: int, arrays: Arrays) -> None:
+            done(shards[place], arrays)
+            for _ in range(steps_of(self.subject, self._batch(shards[place]), self._plan(shards[place]))):
+                self.progress.step()
+
+        work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
+        run_items(work, shards, finished, engine, self.progress.note)
 
     def run(self, index: int) -> Arrays:
         """Measure one shard."""
@@ -140,6 +172,45 @@ class Job:
     def _manifest(self) -> dict[str, Any]:
         found = manifest(self.subject, self.prompts, self.settings, self.choices, self._tokenizer)
         return {"created": self._created, **found}
+
+
+class _ShardWork:
+    """What a worker does with the number of a shard. The model is loaded with the first one."""
+
+    def __init__(self, subject: _Recipe, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> None:
+        self._subject, self._prompts, self._settings = subject, prompts, settings
+        self._job: Job | None = None
+
+    def __call__(self, shard: int) -> Arrays:
+        if self._job is None:
+            threads = self._settings.threads or max(1, cpu_count() // (self._settings.workers or cpu_count()))
+            torch.set_num_threads(threads)
+            self._job = Job(self._subject.load(), self._prompts, self._settings, SilentProgress())
+        return self._job.run(shard)
+
+
+class _Recipe:
+    """A subject on its way to a worker: what it is loaded from there, or the model itself."""
+
+    def __init__(self, subject: Subject, source: str | Path | None) -> None:
+        self._info = subject.info
+        self._subject = subject if source is None else None
+        # A worker may stand in another folder.
+        self._source = str(Path(source).resolve() if source and Path(source).exists() else source)
+
+    def load(self) -> Subject:
+        """In the worker. Raises `WorkerError` for a checkpoint that is another one there."""
+        info = self._info
+        if self._subject is not None:
+            return self._subject
+        subject: Subject = load(
+            self._source, revision=info.revision, dtype=info.dtype, device=info.device.partition(":")[0]
+        )
+        if subject.info.weights_sha256 != info.weights_sha256:
+            raise WorkerError(
+                f"{info.name} has other weights where a worker runs; give all machines the same checkpoint."
+            )
+        return intervene(subject, info.interventions)
 
 
 def _give_memory_back() -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "AnalyzeSettings",
     "CompareSettings",
     "Dtype",
+    "EngineName",
     "HorizonMethod",
     "JudgedLayers",
     "Part",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+EngineName = Literal["serial", "processes", "ray"]
 HorizonMethod = Literal["auto", "second-pass", "keep"]
 Part = Literal[
     "path-independence",
@@ -95,7 +97,15 @@ class AnalyzeSettings:
     batch_size: int = 8
     """Prompts that are run, and saved, together."""
     threads: int | None = None
-    """CPU threads; torch's choice unless given."""
+    """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
+    given."""
+    engine: EngineName = "serial"
+    """Where batches of prompts are run: in this process (serial), in worker processes of this machine (processes), or
+    on a Ray cluster (ray). Each worker loads the model. See docs/engines.md."""
+    workers: int | None = None
+    """How many work side by side; one for each CPU unless given."""
+    address: str = "auto"
+    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
     intervene: tuple[str, ...] = ()
     """Change the model's computation: mlp:STAGE.LAYER[@RECURRENCES]=FACTOR, attention:... likewise, inject[@T]=frozen,
@@ -181,8 +191,14 @@ class AnalyzeSettings:
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {self.threads}.")
+        for name in ("threads", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}.")
+        if self.workers is not None and self.engine == "serial":
+            raise ConfigError("--workers needs --engine processes or --engine ray: serial is this process alone.")
+        if self.address != "auto" and self.engine != "ray":
+            raise ConfigError("--address names a Ray cluster; add --engine ray.")
         if any(count < 1 for count in self.readout):
             raise ConfigError(f"--readout needs numbers of recurrences from 1, got {min(self.readout)}.")
         for entry in self.track:

@@ -1,0 +1,193 @@
+"""Items are done in this process, in others, or on a Ray cluster: with the same results, whatever dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xarray
+
+from loopscope import AnalyzeSettings, Study, analyze
+from loopscope.engine import make_engine, run_items
+from loopscope.errors import ConfigError, WorkerError
+from loopscope.settings import EngineName
+from small_models import PROMPTS, checkpoint, subject
+
+SETTINGS = AnalyzeSettings(
+    recurrences=4, horizon=8, batch_size=1, track=(), threads=1, skip=("behaviour", "heads", "maps", "readout")
+)
+
+
+class Square:
+    """Kills the process that it is in where a file says so, once."""
+
+    def __init__(self, folder: Path, *, always: bool = False) -> None:
+        self.folder, self.always = folder, always
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        marker = self.folder / f"kill-{item}"
+        if marker.exists():
+            if not self.always:
+                marker.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / f"fail-{item}").exists():
+            raise ConfigError(f"item {item} is wrong")
+        if (self.folder / f"break-{item}").exists():
+            raise ZeroDivisionError(f"item {item}")
+        if (self.folder / f"talk-{item}").exists():
+            print("a model that prints")
+        return item * item, os.getpid()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of this machine."""
+    pytest.importorskip("ray", reason="the engine ray needs the package ray")
+    ray = Path(sys.executable).parent / "ray"
+    environment = {**os.environ, "RAY_DISABLE_DASHBOARD": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    port = 20000 + os.getpid() % 20000
+    start = [str(ray), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    head = subprocess.Popen(
+        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def engine_of(name: EngineName, request: pytest.FixtureRequest) -> Any:
+    if name != "ray":
+        return make_engine(name, 2 if name == "processes" else None)
+    address, deadline = request.getfixturevalue("cluster"), time.monotonic() + 60
+    while True:
+        try:
+            return make_engine("ray", 2, address)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+@pytest.mark.parametrize("name", ["serial", "processes", "ray"])
+def test_every_item_is_done_once(name: EngineName, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    found: dict[int, tuple[int, int]] = {}
+    (tmp_path / "talk-3").touch()
+    run_items(Square(tmp_path), list(range(7)), found.__setitem__, engine_of(name, request))
+    assert {index: value for index, (value, _) in found.items()} == {item: item * item for item in range(7)}
+    processes = {process for _, process in found.values()}
+    assert (processes == {os.getpid()}) == (name == "serial")
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_what_a_dead_worker_had_is_done_again(name: EngineName, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    (tmp_path / "kill-2").touch()
+    found: dict[int, tuple[int, int]] = {}
+    said: list[str] = []
+    run_items(Square(tmp_path), list(range(6)), found.__setitem__, engine_of(name, request), said.append)
+    assert sorted(value for value, _ in found.values()) == [0, 1, 4, 9, 16, 25]
+    assert len(said) == 1
+    assert "item 3 of 6 is done again" in said[0]
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_an_item_that_kills_every_worker_is_named(
+    name: EngineName, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "kill-1").touch()
+    found: dict[int, tuple[int, int]] = {}
+    with pytest.raises(WorkerError, match="Item 2 of 3 ended 3 workers"):
+        run_items(Square(tmp_path, always=True), [0, 1, 2], found.__setitem__, engine_of(name, request))
+
+
+@pytest.mark.parametrize("name", ["serial", "processes", "ray"])
+def test_an_error_of_the_work_is_raised_here(name: EngineName, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    (tmp_path / "fail-1").touch()
+    with pytest.raises(ConfigError, match="item 1 is wrong"):
+        run_items(Square(tmp_path), [0, 1, 2], lambda index, value: None, engine_of(name, request))
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_an_unexpected_error_comes_with_its_traceback(
+    name: EngineName, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "break-0").touch()
+    with pytest.raises(WorkerError, match=r"(?s)Traceback.*ZeroDivisionError: item 0"):
+        run_items(Square(tmp_path), [0], lambda index, value: None, engine_of(name, request))
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_study_is_the_same_whoever_makes_it(name: EngineName, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", std=0.1)
+    serial = analyze(str(folder), PROMPTS, settings=SETTINGS)
+    changes: dict[str, Any] = {"engine": name, "workers": 2}
+    if name == "ray":
+        engine_of(name, request).close()
+        changes["address"] = request.getfixturevalue("cluster")
+    made = analyze(str(folder), PROMPTS, settings=SETTINGS, out=tmp_path / "study", **changes)
+    xarray.testing.assert_identical(made.dataset, serial.dataset)
+    # Who did it is no part of what a study is: another engine goes on with it.
+    xarray.testing.assert_identical(
+        analyze(str(folder), PROMPTS, settings=SETTINGS, out=tmp_path / "study").dataset,
+        Study.load(tmp_path / "study").dataset,
+    )
+
+
+def test_a_model_in_memory_is_sent_to_workers() -> None:
+    model = subject(std=0.1)
+    serial, made = (analyze(model, PROMPTS, settings=SETTINGS, engine=name) for name in ("serial", "processes"))
+    xarray.testing.assert_identical(made.dataset, serial.dataset)
+
+
+def test_interventions_reach_the_workers(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", std=0.1)
+    serial, made = (
+        analyze(str(folder), PROMPTS, settings=SETTINGS, engine=name, intervene=("damp=0.5",))
+        for name in ("serial", "processes")
+    )
+    xarray.testing.assert_identical(made.dataset, serial.dataset)
+
+
+def test_a_shard_that_diverges_is_a_finding_in_a_worker_too() -> None:
+    model = subject(std=0.1)
+    with torch.no_grad():
+        model.model.embedding.weight[5] = torch.nan
+    with pytest.raises(Exception, match="NaN or infinite"):
+        analyze(model, PROMPTS, settings=SETTINGS, engine="processes")
+
+
+def test_what_cannot_be_sent_is_said(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="cannot be sent to a worker"):
+        run_items(lambda item: item, [1], lambda index, value: None, make_engine("processes", 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers": 2}, "--workers needs --engine"),
+        ({"engine": "processes", "workers": 0}, "--workers must be at least 1"),
+        ({"address": "10.0.0.1:1"}, "add --engine ray"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        AnalyzeSettings(**changes)
+
+
+def test_a_cluster_that_is_not_there_is_said() -> None:
+    pytest.importorskip("ray", reason="the engine ray needs the package ray")
+    with pytest.raises(ConfigError, match=r"No Ray cluster can be reached at '127\.0\.0\.1:1'"):
+        make_engine("ray", 1, "127.0.0.1:1")
