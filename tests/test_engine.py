@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import xarray
@@ -61,12 +62,10 @@ def cluster() -> Iterator[str]:
     try:
         yield f"127.0.0.1:{port}"
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
+        parts = [head, *psutil.Process(head.pid).children(recursive=True)]
+        for part in parts:
+            part.kill()
+        head.wait()
 
 
 def engine_of(name: EngineName, request: pytest.FixtureRequest) -> Any:
@@ -144,6 +143,45 @@ def test_a_study_is_the_same_whoever_makes_it(name: EngineName, request: pytest.
         analyze(str(folder), PROMPTS, settings=SETTINGS, out=tmp_path / "study").dataset,
         Study.load(tmp_path / "study").dataset,
     )
+
+
+class Killer:
+    """A progress that kills a worker as soon as one shard is done."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.killed, self.said = name, False, list[str]()
+
+    def start(self, steps: int, done: int) -> None: ...
+
+    def step(self) -> None:
+        if self.killed:
+            return
+        wanted = "ray::_Actor" if self.name == "ray" else "loopscope.engine.worker"
+        started_here = psutil.process_iter() if self.name == "ray" else psutil.Process().children()
+        workers = [process for process in started_here if wanted in " ".join(process.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        self.killed = True
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_study_is_whole_though_a_worker_is_killed(
+    name: EngineName, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder, prompts = checkpoint(tmp_path / "model", std=0.1), [*PROMPTS, *PROMPTS]
+    changes: dict[str, Any] = {"engine": name, "workers": 2}
+    if name == "ray":
+        engine_of(name, request).close()
+        changes["address"] = request.getfixturevalue("cluster")
+    killer = Killer(name)
+    made = analyze(str(folder), prompts, settings=SETTINGS, out=tmp_path / "study", progress=killer, **changes)
+    assert killer.killed
+    assert any("A worker died" in note for note in killer.said)
+    serial = analyze(str(folder), prompts, settings=SETTINGS)
+    xarray.testing.assert_identical(made.dataset, serial.dataset)
 
 
 def test_a_model_in_memory_is_sent_to_workers() -> None:

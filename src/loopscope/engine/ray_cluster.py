@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from loopscope._extras import require
@@ -14,6 +17,9 @@ from loopscope.engine.worker import answer
 from loopscope.errors import ConfigError, WorkerError
 
 __all__ = ["RayEngine"]
+
+_SECONDS = 5.0
+"""In which a cluster has to answer."""
 
 
 class RayEngine:
@@ -26,8 +32,9 @@ class RayEngine:
         self._ray = require("ray", "The engine ray", extra="ray")
         self._gpus = gpus
         try:
+            _knock(address)
             self._ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
                 f"No Ray cluster can be reached at {address!r} ({reason}); start one with `ray start --head`, or name "
@@ -76,6 +83,22 @@ class _Actor:
 
     def call(self, item: bytes) -> bytes:
         return pickle.dumps(answer(self._work, pickle.loads(item)))  # noqa: S301 - from the process that runs the job
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` where nobody listens, for which Ray itself would wait for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _last_cluster()
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
+
+
+def _last_cluster() -> str:
+    """Address of the cluster that was started on this machine, as Ray notes it; nothing where none was. Ray does not
+    cross it out when a cluster is killed, and waits for it."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return note.read_text().strip() if note.is_file() else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,9 @@ from loopscope.settings import EngineName
 __all__ = ["cpu_count", "make_engine"]
 
 
-def make_engine(name: EngineName, workers: int | None = None, address: str = "auto", gpus: float = 0) -> Engine | None:
+def make_engine(
+    name: EngineName, workers: int | None = None, address: str = "auto", gpus: float = 0.0
+) -> Engine | None:
     """None for this process. `workers` is as many as there are CPUs unless given; `gpus` is the share of one that each
     worker on a Ray cluster asks for."""
     if name == "serial":
