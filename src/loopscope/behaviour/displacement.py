@@ -49,14 +49,17 @@ def displacement_verdicts(
     dtype: StateDtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
+    *,
+    try_window: bool = True,
 ) -> list[Verdict]:
     """A verdict for each of some finite trajectories of one length, on their tails.
 
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
-    a clear answer. A verdict that the last two thirds of the tail do not share is marked as unstable.
+    a clear answer. With `try_window`, a verdict that the last two thirds of the tail do not share is marked as
+    unstable.
     """
     verdicts = []
-    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=True):
+    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window):
         verdict = _verdict(_decide(motions.whole, motions.later, settings))
         if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
             verdict = dataclasses.replace(verdict, unstable=("window",))

@@ -37,6 +37,7 @@ def judge(
     settings: DisplacementSettings | CosineSettings | None = None,
     first_recurrence: int = 0,
     check_order: bool = True,
+    try_window: bool = True,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Verdict]:
     """What each token's state tends to.
@@ -46,7 +47,9 @@ def judge(
     whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding,
     below which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the
     index of the first state, if the beginning was cut off. `settings` are those of the method, its defaults unless
-    given. `progress` is told how many tokens were judged since the last time.
+    given. `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that
+    these do not share; it takes most of the same time again. `progress` is told how many tokens were judged since the
+    last time.
 
     The list has one `Verdict` a token. A token whose states are not all finite is `diverging` if they grew before, else
     `unknown`. Raises `ConfigError` for an array that is no trajectory: other axes, other numbers, too few recurrences,
@@ -78,20 +81,26 @@ def judge(
         verdicts[token] = _not_finite(tensor[token], finite[token], method)
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
-        for token, verdict in zip(rows.tolist(), _judge(tensor[rows], coarse, chosen, first_recurrence), strict=True):
+        for token, verdict in zip(
+            rows.tolist(), _judge(tensor[rows], coarse, chosen, first_recurrence, try_window), strict=True
+        ):
             verdicts[token] = verdict
         progress(len(rows))
     return [verdict for verdict in verdicts if verdict is not None]
 
 
 def _judge(
-    states: Tensor, dtype: StateDtype, settings: DisplacementSettings | CosineSettings, first_recurrence: int
+    states: Tensor,
+    dtype: StateDtype,
+    settings: DisplacementSettings | CosineSettings,
+    first_recurrence: int,
+    try_window: bool,
 ) -> list[Verdict]:
     zero = (states == 0).all(-1).all(-1)
     if isinstance(settings, CosineSettings):
         found = cosine_verdicts(states, dtype, settings)
     else:
-        found = displacement_verdicts(states, dtype, settings, first_recurrence)
+        found = displacement_verdicts(states, dtype, settings, first_recurrence, try_window=try_window)
     return [
         dataclasses.replace(
             verdict, kind=Kind.UNKNOWN, reason="Every number is 0: this may be padding, or nothing ran."

@@ -138,7 +138,7 @@ class Behaviour:
             arrays.per_prompt[f"verdict_{name}"] = Named(dims, numbers[index])
         return arrays
 
-    def _judge(self, states: Tensor, span: Span, cosine: bool = False) -> list[Verdict]:
+    def _judge(self, states: Tensor, span: Span, *, cosine: bool = False, trial: bool = False) -> list[Verdict]:
         """States that are no longer finite have diverged in the loop: broken ones were refused before it."""
         finite = states.isfinite().all(-1).all(-1)
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
@@ -152,6 +152,8 @@ class Behaviour:
                 settings=self._cosine if cosine else self._settings,
                 first_recurrence=span[0],
                 check_order=False,
+                # A trial is held against a verdict, and not tried itself.
+                try_window=not trial,
             )
             for row, verdict in zip(rows.tolist(), found, strict=True):
                 verdicts[row] = verdict
@@ -161,10 +163,12 @@ class Behaviour:
         """By what a verdict is tried against: whether it changes; None where it could not be tried."""
         found: list[list[bool] | None] = [["window" in verdict.unstable for verdict in verdicts], None, None]
         if self._first is not None:
-            found[1] = _differ(verdicts, self._judge(self._tails.trajectories(layer, self._first), self._first))
+            found[1] = _differ(
+                verdicts, self._judge(self._tails.trajectories(layer, self._first), self._first, trial=True)
+            )
         if self._seed is not None and self._other is not None:
             runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
-            found[2] = _differ(*(self._judge(states, self._seed) for states in runs))
+            found[2] = _differ(*(self._judge(states, self._seed, trial=True) for states in runs))
         return found
 
     def _last_layer(self, arrays: Arrays, states: Tensor, verdicts: list[Verdict], mask: NDArray[np.bool_]) -> None:
