@@ -350,14 +350,14 @@ def test_what_would_take_long_or_mean_nothing_is_left_out_and_said() -> None:
     study = analyze(loopscope.hook(long, **PATHS), [[1, 2, 3]], progress=progress, **settings)
     assert "token_kl_to_full" not in study.dataset
     assert exit_tables(study) is None
-    assert "after each of 9 recurrences takes 45 more" in progress.notes[-1]
+    assert any("after each of 9 recurrences takes 45 more" in note for note in progress.notes)
     asked = analyze(loopscope.hook(long, **PATHS), [[1, 2, 3]], exit_recurrences=9, **settings)
     assert asked.dataset.sizes["exit_recurrence"] == 9
     progress = Notes()
     foreseeing = loopscope.hook(Foreseeing().eval(), recurrent="cycle", coda="leave", set_recurrences="loops")
     study = analyze(foreseeing, [[1, 2, 3]], progress=progress, exit_recurrences=3, **settings)
     assert "token_kl_to_full" not in study.dataset
-    assert "depends on how often it will run" in progress.notes[-1]
+    assert any("depends on how often it will run" in note for note in progress.notes)
 
 
 @pytest.mark.parametrize(

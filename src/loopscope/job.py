@@ -18,7 +18,7 @@ import xarray as xr
 from loopscope.choices import choose
 from loopscope.description import coordinates, manifest
 from loopscope.engine import make_engine, run_items
-from loopscope.engine.select import cpu_count
+from loopscope.engine.cpus import cpu_count
 from loopscope.errors import WorkerError
 from loopscope.loading import load
 from loopscope.measures import Arrays, Named, neuron_operations, neurons

@@ -11,6 +11,7 @@ import tyro
 
 from loopscope.cli.behaviour import Behaviour, Calibrate
 from loopscope.cli.control import ControlTokens
+from loopscope.cli.experiment import Experiment
 from loopscope.cli.rates import CountRates
 from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
 
@@ -170,6 +171,16 @@ class Train:
 
 
 @dataclass(frozen=True)
+class RunExperiment:
+    """Experiments over grids of models: which designs make fixed points."""
+
+    experiment: Experiment
+
+    def run(self) -> None:
+        self.experiment.run()
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Show what a model is and what running it takes, without loading it.
 
@@ -219,6 +230,7 @@ Command = (
     | Annotated[ControlTokens, tyro.conf.subcommand("control")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
+    | Annotated[RunExperiment, tyro.conf.subcommand("experiment")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Models, tyro.conf.subcommand("models")]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from loopscope.engine.cpus import cpu_count
 from loopscope.engine.run import Worker, WorkerDiedError
 from loopscope.engine.wire import pack_work, receive, send
 
@@ -27,7 +28,7 @@ class ProcessEngine:
         self.workers = workers
 
     def start(self, work: Callable[[Any], Any]) -> Worker:
-        return ProcessWorker(pack_work(work))
+        return ProcessWorker(pack_work(work), threads=max(1, cpu_count() // self.workers))
 
     def close(self) -> None:
         """Each worker is closed by itself."""
@@ -36,7 +37,7 @@ class ProcessEngine:
 class ProcessWorker:
     """`python -m loopscope.engine.worker`; it ends with its standard input, and so with this process."""
 
-    def __init__(self, work: bytes) -> None:
+    def __init__(self, work: bytes, threads: int) -> None:
         # A file rather than a pipe, which nobody would read while the worker runs.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
@@ -44,6 +45,8 @@ class ProcessWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            # Its share of the CPUs: threads that wait for one another's CPU take many times as long.
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
             # Ctrl-C is for the process that waits; it ends its workers itself.
             start_new_session=os.name == "posix",
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
+from loopscope.engine.cpus import cpu_count
 from loopscope.engine.processes import ProcessEngine
 from loopscope.engine.ray_cluster import RayEngine
 from loopscope.engine.run import Engine
 from loopscope.settings import EngineName
 
-__all__ = ["cpu_count", "make_engine"]
+__all__ = ["make_engine"]
 
 
 def make_engine(
@@ -22,10 +21,3 @@ def make_engine(
     if name == "processes":
         return ProcessEngine(workers or cpu_count())
     return RayEngine(address, workers, gpus)
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

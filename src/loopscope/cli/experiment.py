@@ -1,0 +1,208 @@
+"""Experiments over grids of models. Heavy imports are inside, as in `commands`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from loopscope.settings import EngineName
+
+if TYPE_CHECKING:
+    from loopscope.experiments import Boundary
+    from loopscope.grids import Cell, CellResult, InjectionName, NormName
+else:
+    from typing import Literal
+
+    # As in `grids`, which a help text does not wait for.
+    NormName = Literal["pre", "residual", "ouro", "olmo2"]
+    InjectionName = Literal["none", "linear", "add"]
+
+__all__ = ["Experiment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What both experiments take."""
+
+    out: Path
+    """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
+    norm: tuple[NormName, ...] = ("pre", "residual", "ouro", "olmo2")
+    """Where norms stand: before each branch (pre), on the residual stream (residual: Huginn), around each branch and at
+    the end of a recurrence (ouro), after each branch (olmo2)."""
+    injection: tuple[InjectionName, ...] = ("none", "linear", "add")
+    """How the prompt enters each recurrence."""
+    width: int = 256
+    """Of the residual stream."""
+    recurrences: int = 128
+    """The horizon; twice as many are run."""
+    engine: EngineName = "processes"
+    """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
+    workers: int | None = None
+    """How many work side by side; one for each CPU unless given."""
+    address: str = "auto"
+    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+
+    def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
+        from loopscope.cli.console import RichProgress
+        from loopscope.engine import make_engine
+        from loopscope.experiments import run_grid
+
+        with RichProgress("cells") as progress:
+            return run_grid(
+                cells,
+                kind,
+                self.out,
+                engine=make_engine(self.engine, self.workers, self.address),
+                progress=progress,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architectures(_Run):
+    """Which norms and injections make fixed points, at random initialisation (arXiv 2604.11791, Figure 6).
+
+    Says design by design whether the paper's outcome was reproduced.
+    """
+
+    depth: tuple[int, ...] = (4, 12, 16)
+    """Recurrent layers."""
+    seeds: int = 3
+    """Models of each design."""
+    std: float = 0.02
+    """Standard deviation of the weights."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from loopscope.experiments import architecture_grid, reproduction
+
+        cells = architecture_grid(
+            norms=self.norm,
+            injections=self.injection,
+            depths=self.depth,
+            seeds=self.seeds,
+            std=self.std,
+            width=self.width,
+            recurrences=self.recurrences,
+        )
+        results = self.cells_done(cells, "architectures")
+        console = Console(highlight=False)
+        console.print(_designs(results))
+        rows = reproduction(results)
+        for row in rows:
+            found = ", ".join(f"{count} {outcome}" for outcome, count in row.found.items()) or "not run"
+            verdict = {True: "reproduced", False: "NOT reproduced", None: "not run"}[row.reproduced]
+            name = f"{row.norm}, {'with' if row.injection == 'linear' else 'no'} injection"
+            console.print(f"{name:26s} paper: {row.paper:12s} found: {found:44s} {verdict}", soft_wrap=True)
+        print(f"reproduced: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(_Run):
+    """Where each design stops converging as its weights grow, and where its eigenvalues say that it should."""
+
+    width: int = 128
+    depth: int = 4
+    """Recurrent layers."""
+    seeds: int = 2
+    """Models of each design and scale."""
+    std: tuple[float, ...] = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
+    """Standard deviations of the weights."""
+    injection_scale: tuple[float, ...] = (1.0,)
+    """Factors on the injection."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from loopscope.experiments import boundaries, phase_grid
+
+        cells = phase_grid(
+            norms=self.norm,
+            injections=self.injection,
+            scales=self.std,
+            injection_scales=self.injection_scale,
+            seeds=self.seeds,
+            width=self.width,
+            depth=self.depth,
+            recurrences=self.recurrences,
+        )
+        results = self.cells_done(cells, "phase")
+        console = Console(highlight=False)
+        console.print(_phases(boundaries(results)))
+        console.print(_LEGEND, style="dim")
+
+
+Experiment = (
+    Annotated[Architectures, tyro.conf.subcommand("architectures")] | Annotated[Phase, tyro.conf.subcommand("phase")]
+)
+
+
+def _designs(results: Sequence[CellResult]) -> Any:
+    from rich.table import Table
+
+    from loopscope.grids import by_design
+
+    table = Table("norm", "injection", "layers", "outcome (cells)", "least cosine", "norm 2H / H", "predicted rate",
+                  box=None, pad_edge=False)  # fmt: skip
+    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
+        outcomes: dict[str, int] = {}
+        for each in group:
+            outcomes[str(each.outcome)] = outcomes.get(str(each.outcome), 0) + 1
+        table.add_row(
+            norm,
+            injection,
+            str(depth),
+            ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
+            _range([each.degeneracy for each in group]),
+            _range([each.norm_growth for each in group]),
+            _range([each.radius for each in group]),
+        )
+    return table
+
+
+def _phases(found: Sequence[Boundary]) -> Any:
+    from rich.table import Table
+
+    scales = [f"{scale:g}" for scale in found[0].scales]
+    table = Table("norm", "injection", *scales, "predicted", "observed", box=None, pad_edge=False)
+    for each in found:
+        scaled = "" if each.injection_scale == 1 else f" x {each.injection_scale:g}"
+        cells = [
+            f"{_LETTERS[tends]} {'' if radius is None else format(radius, '.2f')}".strip()
+            for tends, radius in zip(each.tends, each.radius, strict=True)
+        ]
+        table.add_row(each.norm, f"{each.injection}{scaled}", *cells, _scale(each.predicted), _scale(each.observed))
+    return table
+
+
+_LETTERS = {
+    "fixed point": "F",
+    "at floor": "A",
+    "orbit": "O",
+    "slider": "S",
+    "bounded": "B",
+    "diverging": "D",
+    "unknown": "?",
+}
+_LEGEND = (
+    "By the standard deviation of the weights: what most tokens tend to (F fixed point, A at floor, O orbit, S slider, "
+    "B bounded, D diverging, ? unknown) and the largest predicted rate of those whose fixed point is known; then the "
+    "scale at which that rate crosses 1, and the one at which half of the tokens no longer settle."
+)
+
+
+def _scale(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _range(values: Sequence[float | None]) -> str:
+    """Least and largest, over seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,19 @@
+"""Experiments over grids of models: which designs make cyclic fixed points."""
+
+from loopscope.experiments.architectures import PAPER, Reproduction, architecture_grid, reproduction
+from loopscope.experiments.cells import architecture_of, run_cell
+from loopscope.experiments.grid import run_grid
+from loopscope.experiments.phase import Boundary, boundaries, phase_grid
+
+__all__ = [
+    "PAPER",
+    "Boundary",
+    "Reproduction",
+    "architecture_grid",
+    "architecture_of",
+    "boundaries",
+    "phase_grid",
+    "reproduction",
+    "run_cell",
+    "run_grid",
+]

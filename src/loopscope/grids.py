@@ -1,0 +1,213 @@
+"""Results of experiments over grids of models, as data: cells, what was found in each, and the files they are in.
+
+No torch is needed here, so that reports can read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from loopscope._files import storage_error, write_atomically
+from loopscope.errors import ConfigError, FolderBusyError, StudyError
+
+__all__ = ["CELLS", "Cell", "CellResult", "GridFolder", "InjectionName", "NormName", "Outcome", "by_design"]
+
+NormName = Literal["pre", "residual", "ouro", "olmo2"]
+"""pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
+a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
+InjectionName = Literal["none", "linear", "add"]
+
+CELLS = "cells"
+_MANIFEST = "grid.json"
+_LOCK = ".lock"
+
+
+class Outcome(StrEnum):
+    """What the recurrent layers of a cell's model tend to."""
+
+    FIXED_POINT = "fixed point"
+    """Each layer has a point of its own."""
+    DEGENERATE = "degenerate"
+    """All layers share one point, or one direction while the norm grows or the state still turns."""
+    DIRECTION = "direction only"
+    """Layers keep directions of their own while the norm grows."""
+    NONE = "none"
+    """The state still moves after the recurrences of the cell (its `settling` says whether it slows down), or
+    overflows."""
+    CANNOT_TELL = "cannot tell"
+    """Prompts disagree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One randomly initialised model and the prompts it is run on. All else follows from these numbers.
+
+    Raises `ConfigError` for a number outside its range.
+    """
+
+    norm: NormName
+    injection: InjectionName
+    depth: int
+    """Recurrent layers; there is no prelude and no coda."""
+    seed: int
+    std: float = 0.02
+    """Of every matrix's entries."""
+    injection_scale: float = 1.0
+    """Factor on the injection: on its matrix, or on what is added."""
+    width: int = 256
+    tokens: int = 16
+    """Random ones, in each prompt."""
+    prompts: int = 1
+    recurrences: int = 128
+    """The horizon; twice as many are run."""
+    judged: bool = False
+    """Also judge what each token tends to."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("depth", 1), ("width", 32), ("tokens", 1), ("prompts", 1), ("recurrences", 8)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.width % 32:
+            raise ConfigError(f"width must be a multiple of 32, the width of a head, got {self.width}.")
+        if self.std <= 0 or self.injection_scale < 0:
+            raise ConfigError("std must be positive and the scale of the injection not negative.")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def name(self) -> str:
+        """Of its file: readable, and another one for any other cell."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.norm}-{self.injection}-d{self.depth}-std{self.std:g}-s{self.seed}-{digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """What was found. Medians over prompts, unless they say otherwise; None where there is no finite number."""
+
+    cell: Cell
+    outcome: Outcome
+    settling: str
+    """Of most prompts, in the words of the study's first answer."""
+    degeneracy: float | None
+    """Smallest cosine between the first layer's state at the horizon and another's."""
+    drift: float | None
+    """Relative distance of the states at the two horizons, of the layer that moves most."""
+    norm_growth: float | None
+    """Norm at the second horizon over that at the first, of the layer whose grows most."""
+    counts: tuple[int, ...]
+    """Recurrences at which the curves are given."""
+    distance: tuple[float | None, ...]
+    """Relative distance to the state at the horizon after so many, of the layer that is farthest."""
+    norm: tuple[float | None, ...]
+    """Norm of the last layer's state over that after the first recurrence."""
+    radius: float | None
+    """Largest predicted rate among the tokens whose fixed point is known."""
+    radius_median: float | None
+    radius_error: float | None
+    """Of the largest one."""
+    predicted: dict[str, int]
+    """Tokens by what their eigenvalues predict."""
+    observed_rate: float | None
+    """Median over the tokens that show one."""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Tokens by what they tend to at the last layer, if that was judged."""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> CellResult:
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is no result."""
+        lists = {name: tuple(entry[name]) for name in ("counts", "distance", "norm")}
+        return cls(**{**entry, **lists, "cell": Cell(**entry["cell"]), "outcome": Outcome(entry["outcome"])})
+
+
+class GridFolder:
+    """A folder of results, one file a cell, each whole or absent. A context manager that holds the folder's lock.
+
+    Raises `StudyError` for a folder that holds something else, `FolderBusyError` if another process writes to it.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.kind = folder, kind
+        self._lock = FileLock(folder / _LOCK)
+
+    def __enter__(self) -> GridFolder:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FolderBusyError(
+                f"Another loopscope process is writing to {self.folder}; wait for it or choose another --out."
+            ) from None
+        except OSError as error:
+            raise storage_error(self.folder, error) from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _claim(self) -> None:
+        manifest = self.folder / _MANIFEST
+        if manifest.exists():
+            try:
+                found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
+            except (OSError, ValueError, AttributeError):
+                found = None
+            if found != self.kind:
+                raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
+            return
+        others = sorted(
+            path.name for path in self.folder.iterdir() if not path.name.startswith((_LOCK, f".{_MANIFEST}."))
+        )
+        if others:
+            raise StudyError(
+                f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
+            )
+        write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
+
+    def read(self, cell: Cell) -> CellResult | None:
+        """None for a cell that is not there, or whose file is damaged."""
+        path = self._path(cell)
+        if not path.is_file():
+            return None
+        try:
+            found = CellResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            return None
+        return found if found.cell == cell else None
+
+    def write(self, result: CellResult) -> None:
+        content = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_atomically(self._path(result.cell), content.encode())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write what the whole grid says."""
+        content = json.dumps({"kind": self.kind, **summary}, indent=1, allow_nan=False) + "\n"
+        write_atomically(self.folder / _MANIFEST, content.encode())
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / CELLS / f"{cell.name}.json"
+
+
+def by_design(results: Sequence[CellResult], key: Callable[[Cell], Any]) -> Iterator[tuple[Any, list[CellResult]]]:
+    """Results in groups of one key, in the order in which keys first occur."""
+    for value in dict.fromkeys(key(result.cell) for result in results):
+        yield value, [result for result in results if key(result.cell) == value]
