@@ -23,6 +23,7 @@ __all__ = [
     "JudgedLayers",
     "Part",
     "RunSize",
+    "check_engine",
 ]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -191,14 +192,9 @@ class AnalyzeSettings:
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
-        for name in ("threads", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {value}.")
-        if self.workers is not None and self.engine == "serial":
-            raise ConfigError("--workers needs --engine processes or --engine ray: serial is this process alone.")
-        if self.address != "auto" and self.engine != "ray":
-            raise ConfigError("--address names a Ray cluster; add --engine ray.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {self.threads}.")
+        check_engine(self.engine, self.workers, self.address)
         if any(count < 1 for count in self.readout):
             raise ConfigError(f"--readout needs numbers of recurrences from 1, got {min(self.readout)}.")
         for entry in self.track:
@@ -274,6 +270,16 @@ class CompareSettings:
             raise ConfigError(f"--seed must not be negative, got {self.seed}.")
         if self.grid < 3:
             raise ConfigError(f"--grid must be at least 3, got {self.grid}.")
+
+
+def check_engine(engine: EngineName, workers: int | None, address: str) -> None:
+    """Raises `ConfigError` for a setting that another engine would need."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}.")
+    if workers is not None and engine == "serial":
+        raise ConfigError("--workers needs --engine processes or --engine ray: serial is this process alone.")
+    if address != "auto" and engine != "ray":
+        raise ConfigError("--address names a Ray cluster; add --engine ray.")
 
 
 def _parse_tracked(entry: str) -> tuple[int, int]:

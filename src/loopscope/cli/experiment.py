@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from loopscope.settings import EngineName
+from loopscope.errors import ConfigError
+from loopscope.settings import EngineName, check_engine
 
 if TYPE_CHECKING:
     from loopscope.experiments import Boundary
@@ -37,6 +38,8 @@ class _Run:
     """How the prompt enters each recurrence."""
     width: int = 256
     """Of the residual stream."""
+    seeds: int = 3
+    """Models of each design."""
     recurrences: int = 128
     """The horizon; twice as many are run."""
     engine: EngineName = "processes"
@@ -45,6 +48,11 @@ class _Run:
     """How many work side by side; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine, self.workers, self.address)
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds must be at least 1, got {self.seeds}.")
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
         from loopscope.cli.console import RichProgress
@@ -70,8 +78,6 @@ class Architectures(_Run):
 
     depth: tuple[int, ...] = (4, 12, 16)
     """Recurrent layers."""
-    seeds: int = 3
-    """Models of each design."""
     std: float = 0.02
     """Standard deviation of the weights."""
 
