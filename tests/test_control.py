@@ -106,6 +106,8 @@ def test_a_step_outside_its_range_is_refused(orbits: Study) -> None:
             control(orbits, model=turning(), eta=eta)
     with pytest.raises(ConfigError, match="radius"):
         control(orbits, model=turning(), radius=1.5)
+    with pytest.raises(ConfigError, match="at least 8"):
+        control(orbits, model=turning(), horizon=7)
 
 
 def test_texts_and_roles_of_the_prompts_are_kept(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loopscope.errors import ConfigError, StudyError
 from loopscope.interventions import Damp
 from loopscope.job import Job
 from loopscope.loading import load
+from loopscope.measures import can_be_judged
 from loopscope.predictions import token_eigenvalues
 from loopscope.prompts import TokenizedPrompt
 from loopscope.settings import AnalyzeSettings
@@ -162,6 +163,8 @@ def control(
     known = _known_eigenvalues(study, prompts, needed=eta is None)
     step, asked_by = (eta, "the user") if eta is not None else _step(known, radius)
     settings = _settings(study, step, horizon)
+    if not can_be_judged(settings.horizon):
+        raise ConfigError(f"A horizon of {settings.horizon} recurrences is too short for verdicts; give at least 8.")
     subject = _subject(study, model, settings)
     source = study.manifest["model"]["name"] if model is None else model
     job = Job(
