@@ -71,7 +71,7 @@ def cluster() -> Iterator[str]:
 def engine_of(name: EngineName, request: pytest.FixtureRequest) -> Any:
     if name != "ray":
         return make_engine(name, 2 if name == "processes" else None)
-    address, deadline = request.getfixturevalue("cluster"), time.monotonic() + 60
+    address, deadline = request.getfixturevalue("cluster"), time.monotonic() + 120
     while True:
         try:
             return make_engine("ray", 2, address)
