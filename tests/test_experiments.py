@@ -76,7 +76,7 @@ def test_a_cell_is_a_function_of_itself_alone() -> None:
 
 
 def test_results_come_back_from_their_files(tmp_path: Path) -> None:
-    with GridFolder(tmp_path / "grid", "architectures") as folder:
+    with GridFolder(tmp_path / "grid", "architectures", CellResult.from_dict) as folder:
         folder.write(result())
         assert folder.read(cell()) == result()
         assert folder.read(cell(seed=5)) is None
@@ -86,7 +86,7 @@ def test_results_come_back_from_their_files(tmp_path: Path) -> None:
 
 def test_cells_that_are_there_are_not_run_again(tmp_path: Path) -> None:
     cells = [cell(seed=seed) for seed in range(3)]
-    with GridFolder(tmp_path / "grid", "architectures") as folder:
+    with GridFolder(tmp_path / "grid", "architectures", CellResult.from_dict) as folder:
         folder.write(result(cell=cells[1], settling="as it was"))
     found = run_grid(cells, "architectures", tmp_path / "grid")
     assert [each.cell for each in found] == cells
@@ -121,7 +121,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StudyError, match="already holds other files"):
         run_grid([cell()], "architectures", tmp_path)
-    with GridFolder(tmp_path / "phase", "phase"):
+    with GridFolder(tmp_path / "phase", "phase", CellResult.from_dict):
         pass
     with pytest.raises(StudyError, match="another experiment"):
         run_grid([cell()], "architectures", tmp_path / "phase")

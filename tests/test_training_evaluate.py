@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from loopscope.architecture import Architecture
 from loopscope.model import LoopedTransformer
-from loopscope.training.evaluate import bigram_entropy, loss_by_recurrences, unigram_entropy
+from loopscope.training.evaluate import bigram_entropy, scores_by_recurrences, unigram_entropy
 
 BASE = {"vocab_size": 11, "width": 16, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp_width": 24}
 LAYOUTS = {
@@ -34,22 +34,24 @@ def some_windows(number: int, context: int) -> np.ndarray:
 def test_one_run_gives_the_loss_of_every_number_of_recurrences(layout: str) -> None:
     model = LoopedTransformer(LAYOUTS[layout]).initialize(0, std=0.3)
     windows = some_windows(5, 12)
-    losses = loss_by_recurrences(model, windows, [4, 1, 2], batch_size=2, seed=3)
-    assert list(losses) == [1, 2, 4]
+    scores = scores_by_recurrences(model, windows, [4, 1, 2], batch_size=2, seed=3)
+    assert list(scores) == [1, 2, 4]
     tokens = torch.from_numpy(windows)
-    for number, loss in losses.items():
+    for number, score in scores.items():
         logits = model(tokens[:, :-1], recurrences=number, seed=3)
         expected = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert score.loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert score.accuracy == pytest.approx(float((logits.argmax(-1) == tokens[:, 1:]).float().mean()))
 
 
 def test_a_feed_forward_model_has_one_loss() -> None:
     model = LoopedTransformer(Architecture.from_dict({**BASE, "prelude": 2, "recurrent": 0, "coda": 0})).initialize(0)
     windows = some_windows(3, 8)
-    losses = loss_by_recurrences(model, windows, [1, 8], batch_size=3, seed=0)
+    scores = scores_by_recurrences(model, windows, [1, 8], batch_size=3, seed=0)
     tokens = torch.from_numpy(windows)
     expected = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    assert losses == {1: pytest.approx(float(expected.detach()), rel=1e-5)}
+    assert list(scores) == [1]
+    assert scores[1].loss == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_entropies_of_text_that_is_easily_predicted() -> None:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Stage = Literal["prelude", "recurrent", "coda"]
-Injection = Literal["none", "linear", "add"]
+Injection = Literal["none", "linear", "add", "bounded"]
 NormPlacement = Literal["pre", "residual", "branch-in-out", "branch-out"]
 LoopNorm = Literal["none", "recurrence", "loop"]
 QkNorm = Literal["none", "head", "full"]
@@ -138,9 +138,11 @@ class Architecture:
     """
 
     injection: Injection = "none"
-    """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, or s +
-    e.
-    """
+    """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, s + e,
+    or `sigmoid(a) * s + W e` with a learned a per coordinate (bounded: what was in the state decays, so that its norm
+    stays below a bound whatever layers whose branches read normed states add)."""
+    eta: float = 1.0
+    """A recurrence hands on `(1 - eta) s + eta F(s)`, F being injection, layers and norm; 1 for F itself."""
     norm_placement: NormPlacement = "pre"
     """Where a layer's norms n1..n4 sit. `pre`: n1 and n3, before each branch. `residual`: n1 and n3 before each
     branch, n2 and n4 on the residual stream after it (Huginn). `branch-in-out`: n1 and n3 before each branch, n2 and
@@ -215,6 +217,7 @@ class Architecture:
             self.rotary == "none" or self.head_dim % 2 == 0,
             f"a rotated head needs an even head_dim, got {self.head_dim}",
         )
+        self._require(0 < self.eta <= 1, f"eta must lie in (0, 1], got {self.eta}")
         for name in ("norm_eps", "rope_base", "state_std", "embedding_scale"):
             value = getattr(self, name)
             self._require(math.isfinite(value) and value > 0, f"{name} must be a positive finite number, got {value}")
@@ -243,6 +246,7 @@ class Architecture:
                 ("loop_norm", "none"),
                 ("state_init", "embeddings"),
                 ("recurrences", 1),
+                ("eta", 1.0),
             ):
                 value = getattr(self, name)
                 self._require(
@@ -278,7 +282,7 @@ class Architecture:
         mlp = (3 if self.mlp == "gated" else 2) * width * hidden
         norms = (2 if self.norm_placement in ("pre", "branch-out") else 4) * width
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * width
-        injection = 2 * width * width if self.injection == "linear" else 0
+        injection = {"linear": 2 * width * width, "bounded": width * width + width}.get(self.injection, 0)
         gate = width + 1 if self.exit_gate else 0
         return self.layers * (attention + mlp + norms) + embeddings + injection + gate + width
 

@@ -8,18 +8,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from loopscope._files import storage_error, write_atomically
 from loopscope.errors import ConfigError, FolderBusyError, StudyError
 
-__all__ = ["CELLS", "Cell", "CellResult", "GridFolder", "InjectionName", "NormName", "Outcome", "by_design"]
+__all__ = [
+    "CELLS",
+    "Cell",
+    "CellResult",
+    "Dynamics",
+    "GridCell",
+    "GridFolder",
+    "GridResult",
+    "InjectionName",
+    "NormName",
+    "Outcome",
+    "by_design",
+]
 
 NormName = Literal["pre", "residual", "ouro", "olmo2"]
 """pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
@@ -91,10 +103,9 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellResult:
-    """What was found. Medians over prompts, unless they say otherwise; None where there is no finite number."""
+class Dynamics:
+    """What a model's states do. Medians over prompts, unless they say otherwise; None where no number is finite."""
 
-    cell: Cell
     outcome: Outcome
     settling: str
     """Of most prompts, in the words of the study's first answer."""
@@ -121,6 +132,21 @@ class CellResult:
     """Median over the tokens that show one."""
     verdicts: dict[str, int] = field(default_factory=dict)
     """Tokens by what they tend to at the last layer, if that was judged."""
+
+    @classmethod
+    def fields_of(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """These fields of a JSON object, as they were. Raises `KeyError`, `TypeError` or `ValueError` for what has
+        none."""
+        lists = {name: tuple(entry[name]) for name in ("counts", "distance", "norm")}
+        names = [each.name for each in dataclasses.fields(Dynamics)]
+        return {**{name: entry[name] for name in names}, **lists, "outcome": Outcome(entry["outcome"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult(Dynamics):
+    """What was found in one cell."""
+
+    cell: Cell
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,21 +155,44 @@ class CellResult:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> CellResult:
         """Raises `KeyError`, `TypeError` or `ValueError` for what is no result."""
-        lists = {name: tuple(entry[name]) for name in ("counts", "distance", "norm")}
-        return cls(**{**entry, **lists, "cell": Cell(**entry["cell"]), "outcome": Outcome(entry["outcome"])})
+        return cls(**{**entry, **cls.fields_of(entry), "cell": Cell(**entry["cell"])})
 
 
-class GridFolder:
+class GridCell(Hashable, Protocol):
+    """What one item of a grid is."""
+
+    @property
+    def name(self) -> str:
+        """Of its file; another one for any other cell."""
+
+
+class GridResult(Protocol):
+    """What was found in a cell."""
+
+    @property
+    def cell(self) -> Any:
+        """A `GridCell`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+
+
+ResultT = TypeVar("ResultT", bound=GridResult)
+
+
+class GridFolder(Generic[ResultT]):
     """A folder of results, one file a cell, each whole or absent. A context manager that holds the folder's lock.
 
-    Raises `StudyError` for a folder that holds something else, `FolderBusyError` if another process writes to it.
+    `from_dict` makes a result of what its `to_dict` gave. Raises `StudyError` for a folder that holds something else,
+    `FolderBusyError` if another process writes to it.
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, from_dict: Callable[[Mapping[str, Any]], ResultT]) -> None:
         self.folder, self.kind = folder, kind
+        self._from_dict = from_dict
         self._lock = FileLock(folder / _LOCK)
 
-    def __enter__(self) -> GridFolder:
+    def __enter__(self) -> GridFolder[ResultT]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -183,27 +232,28 @@ class GridFolder:
             )
         write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
 
-    def read(self, cell: Cell) -> CellResult | None:
+    def read(self, cell: GridCell) -> ResultT | None:
         """None for a cell that is not there, or whose file is damaged."""
         path = self._path(cell)
         if not path.is_file():
             return None
         try:
-            found = CellResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            found = self._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return None
         return found if found.cell == cell else None
 
-    def write(self, result: CellResult) -> None:
+    def write(self, result: ResultT) -> None:
         content = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
         write_atomically(self._path(result.cell), content.encode())
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write what the whole grid says."""
-        content = json.dumps({"kind": self.kind, **summary}, indent=1, allow_nan=False) + "\n"
+    def finish(self, results: Sequence[ResultT]) -> None:
+        """Write down which cells are the grid that was asked for last: others may lie beside them."""
+        names = [result.cell.name for result in results]
+        content = json.dumps({"kind": self.kind, "cells": names}, indent=1) + "\n"
         write_atomically(self.folder / _MANIFEST, content.encode())
 
-    def _path(self, cell: Cell) -> Path:
+    def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"
 
 

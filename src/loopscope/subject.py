@@ -60,6 +60,8 @@ class SubjectInfo:
     probability to stop reaches it."""
     revision: str | None = None
     """Commit of the repository on the hub that the checkpoint came from."""
+    eta: float = 1.0
+    """A recurrence hands on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
     interventions: tuple[str, ...] = ()
     """What every run changes in the model's computation; see docs/interventions.md."""
 
@@ -70,7 +72,8 @@ class SubjectInfo:
     @property
     def carries_raw_output(self) -> bool:
         """The loop state is the last recurrent layer's raw output, with no norm and no damping between."""
-        return self.loop_norm in ("none", "loop") and not any(each.startswith("damp=") for each in self.interventions)
+        damped = self.eta != 1.0 or any(each.startswith("damp=") for each in self.interventions)
+        return self.loop_norm in ("none", "loop") and not damped
 
     @property
     def state_can_be_set(self) -> bool:
@@ -80,7 +83,7 @@ class SubjectInfo:
     @property
     def can_start_elsewhere(self) -> bool:
         """The prompt enters at every recurrence, so another initial state is still the same prompt."""
-        return self.injection in ("linear", "add")
+        return self.injection in ("linear", "add", "bounded")
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.
@@ -210,6 +213,7 @@ class NativeSubject:
             injection=architecture.injection,
             norm_placement=architecture.norm_placement,
             loop_norm=architecture.loop_norm,
+            eta=architecture.eta,
             state_init=architecture.state_init,
             width=architecture.width,
             heads=architecture.heads,

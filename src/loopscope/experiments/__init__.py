@@ -4,6 +4,7 @@ from loopscope.experiments.architectures import PAPER, Reproduction, architectur
 from loopscope.experiments.cells import architecture_of, run_cell
 from loopscope.experiments.grid import run_grid
 from loopscope.experiments.phase import Boundary, boundaries, phase_grid
+from loopscope.experiments.training import run_sweep
 
 __all__ = [
     "PAPER",
@@ -16,4 +17,5 @@ __all__ = [
     "reproduction",
     "run_cell",
     "run_grid",
+    "run_sweep",
 ]

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from loopscope.analysis import analyze
 from loopscope.answers import Criterion
-from loopscope.answers.fixed_point import SETTLED, common_settling
-from loopscope.answers.settling import Settling
-from loopscope.answers.view import view_study
 from loopscope.architecture import Architecture
-from loopscope.grids import Cell, CellResult, NormName, Outcome
+from loopscope.experiments.dynamics import dynamics_of
+from loopscope.grids import Cell, CellResult, NormName
 from loopscope.model import LoopedTransformer
-from loopscope.spectra import PREDICTED_KINDS, Kind
-from loopscope.study import Study
 from loopscope.subject import NativeSubject
-from loopscope.verdicts import KINDS
 
 __all__ = ["architecture_of", "run_cell"]
 
@@ -34,7 +26,6 @@ _NORMS: dict[NormName, dict[str, Any]] = {
     "ouro": {"norm_placement": "branch-in-out", "loop_norm": "recurrence"},
     "olmo2": {"norm_placement": "branch-out"},
 }
-_CURVE_POINTS = 24
 _PARTS = ("heads", "maps", "stages", "neurons", "readout", "trajectories", "path-independence", "cycle-similarity")
 """Of an analysis that no cell needs."""
 _KEEP_MIB = 256
@@ -87,7 +78,8 @@ def run_cell(cell: Cell) -> CellResult:
         track=(),
         skip=skip,
     )
-    return _result(cell, study, round(time.monotonic() - started, 2))
+    found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
+    return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))
 
 
 def _model(cell: Cell) -> NativeSubject:
@@ -106,64 +98,3 @@ def _prompts(cell: Cell) -> list[list[int]]:
     generator = torch.Generator().manual_seed(cell.seed)
     ids = torch.randint(0, _VOCABULARY, (cell.prompts, cell.tokens), generator=generator)
     return [[int(token) for token in row] for row in ids]
-
-
-def _result(cell: Cell, study: Study, seconds: float) -> CellResult:
-    criterion = Criterion(degenerate_cosine=_ONE_POINT)
-    view = view_study(study)
-    data = study.dataset
-    common = common_settling(view, criterion)
-    degeneracy = _median(data["degeneracy"].values)
-    shown = np.unique(np.geomspace(1, cell.recurrences, _CURVE_POINTS).round().astype(int))
-    distance = data["relative_distance"].max("layer").transpose("recurrence", "prompt").values
-    norms = data["residual_norm"].isel(layer=-1).transpose("recurrence", "prompt").values
-    with np.errstate(invalid="ignore", divide="ignore"):
-        growth = norms / norms[:1]
-    kinds = data["predicted_kind"].values
-    told = (kinds >= 0) & ~np.isin(kinds, [PREDICTED_KINDS.index(kind) for kind in (Kind.FAR, Kind.UNRESOLVED)])
-    rates, errors = data["predicted_rate"].values[told], data["predicted_rate_error"].values[told]
-    verdicts = data["verdict"].isel(judged_layer=-1).values if "verdict" in data else np.empty(0, dtype=int)
-    return CellResult(
-        cell=cell,
-        outcome=_outcome(common, degeneracy, criterion),
-        settling="depends on the prompt" if common is None else str(common),
-        degeneracy=degeneracy,
-        drift=_median(data["horizon_drift"].max("layer").values),
-        norm_growth=_median(data["horizon_norm_growth"].max("layer").values),
-        counts=tuple(int(count) for count in shown),
-        distance=tuple(_median(distance[count - 1]) for count in shown),
-        norm=tuple(_median(growth[count - 1]) for count in shown),
-        radius=_number(rates.max()) if rates.size else None,
-        radius_median=_median(rates),
-        radius_error=_number(errors[rates.argmax()]) if rates.size else None,
-        predicted=_counted(kinds, [str(kind) for kind in PREDICTED_KINDS]),
-        observed_rate=_median(data["observed_rate"].values),
-        verdicts=_counted(verdicts, [str(kind) for kind in KINDS]),
-        seconds=seconds,
-    )
-
-
-def _outcome(common: Settling | None, degeneracy: float | None, criterion: Criterion) -> Outcome:
-    if common is None:
-        return Outcome.CANNOT_TELL
-    shared = degeneracy is not None and degeneracy > criterion.degenerate_cosine
-    if shared and common is not Settling.DIVERGED:
-        return Outcome.DEGENERATE
-    if common in SETTLED:
-        return Outcome.FIXED_POINT
-    return Outcome.DIRECTION if common is Settling.DIRECTION_ONLY else Outcome.NONE
-
-
-def _median(values: np.ndarray) -> float | None:
-    """Of the finite ones."""
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if finite.size else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _counted(codes: np.ndarray, names: list[str]) -> dict[str, int]:
-    counts = Counter(codes[codes >= 0].ravel().tolist())
-    return {name: counts[place] for place, name in enumerate(names) if counts[place]}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from loopscope.engine import Engine, run_items
 from loopscope.experiments.cells import run_cell
-from loopscope.grids import Cell, CellResult, GridFolder
+from loopscope.grids import Cell, CellResult, GridCell, GridFolder, GridResult
 from loopscope.job import Progress, SilentProgress
 
-__all__ = ["run_grid"]
+__all__ = ["run_cells", "run_grid"]
+
+CellT = TypeVar("CellT", bound=GridCell)
+ResultT = TypeVar("ResultT", bound=GridResult)
 
 
 def run_grid(
@@ -21,36 +25,54 @@ def run_grid(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[CellResult]:
+    """The results of all cells of randomly initialised models, in their order; see `run_cells`."""
+    return run_cells(run_cell, cells, kind, CellResult.from_dict, out, engine=engine, progress=progress)
+
+
+def run_cells(
+    work: Callable[[CellT], ResultT],
+    cells: Sequence[CellT],
+    kind: str,
+    from_dict: Callable[[Mapping[str, Any]], ResultT],
+    out: Path | None = None,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> list[ResultT]:
     """The results of all cells, in their order.
 
-    `kind` names the experiment, which a folder is of. Cells that are in `out` already are not run again. Raises
-    `StudyError` for a folder of something else.
+    `work` makes a result of a cell, and `from_dict` of what the result's `to_dict` gave. `kind` names the experiment,
+    which a folder is of. Cells that are in `out` already are not run again. Raises `StudyError` for a folder of
+    something else.
     """
     progress = progress or SilentProgress()
     if out is None:
-        return _run(cells, {}, engine, progress, None)
-    with GridFolder(out, kind) as folder:
+        return _run(work, cells, {}, engine, progress, None)
+    with GridFolder(out, kind, from_dict) as folder:
         there = {cell: found for cell in cells if (found := folder.read(cell)) is not None}
         if there:
             progress.note(f"Going on with {out}: {len(there)} of {len(cells)} cells are done.")
-        return _run(cells, there, engine, progress, folder)
+        results = _run(work, cells, there, engine, progress, folder)
+        folder.finish(results)
+        return results
 
 
 def _run(
-    cells: Sequence[Cell],
-    there: dict[Cell, CellResult],
+    work: Callable[[CellT], ResultT],
+    cells: Sequence[CellT],
+    there: dict[CellT, ResultT],
     engine: Engine | None,
     progress: Progress,
-    folder: GridFolder | None,
-) -> list[CellResult]:
+    folder: GridFolder[ResultT] | None,
+) -> list[ResultT]:
     missing = [cell for cell in dict.fromkeys(cells) if cell not in there]
     progress.start(len(missing) + len(there), len(there))
 
-    def done(place: int, result: CellResult) -> None:
+    def done(place: int, result: ResultT) -> None:
         if folder is not None:
             folder.write(result)
         there[missing[place]] = result
         progress.step()
 
-    run_items(run_cell, missing, done, engine, progress.note)
+    run_items(work, missing, done, engine, progress.note)
     return [there[cell] for cell in cells]

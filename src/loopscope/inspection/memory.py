@@ -57,7 +57,7 @@ class Sizes:
             recurrent=architecture.recurrent,
             coda=architecture.coda,
             injects=architecture.injection != "none",
-            carries_raw_output=architecture.loop_norm != "recurrence",
+            carries_raw_output=architecture.loop_norm != "recurrence" and architecture.eta == 1.0,
         )
 
 

@@ -21,6 +21,8 @@ _INJECTION: dict[Injection, str] = {
     "none": "none: the prompt enters by the initial state alone",
     "linear": "linear map of [state ; prelude output], in every recurrence",
     "add": "prelude output added to the state, in every recurrence",
+    "bounded": "what was in the state decays, by a learned factor below 1 per coordinate, and a linear map of the "
+    "prelude's output is added, in every recurrence",
 }
 _NORMS: dict[NormPlacement, str] = {
     "pre": "RMS norm before each branch (pre-norm)",
@@ -68,6 +70,10 @@ def _of_the_loop(architecture: Architecture) -> dict[str, str]:
     }
     if architecture.state_init == "normal":
         words["initial state"] = f"normal noise, standard deviation {architecture.state_std:.4g}, cut at 3 of them"
+    if architecture.eta != 1.0:
+        words["damping"] = (
+            f"a recurrence hands on {1 - architecture.eta:g} of its state and {architecture.eta:g} of the new"
+        )
     if architecture.exit_gate:
         words["exit gate"] = f"a token stops at a cumulated probability of {architecture.exit_threshold:g}"
     return words

@@ -15,6 +15,7 @@ from loopscope.errors import ConfigError
 from loopscope.model.attention import AttentionContext
 from loopscope.model.edits import Edits
 from loopscope.model.exit import ExitRule
+from loopscope.model.injection import BoundedInjection
 from loopscope.model.layer import Layer
 from loopscope.model.norm import RMSNorm
 from loopscope.model.rotary import rotation_table
@@ -52,9 +53,11 @@ class LoopedTransformer(nn.Module):
         self.prelude = nn.ModuleList(layers[:loop])
         self.recurrent = nn.ModuleList(layers[loop:after])
         self.coda = nn.ModuleList(layers[after:])
-        self.injection: nn.Linear | None = None
+        self.injection: nn.Linear | BoundedInjection | None = None
         if architecture.injection == "linear":
             self.injection = nn.Linear(2 * architecture.width, architecture.width, bias=False)
+        elif architecture.injection == "bounded":
+            self.injection = BoundedInjection(architecture.width)
         self.norm = RMSNorm(architecture.width, architecture.norm_eps)
         self.exit_gate = nn.Linear(architecture.width, 1) if architecture.exit_gate else None
         self.head: nn.Linear | None = None
@@ -70,7 +73,8 @@ class LoopedTransformer(nn.Module):
         return self.embedding.weight.dtype
 
     def initialize(self, seed: int, std: float = 0.02, branch_gain: float = 1.0) -> LoopedTransformer:
-        """Fill every matrix with N(0, std^2), every norm with 1, every bias with 0; a function of the seed alone.
+        """Fill every matrix with N(0, std^2), every norm with 1, every bias and decay with 0 (of which a sigmoid is
+        taken); a function of the seed alone.
 
         Norms on the output of a branch, before it is added to the residual stream, get `branch_gain` instead. With
         1, the branches of a deep stack drown the token embeddings that they are added to.
@@ -82,7 +86,7 @@ class LoopedTransformer(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    parameter.fill_(0.0 if name.endswith(("bias", "decay")) else 1.0)
             if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
                 for layer in (*self.prelude, *self.recurrent, *self.coda):
                     for norm in (layer.norm_2, layer.norm_4):
@@ -175,7 +179,7 @@ class LoopedTransformer(nn.Module):
         return noise.to(self.device, self.dtype)
 
     def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
-        """One pass through the recurrent block: injection, layers, and the norm at its end if there is one."""
+        """One pass through the recurrent block: injection, layers, the norm at its end if there is one, damping."""
         observers = tuple(observers)
         edits = sequence.edits
         received = edits.received(state, recurrence)
@@ -185,6 +189,8 @@ class LoopedTransformer(nn.Module):
         state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, edits, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
+        if self.architecture.eta != 1.0:
+            state = (1.0 - self.architecture.eta) * received + self.architecture.eta * state
         state = edits.carried(received, state)
         gate = self.gate(state) if self.exit_gate is not None and observers else None
         for observer in observers:

@@ -18,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "OptimizerConfig",
+    "PenaltyConfig",
     "RecurrenceConfig",
     "TrainConfig",
 ]
@@ -42,6 +43,10 @@ class DataConfig:
     tokenizer: str | None = None
     """A `tokenizer.json` to use, relative to the configuration file. Without one, a byte-level BPE of
     `architecture.vocab_size` entries is trained on the training text."""
+    answer_after: str | None = None
+    """A token. With it, training and evaluation look at the tokens of each document that stand behind its last
+    occurrence, up to the document's end, and at no others: the text before them asks, and need not be predictable. A
+    window that begins inside an answer does not see its rest as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,32 @@ class RecurrenceConfig:
         for name in ("cap", "backprop_last"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"recurrences.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyConfig:
+    """What is added to the loss so that the loop settles. Only a model with a recurrent stage may set any of this."""
+
+    last_step: float = 0.0
+    """Weight of the mean over tokens of `|s_R - s_(R-1)|^2 / |s_R|^2`, R being the step's number of recurrences."""
+    eigenvalue: float = 0.0
+    """Weight of the mean over tokens of `max(0, g - eigenvalue_target)^2`: g is the factor by which the derivative of
+    a recurrence at s_R, by the token's own state, stretches a direction that power iteration has turned towards the
+    leading eigenvectors."""
+    eigenvalue_target: float = 0.8
+    """Factors up to this cost nothing."""
+    eigenvalue_products: int = 4
+    """Products with the derivative, a step: the last is the one that counts. For a leading pair of complex eigenvalues
+    a single factor swings around its modulus."""
+
+    def __post_init__(self) -> None:
+        for name in ("last_step", "eigenvalue", "eigenvalue_target"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"penalties.{name} must be >= 0, got {value}")
+        _require(
+            self.eigenvalue_products >= 1,
+            f"penalties.eigenvalue_products must be at least 1, got {self.eigenvalue_products}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +167,7 @@ class TrainConfig:
     """Initial weight of the norms on branch outputs, where the architecture has them. With 1, a deep loop without
     injection forgets its tokens before it learns (see docs/log.md)."""
     recurrences: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
@@ -153,6 +185,10 @@ class TrainConfig:
         _require(
             self.architecture.is_looped or self.recurrences == RecurrenceConfig(),
             "a model without recurrent layers has no recurrences to set; leave `recurrences` out",
+        )
+        _require(
+            self.architecture.is_looped or self.penalties == PenaltyConfig(),
+            "a model without recurrent layers has no loop that a penalty could act on; leave `penalties` out",
         )
         _require(
             self.architecture.is_looped or self.evaluation.recurrences == EvaluationConfig.recurrences,

@@ -18,10 +18,13 @@ from loopscope.errors import ConfigError
 from loopscope.training.config import DataConfig
 from loopscope.training.tokenizer import BEGIN, END
 
-__all__ = ["BatchStream", "Corpus", "DataFiles", "Tokens", "read_documents", "windows"]
+__all__ = ["BatchStream", "Corpus", "DataFiles", "Scored", "Tokens", "read_documents", "scored", "windows"]
 
 Tokens = NDArray[np.int64]
 """Token ids, one after the other or in windows."""
+
+Scored = NDArray[np.bool_]
+"""Which tokens count."""
 
 # Separate streams of random numbers under one seed; the values only have to differ (see recurrence.py).
 _ORDER = 0
@@ -183,3 +186,16 @@ def windows(tokens: Tokens, context: int) -> Tokens:
     if len(tokens) <= context:
         return np.empty((0, context + 1), dtype=tokens.dtype)
     return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
+
+
+def scored(tokens: Tokens, answer_after: int | None, end: int) -> Scored:
+    """Which tokens of each window, (n, T), belong to an answer: behind the token `answer_after` and before the next end
+    of a document. All of them where no such token is given."""
+    if answer_after is None:
+        return np.ones(tokens.shape, dtype=np.bool_)
+    places = np.arange(tokens.shape[-1])
+    opened, closed = (
+        np.maximum.accumulate(np.where(tokens == token, places, -1), axis=-1) for token in (answer_after, end)
+    )
+    answers: Scored = (opened > closed) & (opened < places)
+    return answers

@@ -20,7 +20,7 @@ from loopscope.subject import find_device
 from loopscope.training.checkpoint import Progress, load_state, save_state
 from loopscope.training.config import TrainConfig
 from loopscope.training.data import DataFiles
-from loopscope.training.evaluate import bigram_entropy, loss_by_recurrences, unigram_entropy
+from loopscope.training.evaluate import Score, bigram_entropy, scores_by_recurrences, unigram_entropy
 from loopscope.training.interrupt import stop_on_signals
 from loopscope.training.optimizer import build_optimizer
 from loopscope.training.progress import TrainingBar
@@ -120,7 +120,9 @@ class _Run:
 
     def _step(self, step: int) -> StepReport:
         config, started = self.config, time.monotonic()
-        report = take_step(self.model, self.optimizer, self.texts.batches.batch(step), config, step)
+        batch = self.texts.batches.batch(step)
+        counted = None if config.data.answer_after is None else self.texts.scored(batch)
+        report = take_step(self.model, self.optimizer, batch, config, step, counted)
         self.progress = self.progress.after_step(
             tokens=config.batch_size * config.context, seconds=time.monotonic() - started
         )
@@ -128,33 +130,35 @@ class _Run:
         if done % config.log_every == 0 or last:
             self.folder.append({"kind": "step", **asdict(self.progress), **asdict(report)})
         if done % config.evaluation.every == 0 and not last:
-            losses = self._losses(config.evaluation.sequences)
-            self.folder.append({"kind": "evaluation", "step": done, "loss": losses})
+            scores = self._scores(config.evaluation.sequences)
+            self.folder.append({"kind": "evaluation", "step": done, **_by_number(scores)})
         # The log comes first: a line ahead of the checkpoint is dropped on resuming, one behind it would be lost.
         if done % config.checkpoint_every == 0 or last:
             self._save()
         return report
 
-    def _losses(self, sequences: int | None) -> dict[str, float]:
-        """Mean loss on the first so many windows of the test text, in nats, by number of recurrences."""
-        losses = loss_by_recurrences(
+    def _scores(self, sequences: int | None) -> dict[int, Score]:
+        """On the first so many windows of the test text, by number of recurrences."""
+        test = self.texts.test[:sequences]
+        return scores_by_recurrences(
             self.model,
-            self.texts.test[:sequences],
+            test,
             self.config.evaluation.recurrences,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            counted=self.texts.scored(test),
         )
-        return {str(number): loss for number, loss in losses.items()}
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on all the test text that the configuration asks for, beside the entropies of the same tokens."""
         sequences = self.config.evaluation.final_sequences
         test = self.texts.test[:sequences]
+        counted = self.texts.scored(test)
         evaluation = {
-            "tokens": test[:, 1:].size,
-            "loss": self._losses(sequences),
-            "unigram_entropy": unigram_entropy(test),
-            "bigram_entropy": bigram_entropy(test),
+            "tokens": int(counted.sum()),
+            **_by_number(self._scores(sequences)),
+            "unigram_entropy": unigram_entropy(test, counted),
+            "bigram_entropy": bigram_entropy(test, counted),
         }
         results = {
             "layout": self.config.architecture.layout,
@@ -191,6 +195,13 @@ class _Run:
                 "versions": {name: version(name) for name in ("torch", "tokenizers", "numpy")},
             }
         )
+
+
+def _by_number(scores: dict[int, Score]) -> dict[str, dict[str, float]]:
+    return {
+        "loss": {str(number): score.loss for number, score in scores.items()},
+        "accuracy": {str(number): score.accuracy for number, score in scores.items()},
+    }
 
 
 @contextmanager

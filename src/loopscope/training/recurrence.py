@@ -12,11 +12,12 @@ import numpy as np
 
 from loopscope.training.config import RecurrenceConfig
 
-__all__ = ["sample_recurrences", "state_seed"]
+__all__ = ["direction_seed", "sample_recurrences", "state_seed"]
 
 # Separate streams of random numbers under one seed; the values only have to differ.
 _RECURRENCES = 1
 _STATES = 2
+_DIRECTIONS = 3
 
 
 def sample_recurrences(config: RecurrenceConfig, mean: int, seed: int, step: int) -> int:
@@ -37,3 +38,8 @@ def sample_recurrences(config: RecurrenceConfig, mean: int, seed: int, step: int
 def state_seed(seed: int, step: int) -> int:
     """Seed of the initial states of one step, a number below 2**32."""
     return int(np.random.default_rng([seed, _STATES, step]).integers(2**32))
+
+
+def direction_seed(seed: int, step: int) -> int:
+    """Seed of the directions in which a step's derivative is followed, a number below 2**32."""
+    return int(np.random.default_rng([seed, _DIRECTIONS, step]).integers(2**32))

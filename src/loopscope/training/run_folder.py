@@ -118,6 +118,16 @@ class RunFolder:
                 kept.append(line + "\n")
         write_atomically(self.log, "".join(kept).encode())
 
+    def entries(self, kind: str) -> list[dict[str, Any]]:
+        """Lines of the log of one kind, in their order. Raises `StorageError`, and `ConfigError` for a damaged log."""
+        try:
+            lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise storage_error(self.log, error) from error
+        except ValueError as error:
+            raise ConfigError(f"The log {self.log} is damaged ({error}); train the model again.") from error
+        return [line for line in lines if line.get("kind") == kind]
+
     def read_results(self) -> dict[str, Any] | None:
         """Results of a finished run; None for one that is not."""
         if not self.results.exists():

@@ -10,8 +10,17 @@ from tokenizers import Tokenizer
 from loopscope._files import write_atomically
 from loopscope.errors import ConfigError
 from loopscope.training.config import TrainConfig
-from loopscope.training.data import BatchStream, Corpus, DataFiles, Tokens, read_documents, windows
-from loopscope.training.tokenizer import load_tokenizer, train_tokenizer
+from loopscope.training.data import (
+    BatchStream,
+    Corpus,
+    DataFiles,
+    Scored,
+    Tokens,
+    read_documents,
+    scored,
+    windows,
+)
+from loopscope.training.tokenizer import END, load_tokenizer, train_tokenizer
 
 __all__ = ["Texts", "load_texts"]
 
@@ -26,6 +35,14 @@ class Texts:
     """Tokens in an epoch."""
     test: Tokens
     """(n, context + 1) windows of the test text, in the order of its file."""
+    answer_after: int | None = None
+    """The token behind which answers stand, where only those count."""
+
+    def scored(self, windows: Tokens) -> Scored:
+        """(n, context): which of the predicted tokens of some windows count."""
+        end = self.tokenizer.token_to_id(END)
+        assert end is not None  # which `load_tokenizer` sees to
+        return scored(windows, self.answer_after, end)[:, 1:]
 
 
 def load_texts(config: TrainConfig, data: DataFiles, tokenizer_path: Path) -> Texts:
@@ -45,7 +62,25 @@ def load_texts(config: TrainConfig, data: DataFiles, tokenizer_path: Path) -> Te
             f"The test text has {len(held_out.tokens)} tokens, fewer than one window of {config.context + 1}; "
             "give more text or a smaller context."
         )
-    return Texts(tokenizer, batches, len(corpus.tokens), test)
+    texts = Texts(tokenizer, batches, len(corpus.tokens), test, _answer_token(config, tokenizer))
+    if not texts.scored(test).any():
+        raise ConfigError(
+            f"No window of the test text holds the token {config.data.answer_after!r} with an answer behind it; name "
+            "another as data.answer_after, or choose a larger context."
+        )
+    return texts
+
+
+def _answer_token(config: TrainConfig, tokenizer: Tokenizer) -> int | None:
+    text = config.data.answer_after
+    if text is None:
+        return None
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ConfigError(
+            f"data.answer_after must be one token, but {text!r} is {len(ids)} of them here; name one that is."
+        )
+    return int(ids[0])
 
 
 def _tokenizer(config: TrainConfig, data: DataFiles, path: Path, documents: list[str]) -> Tokenizer:

@@ -1,0 +1,156 @@
+"""Sweeps over trained models: every cell is trained, then analysed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from loopscope.analysis import analyze
+from loopscope.answers import Criterion
+from loopscope.answers.stages import repetition
+from loopscope.comparison.curves import MEASURES, stage_curves
+from loopscope.engine import Engine
+from loopscope.errors import StudyError
+from loopscope.experiments.automaton import write_automaton
+from loopscope.experiments.dynamics import dynamics_of
+from loopscope.experiments.grid import run_cells
+from loopscope.grids import Dynamics
+from loopscope.job import Progress
+from loopscope.study import Study
+from loopscope.sweeps import AutomatonTask, StageCurves, Sweep, SweepCell, SweepResult
+from loopscope.training.data import DataFiles, read_documents
+from loopscope.training.loop import TrainResult, train
+from loopscope.training.run_folder import RunFolder
+
+__all__ = ["KIND", "run_sweep", "run_sweep_cell"]
+
+KIND = "training"
+RUNS = "runs"
+_STUDY = "study"
+_SKIP = ("maps", "neurons", "trajectories", "path-independence", "cycle-similarity", "readout")
+"""Parts of an analysis that no sweep reads; losses by recurrence are taken from the test text instead."""
+_SEARCH = 60
+"""Recurrences for finding a fixed point that the run does not come to."""
+_CURVE_POINTS = 40
+"""Of the training loss, each the mean of the logged steps around it."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    *,
+    base: Path,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> list[SweepResult]:
+    """Train and analyse every cell, in its own folder below `out/runs`; finished cells are not done again, and the
+    training of one that was interrupted is gone on with.
+
+    `base` is the folder that the sweep's paths are relative to. With an engine on several machines, `out` has to be on
+    a disk that all of them see, or each keeps the models that it trained. Raises `ConfigError` for settings that no
+    configuration can have, `StudyError` for a folder of something else.
+    """
+    text = "" if isinstance(sweep.task, AutomatonTask) else _text_sha256(sweep, base)
+    cells = sweep.cells(text)
+    work = functools.partial(run_sweep_cell, out=out, base=base)
+    return run_cells(work, cells, KIND, SweepResult.from_dict, out, engine=engine, progress=progress)
+
+
+def run_sweep_cell(cell: SweepCell, *, out: Path, base: Path) -> SweepResult:
+    """Train and analyse one model in `out/runs`, on one thread, so that every engine gives the same numbers."""
+    started = time.monotonic()
+    made = isinstance(cell.task, AutomatonTask)
+    if isinstance(cell.task, AutomatonTask):
+        write_automaton(cell.task, out / "data")
+    data = DataFiles.of(cell.config.data, out if made else base)
+    folder = out / RUNS / cell.name
+    trained = train(cell.config, folder, data, threads=1, console=Console(file=io.StringIO()))
+    if not trained.finished:
+        raise KeyboardInterrupt
+    study = _study(cell, folder, data)
+    return _result(cell, trained, study, time.monotonic() - started)
+
+
+def _text_sha256(sweep: Sweep, base: Path) -> str:
+    """Of both texts: with others, the cells are others."""
+    hashes = DataFiles.of(sweep.cells()[0].config.data, base).hashes()
+    return hashlib.sha256(f"{hashes['train']} {hashes['test']} {hashes['tokenizer']}".encode()).hexdigest()
+
+
+def _study(cell: SweepCell, folder: Path, data: DataFiles) -> Study:
+    architecture = cell.config.architecture
+    documents = read_documents(data.test, cell.config.data.template)[: cell.study.prompts]
+    return analyze(
+        folder,
+        documents,
+        out=folder / _STUDY,
+        recurrences=max(cell.config.evaluation.recurrences) if architecture.is_looped else 1,
+        horizon=cell.study.horizon,
+        batch_size=cell.study.prompts,
+        truncate=cell.config.context,
+        seed=cell.config.seed,
+        judged_layers="last",
+        eigenvalue_search=_SEARCH,
+        track=(),
+        skip=_SKIP if architecture.is_looped else (*_SKIP, "behaviour", "stability"),
+        threads=1,
+        device="cpu",
+    )
+
+
+def _result(cell: SweepCell, trained: TrainResult, study: Study, seconds: float) -> SweepResult:
+    architecture, results = cell.config.architecture, trained.results
+    assert results is not None
+    test = results["test"]
+    return SweepResult(
+        cell=cell,
+        layout=results["layout"],
+        parameters=results["parameters"],
+        depth=architecture.visits(architecture.recurrences),
+        tokens=results["training"]["tokens"],
+        curve=_curve(RunFolder(trained.folder)),
+        loss={int(number): loss for number, loss in test["loss"].items()},
+        accuracy={int(number): share for number, share in test["accuracy"].items()},
+        unigram_entropy=test["unigram_entropy"],
+        bigram_entropy=test["bigram_entropy"],
+        dynamics=Dynamics(**dynamics_of(study, Criterion())) if architecture.is_looped else None,
+        stages=_stages(cell, study),
+        seconds=round(seconds, 1),
+    )
+
+
+def _curve(folder: RunFolder) -> tuple[tuple[int, float], ...]:
+    steps = [(entry["step"], entry["loss"]) for entry in folder.entries("step")]
+    groups = np.array_split(np.array(steps, dtype=np.float64), min(_CURVE_POINTS, len(steps)))
+    return tuple((int(group[-1, 0]), round(float(group[:, 1].mean()), 5)) for group in groups)
+
+
+def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
+    try:
+        curves = stage_curves(study, cell.name)
+    except StudyError:
+        # Every prompt diverged.
+        return None
+    architecture = cell.config.architecture
+    numbers = sorted({1, architecture.recurrences, curves.recurrences})
+    return StageCurves(
+        measures=MEASURES,
+        recurrences=tuple(numbers),
+        values=tuple(
+            tuple(tuple(_rounded(value) for value in rows[number - 1]) for number in numbers) for rows in curves.values
+        ),
+        repetition={name: _rounded(repetition(rows[1:])) for name, rows in zip(MEASURES, curves.block, strict=True)}
+        if curves.looped
+        else {},
+    )
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits, which no figure shows; None where there is no number."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None
