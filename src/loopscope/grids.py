@@ -21,6 +21,7 @@ from loopscope.errors import ConfigError, FolderBusyError, StudyError
 
 __all__ = [
     "CELLS",
+    "MANIFEST",
     "Cell",
     "CellResult",
     "Dynamics",
@@ -39,7 +40,7 @@ a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
 InjectionName = Literal["none", "linear", "add"]
 
 CELLS = "cells"
-_MANIFEST = "grid.json"
+MANIFEST = "grid.json"
 _LOCK = ".lock"
 
 
@@ -214,7 +215,7 @@ class GridFolder(Generic[ResultT]):
         self._lock.release()
 
     def _claim(self) -> None:
-        manifest = self.folder / _MANIFEST
+        manifest = self.folder / MANIFEST
         if manifest.exists():
             try:
                 found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
@@ -224,7 +225,7 @@ class GridFolder(Generic[ResultT]):
                 raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
             return
         others = sorted(
-            path.name for path in self.folder.iterdir() if not path.name.startswith((_LOCK, f".{_MANIFEST}."))
+            path.name for path in self.folder.iterdir() if not path.name.startswith((_LOCK, f".{MANIFEST}."))
         )
         if others:
             raise StudyError(
@@ -251,7 +252,7 @@ class GridFolder(Generic[ResultT]):
         """Write down which cells are the grid that was asked for last: others may lie beside them."""
         names = [result.cell.name for result in results]
         content = json.dumps({"kind": self.kind, "cells": names}, indent=1) + "\n"
-        write_atomically(self.folder / _MANIFEST, content.encode())
+        write_atomically(self.folder / MANIFEST, content.encode())
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"

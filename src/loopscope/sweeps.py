@@ -130,6 +130,11 @@ class Gsm8kTask:
 
 
 Task = AutomatonTask | TextTask | Gsm8kTask
+_TASKS: dict[str, type[AutomatonTask] | type[TextTask] | type[Gsm8kTask]] = {
+    "automaton": AutomatonTask,
+    "text": TextTask,
+    "gsm8k": Gsm8kTask,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +166,7 @@ class SweepCell:
     """None for a looped model."""
     control_of: str
     """Of a control: the first design that it stands beside; else empty."""
-    task: AutomatonTask | TextTask | Gsm8kTask
+    task: Task
     study: StudySettings
     config: TrainConfig
     text_sha256: str
@@ -187,8 +192,16 @@ class SweepCell:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> SweepCell:
-        settings = tuple((str(name), str(value)) for name, value in entry["settings"].items())
-        return build(cls, {**entry, "settings": settings}, "the cell")
+        """Raises `KeyError`, `TypeError`, `ValueError` or `ConfigError` for what is no cell."""
+        return cls(
+            **{
+                **entry,
+                "settings": tuple((str(name), str(value)) for name, value in entry["settings"].items()),
+                "task": build(_TASKS[entry["task"]["kind"]], entry["task"], "the task"),
+                "study": build(StudySettings, entry["study"], "the settings of the study"),
+                "config": TrainConfig.from_dict(entry["config"]),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +215,16 @@ class StageCurves:
     """(measure, recurrence, position)."""
     repetition: dict[str, float | None]
     """Share of each measure's variance within the loop that goes with the layer, whatever the recurrence."""
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> StageCurves:
+        """Raises `KeyError` or `TypeError` for what is no such record."""
+        return cls(
+            measures=tuple(entry["measures"]),
+            recurrences=tuple(entry["recurrences"]),
+            values=tuple(tuple(tuple(row) for row in rows) for rows in entry["values"]),
+            repetition=dict(entry["repetition"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +283,7 @@ class SweepResult:
                 "loss": {int(number): float(value) for number, value in entry["loss"].items()},
                 "accuracy": {int(number): float(value) for number, value in entry["accuracy"].items()},
                 "dynamics": None if dynamics is None else Dynamics(**Dynamics.fields_of(dynamics)),
-                "stages": None if stages is None else build(StageCurves, stages, "the stages"),
+                "stages": None if stages is None else StageCurves.from_dict(stages),
             }
         )
 
@@ -269,7 +292,7 @@ class SweepResult:
 class Sweep:
     """What a sweep's file asks for: a base, and what is varied around it."""
 
-    task: AutomatonTask | TextTask | Gsm8kTask
+    task: Task
     base: dict[str, Any]
     """A training configuration without its `data`, `seed` and `evaluation.recurrences`, which the sweep decides."""
     grids: tuple[dict[str, list[Any]], ...] = ()
@@ -288,9 +311,9 @@ class Sweep:
         _require(not decided, f"base has a field {decided[:1]}, which the sweep decides; leave it out")
         for grid in self.grids:
             for name, values in grid.items():
-                # Which a file may get wrong, whatever the annotation says.
-                fits: bool = isinstance(values, list) and len(values) > 0
-                _require(fits, f"the grid needs a list of values for {name!r}")
+                # A file may hold anything, whatever the annotation says.
+                given: Any = values
+                _require(isinstance(given, list) and bool(given), f"the grid needs a list of values for {name!r}")
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
@@ -426,7 +449,7 @@ class Sweep:
 class _Checked:
     """The fields of a sweep that have a form of their own."""
 
-    task: AutomatonTask | TextTask | Gsm8kTask
+    task: Task
     seeds: int = 2
     controls: tuple[Control, ...] = ("equal-depth", "equal-parameters")
     study: StudySettings = field(default_factory=StudySettings)

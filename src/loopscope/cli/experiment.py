@@ -13,7 +13,7 @@ from loopscope.errors import ConfigError
 from loopscope.settings import EngineName, check_engine
 
 if TYPE_CHECKING:
-    from loopscope.experiments import Boundary
+    from loopscope.findings import Boundary, DesignSummary
     from loopscope.grids import Cell, CellResult, InjectionName, NormName
 else:
     from typing import Literal
@@ -27,7 +27,7 @@ __all__ = ["Experiment"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What both experiments take."""
+    """What both experiments over random models take."""
 
     out: Path
     """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
@@ -84,7 +84,7 @@ class Architectures(_Run):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.experiments import architecture_grid, reproduction
+        from loopscope.findings import architecture_grid, reproduction
 
         cells = architecture_grid(
             norms=self.norm,
@@ -96,6 +96,7 @@ class Architectures(_Run):
             recurrences=self.recurrences,
         )
         results = self.cells_done(cells, "architectures")
+        report = _report([self.out], self.out / "report.html")
         console = Console(highlight=False)
         console.print(_designs(results))
         rows = reproduction(results)
@@ -104,6 +105,7 @@ class Architectures(_Run):
             verdict = {True: "reproduced", False: "NOT reproduced", None: "not run"}[row.reproduced]
             name = f"{row.norm}, {'with' if row.injection == 'linear' else 'no'} injection"
             console.print(f"{name:26s} paper: {row.paper:12s} found: {found:44s} {verdict}", soft_wrap=True)
+        print(f"report  {report}")
         print(f"reproduced: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
 
 
@@ -124,7 +126,7 @@ class Phase(_Run):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.experiments import boundaries, phase_grid
+        from loopscope.findings import boundaries, phase_grid
 
         cells = phase_grid(
             norms=self.norm,
@@ -137,14 +139,110 @@ class Phase(_Run):
             recurrences=self.recurrences,
         )
         results = self.cells_done(cells, "phase")
+        report = _report([self.out], self.out / "report.html")
         console = Console(highlight=False)
         console.print(_phases(boundaries(results)))
         console.print(_LEGEND, style="dim")
+        print(f"report  {report}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train the models of a sweep, analyse each, and say which designs do well and keep it beyond the trained depth.
+
+    Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
+    feed-forward controls. A sweep that was interrupted goes on, within a cell too. See docs/experiments.md.
+    """
+
+    sweep: tyro.conf.Positional[Path]
+    """A JSON file."""
+    out: Path
+    """Folder for the results, a file a cell, and for the models and their studies."""
+    base: Path | None = None
+    """Folder that the sweep's paths are relative to; the one of its file unless given."""
+    only: tuple[str, ...] = ()
+    """Do the cells of these designs alone, by their names in the table; the others stay as they are."""
+    engine: EngineName = "processes"
+    """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
+    workers: int | None = None
+    """How many work side by side; one for each CPU unless given. Each trains on one thread."""
+    address: str = "auto"
+    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine, self.workers, self.address)
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from loopscope.cli.console import RichProgress, say_answers
+        from loopscope.engine import make_engine
+        from loopscope.experiments import run_sweep
+        from loopscope.findings import advice, summaries
+        from loopscope.sweeps import Sweep
+
+        sweep = Sweep.load(self.sweep)
+        with RichProgress("cells") as progress:
+            results = run_sweep(
+                sweep,
+                self.out,
+                base=self.base or self.sweep.parent,
+                only=self.only,
+                engine=make_engine(self.engine, self.workers, self.address),
+                progress=progress,
+            )
+        Console(highlight=False).print(_trained(summaries(results)))
+        say_answers(advice(results))
+        print(f"report  {_report([self.out], self.out / 'report.html')}")
+
+
+@dataclass(frozen=True)
+class ExperimentReport:
+    """Draw one page of several experiments: small multiples, phase diagram, ranking, and what the numbers support."""
+
+    experiments: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of experiments."""
+    out: Path
+    """Where to write it, such as experiments.html."""
+
+    def run(self) -> None:
+        if not self.experiments:
+            raise ConfigError("Give at least one --out folder of an experiment.")
+        print(f"report  {_report(self.experiments, self.out)}")
 
 
 Experiment = (
-    Annotated[Architectures, tyro.conf.subcommand("architectures")] | Annotated[Phase, tyro.conf.subcommand("phase")]
+    Annotated[Architectures, tyro.conf.subcommand("architectures")]
+    | Annotated[Phase, tyro.conf.subcommand("phase")]
+    | Annotated[Training, tyro.conf.subcommand("training")]
+    | Annotated[ExperimentReport, tyro.conf.subcommand("report")]
 )
+
+
+def _report(folders: Sequence[Path], out: Path) -> Path:
+    from loopscope.findings import load_experiment
+    from loopscope.report import write_experiments
+
+    return write_experiments([load_experiment(folder) for folder in folders], out)
+
+
+def _trained(found: Sequence[DesignSummary]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("design", "layout", "loss", "beyond", "kept", "accuracy", "settled", box=None, pad_edge=False)
+    for each in found:
+        looped = each.control is None
+        table.add_row(
+            escape(each.name),
+            each.results[0].layout,
+            f"{each.loss.mean:.3f}",
+            f"{each.beyond.mean:.3f}" if looped else "-",
+            f"{each.kept} of {len(each.results)}" if looped else "-",
+            f"{100 * each.accuracy.mean:.1f} %",
+            "-" if each.settled is None else f"{100 * each.settled:.0f} %",
+        )
+    return table
 
 
 def _designs(results: Sequence[CellResult]) -> Any:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from loopscope.answers import Criterion
 from loopscope.answers.stages import repetition
 from loopscope.comparison.curves import MEASURES, stage_curves
 from loopscope.engine import Engine
-from loopscope.errors import StudyError
+from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.automaton import write_automaton
 from loopscope.experiments.dynamics import dynamics_of
 from loopscope.experiments.grid import run_cells
@@ -46,18 +47,28 @@ def run_sweep(
     out: Path,
     *,
     base: Path,
+    only: Sequence[str] = (),
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[SweepResult]:
     """Train and analyse every cell, in its own folder below `out/runs`; finished cells are not done again, and the
     training of one that was interrupted is gone on with.
 
-    `base` is the folder that the sweep's paths are relative to. With an engine on several machines, `out` has to be on
+    `base` is the folder that the sweep's paths are relative to. `only` names designs, instead of all; results are then
+    those of these designs. With an engine on several machines, `out` has to be on
     a disk that all of them see, or each keeps the models that it trained. Raises `ConfigError` for settings that no
     configuration can have, `StudyError` for a folder of something else.
     """
     text = "" if isinstance(sweep.task, AutomatonTask) else _text_sha256(sweep, base)
     cells = sweep.cells(text)
+    names = list(dict.fromkeys(cell.design for cell in cells))
+    for name in only:
+        if name not in names:
+            raise ConfigError(
+                f"This sweep has no design named {name!r}; its designs are {', '.join(map(repr, names))}."
+            )
+    if only:
+        cells = [cell for cell in cells if cell.design in only]
     work = functools.partial(run_sweep_cell, out=out, base=base)
     return run_cells(work, cells, KIND, SweepResult.from_dict, out, engine=engine, progress=progress)
 

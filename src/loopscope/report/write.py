@@ -1,19 +1,22 @@
-"""From a study, a comparison of studies, or verdicts on trajectories, to a file."""
+"""From a study, a comparison of studies, verdicts on trajectories, or experiments, to a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from loopscope._files import write_atomically
 from loopscope.comparison import Comparison
+from loopscope.findings import Experiment
 from loopscope.report.behaviour_page import render_behaviour
 from loopscope.report.comparison_page import render_comparison
+from loopscope.report.experiment_page import render_experiments
 from loopscope.report.page import render_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 from loopscope.verdicts import JudgedFiles
 
-__all__ = ["write_behaviour_report", "write_comparison", "write_report"]
+__all__ = ["write_behaviour_report", "write_comparison", "write_experiments", "write_report"]
 
 
 def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
@@ -47,4 +50,16 @@ def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
     """
     path = Path(path)
     write_atomically(path, render_behaviour(judged).encode())
+    return path
+
+
+def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Path:
+    """Write the page of one or several experiments to `path` as one HTML file that needs no network, and return the
+    path.
+
+    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_experiments(experiments).encode())
     return path
