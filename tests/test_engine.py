@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ import xarray
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.engine import make_engine, run_items
 from loopscope.errors import ConfigError, WorkerError
+from loopscope.experiments import run_sweep
 from loopscope.settings import EngineName
+from loopscope.sweeps import Sweep, SweepResult
 from small_models import PROMPTS, checkpoint, subject
 
 SETTINGS = AnalyzeSettings(
@@ -182,6 +185,47 @@ def test_a_study_is_whole_though_a_worker_is_killed(
     assert any("A worker died" in note for note in killer.said)
     serial = analyze(str(folder), prompts, settings=SETTINGS)
     xarray.testing.assert_identical(made.dataset, serial.dataset)
+
+
+SWEEP = {
+    "task": {"kind": "automaton", "cells": 4, "steps": 2, "documents": 64, "test_documents": 8},
+    "base": {
+        "architecture": {"width": 16, "heads": 1, "kv_heads": 1, "head_dim": 16, "mlp_width": 16, "prelude": 1,
+                         "recurrent": 1, "coda": 0, "recurrences": 2, "injection": "linear"},
+        "steps": 20, "batch_size": 4, "optimizer": {"warmup_steps": 1}, "checkpoint_every": 5,
+    },
+    "seeds": 4,
+    "controls": [],
+    "study": {"prompts": 2, "horizon": 8},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def serial_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepResult]]:
+    out = tmp_path_factory.mktemp("sweep") / "serial"
+    return out, run_sweep(Sweep.from_dict(SWEEP), out, base=out)
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_sweep_is_whole_though_a_worker_is_killed(
+    name: EngineName,
+    serial_sweep: tuple[Path, list[SweepResult]],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """Training included: the worker that goes on starts from the last checkpoint of the one that died."""
+    out, serial = serial_sweep
+    killer = Killer(name)
+    made = run_sweep(
+        Sweep.from_dict(SWEEP), tmp_path / name, base=tmp_path, engine=engine_of(name, request), progress=killer
+    )
+    assert any("A worker died" in note for note in killer.said)
+    assert [dataclasses.replace(each, seconds=0.0) for each in made] == [
+        dataclasses.replace(each, seconds=0.0) for each in serial
+    ]
+    weights = [sorted((folder / "runs").glob("*/model.safetensors")) for folder in (tmp_path / name, out)]
+    assert len(weights[0]) == len(weights[1]) == 4
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
 
 def test_a_model_in_memory_is_sent_to_workers() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
 
@@ -159,6 +159,7 @@ class CellResult(Dynamics):
         return cls(**{**entry, **cls.fields_of(entry), "cell": Cell(**entry["cell"])})
 
 
+@runtime_checkable
 class GridCell(Hashable, Protocol):
     """What one item of a grid is."""
 
@@ -167,6 +168,7 @@ class GridCell(Hashable, Protocol):
         """Of its file; another one for any other cell."""
 
 
+@runtime_checkable
 class GridResult(Protocol):
     """What was found in a cell."""
 

@@ -309,11 +309,6 @@ class Sweep:
         _require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
         decided = [name for name in ("data", "seed") if name in self.base]
         _require(not decided, f"base has a field {decided[:1]}, which the sweep decides; leave it out")
-        for grid in self.grids:
-            for name, values in grid.items():
-                # A file may hold anything, whatever the annotation says.
-                given: Any = values
-                _require(isinstance(given, list) and bool(given), f"the grid needs a list of values for {name!r}")
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
@@ -342,6 +337,9 @@ class Sweep:
         for grid in fields.get("grids", ()):
             if not isinstance(grid, dict):
                 raise ConfigError("The field 'grids' of the sweep must be a list of objects.")
+            for name, values in grid.items():
+                if not isinstance(values, list) or not values:
+                    raise ConfigError(f"A grid of the sweep needs a list of values for {name!r}.")
         for name, recipe in fields.get("recipes", {}).items():
             if not isinstance(recipe, dict):
                 raise ConfigError(f"The recipe {name!r} of the sweep must be an object.")

@@ -193,7 +193,7 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
         outcome=Outcome.YES,
         verdict=best.name,
         figure="training-ranking",
-        sentence=f"{len(good)} recipes are within 1 % of the plain loss, or below it, and keep it in every seed, where "
+        sentence=f"Within 1 % of the plain loss, or below it, and kept in every seed, where "
         f"{lost}: {_listed([each.name for each in good])}. The best is {best.name}, {best.loss.mean:.3f} to "
         f"{best.beyond.mean:.3f} nats.",
         evidence=dict(costs),
@@ -214,13 +214,19 @@ def _verdicts_and_losses(results: Sequence[SweepResult]) -> Answer | None:
     return Answer(
         key="settling",
         question="Do models that settle keep their loss?",
-        outcome=Outcome.YES if sum(yes) * len(no) > sum(no) * len(yes) else Outcome.NO,
+        outcome=_settling_outcome(yes, no),
         verdict=f"{sum(yes)} of {len(yes)}, against {sum(no)} of {len(no)}",
         figure="training-table",
         sentence=f"Where most tokens reach a fixed point, {sum(yes)} of {len(yes)} models keep their loss; where they "
         f"do not, {sum(no)} of {len(no)} do.",
         evidence={"settled and kept": f"{sum(yes)} of {len(yes)}", "not settled and kept": f"{sum(no)} of {len(no)}"},
     )
+
+
+def _settling_outcome(yes: Sequence[bool], no: Sequence[bool]) -> Outcome:
+    if sum(yes) * len(no) <= sum(no) * len(yes):
+        return Outcome.NO
+    return Outcome.YES if 2 * sum(yes) > len(yes) else Outcome.PARTLY
 
 
 def _depth_pays(results: Sequence[SweepResult]) -> Answer | None:

@@ -11,24 +11,20 @@ from loopscope._shapes import States, TokenIds
 from loopscope.model import LoopedTransformer, Sequence
 from loopscope.stability.frozen import mix_with_others_frozen
 from loopscope.training.config import PenaltyConfig
-from loopscope.visits import LoopState, Visit
+from loopscope.visits import LoopState, Observer
 
 __all__ = ["LastStates", "penalty"]
 
 
-class LastStates:
-    """An observer that keeps the last two states of a loop, with their gradients."""
+class LastStates(Observer):
+    """Keeps the last two states of a loop, with their gradients."""
 
     def __init__(self) -> None:
         self.before: States | None = None
         self.last: States | None = None
 
-    def visit(self, visit: Visit) -> None: ...
-
-    def injected(self, recurrence: int, state: States) -> None: ...
-
-    def loop_state(self, state: LoopState) -> None:
-        self.before, self.last = self.last, state.state
+    def loop_state(self, loop_state: LoopState) -> None:
+        self.before, self.last = self.last, loop_state.state
 
 
 def penalty(

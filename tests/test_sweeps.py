@@ -1,0 +1,272 @@
+"""Sweeps over trained models: their cells, tasks, controls and files; a killed sweep; and what their numbers say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loopscope.architecture import Architecture
+from loopscope.engine import make_engine
+from loopscope.errors import ConfigError, StudyError
+from loopscope.experiments import run_sweep
+from loopscope.experiments.automaton import automaton_documents, automaton_row
+from loopscope.experiments.training import run_sweep_cell
+from loopscope.findings import advice, control_results, load_experiment, summaries
+from loopscope.findings.training import interval
+from loopscope.grids import CELLS
+from loopscope.sweeps import AutomatonTask, Sweep, SweepResult, control_architecture
+
+TINY: dict[str, Any] = {
+    "task": {"kind": "automaton", "cells": 4, "steps": 2, "documents": 64, "test_documents": 8},
+    "base": {
+        "architecture": {
+            "width": 16,
+            "heads": 1,
+            "kv_heads": 1,
+            "head_dim": 16,
+            "mlp_width": 16,
+            "prelude": 1,
+            "recurrent": 1,
+            "coda": 0,
+            "recurrences": 2,
+            "injection": "linear",
+        },
+        "steps": 4,
+        "batch_size": 4,
+        "optimizer": {"warmup_steps": 1},
+        "log_every": 1,
+        "checkpoint_every": 1,
+    },
+    "seeds": 1,
+    "study": {"prompts": 2, "horizon": 8, "beyond": 4},
+}
+
+
+def sweep(**changes: Any) -> Sweep:
+    return Sweep.from_dict({**TINY, **changes})
+
+
+def without_time(result: SweepResult) -> SweepResult:
+    return dataclasses.replace(result, seconds=0.0)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loopscope", "experiment", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_automaton_is_rule_60() -> None:
+    rows = np.random.default_rng(0).integers(0, 2, (20, 9))
+    for row, after in zip(rows, automaton_row(rows, 3), strict=True):
+        expected = list(row)
+        for _ in range(3):
+            expected = [expected[0], *(a ^ b for a, b in itertools.pairwise(expected))]
+        assert list(after) == expected
+
+
+def test_rows_of_the_test_text_are_never_trained_on() -> None:
+    task = AutomatonTask(cells=8, documents=2000, test_documents=200)
+    train, test = automaton_documents(task)
+    assert (len(train), len(test)) == (2000, 200)
+    assert not {text[1:9] for text in train} & {text[1:9] for text in test}
+    assert automaton_documents(task) == (train, test)
+    for text in train[:50]:
+        row = np.array([[int(bit) for bit in text[1:9]]])
+        assert text[9] == ">"
+        assert [int(bit) for bit in text[10:]] == list(automaton_row(row, int(text[0]))[0])
+
+
+def test_grids_are_products_and_a_design_occurs_once() -> None:
+    found = sweep(
+        grids=[
+            {"architecture.recurrent": [1, 2], "architecture.injection": ["none", "linear"]},
+            {"architecture.recurrent": [2]},
+        ],
+        recipes={"damped": {"architecture.eta": 0.5}},
+        controls=["equal-depth"],
+        seeds=2,
+    ).cells()
+    looped = [cell for cell in found if cell.control is None]
+    assert [cell.design for cell in looped[::2]] == [
+        "damped", "injection=none", "base", "recurrent=2 injection=none", "recurrent=2",
+    ]  # fmt: skip
+    assert [cell.seed for cell in looped] == [0, 1] * 5
+    # As deep as (1, 1 x 2, 0) and (1, 2 x 2, 0).
+    controls = [cell for cell in found if cell.control is not None]
+    assert [cell.config.architecture.layers for cell in controls] == [3, 3, 5, 5]
+    assert len({cell.name for cell in found}) == len(found)
+    assert looped[0].config.evaluation.recurrences == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("injection", ["none", "linear", "bounded"])
+def test_a_control_has_the_parameters_or_the_depth(injection: str) -> None:
+    looped = Architecture.from_dict(
+        {"vocab_size": 40, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp_width": 64, "prelude": 1,
+         "recurrent": 1, "coda": 1, "recurrences": 4, "injection": injection, "eta": 0.5}
+    )  # fmt: skip
+    deep, large = (control_architecture(looped, control) for control in ("equal-depth", "equal-parameters"))
+    assert deep.layers == 6
+    assert not deep.is_looped
+    assert large.layers == 3
+    assert large.parameters == pytest.approx(looped.parameters, rel=0.06)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepResult]]:
+    """A tiny sweep by two workers."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    asked = sweep(recipes={"plain": {}, "stepped": {"penalties.last_step": 0.5}})
+    return out, run_sweep(asked, out, base=Path(), engine=make_engine("processes", 2))
+
+
+def test_a_sweep_trains_analyses_and_compares(ran: tuple[Path, list[SweepResult]]) -> None:
+    out, results = ran
+    plain, stepped, deep, large = results
+    assert (plain.cell.design, stepped.cell.design) == ("plain", "stepped")
+    assert sorted(plain.loss) == [1, 2, 4, 8]
+    assert plain.loss != stepped.loss
+    assert plain.dynamics is not None
+    assert sum(plain.dynamics.verdicts.values()) == 2 * 11  # the frame's begin, and 10 characters
+    assert plain.stages is not None
+    assert plain.stages.recurrences == (1, 2, 8)
+    assert deep.dynamics is None
+    assert list(deep.loss) == [1]
+    assert control_results(results, plain, "equal-depth") == deep
+    assert control_results(results, plain, "equal-parameters") == large
+    # 8 documents with 4 bits to tell; coins, of which no model that has hardly been trained is far.
+    assert plain.unigram_entropy == pytest.approx(math.log(2), abs=0.1)
+    loaded = load_experiment(out)
+    assert loaded.finished
+    assert list(loaded.trained) == results
+
+
+def test_a_cell_is_a_function_of_itself_and_the_text(ran: tuple[Path, list[SweepResult]], tmp_path: Path) -> None:
+    """In this process, into another folder: what the workers found."""
+    result = ran[1][1]
+    assert without_time(run_sweep_cell(result.cell, out=tmp_path, base=tmp_path)) == without_time(result)
+
+
+def test_finished_cells_are_not_done_again(ran: tuple[Path, list[SweepResult]]) -> None:
+    out, results = ran
+    stamps = {path: path.stat().st_mtime_ns for path in (out / CELLS).iterdir()}
+    again = sweep(recipes={"plain": {}, "stepped": {"penalties.last_step": 0.5}})
+    assert run_sweep(again, out, base=Path(), only=["plain"]) == results[:1]
+    assert {path: path.stat().st_mtime_ns for path in (out / CELLS).iterdir()} == stamps
+    with pytest.raises(ConfigError, match="no design named 'other'"):
+        run_sweep(again, out, base=Path(), only=["other"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_sweep_goes_on_with_the_same_numbers(ran: tuple[Path, list[SweepResult]], tmp_path: Path) -> None:
+    file, out = tmp_path / "sweep.json", tmp_path / "out"
+    recipes = {"plain": {}, "stepped": {"penalties.last_step": 0.5}}
+    file.write_text(json.dumps({**TINY, "recipes": recipes}))
+    command = [sys.executable, "-m", "loopscope", "experiment", "training", str(file), "--out", str(out)]
+    started = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((out / CELLS).glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    assert 0 < len(list((out / CELLS).glob("*.json"))) < 4
+    said = cli("training", str(file), "--out", str(out), "--workers", "2")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines()[-1].startswith("report  ")
+    assert "plain" in said.stdout
+    found = load_experiment(out).trained
+    assert [without_time(each) for each in found] == [without_time(each) for each in ran[1]]
+    page = (out / "report.html").read_text()
+    assert "Which trained designs do best" in page
+    assert "stepped" in page
+
+
+def made_up(result: SweepResult, seed: int, design: str, losses: dict[int, float], settled: int) -> SweepResult:
+    config = dataclasses.replace(result.cell.config, seed=seed)
+    assert result.dynamics is not None
+    return dataclasses.replace(
+        result,
+        cell=dataclasses.replace(result.cell, design=design, config=config),
+        loss=losses,
+        dynamics=dataclasses.replace(result.dynamics, verdicts={"fixed point": settled, "bounded": 10 - settled}),
+    )
+
+
+def test_advice_says_what_the_numbers_say(ran: tuple[Path, list[SweepResult]]) -> None:
+    one = ran[1][0]
+    kept, lost = {1: 3.0, 2: 1.0, 8: 1.0}, {1: 3.0, 2: 1.0, 8: 2.0}
+    results = [
+        *(made_up(one, seed, "plain", lost, 1) for seed in range(2)),
+        *(made_up(one, seed, "steady", kept, 9) for seed in range(2)),
+        *(made_up(one, seed, "dear", {1: 3.0, 2: 1.5, 8: 1.5}, 9) for seed in range(2)),
+    ]
+    found = {answer.key: answer for answer in advice(results)}
+    assert found["keepers"].verdict == "2 of 3"
+    assert found["recipes"].verdict == "steady"
+    assert "dear" not in found["recipes"].sentence.partition(":")[2]
+    assert found["settling"].verdict == "4 of 4, against 0 of 2"
+    first, second, last = summaries(results)
+    assert (last.name, last.kept) == ("dear", 2)
+    assert {first.name, second.name} == {"plain", "steady"}
+
+
+def test_an_interval_over_seeds_is_students() -> None:
+    # 4.303 is the 97.5 % quantile of Student's t with two degrees of freedom.
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert interval([1.0]).high == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"seed": 1}, "'seed'"),
+        ({"task": {"kind": "automaton", "cells": 1}}, "task.cells"),
+        ({"grids": [{"architecture.recurent": [1]}]}, "recurent"),
+        ({"grids": [{"architecture.recurrent": 2}]}, "list of values"),
+        ({"grids": {"architecture.recurrent": [2]}}, "list of objects"),
+        ({"grids": [{"architecture.recurrent": [0]}]}, "no loop"),
+        (
+            {"recipes": {"lost": {"architecture.injection": "none", "architecture.state_init": "normal"}}},
+            "never enters",
+        ),
+        ({"base": {**TINY["base"], "context": 99}}, "leave it out"),
+        ({"base": {**TINY["base"], "seed": 3}}, "leave it out"),
+        ({"base": {**TINY["base"], "evaluation": {"recurrences": [1]}}}, "decided by the sweep"),
+    ],
+)
+def test_a_wrong_sweep_is_one_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        sweep(**changes).cells()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_no_experiment(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="not an experiment"):
+        load_experiment(tmp_path)
+    said = cli("report", str(tmp_path), "--out", str(tmp_path / "page.html"))
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    said = cli("training", str(tmp_path / "none.json"), "--out", str(tmp_path / "out"))
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert "cannot be read" in said.stderr
+
+
+def test_a_text_that_is_not_there_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    base = {**TINY["base"], "context": 16, "architecture": {**TINY["base"]["architecture"], "vocab_size": 300}}
+    asked = sweep(task={"kind": "gsm8k", "folder": "nowhere"}, base=base)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run_sweep(asked, tmp_path / "out", base=tmp_path)
+    assert not (tmp_path / "out").exists()
