@@ -263,7 +263,7 @@ def _against(results: Sequence[SweepResult], control: Control, what: str) -> Ans
     middle = sorted(gaps)[len(gaps) // 2]
     return Answer(
         key=f"against-{control}",
-        question=f"Does the loop beat {what}?",
+        question=f"Does the loop beat a feed-forward model of {what}?",
         outcome=Outcome.YES if 2 * better > len(pairs) else Outcome.NO,
         verdict=f"in {better} of {len(pairs)} pairs",
         figure="training-table",
