@@ -274,3 +274,15 @@ def test_a_text_that_is_not_there_is_said_before_anything_is_trained(tmp_path: P
     with pytest.raises(ConfigError, match="cannot be read"):
         run_sweep(asked, tmp_path / "out", base=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["recipes", "architectures-trained"])
+def test_the_shipped_results_are_those_of_their_sweep(name: str) -> None:
+    folder = Path(__file__).parent.parent / "results" / name
+    found = load_experiment(folder).trained
+    assert len(found) >= 24
+    cells = Sweep.load(folder / "sweep.json").cells(found[0].cell.text_sha256)
+    assert {each.cell for each in found} <= set(cells)
+    for each in found:
+        assert (folder / CELLS / f"{each.cell.name}.json").is_file()
+    assert advice(found)
