@@ -166,7 +166,7 @@ def _keepers(looped: Sequence[DesignSummary]) -> Answer | None:
 def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
     """Whether a recipe settles at no cost, where there is a plain one that does not keep its loss."""
     plain = next((each for each in looped if each.name in ("plain", "base")), None)
-    if plain is None or plain.kept == len(plain.results):
+    if plain is None or len(looped) < 2 or plain.kept == len(plain.results):
         return None
     good = [
         each
