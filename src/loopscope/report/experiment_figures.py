@@ -282,7 +282,7 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
 
 def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Figure:
     what = "accuracy" if accuracy else "loss"
-    title = "share of tokens that are predicted right" if accuracy else "loss on the test text (nats, logarithmic)"
+    title = "accuracy" if accuracy else "test loss (nats)"
     figure = base_figure(title, "", hovermode="closest")
     for row, each in enumerate(found):
         colour = MUTED if each.control else CATEGORIES[0]
@@ -317,7 +317,8 @@ def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Figure:
     return Figure(
         anchor="training-accuracy" if accuracy else "training-ranking",
         title="How accurate?" if accuracy else "Which loss, and what becomes of it?",
-        caption="A mark is a seed." + (" Teacher-forced: earlier tokens are given." if accuracy else ""),
+        caption="A mark is a seed."
+        + (" Share of tokens that are the likeliest one; earlier tokens are given." if accuracy else " Logarithmic."),
         plot=figure,
         height=150 + 24 * len(found),
     )
