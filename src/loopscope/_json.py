@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import reprlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from loopscope.errors import ConfigError
 
-__all__ = ["build", "differences"]
+__all__ = ["build", "differences", "read_object"]
 
 _T = TypeVar("_T")
 
@@ -33,6 +35,24 @@ def build(cls: type[_T], fields: Mapping[str, Any], where: str) -> _T:
         if required and name not in fields:
             raise ConfigError(f"{where[0].upper()}{where[1:]} lacks the field {name!r}.")
     return cls(**{name: _value(value, hints[name], f"{name!r} of {where}") for name, value in fields.items()})
+
+
+def read_object(path: Path, what: str) -> Mapping[str, Any]:
+    """The JSON object in a file; `what` names it in messages, such as "training configuration".
+
+    Raises `ConfigError` for a file that cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The {what} {path} cannot be read ({error.strerror}); give the path of a JSON file."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"The {what} {path} is not valid JSON: {error}.") from error
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"The {what} {path} holds a JSON {type(fields).__name__}, but it must be an object.")
+    return fields
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

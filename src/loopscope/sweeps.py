@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from loopscope._json import build
+from loopscope._json import build, read_object
 from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
 from loopscope.grids import Dynamics
@@ -313,17 +313,7 @@ class Sweep:
     @classmethod
     def load(cls, path: Path) -> Sweep:
         """Read a JSON file. Raises `ConfigError` for a missing file, one that is not JSON, and wrong fields."""
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"The sweep {path} cannot be read ({error.strerror}); give the path of a JSON file."
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"The sweep {path} is not valid JSON: {error}.") from error
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"The sweep {path} holds a JSON {type(fields).__name__}, but it must be an object.")
-        return cls.from_dict(fields)
+        return cls.from_dict(read_object(path, "sweep"))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Sweep:
@@ -369,7 +359,7 @@ class Sweep:
         return found or [({}, "")]
 
     def _of_design(self, settings: Mapping[str, Any], name: str, text_sha256: str) -> list[SweepCell]:
-        base = self._configuration({}, 0)
+        base = self._configuration({}, 0).to_dict()
         cells = []
         for seed in range(self.seeds):
             try:
@@ -387,9 +377,7 @@ class Sweep:
                 "architecture.state_init has to be embeddings",
             )
             differing = tuple(
-                (field, json.dumps(value))
-                for field, value in settings.items()
-                if value != _value_at(base.to_dict(), field)
+                (field, json.dumps(value)) for field, value in settings.items() if value != _value_at(base, field)
             )
             label = name or " ".join(f"{field.rpartition('.')[2]}={json.loads(value)}" for field, value in differing)
             cells.append(

@@ -14,7 +14,7 @@ from loopscope.grids import CellResult, Outcome, by_design
 from loopscope.report.figure import Figure, Section, plot_text
 from loopscope.report.kinds import KIND_LOOKS, kind_label
 from loopscope.report.style import CATEGORIES, INK, MUTED, base_figure, ordered_colours
-from loopscope.sweeps import SweepResult
+from loopscope.sweeps import Control, SweepResult
 from loopscope.verdicts import KINDS, Kind
 
 __all__ = ["architecture_section", "phase_section", "training_sections"]
@@ -31,7 +31,10 @@ _FLOOR = 1e-8
 """Distances below are drawn there: float32 knows no smaller one."""
 _ROW = 34
 """CSS pixels of a design in a ranking or a phase diagram."""
-_CONTROLS = {"equal-depth": ("dash", "feed-forward, as deep"), "equal-parameters": ("dot", "feed-forward, as large")}
+_CONTROLS: dict[Control, tuple[str, str]] = {
+    "equal-depth": ("dash", "feed-forward, as deep"),
+    "equal-parameters": ("dot", "feed-forward, as large"),
+}
 
 
 def architecture_section(cells: Sequence[CellResult]) -> Section:
@@ -120,7 +123,7 @@ def _phase_map(found: Sequence[Boundary]) -> Figure:
         for each in found
     ]
     figure = _tiles(found, rows)
-    _crossings(figure, found, [(place - 0.5, place + 0.5) for place in range(len(found))])
+    _crossings(figure, found)
     return Figure(
         anchor="phase-map",
         title="What do tokens tend to, design by design?",
@@ -136,7 +139,7 @@ def _phase_map(found: Sequence[Boundary]) -> Figure:
 def _two_scales(norm: str, injection: str, group: Sequence[Boundary]) -> Figure:
     figure = _tiles(group, [f"{each.injection_scale:g}" for each in group])
     figure.update_yaxes(title={"text": "factor on the injection"})
-    _crossings(figure, group, [(place - 0.5, place + 0.5) for place in range(len(group))], joined=True)
+    _crossings(figure, group, joined=True)
     return Figure(
         anchor=f"phase-{norm}-{injection}",
         title=f"{norm}, injection {injection}: weights against injection",
@@ -204,9 +207,7 @@ def _tiles(found: Sequence[Boundary], rows: Sequence[str]) -> go.Figure:
     return figure
 
 
-def _crossings(
-    figure: go.Figure, found: Sequence[Boundary], spans: Sequence[tuple[float, float]], *, joined: bool = False
-) -> None:
+def _crossings(figure: go.Figure, found: Sequence[Boundary], *, joined: bool = False) -> None:
     """Where predicted rates cross 1, as a line, and where tokens stop settling, as rings."""
     places = [_place(each.scales, each.predicted) for each in found]
     if joined:
@@ -214,9 +215,9 @@ def _crossings(
         y: list[float | None] = [float(row) for row in range(len(found))]
     else:
         x, y = [], []
-        for place, (low, high) in zip(places, spans, strict=True):
+        for row, place in enumerate(places):
             x += [place, place, None]
-            y += [low, high, None]
+            y += [row - 0.5, row + 0.5, None]
     if any(place is not None for place in places):
         figure.add_scatter(
             x=x,
@@ -358,7 +359,7 @@ def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: i
             hovertemplate="after %{x}: %{y:.4g} nats<extra></extra>",
         )
     for control, (dash, name) in _CONTROLS.items():
-        other = control_results(results, first, control)  # type: ignore[arg-type]
+        other = control_results(results, first, control)
         if other is not None:
             figure.add_scatter(
                 x=[numbers[0], numbers[-1]],

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loopscope._json import build
+from loopscope._json import build, read_object
 from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
 
@@ -221,16 +221,4 @@ class TrainConfig:
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
         """Read a JSON file. Raises `ConfigError` for a missing file, one that is not JSON, and wrong fields."""
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"The training configuration {path} cannot be read ({error.strerror}); give the path of a JSON file."
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"The training configuration {path} is not valid JSON: {error}.") from error
-        if not isinstance(fields, Mapping):
-            raise ConfigError(
-                f"The training configuration {path} holds a JSON {type(fields).__name__}, but it must be an object."
-            )
-        return cls.from_dict(fields)
+        return cls.from_dict(read_object(path, "training configuration"))
