@@ -14,7 +14,9 @@ import xarray
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
 from loopscope.comparison import compare
-from loopscope.report import write_comparison, write_report
+from loopscope.findings import Experiment, load_experiment
+from loopscope.grids import Cell, CellResult, Outcome
+from loopscope.report import write_comparison, write_experiments, write_report
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
 
@@ -356,4 +358,58 @@ def test_a_comparison(browser: Browser, width: int, tmp_path: Path) -> None:
     assert opened.problems == []
     assert opened.requests == [opened.url]
     assert opened.page.evaluate("typeof hacked") == "undefined"
+    opened.page.close()
+
+
+def random_model(std: float, injection_scale: float = 1.0) -> CellResult:
+    """As a phase diagram has them: the fixed point is lost between 0.02 and 0.04."""
+    settles = std < 0.03
+    return CellResult(
+        cell=Cell(
+            norm="pre", injection="linear", depth=2, seed=0, std=std, injection_scale=injection_scale, judged=True
+        ),
+        outcome=Outcome.FIXED_POINT if settles else Outcome.NONE,
+        settling="fixed point" if settles else "not settled",
+        degeneracy=0.5,
+        drift=0.0,
+        norm_growth=1.0,
+        counts=(1, 4, 16, 128),
+        distance=(0.5, 1e-3, 1e-7, 0.0) if settles else (0.9, 0.8, 0.9, 0.0),
+        norm=(1.0, 1.1, 1.2, 1.2),
+        radius=25 * std,
+        radius_median=20 * std,
+        radius_error=1e-6,
+        predicted={"fixed point": 6},
+        observed_rate=None,
+        verdicts={"fixed point" if settles else "orbit": 6},
+    )
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
+    """Of all three kinds, with a design and a folder of hostile names; the trained ones are those that are shipped."""
+    shipped = load_experiment(Path(__file__).parent.parent / "results" / "recipes")
+    hostile = [
+        dataclasses.replace(each, cell=dataclasses.replace(each.cell, design=HOSTILE))
+        if each.cell.design == "plain"
+        else each
+        for each in shipped.trained
+    ]
+    grid = tuple(random_model(std, scale) for std in (0.01, 0.02, 0.04) for scale in (1.0, 4.0))
+    path = write_experiments(
+        [
+            Experiment(folder=Path("<b>grid</b>"), kind="architectures", cells=grid[::2]),
+            Experiment(folder=Path("phase"), kind="phase", cells=grid),
+            dataclasses.replace(shipped, trained=tuple(hostile)),
+        ],
+        tmp_path / "page.html",
+    )
+    opened = open_page(browser, path, width)
+    assert undrawn(opened.page) == []
+    assert overflow(opened.page) == 0
+    assert opened.problems == []
+    assert opened.requests == [opened.url]
+    assert opened.page.evaluate("typeof hacked") == "undefined"
+    assert opened.page.locator("main img, main b, header b").count() == 0
+    assert HOSTILE in (opened.page.locator("#training-table").text_content() or "")
     opened.page.close()

@@ -249,6 +249,8 @@ def test_an_interval_over_seeds_is_students() -> None:
         ),
         ({"base": {**TINY["base"], "context": 99}}, "leave it out"),
         ({"base": {**TINY["base"], "seed": 3}}, "leave it out"),
+        ({"grids": [{"seed": [1, 2]}]}, "seed is decided by the sweep"),
+        ({"recipes": {"other text": {"data.train": "other.txt"}}}, "data.train is decided by the sweep"),
         ({"base": {**TINY["base"], "evaluation": {"recurrences": [1]}}}, "decided by the sweep"),
     ],
 )

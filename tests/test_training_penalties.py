@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -155,4 +154,3 @@ def test_only_what_stands_behind_the_mark_is_scored() -> None:
 
 def test_penalties_of_nothing_are_nothing() -> None:
     assert float(penalty(model(), ids(), LastStates(), PenaltyConfig(last_step=1.0), seed=0)) == 0
-    assert dataclasses.replace(PenaltyConfig()) == PenaltyConfig()

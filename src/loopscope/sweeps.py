@@ -20,7 +20,7 @@ from loopscope._json import build, read_object
 from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
 from loopscope.grids import Dynamics
-from loopscope.training.config import EvaluationConfig, PenaltyConfig, RecurrenceConfig, TrainConfig
+from loopscope.training.config import DataConfig, EvaluationConfig, PenaltyConfig, RecurrenceConfig, TrainConfig
 
 __all__ = [
     "AutomatonTask",
@@ -43,6 +43,8 @@ Control = Literal["equal-depth", "equal-parameters"]
 _BYTES = 259
 """Vocabulary of the byte-level tokenizer that has no merges: 256 bytes and three special tokens."""
 _SAME_PARAMETERS = 0.06
+_DECIDED = ("data", "seed")
+"""Fields of a training configuration that neither the base nor a design may name."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -307,7 +309,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         _require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
-        decided = [name for name in ("data", "seed") if name in self.base]
+        decided = [name for name in _DECIDED if name in self.base]
         _require(not decided, f"base has a field {decided[:1]}, which the sweep decides; leave it out")
 
     @classmethod
@@ -350,6 +352,11 @@ class Sweep:
         _require(bool(looped), "no design is left")
         unique = list({cell.config: cell for cell in reversed(looped)}.values())[::-1]
         return [*unique, *self._controls(unique)]
+
+    @property
+    def data(self) -> DataConfig:
+        """The text of every cell."""
+        return self._configuration({}, 0).data
 
     def _designs(self) -> list[tuple[dict[str, Any], str]]:
         """Settings and, of a recipe, the name."""
@@ -399,6 +406,9 @@ class Sweep:
         fields = copy.deepcopy(self.base)
         self.task.fill(fields)
         for name, value in settings.items():
+            _require(
+                name.partition(".")[0] not in _DECIDED, f"{name} is decided by the sweep for all designs; leave it out"
+            )
             _set(fields, name, value)
         fields["seed"] = seed
         recurrences = fields.get("architecture", {}).get("recurrences", 1)

@@ -13,6 +13,7 @@ from loopscope.errors import ConfigError
 from loopscope.settings import EngineName, check_engine
 
 if TYPE_CHECKING:
+    from loopscope.engine import Engine
     from loopscope.findings import Boundary, DesignSummary
     from loopscope.grids import Cell, CellResult, InjectionName, NormName
 else:
@@ -27,10 +28,30 @@ __all__ = ["Experiment"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What both experiments over random models take."""
+    """What every experiment takes."""
 
     out: Path
     """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
+    engine: EngineName = "processes"
+    """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
+    workers: int | None = None
+    """How many work side by side, each on one thread; one for each CPU unless given."""
+    address: str = "auto"
+    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine, self.workers, self.address)
+
+    def make_engine(self) -> Engine | None:
+        from loopscope.engine import make_engine
+
+        return make_engine(self.engine, self.workers, self.address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RandomModels(_Run):
+    """What both experiments over random models take."""
+
     norm: tuple[NormName, ...] = ("pre", "residual", "ouro", "olmo2")
     """Where norms stand: before each branch (pre), on the residual stream (residual: Huginn), around each branch and at
     the end of a recurrence (ouro), after each branch (olmo2)."""
@@ -42,35 +63,22 @@ class _Run:
     """Models of each design."""
     recurrences: int = 128
     """The horizon; twice as many are run."""
-    engine: EngineName = "processes"
-    """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
-    workers: int | None = None
-    """How many work side by side; one for each CPU unless given."""
-    address: str = "auto"
-    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
     def __post_init__(self) -> None:
-        check_engine(self.engine, self.workers, self.address)
+        super().__post_init__()
         if self.seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, got {self.seeds}.")
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
         from loopscope.cli.console import RichProgress
-        from loopscope.engine import make_engine
         from loopscope.experiments import run_grid
 
         with RichProgress("cells") as progress:
-            return run_grid(
-                cells,
-                kind,
-                self.out,
-                engine=make_engine(self.engine, self.workers, self.address),
-                progress=progress,
-            )
+            return run_grid(cells, kind, self.out, engine=self.make_engine(), progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architectures(_Run):
+class Architectures(_RandomModels):
     """Which norms and injections make fixed points, at random initialisation (arXiv 2604.11791, Figure 6).
 
     Says design by design whether the paper's outcome was reproduced.
@@ -110,7 +118,7 @@ class Architectures(_Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase(_Run):
+class Phase(_RandomModels):
     """Where each design stops converging as its weights grow, and where its eigenvalues say that it should."""
 
     width: int = 128
@@ -146,8 +154,8 @@ class Phase(_Run):
         print(f"report  {report}")
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, kw_only=True)
+class Training(_Run):
     """Train the models of a sweep, analyse each, and say which designs do well and keep it beyond the trained depth.
 
     Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
@@ -156,27 +164,15 @@ class Training:
 
     sweep: tyro.conf.Positional[Path]
     """A JSON file."""
-    out: Path
-    """Folder for the results, a file a cell, and for the models and their studies."""
     base: Path | None = None
     """Folder that the sweep's paths are relative to; the one of its file unless given."""
     only: tuple[str, ...] = ()
     """Do the cells of these designs alone, by their names in the table; the others stay as they are."""
-    engine: EngineName = "processes"
-    """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
-    workers: int | None = None
-    """How many work side by side; one for each CPU unless given. Each trains on one thread."""
-    address: str = "auto"
-    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
-
-    def __post_init__(self) -> None:
-        check_engine(self.engine, self.workers, self.address)
 
     def run(self) -> None:
         from rich.console import Console
 
         from loopscope.cli.console import RichProgress, say_answers
-        from loopscope.engine import make_engine
         from loopscope.experiments import run_sweep
         from loopscope.findings import advice, summaries
         from loopscope.sweeps import Sweep
@@ -188,7 +184,7 @@ class Training:
                 self.out,
                 base=self.base or self.sweep.parent,
                 only=self.only,
-                engine=make_engine(self.engine, self.workers, self.address),
+                engine=self.make_engine(),
                 progress=progress,
             )
         Console(highlight=False).print(_trained(summaries(results)))

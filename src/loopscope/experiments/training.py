@@ -90,7 +90,7 @@ def run_sweep_cell(cell: SweepCell, *, out: Path, base: Path) -> SweepResult:
 
 def _text_sha256(sweep: Sweep, base: Path) -> str:
     """Of both texts: with others, the cells are others."""
-    hashes = DataFiles.of(sweep.cells()[0].config.data, base).hashes()
+    hashes = DataFiles.of(sweep.data, base).hashes()
     return hashlib.sha256(f"{hashes['train']} {hashes['test']} {hashes['tokenizer']}".encode()).hexdigest()
 
 

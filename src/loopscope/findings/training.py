@@ -139,8 +139,8 @@ def _keepers(looped: Sequence[DesignSummary]) -> Answer | None:
     lose = [each for each in looped if each.kept == 0]
     most = max(max(each.results[0].loss) / each.results[0].trained for each in looped)
     sentence = (
-        f"{len(keep)} of {len(looped)} designs keep their loss at {most:g} times the trained recurrences in every seed"
-        f" (at most {100 * KEPT:g} %, or {KEPT_NATS:g} nats, more): {_listed(keep) or 'none'}."
+        f"{len(keep)} of {len(looped)} designs keep their loss at {most:g} times the trained recurrences in every seed "
+        f"(at most {100 * KEPT:g} %, or {KEPT_NATS:g} nats, more): {_listed(keep) or 'none'}."
     )
     if lose:
         worst = max(lose, key=lambda each: each.beyond.mean - each.loss.mean)
@@ -193,8 +193,8 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
         outcome=Outcome.YES,
         verdict=best.name,
         figure="training-ranking",
-        sentence=f"Within 1 % of the plain loss, or below it, and kept in every seed, where "
-        f"{lost}: {_listed([each.name for each in good])}. The best is {best.name}, {best.loss.mean:.3f} to "
+        sentence=f"Within 1 % of the plain loss, or below it, and kept in every seed, where {lost}: "
+        f"{_listed([each.name for each in good])}. The best is {best.name}, {best.loss.mean:.3f} to "
         f"{best.beyond.mean:.3f} nats.",
         evidence=dict(costs),
     )
@@ -242,9 +242,8 @@ def _depth_pays(results: Sequence[SweepResult]) -> Answer | None:
         outcome=Outcome.YES if 2 * better > len(looped) else Outcome.NO,
         verdict=f"in {better} of {len(looped)} models",
         figure="training-curves",
-        sentence=f"In {better} of {len(looped)} models the trained number of recurrences does better "
-        f"than the first, by "
-        f"{fmean(gains):.3f} nats and {100 * fmean(accuracy):.1f} points of accuracy on average.",
+        sentence=f"In {better} of {len(looped)} models the trained number of recurrences does better than the first, "
+        f"by {fmean(gains):.3f} nats and {100 * fmean(accuracy):.1f} points of accuracy on average.",
         evidence={"mean gain, nats": fmean(gains), "mean gain, accuracy": fmean(accuracy)},
     )
 
@@ -267,10 +266,9 @@ def _against(results: Sequence[SweepResult], control: Control, what: str) -> Ans
         outcome=Outcome.YES if 2 * better > len(pairs) else Outcome.NO,
         verdict=f"in {better} of {len(pairs)} pairs",
         figure="training-table",
-        sentence=f"Against a feed-forward model of {what} (the looped one has {100 * share:.0f} % of "
-        f"its parameters on average), the looped one has the lower loss in {better} of {len(pairs)} "
-        f"pairs of one seed; the middle difference is "
-        f"{middle:+.3f} nats.",
+        sentence=f"Against a feed-forward model of {what} (the looped one has {100 * share:.0f} % of its parameters on "
+        f"average), the looped one has the lower loss in {better} of {len(pairs)} pairs of one seed; the middle "
+        f"difference is {middle:+.3f} nats.",
         evidence={
             f"{one.cell.design}, seed {one.cell.seed}": f"{gap:+.4f} nats"
             for (one, _), gap in zip(pairs, gaps, strict=True)

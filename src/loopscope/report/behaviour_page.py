@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from loopscope.report.facts import provenance
 from loopscope.report.figure import Drawn, Section
 from loopscope.report.html import render_template
 from loopscope.report.kind_shares import ShareSeries, shares_figure
+from loopscope.report.table import Table
 from loopscope.report.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
 from loopscope.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind
 
@@ -30,14 +30,6 @@ _MOST_GROUPS = 12
 _MOST_TOKENS = 400
 """Of each, so that the page stays light."""
 _COLUMNS = ("trajectory", "kind", "reason", "period", "noise floor", "changes with")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    anchor: str
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 def render_behaviour(judged: JudgedFiles) -> str:
@@ -53,7 +45,6 @@ def render_behaviour(judged: JudgedFiles) -> str:
         highlights=[(name.capitalize(), str(value)) for name, value in answer.evidence.items()],
         limits=answer.limits,
         table=_table(judged.trajectories),
-        table_lead=_table_lead(len(judged.trajectories)),
         sections=sections,
         anchors={figure.anchor for section in sections for figure in section.figures} | {"limits", "table"},
         thresholds=[(name.replace("_", " "), f"{value:g}", "") for name, value in manifest["settings"].items()],
@@ -158,7 +149,7 @@ def _first_shown(trajectories: Sequence[JudgedTrajectory]) -> int:
     )
 
 
-def _table(trajectories: Sequence[JudgedTrajectory]) -> _Table:
+def _table(trajectories: Sequence[JudgedTrajectory]) -> Table:
     rows = [
         (
             visible(each.label, 60),
@@ -170,7 +161,7 @@ def _table(trajectories: Sequence[JudgedTrajectory]) -> _Table:
         )
         for each in trajectories[:_MOST_ROWS]
     ]
-    return _Table("table", "Verdicts", _COLUMNS, rows)
+    return Table(anchor="table", title="Verdicts", lead=_table_lead(len(trajectories)), columns=_COLUMNS, rows=rows)
 
 
 def _table_lead(count: int) -> str:

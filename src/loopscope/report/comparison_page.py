@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ from loopscope.comparison.findings import Finding, finding_of, p_text
 from loopscope.report.comparison_figures import comparison_sections
 from loopscope.report.facts import provenance, thresholds
 from loopscope.report.html import render_template
+from loopscope.report.table import Table
 
 __all__ = ["render_comparison"]
 
@@ -30,14 +30,6 @@ _COLUMNS = (
     "finding",
     "level difference",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    anchor: str
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -88,7 +80,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def _tables(comparison: Comparison, label: str) -> list[_Table]:
+def _tables(comparison: Comparison, label: str) -> list[Table]:
     """One for the block alone and one for the whole pass, where these differ."""
     if label == comparison.reference:
         return []
@@ -101,7 +93,7 @@ def _tables(comparison: Comparison, label: str) -> list[_Table]:
         titles = {"block": f"{label}{where}: the block alone, on 0 to 100 %", **titles}
     anchor = f"table-{comparison.labels.index(label)}"
     return [
-        _Table(
+        Table(
             anchor=anchor if index == 0 else f"{anchor}-{span}",
             title=title,
             columns=_COLUMNS,

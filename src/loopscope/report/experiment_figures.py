@@ -47,9 +47,9 @@ def architecture_section(cells: Sequence[CellResult]) -> Section:
         anchor="architectures",
         short="Random models",
         title="Which norms and injections make fixed points?",
-        lead="Each panel is a design, each curve a randomly initialised model: the distance of its "
-        "states to those at the "
-        "horizon, of the layer that is farthest. A curve that falls straight to the floor settles at a constant rate.",
+        lead="Each panel is a design, each curve a randomly initialised model: the distance of its states to those at "
+        "the horizon, of the layer that is farthest. A curve that falls straight to the floor settles at a constant "
+        "rate.",
         columns=3,
         figures=figures,
     )
@@ -100,9 +100,8 @@ def phase_section(cells: Sequence[CellResult]) -> Section:
         anchor="phase",
         short="Phase diagram",
         title="Up to which scale of the weights does a design settle?",
-        lead="Tiles show what most tokens tend to. The black line is where the largest predicted "
-        "rate crosses 1: to its "
-        "left the fixed point attracts, as far as eigenvalues tell.",
+        lead="Tiles show what most tokens tend to. The black line is where the largest predicted rate crosses 1: to "
+        "its left the fixed point attracts, as far as eigenvalues tell.",
         figures=[figure for figure in figures if figure.has_data],
     )
 
@@ -128,9 +127,8 @@ def _phase_map(found: Sequence[Boundary]) -> Figure:
         anchor="phase-map",
         title="What do tokens tend to, design by design?",
         caption="Numbers are the largest predicted rate of the tokens whose fixed point is known; no number: none is. "
-        "Black lines: where that rate crosses 1, between two scales by their logarithm. Rings: where "
-        "half of the tokens "
-        "no longer settle.",
+        "Black lines: where that rate crosses 1, between two scales by their logarithm. Rings: where half of the "
+        "tokens no longer settle.",
         plot=figure,
         height=150 + len(found) * _ROW,
     )
@@ -143,9 +141,8 @@ def _two_scales(norm: str, injection: str, group: Sequence[Boundary]) -> Figure:
     return Figure(
         anchor=f"phase-{norm}-{injection}",
         title=f"{norm}, injection {injection}: weights against injection",
-        caption="The black curve joins the scales at which the largest predicted rate crosses 1; "
-        "rings are where half of "
-        "the tokens no longer settle.",
+        caption="The black curve joins the scales at which the largest predicted rate crosses 1; rings are where half "
+        "of the tokens no longer settle.",
         plot=figure,
         height=190 + len(group) * _ROW,
     )
@@ -263,18 +260,16 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
         anchor="training",
         short="Ranking",
         title="Which trained designs do best, and keep it?",
-        lead="Filled marks are losses at the trained number of recurrences, open ones at the largest "
-        "number; a line joins "
-        "the two means. Designs are in the order of the first.",
+        lead="Filled marks are losses at the trained number of recurrences, open ones at the largest number; a line "
+        "joins the two means. Designs are in the order of the first.",
         figures=[_ranking(found, accuracy=False), _ranking(found, accuracy=True)],
     )
     curves = Section(
         anchor="training-curves",
         short="Loss by recurrences",
         title="What do more recurrences than in training do?",
-        lead="Each panel is a design, each line a seed; feed-forward controls of the first seed are "
-        "dashed (as deep) and "
-        "dotted (as large). The vertical line is the trained number of recurrences.",
+        lead="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as deep) "
+        "and dotted (as large). The vertical line is the trained number of recurrences.",
         columns=3,
         figures=[_loss_curves(each, results, index) for index, each in enumerate(looped)],
     )

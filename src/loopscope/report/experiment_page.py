@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from loopscope.answers import Answer
+from loopscope.answers.wording import plural
 from loopscope.findings import Experiment, advice, boundaries, summaries
 from loopscope.findings.random_answers import architecture_answers, phase_answers
 from loopscope.findings.training import DesignSummary
@@ -16,17 +17,9 @@ from loopscope.grids import CellResult, by_design
 from loopscope.report.experiment_figures import architecture_section, phase_section, training_sections
 from loopscope.report.figure import Figure, Section
 from loopscope.report.html import render_template
+from loopscope.report.table import Table
 
 __all__ = ["render_experiments"]
-
-
-@dataclass(frozen=True)
-class _Table:
-    anchor: str
-    title: str
-    lead: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass
@@ -34,7 +27,7 @@ class _Part:
     """What one experiment puts on the page; anchors get a suffix where a kind occurs twice."""
 
     answers: list[Answer]
-    tables: list[_Table]
+    tables: list[Table]
     sections: list[Section]
     facts: tuple[str, str]
     settings: list[tuple[str, str]]
@@ -156,7 +149,7 @@ def _unfinished(text: str, experiment: Experiment) -> str:
     return text if experiment.finished else f"{text}; the experiment is not finished"
 
 
-def _architecture_table(cells: Sequence[CellResult]) -> _Table:
+def _architecture_table(cells: Sequence[CellResult]) -> Table:
     rows = []
     for (norm, injection, depth), group in by_design(cells, lambda cell: (cell.norm, cell.injection, cell.depth)):
         rows.append(
@@ -168,17 +161,17 @@ def _architecture_table(cells: Sequence[CellResult]) -> _Table:
                 _range([each.radius for each in group], 2),
             )
         )
-    return _Table(
-        "architectures-table",
-        "Random initialisation, design by design",
-        "Ranges are over seeds. Cosine: the least one between the states of two layers. Rate: the largest that "
+    return Table(
+        anchor="architectures-table",
+        title="Random initialisation, design by design",
+        lead="Ranges are over seeds. Cosine: the least one between the states of two layers. Rate: the largest that "
         "eigenvalues predict, where the fixed point is known.",
-        ("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate"),
-        rows,
+        columns=("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate"),
+        rows=rows,
     )
 
 
-def _phase_table(cells: Sequence[CellResult]) -> _Table:
+def _phase_table(cells: Sequence[CellResult]) -> Table:
     found = boundaries(cells)
     scales = [f"{scale:g}" for scale in found[0].scales]
     rows = [
@@ -193,17 +186,17 @@ def _phase_table(cells: Sequence[CellResult]) -> _Table:
         )
         for each in found
     ]
-    return _Table(
-        "phase-table",
-        "What tokens tend to, by the scale of the weights",
-        "What most tokens tend to and the largest predicted rate; then the scale at which that rate crosses 1, and the "
-        "one at which half of the tokens no longer settle.",
-        ("design", *scales, "predicted", "observed"),
-        rows,
+    return Table(
+        anchor="phase-table",
+        title="What tokens tend to, by the scale of the weights",
+        lead="What most tokens tend to and the largest predicted rate; then the scale at which that rate crosses 1, "
+        "and the one at which half of the tokens no longer settle.",
+        columns=("design", *scales, "predicted", "observed"),
+        rows=rows,
     )
 
 
-def _training_table(found: Sequence[DesignSummary]) -> _Table:
+def _training_table(found: Sequence[DesignSummary]) -> Table:
     rows = [
         (
             each.name,
@@ -219,16 +212,15 @@ def _training_table(found: Sequence[DesignSummary]) -> _Table:
         )
         for each in found
     ]
-    return _Table(
-        "training-table",
-        "Trained models, the lowest loss first",
-        "Losses in nats: mean over seeds and Student's 95 % interval of it, at the trained number of "
-        "recurrences and at "
-        "the largest one; kept: seeds in which the second is at most 1 %, or 0.01 nats, above the "
-        "first. Settled: judged tokens that "
-        "reach a fixed point or hover at the floor. Rate: the largest predicted, over seeds. Stages repeat: share of "
-        "the stage measures' variance that goes with the layer, whatever the recurrence.",
-        (
+    return Table(
+        anchor="training-table",
+        title="Trained models, the lowest loss first",
+        lead="Losses in nats: mean over seeds and Student's 95 % interval of it, at the trained number of recurrences "
+        "and at the largest one; kept: seeds in which the second is at most 1 %, or 0.01 nats, above the first. "
+        "Settled: judged tokens that reach a fixed point or hover at the floor. Rate: the largest predicted, over "
+        "seeds. Stages repeat: share of the stage measures' variance that goes with the layer, whatever the "
+        "recurrence.",
+        columns=(
             "design",
             "layout",
             "parameters",
@@ -240,7 +232,7 @@ def _training_table(found: Sequence[DesignSummary]) -> _Table:
             "rate",
             "stages repeat",
         ),
-        rows,
+        rows=rows,
     )
 
 
@@ -257,11 +249,10 @@ def _limits(experiments: Sequence[Experiment]) -> list[str]:
         )
         if seeds < 5:
             limits.append(
-                f"With {seeds} seed{'s' if seeds > 1 else ''} of a design, intervals over seeds are "
-                f"wide, and an order of "
-                "neighbours in the ranking means little."
+                f"With {plural(seeds, 'seed')} of a design, intervals over seeds are wide, and an order of neighbours "
+                "in the ranking means little."
             )
-        limits.append("Loss and accuracy are of one test text; text inside the answers' windows depends on each other.")
+        limits.append("Loss and accuracy are of one test text, the same for all designs.")
     if not all(each.finished for each in experiments):
         limits.append("An experiment is not finished: designs whose cells are missing are left out.")
     return limits

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["DifferenceProducts", "ExactProducts", "OwnMap", "Products", "TokenVectors"]
+__all__ = ["DifferenceProducts", "ExactProducts", "OwnMap", "Products", "TokenVectors", "transposed_products"]
 
 TokenVectors = Float[Tensor, "token width"]
 
@@ -36,13 +36,21 @@ class Products(Protocol):
         """`J_i v_i` for every token i."""
 
 
-class ExactProducts:
-    """By automatic differentiation.
+def transposed_products(image: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """`J^T u` for a u of zeros, and that u, where J is the derivative of `image` by `point`.
 
-    `J v` is the transpose of `u -> J^T u`, which is linear in u: the backward pass is recorded once, with all that the
-    map computed on its way, and differentiated backwards for each product. That takes the place of a forward-mode
-    product, whose value it is, and costs about a fourth of `torch.func.jvp`, which computes the map anew each time.
+    `J v` is the gradient of the first by the second along v, the transpose of `u -> J^T u`, which is linear in u: the
+    backward pass is recorded once, with all that the map computed on its way, and differentiated backwards for each
+    product. That takes the place of a forward-mode product, whose value it is, and costs about a fourth of
+    `torch.func.jvp`, which computes the map anew each time.
     """
+    cotangent = torch.zeros_like(image, requires_grad=True)
+    (pulled,) = torch.autograd.grad(image, point, cotangent, create_graph=True, materialize_grads=True)
+    return pulled, cotangent
+
+
+class ExactProducts:
+    """By automatic differentiation (see `transposed_products`)."""
 
     def __init__(self, own: OwnMap, point: TokenVectors) -> None:
         with torch.enable_grad():
@@ -50,20 +58,14 @@ class ExactProducts:
             image = own(self.point)
             self.image = image.detach()
             self.accuracy = _ROUNDINGS * torch.finfo(point.dtype).eps
-            self._cotangent = torch.zeros_like(image, requires_grad=True)
-            self._pulled: Tensor | None = None
-            if image.requires_grad:
-                (self._pulled,) = torch.autograd.grad(
-                    image, self.point, self._cotangent, create_graph=True, materialize_grads=True
-                )
+            self._recorded = transposed_products(image, self.point) if image.requires_grad else None
 
     def __call__(self, vectors: TokenVectors) -> TokenVectors:
         # A map that does not look at the state, as with its input frozen, has no gradient at all.
-        if self._pulled is None or not self._pulled.requires_grad:
+        if self._recorded is None or not self._recorded[0].requires_grad:
             return torch.zeros_like(vectors)
-        (product,) = torch.autograd.grad(
-            self._pulled, self._cotangent, vectors, retain_graph=True, materialize_grads=True
-        )
+        pulled, cotangent = self._recorded
+        (product,) = torch.autograd.grad(pulled, cotangent, vectors, retain_graph=True, materialize_grads=True)
         return product.detach()
 
 

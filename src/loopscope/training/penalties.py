@@ -10,6 +10,7 @@ from torch import Tensor
 from loopscope._shapes import States, TokenIds
 from loopscope.model import LoopedTransformer, Sequence
 from loopscope.stability.frozen import mix_with_others_frozen
+from loopscope.stability.products import transposed_products
 from loopscope.training.config import PenaltyConfig
 from loopscope.visits import LoopState, Observer
 
@@ -57,15 +58,12 @@ def stretching(model: LoopedTransformer, sequence: Sequence, state: States, prod
     point = state.detach().requires_grad_()
     still = dataclasses.replace(sequence, context=dataclasses.replace(sequence.context, mix=mix_with_others_frozen))
     image = model.recur(point, still, 0)
-    # J v is the transpose of u -> J^T u, which is linear in u (see `stability.products`).
-    cotangent = torch.zeros_like(image, requires_grad=True)
-    (pulled,) = torch.autograd.grad(image, point, cotangent, create_graph=True)
+    pulled, cotangent = transposed_products(image, point)
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(point.shape, generator=generator).to(point)
+    tiny = torch.finfo(point.dtype).tiny
     for remaining in reversed(range(products)):
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(
-            min=torch.finfo(point.dtype).tiny
-        )
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=tiny)
         (vectors,) = torch.autograd.grad(pulled, cotangent, vectors, retain_graph=True, create_graph=remaining == 0)
     factors: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
     return factors
