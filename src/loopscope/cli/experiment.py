@@ -170,14 +170,18 @@ class Training(_Run):
     """Do the cells of these designs alone, by their names in the table; the others stay as they are."""
 
     def run(self) -> None:
+        from loopscope.sweeps import Sweep
+
+        # Before torch is imported, so that a wrong file is said at once.
+        sweep = Sweep.load(self.sweep)
+        sweep.cells()
+
         from rich.console import Console
 
         from loopscope.cli.console import RichProgress, say_answers
         from loopscope.experiments import run_sweep
         from loopscope.findings import advice, summaries
-        from loopscope.sweeps import Sweep
 
-        sweep = Sweep.load(self.sweep)
         with RichProgress("cells") as progress:
             results = run_sweep(
                 sweep,

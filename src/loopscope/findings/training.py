@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy.stats import t as student_t
+from scipy import special
 
 from loopscope.answers import Answer, Outcome
 from loopscope.sweeps import Control, SweepResult, control_config
@@ -66,7 +66,7 @@ def interval(values: Sequence[float]) -> Interval:
     mean, count = fmean(values), len(values)
     if count < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf, count=count)
-    half = float(student_t.ppf(0.5 + _LEVEL / 2, count - 1)) * stdev(values) / math.sqrt(count)
+    half = float(special.stdtrit(count - 1, 0.5 + _LEVEL / 2)) * stdev(values) / math.sqrt(count)
     return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
 
 

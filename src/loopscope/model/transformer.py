@@ -47,7 +47,9 @@ class LoopedTransformer(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.embedding = nn.Embedding(architecture.vocab_size, architecture.width)
+        # Not drawn by nn.Embedding: its normal_ on the meta device imports torch's compiler, which takes seconds.
+        weight = torch.empty(architecture.vocab_size, architecture.width).uniform_(-1, 1)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         layers = [Layer(architecture, architecture.window(layer)) for layer in range(architecture.layers)]
         loop, after = architecture.prelude, architecture.prelude + architecture.recurrent
         self.prelude = nn.ModuleList(layers[:loop])
