@@ -7,7 +7,7 @@ not change what the others read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,36 +77,37 @@ def exit_costs(stops: Stops, readouts: Readouts) -> xarray.Dataset:
     Means over a prompt's tokens: `recurrences`; `loss`, nats; `loss_difference` to the full run; `changed`, the share
     of tokens whose most probable next token is not the full run's; `kl`, `KL(p_N || p)`, nats.
     """
+    return xarray.Dataset({name: ("prompt", values) for name, values in _costs(stops, readouts).items()})
+
+
+def _costs(stops: Stops, readouts: Readouts) -> dict[str, NDArray[np.float64]]:
     there = readouts.there
     place = np.where(there, stops - 1, 0)[None]
     loss, kl, top1 = (
         np.take_along_axis(values, place, axis=0)[0] for values in (readouts.loss, readouts.kl, readouts.top1)
     )
     followed = there & ~np.isnan(readouts.loss[-1])
-    found = {
+    return {
         "recurrences": _mean(stops, there),
         "loss": _mean(loss, followed),
         "loss_difference": _mean(loss - readouts.loss[-1], followed),
         "changed": _mean(top1 != readouts.top1[-1], there),
         "kl": _mean(kl, there),
     }
-    return xarray.Dataset({name: ("prompt", values) for name, values in found.items()})
 
 
 def exit_table(
     signal: Signal, thresholds: Sequence[float], readouts: Readouts, *, at_least: bool = False
 ) -> xarray.Dataset:
     """`exit_costs` of a rule under each of some thresholds, with dimensions `threshold` and `prompt`."""
-    return _stacked(
-        thresholds, (exit_costs(stop_times(signal, each, at_least=at_least), readouts) for each in thresholds)
-    )
+    return _stacked(thresholds, [_costs(stop_times(signal, each, at_least=at_least), readouts) for each in thresholds])
 
 
 def constant_table(readouts: Readouts) -> xarray.Dataset:
     """`exit_costs` of the same number of recurrences for every token; the `threshold` is that number, from 1 to N."""
     counts = range(1, readouts.recurrences + 1)
     shape = readouts.top1.shape[1:]
-    return _stacked(counts, (exit_costs(np.full(shape, count), readouts) for count in counts))
+    return _stacked(counts, [_costs(np.full(shape, count), readouts) for count in counts])
 
 
 def constant_at(constant: xarray.Dataset, recurrences: float) -> xarray.Dataset:
@@ -121,8 +122,11 @@ def constant_at(constant: xarray.Dataset, recurrences: float) -> xarray.Dataset:
     return (1 - share) * constant.sel(threshold=below, drop=True) + share * constant.sel(threshold=above, drop=True)
 
 
-def _stacked(thresholds: Sequence[float] | range, costs: Iterable[xarray.Dataset]) -> xarray.Dataset:
-    return xarray.concat(list(costs), xarray.Variable("threshold", np.asarray(thresholds)))
+def _stacked(thresholds: Sequence[float] | range, costs: Sequence[Mapping[str, NDArray[np.float64]]]) -> xarray.Dataset:
+    return xarray.Dataset(
+        {name: (("threshold", "prompt"), np.stack([each[name] for each in costs])) for name in costs[0]},
+        coords={"threshold": np.asarray(thresholds)},
+    )
 
 
 def _mean(values: NDArray[np.generic], counted: NDArray[np.bool_]) -> NDArray[np.float64]:

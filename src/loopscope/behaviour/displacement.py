@@ -27,8 +27,6 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
-_IN_FEW_DIRECTIONS = 0.4
-"""Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _OFTEN = 6.0
 """Periods within the tail from which on its thirds are alike."""
 _AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopscope.answers import Answer
-from loopscope.checkpoints import FAMILIES, demo_names, find_checkpoint, read_json
 
 __all__ = ["RichProgress", "say", "say_answers", "say_models"]
 
@@ -31,6 +30,9 @@ def say_answers(answers: Sequence[Answer]) -> None:
 
 def say_models() -> None:
     """A table of the shipped models, and the formats that checkpoint folders may have."""
+    # With torch, which no other output waits for.
+    from loopscope.checkpoints import FAMILIES, demo_names, find_checkpoint, read_json
+
     table = Table("model", "layout", "parameters", "test loss", "bigram entropy", box=None, pad_edge=False)
     for name in demo_names():
         results = read_json(find_checkpoint(name).folder / "results.json")

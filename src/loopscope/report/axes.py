@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,7 +14,7 @@ from loopscope.answers.wording import significant
 from loopscope.report.material import Material
 from loopscope.report.style import GRID, MUTED
 
-__all__ = ["add_floor", "add_stages", "mark_vertical", "scale_y"]
+__all__ = ["add_floor", "add_stages", "lines_across", "mark_vertical", "scale_y"]
 
 _LABEL = {"size": 11, "color": MUTED}
 
@@ -91,10 +93,23 @@ def add_stages(figure: go.Figure, material: Material) -> None:
         start = end
 
 
+def lines_across(
+    figure: go.Figure, line: Mapping[str, Any], *, x: Iterable[float | int] = (), y: Iterable[float | int] = ()
+) -> None:
+    """Lines from edge to edge, vertical at each `x` and horizontal at each `y`.
+
+    All at once: plotly's own `add_vline` looks through everything that the figure has, every time.
+    """
+    vertical = [{"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "y domain"} for at in x]
+    horizontal = [{"y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "x domain"} for at in y]
+    added = [{"type": "line", "line": dict(line), **ends} for ends in (*vertical, *horizontal)]
+    figure.update_layout(shapes=[*figure.layout.shapes, *added])
+
+
 def mark_vertical(figure: go.Figure, at: int, text: str, *, log: bool = False) -> None:
     """A dashed line across the figure, named above it. On a logarithmic axis annotations want the exponent, lines the
     value."""
-    figure.add_vline(x=at, line={"color": MUTED, "width": 1, "dash": "dash"})
+    lines_across(figure, {"color": MUTED, "width": 1, "dash": "dash"}, x=[at])
     figure.add_annotation(
         x=math.log10(at) if log else at,
         y=1,

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from loopscope.drawing import Site
-from loopscope.report.axes import add_stages
+from loopscope.report.axes import add_stages, lines_across
 from loopscope.report.material import Material
 from loopscope.report.style import CATEGORIES, MUTED, base_figure, ordered_colours
 
@@ -29,9 +29,12 @@ def along_depth(values: NDArray[np.floating], sites: Sequence[Site], y_title: st
         customdata=[site.label for site in sites],
         hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
     )
-    for index, (before, site) in enumerate(itertools.pairwise(sites), start=1):
-        if (before.stage, before.recurrence) != (site.stage, site.recurrence):
-            figure.add_vline(x=index + 0.5, line={"color": MUTED, "width": 0.75, "dash": "dot"})
+    starts = [
+        index + 0.5
+        for index, (before, site) in enumerate(itertools.pairwise(sites), start=1)
+        if (before.stage, before.recurrence) != (site.stage, site.recurrence)
+    ]
+    lines_across(figure, {"color": MUTED, "width": 0.75, "dash": "dot"}, x=starts)
     return figure
 
 

@@ -8,7 +8,6 @@ import xarray
 from numpy.typing import ArrayLike, NDArray
 
 from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
-from loopscope.answers.stopping import constant_at
 from loopscope.answers.wording import significant
 from loopscope.report.axes import scale_y
 from loopscope.report.figure import Figure
@@ -72,7 +71,7 @@ def _costs(tables: ExitTables, name: str, y_title: str, shown: str, least: float
     counts = np.arange(1, tables.recurrences + 1)
     between = np.linspace(1, tables.recurrences, (tables.recurrences - 1) * _POINTS_BETWEEN + 1)
     shared = {"legendgroup": "constant", "name": "the same number for all", "line": {"color": INK, "width": 2}}
-    line = [float(constant_at(constant, each)[name]) for each in between]
+    line = np.interp(between, counts, constant[name].values)  # as `constant_at`, all at once
     figure.add_scatter(x=between, y=_above(line, least), mode="lines", hoverinfo="skip", **shared)
     figure.add_scatter(
         x=counts,

@@ -11,6 +11,7 @@ from loopscope.answers.wording import significant
 from loopscope.findings import DesignSummary, boundaries, control_results, summaries
 from loopscope.findings.phase import Boundary
 from loopscope.grids import CellResult, Outcome, by_design
+from loopscope.report.axes import lines_across
 from loopscope.report.figure import Figure, Section, plot_text
 from loopscope.report.kinds import KIND_LOOKS, kind_label
 from loopscope.report.style import CATEGORIES, INK, MUTED, base_figure, ordered_colours
@@ -364,7 +365,7 @@ def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: i
                 line={"color": MUTED, "dash": dash, "width": 1.5},
                 hovertemplate=f"{name}: %{{y:.4g}} nats<extra></extra>",
             )
-    figure.add_vline(x=first.trained, line={"color": MUTED, "width": 1})
+    lines_across(figure, {"color": MUTED, "width": 1}, x=[first.trained])
     figure.update_xaxes(type="log", tickvals=numbers, ticktext=[str(number) for number in numbers])
     verdict = f"kept in {design.kept} of {len(design.results)} seeds"
     return Figure(

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from loopscope.answers.limits import short_prompts
 from loopscope.drawing import per_row, stable_share
+from loopscope.report.axes import lines_across
 from loopscope.report.figure import Drawn, Figure, Section
 from loopscope.report.lines import by_layer
 from loopscope.report.maps import head_maps
@@ -84,8 +85,8 @@ def _changes(material: Material) -> Figure:
             "ticktext": [f"{10.0**exponent:g}" for exponent in exponents],
         },
     )
-    for layer in range(1, len(values)):
-        figure.add_hline(y=layer * heads - 0.5, line={"color": "white", "width": 1.5})
+    between = [layer * heads - 0.5 for layer in range(1, len(values))]
+    lines_across(figure, {"color": "white", "width": 1.5}, y=between)
     middles = [layer * heads + (heads - 1) / 2 for layer in range(len(values))]
     every = max(1, len(values) // 16)
     figure.update_yaxes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,7 @@ def _looks_ahead(codes: NDArray[np.uint8]) -> bool:
     return bool(((later != 0) & (later != UNKNOWN)).any())
 
 
+@lru_cache(maxsize=1)
 def palette() -> list[tuple[int, int, int]]:
     """A colour for each code but the unknown one."""
     colours = sample_colorscale(SEQUENTIAL, [code / HIGHEST for code in range(HIGHEST + 1)])

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from loopscope.drawing import stage_name, stage_starts
+from loopscope.report.axes import lines_across
 from loopscope.report.figure import Figure, Section
 from loopscope.report.material import Material, median_over_prompts
 from loopscope.report.style import SEQUENTIAL, base_figure
@@ -81,9 +82,8 @@ def visits_map(
     """A heat map of visits x visits, with white lines where a stage or a recurrence begins."""
     figure = _heat_map(values, labels, "visit", "visit", what=what, lowest=lowest, highest=highest)
     edges = stage_starts(labels)
-    for edge in edges[1:]:
-        for add in (figure.add_vline, figure.add_hline):
-            add(edge - 0.5, line={"color": "white", "width": 1.5})
+    between = [edge - 0.5 for edge in edges[1:]]
+    lines_across(figure, {"color": "white", "width": 1.5}, x=between, y=between)
     middles = [(start + end - 1) / 2 for start, end in zip(edges, [*edges[1:], len(labels)], strict=True)]
     names = [stage_name(labels[start]) for start in edges]
     figure.update_traces(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from loopscope.answers.wording import significant
 from loopscope.predictions import token_eigenvalues
-from loopscope.report.axes import mark_vertical
+from loopscope.report.axes import lines_across, mark_vertical
 from loopscope.report.figure import Figure, plot_text
 from loopscope.report.material import Material
 from loopscope.report.predicted_kinds import PREDICTED_LOOKS
@@ -118,7 +118,7 @@ def damping_figure(material: Material) -> Figure:
             line={"color": "#D55E00", "width": 2},
             hovertemplate="%{y:.3f}",
         )
-        figure.add_hline(y=1, line={"color": INK, "width": 1})
+        lines_across(figure, {"color": INK, "width": 1}, y=[1])
         place = int(largest.argmin())
         best = (
             f" The slowest token is fastest at η = {_ETAS[place]:.2f}, with {significant(float(largest[place]), 3)}."
