@@ -280,11 +280,16 @@ def test_a_text_that_is_not_there_is_said_before_anything_is_trained(tmp_path: P
 
 @pytest.mark.parametrize("name", ["recipes", "architectures-trained"])
 def test_the_shipped_results_are_those_of_their_sweep(name: str) -> None:
+    """Every cell, and for every looped model both controls, though one may be the control of several designs."""
     folder = Path(__file__).parent.parent / "results" / name
-    found = load_experiment(folder).trained
-    assert len(found) >= 24
-    cells = Sweep.load(folder / "sweep.json").cells(found[0].cell.text_sha256)
-    assert {each.cell for each in found} <= set(cells)
-    for each in found:
-        assert (folder / CELLS / f"{each.cell.name}.json").is_file()
+    experiment = load_experiment(folder)
+    found = experiment.trained
+    assert experiment.finished
+    assert [each.cell for each in found] == Sweep.load(folder / "sweep.json").cells(found[0].cell.text_sha256)
+    assert {path.stem for path in (folder / CELLS).iterdir()} == {each.cell.name for each in found}
+    looped = [each for each in found if each.cell.control is None]
+    assert len(looped) >= 24
+    assert all(
+        control_results(found, each, control) for each in looped for control in ("equal-depth", "equal-parameters")
+    )
     assert advice(found)

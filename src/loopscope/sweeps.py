@@ -162,8 +162,6 @@ class SweepCell:
     """What it is called in tables: how it differs from the base."""
     settings: tuple[tuple[str, str], ...]
     """Dotted fields of the training configuration with their values, as JSON, that differ from the base."""
-    recipe: bool
-    """Whether the design has a name of its own, or that of its settings."""
     control: Control | None
     """None for a looped model."""
     control_of: str
@@ -182,7 +180,7 @@ class SweepCell:
     def name(self) -> str:
         """Of its file: readable, and another one for any other cell."""
         about = self.to_dict()
-        for left in ("design", "settings", "recipe", "control_of"):
+        for left in ("design", "settings", "control_of"):
             del about[left]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         readable = re.sub(r"[^a-z0-9.]+", "-", self.design.lower()).strip("-")[:60]
@@ -391,7 +389,6 @@ class Sweep:
                 SweepCell(
                     design=label or "base",
                     settings=differing,
-                    recipe=bool(name),
                     control=None,
                     control_of="",
                     task=self.task,
@@ -432,7 +429,6 @@ class Sweep:
                         design=f"feed-forward, {config.architecture.layers} layers"
                         + (f", {norms}" if norms != usual else ""),
                         settings=(),
-                        recipe=False,
                         control=control,
                         control_of=cell.design,
                         config=config,

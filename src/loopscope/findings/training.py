@@ -21,6 +21,8 @@ KEPT_NATS = 0.01
 """A loss is kept if it is as good, or at most so many nats larger: a share of a loss near 0 is below what matters."""
 _SETTLED = ("fixed point", "at floor")
 _LEVEL = 0.95
+_MOST_NAMES = 4
+"""In a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,12 @@ def summaries(results: Sequence[SweepResult]) -> list[DesignSummary]:
 
 
 def control_results(results: Sequence[SweepResult], of: SweepResult, control: Control) -> SweepResult | None:
-    """The feed-forward model that a looped one is held against, of the same seed; None where it was not trained."""
+    """The feed-forward model that a looped one is held against, of the same seed; None where it was not trained.
+
+    One model may be as deep as one design and as large as another.
+    """
     wanted = control_config(of.cell.config, control)
-    return next((each for each in results if each.cell.control == control and each.cell.config == wanted), None)
+    return next((each for each in results if each.cell.control is not None and each.cell.config == wanted), None)
 
 
 def advice(results: Sequence[SweepResult]) -> list[Answer]:
@@ -277,4 +282,6 @@ def _against(results: Sequence[SweepResult], control: Control, what: str) -> Ans
 
 
 def _listed(names: Sequence[str]) -> str:
-    return "; ".join(names)
+    """The evidence has all of them."""
+    more = [f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+    return "; ".join([*names[:_MOST_NAMES], *more])
