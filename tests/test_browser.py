@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from synthetic_study import contracting, feed_forward_study, looped_study, overf
 # One worker, and so one browser, for all of them.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # SwiftShader draws the 3-D figures without a graphics card; the rest keeps the browser from talking to its maker.
 FLAGS = [
@@ -388,7 +391,7 @@ def random_model(std: float, injection_scale: float = 1.0) -> CellResult:
 @pytest.mark.parametrize("width", [1400, 400])
 def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
     """Of all three kinds, with a design and a folder of hostile names; the trained ones are those that are shipped."""
-    shipped = load_experiment(Path(__file__).parent.parent / "results" / "recipes")
+    shipped = load_experiment(CHECKOUT / "results" / "recipes")
     hostile = [
         dataclasses.replace(each, cell=dataclasses.replace(each.cell, design=HOSTILE))
         if each.cell.design == "plain"
@@ -413,3 +416,12 @@ def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
     assert opened.page.locator("main img, main b, header b").count() == 0
     assert HOSTILE in (opened.page.locator("#training-table").text_content() or "")
     opened.page.close()
+
+
+def test_a_page_is_printed_on_one_sheet(browser: Browser, tmp_path: Path) -> None:
+    """By the tool that made the report in `results`; it starts a browser of its own."""
+    page = write_report(feed_forward_study(prompts=2), tmp_path / "report.html")
+    subprocess.run([sys.executable, CHECKOUT / "tools" / "print_page.py", page, tmp_path / "page.pdf"], check=True)
+    content = (tmp_path / "page.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert content.count(b"/Type /Page\n") == 1

@@ -196,7 +196,7 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
         key="recipes",
         question="Does a recipe settle at no cost?",
         outcome=Outcome.YES,
-        verdict=best.name,
+        verdict=f"yes, {best.name}",
         figure="training-ranking",
         sentence=f"Within 1 % of the plain loss, or below it, and kept in every seed, where {lost}: "
         f"{_listed([each.name for each in good])}. The best is {best.name}, {best.loss.mean:.3f} to "

@@ -74,7 +74,9 @@ def _part(experiment: Experiment, suffix: str, which: str) -> _Part:
             )
             for answer in part.answers
         ],
-        tables=[dataclasses.replace(table, anchor=table.anchor + suffix) for table in part.tables],
+        tables=[
+            dataclasses.replace(table, anchor=table.anchor + suffix, title=table.title + which) for table in part.tables
+        ],
         sections=[
             dataclasses.replace(
                 section,
