@@ -168,8 +168,19 @@ def test_finished_cells_are_not_done_again(ran: tuple[Path, list[SweepResult]]) 
     again = sweep(recipes={"plain": {}, "stepped": {"penalties.last_step": 0.5}})
     assert run_sweep(again, out, base=Path(), only=["plain"]) == results[:1]
     assert {path: path.stat().st_mtime_ns for path in (out / CELLS).iterdir()} == stamps
+    loaded = load_experiment(out)
+    assert (list(loaded.trained), loaded.finished) == (results, True)
     with pytest.raises(ConfigError, match="no design named 'other'"):
         run_sweep(again, out, base=Path(), only=["other"])
+
+
+def test_some_designs_alone_are_no_finished_sweep(ran: tuple[Path, list[SweepResult]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = sweep(recipes={"plain": {}, "stepped": {"penalties.last_step": 0.5}}, controls=[])
+    (found,) = run_sweep(asked, out, base=Path(), only=["plain"])
+    assert without_time(found) == without_time(ran[1][0])
+    loaded = load_experiment(out)
+    assert (list(loaded.trained), loaded.finished) == ([found], False)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
@@ -217,7 +228,7 @@ def test_advice_says_what_the_numbers_say(ran: tuple[Path, list[SweepResult]]) -
     ]
     found = {answer.key: answer for answer in advice(results)}
     assert found["keepers"].verdict == "2 of 3"
-    assert found["recipes"].verdict == "steady"
+    assert found["recipes"].verdict == "yes, steady"
     assert "dear" not in found["recipes"].sentence.partition(":")[2]
     assert found["settling"].verdict == "4 of 4, against 0 of 2"
     first, second, last = summaries(results)

@@ -250,10 +250,11 @@ class GridFolder(Generic[ResultT]):
         content = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
         write_atomically(self._path(result.cell), content.encode())
 
-    def finish(self, results: Sequence[ResultT]) -> None:
-        """Write down which cells are the grid that was asked for last: others may lie beside them."""
-        names = [result.cell.name for result in results]
-        content = json.dumps({"kind": self.kind, "cells": names}, indent=1) + "\n"
+    def finish(self, grid: Sequence[GridCell]) -> None:
+        """Write down which cells of the grid that was asked for last are there: those of others may lie beside them."""
+        names = [cell.name for cell in grid if self._path(cell).is_file()]
+        about = {"kind": self.kind, "finished": len(names) == len(grid), "cells": names}
+        content = json.dumps(about, indent=1) + "\n"
         write_atomically(self.folder / MANIFEST, content.encode())
 
     def _path(self, cell: GridCell) -> Path:

@@ -36,14 +36,15 @@ def run_cells(
     from_dict: Callable[[Mapping[str, Any]], ResultT],
     out: Path | None = None,
     *,
+    grid: Sequence[CellT] | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[ResultT]:
     """The results of all cells, in their order.
 
     `work` makes a result of a cell, and `from_dict` of what the result's `to_dict` gave. `kind` names the experiment,
-    which a folder is of. Cells that are in `out` already are not run again. Raises `StudyError` for a folder of
-    something else.
+    which a folder is of. Cells that are in `out` already are not run again. `grid` are all cells of the experiment,
+    where these are only some of them. Raises `StudyError` for a folder of something else.
     """
     progress = progress or SilentProgress()
     if out is None:
@@ -53,7 +54,7 @@ def run_cells(
         if there:
             progress.note(f"Going on with {out}: {len(there)} of {len(cells)} cells are done.")
         results = _run(work, cells, there, engine, progress, folder)
-        folder.finish(results)
+        folder.finish(cells if grid is None else grid)
         return results
 
 

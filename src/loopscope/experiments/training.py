@@ -67,10 +67,9 @@ def run_sweep(
             raise ConfigError(
                 f"This sweep has no design named {name!r}; its designs are {', '.join(map(repr, names))}."
             )
-    if only:
-        cells = [cell for cell in cells if cell.design in only]
+    asked = [cell for cell in cells if cell.design in only] if only else cells
     work = functools.partial(run_sweep_cell, out=out, base=base)
-    return run_cells(work, cells, KIND, SweepResult.from_dict, out, engine=engine, progress=progress)
+    return run_cells(work, asked, KIND, SweepResult.from_dict, out, grid=cells, engine=engine, progress=progress)
 
 
 def run_sweep_cell(cell: SweepCell, *, out: Path, base: Path) -> SweepResult:

@@ -27,7 +27,8 @@ class Experiment:
     trained: tuple[SweepResult, ...] = ()
     """For the last one."""
     finished: bool = True
-    """False where the command did not come to its end: then all cells that are there are taken."""
+    """False where cells of the grid are missing. Before a command first came to its end, all cells that are there are
+    taken."""
 
 
 def load_experiment(folder: str | Path) -> Experiment:
@@ -57,7 +58,7 @@ def load_experiment(folder: str | Path) -> Experiment:
         raise StudyError(f"The experiment in {folder} is damaged ({error}); run it again.") from None
     if not entries:
         raise StudyError(f"The experiment in {folder} has no finished cell yet; wait for it, or run it again.")
-    return Experiment(folder=folder, kind=cast(ExperimentKind, kind), finished=names is not None, **found)
+    return Experiment(folder=folder, kind=cast(ExperimentKind, kind), finished=bool(manifest.get("finished")), **found)
 
 
 def _path(folder: Path, name: str) -> Path:
