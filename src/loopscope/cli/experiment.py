@@ -167,7 +167,7 @@ class Training(_Run):
     base: Path | None = None
     """Folder that the sweep's paths are relative to; the one of its file unless given."""
     only: tuple[str, ...] = ()
-    """Do the cells of these designs alone, by their names in the table; the report has those of others that are done."""
+    """Do the cells of these designs alone, by their names in the table; others that are done stay in the report."""
 
     def run(self) -> None:
         from loopscope.sweeps import Sweep
