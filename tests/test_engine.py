@@ -26,7 +26,13 @@ from loopscope.sweeps import Sweep, SweepResult
 from small_models import PROMPTS, checkpoint, subject
 
 SETTINGS = AnalyzeSettings(
-    recurrences=4, horizon=8, batch_size=1, track=(), threads=1, skip=("behaviour", "heads", "maps", "readout")
+    recurrences=4,
+    horizon=8,
+    batch_size=1,
+    track=(),
+    threads=1,
+    eigenvalue_search=8,
+    skip=("behaviour", "heads", "maps", "readout"),
 )
 
 

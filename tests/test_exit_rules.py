@@ -42,7 +42,15 @@ from synthetic_study import contracting, feed_forward_study, looped_study, overf
 
 Array = NDArray[np.float64]
 
-SETTINGS = AnalyzeSettings(recurrences=6, horizon=4, exit_recurrences=5, batch_size=3, track=(), seed=3)
+SETTINGS = AnalyzeSettings(
+    recurrences=6,
+    horizon=4,
+    exit_recurrences=5,
+    batch_size=3,
+    track=(),
+    seed=3,
+    skip=("behaviour", "stability", "maps"),
+)
 COSTS = ("recurrences", "loss", "loss_difference", "changed", "kl")
 
 

@@ -217,7 +217,9 @@ def test_figures_without_spread_or_end_can_be_laid_out(fate: Any) -> None:
 
 @pytest.mark.parametrize("shape", [GATED, FEED_FORWARD], ids=["gated", "feed-forward"])
 def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
-    settings = AnalyzeSettings(recurrences=10, horizon=6, cycle_recurrences=9, track=("0:-1", "1:0"))
+    settings = AnalyzeSettings(
+        recurrences=10, horizon=6, cycle_recurrences=9, track=("0:-1", "1:0"), eigenvalue_search=8
+    )
     ran = analyze(subject(shape), PROMPTS, settings=settings)
     readings = read_study(ran)
     left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(readings)}

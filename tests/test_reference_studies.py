@@ -102,7 +102,9 @@ def study_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], loops
     @functools.cache
     def study(folder: Path) -> loopscope.Study:
         out = tmp_path_factory.mktemp("studies") / folder.name
-        settings = loopscope.AnalyzeSettings(recurrences=4, horizon=4, cycle_recurrences=3, device="cpu")
+        settings = loopscope.AnalyzeSettings(
+            recurrences=4, horizon=4, cycle_recurrences=3, device="cpu", eigenvalue_search=8
+        )
         return loopscope.analyze(folder, PROMPTS, out=out, settings=settings)
 
     return study

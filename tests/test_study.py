@@ -18,7 +18,9 @@ from loopscope.measures.convergence import TOKEN_NAMES
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, subject
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
-SETTINGS = AnalyzeSettings(recurrences=5, horizon=8, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2)
+SETTINGS = AnalyzeSettings(
+    recurrences=5, horizon=8, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2, eigenvalue_search=8
+)
 GATE = {"exit_probability", "token_exit_probability", "token_exit_cumulated"}
 FEED_FORWARD_VARIABLES = {
     "cycle_similarity",
