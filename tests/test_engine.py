@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 import xarray
 
+from engine_work import Square
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.engine import make_engine, run_items
 from loopscope.errors import ConfigError, WorkerError
@@ -34,27 +34,6 @@ SETTINGS = AnalyzeSettings(
     eigenvalue_search=8,
     skip=("behaviour", "heads", "maps", "readout"),
 )
-
-
-class Square:
-    """Kills the process that it is in where a file says so, once."""
-
-    def __init__(self, folder: Path, *, always: bool = False) -> None:
-        self.folder, self.always = folder, always
-
-    def __call__(self, item: int) -> tuple[int, int]:
-        marker = self.folder / f"kill-{item}"
-        if marker.exists():
-            if not self.always:
-                marker.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (self.folder / f"fail-{item}").exists():
-            raise ConfigError(f"item {item} is wrong")
-        if (self.folder / f"break-{item}").exists():
-            raise ZeroDivisionError(f"item {item}")
-        if (self.folder / f"talk-{item}").exists():
-            print("a model that prints")
-        return item * item, os.getpid()
 
 
 @pytest.fixture(scope="module")
