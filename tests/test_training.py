@@ -226,7 +226,7 @@ def test_a_folder_with_other_things_is_refused(texts: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_do_not_share_a_folder(texts: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(FolderBusyError, match="Another process"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(FolderBusyError, match="Another loopscope process"):
         run(CONFIG, texts, tmp_path)
 
 

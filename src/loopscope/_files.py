@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders that one process writes to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from loopscope.errors import StorageError
+from filelock import FileLock, Timeout
 
-__all__ = ["atomic_file", "storage_error", "write_atomically"]
+from loopscope.errors import FolderBusyError, StorageError, StudyError
+
+__all__ = ["atomic_file", "check_no_others", "held_folder", "storage_error", "write_atomically"]
+
+_LOCK = ".lock"
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -45,6 +49,40 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it.
+
+    Raises `FolderBusyError` if one is in, `StorageError` if the folder cannot be made.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderBusyError(
+            f"Another loopscope process is writing to {folder}; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise storage_error(folder, error) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever opened the file before sees that it is gone, and makes a new one.
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_no_others(folder: Path, first: str) -> None:
+    """Raises `StudyError` for a folder that holds anything before its `first` file is written.
+
+    A process that was killed meanwhile leaves half of that under a temporary name, which is none of the others.
+    """
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith((_LOCK, f".{first}.")))
+    if others:
+        raise StudyError(f"{folder} already holds other files ({others[0]}); choose a new or empty folder for --out.")
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -9,15 +9,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-from filelock import FileLock, Timeout
-
-from loopscope._files import storage_error, write_atomically
-from loopscope.errors import ConfigError, FolderBusyError, StudyError
+from loopscope._files import check_no_others, held_folder, write_atomically
+from loopscope.errors import ConfigError, StudyError
 
 __all__ = [
     "CELLS",
@@ -41,7 +40,6 @@ InjectionName = Literal["none", "linear", "add"]
 
 CELLS = "cells"
 MANIFEST = "grid.json"
-_LOCK = ".lock"
 
 
 class Outcome(StrEnum):
@@ -193,28 +191,16 @@ class GridFolder(Generic[ResultT]):
     def __init__(self, folder: Path, kind: str, from_dict: Callable[[Mapping[str, Any]], ResultT]) -> None:
         self.folder, self.kind = folder, kind
         self._from_dict = from_dict
-        self._lock = FileLock(folder / _LOCK)
 
     def __enter__(self) -> GridFolder[ResultT]:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FolderBusyError(
-                f"Another loopscope process is writing to {self.folder}; wait for it or choose another --out."
-            ) from None
-        except OSError as error:
-            raise storage_error(self.folder, error) from None
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(held_folder(self.folder))
             self._claim()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        (self.folder / _LOCK).unlink(missing_ok=True)
-        self._lock.release()
+        self._held.close()
 
     def _claim(self) -> None:
         manifest = self.folder / MANIFEST
@@ -226,13 +212,7 @@ class GridFolder(Generic[ResultT]):
             if found != self.kind:
                 raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
             return
-        others = sorted(
-            path.name for path in self.folder.iterdir() if not path.name.startswith((_LOCK, f".{MANIFEST}."))
-        )
-        if others:
-            raise StudyError(
-                f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
-            )
+        check_no_others(self.folder, MANIFEST)
         write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
 
     def read(self, cell: GridCell) -> ResultT | None:

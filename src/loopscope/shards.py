@@ -6,16 +6,15 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from loopscope._files import atomic_file, storage_error, write_atomically
+from loopscope._files import atomic_file, check_no_others, held_folder, write_atomically
 from loopscope._json import differences
-from loopscope.errors import FolderBusyError, StudyError
+from loopscope.errors import StudyError
 from loopscope.map_codes import UNKNOWN
 from loopscope.measures import Arrays, Named
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
@@ -25,7 +24,6 @@ __all__ = ["StudyFolder", "merge"]
 _FILLED = {"f": np.nan, "i": -1, "u": UNKNOWN}
 """What stands where a shard has nothing, by the kind of the array: numbers, counted things, codes of maps."""
 
-_LOCK = ".lock"
 _SHARDS = "shards"
 
 
@@ -40,46 +38,22 @@ class StudyFolder:
         self.folder = folder
         self.manifest = manifest
         self.tokens = tokens
-        self._lock = FileLock(folder / _LOCK)
 
     def __enter__(self) -> StudyFolder:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FolderBusyError(
-                f"Another loopscope process is writing to {self.folder}; wait for it or choose another --out."
-            ) from None
-        except OSError as error:
-            raise storage_error(self.folder, error) from None
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(held_folder(self.folder))
             self._claim()
-        except BaseException:
-            self._release()
-            raise
+            self._held = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        # While it is held: whoever opened the file before sees that it is gone, and makes a new one.
-        (self.folder / _LOCK).unlink(missing_ok=True)
-        self._lock.release()
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def _claim(self) -> None:
         if (self.folder / MANIFEST).exists():
             _check_same(self.folder, read_manifest(self.folder), self.manifest)
             return
-        # A process that was killed while it claimed the folder leaves half a manifest under a temporary name.
-        ours = (_LOCK, f".{MANIFEST}.")
-        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
-        if others:
-            raise StudyError(
-                f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
-            )
+        check_no_others(self.folder, MANIFEST)
         # The manifest first: from then on the folder is known to be this study's.
         write_manifest(self.folder, {**self.manifest, "status": "running"})
         write_atomically(self.folder / TOKENS, tokens_file(self.tokens))

@@ -78,7 +78,7 @@ def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Figure
             hovertemplate=f"{each.cell.depth} layers, seed {each.cell.seed}<br>after %{{x}}: %{{y:.2g}}<extra></extra>",
         )
         named.add(each.outcome)
-    figure.update_xaxes(type="log", dtick="D2" if len(group[0].counts) < 4 else 1)
+    figure.update_xaxes(type="log", dtick=1)
     figure.update_yaxes(type="log", range=[math.log10(_FLOOR) - 0.2, 0.7], dtick=2)
     outcomes = [str(each.outcome) for each in group]
     title = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))

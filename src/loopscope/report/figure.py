@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -14,7 +16,7 @@ from markupsafe import Markup
 
 from loopscope.drawing import visible
 
-__all__ = ["Drawn", "Figure", "Section", "plot_text", "script_json"]
+__all__ = ["Drawn", "Figure", "Section", "packed", "plot_text", "script_json"]
 
 
 @runtime_checkable
@@ -81,6 +83,11 @@ class Section:
 def script_json(value: Any) -> Markup:
     """A value as JSON for a script element, safe as the plots are."""
     return _script_text(json.dumps(value, allow_nan=False))
+
+
+def packed(content: bytes) -> str:
+    """Compressed (zlib), as base64: what `unpacked` in common.js takes apart."""
+    return base64.b64encode(zlib.compress(content, 9)).decode()
 
 
 def _script_text(text: str) -> Markup:

@@ -28,8 +28,8 @@ _PLOTLY_OPTIONS: dict[str, Any] = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
 
-_SCRIPTS = ("draw.js", "maps.js", "behaviour.js")
-"""Each does nothing on a page that has none of its figures."""
+_SCRIPTS = ("common.js", "draw.js", "maps.js", "behaviour.js")
+"""The first is for the others, each of which does nothing on a page that has none of its figures."""
 
 _MARKS = {
     Outcome.YES: "✓",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +12,7 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 from loopscope.answers.limits import sinks_by_chance
 from loopscope.drawing import Site, sites_of, visible
 from loopscope.map_codes import HIGHEST, UNKNOWN
+from loopscope.report.figure import packed
 from loopscope.report.material import Material
 from loopscope.report.style import SEQUENTIAL
 
@@ -142,6 +141,5 @@ def palette() -> list[tuple[int, int, int]]:
 
 
 def _packed(values: NDArray[Any]) -> str:
-    """Bytes, numbers little-endian, compressed (zlib), as base64."""
-    plain = values.astype(values.dtype.newbyteorder("<"))
-    return base64.b64encode(zlib.compress(plain.tobytes(), 9)).decode()
+    """Numbers little-endian."""
+    return packed(values.astype(values.dtype.newbyteorder("<")).tobytes())

@@ -6,10 +6,8 @@ compressed.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from loopscope.answers.wording import significant
 from loopscope.drawing import visible
-from loopscope.report.figure import script_json
+from loopscope.report.figure import packed, script_json
 from loopscope.report.kinds import looks_for_script
 from loopscope.verdicts import KINDS, Kind
 
@@ -130,7 +128,7 @@ def _group(group: PanelGroup) -> dict[str, Any]:
         "first": group.first,
         "start": group.start,
         "note": group.note,
-        "tokens": _packed(json.dumps([_token(token) for token in group.tokens], allow_nan=False).encode()),
+        "tokens": packed(json.dumps([_token(token) for token in group.tokens], allow_nan=False).encode()),
     }
 
 
@@ -169,8 +167,3 @@ def _eigenvalues(eigenvalues: NDArray[np.complexfloating]) -> list[list[float]] 
     """Real and imaginary parts to a ten-thousandth, the larger moduli first; None where none is known."""
     known = eigenvalues[np.isfinite(eigenvalues)]
     return [np.round(part, 4).tolist() for part in (known.real, known.imag)] if known.size else None
-
-
-def _packed(content: bytes) -> str:
-    """Compressed (zlib), as base64."""
-    return base64.b64encode(zlib.compress(content, 9)).decode()

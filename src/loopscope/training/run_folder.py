@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from loopscope._files import storage_error, write_atomically
+from loopscope._files import held_folder, storage_error, write_atomically
 from loopscope._json import differences
-from loopscope.errors import ConfigError, FolderBusyError
+from loopscope.errors import ConfigError
 
 __all__ = ["RunFolder"]
 
@@ -37,26 +35,9 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self.results = path / "results.json"
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes out.
-
-        Raises `FolderBusyError` if one is in, `StorageError` if the folder cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise FolderBusyError(
-                f"Another process is training in {self.path}; wait for it or choose another output folder."
-            ) from None
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes out (see `held_folder`)."""
+        return held_folder(self.path)
 
     def claim(self, config: Mapping[str, Any], hashes: Mapping[str, Any]) -> None:
         """Make this the folder of one configuration and one text, or check that it is.

@@ -1,6 +1,7 @@
 // Shows tokens coloured by what they tend to, and draws the one that is picked.
 (async function () {
   "use strict";
+  const { make, unpacked } = loopscope;
   const source = document.getElementById("token-panel");
   if (!source) return;
   const { looks, finest, groups } = JSON.parse(source.textContent);
@@ -14,20 +15,6 @@
   const LAGS = [1, 2, 5, 10, 20, 50, 100, 200, 500]; // named on the axis
   let group = null;
   let chosen = 0; // place among the group's tokens
-
-  // Texts from outside become text nodes; never markup.
-  function make(tag, attributes, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  }
-
-  async function unpacked(text) {
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Response(stream).json();
-  }
 
   const lookOf = (token) => looks[token.kind] ?? { name: "not judged", colour: "#dfe2e6", on: INK, letter: "–" };
 
@@ -179,7 +166,7 @@
 
   async function showNumber(number) {
     group = groups[number];
-    if (typeof group.tokens === "string") group.tokens = await unpacked(group.tokens);
+    if (typeof group.tokens === "string") group.tokens = await unpacked(group.tokens).json();
     showGroup();
   }
 

@@ -1,6 +1,7 @@
 // Draws attention maps from the bytes in the page: those of one head beside each other, and all of one prompt.
 (async function () {
   "use strict";
+  const { make, unpacked } = loopscope;
   const source = document.getElementById("attention-maps");
   if (!source) return;
   const { side, heads, visits, names, palette, highest, unknown, prompts, start } = JSON.parse(source.textContent);
@@ -22,20 +23,6 @@
   const prompt = () => prompts[chosen.prompt];
   const count = () => Math.min(side, prompt().tokens.length);
   const percent = (value) => (value > 0 && value < 0.0005 ? "< 0.05 %" : `${Number((100 * value).toPrecision(2))} %`);
-
-  // Texts from outside become text nodes, or are drawn on a canvas; never markup.
-  function make(tag, attributes, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  }
-
-  async function unpacked(text) {
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Response(stream).arrayBuffer();
-  }
 
   function codesOf(visit, head) {
     const first = (visit * heads + head) * side * side;
@@ -245,7 +232,7 @@
     for (const choice of choices) choice.value = chosen[choice.dataset.choice];
     if ("prompt" in changes) {
       if (typeof prompt().codes === "string") {
-        const [codes, numbers] = await Promise.all([unpacked(prompt().codes), unpacked(prompt().numbers)]);
+        const [codes, numbers] = await Promise.all([prompt().codes, prompt().numbers].map((text) => unpacked(text).arrayBuffer()));
         Object.assign(prompt(), { codes: new Uint8Array(codes), numbers: new Float32Array(numbers) });
       }
       const ruler = Object.assign(make("canvas", {}).getContext("2d"), { font: `700 ${FONT}` });
