@@ -132,7 +132,9 @@ def test_distances_between_all_scores_are_distances_between_states(method: Any) 
 
 @pytest.mark.parametrize("rate", [0.5, -0.5, 0.9])
 def test_a_linear_relaxation_has_the_rate_that_it_was_given(rate: float) -> None:
-    found = analyze(relaxation(rate), PROMPTS[:2], recurrences=12, horizon=200, skip=("noise-floor",)).dataset
+    found = analyze(
+        relaxation(rate), PROMPTS[:2], recurrences=12, horizon=200, skip=("noise-floor", "behaviour", "stability")
+    ).dataset
     for name in ("successive_difference", "distance_to_horizon", "distance_to_second_horizon"):
         values = found[name].values
         ratio = values[:, 2:] / values[:, 1:-1]
@@ -148,7 +150,7 @@ def test_a_linear_relaxation_has_the_rate_that_it_was_given(rate: float) -> None
 
 def test_a_linear_relaxation_ends_in_the_embeddings_which_all_layers_share() -> None:
     model = relaxation(0.25)
-    found = dataset_of(model, recurrences=40, horizon=64)
+    found = dataset_of(model, recurrences=40, horizon=64, skip=("behaviour", "stability"))
     embedded = model.model.embed(torch.tensor(PROMPTS[0])[None])[0].norm(dim=-1)
     last = found["token_residual_norm"].sel(site="loop_state")[-1, 0, : len(PROMPTS[0])]
     np.testing.assert_allclose(last.values, embedded.numpy(), rtol=1e-6)
@@ -248,7 +250,9 @@ def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> N
 
 def plateau(model: NativeSubject) -> tuple[float, float]:
     """Relative step at the second horizon, where a contraction only rounds, and the estimated floor: means."""
-    found = dataset_of(model, recurrences=4, horizon=64, skip=("readout", "cycle-similarity", "trajectories"))
+    found = dataset_of(
+        model, recurrences=4, horizon=64, skip=("readout", "cycle-similarity", "trajectories", "behaviour", "stability")
+    )
     return float(found["horizon_relative_step"].sel(horizon="second").mean()), float(found["noise_floor"].mean())
 
 

@@ -178,11 +178,11 @@ def test_all_parts_can_be_skipped() -> None:
     ],
 )
 def test_progress_counts_every_recurrence(
-    tmp_path: Path, method: HorizonMethod, shape: Architecture, recurrences: int, skip: tuple[Part, ...]
+    method: HorizonMethod, shape: Architecture, recurrences: int, skip: tuple[Part, ...]
 ) -> None:
     progress = Counting()
     changes: dict[str, Any] = {"recurrences": recurrences, "horizon_method": method, "skip": skip}
-    analyze(subject(shape), PROMPTS, out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
+    analyze(subject(shape), PROMPTS, settings=SETTINGS, progress=progress, **changes)
     assert progress.done == 0
     assert progress.steps == progress.expected
 

@@ -97,7 +97,7 @@ class Job:
             if len(missing) < self.shards:
                 done = self.shards - len(missing)
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
-            steps = [steps_of(self.subject, self._batch(index), self._plan(index)) for index in range(self.shards)]
+            steps = [self._steps(index) for index in range(self.shards)]
             self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
             self._run_all(missing, study.write)
             _give_memory_back()
@@ -110,6 +110,7 @@ class Job:
         """All shards, with nothing written."""
         started = time.monotonic()
         found: dict[int, Arrays] = {}
+        self.progress.start(sum(map(self._steps, range(self.shards))), 0)
         self._run_all(range(self.shards), found.__setitem__)
         return self.assemble([found[index] for index in range(self.shards)], started)
 
@@ -125,7 +126,7 @@ class Job:
 
         def finished(place: int, arrays: Arrays) -> None:
             done(shards[place], arrays)
-            for _ in range(steps_of(self.subject, self._batch(shards[place]), self._plan(shards[place]))):
+            for _ in range(self._steps(shards[place])):
                 self.progress.step()
 
         work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
@@ -146,6 +147,10 @@ class Job:
         )
         whole = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
         return Study(dataset, whole, self._tokens())
+
+    def _steps(self, index: int) -> int:
+        """Recurrences that a shard runs."""
+        return steps_of(self.subject, self._batch(index), self._plan(index))
 
     def _batch(self, index: int) -> Batch:
         return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
