@@ -13,7 +13,7 @@ import loopscope
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("loopscope")
-HEAVY = {"h5netcdf", "matplotlib", "numpy", "pandas", "plotly", "torch", "xarray"}
+HEAVY = {"matplotlib", "netCDF4", "numpy", "pandas", "plotly", "torch", "xarray"}
 
 
 def imported_by(*command: str | Path) -> set[str]:

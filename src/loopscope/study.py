@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
-_ENGINE: Literal["h5netcdf"] = "h5netcdf"
+_ENGINE: Literal["netcdf4"] = "netcdf4"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,7 @@ class Study:
             if not (folder / name).is_file():
                 raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
-            # Read whole: a file that stays open would break when the study is written again.
-            with xr.open_dataset(folder / ARRAYS, engine=_ENGINE) as opened:
-                dataset = opened.load()
+            dataset = read_arrays(folder / ARRAYS)
             # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
             lines = (folder / TOKENS).read_text(encoding="utf-8").split("\n")
             tokens = [json.loads(line) for line in lines if line]
@@ -83,6 +81,12 @@ def netcdf(dataset: xr.Dataset) -> memoryview:
         if variable.dtype.kind in "fu" and variable.size > 1000
     }
     return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
+
+
+def read_arrays(path: Path) -> xr.Dataset:
+    """What `netcdf` made, read whole: a file that stays open would break when it is written again."""
+    with xr.open_dataset(path, engine=_ENGINE) as opened:
+        return opened.load()
 
 
 def tokens_file(tokens: Sequence[Mapping[str, Any]]) -> bytes:

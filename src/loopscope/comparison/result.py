@@ -16,7 +16,7 @@ from loopscope._files import write_atomically
 from loopscope.errors import StudyError
 from loopscope.settings import CompareSettings
 from loopscope.study import MANIFEST as STUDY_MANIFEST
-from loopscope.study import netcdf
+from loopscope.study import netcdf, read_arrays
 
 __all__ = ["ARRAYS", "MANIFEST", "Comparison"]
 
@@ -70,8 +70,7 @@ class Comparison:
                 )
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            with xr.open_dataset(folder / ARRAYS, engine="h5netcdf") as opened:
-                dataset = opened.load()
+            dataset = read_arrays(folder / ARRAYS)
             found = cls(dataset, manifest, folder)
             _ = found.settings  # which raises for entries that are none
             if found.labels != list(found.studies) or found.reference not in found.labels:
