@@ -74,7 +74,7 @@ class Cell:
     """Of every matrix's entries."""
     injection_scale: float = 1.0
     """Factor on the injection: on its matrix, or on what is added."""
-    width: int = 256
+    width: int = 192
     tokens: int = 16
     """Random ones, in each prompt."""
     prompts: int = 1

@@ -57,7 +57,7 @@ class _RandomModels(_Run):
     the end of a recurrence (ouro), after each branch (olmo2)."""
     injection: tuple[InjectionName, ...] = ("none", "linear", "add")
     """How the prompt enters each recurrence."""
-    width: int = 256
+    width: int = 192
     """Of the residual stream."""
     seeds: int = 3
     """Models of each design."""
