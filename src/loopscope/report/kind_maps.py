@@ -148,7 +148,12 @@ def _map(
     )
     every = max(1, len(columns) // 16)
     figure.update_xaxes(
-        tickvals=list(range(0, len(columns), every)), ticktext=list(columns)[::every], ticks="", showgrid=False
+        tickvals=list(range(0, len(columns), every)),
+        ticktext=list(columns)[::every],
+        ticks="",
+        showgrid=False,
+        # Plotly forgets the labels of so low a map when it makes room for its colours, and would write across them.
+        title={"standoff": 36},
     )
     figure.update_yaxes(
         tickvals=list(range(len(kinds))),
