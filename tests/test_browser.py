@@ -135,6 +135,15 @@ def beyond_the_edge(page: Page) -> int:
     return int(count)
 
 
+def assert_sound(opened: Opened) -> None:
+    """Every figure is drawn and fits, nothing failed or was requested, and no text became a script."""
+    assert undrawn(opened.page) == []
+    assert overflow(opened.page) == 0
+    assert opened.problems == []
+    assert opened.requests == [opened.url]
+    assert opened.page.evaluate("typeof hacked") == "undefined"
+
+
 def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> None:
     assert looped.page.locator("[data-plot]").count() >= 18
     assert undrawn(looped.page) == []
@@ -342,10 +351,7 @@ def test_page_fits_the_window(looped: Opened, width: int) -> None:
 )
 def test_sparse_reports_on_a_telephone(browser: Browser, study: Callable[[], Study], tmp_path: Path) -> None:
     opened = open_report(browser, study(), tmp_path / "report.html", width=400)
-    assert undrawn(opened.page) == []
-    assert overflow(opened.page) == 0
-    assert opened.problems == []
-    assert opened.requests == [opened.url]
+    assert_sound(opened)
     opened.page.close()
 
 
@@ -356,11 +362,7 @@ def test_a_comparison(browser: Browser, width: int, tmp_path: Path) -> None:
     looped.manifest["model"]["weights_sha256"] = "another"
     path = write_comparison(compare([looped, feed_forward_study(prompts=3)]), tmp_path / "report.html")
     opened = open_page(browser, path, width)
-    assert undrawn(opened.page) == []
-    assert overflow(opened.page) == 0
-    assert opened.problems == []
-    assert opened.requests == [opened.url]
-    assert opened.page.evaluate("typeof hacked") == "undefined"
+    assert_sound(opened)
     opened.page.close()
 
 
@@ -408,11 +410,7 @@ def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
         tmp_path / "page.html",
     )
     opened = open_page(browser, path, width)
-    assert undrawn(opened.page) == []
-    assert overflow(opened.page) == 0
-    assert opened.problems == []
-    assert opened.requests == [opened.url]
-    assert opened.page.evaluate("typeof hacked") == "undefined"
+    assert_sound(opened)
     assert opened.page.locator("main img, main b, header b").count() == 0
     assert HOSTILE in (opened.page.locator("#training-table").text_content() or "")
     opened.page.close()

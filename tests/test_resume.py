@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xarray
@@ -47,10 +48,17 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def settings(prompts: Path, **changes: object) -> AnalyzeSettings:
+def settings(prompts: Path, **changes: Any) -> AnalyzeSettings:
     """One thread, so that another process adds up in the same order."""
-    fields: dict[str, object] = {"recurrences": 16, "horizon": 16, "batch_size": 2, "threads": 1, "device": "cpu"}
-    return AnalyzeSettings(prompts=str(prompts), **({"skip": SKIP} | fields | changes))  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        "recurrences": 16,
+        "horizon": 16,
+        "batch_size": 2,
+        "threads": 1,
+        "device": "cpu",
+        "skip": SKIP,
+    }
+    return AnalyzeSettings(prompts=str(prompts), **(fields | changes))
 
 
 def command(model: Path, prompts: Path, out: Path) -> list[str]:

@@ -174,7 +174,6 @@ class Training(_Run):
 
         # Before torch is imported, so that a wrong file is said at once.
         sweep = Sweep.load(self.sweep)
-        sweep.cells()
 
         from rich.console import Console
 
