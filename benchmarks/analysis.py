@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from loopscope import analyze, load
-from loopscope.settings import AnalyzeSettings, HorizonMethod, Part
-from loopscope.subject import Batch, Subject
+from loopscope.analysis.settings import AnalyzeSettings, HorizonMethod, Part
+from loopscope.models.subject import Batch, Subject
 
 ROUNDS = 5
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.behaviour import CASES, StateDtype, generate, judge
+from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.states import StateDtype
+from loopscope.dynamics.trajectories.synthetic import CASES, generate
 
 RECURRENCES, WIDTH, THREADS = 128, 256, 2
 DISTINCT = 650

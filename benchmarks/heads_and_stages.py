@@ -33,12 +33,17 @@ import numpy as np
 import torch
 
 from loopscope import analyze, load
-from loopscope.architecture import Architecture
-from loopscope.measures import AttentionCycle, Frame, HeadMeasures, HorizonStates, Measure, StageMeasures
-from loopscope.model import LoopedTransformer
-from loopscope.settings import AnalyzeSettings, Part
-from loopscope.subject import Batch, NativeSubject, Subject
-from loopscope.visits import Observer
+from loopscope.analysis.settings import AnalyzeSettings, Part
+from loopscope.measures.base import Frame, Measure
+from loopscope.measures.heads import HeadMeasures
+from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.similarity import AttentionCycle
+from loopscope.measures.stages import StageMeasures
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch, Subject
+from loopscope.models.visits import Observer
 
 ROUNDS = 5
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc

@@ -22,9 +22,10 @@ from collections.abc import Callable
 import torch
 
 from loopscope import Observer, Visit, hook, load
-from loopscope.hooks import HookedSubject
-from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
 
 ROUNDS = 9
 RECURRENCES = 8

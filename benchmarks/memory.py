@@ -12,9 +12,8 @@ import json
 import subprocess
 import sys
 
-from loopscope.architecture import Architecture
-from loopscope.inspection.memory import Sizes, estimate_memory
-from loopscope.settings import RunSize
+from loopscope.models.architecture import Architecture
+from loopscope.models.inspection.facts import RunSize, Sizes, estimate_memory
 
 WIDE = Architecture(
     vocab_size=2048,

@@ -23,12 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.architecture import Architecture, Injection, LoopNorm, NormPlacement
-from loopscope.model import LoopedTransformer
-from loopscope.stability import Stability, damped, leading_eigenvalues, observed_rate, spectral_radius
-from loopscope.stability.frozen import mix_with_others_frozen
-from loopscope.stability.products import ExactProducts
-from loopscope.subject import Batch, NativeSubject
+from loopscope.dynamics.eigenvalues.krylov import ExactProducts
+from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.native import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.result import Stability
+from loopscope.dynamics.observed_rate import observed_rate
+from loopscope.dynamics.prediction import damped, spectral_radius
+from loopscope.models.architecture import Architecture, Injection, LoopNorm, NormPlacement
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
 
 TOKENS, RECURRENCES = 12, 160
 PLACEMENTS: tuple[tuple[NormPlacement, LoopNorm], ...] = (

@@ -29,11 +29,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loopscope import measures
-from loopscope.architecture import Architecture
-from loopscope.measures import HEAD_NAMES, AttentionCycle, Frame, HeadMeasures, HorizonStates, StageMeasures
-from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject
-from loopscope.visits import Observer
+from loopscope.measures.base import Frame
+from loopscope.measures.heads import HEAD_NAMES, HeadMeasures
+from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.similarity import AttentionCycle
+from loopscope.measures.stages import StageMeasures
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
+from loopscope.models.visits import Observer
 
 TOKENS = 512
 RECURRENCES = (8, 32, 128)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope._shapes import Logits, States
-from loopscope.subject import Batch, NativeSubject, Run, SubjectInfo
-from loopscope.visits import LoopState, MapAttention, Observer, Visit
+from loopscope._util.shapes import Logits, States
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch, Run, SubjectInfo
+from loopscope.models.visits import LoopState, MapAttention, Observer, Visit
 from small_models import ADDED, LOOP_NORM, architecture, subject
 
 TRAINED = 2

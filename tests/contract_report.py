@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopscope.testing import check_subject
+from loopscope.models.contract.check import check_subject
 
 __all__ = ["NAMES", "SHORT", "failures", "skipped"]
 

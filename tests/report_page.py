@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from loopscope.report import ReportSettings, write_report
+from loopscope.report.page.write import write_report
+from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 
 

@@ -14,9 +14,10 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope import Trace, capture
-from loopscope.settings import AnalyzeSettings
-from loopscope.subject import Batch, NativeSubject
-from loopscope.visits import QueryKeyAttention
+from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
+from loopscope.models.visits import QueryKeyAttention
 
 Array = NDArray[np.float64]
 Named = tuple[tuple[str, ...], Array]

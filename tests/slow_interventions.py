@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loopscope.architecture import Architecture
+from loopscope.models.architecture import Architecture
 from slow_model import Array, SlowRun, Weights, _attention, _below, _mlp, _rms_norm
 
 __all__ = ["Changes", "run_changed"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from loopscope.architecture import Architecture, LinearScaling, Llama3Scaling, YarnScaling
+from loopscope.models.architecture import Architecture, LinearScaling, Llama3Scaling, YarnScaling
 
 __all__ = ["SlowRun", "run_slowly"]
 

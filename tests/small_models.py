@@ -10,12 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from loopscope.architecture import Architecture
-from loopscope.checkpoints import save_checkpoint
-from loopscope.hooks import HookedSubject, hook
-from loopscope.model import LoopedTransformer
-from loopscope.prompts import TextTokenizer
-from loopscope.subject import NativeSubject
+from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.hooks.wrap import hook
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.prompts.tokenizer import TextTokenizer
 
 WIDTH, VOCAB = 16, 48
 

@@ -10,8 +10,8 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope import Comparison
-from loopscope.answers import Answer
-from loopscope.comparison import comparison_answers
+from loopscope.answers.answer import Answer
+from loopscope.answers.comparison.findings import comparison_answers
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study
 

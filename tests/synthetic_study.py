@@ -12,9 +12,11 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope.measures import HEAD_NAMES, STAGE_NAMES, VERDICT_NUMBERS
+from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.measures.behaviour import VERDICT_NUMBERS
+from loopscope.measures.heads import HEAD_NAMES
+from loopscope.measures.stages import STAGE_NAMES
 from loopscope.study import Study
-from loopscope.verdicts import KINDS, Kind
 
 Array = NDArray[np.float64]
 Trajectory = Callable[[Array, Array, np.random.Generator], Array]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import loopscope
-from loopscope.checkpoints import read_layout
-from loopscope.subject import NativeSubject
+from loopscope.models.checkpoints.layout import read_layout
+from loopscope.models.native.subject import NativeSubject
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

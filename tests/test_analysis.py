@@ -12,9 +12,9 @@ import torch
 import xarray
 
 from loopscope import AnalyzeSettings, analyze, capture
-from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
-from loopscope.subject import NativeSubject
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
 from slow_dataset import slow_dataset
 from small_models import (
     ADDED,

@@ -12,12 +12,13 @@ import xarray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopscope.answers import Answer, Criterion, Outcome, quick_answers
-from loopscope.answers.arrival import arrival
-from loopscope.answers.exits import final_from
+from loopscope._util.statistics import Share, paired_difference, wilson_interval
+from loopscope._util.wording import percent, significant, spans
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.final import final_from
+from loopscope.answers.quick import quick_answers
+from loopscope.answers.settled import arrival
 from loopscope.answers.stages import repetition
-from loopscope.answers.statistics import Share, paired_difference, wilson_interval
-from loopscope.answers.wording import percent, significant, spans
 from loopscope.errors import ConfigError, StudyError
 from loopscope.study import Study
 from synthetic_study import (

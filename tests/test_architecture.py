@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loopscope import Architecture
-from loopscope.architecture import LinearScaling, Llama3Scaling, YarnScaling
 from loopscope.errors import ConfigError
+from loopscope.models.architecture import LinearScaling, Llama3Scaling, YarnScaling
 from pairwise import pairwise
 from random_model import random_architecture
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, Block, ForeignLoop
 from loopscope import AnalyzeSettings
+from loopscope._util.map_codes import decode_maps, encode_maps
+from loopscope.analysis.settings import Part
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
-from loopscope.measures import decode_maps, encode_maps, map_recurrences, map_tokens
-from loopscope.settings import Part
-from loopscope.subject import NativeSubject, Subject
-from loopscope.visits import MapAttention, QueryKeyAttention
+from loopscope.measures.maps import map_recurrences, map_tokens
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Subject
+from loopscope.models.visits import MapAttention, QueryKeyAttention
 from random_model import random_model
 from small_models import FEED_FORWARD, PROMPTS, relaxation, subject
 

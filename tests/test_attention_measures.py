@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 import loopscope
 from loopscope import measures
-from loopscope.analysis import SilentProgress
+from loopscope.analysis.job import SilentProgress
 from loopscope.measures.base import Frame
-from loopscope.measures.heads import change_bound
-from loopscope.subject import Batch, NativeSubject
-from loopscope.visits import QueryKeyAttention
+from loopscope.measures.heads import HEAD_NAMES, HeadMeasures, change_bound
+from loopscope.measures.stages import KURTOSIS, STAGE_NAMES, StageMeasures
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
+from loopscope.models.visits import QueryKeyAttention
 from random_model import random_ids, random_model
 
 
@@ -245,7 +247,7 @@ def test_heads_in_tiles_are_what_whole_maps_give(
     horizon = [trace.attention_view("recurrent", layer, recurrences - 1) for layer in range(layers)]
 
     frame = Frame.of(subject.info, batch, subject.device, recurrences)
-    heads = measures.HeadMeasures(frame, 4, lambda layer: horizon[layer], stable=0.1)
+    heads = HeadMeasures(frame, 4, lambda layer: horizon[layer], stable=0.1)
     run = subject.start(batch, recurrences=recurrences, observers=[heads])
     for _ in range(recurrences):
         run.advance([heads])
@@ -259,7 +261,7 @@ def test_heads_in_tiles_are_what_whole_maps_give(
     for prompt, length in enumerate(LENGTHS):
         for depth, (stage, layer, recurrence) in enumerate(trace.visits):
             attention = trace.attention(stage, layer, recurrence)[prompt, :, :length, :length]
-            for name in measures.HEAD_NAMES:
+            for name in HEAD_NAMES:
                 compare(name, (depth,), getattr(measures, name)(attention), prompt)
             if stage != "recurrent":
                 continue
@@ -284,7 +286,7 @@ def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
     batch, recurrences = Batch.of(prompts), 3
     trace = loopscope.capture(subject, prompts, recurrences=recurrences)
     frame = Frame.of(subject.info, batch, subject.device, recurrences)
-    stages = measures.StageMeasures(frame)
+    stages = StageMeasures(frame)
     run = subject.start(batch, recurrences=recurrences, observers=[stages])
     for _ in range(recurrences):
         run.advance([stages])
@@ -303,7 +305,7 @@ def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
                 "massive_token": measures.massive_activation_place(states)[0],
                 "massive_dimension": measures.massive_activation_place(states)[1],
             }
-            assert set(expected) == set(measures.STAGE_NAMES)
+            assert set(expected) == set(STAGE_NAMES)
             for name, value in expected.items():
                 np.testing.assert_allclose(found[name].values[depth, prompt], value, rtol=1e-9, atol=1e-9, err_msg=name)
 
@@ -321,7 +323,7 @@ def test_a_neuron_that_writes_one_token_predicts_it_and_its_opposite_suppresses_
     tokens = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))
     writes = torch.stack([tokens[7], -3 * tokens[7], torch.randn(256, generator=torch.Generator().manual_seed(1))])
     kurtosis, skew = measures.neuron_moments(writes.T, tokens)
-    assert kurtosis[0] > measures.KURTOSIS < kurtosis[1]
+    assert kurtosis[0] > KURTOSIS < kurtosis[1]
     assert skew[0] > 0 > skew[1]
     assert float(kurtosis[1]) == pytest.approx(float(kurtosis[0]), rel=1e-4)
     assert 2 < kurtosis[2] < 4

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loopscope
-from loopscope.checkpoints import TensorStore, save_checkpoint
 from loopscope.errors import CheckpointError, LoopscopeError, NonFiniteError
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.checkpoints.store import TensorStore
 from random_model import random_model
 
 HUGINN = Path(__file__).resolve().parent / "reference" / "huginn-tiny"

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopscope.architecture import Architecture
-from loopscope.checkpoints import FAMILIES, Family, Part, TensorStore, find_layout, load_checkpoint, read_layout
-from loopscope.checkpoints.parts import parameter_shapes
 from loopscope.errors import CheckpointError, UnknownFamilyError
+from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.families import FAMILIES
+from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.layout import find_layout, read_layout
+from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.models.checkpoints.store import TensorStore
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 

@@ -13,21 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze, capture
-from loopscope.behaviour import (
-    CASES,
-    KINDS,
-    CosineSettings,
-    DisplacementSettings,
-    Kind,
-    calibrate,
-    judge,
-    make_trajectory,
-    rounding_step,
-    same_limit,
-    sensitivity,
-)
-from loopscope.behaviour.rounding import StateDtype
-from loopscope.behaviour.tail import mean_squared_displacement
+from loopscope.dynamics.trajectories.calibration import calibrate, sensitivity
+from loopscope.dynamics.trajectories.displacement import same_limit
+from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
+from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.synthetic import CASES, make_trajectory
+from loopscope.dynamics.trajectories.tail import mean_squared_displacement
+from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import ConfigError
 from small_models import subject as looped_subject
 

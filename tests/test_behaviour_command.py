@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from loopscope.behaviour import CosineSettings, DisplacementSettings
 from loopscope.cli import main
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from report_page import Page
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "behaviour.md"

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from loopscope.behaviour import Kind, judge, rounding_step
-from loopscope.behaviour.curves import gradual, shortest_turns
-from loopscope.behaviour.narrowing import best_on_grid, narrow
-from loopscope.behaviour.rounding import StateDtype
-from loopscope.behaviour.shapes import explained_energy, families
-from loopscope.behaviour.tail import Tails, decompose, take_tails
+from loopscope.dynamics.trajectories.curves import gradual, shortest_turns
+from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
+from loopscope.dynamics.trajectories.shapes import explained_energy, families
+from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.tail import Tails, decompose, take_tails
+from loopscope.dynamics.verdicts import Kind
 
 Array = np.ndarray
 WIDTH = 64

@@ -15,10 +15,10 @@ import pytest
 import xarray
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
-from loopscope.comparison import compare
-from loopscope.findings import Experiment, load_experiment
-from loopscope.grids import Cell, CellResult, Outcome
-from loopscope.report import write_comparison, write_experiments, write_report
+from loopscope.answers.comparison.comparing import compare
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult
+from loopscope.experiments.load import Experiment, load_experiment
+from loopscope.report.page.write import write_comparison, write_experiments, write_report
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
 
@@ -373,7 +373,7 @@ def random_model(std: float, injection_scale: float = 1.0) -> CellResult:
         cell=Cell(
             norm="pre", injection="linear", depth=2, seed=0, std=std, injection_scale=injection_scale, judged=True
         ),
-        outcome=Outcome.FIXED_POINT if settles else Outcome.NONE,
+        outcome=CellOutcome.FIXED_POINT if settles else CellOutcome.NONE,
         settling="fixed point" if settles else "not settled",
         degeneracy=0.5,
         drift=0.0,

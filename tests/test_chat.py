@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 import loopscope
 from chat_templates import GEMMA, LLAMA, MARKS, TEMPLATES
-from loopscope.analysis import SilentProgress
+from loopscope.analysis.job import SilentProgress
 from loopscope.errors import PromptError, StudyError
-from loopscope.prompts import ChatTemplate, Prompt, TextTokenizer, TokenizedPrompt, encode_prompts, tokenizer_record
-from loopscope.report.facts import header_facts
-from loopscope.report.material import gather_material
+from loopscope.prompts.chat import ChatTemplate
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt
+from loopscope.prompts.tokenizer import TextTokenizer, tokenizer_record
+from loopscope.prompts.tokens import encode_prompts
+from loopscope.report.figures.curves import gather_material
+from loopscope.report.page.facts import header_facts
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 from small_models import checkpoint

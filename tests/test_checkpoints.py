@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import loopscope
 from loopscope import LoopedTransformer
-from loopscope.checkpoints import demo_names, load_checkpoint, save_checkpoint
 from loopscope.errors import ConfigError, PromptError, StorageError
+from loopscope.models.checkpoints.find import demo_names
+from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.models.checkpoints.native import save_checkpoint
 from random_model import random_ids, random_model
 
 HUGINN = Path(__file__).resolve().parent / "reference" / "huginn-tiny"

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loopscope import Study
-from loopscope.checkpoints import demo_names, save_checkpoint
 from loopscope.cli import main
-from loopscope.model import LoopedTransformer
+from loopscope.models.checkpoints.find import demo_names
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.native.transformer import LoopedTransformer
 from small_models import architecture, byte_tokenizer, checkpoint
 
 COMMAND = str(Path(sys.executable).with_name("loopscope"))

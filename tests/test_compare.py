@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopscope import compare
-from loopscope.answers import Outcome
-from loopscope.comparison import comparison_answers, curve_similarity
-from loopscope.settings import CompareSettings
+from loopscope.answers.answer import Outcome
+from loopscope.answers.comparison.findings import comparison_answers
+from loopscope.answers.comparison.null import curve_similarity
+from loopscope.answers.comparison.settings import CompareSettings
 from staged_study import OTHER, SHAPE, answer_of, at, staged_study
 
 SETTINGS = CompareSettings()

@@ -12,11 +12,13 @@ import pytest
 import xarray
 
 from loopscope import Comparison, compare, write_comparison
-from loopscope.answers import Outcome
+from loopscope.answers.answer import Outcome
+from loopscope.answers.comparison.curves import MEASURES
+from loopscope.answers.comparison.findings import comparison_answers
+from loopscope.answers.comparison.null import curve_similarity
+from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli import main
-from loopscope.comparison import MEASURES, comparison_answers, curve_similarity
 from loopscope.errors import ConfigError, LoopscopeError, StudyError
-from loopscope.settings import CompareSettings
 from loopscope.study import Study
 from staged_study import OTHER, SHAPE, answer_of, at, staged_study
 

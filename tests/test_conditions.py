@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import loopscope
 from loopscope.errors import PromptError
-from loopscope.prompts import TextTokenizer, encode_prompts, load_prompts, load_tokenizer, pad_prompts, padding_record
+from loopscope.prompts.load import load_prompts, pad_prompts, padding_record
+from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
+from loopscope.prompts.tokens import encode_prompts
 
 
 def word_tokenizer(*special: str, unknown: bool = True) -> Tokenizer:

@@ -16,14 +16,16 @@ import broken_subjects as broken
 import loopscope
 from broken_subjects import breaking, saying, with_maps
 from contract_report import NAMES, SHORT, failures, skipped
-from loopscope._shapes import Logits, States, TokenIds
-from loopscope.architecture import Llama3Scaling
-from loopscope.checkpoints import demo_names
+from loopscope._util.shapes import Logits, States, TokenIds
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
-from loopscope.subject import Batch, NativeSubject, SubjectInfo
-from loopscope.testing import Tolerances, check_subject
-from loopscope.visits import LoopState, Observer, Visit
+from loopscope.models.architecture import Llama3Scaling
+from loopscope.models.checkpoints.find import demo_names
+from loopscope.models.contract.check import check_subject
+from loopscope.models.contract.results import Tolerances
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch, SubjectInfo
+from loopscope.models.visits import LoopState, Observer, Visit
 from random_model import random_model
 from small_models import ARCHITECTURES, INJECTED, PROMPTS, subject
 

@@ -7,9 +7,10 @@ import pytest
 import broken_subjects as broken
 from broken_subjects import Wrapped, breaking, changes_visits, running, saying, with_maps
 from contract_report import NAMES, SHORT, failures
-from loopscope._shapes import Logits, TokenIds
+from loopscope._util.shapes import Logits, TokenIds
 from loopscope.errors import ContractError
-from loopscope.testing import RawLogits, check_subject
+from loopscope.models.contract.bench import RawLogits
+from loopscope.models.contract.check import check_subject
 
 BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "layers in the wrong order": (

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from loopscope import AnalyzeSettings, Study, analyze, control
+from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import ConfigError, StudyError
-from loopscope.interventions import Damp, parse_interventions
-from loopscope.subject import NativeSubject
-from loopscope.verdicts import KINDS, Kind
+from loopscope.models.interventions.kinds import Damp
+from loopscope.models.interventions.parsing import parse_interventions
+from loopscope.models.native.subject import NativeSubject
 from small_models import PROMPTS, linear_loop, relaxation, subject
 from test_stability_study import rotation
 

@@ -18,11 +18,13 @@ import xarray
 
 from engine_work import Square
 from loopscope import AnalyzeSettings, Study, analyze
-from loopscope.engine import make_engine, run_items
+from loopscope.analysis.engine import make_engine
+from loopscope.analysis.engine.run import run_items
+from loopscope.analysis.settings import EngineName
 from loopscope.errors import ConfigError, WorkerError
-from loopscope.experiments import run_sweep
-from loopscope.settings import EngineName
-from loopscope.sweeps import Sweep, SweepResult
+from loopscope.experiments.run_sweep import run_sweep
+from loopscope.experiments.sweep import Sweep
+from loopscope.experiments.sweep_cells import SweepResult
 from small_models import PROMPTS, checkpoint, subject
 
 SETTINGS = AnalyzeSettings(
@@ -144,7 +146,7 @@ class Killer:
     def step(self) -> None:
         if self.killed:
             return
-        wanted = "ray::_Actor" if self.name == "ray" else "loopscope.engine.worker"
+        wanted = "ray::_Actor" if self.name == "ray" else "loopscope.analysis.engine.worker"
         started_here = psutil.process_iter() if self.name == "ray" else psutil.Process().children()
         workers = [process for process in started_here if wanted in " ".join(process.cmdline())]
         assert len(workers) == 2

@@ -16,27 +16,27 @@ from numpy.typing import NDArray
 import loopscope
 from foreign_models import PATHS, ForeignLoop
 from loopscope import AnalyzeSettings, Study, Trace, analyze, capture
-from loopscope.answers import (
-    Answer,
-    Criterion,
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.exit_rules import (
     ExitTables,
-    Outcome,
     Readouts,
+    constant_at,
     constant_table,
     exit_costs,
     exit_table,
     exit_tables,
-    quick_answers,
     spread_thresholds,
     stop_times,
+    tables_of,
 )
-from loopscope.answers.exit_rules import tables_of
-from loopscope.answers.stopping import constant_at
-from loopscope.answers.view import view_study
-from loopscope.architecture import Architecture
+from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError
-from loopscope.measures import kl_divergence, readout
-from loopscope.subject import Batch, NativeSubject
+from loopscope.measures import readout
+from loopscope.measures.readout import kl_divergence
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
+from loopscope.study import view_study
 from small_models import FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, subject
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from loopscope.engine import make_engine
+from loopscope.analysis.engine import make_engine
 from loopscope.errors import ConfigError, StudyError
-from loopscope.experiments import PAPER, architecture_grid, boundaries, phase_grid, reproduction, run_cell, run_grid
-from loopscope.grids import CELLS, Cell, CellResult, GridFolder, Outcome
+from loopscope.experiments.cells import CELLS, Cell, CellOutcome, CellResult, GridFolder
+from loopscope.experiments.random_findings import PAPER, architecture_grid, boundaries, phase_grid, reproduction
+from loopscope.experiments.random_models import run_cell
+from loopscope.experiments.run import run_grid
 
 SMALL: dict[str, Any] = {"width": 32, "tokens": 6, "recurrences": 16}
 
@@ -29,7 +31,7 @@ def cell(**changes: Any) -> Cell:
 def result(**changes: Any) -> CellResult:
     fields: dict[str, Any] = {
         "cell": cell(),
-        "outcome": Outcome.FIXED_POINT,
+        "outcome": CellOutcome.FIXED_POINT,
         "settling": "fixed point",
         "degeneracy": 0.5,
         "drift": 0.0,
@@ -57,7 +59,7 @@ def test_the_designs_of_the_paper_end_as_it_says() -> None:
     found = run_grid(cells, "architectures", engine=make_engine("processes", 2))
     assert [each.outcome for each in found] == list(PAPER.values())
     assert [row.reproduced for row in reproduction(found)] == [True] * 6
-    settles = [each for each in found if each.outcome is Outcome.FIXED_POINT]
+    settles = [each for each in found if each.outcome is CellOutcome.FIXED_POINT]
     for each in settles:
         assert each.radius is not None
         assert each.observed_rate is not None

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loopscope
-from loopscope.architecture import Architecture, LinearScaling, Llama3Scaling, YarnScaling
-from loopscope.checkpoints import TensorHeader, find_layout, load_checkpoint, read_layout
 from loopscope.errors import CheckpointError
+from loopscope.models.architecture import Architecture, LinearScaling, Llama3Scaling, YarnScaling
+from loopscope.models.checkpoints.layout import find_layout, read_layout
+from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.models.checkpoints.store import TensorHeader
 from published import HUGINN, OURO, RETROFIT_LLAMA, RETROFIT_OLMO, our_weights, publish
 from slow_model import run_slowly
 

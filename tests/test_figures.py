@@ -20,30 +20,21 @@ from matplotlib.text import Text
 
 from loopscope import AnalyzeSettings, analyze, compare
 from loopscope.answers.quantities import STAGE_QUANTITIES
-from loopscope.architecture import Architecture
 from loopscope.cli import main
-from loopscope.drawing import read_study
 from loopscope.errors import ConfigError, StorageError, StudyError
-from loopscope.figures import (
-    CAPTIONS,
-    FigureSet,
-    Format,
-    Width,
-    compared_measure,
-    exit_gate,
-    figure_names,
-    file_of,
-    stages,
-    step,
-    tokens,
-    write_figures,
-)
-from loopscope.figures.axes import MARK
-from loopscope.figures.kinds import FigureType
-from loopscope.figures.of_comparison import COMPARISON_FIGURES
-from loopscope.figures.of_study import STUDY_FIGURES
-from loopscope.figures.style import FORMATS, paper_style
-from loopscope.study import Study
+from loopscope.models.architecture import Architecture
+from loopscope.report.paper.axes import MARK
+from loopscope.report.paper.compared import compared_measure
+from loopscope.report.paper.convergence import step
+from loopscope.report.paper.inference import stages
+from loopscope.report.paper.kinds import FigureType
+from loopscope.report.paper.of_comparison import COMPARISON_FIGURES
+from loopscope.report.paper.of_study import STUDY_FIGURES
+from loopscope.report.paper.prompt_map import tokens
+from loopscope.report.paper.readout import exit_gate
+from loopscope.report.paper.style import FORMATS, Format, Width, file_of, paper_style
+from loopscope.report.paper.write import CAPTIONS, FigureSet, figure_names, write_figures
+from loopscope.study import Study, read_study
 from small_models import FEED_FORWARD, GATED, PROMPTS, subject
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing

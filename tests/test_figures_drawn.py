@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from loopscope import compare, figures
-from loopscope.drawing import ordered_colours, read_study
-from loopscope.figures import inference
-from loopscope.figures.texts import decade, decade_ticks, number
-from loopscope.study import Study
+from loopscope import compare
+from loopscope.report import paper as figures
+from loopscope.report.figures.look import ordered_colours
+from loopscope.report.paper import inference
+from loopscope.report.paper.texts import decade, decade_ticks, number
+from loopscope.study import Study, read_study
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
 

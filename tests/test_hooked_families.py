@@ -17,8 +17,8 @@ from torch import Tensor
 import loopscope
 from foreign_models import assert_untouched
 from loopscope.errors import CheckpointError, ConfigError, MissingDependencyError, NonFiniteError
-from loopscope.hooks import HookedSubject
-from loopscope.testing import check_subject
+from loopscope.models.contract.check import check_subject
+from loopscope.models.hooks.hooked import HookedSubject
 
 transformers = pytest.importorskip("transformers")
 
@@ -292,6 +292,6 @@ def test_without_the_package_the_command_that_installs_it_is_said(
 
 
 def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loopscope.checkpoints.memory.available_memory", lambda device: 300_000)
+    monkeypatch.setattr("loopscope.models.checkpoints.load.available_memory", lambda device: 300_000)
     with pytest.raises(CheckpointError, match=r"The weights need 0\.4 MB in float32, and 0\.3 MB .* --dtype bfloat16"):
         load(folder)

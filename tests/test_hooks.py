@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import loopscope
 from foreign_models import PATHS, VOCAB, ForeignLoop, assert_untouched
-from loopscope.architecture import Architecture
 from loopscope.errors import ConfigError
-from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch
-from loopscope.trace import Trace
-from loopscope.visits import Observer, Visit
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
+from loopscope.models.trace import Trace
+from loopscope.models.visits import Observer, Visit
 from small_models import ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, architecture, hooked_native
 
 BATCH = Batch.of([[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]])

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 import loopscope
 from foreign_models import HEADS, PATHS, ForeignLoop
-from loopscope.hooks.attention import AttentionWatch
-from loopscope.subject import Batch
-from loopscope.testing import check_subject
-from loopscope.visits import AttentionView
+from loopscope.models.contract.check import check_subject
+from loopscope.models.hooks.attention import AttentionWatch
+from loopscope.models.subject import Batch
+from loopscope.models.visits import AttentionView
 
 BATCH = Batch.of([[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]])
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, ForeignLoop, assert_untouched
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
-from loopscope.hooks.paused import PausedCall, Pauses, Returned
-from loopscope.subject import Batch
-from loopscope.visits import LoopState, Observer, Visit
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.hooks.pausing import PausedCall, Pauses, Returned
+from loopscope.models.subject import Batch
+from loopscope.models.visits import LoopState, Observer, Visit
 
 BATCH = Batch.of([[3, 1, 4, 1, 5], [9, 2]])
 

@@ -15,10 +15,10 @@ from torch.nn import functional
 import loopscope
 from foreign_models import HEADS, PATHS, VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
-from loopscope.subject import Batch
-from loopscope.testing import check_subject
-from loopscope.visits import Observer
+from loopscope.models.contract.check import check_subject
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.subject import Batch
+from loopscope.models.visits import Observer
 
 IDS = [[3, 1, 4, 1, 5, 9]]
 

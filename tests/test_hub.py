@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import loopscope
 from hub_server import Files, Hub, believed_hub, point_to
-from loopscope.checkpoints import find_checkpoint, load_checkpoint
 from loopscope.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +26,10 @@ from loopscope.errors import (
     PromptError,
     StorageError,
 )
-from loopscope.prompts import HUB_PRESETS, load_prompts
+from loopscope.models.checkpoints.find import find_checkpoint
+from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.prompts.load import load_prompts
+from loopscope.prompts.sources import HUB_PRESETS
 from small_models import checkpoint
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `hub` is not installed")

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 import loopscope
 from hub_server import Hub, believed_hub
 from loopscope import Architecture
-from loopscope.checkpoints import FAMILIES, Family, Part, demo_names, save_checkpoint
-from loopscope.checkpoints.parts import parameter_shapes
 from loopscope.cli import main
 from loopscope.errors import CheckpointError, ConfigError, LoopscopeError, MissingDependencyError
-from loopscope.inspection.memory import Sizes, estimate_memory
-from loopscope.settings import RunSize
-from loopscope.subject import NativeSubject
+from loopscope.models.checkpoints.families import FAMILIES
+from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.find import demo_names
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.inspection.facts import RunSize, Sizes, estimate_memory
+from loopscope.models.native.subject import NativeSubject
 from small_models import ARCHITECTURES, architecture, checkpoint, subject
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -13,13 +13,14 @@ import torch
 import xarray
 
 from loopscope import Study, analyze, capture
-from loopscope.architecture import Architecture
 from loopscope.cli import main
 from loopscope.errors import ConfigError, StudyError
-from loopscope.interventions import Damp, ScaleBranch
-from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject
-from loopscope.testing import check_subject
+from loopscope.models.architecture import Architecture
+from loopscope.models.contract.check import check_subject
+from loopscope.models.interventions.kinds import Damp, ScaleBranch
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
 from random_model import random_model
 from slow_interventions import Changes, run_changed
 from small_models import (

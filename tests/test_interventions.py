@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, capture
 from loopscope.errors import ConfigError
-from loopscope.interventions import (
+from loopscope.models.interventions.kinds import (
     Damp,
     FreezeInjection,
     Intervention,
@@ -18,9 +18,8 @@ from loopscope.interventions import (
     StartFrom,
     StartScaled,
     StartSeed,
-    parse_intervention,
-    parse_interventions,
 )
+from loopscope.models.interventions.parsing import parse_intervention, parse_interventions
 from small_models import ADDED, FEED_FORWARD, INJECTED, LOOP_NORM, subject
 from test_contract import spinner
 

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loopscope import LoopedTransformer
-from loopscope.architecture import Architecture
-from loopscope.checkpoints import available_memory, load_checkpoint, memory, read_layout
-from loopscope.checkpoints.parts import parameter_shapes
 from loopscope.errors import CheckpointError
+from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints import load as memory
+from loopscope.models.checkpoints.family import parameter_shapes
+from loopscope.models.checkpoints.layout import read_layout
+from loopscope.models.checkpoints.load import available_memory, load_checkpoint
 from published import HUGINN, RETROFIT_LLAMA, publish
 from test_model_settings import CASES
 

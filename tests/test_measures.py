@@ -13,22 +13,21 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopscope.measures import (
-    LEVELS,
+from loopscope.measures.base import masked_mean
+from loopscope.measures.convergence import LEVELS
+from loopscope.measures.functions import (
     cosine,
     degeneracy,
     distance,
     layer_cosine,
-    next_token_loss,
-    principal_components,
     quantiles,
-    readout_grid,
     relative_distance,
     residual_norm,
-    visit_labels,
 )
-from loopscope.measures.base import masked_mean
-from loopscope.subject import Batch
+from loopscope.measures.readout import next_token_loss, readout_grid
+from loopscope.measures.similarity import visit_labels
+from loopscope.measures.trajectories import principal_components
+from loopscope.models.subject import Batch
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 import loopscope
 from loopscope import LoopedTransformer, Observer, Trace, Visit
 from loopscope.errors import ConfigError
-from loopscope.visits import QueryKeyAttention
+from loopscope.models.visits import QueryKeyAttention
 from random_model import random_ids, random_model
 
 # Rows of (padding before, tokens, padding after).

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import loopscope
-from loopscope.architecture import LinearScaling, Llama3Scaling, YarnScaling
-from loopscope.model.exit import ExitRule, exit_distribution, exit_step
-from loopscope.visits import Observer, Visit
+from loopscope.models.architecture import LinearScaling, Llama3Scaling, YarnScaling
+from loopscope.models.native.exit import ExitRule, exit_distribution, exit_step
+from loopscope.models.visits import Observer, Visit
 from pairwise import pairwise
 from random_model import random_ids, random_model
 from slow_model import run_slowly

@@ -71,7 +71,9 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not imported & HEAVY
 
 
-@pytest.mark.parametrize("module", ["loopscope", "loopscope.settings", "loopscope.training.config"])
+@pytest.mark.parametrize(
+    "module", ["loopscope", "loopscope.analysis.settings", "loopscope.experiments.training.config"]
+)
 def test_importing_what_help_needs_imports_nothing_heavy(module: str) -> None:
     imported = imported_by("-c", f"import {module}")
     assert "loopscope" in imported

@@ -14,20 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
-from loopscope.architecture import Architecture
-from loopscope.measures import (
-    CHANGE_NAMES,
-    EIGENVALUE_NAMES,
-    EXIT_READOUTS,
-    HEAD_NAMES,
-    RATE_NAMES,
-    STAGE_NAMES,
-    TOKEN_READOUTS,
-    VERDICT_NUMBERS,
-)
-from loopscope.passes import Plan, kept_bytes, steps_of
-from loopscope.settings import HorizonMethod, Part
-from loopscope.subject import Batch, NativeSubject
+from loopscope.analysis.passes import steps_of
+from loopscope.analysis.plan import Plan, kept_bytes
+from loopscope.analysis.settings import HorizonMethod, Part
+from loopscope.measures.behaviour import VERDICT_NUMBERS
+from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
+from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
+from loopscope.measures.stability import EIGENVALUE_NAMES, RATE_NAMES
+from loopscope.measures.stages import STAGE_NAMES
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
 from small_models import ADDED, ARCHITECTURES, FEED_FORWARD, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, subject
 
 SETTINGS = AnalyzeSettings(

@@ -6,14 +6,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from loopscope.errors import PromptError
-from loopscope.prompts import (
-    Prompt,
-    TextTokenizer,
-    TokenizedPrompt,
-    encode_prompts,
-    load_prompts,
-    prompts_digest,
-)
+from loopscope.prompts.load import load_prompts
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, prompts_digest
+from loopscope.prompts.tokenizer import TextTokenizer
+from loopscope.prompts.tokens import encode_prompts
 
 BEGIN, END = "<|begin|>", "<|end|>"
 VOCAB = 600

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopscope.errors import LoopscopeError, MissingDependencyError, PromptError
-from loopscope.prompts import HUB_PRESETS, draw, load_prompts, preset_names
-from loopscope.prompts.presets import find_preset
+from loopscope.prompts.load import load_prompts
+from loopscope.prompts.prompt import draw
+from loopscope.prompts.sources import HUB_PRESETS, find_preset, preset_names
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -12,9 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from loopscope.cli import main
-from loopscope.errors import StudyError
-from loopscope.rates import (
+from loopscope.answers.rates import (
     ROLES,
     KindShare,
     clopper_pearson,
@@ -24,8 +22,10 @@ from loopscope.rates import (
     token_roles,
     token_shares,
 )
+from loopscope.cli import main
+from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.errors import StudyError
 from loopscope.study import Study
-from loopscope.verdicts import KINDS, Kind
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 
 ORBIT, FIXED = KINDS.index(Kind.ORBIT), KINDS.index(Kind.FIXED_POINT)

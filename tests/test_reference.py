@@ -18,7 +18,7 @@ from torch import Tensor
 import loopscope
 from loopscope import Trace
 from loopscope.errors import ConfigError
-from loopscope.subject import NativeSubject
+from loopscope.models.native.subject import NativeSubject
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 HUGINN = REFERENCE / "huginn-tiny"

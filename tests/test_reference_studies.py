@@ -17,8 +17,12 @@ from torch import Tensor
 
 import loopscope
 from loopscope import measures
-from loopscope.measures import AttentionCycle, Frame, HeadMeasures, HorizonStates, StageMeasures, depth_sites
-from loopscope.subject import Batch, SubjectInfo
+from loopscope.measures.base import Frame, depth_sites
+from loopscope.measures.heads import HEAD_NAMES, HeadMeasures
+from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.similarity import AttentionCycle
+from loopscope.measures.stages import STAGE_NAMES, StageMeasures
+from loopscope.models.subject import Batch, SubjectInfo
 from test_reference import FAMILIES, LOOPED, REFERENCE
 
 pytestmark = pytest.mark.reference
@@ -76,7 +80,7 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
     def compare(name: str, ours: np.ndarray, theirs: Tensor) -> None:
         np.testing.assert_allclose(ours, theirs.numpy(), atol=about["tolerance"]["atol"], rtol=1e-4, err_msg=name)
 
-    for name in measures.HEAD_NAMES:
+    for name in HEAD_NAMES:
         compare(name, found[name].values, getattr(measures, name)(maps).movedim(1, -1))
     for name, function in STAGES.items():
         compare(name, found[name].values, function(states))
@@ -121,7 +125,7 @@ def test_a_study_of_a_published_format_is_whole(
     study = study_of(folder)
     data, looped = study.dataset, folder.name in LOOPED
     assert study.manifest["model"]["kind"] == ("looped" if looped else "feed-forward")
-    for name in (*measures.HEAD_NAMES, *measures.STAGE_NAMES, "loss", "neuron_kurtosis", "attention_cycle_distance"):
+    for name in (*HEAD_NAMES, *STAGE_NAMES, "loss", "neuron_kurtosis", "attention_cycle_distance"):
         assert_whole(name, data[name])
     for name in ("colsum_concentration", "sink_score", "relative_mixing_score", "relative_residual_entropy"):
         assert float(data[name].min()) >= -1e-6, name

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopscope.answers import Criterion, quick_answers
+from loopscope.answers.answer import Criterion
+from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError, StorageError, StudyError
-from loopscope.measures import CHANGE_NAMES, EXIT_READOUTS, HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
-from loopscope.report import ReportSettings, write_report
+from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
+from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
+from loopscope.measures.stages import STAGE_NAMES
+from loopscope.report.page.write import write_report
+from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 from report_page import Page, page_of
 from synthetic_study import (

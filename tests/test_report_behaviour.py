@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loopscope.answers import Answer, Outcome, quick_answers
-from loopscope.report import ReportSettings, write_behaviour_report
-from loopscope.report.kinds import KIND_LOOKS
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.quick import quick_answers
+from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind, Verdict
+from loopscope.report.figures.look import KIND_LOOKS
+from loopscope.report.page.write import write_behaviour_report
+from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
-from loopscope.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind, Verdict
 from report_page import Page, page_of
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 

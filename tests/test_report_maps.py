@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray
 
-from loopscope.measures import CHANGE_NAMES, HEAD_NAMES
+from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.study import Study
 from report_page import Page, page_of
 from synthetic_study import contracting, feed_forward_study, looped_study

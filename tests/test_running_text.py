@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from loopscope import analyze
+from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.errors import ConfigError, PromptError
-from loopscope.prompts import Prompt, TextTokenizer, TokenizedPrompt, cut_text, draw, load_prompts
-from loopscope.settings import AnalyzeSettings
+from loopscope.prompts.load import load_prompts
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, draw
+from loopscope.prompts.tokenizer import TextTokenizer
+from loopscope.prompts.tokens import cut_text
 from small_models import byte_tokenizer, checkpoint
 
 PLAIN = TextTokenizer(byte_tokenizer())

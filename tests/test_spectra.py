@@ -9,22 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopscope.errors import ConfigError
-from loopscope.spectra import (
+from loopscope.dynamics.observed_rate import RateReason, RateSettings, observed_rate
+from loopscope.dynamics.prediction import (
     Kind,
-    RateReason,
-    RateSettings,
     StabilityCriterion,
     best_damping,
     damped,
     damping_needed,
-    observed_rate,
     period,
     predict,
     predicted_rate,
     stability_margin,
     undamped,
 )
+from loopscope.errors import ConfigError
 
 NAN = complex(math.nan, math.nan)
 

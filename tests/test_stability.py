@@ -15,25 +15,19 @@ from torch.nn import functional
 
 import loopscope
 from loopscope import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.approach import Heading
+from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
+from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
+from loopscope.dynamics.eigenvalues.native import NativeApproach, approach_native, mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
+from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
+from loopscope.dynamics.observed_rate import observed_rate
+from loopscope.dynamics.prediction import Kind, damping_needed
 from loopscope.errors import ConfigError, NonFiniteError
-from loopscope.model import LoopedTransformer
-from loopscope.model.attention import mix_values
-from loopscope.stability import (
-    EigenvalueSettings,
-    Heading,
-    Kind,
-    NativeApproach,
-    Stability,
-    approach_native,
-    damping_needed,
-    eigenvalues_near,
-    observed_rate,
-)
-from loopscope.stability.frozen import mix_with_others_frozen
-from loopscope.stability.krylov import arnoldi, ritz_values
-from loopscope.stability.products import DifferenceProducts, ExactProducts
-from loopscope.stability.search import find_fixed_point, relative_step
-from loopscope.subject import Batch, NativeSubject
+from loopscope.models.native.attention import mix_values
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
 from random_model import random_ids, random_model
 from small_models import (
     FEED_FORWARD,

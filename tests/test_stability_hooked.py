@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
-from loopscope.hooks import HookedSubject
-from loopscope.stability import EigenvalueSettings
+from loopscope.models.hooks.hooked import HookedSubject
 from small_models import ADDED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, hooked_native
 
 IDS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -80,7 +80,7 @@ def test_however_it_is_written_a_model_has_the_same_eigenvalues(options: dict[st
 def test_long_prompts_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     hooked = loopscope.hook(ForeignLoop().double().eval(), **PATHS)
     whole = leading_eigenvalues(hooked, IDS, settings=EXACT)
-    monkeypatch.setattr("loopscope.stability.hooked._COPIED_TOKENS", 6)
+    monkeypatch.setattr("loopscope.dynamics.eigenvalues.hooked._COPIED_TOKENS", 6)
     parts = leading_eigenvalues(hooked, IDS, settings=EXACT)
     np.testing.assert_allclose(np.abs(parts.eigenvalues), np.abs(whole.eigenvalues), atol=1e-8)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from loopscope import AnalyzeSettings, Study, analyze, quick_answers
-from loopscope.answers import Answer, Outcome
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.predictions import EXPECTED, agreement, prediction_table, rate_pairs
+from loopscope.dynamics.prediction import PREDICTED_KINDS
+from loopscope.dynamics.prediction import Kind as Predicted
+from loopscope.dynamics.verdicts import KINDS
+from loopscope.dynamics.verdicts import Kind as Verdict
 from loopscope.errors import StudyError
-from loopscope.predictions import EXPECTED, agreement, prediction_table, rate_pairs
-from loopscope.spectra import PREDICTED_KINDS
-from loopscope.spectra import Kind as Predicted
-from loopscope.verdicts import KINDS
-from loopscope.verdicts import Kind as Verdict
 from report_page import page_of
 from small_models import PROMPTS, linear_loop, relaxation
 from test_stability_study import rotation

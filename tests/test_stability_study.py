@@ -14,23 +14,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopscope import AnalyzeSettings, Study, analyze
-from loopscope.measures import EIGENVALUE_NAMES, KEPT_PAIRS, RATE_NAMES, RATE_REASONS, Frame, TokenStability
-from loopscope.measures.stability import kept_pairs
-from loopscope.spectra import (
+from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
+from loopscope.dynamics.observed_rate import RateReason, observed_rate
+from loopscope.dynamics.prediction import (
     PREDICTED_KINDS,
     Kind,
-    RateReason,
     best_damping,
     damping_needed,
-    observed_rate,
     spectral_radius,
     stability_margin,
 )
-from loopscope.stability import EigenvalueSettings, leading_eigenvalues
-from loopscope.subject import Batch, NativeSubject
-from loopscope.trace import capture
-from loopscope.verdicts import KINDS
-from loopscope.verdicts import Kind as Verdict
+from loopscope.dynamics.verdicts import KINDS
+from loopscope.dynamics.verdicts import Kind as Verdict
+from loopscope.measures.base import Frame
+from loopscope.measures.stability import (
+    EIGENVALUE_NAMES,
+    KEPT_PAIRS,
+    RATE_NAMES,
+    RATE_REASONS,
+    TokenStability,
+    kept_pairs,
+)
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
+from loopscope.models.trace import capture
 from small_models import (
     ADDED,
     FEED_FORWARD,

@@ -11,10 +11,12 @@ import pytest
 import xarray
 
 from loopscope import AnalyzeSettings, Study, analyze
-from loopscope.architecture import Architecture
 from loopscope.errors import StudyError
-from loopscope.measures import HEAD_NAMES, STAGE_NAMES, TOKEN_READOUTS
 from loopscope.measures.convergence import TOKEN_NAMES
+from loopscope.measures.heads import HEAD_NAMES
+from loopscope.measures.readout import TOKEN_READOUTS
+from loopscope.measures.stages import STAGE_NAMES
+from loopscope.models.architecture import Architecture
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, subject
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"

@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loopscope.architecture import Architecture
-from loopscope.engine import make_engine
+from loopscope.analysis.engine import make_engine
 from loopscope.errors import ConfigError, StudyError
-from loopscope.experiments import run_sweep
-from loopscope.experiments.automaton import automaton_documents, automaton_row
-from loopscope.experiments.training import run_sweep_cell
-from loopscope.findings import advice, control_results, load_experiment, summaries
-from loopscope.findings.training import interval
-from loopscope.grids import CELLS
-from loopscope.sweeps import AutomatonTask, Sweep, SweepResult, control_architecture
+from loopscope.experiments.cells import CELLS
+from loopscope.experiments.load import load_experiment
+from loopscope.experiments.run_sweep import automaton_documents, automaton_row, run_sweep, run_sweep_cell
+from loopscope.experiments.sweep import Sweep, control_architecture
+from loopscope.experiments.sweep_cells import AutomatonTask, SweepResult
+from loopscope.experiments.sweep_findings import advice, control_results, interval, summaries
+from loopscope.models.architecture import Architecture
 
 TINY: dict[str, Any] = {
     "task": {"kind": "automaton", "cells": 4, "steps": 2, "documents": 64, "test_documents": 8},

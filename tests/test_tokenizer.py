@@ -10,15 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from loopscope.errors import PromptError
-from loopscope.prompts import (
-    Prompt,
-    SpecialToken,
-    TextTokenizer,
-    encode_prompts,
-    load_prompts,
-    load_tokenizer,
-    tokenizer_record,
-)
+from loopscope.prompts.load import load_prompts
+from loopscope.prompts.prompt import Prompt
+from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer, load_tokenizer, tokenizer_record
+from loopscope.prompts.tokens import encode_prompts
 from test_prompt_tokens import BEGIN, metaspace
 
 BOS, EOS = "<s>", "</s>"

@@ -10,10 +10,11 @@ from torch import Tensor
 
 import loopscope
 from loopscope import LoopedTransformer, Observer, Visit
-from loopscope.checkpoints import save_checkpoint
 from loopscope.errors import ConfigError, NonFiniteError
-from loopscope.subject import NativeSubject, Run, Subject
-from loopscope.visits import LoopState
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Run, Subject
+from loopscope.models.visits import LoopState
 from random_model import random_ids, random_model
 
 FEED_FORWARD: dict[str, Any] = {

@@ -16,13 +16,13 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from loopscope.checkpoints import load_checkpoint
 from loopscope.errors import CheckpointError, ConfigError, FolderBusyError, NonFiniteError
-from loopscope.model import LoopedTransformer
-from loopscope.training.config import OptimizerConfig, TrainConfig
-from loopscope.training.data import DataFiles
-from loopscope.training.loop import TrainResult, train
-from loopscope.training.optimizer import build_optimizer
+from loopscope.experiments.training.config import OptimizerConfig, TrainConfig
+from loopscope.experiments.training.data import DataFiles
+from loopscope.experiments.training.loop import TrainResult, train
+from loopscope.experiments.training.step import build_optimizer
+from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.models.native.transformer import LoopedTransformer
 
 CONFIG = TrainConfig.from_dict(
     {

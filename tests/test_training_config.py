@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loopscope._json import differences
+from loopscope._util.config_json import differences
 from loopscope.errors import ConfigError
-from loopscope.training.config import TrainConfig
+from loopscope.experiments.training.config import TrainConfig
 
 DEMO_CONFIGS = Path(str(files("loopscope"))) / "demo" / "configs"
 

@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from loopscope.errors import ConfigError
-from loopscope.training.config import DataConfig
-from loopscope.training.data import BatchStream, Corpus, DataFiles, read_documents, windows
-from loopscope.training.tokenizer import BEGIN, END, load_tokenizer, train_tokenizer
+from loopscope.experiments.training.config import DataConfig
+from loopscope.experiments.training.data import (
+    BEGIN,
+    END,
+    BatchStream,
+    Corpus,
+    DataFiles,
+    load_tokenizer,
+    read_documents,
+    train_tokenizer,
+    windows,
+)
 
 TEXT = [f"Number {number} is the double of {number / 2}; the next is {number + 1}." for number in range(60)]
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from loopscope.architecture import Architecture
-from loopscope.model import LoopedTransformer
-from loopscope.training.evaluate import bigram_entropy, scores_by_recurrences, unigram_entropy
+from loopscope.experiments.training.evaluate import bigram_entropy, scores_by_recurrences, unigram_entropy
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.transformer import LoopedTransformer
 
 BASE = {"vocab_size": 11, "width": 16, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp_width": 24}
 LAYOUTS = {

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopscope.architecture import Architecture
+from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
 from loopscope.errors import ConfigError
-from loopscope.model import LoopedTransformer
-from loopscope.stability import leading_eigenvalues
-from loopscope.subject import Batch, NativeSubject
-from loopscope.training.config import PenaltyConfig
-from loopscope.training.data import scored
-from loopscope.training.penalties import LastStates, penalty, stretching
+from loopscope.experiments.training.config import PenaltyConfig
+from loopscope.experiments.training.data import scored
+from loopscope.experiments.training.step import LastStates, penalty, stretching
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Batch
 
 SMALL: dict[str, Any] = {
     "vocab_size": 23, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp_width": 32, "prelude": 1,

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopscope.training.config import OptimizerConfig, RecurrenceConfig
-from loopscope.training.recurrence import sample_recurrences, state_seed
-from loopscope.training.schedule import learning_rate
+from loopscope.experiments.training.config import OptimizerConfig, RecurrenceConfig
+from loopscope.experiments.training.step import learning_rate, sample_recurrences, state_seed
 
 
 @given(

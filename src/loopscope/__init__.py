@@ -9,50 +9,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopscope.analysis import analyze
-    from loopscope.answers import Answer, Criterion, quick_answers
-    from loopscope.architecture import Architecture
-    from loopscope.comparison import Comparison, compare
-    from loopscope.controlled import Control, control
+    from loopscope.analysis.analyzing import analyze
+    from loopscope.analysis.settings import AnalyzeSettings
+    from loopscope.answers.answer import Answer, Criterion
+    from loopscope.answers.comparison.comparing import compare
+    from loopscope.answers.comparison.result import Comparison
+    from loopscope.answers.quick import quick_answers
+    from loopscope.answers.rates import study_rates
+    from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+    from loopscope.dynamics.trajectories.judge import judge
     from loopscope.errors import LoopscopeError
-    from loopscope.hooks import hook
-    from loopscope.inspection import Inspection, inspect_model
-    from loopscope.loading import load
-    from loopscope.model import LoopedTransformer
-    from loopscope.report import write_comparison, write_report
-    from loopscope.settings import AnalyzeSettings
-    from loopscope.stability import leading_eigenvalues
+    from loopscope.experiments.damping import Control, control
+    from loopscope.models.architecture import Architecture
+    from loopscope.models.contract.check import check_subject
+    from loopscope.models.hooks.wrap import hook
+    from loopscope.models.inspection.facts import Inspection
+    from loopscope.models.inspection.inspecting import inspect_model
+    from loopscope.models.loading import load
+    from loopscope.models.native.transformer import LoopedTransformer
+    from loopscope.models.subject import Subject
+    from loopscope.models.trace import Trace, capture
+    from loopscope.models.visits import Observer, Visit
+    from loopscope.report.page.write import write_comparison, write_report
+    from loopscope.report.paper.write import write_figures
     from loopscope.study import Study
-    from loopscope.subject import Subject
-    from loopscope.trace import Trace, capture
-    from loopscope.visits import Observer, Visit
 
 _HOMES = {
-    "Answer": "answers",
-    "AnalyzeSettings": "settings",
-    "Architecture": "architecture",
-    "Comparison": "comparison",
-    "Control": "controlled",
-    "Criterion": "answers",
-    "Inspection": "inspection",
-    "LoopedTransformer": "model",
+    "Answer": "answers.answer",
+    "AnalyzeSettings": "analysis.settings",
+    "Architecture": "models.architecture",
+    "Comparison": "answers.comparison.result",
+    "Control": "experiments.damping",
+    "Criterion": "answers.answer",
+    "Inspection": "models.inspection.facts",
+    "LoopedTransformer": "models.native.transformer",
     "LoopscopeError": "errors",
-    "Observer": "visits",
+    "Observer": "models.visits",
     "Study": "study",
-    "Subject": "subject",
-    "Trace": "trace",
-    "Visit": "visits",
-    "analyze": "analysis",
-    "capture": "trace",
-    "compare": "comparison",
-    "control": "controlled",
-    "hook": "hooks",
-    "inspect_model": "inspection",
-    "leading_eigenvalues": "stability",
-    "load": "loading",
-    "quick_answers": "answers",
-    "write_comparison": "report",
-    "write_report": "report",
+    "Subject": "models.subject",
+    "Trace": "models.trace",
+    "Visit": "models.visits",
+    "analyze": "analysis.analyzing",
+    "capture": "models.trace",
+    "check_subject": "models.contract.check",
+    "compare": "answers.comparison.comparing",
+    "control": "experiments.damping",
+    "hook": "models.hooks.wrap",
+    "inspect_model": "models.inspection.inspecting",
+    "judge": "dynamics.trajectories.judge",
+    "leading_eigenvalues": "dynamics.eigenvalues.leading",
+    "load": "models.loading",
+    "quick_answers": "answers.quick",
+    "study_rates": "answers.rates",
+    "write_comparison": "report.page.write",
+    "write_figures": "report.paper.write",
+    "write_report": "report.page.write",
 }
 
 __all__ = [
@@ -72,14 +83,18 @@ __all__ = [
     "Visit",
     "analyze",
     "capture",
+    "check_subject",
     "compare",
     "control",
     "hook",
     "inspect_model",
+    "judge",
     "leading_eigenvalues",
     "load",
     "quick_answers",
+    "study_rates",
     "write_comparison",
+    "write_figures",
     "write_report",
 ]
 
@@ -93,4 +108,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

@@ -1,5 +1,7 @@
 """`python -m loopscope` is `loopscope`."""
 
+from __future__ import annotations
+
 from loopscope.cli import main
 
 if __name__ == "__main__":

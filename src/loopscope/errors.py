@@ -16,20 +16,7 @@
 The command line prints the message and exits with status 2; nobody needs a traceback to learn that a path is wrong.
 """
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "ContractError",
-    "FolderBusyError",
-    "LoopscopeError",
-    "MissingDependencyError",
-    "NonFiniteError",
-    "PromptError",
-    "StorageError",
-    "StudyError",
-    "UnknownFamilyError",
-    "WorkerError",
-]
+from __future__ import annotations
 
 
 class LoopscopeError(Exception):
@@ -77,4 +64,4 @@ class WorkerError(LoopscopeError):
 
 
 class ContractError(LoopscopeError, AssertionError):
-    """A subject breaks promises of `loopscope.testing.check_subject`; the message lists all of them, a line each."""
+    """A subject breaks promises of `loopscope.check_subject`; the message lists all of them, a line each."""

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import xarray
 import xarray as xr
+from numpy.typing import NDArray
 
-from loopscope._files import write_atomically
+from loopscope._util.files import write_atomically
 from loopscope.errors import StudyError
-
-__all__ = ["ARRAYS", "MANIFEST", "TOKENS", "Study"]
 
 MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
 _ENGINE: Literal["netcdf4"] = "netcdf4"
+
+_ALWAYS = ("token_count", "diverged_at")
+_LOOPED = (
+    "relative_step",
+    "relative_distance",
+    "horizon_drift",
+    "horizon_drift_cosine",
+    "horizon_norm_growth",
+    "horizon_relative_step",
+    "horizon_residual_norm",
+    "degeneracy",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,3 +127,188 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyView:
+    """A study, checked for what the questions need."""
+
+    dataset: xarray.Dataset
+    """Every prompt, diverged ones included. A rounding floor that was not measured is NaN; other parts that the
+    analysis was told to skip are absent."""
+    finite: xarray.Dataset
+    """The prompts that stayed finite."""
+    looped: bool
+    layers: int
+    """Recurrent layers."""
+    recurrences: int
+    """R: recurrences measured."""
+    horizon: int
+    """H: recurrences after which the state stands in for the fixed point."""
+    trained: int | None
+    """Recurrences that the model was trained with, if known."""
+    injection: str
+    """`unknown` for a model that is seen from outside."""
+    head_stable: float
+    """Root mean square change of a map's rows below which a head is stable; NaN if heads were not measured."""
+    exit_threshold: float | None
+    """Cumulated probability at which the model's own exit gate stops a token; None without a gate."""
+    dtype: str
+    """In which the states were computed."""
+    interventions: tuple[str, ...] = ()
+    """What the analysis changed in the model's computation."""
+
+    @property
+    def prompts(self) -> int:
+        return int(self.dataset.sizes["prompt"])
+
+    @property
+    def diverged(self) -> int:
+        """Prompts with a state that is not finite."""
+        return self.prompts - int(self.finite.sizes["prompt"])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.dataset["token_count"].sum())
+
+
+def view_study(study: Study) -> StudyView:
+    """Read what the answers need.
+
+    Raises `StudyError` that names the variable, or the entry of the manifest, which the study lacks.
+    """
+    dataset, manifest = study.dataset, study.manifest
+    try:
+        model = manifest["model"]
+        looped = model["kind"] == "looped"
+        injection = str(model["injection"] or "unknown") if looped else "none"
+        dtype = str(manifest["settings"]["dtype"])
+        horizon = int(manifest["settings"]["horizon"]) if looped else 0
+    except KeyError as error:
+        raise StudyError(
+            f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
+        ) from error
+    for name in _ALWAYS + (_LOOPED if looped else ()):
+        if name not in dataset:
+            raise StudyError(f"The study has no variable {name!r}, so it is not complete; run its analysis again.")
+    if looped and "noise_floor" not in dataset:
+        dataset = dataset.assign(noise_floor=xarray.full_like(dataset["horizon_drift"], np.nan))
+    trained = model.get("trained_recurrences")
+    return StudyView(
+        dataset=dataset,
+        finite=dataset.isel(prompt=np.flatnonzero(dataset["diverged_at"].values < 0)),
+        looped=looped,
+        layers=int(dataset.sizes["layer"]) if looped else 0,
+        recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
+        horizon=horizon,
+        trained=int(trained) if trained is not None else None,
+        injection=injection,
+        head_stable=float(manifest["settings"].get("head_stable", np.nan)),
+        exit_threshold=None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
+        dtype=dtype,
+        interventions=tuple(manifest["settings"].get("intervene", ())),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readings:
+    """A study as figures need it."""
+
+    view: StudyView
+    shown: xarray.Dataset
+    """The finite prompts; all of them, up to where they diverge, if none stayed finite."""
+    manifest: Mapping[str, Any]
+    tokens: Sequence[Mapping[str, Any]]
+    prelude: int
+    recurrent: int
+    coda: int
+
+    @property
+    def layout(self) -> str:
+        """(p, k ⊗ R, c), or the number of layers of a feed-forward model."""
+        if not self.view.looped:
+            return f"{self.prelude + self.coda} layers, feed-forward"
+        return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+
+    def variable(self, name: str) -> xarray.DataArray:
+        """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
+        if name not in self.shown:
+            raise StudyError(f"The study has no variable {name}, from which this is drawn; docs/study.md says why.")
+        return self.shown[name]
+
+    def depth_percent(self, layer: int) -> float:
+        """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
+        return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
+
+
+def read_study(study: Study) -> Readings:
+    """Raises `StudyError` for a study that lacks what the quick answers need."""
+    view = view_study(study)
+    layout = study.manifest["model"]["layout"]
+    return Readings(
+        view=view,
+        shown=view.finite if view.finite.sizes["prompt"] else view.dataset,
+        manifest=study.manifest,
+        tokens=study.tokens,
+        prelude=int(layout["prelude"]),
+        recurrent=int(layout["recurrent"]),
+        coda=int(layout["coda"]),
+    )
+
+
+def median_over_prompts(array: xarray.DataArray, level: float = 0.5) -> xarray.DataArray:
+    """Median (or another quantile) of what is finite; NaN where nothing is."""
+    return quantile_over(array, level, "prompt")
+
+
+def quantile_over(array: xarray.DataArray, level: float, dim: str) -> xarray.DataArray:
+    """Quantile, along a dimension, of what is finite; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of slices without a finite value
+        found = array.where(np.isfinite(array)).quantile(level, dim)
+    return found.drop_vars("quantile")
+
+
+def positive(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """For a logarithmic axis: 0 becomes a gap instead of a fall to minus infinity."""
+    return np.where(values > 0, values, np.nan).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a visit stands."""
+
+    stage: str
+    layer: int
+    recurrence: int
+    """From 0; 0 in prelude and coda."""
+
+    @property
+    def label(self) -> str:
+        suffix = f"@{self.recurrence}" if self.stage == "recurrent" else ""
+        return f"{self.stage}.{self.layer}{suffix}"
+
+
+def sites_of(dataset: xarray.Dataset) -> list[Site]:
+    """The visits of the dimension `depth`, in order."""
+    columns = (dataset[f"depth_{name}"].values for name in ("stage", "layer", "recurrence"))
+    return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
+
+
+def stage_name(label: str) -> str:
+    """Of a visit's label: `prelude`, the recurrence counted from 1, or `coda`."""
+    stage, _, place = label.partition(".")
+    _, at, recurrence = place.partition("@")
+    return str(int(recurrence) + 1) if at else stage
+
+
+def stage_starts(labels: Sequence[str]) -> list[int]:
+    """Of visits in order: where a stage or a recurrence begins."""
+    names = [stage_name(label) for label in labels]
+    return [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
+
+
+def powers_of_two(total: int) -> list[int]:
+    """1, 2, 4 and so on up to a number, and that number."""
+    powers = [2**exponent for exponent in range(total.bit_length()) if 2**exponent <= total]
+    return powers if powers[-1] == total else [*powers, total]

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import listed, percent, plural
-from loopscope.rates import KindShare, prompt_shares, token_shares
-from loopscope.verdicts import KINDS, JudgedFiles, Kind
-
-__all__ = ["behaviour_answer", "judged_answer"]
+from loopscope._util.wording import listed, percent, plural
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.rates import KindShare, prompt_shares, token_shares
+from loopscope.dynamics.verdicts import KINDS, JudgedFiles, Kind
+from loopscope.study import StudyView
 
 _QUESTION = "What do the tokens tend to?"
 _SETTLED = (Kind.FIXED_POINT, Kind.AT_FLOOR)

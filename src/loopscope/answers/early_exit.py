@@ -7,15 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import xarray
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
-from loopscope.answers.statistics import PairedDifference, mean, paired_difference
-from loopscope.answers.stopping import constant_at
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import percent, significant
-
-__all__ = ["exit_rule_answer"]
+from loopscope._util.statistics import PairedDifference, mean, paired_difference
+from loopscope._util.wording import percent, significant
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, constant_at, tables_of
+from loopscope.study import StudyView
 
 _QUESTION = "Would an exit rule have saved recurrences?"
 _LIMITS = (

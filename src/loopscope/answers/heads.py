@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import xarray
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.statistics import median
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import percent, plural, significant
-
-__all__ = ["heads_answer"]
+from loopscope._util.statistics import median
+from loopscope._util.wording import percent, plural, significant
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.study import StudyView
 
 _QUESTION = "Do the attention heads stabilise?"
 

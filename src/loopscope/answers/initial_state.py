@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.statistics import Share, median
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import percent
-
-__all__ = ["initial_state_answer"]
+from loopscope._util.statistics import Share, median
+from loopscope._util.wording import percent
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.study import StudyView
 
 
 def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.settling import Settling, prompt_settling, settling
-from loopscope.answers.statistics import Share, median
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import listed, percent, plural, significant
-from loopscope.settings import SINK_THRESHOLD
-from loopscope.sinks import sink_by_chance
-
-__all__ = ["diverged_prompts", "few_prompts", "limits_answer", "short_prompts", "sinks_by_chance"]
+from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
+from loopscope._util.statistics import median
+from loopscope._util.wording import listed, percent, plural, significant
+from loopscope.answers.answer import Answer, Criterion, Outcome, diverged_prompts, few_prompts
+from loopscope.answers.fixed_point import Settling, prompt_settling, settling
+from loopscope.study import StudyView
 
 _DIGITS = {"float64": 1e-12, "float32": 1e-5}
 """Rounding floors that no conclusion here comes near; in other types the floor is always worth a word."""
@@ -47,25 +43,6 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
         limits=gathered,
         criterion=criterion,
     )
-
-
-def diverged_prompts(view: StudyView) -> list[str]:
-    """What has to be said where prompts diverged."""
-    if not view.diverged:
-        return []
-    share = Share(view.diverged, view.prompts)
-    return [f"States became infinite or undefined in {share}; medians and means leave these prompts out."]
-
-
-def few_prompts(view: StudyView, criterion: Criterion) -> list[str]:
-    """The warning that goes with every share of few prompts; nothing where they are enough."""
-    if view.prompts >= criterion.min_prompts:
-        return []
-    low, _ = Share(view.prompts, view.prompts).interval
-    return [
-        f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): even what all of them show may "
-        f"fail for up to {math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
-    ]
 
 
 def sinks_by_chance(counts: Sequence[int]) -> list[str]:

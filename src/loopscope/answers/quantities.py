@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import xarray
 
-from loopscope.settings import SINK_THRESHOLD
-
-__all__ = ["STAGE_QUANTITIES", "StageQuantity"]
+from loopscope._util.sinks import SINK_THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.arrival import arrival_answer
+from loopscope.answers.answer import Answer, Criterion, Outcome
 from loopscope.answers.behaviour import behaviour_answer
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.depth import trained_depth_answer
 from loopscope.answers.early_exit import exit_rule_answer
-from loopscope.answers.exits import final_answer
+from loopscope.answers.final import final_answer
 from loopscope.answers.fixed_point import fixed_point_answer
 from loopscope.answers.heads import heads_answer
 from loopscope.answers.initial_state import initial_state_answer
 from loopscope.answers.limits import limits_answer
-from loopscope.answers.loss import loss_answer
-from loopscope.answers.points import points_answer
+from loopscope.answers.readout import loss_answer
+from loopscope.answers.settled import arrival_answer, points_answer, trained_depth_answer
 from loopscope.answers.stability import stability_answer
 from loopscope.answers.stages import stages_answer
-from loopscope.answers.view import view_study
-from loopscope.study import Study
-
-__all__ = ["quick_answers"]
+from loopscope.study import Study, view_study
 
 _LOOPED = (
     fixed_point_answer,

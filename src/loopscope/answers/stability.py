@@ -7,14 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 import xarray
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import listed, percent, plural, significant
-from loopscope.predictions import Agreement, RatePairs, agreement, prediction_table, rate_pairs, token_eigenvalues
-from loopscope.spectra import PREDICTED_KINDS, Kind
-
-__all__ = ["stability_answer"]
+from loopscope._util.wording import listed, percent, plural, significant
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.predictions import (
+    Agreement,
+    RatePairs,
+    agreement,
+    prediction_table,
+    rate_pairs,
+    token_eigenvalues,
+)
+from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind
+from loopscope.study import StudyView
 
 _QUESTION = "Why: are the fixed points stable?"
 _SAID = {

@@ -9,13 +9,10 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.answers.criterion import Criterion
+from loopscope._util.wording import listed, percent
+from loopscope.answers.answer import Answer, Criterion, Outcome
 from loopscope.answers.quantities import STAGE_QUANTITIES
-from loopscope.answers.view import StudyView
-from loopscope.answers.wording import listed, percent
-
-__all__ = ["repetition", "stages_answer"]
+from loopscope.study import StudyView
 
 _QUESTION = "Do the stages of inference repeat in every pass?"
 

@@ -11,11 +11,9 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from loopscope.behaviour import Calibration
-    from loopscope.rates import KindShare
-    from loopscope.verdicts import JudgedFiles
-
-__all__ = ["Behaviour", "Calibrate"]
+    from loopscope.answers.rates import KindShare
+    from loopscope.dynamics.trajectories.calibration import Calibration
+    from loopscope.dynamics.verdicts import JudgedFiles
 
 _Method = Literal["displacement", "cosine"]
 _Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -49,9 +47,10 @@ class Behaviour:
     """Also write report.html."""
 
     def run(self) -> None:
-        from loopscope.behaviour import judge_files, parse_settings
         from loopscope.cli.console import RichProgress, say
-        from loopscope.report import write_behaviour_report
+        from loopscope.dynamics.trajectories.files import judge_files
+        from loopscope.dynamics.trajectories.settings import parse_settings
+        from loopscope.report.page.write import write_behaviour_report
 
         with RichProgress("tokens") as progress:
             judged = judge_files(
@@ -101,8 +100,8 @@ class Calibrate:
         import torch
         from rich.console import Console
 
-        from loopscope.behaviour import calibrate
         from loopscope.cli.console import RichProgress
+        from loopscope.dynamics.trajectories.calibration import calibrate
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -143,8 +142,8 @@ def _say_kinds(judged: JudgedFiles) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from loopscope.rates import token_shares
-    from loopscope.verdicts import KINDS
+    from loopscope.answers.rates import token_shares
+    from loopscope.dynamics.verdicts import KINDS
 
     console = Console(highlight=False)
     codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories])

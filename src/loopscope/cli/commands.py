@@ -9,13 +9,13 @@ from typing import Annotated, Literal, Protocol
 
 import tyro
 
+from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Behaviour, Calibrate
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.experiment import Experiment
 from loopscope.cli.rates import CountRates
-from loopscope.settings import AnalyzeSettings, CompareSettings, RunSize
-
-__all__ = ["parse_and_run"]
+from loopscope.models.inspection.facts import RunSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class Analyze:
     """Also write report.html."""
 
     def run(self) -> None:
-        from loopscope.analysis import analyze
-        from loopscope.answers import quick_answers
+        from loopscope.analysis.analyzing import analyze
+        from loopscope.answers.quick import quick_answers
         from loopscope.cli.console import RichProgress, say, say_answers
-        from loopscope.report import write_report
+        from loopscope.report.page.write import write_report
 
         with RichProgress("recurrences") as progress:
             study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
@@ -68,7 +68,7 @@ class Report:
 
     def run(self) -> None:
         from loopscope.cli.console import say
-        from loopscope.report import write_report
+        from loopscope.report.page.write import write_report
         from loopscope.study import Study
 
         study = Study.load(self.study)
@@ -93,9 +93,10 @@ class Compare:
     else the first."""
 
     def run(self) -> None:
+        from loopscope.answers.comparison.comparing import compare
+        from loopscope.answers.comparison.findings import comparison_answers
         from loopscope.cli.console import say, say_answers
-        from loopscope.comparison import compare, comparison_answers
-        from loopscope.report import write_comparison
+        from loopscope.report.page.write import write_comparison
 
         comparison = compare(self.studies, reference=self.reference, settings=self.settings)
         alone = self.out.suffix.lower() in (".html", ".htm")
@@ -128,7 +129,7 @@ class Figures:
 
     def run(self) -> None:
         # First, so that a missing matplotlib is said before torch is imported.
-        from loopscope.figures import CAPTIONS, write_figures
+        from loopscope.report.paper.write import CAPTIONS, write_figures
 
         from loopscope.cli.console import say  # isort: skip
 
@@ -158,9 +159,9 @@ class Train:
 
     def run(self) -> None:
         from loopscope.cli.console import say
-        from loopscope.training.config import TrainConfig
-        from loopscope.training.data import DataFiles
-        from loopscope.training.loop import train
+        from loopscope.experiments.training.config import TrainConfig
+        from loopscope.experiments.training.data import DataFiles
+        from loopscope.experiments.training.loop import train
 
         config = TrainConfig.load(self.config)
         data = DataFiles.of(config.data, self.config.parent, train=self.train_data, test=self.test_data)
@@ -199,7 +200,7 @@ class Inspect:
 
     def run(self) -> None:
         from loopscope.cli.inspection import say_inspection, say_inspection_as_json
-        from loopscope.inspection import inspect_model
+        from loopscope.models.inspection.inspecting import inspect_model
 
         inspection = inspect_model(self.model, revision=self.revision, run=self.run_size)
         (say_inspection_as_json if self.json else say_inspection)(inspection)

@@ -10,9 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from loopscope.answers import Answer
-
-__all__ = ["RichProgress", "say", "say_answers", "say_models"]
+from loopscope.answers.answer import Answer
 
 
 def say(message: str) -> None:
@@ -31,7 +29,9 @@ def say_answers(answers: Sequence[Answer]) -> None:
 def say_models() -> None:
     """A table of the shipped models, and the formats that checkpoint folders may have."""
     # With torch, which no other output waits for.
-    from loopscope.checkpoints import FAMILIES, demo_names, find_checkpoint, read_json
+    from loopscope.models.checkpoints.families import FAMILIES
+    from loopscope.models.checkpoints.find import demo_names, find_checkpoint
+    from loopscope.models.checkpoints.store import read_json
 
     table = Table("model", "layout", "parameters", "test loss", "bigram entropy", box=None, pad_edge=False)
     for name in demo_names():

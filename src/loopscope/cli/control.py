@@ -7,8 +7,6 @@ from pathlib import Path
 
 import tyro
 
-__all__ = ["ControlTokens"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ControlTokens:
@@ -35,8 +33,8 @@ class ControlTokens:
 
     def run(self) -> None:
         from loopscope.cli.console import RichProgress, say
-        from loopscope.controlled import CONTROL, control
-        from loopscope.report import write_report
+        from loopscope.experiments.damping import CONTROL, control
+        from loopscope.report.page.write import write_report
 
         with RichProgress("recurrences") as progress:
             found = control(

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.errors import ConfigError
-from loopscope.settings import EngineName, check_engine
 
 if TYPE_CHECKING:
-    from loopscope.engine import Engine
-    from loopscope.findings import Boundary, DesignSummary
-    from loopscope.grids import Cell, CellResult, InjectionName, NormName
+    from loopscope.analysis.engine.run import Engine
+    from loopscope.experiments.cells import Cell, CellResult, InjectionName, NormName
+    from loopscope.experiments.random_findings import Boundary
+    from loopscope.experiments.sweep_findings import DesignSummary
 else:
     from typing import Literal
 
     # As in `grids`, which a help text does not wait for.
     NormName = Literal["pre", "residual", "ouro", "olmo2"]
     InjectionName = Literal["none", "linear", "add"]
-
-__all__ = ["Experiment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class _Run:
         check_engine(self.engine, self.workers, self.address)
 
     def make_engine(self) -> Engine | None:
-        from loopscope.engine import make_engine
+        from loopscope.analysis.engine import make_engine
 
         return make_engine(self.engine, self.workers, self.address)
 
@@ -71,7 +70,7 @@ class _RandomModels(_Run):
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
         from loopscope.cli.console import RichProgress
-        from loopscope.experiments import run_grid
+        from loopscope.experiments.run import run_grid
 
         with RichProgress("cells") as progress:
             return run_grid(cells, kind, self.out, engine=self.make_engine(), progress=progress)
@@ -92,7 +91,7 @@ class Architectures(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.findings import architecture_grid, reproduction
+        from loopscope.experiments.random_findings import architecture_grid, reproduction
 
         cells = architecture_grid(
             norms=self.norm,
@@ -134,7 +133,7 @@ class Phase(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.findings import boundaries, phase_grid
+        from loopscope.experiments.random_findings import boundaries, phase_grid
 
         cells = phase_grid(
             norms=self.norm,
@@ -170,7 +169,7 @@ class Training(_Run):
     """Do the cells of these designs alone, by their names in the table; others that are done stay in the report."""
 
     def run(self) -> None:
-        from loopscope.sweeps import Sweep
+        from loopscope.experiments.sweep import Sweep
 
         # Before torch is imported, so that a wrong file is said at once.
         sweep = Sweep.load(self.sweep)
@@ -178,8 +177,8 @@ class Training(_Run):
         from rich.console import Console
 
         from loopscope.cli.console import RichProgress, say_answers
-        from loopscope.experiments import run_sweep
-        from loopscope.findings import advice, summaries
+        from loopscope.experiments.run_sweep import run_sweep
+        from loopscope.experiments.sweep_findings import advice, summaries
 
         with RichProgress("cells") as progress:
             results = run_sweep(
@@ -219,8 +218,8 @@ Experiment = (
 
 
 def _report(folders: Sequence[Path], out: Path) -> Path:
-    from loopscope.findings import load_experiment
-    from loopscope.report import write_experiments
+    from loopscope.experiments.load import load_experiment
+    from loopscope.report.page.write import write_experiments
 
     return write_experiments([load_experiment(folder) for folder in folders], out)
 
@@ -247,7 +246,7 @@ def _trained(found: Sequence[DesignSummary]) -> Any:
 def _designs(results: Sequence[CellResult]) -> Any:
     from rich.table import Table
 
-    from loopscope.grids import by_design
+    from loopscope.experiments.cells import by_design
 
     table = Table("norm", "injection", "layers", "outcome (cells)", "least cosine", "norm 2H / H", "predicted rate",
                   box=None, pad_edge=False)  # fmt: skip

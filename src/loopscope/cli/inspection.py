@@ -9,9 +9,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from loopscope.inspection import Inspection, MemoryEstimate, TokenizerFacts
-
-__all__ = ["say_inspection", "say_inspection_as_json"]
+from loopscope.models.inspection.facts import Inspection, MemoryEstimate, TokenizerFacts
 
 _NAMES = 15
 """Characters of the first column, so that the values of all sections begin in one."""

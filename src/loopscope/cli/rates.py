@@ -12,9 +12,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from loopscope.rates import KindShare, Rates
-
-__all__ = ["CountRates"]
+    from loopscope.answers.rates import KindShare, Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,8 @@ class CountRates:
 
         from rich.console import Console
 
+        from loopscope.answers.rates import study_rates
         from loopscope.errors import ConfigError, StudyError
-        from loopscope.rates import study_rates
         from loopscope.study import Study
 
         if not self.studies:
@@ -98,7 +96,7 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
 
 
 def _worth_a_row(row: Sequence[KindShare]) -> bool:
-    from loopscope.verdicts import Kind
+    from loopscope.dynamics.verdicts import Kind
 
     return row[0].kind in (Kind.ORBIT, Kind.SLIDER) or any(share.count for share in row)
 

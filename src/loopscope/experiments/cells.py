@@ -1,100 +1,232 @@
-"""One cell of a grid: a random model, run and measured."""
+"""Results of experiments over grids of models, as data: cells, what was found in each, and the files they are in.
+
+No torch is needed here, so that reports can read them.
+"""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-import torch
+from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope.errors import ConfigError, StudyError
 
-from loopscope.analysis import analyze
-from loopscope.answers import Criterion
-from loopscope.architecture import Architecture
-from loopscope.experiments.dynamics import dynamics_of
-from loopscope.grids import Cell, CellResult, NormName
-from loopscope.model import LoopedTransformer
-from loopscope.subject import NativeSubject
+NormName = Literal["pre", "residual", "ouro", "olmo2"]
+"""pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
+a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
+InjectionName = Literal["none", "linear", "add"]
 
-__all__ = ["architecture_of", "run_cell"]
-
-_VOCABULARY = 256
-_HEAD = 32
-_MLP_RATIO = 4
-_NORMS: dict[NormName, dict[str, Any]] = {
-    "pre": {"norm_placement": "pre"},
-    "residual": {"norm_placement": "residual", "loop_norm": "loop"},
-    "ouro": {"norm_placement": "branch-in-out", "loop_norm": "recurrence"},
-    "olmo2": {"norm_placement": "branch-out"},
-}
-_PARTS = ("heads", "maps", "stages", "neurons", "readout", "trajectories", "path-independence", "cycle-similarity")
-"""Of an analysis that no cell needs."""
-_KEEP_MIB = 256
-_ONE_POINT = 0.999
-"""Layers share a point or a direction if the least cosine between them is above. Where nothing is trained a layer adds
-little to what is injected: 4 to 16 layers with a point each show 0.65 to 0.998, and those that share one 0.99998."""
-_SEARCH, _LONG_SEARCH = 40, 200
-"""Recurrences for finding a fixed point that the run does not come to: half of those that repel are found with the
-first; with the second, for cells whose tokens are judged, nearly all that are found at all."""
+CELLS = "cells"
+MANIFEST = "grid.json"
 
 
-def architecture_of(cell: Cell) -> Architecture:
-    """(0, depth (x) R, 0), with heads of 32 and an MLP four times as wide; Huginn's random initial state where the
-    prompt is injected, else the embeddings themselves."""
-    return Architecture(
-        vocab_size=_VOCABULARY,
-        width=cell.width,
-        heads=cell.width // _HEAD,
-        kv_heads=cell.width // _HEAD,
-        head_dim=_HEAD,
-        mlp_width=_MLP_RATIO * cell.width,
-        prelude=0,
-        recurrent=cell.depth,
-        coda=0,
-        recurrences=cell.recurrences,
-        injection=cell.injection,
-        # Entries of size 1, as large as those of a random state, however small the weights: what is injected has to be
-        # seen beside what the layers add.
-        embedding_scale=1 / cell.std,
-        state_init="embeddings" if cell.injection == "none" else "normal",
-        **_NORMS[cell.norm],
-    )
+class CellOutcome(StrEnum):
+    """What the recurrent layers of a cell's model tend to."""
+
+    FIXED_POINT = "fixed point"
+    """Each layer has a point of its own."""
+    DEGENERATE = "degenerate"
+    """All layers share one point, or one direction while the norm grows or the state still turns."""
+    DIRECTION = "direction only"
+    """Layers keep directions of their own while the norm grows."""
+    NONE = "none"
+    """The state still moves after the recurrences of the cell (its `settling` says whether it slows down), or
+    overflows."""
+    CANNOT_TELL = "cannot tell"
+    """Prompts disagree."""
 
 
-def run_cell(cell: Cell) -> CellResult:
-    """Analyse the cell's model; a function of the cell alone, so that any process may do it."""
-    started = time.monotonic()
-    skip: tuple[str, ...] = _PARTS if cell.judged else (*_PARTS, "behaviour")
-    study = analyze(
-        _model(cell),
-        _prompts(cell),
-        recurrences=cell.recurrences,
-        horizon=cell.recurrences,
-        horizon_method="keep",
-        keep_limit=_KEEP_MIB,
-        batch_size=cell.prompts,
-        seed=cell.seed,
-        judged_layers="last",
-        eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
-        track=(),
-        skip=skip,
-    )
-    found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
-    return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One randomly initialised model and the prompts it is run on. All else follows from these numbers.
+
+    Raises `ConfigError` for a number outside its range.
+    """
+
+    norm: NormName
+    injection: InjectionName
+    depth: int
+    """Recurrent layers; there is no prelude and no coda."""
+    seed: int
+    std: float = 0.02
+    """Of every matrix's entries."""
+    injection_scale: float = 1.0
+    """Factor on the injection: on its matrix, or on what is added."""
+    width: int = 192
+    tokens: int = 16
+    """Random ones, in each prompt."""
+    prompts: int = 1
+    recurrences: int = 128
+    """The horizon; twice as many are run."""
+    judged: bool = False
+    """Also judge what each token tends to."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("depth", 1), ("width", 32), ("tokens", 1), ("prompts", 1), ("recurrences", 8)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.width % 32:
+            raise ConfigError(f"width must be a multiple of 32, the width of a head, got {self.width}.")
+        if self.std <= 0 or self.injection_scale < 0:
+            raise ConfigError("std must be positive and the scale of the injection not negative.")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def name(self) -> str:
+        """Of its file: readable, and another one for any other cell."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.norm}-{self.injection}-d{self.depth}-std{self.std:g}-s{self.seed}-{digest}"
 
 
-def _model(cell: Cell) -> NativeSubject:
-    model = LoopedTransformer(architecture_of(cell)).initialize(cell.seed, cell.std)
-    with torch.no_grad():
-        if model.injection is not None:
-            # W = [on the state ; on the prompt]: only the prompt's share is scaled.
-            model.injection.weight[:, cell.width :] *= cell.injection_scale
-        elif cell.injection == "add":
-            # What is added are the embeddings, and nothing else reads them before the loop.
-            model.embedding.weight *= cell.injection_scale
-    return NativeSubject(model.eval().requires_grad_(False), name=cell.name)
+@dataclass(frozen=True, kw_only=True)
+class Dynamics:
+    """What a model's states do. Medians over prompts, unless they say otherwise; None where no number is finite."""
+
+    outcome: CellOutcome
+    settling: str
+    """Of most prompts, in the words of the study's first answer."""
+    degeneracy: float | None
+    """Smallest cosine between the first layer's state at the horizon and another's."""
+    drift: float | None
+    """Relative distance of the states at the two horizons, of the layer that moves most."""
+    norm_growth: float | None
+    """Norm at the second horizon over that at the first, of the layer whose grows most."""
+    counts: tuple[int, ...]
+    """Recurrences at which the curves are given."""
+    distance: tuple[float | None, ...]
+    """Relative distance to the state at the horizon after so many, of the layer that is farthest."""
+    norm: tuple[float | None, ...]
+    """Norm of the last layer's state over that after the first recurrence."""
+    radius: float | None
+    """Largest predicted rate among the tokens whose fixed point is known."""
+    radius_median: float | None
+    radius_error: float | None
+    """Of the largest one."""
+    predicted: dict[str, int]
+    """Tokens by what their eigenvalues predict."""
+    observed_rate: float | None
+    """Median over the tokens that show one."""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Tokens by what they tend to at the last layer, if that was judged."""
+
+    @classmethod
+    def fields_of(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """These fields of a JSON object, as they were. Raises `KeyError`, `TypeError` or `ValueError` for what has
+        none."""
+        lists = {name: tuple(entry[name]) for name in ("counts", "distance", "norm")}
+        names = [each.name for each in dataclasses.fields(Dynamics)]
+        return {**{name: entry[name] for name in names}, **lists, "outcome": CellOutcome(entry["outcome"])}
 
 
-def _prompts(cell: Cell) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(cell.seed)
-    ids = torch.randint(0, _VOCABULARY, (cell.prompts, cell.tokens), generator=generator)
-    return [[int(token) for token in row] for row in ids]
+@dataclass(frozen=True, kw_only=True)
+class CellResult(Dynamics):
+    """What was found in one cell."""
+
+    cell: Cell
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> CellResult:
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is no result."""
+        return cls(**{**entry, **cls.fields_of(entry), "cell": Cell(**entry["cell"])})
+
+
+@runtime_checkable
+class GridCell(Hashable, Protocol):
+    """What one item of a grid is."""
+
+    @property
+    def name(self) -> str:
+        """Of its file; another one for any other cell."""
+
+
+@runtime_checkable
+class GridResult(Protocol):
+    """What was found in a cell."""
+
+    @property
+    def cell(self) -> Any:
+        """A `GridCell`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+
+
+ResultT = TypeVar("ResultT", bound=GridResult)
+
+
+class GridFolder(Generic[ResultT]):
+    """A folder of results, one file a cell, each whole or absent. A context manager that holds the folder's lock.
+
+    `from_dict` makes a result of what its `to_dict` gave. Raises `StudyError` for a folder that holds something else,
+    `FolderBusyError` if another process writes to it.
+    """
+
+    def __init__(self, folder: Path, kind: str, from_dict: Callable[[Mapping[str, Any]], ResultT]) -> None:
+        self.folder, self.kind = folder, kind
+        self._from_dict = from_dict
+
+    def __enter__(self) -> GridFolder[ResultT]:
+        with ExitStack() as stack:
+            stack.enter_context(held_folder(self.folder))
+            self._claim()
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _claim(self) -> None:
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            try:
+                found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
+            except (OSError, ValueError, AttributeError):
+                found = None
+            if found != self.kind:
+                raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
+            return
+        check_no_others(self.folder, MANIFEST)
+        write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
+
+    def read(self, cell: GridCell) -> ResultT | None:
+        """None for a cell that is not there, or whose file is damaged."""
+        path = self._path(cell)
+        if not path.is_file():
+            return None
+        try:
+            found = self._from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            return None
+        return found if found.cell == cell else None
+
+    def write(self, result: ResultT) -> None:
+        content = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_atomically(self._path(result.cell), content.encode())
+
+    def finish(self, grid: Sequence[GridCell]) -> None:
+        """Write down which cells of the grid that was asked for last are there: those of others may lie beside them."""
+        names = [cell.name for cell in grid if self._path(cell).is_file()]
+        about = {"kind": self.kind, "finished": len(names) == len(grid), "cells": names}
+        content = json.dumps(about, indent=1) + "\n"
+        write_atomically(self.folder / MANIFEST, content.encode())
+
+    def _path(self, cell: GridCell) -> Path:
+        return self.folder / CELLS / f"{cell.name}.json"
+
+
+def by_design(results: Sequence[CellResult], key: Callable[[Cell], Any]) -> Iterator[tuple[Any, list[CellResult]]]:
+    """Results in groups of one key, in the order in which keys first occur."""
+    for value in dict.fromkeys(key(result.cell) for result in results):
+        yield value, [result for result in results if key(result.cell) == value]

@@ -10,29 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from loopscope.measures.arrays import on_arrays
+from loopscope._util.sinks import SINK_THRESHOLD
+from loopscope.measures.base import on_arrays
 from loopscope.measures.functions import widen
-from loopscope.settings import SINK_THRESHOLD
-from loopscope.sinks import uniform_causal_sink
-
-__all__ = [
-    "SINK_THRESHOLD",
-    "attention_distance",
-    "colsum_concentration",
-    "concentration",
-    "entropy_of_rows",
-    "mixing_score",
-    "most_entropy",
-    "relative_mixing_score",
-    "row_entropy",
-    "sink_rate",
-    "sink_score",
-    "sink_scores",
-    "stable_from",
-    "strongest_sink",
-    "strongest_sink_position",
-    "uniform_causal_sink",
-]
 
 Maps = Float[Tensor, "*shape query key"]
 HeadMaps = Float[Tensor, "*shape head query key"]

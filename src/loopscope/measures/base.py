@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.subject import Batch, SubjectInfo
-from loopscope.visits import Observer
+from loopscope.models.architecture import Stage
+from loopscope.models.subject import Batch, SubjectInfo
+from loopscope.models.visits import Observer
 
-__all__ = ["Arrays", "Frame", "Measure", "Named", "masked_mean"]
+
+@runtime_checkable
+class ArrayFunction(Protocol):
+    """Takes one or more arrays, then settings, and answers with an array of the kind it was given."""
+
+    @overload
+    def __call__(self, array: Tensor, /, *arguments: Any, **settings: Any) -> Tensor: ...
+    @overload
+    def __call__(self, array: np.ndarray, /, *arguments: Any, **settings: Any) -> np.ndarray: ...
+
+
+def on_arrays(function: Callable[..., Tensor]) -> ArrayFunction:
+    """Let a function of tensors take numpy arrays, and answer with a numpy array then."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **settings: Any) -> Any:
+        answer = function(*map(_tensor, arguments), **{name: _tensor(value) for name, value in settings.items()})
+        return answer.numpy() if isinstance(arguments[0], np.ndarray) else answer
+
+    return wrapped
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +105,27 @@ class Measure(Observer):
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the last dimension of the entries that `mask` keeps; NaN where one of them is."""
     return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+
+
+def depth_count(frame: Frame) -> int:
+    """Visits of a run, p + k R + c."""
+    return depth_of(frame, "coda", frame.info.coda, 0)
+
+
+def depth_of(frame: Frame, stage: Stage, layer: int, recurrence: int) -> int:
+    """Place of a visit among the p + k R + c of a run, from 0."""
+    info = frame.info
+    if stage == "prelude":
+        return layer
+    if stage == "recurrent":
+        return info.prelude + recurrence * info.recurrent + layer
+    return info.prelude + frame.recurrences * info.recurrent + layer
+
+
+def depth_sites(info: SubjectInfo, recurrences: int) -> list[tuple[Stage, int, int]]:
+    """(stage, layer, recurrence) of every visit, in order; the recurrence is 0 in prelude and coda."""
+    return [
+        *(("prelude", layer, 0) for layer in range(info.prelude)),
+        *(("recurrent", layer, recurrence) for recurrence in range(recurrences) for layer in range(info.recurrent)),
+        *(("coda", layer, 0) for layer in range(info.coda)),
+    ]

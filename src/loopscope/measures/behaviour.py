@@ -9,24 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopscope.behaviour import (
-    COSINE_GRID,
-    DISPLACEMENT_GRID,
-    KINDS,
-    CosineSettings,
-    DisplacementSettings,
-    Kind,
-    Verdict,
-    judge,
-    known_dtype,
-    same_limit,
-    sensitivity,
-    tail_paths,
-)
+from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID, sensitivity
+from loopscope.dynamics.trajectories.displacement import same_limit
+from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
+from loopscope.dynamics.trajectories.states import known_dtype
+from loopscope.dynamics.trajectories.tail import tail_paths
+from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.measures.base import Arrays, Frame, Named
-from loopscope.visits import Observer, Visit
-
-__all__ = ["CHANGES", "VERDICT_NUMBERS", "Behaviour", "Span", "StateTails", "behaviour_spans", "can_be_judged"]
+from loopscope.models.visits import Observer, Visit
 
 CHANGES = ("window", "horizon", "seed")
 """What a verdict is tried against."""

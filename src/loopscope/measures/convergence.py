@@ -9,9 +9,7 @@ from torch import Tensor
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
 from loopscope.measures.functions import cosine_of_norms, distance, quantiles, residual_norm
 from loopscope.measures.horizon import HorizonStates
-from loopscope.visits import LoopState, Visit
-
-__all__ = ["LEVELS", "NAMES", "TOKEN_NAMES", "Convergence"]
+from loopscope.models.visits import LoopState, Visit
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Quantiles over a prompt's tokens."""

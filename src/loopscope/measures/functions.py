@@ -10,18 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = [
-    "cosine",
-    "cosine_of_norms",
-    "degeneracy",
-    "distance",
-    "layer_cosine",
-    "quantiles",
-    "relative_distance",
-    "residual_norm",
-    "widen",
-]
-
 Vectors = Float[Tensor, "*shape width"]
 Values = Float[Tensor, "*shape"]
 TokenValues = Float[Tensor, "*shape token"]

@@ -11,14 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope._shapes import TokenMask
+from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
-from loopscope.measures.base import Arrays, Frame, Measure, Named
-from loopscope.measures.depth import depth_count, depth_of
+from loopscope.measures.base import Arrays, Frame, Measure, Named, depth_count, depth_of
 from loopscope.measures.functions import widen
-from loopscope.visits import AttentionView, QueryKeyAttention, Visit
-
-__all__ = ["CHANGE_NAMES", "HEAD_NAMES", "HeadMeasures", "change_bound", "tiles"]
+from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
 HEAD_NAMES = (
     "colsum_concentration",

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from loopscope.architecture import Stage
-from loopscope.errors import ConfigError
-from loopscope.map_codes import UNKNOWN, encode_maps
+from loopscope._util.map_codes import UNKNOWN, encode_maps
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.heads import tiles
 from loopscope.measures.readout import readout_grid
-from loopscope.settings import AnalyzeSettings
-from loopscope.subject import SubjectInfo
-from loopscope.visits import AttentionView, Visit
-
-__all__ = ["AttentionMaps", "MapChoice", "choose_maps", "map_recurrences", "map_sites", "map_tokens"]
+from loopscope.models.architecture import Stage
+from loopscope.models.subject import SubjectInfo
+from loopscope.models.visits import AttentionView, Visit
 
 _FIRST = 4
 """So many recurrences from the start are kept one by one: where heads settle, most of it happens there."""
@@ -39,49 +34,6 @@ class MapChoice:
 def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
     """The first four, powers of two, the trained number and the last: about log2(R) + 3 of R."""
     return tuple(sorted({*readout_grid(trained, recurrences), *range(1, min(_FIRST, recurrences) + 1)}))
-
-
-def choose_maps(
-    info: SubjectInfo, lengths: Sequence[int], settings: AnalyzeSettings
-) -> tuple[MapChoice | None, list[str]]:
-    """What an analysis of prompts of these lengths keeps, its rows being prompts of the study, and what to say of it.
-
-    None where no map is kept. Raises `ConfigError` for a prompt or a recurrence that there is not.
-    """
-    prompts, recurrences = _prompts(len(lengths), settings), _recurrences(info, settings)
-    if "maps" in settings.skip or not prompts:
-        return None, []
-    if info.heads is None:
-        return None, [
-            "Attention maps are left out: no layer's attention can be seen, or layers have different numbers of heads."
-        ]
-    maps = len(prompts) * len(map_sites(info, recurrences)) * info.heads
-    most = min(settings.map_tokens, max(lengths[prompt] for prompt in prompts))
-    tokens = map_tokens(most, maps, settings.map_limit * 2**20)
-    note = (
-        f"{maps:,} attention maps are kept for the first {tokens} tokens rather than {most}; raise --map-limit or give "
-        "fewer --map-recurrences to have more."
-    )
-    return MapChoice(prompts, recurrences, tokens) if tokens else None, [note] if tokens < most else []
-
-
-def _prompts(count: int, settings: AnalyzeSettings) -> tuple[int, ...]:
-    missing = [prompt for prompt in settings.map_prompts if prompt >= count]
-    if missing:
-        raise ConfigError(f"--map-prompts {missing[0]}: there are {count} prompts, counted from 0.")
-    return tuple(sorted(set(settings.map_prompts)))
-
-
-def _recurrences(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
-    asked, measured = settings.map_recurrences, settings.recurrences
-    if not info.is_looped:
-        return ()
-    if asked and max(asked) > measured:
-        raise ConfigError(
-            f"--map-recurrences asks for {max(asked)} recurrences, but only {measured} are measured; raise "
-            "--recurrences."
-        )
-    return tuple(sorted(set(asked))) or map_recurrences(info.trained_recurrences or 1, measured)
 
 
 def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[tuple[Stage, int, int]]:

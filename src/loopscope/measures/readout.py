@@ -12,22 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from loopscope._shapes import Logits, States
+from loopscope._util.shapes import Logits, States
 from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
 from loopscope.measures.functions import widen
-from loopscope.model.exit import exit_cumulated, exit_distribution
-from loopscope.subject import Batch
-from loopscope.visits import LoopState
-
-__all__ = [
-    "EXIT_READOUTS",
-    "TOKEN_READOUTS",
-    "Decode",
-    "Readout",
-    "kl_divergence",
-    "next_token_loss",
-    "readout_grid",
-]
+from loopscope.models.native.exit import exit_cumulated, exit_distribution
+from loopscope.models.subject import Batch
+from loopscope.models.visits import LoopState
 
 Decode = Callable[[int, States | None], Logits]
 """Logits after a number of recurrences, of which the loop state is at hand; None in a model without a loop."""

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from loopscope.measures.base import Arrays, Frame, Measure, Named
 from loopscope.measures.functions import residual_norm, widen
-from loopscope.visits import AttentionView, Visit
-
-__all__ = ["AttentionCycle", "CycleSimilarity", "visit_labels"]
+from loopscope.models.visits import AttentionView, Visit
 
 _TILE_ENTRIES = 2**21
 """Probabilities, of all visits together, in a tile of rows: 16 MiB in float64."""

@@ -9,33 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.hooks import HookedSubject
-from loopscope.interventions import FreezeInjection, Intervention, ReplaceToken
+from loopscope.dynamics.eigenvalues.approach import Heading
+from loopscope.dynamics.eigenvalues.hooked import approach_hooked
+from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
+from loopscope.dynamics.eigenvalues.native import NativeApproach
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
+from loopscope.dynamics.observed_rate import RateReason, observed_rate
+from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, StabilityCriterion, damping_needed
 from loopscope.measures.base import Arrays, Frame, Named
-from loopscope.spectra import PREDICTED_KINDS, Kind, RateReason, StabilityCriterion, damping_needed, observed_rate
-from loopscope.stability import (
-    EigenvalueSettings,
-    Heading,
-    NativeApproach,
-    Stability,
-    approach_hooked,
-    eigenvalues_near,
-)
-from loopscope.subject import Batch, NativeRun, NativeSubject, Run, Subject
-from loopscope.visits import LoopState, Observer
-
-__all__ = [
-    "EIGENVALUE_NAMES",
-    "KEPT_PAIRS",
-    "RATE_NAMES",
-    "RATE_REASONS",
-    "TokenStability",
-    "eigenvalue_products",
-    "kept_pairs",
-    "replaced_at",
-    "study_criterion",
-    "study_eigenvalues",
-]
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.interventions.kinds import FreezeInjection, Intervention, ReplaceToken
+from loopscope.models.native.subject import NativeRun, NativeSubject
+from loopscope.models.subject import Batch, Run, Subject
+from loopscope.models.visits import LoopState, Observer
 
 KEPT_PAIRS = 16
 """Eigenvalues of a token that a study keeps, of the 40 that are computed. Those that lead under some damping are five

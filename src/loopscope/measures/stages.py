@@ -6,21 +6,72 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from loopscope.measures.arrays import on_arrays
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
-from loopscope.measures.depth import depth_count, depth_of
+from loopscope.measures.base import Arrays, Frame, Measure, Named, depth_count, depth_of, masked_mean, on_arrays
 from loopscope.measures.functions import residual_norm, widen
-from loopscope.visits import Visit
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.visits import Visit
 
-__all__ = [
-    "STAGE_NAMES",
-    "StageMeasures",
-    "massive_activation",
-    "massive_activation_place",
-    "relative_residual_entropy",
-    "residual_entropy",
-]
+KURTOSIS = 10.0
+"""Above this kurtosis (3 for a normal distribution) a few tokens stand far out of the rest, and a neuron predicts or
+suppresses them."""
+
+_CHUNK = 2**24
+"""Cosines that are held at a time: 64 MiB in float32."""
+
+TokenStates = Float[Tensor, "*shape token width"]
+Values = Float[Tensor, "*shape"]
+
+
+@torch.no_grad()
+def neuron_moments(
+    output: Float[Tensor, "width neuron"], unembedding: Float[Tensor, "vocabulary width"]
+) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
+    """Kurtosis (3 for a normal distribution) and skew, over the vocabulary, of the cosines between what a neuron of an
+    MLP writes into the residual stream and the unembedding of each token.
+
+    NaN for a neuron that writes nothing.
+    """
+    directions = functional.normalize(widen(output).T, dim=-1)
+    tokens = functional.normalize(widen(unembedding), dim=-1)
+    kurtosis, skew = [], []
+    for rows in directions.split(max(1, _CHUNK // tokens.shape[0])):
+        cosines = (rows @ tokens.T).double()
+        away = cosines - cosines.mean(-1, keepdim=True)
+        square = away.square()
+        variance = square.mean(-1)
+        kurtosis.append(square.square().mean(-1) / variance.square())
+        skew.append((square * away).mean(-1) / variance**1.5)
+    return torch.cat(kurtosis), torch.cat(skew)
+
+
+def neuron_operations(model: LoopedTransformer) -> float:
+    """Floating-point operations that `neurons` takes."""
+    architecture = model.architecture
+    return 2.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
+
+
+def neurons(model: LoopedTransformer) -> dict[str, Named]:
+    """Moments of every neuron, and the shares of prediction and suppression neurons in each unique layer.
+
+    Prelude, recurrent block and coda in this order. The final norm between residual stream and unembedding is left out,
+    as the method has it.
+    """
+    unembedding = model.embedding.weight if model.head is None else model.head.weight
+    moments = [
+        neuron_moments(layer.mlp.down.weight, unembedding) for layer in (*model.prelude, *model.recurrent, *model.coda)
+    ]
+    kurtosis, skew = (np.stack([pair[index].float().cpu().numpy() for pair in moments]) for index in (0, 1))
+    stands_out = kurtosis > KURTOSIS
+    share, each = ("unique_layer",), ("unique_layer", "neuron")
+    return {
+        "prediction_neurons": Named(share, (stands_out & (skew > 0)).mean(-1)),
+        "suppression_neurons": Named(share, (stands_out & (skew < 0)).mean(-1)),
+        "neuron_kurtosis": Named(each, kurtosis),
+        "neuron_skew": Named(each, skew),
+    }
+
 
 STAGE_NAMES = (
     "residual_entropy",
@@ -32,9 +83,6 @@ STAGE_NAMES = (
     "massive_dimension",
 )
 """Per visit and prompt."""
-
-TokenStates = Float[Tensor, "*shape token width"]
-Values = Float[Tensor, "*shape"]
 
 
 @on_arrays

@@ -5,37 +5,17 @@ one length, and `prompts_digest` says whether two studies saw the same tokens. `
 tokenizer and chat template. The room knows nothing of models.
 """
 
-from loopscope.prompts.chat import ChatTemplate, RenderedChat
-from loopscope.prompts.conditions import PADDING, condition_names, pad_prompts, padding_record
 from loopscope.prompts.load import load_prompts
-from loopscope.prompts.presets import HUB_PRESETS, SHIPPED_PRESETS, preset_names
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, prompts_digest
-from loopscope.prompts.record import tokenizer_record
-from loopscope.prompts.running_text import cut_text
-from loopscope.prompts.sample import draw
-from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer, load_tokenizer, read_tokenizer
-from loopscope.prompts.tokens import encode_prompts
+from loopscope.prompts.tokenizer import load_tokenizer
+from loopscope.prompts.tokens import cut_text, encode_prompts
 
 __all__ = [
-    "HUB_PRESETS",
-    "PADDING",
-    "SHIPPED_PRESETS",
-    "ChatTemplate",
     "Prompt",
-    "RenderedChat",
-    "SpecialToken",
-    "TextTokenizer",
     "TokenizedPrompt",
-    "condition_names",
     "cut_text",
-    "draw",
     "encode_prompts",
     "load_prompts",
     "load_tokenizer",
-    "pad_prompts",
-    "padding_record",
-    "preset_names",
     "prompts_digest",
-    "read_tokenizer",
-    "tokenizer_record",
 ]

@@ -21,8 +21,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loopscope.errors import PromptError
 
-__all__ = ["ChatTemplate", "RenderedChat"]
-
 _MARK = "\ue000prompt\ue000"
 """Stands in for the prompt to find where a template puts it; of characters that no text has a use for."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from loopscope.errors import PromptError
 
-__all__ = ["Prompt", "TokenizedPrompt", "prompts_digest"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,26 @@ def prompts_digest(prompts: Iterable[TokenizedPrompt]) -> str:
         # JSON keeps ("a", [1]), ("b", [2]) apart from every other way to cut the same characters.
         digest.update(json.dumps([prompt.id, list(prompt.token_ids)]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def draw(items: Sequence[T], *, limit: int | None, seed: int | None) -> list[T]:
+    """Choose `limit` of the items and keep their order; all of them where there are fewer, or without a limit.
+
+    Without a seed they are the first ones. With one, item i (from 0) has the rank SHA-256(f"{seed}:{i}") and those with
+    the smallest ranks are chosen. A rank depends on nothing else, so the subset is the same on every machine and in
+    every Python version, and for one seed a smaller subset is part of every larger one.
+
+    Raises `PromptError` for a limit below 1, and for a seed without a limit.
+    """
+    if limit is None:
+        if seed is not None:
+            raise PromptError(
+                f"--sample-seed {seed} draws a subset, but nothing says how large; add --limit N or leave it out."
+            )
+        return list(items)
+    if limit < 1:
+        raise PromptError(f"--limit must be at least 1, got {limit}; leave it out to use every prompt.")
+    if seed is None:
+        return list(items[:limit])
+    by_rank = sorted(range(len(items)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    return [items[index] for index in sorted(by_rank[:limit])]

@@ -12,8 +12,6 @@ from tokenizers import AddedToken
 
 from loopscope.errors import PromptError
 
-__all__ = ["TokenizerConfig"]
-
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that have names, under which chat templates use them."""
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loopscope.answers import Criterion
+from loopscope.answers.answer import Criterion
 from loopscope.errors import ConfigError
-
-__all__ = ["ReportSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)

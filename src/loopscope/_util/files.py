@@ -1,0 +1,99 @@
+"""Files that are whole or absent, and folders that one process writes to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from loopscope.errors import FolderBusyError, StorageError, StudyError
+
+_LOCK = ".lock"
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write `content` to `path`; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when the block ends without an error, so that a reader or a crash never
+    meets half a file.
+
+    Missing parent folders are made. Raises `StorageError`; what was at `path` before is then still there.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; a result is as readable as any other new file.
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+        temporary = None
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it.
+
+    Raises `FolderBusyError` if one is in, `StorageError` if the folder cannot be made.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderBusyError(
+            f"Another loopscope process is writing to {folder}; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise storage_error(folder, error) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever opened the file before sees that it is gone, and makes a new one.
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_no_others(folder: Path, first: str) -> None:
+    """Raises `StudyError` for a folder that holds anything before its `first` file is written.
+
+    A process that was killed meanwhile leaves half of that under a temporary name, which is none of the others.
+    """
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith((_LOCK, f".{first}.")))
+    if others:
+        raise StudyError(f"{folder} already holds other files ({others[0]}); choose a new or empty folder for --out.")
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The sentence for a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(
+            f"There is no room left to write {path}; free some space and run the same command again, what "
+            f"was finished is kept."
+        )
+    return StorageError(f"{path} cannot be written ({error.strerror or error}); choose a folder that can.")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

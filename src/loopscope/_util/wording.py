@@ -1,0 +1,63 @@
+"""How numbers read in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def significant(value: float, digits: int = 2) -> str:
+    """To so many significant digits, without an exponent where the number is of ordinary size: 0.012, 350,
+    1.3e-7."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{decimals}f}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(fraction: float) -> str:
+    """A fraction as percent to two significant digits; what is below 0.001 % is said to be so."""
+    if not math.isfinite(fraction):
+        return f"{fraction} %"
+    if 0 < abs(fraction) < 1e-5:
+        return "less than 0.001 %"
+    return f"{significant(100 * fraction)} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 prompt`, `3 prompts`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def spans(indices: Sequence[int]) -> str:
+    """Sorted indices with runs drawn together: `0–3, 5`."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], index
+        else:
+            runs.append((index, index))
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+
+
+def visible(text: str, longest: int = 40) -> str:
+    """White space made visible, other characters without a shape as dots, cut to `longest` characters.
+
+    Nothing is escaped: what shows it must not read markup in it.
+    """
+    shown = "".join(
+        {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(char, char if char.isprintable() or char == " " else "·") for char in text
+    )
+    if not shown.strip():
+        shown = shown.replace(" ", "␣")
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"

@@ -1,0 +1,1 @@
+"""One model and its prompts in, one study out."""

@@ -1,0 +1,140 @@
+"""The main job: a looped language model and prompts in, a study of its dynamics out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopscope.analysis.job import Job, Progress, SilentProgress
+from loopscope.analysis.manifest import PROMPT_SOURCE
+from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.errors import ConfigError, PromptError
+from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
+from loopscope.models.loading import as_subject, load
+from loopscope.models.native.subject import intervene
+from loopscope.models.subject import Subject
+from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, draw
+from loopscope.prompts.tokens import cut_text, encode_prompts
+from loopscope.study import Study
+
+Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
+
+
+def analyze(
+    model: str | Path | Subject | nn.Module,
+    prompts: Prompts | None = None,
+    *,
+    out: str | Path | None = None,
+    settings: AnalyzeSettings | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Study:
+    """Run prompts through a model to its horizon and beyond, and measure how each layer's state settles.
+
+    **Arguments**
+
+    - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
+    - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
+    - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
+    - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
+      `intervene=["damp=0.5"]`.
+
+    Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
+    """
+    if "intervene" in changes:
+        changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
+    settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    # Before the model: a mistyped path should not cost the loading of a large checkpoint.
+    loaded = _read(prompts, settings)
+    if isinstance(model, str | Path):
+        subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    else:
+        subject = as_subject(model)
+        settings = _settings_of(subject, settings)
+    if subject.info.interventions != settings.intervene:
+        subject = intervene(subject, settings.intervene)
+    if str(settings.system_prompt) == PADDING:
+        loaded = pad_prompts(loaded, subject.tokenizer)
+    tokenized = _tokenize(loaded, subject, settings)
+    check_recurrences(settings.interventions, settings.recurrences)
+    check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
+    source = model if isinstance(model, str | Path) else None
+    job = Job(subject, tokenized, settings, progress or SilentProgress(), source)
+    return job.run_in_memory() if out is None else job.run_in(Path(out))
+
+
+def _source(prompts: Prompts | None) -> dict[str, Any]:
+    """Prompts as settings, but for lists of token ids, which no setting can hold."""
+    if isinstance(prompts, str | Path):
+        return {"prompts": str(prompts)}
+    if prompts and all(isinstance(prompt, str) for prompt in prompts):
+        return {"text": tuple(prompts)}
+    return {}
+
+
+def _read(prompts: Prompts | None, settings: AnalyzeSettings) -> list[Prompt]:
+    """The prompts, from where the settings say or as given."""
+    if prompts is None or isinstance(prompts, str | Path) or _source(prompts):
+        return load_prompts(**{name: getattr(settings, name) for name in PROMPT_SOURCE})
+    if not prompts:
+        raise PromptError("The list of prompts is empty; give at least one text, or one list of token ids.")
+    for name in PROMPT_SOURCE:
+        if name not in ("limit", "sample_seed") and getattr(settings, name):
+            raise PromptError(f"{name} means nothing for prompts that are lists of token ids; leave it out.")
+    given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    return draw(given, limit=settings.limit, seed=settings.sample_seed)
+
+
+def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSettings) -> list[TokenizedPrompt]:
+    """The prompts as the model reads them; with `chunk`, the one long text cut into prompts."""
+    vocab_size, max_positions = subject.info.vocab_size, subject.info.max_positions
+    if settings.chunk is not None:
+        return cut_text(
+            prompts[0],
+            subject.tokenizer,
+            settings.chunk,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            limit=settings.limit,
+            seed=settings.sample_seed,
+        )
+    return encode_prompts(
+        prompts,
+        subject.tokenizer,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        truncate=settings.truncate,
+        chat=settings.chat,
+    )
+
+
+def _from_ids(index: int, prompt: Any) -> Prompt:
+    if isinstance(prompt, str) or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in prompt):
+        raise PromptError(f"Prompt {index} is not a list of whole numbers; give only texts, or only lists of ids.")
+    if not prompt:
+        raise PromptError(f"Prompt {index} is empty; leave it out.")
+    return Prompt(id=str(index), text=None, token_ids=tuple(prompt), system=None)
+
+
+def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings:
+    """Settings that say what a subject in memory is; others are refused rather than ignored."""
+    info = subject.info
+    actual: dict[str, Any] = {"dtype": info.dtype, "device": info.device, "revision": info.revision}
+    if info.interventions:
+        actual["intervene"] = info.interventions
+    default = AnalyzeSettings()
+    for name, value in actual.items():
+        asked = getattr(settings, name)
+        if asked not in (value, getattr(default, name)):
+            raise ConfigError(
+                f"{name}={asked!r} comes too late: {subject.info.name} is loaded already, with {value!r}."
+            )
+    return dataclasses.replace(settings, **actual)

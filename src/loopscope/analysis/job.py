@@ -1,0 +1,230 @@
+"""One analysis, shard by shard, in a folder that can be gone on with."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import xarray as xr
+
+from loopscope.analysis.engine import make_engine
+from loopscope.analysis.engine.cpus import cpu_count
+from loopscope.analysis.engine.run import run_items
+from loopscope.analysis.folder import StudyFolder, merge
+from loopscope.analysis.manifest import coordinates, manifest
+from loopscope.analysis.passes import measure_batch, steps_of
+from loopscope.analysis.plan import Plan, choose
+from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.errors import WorkerError
+from loopscope.measures.base import Arrays, Named
+from loopscope.measures.stages import neuron_operations, neurons
+from loopscope.models.loading import load
+from loopscope.models.native.subject import NativeSubject, intervene
+from loopscope.models.subject import Batch, Subject
+from loopscope.prompts.prompt import TokenizedPrompt
+from loopscope.prompts.tokenizer import tokenizer_record
+from loopscope.study import Study
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Told how an analysis gets on."""
+
+    def start(self, steps: int, done: int) -> None:
+        """So many steps in all, of which so many were done by an earlier run of the same command."""
+
+    def step(self) -> None:
+        """One more step."""
+
+    def note(self, message: str) -> None:
+        """Something worth saying."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def start(self, steps: int, done: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+class Job:
+    """A subject, prompts and settings, with what was chosen from them."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        prompts: Sequence[TokenizedPrompt],
+        settings: AnalyzeSettings,
+        progress: Progress,
+        source: str | Path | None = None,
+    ) -> None:
+        """`source` is what the subject was loaded from, so that workers can do so too; without it they are sent the
+        model itself."""
+        self.subject = subject
+        self._source = source
+        self.prompts = prompts
+        self.settings = settings
+        self.progress = progress
+        self.choices = choose(subject, prompts, settings, progress.note)
+        size = settings.batch_size
+        self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+        self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
+        for note in self._tokenizer["notes"] if self._tokenizer else ():
+            progress.note(note)
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def shards(self) -> int:
+        return len(self._batches)
+
+    def run_in(self, folder: Path) -> Study:
+        """In a folder, going on with what is there."""
+        started = time.monotonic()
+        with StudyFolder(folder, self._manifest(), self._tokens()) as study:
+            if study.is_complete:
+                self.progress.note(f"{folder} already holds this study, finished; nothing to do.")
+                return Study.load(folder)
+            missing = [index for index in range(self.shards) if not study.has(index)]
+            if len(missing) < self.shards:
+                done = self.shards - len(missing)
+                self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
+            steps = [self._steps(index) for index in range(self.shards)]
+            self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
+            self._run_all(missing, study.write)
+            _give_memory_back()
+            arrays = [study.read(index) for index in range(self.shards)]
+            whole = self.assemble(arrays, started)
+            _give_memory_back()
+            return study.finish(whole)
+
+    def run_in_memory(self) -> Study:
+        """All shards, with nothing written."""
+        started = time.monotonic()
+        found: dict[int, Arrays] = {}
+        self.progress.start(sum(map(self._steps, range(self.shards))), 0)
+        self._run_all(range(self.shards), found.__setitem__)
+        return self.assemble([found[index] for index in range(self.shards)], started)
+
+    def _run_all(self, shards: Sequence[int], done: Callable[[int, Arrays], None]) -> None:
+        """Some shards, by the engine that the settings name; `done` is told of each as it is finished."""
+        settings = self.settings
+        gpus = 1.0 if self.subject.device.type == "cuda" else 0.0
+        engine = make_engine(settings.engine, settings.workers, settings.address, gpus)
+        if engine is None:
+            for shard in shards:
+                done(shard, self.run(shard))
+            return
+
+        def finished(place: int, arrays: Arrays) -> None:
+            done(shards[place], arrays)
+            for _ in range(self._steps(shards[place])):
+                self.progress.step()
+
+        work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
+        run_items(work, shards, finished, engine, self.progress.note)
+
+    def run(self, index: int) -> Arrays:
+        """Measure one shard."""
+        return measure_batch(self.subject, self._batch(index), self._plan(index), self.progress.step)
+
+    def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
+        """All shards as one study."""
+        merged = merge(shards) | self._neurons()
+        counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+        merged["token_count"] = Named(("prompt",), counts)
+        dataset = xr.Dataset(
+            {name: (entry.dims, entry.values) for name, entry in merged.items()},
+            coords=coordinates(merged, self.subject.info, self.settings, self.choices),
+        )
+        whole = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
+        return Study(dataset, whole, self._tokens())
+
+    def _steps(self, index: int) -> int:
+        """Recurrences that a shard runs."""
+        return steps_of(self.subject, self._batch(index), self._plan(index))
+
+    def _batch(self, index: int) -> Batch:
+        return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
+
+    def _plan(self, index: int) -> Plan:
+        return self.choices.plan(self.subject, self._batch(index), self._batches[index], self.settings)
+
+    def _neurons(self) -> dict[str, Named]:
+        """From the weights, which are no shard's: of a native model, unless that takes too long."""
+        if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
+            return {}
+        needed = neuron_operations(self.subject.model) / 1e12
+        if needed > self.settings.neuron_limit:
+            self.progress.note(
+                f"Prediction and suppression neurons are left out: counting them takes {needed:.3g} tera operations; "
+                "raise --neuron-limit to have them."
+            )
+            return {}
+        return neurons(self.subject.model)
+
+    def _tokens(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(prompt) for prompt in self.prompts]
+
+    def _manifest(self) -> dict[str, Any]:
+        found = manifest(self.subject, self.prompts, self.settings, self.choices, self._tokenizer)
+        return {"created": self._created, **found}
+
+
+class _ShardWork:
+    """What a worker does with the number of a shard. The model is loaded with the first one."""
+
+    def __init__(self, subject: _Recipe, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> None:
+        self._subject, self._prompts, self._settings = subject, prompts, settings
+        self._job: Job | None = None
+
+    def __call__(self, shard: int) -> Arrays:
+        if self._job is None:
+            threads = self._settings.threads or max(1, cpu_count() // (self._settings.workers or cpu_count()))
+            torch.set_num_threads(threads)
+            self._job = Job(self._subject.load(), self._prompts, self._settings, SilentProgress())
+        return self._job.run(shard)
+
+
+class _Recipe:
+    """A subject on its way to a worker: what it is loaded from there, or the model itself."""
+
+    def __init__(self, subject: Subject, source: str | Path | None) -> None:
+        self._info = subject.info
+        self._subject = subject if source is None else None
+        # A worker may stand in another folder.
+        self._source = str(Path(source).resolve() if source and Path(source).exists() else source)
+
+    def load(self) -> Subject:
+        """In the worker. Raises `WorkerError` for a checkpoint that is another one there."""
+        info = self._info
+        if self._subject is not None:
+            return self._subject
+        subject: Subject = load(
+            self._source, revision=info.revision, dtype=info.dtype, device=info.device.partition(":")[0]
+        )
+        if subject.info.weights_sha256 != info.weights_sha256:
+            raise WorkerError(
+                f"{info.name} has other weights where a worker runs; give all machines the same checkpoint."
+            )
+        return intervene(subject, info.interventions)
+
+
+def _give_memory_back() -> None:
+    """Let the C library return what the passes freed to the system, where it can be told to (glibc).
+
+    Else the whole study, when it is put together, comes on top of memory that nobody uses any more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,183 @@
+"""What a study says beside its arrays: the coordinates of their dimensions, and the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loopscope.analysis.plan import Choices
+from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.dynamics.observed_rate import RateSettings
+from loopscope.dynamics.prediction import PREDICTED_KINDS
+from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
+from loopscope.dynamics.verdicts import KINDS
+from loopscope.measures.base import Named, depth_sites
+from loopscope.measures.behaviour import CHANGES
+from loopscope.measures.convergence import LEVELS
+from loopscope.measures.maps import map_sites
+from loopscope.measures.similarity import visit_labels
+from loopscope.measures.stability import RATE_REASONS, study_criterion
+from loopscope.models.subject import Subject, SubjectInfo
+from loopscope.models.visits import visit_label
+from loopscope.prompts.load import PADDING, padding_record
+from loopscope.prompts.prompt import TokenizedPrompt, prompts_digest
+
+PROMPT_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "chunk")
+"""Settings that say where prompts come from."""
+
+_GRIDS = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
+
+
+def coordinates(
+    arrays: Mapping[str, Named], info: SubjectInfo, settings: AnalyzeSettings, choices: Choices
+) -> dict[str, Any]:
+    """Of every dimension that the arrays have, and what stands beside some of them."""
+    lengths = {dim: size for entry in arrays.values() for dim, size in zip(entry.dims, entry.values.shape, strict=True)}
+    visits = visit_labels(info.prelude, info.recurrent, info.coda, min(settings.cycle_recurrences, choices.recurrences))
+    values: dict[str, Any] = {
+        "unique_layer": [
+            f"{stage}.{layer}" for stage in ("prelude", "recurrent", "coda") for layer in range(getattr(info, stage))
+        ],
+        "quantile": list(LEVELS),
+        "site": ["last_layer", "loop_state"],
+        "horizon": ["first", "second"],
+        "visit": visits,
+        "visit_other": visits,
+        "readout_recurrence": list(choices.readout),
+        "judged_layer": list(choices.judged_layers),
+        "change": list(CHANGES),
+        "kind": [str(kind) for kind in KINDS],
+        "lag": np.arange(1, lengths.get("lag", 0) + 1),
+        "tail": np.arange(2 * settings.horizon - lengths.get("tail", 0), 2 * settings.horizon),
+        **{
+            f"{method}_setting{other}": list(steps)
+            for method, grid in _GRIDS
+            for other, steps in zip(("", "_other"), grid.values, strict=True)
+        },
+        "exit_recurrence": list(range(1, choices.exits + 1)),
+    }
+    found = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
+    if "depth" in lengths:
+        sites = depth_sites(info, choices.recurrences)
+        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+            found[f"depth_{name}"] = ("depth", list(column))
+    if "mapped" in lengths and choices.maps is not None:
+        sites = map_sites(info, choices.maps.recurrences)
+        found["map_visit"] = ("map_visit", [visit_label(*site) for site in sites])
+        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+            found[f"map_{name}"] = ("map_visit", list(column))
+        found["mapped_prompt"] = ("mapped", list(choices.maps.rows))
+    if "tracked" in lengths:
+        found["tracked_prompt"] = ("tracked", [prompt for prompt, _ in choices.tracked])
+        found["tracked_token"] = ("tracked", [token for _, token in choices.tracked])
+    return found
+
+
+def manifest(
+    subject: Subject,
+    prompts: Sequence[TokenizedPrompt],
+    settings: AnalyzeSettings,
+    choices: Choices,
+    tokenizer: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All but when it was made, and how long that took."""
+    info = subject.info
+    plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+    digest = prompts_digest(list(prompts))
+    source = (*PROMPT_SOURCE, "truncate", "chat")
+    free = (
+        *source,
+        "threads",
+        "engine",
+        "workers",
+        "address",
+        "keep_limit",
+        "horizon_method",
+        "device",
+        "dtype",
+        "revision",
+        "neuron_limit",
+    )
+    return {
+        "model": {
+            **info.to_dict(),
+            "kind": "looped" if info.is_looped else "feed-forward",
+            "layout": {"prelude": info.prelude, "recurrent": info.recurrent, "coda": info.coda},
+        },
+        "settings": {name: value for name, value in plain.items() if name not in source},
+        "prompts": {
+            # The texts themselves are in tokens.jsonl.
+            **{name: plain[name] for name in source if name != "text"},
+            "source": settings.prompts or "given as a list",
+            **_padding(subject, settings),
+            "count": len(prompts),
+            "tokens": sum(len(prompt.token_ids) for prompt in prompts),
+            "sha256": digest,
+        },
+        "tokenizer": tokenizer,
+        **_behaviour(choices),
+        **_stability(settings, choices),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
+        },
+        "threads": torch.get_num_threads(),
+        # All that the numbers depend on: a folder is gone on with only if this is the same.
+        "identity": {
+            "model": {name: value for name, value in info.to_dict().items() if name != "name"},
+            "settings": {name: value for name, value in plain.items() if name not in free},
+            "prompts": {"count": len(prompts), "sha256": digest},
+            "versions": {name: version(name) for name in ("loopscope", "torch")},
+        },
+    }
+
+
+def _behaviour(choices: Choices) -> dict[str, Any]:
+    """How the limits of the tokens were judged."""
+    if not choices.judged_layers:
+        return {}
+    methods = (("displacement", DisplacementSettings()), ("cosine", CosineSettings()))
+    return {
+        "behaviour": {
+            **{name: dataclasses.asdict(settings) for name, settings in methods},
+            "sensitivity": {name: list(grid.names) for name, grid in _GRIDS},
+        }
+    }
+
+
+def _stability(settings: AnalyzeSettings, choices: Choices) -> dict[str, Any]:
+    """How eigenvalues were taken, what was predicted from them by which thresholds, and how rates were observed."""
+    if "stability" in settings.skip or not choices.recurrences:
+        return {}
+    taken = choices.eigenvalues
+    return {
+        "stability": {
+            "eigenvalues": None if taken is None else dataclasses.asdict(taken),
+            "criterion": dataclasses.asdict(study_criterion(settings.horizon)),
+            "kinds": [str(kind) for kind in PREDICTED_KINDS],
+            "rates": dataclasses.asdict(RateSettings()),
+            "reasons": [str(reason) for reason in RATE_REASONS],
+        }
+    }
+
+
+def _padding(subject: Subject, settings: AnalyzeSettings) -> dict[str, Any]:
+    """Of which tokens a system prompt of padding is made."""
+    if str(settings.system_prompt) != PADDING or subject.tokenizer is None:
+        return {}
+    return {"padding": padding_record(subject.tokenizer)}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no paths and no tuples."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

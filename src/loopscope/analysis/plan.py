@@ -1,0 +1,265 @@
+"""What an analysis decides before it runs anything: from its settings, the subject and the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loopscope.analysis.settings import AnalyzeSettings, Part
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
+from loopscope.errors import ConfigError
+from loopscope.measures.behaviour import can_be_judged
+from loopscope.measures.maps import MapChoice, map_recurrences, map_sites, map_tokens
+from loopscope.measures.readout import readout_grid
+from loopscope.measures.stability import replaced_at, study_eigenvalues
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.subject import Batch, Subject, SubjectInfo
+from loopscope.prompts.prompt import TokenizedPrompt
+
+_EXITS_IF_UNKNOWN = 8
+"""Recurrences of a full run of a model whose trained number is not known: as many as most are trained with or more."""
+_EXITS_BY_RUNS = 8
+"""A model whose state cannot be set is run anew for every readout, 1 + 2 + ... + N recurrences in all; 36 for 8, a
+tenth of what an analysis runs by default. Beyond that it is done on request only."""
+
+Note = Callable[[str], None]
+"""Told what a user should know of the choices."""
+
+
+def choose_maps(
+    info: SubjectInfo, lengths: Sequence[int], settings: AnalyzeSettings
+) -> tuple[MapChoice | None, list[str]]:
+    """What an analysis of prompts of these lengths keeps, its rows being prompts of the study, and what to say of it.
+
+    None where no map is kept. Raises `ConfigError` for a prompt or a recurrence that there is not.
+    """
+    prompts, recurrences = _prompts(len(lengths), settings), _recurrences(info, settings)
+    if "maps" in settings.skip or not prompts:
+        return None, []
+    if info.heads is None:
+        return None, [
+            "Attention maps are left out: no layer's attention can be seen, or layers have different numbers of heads."
+        ]
+    maps = len(prompts) * len(map_sites(info, recurrences)) * info.heads
+    most = min(settings.map_tokens, max(lengths[prompt] for prompt in prompts))
+    tokens = map_tokens(most, maps, settings.map_limit * 2**20)
+    note = (
+        f"{maps:,} attention maps are kept for the first {tokens} tokens rather than {most}; raise --map-limit or give "
+        "fewer --map-recurrences to have more."
+    )
+    return MapChoice(prompts, recurrences, tokens) if tokens else None, [note] if tokens < most else []
+
+
+def _prompts(count: int, settings: AnalyzeSettings) -> tuple[int, ...]:
+    missing = [prompt for prompt in settings.map_prompts if prompt >= count]
+    if missing:
+        raise ConfigError(f"--map-prompts {missing[0]}: there are {count} prompts, counted from 0.")
+    return tuple(sorted(set(settings.map_prompts)))
+
+
+def _recurrences(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
+    asked, measured = settings.map_recurrences, settings.recurrences
+    if not info.is_looped:
+        return ()
+    if asked and max(asked) > measured:
+        raise ConfigError(
+            f"--map-recurrences asks for {max(asked)} recurrences, but only {measured} are measured; raise "
+            "--recurrences."
+        )
+    return tuple(sorted(set(asked))) or map_recurrences(info.trained_recurrences or 1, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one batch is run."""
+
+    recurrences: int
+    horizon: int
+    keep: bool
+    """Keep the measured states of the batch rather than run them a second time."""
+    seed: int
+    cycle_recurrences: int
+    tracked: tuple[tuple[int, int], ...]
+    """(row of the batch, token from 0)."""
+    components: int
+    readout: tuple[int, ...]
+    exits: int
+    """Every state up to so many recurrences is decoded and compared with the one before; 0 for none."""
+    head_stable: float
+    """Root mean square change of a row below which a head is stable."""
+    judged_layers: tuple[int, ...]
+    """Recurrent layers whose tokens' limits are judged; none without that part."""
+    eigenvalues: EigenvalueSettings | None
+    """How each token's eigenvalues are taken; None where they are not."""
+    skip: frozenset[Part]
+    first_prompt: int
+    """Number of the batch's first prompt, for messages."""
+    maps: MapChoice | None = None
+    """Which attention maps are kept; None for a batch of which there are none to keep."""
+
+
+def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
+    """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
+
+    Those are counted as wide as two states, which they are where heads times their width is the residual stream's.
+    """
+    info = subject.info
+    sites = info.recurrent * (3 if attention else 1) + (0 if info.carries_raw_output else 1)
+    itemsize = torch.empty(0, dtype=getattr(torch, info.dtype)).element_size()
+    return batch.mask.numel() * info.width * itemsize * sites * recurrences
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is measured, of which tokens and layers."""
+
+    recurrences: int
+    """How many are measured; 0 for a feed-forward model."""
+    tracked: tuple[tuple[int, int], ...]
+    """(prompt, token from 0)."""
+    exits: int
+    """N, the recurrences of a full run of which exit rules may save some; 0 where they are left out."""
+    readout: tuple[int, ...]
+    """Numbers of recurrences after which the state is decoded."""
+    judged_layers: tuple[int, ...]
+    eigenvalues: EigenvalueSettings | None
+    """How each token's eigenvalues are taken; None where they are not."""
+    maps: MapChoice | None
+    """Which attention maps are kept, of prompts by their number in the study."""
+
+    def plan(self, subject: Subject, batch: Batch, rows: range, settings: AnalyzeSettings) -> Plan:
+        """How the prompts `rows` are run, which are one batch."""
+        return Plan(
+            recurrences=settings.recurrences,
+            horizon=settings.horizon,
+            keep=_keeps(subject, batch, settings),
+            seed=settings.seed,
+            cycle_recurrences=settings.cycle_recurrences,
+            tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
+            components=settings.components,
+            readout=self.readout,
+            exits=self.exits,
+            head_stable=settings.head_stable,
+            judged_layers=self.judged_layers,
+            eigenvalues=self.eigenvalues,
+            skip=frozenset(settings.skip),
+            first_prompt=rows.start,
+            maps=self._maps_of(rows),
+        )
+
+    def _maps_of(self, rows: range) -> MapChoice | None:
+        """Of one shard, if any of its prompts is asked for."""
+        if self.maps is None:
+            return None
+        found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
+        return dataclasses.replace(self.maps, rows=found) if found else None
+
+
+def choose(subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, note: Note) -> Choices:
+    """Raises `ConfigError` for settings that ask for what these prompts or this model do not have."""
+    info = subject.info
+    exits = _exit_recurrences(subject, settings, note)
+    maps, notes = choose_maps(info, [len(prompt.token_ids) for prompt in prompts], settings)
+    for message in notes:
+        note(message)
+    return Choices(
+        recurrences=settings.recurrences if info.is_looped else 0,
+        tracked=tuple(_tracked(prompts, settings)) if info.is_looped else (),
+        exits=exits,
+        readout=_readout_grid(info, settings, exits),
+        judged_layers=_judged_layers(info, settings),
+        eigenvalues=_eigenvalues(subject, settings, note),
+        maps=maps,
+    )
+
+
+def _keeps(subject: Subject, batch: Batch, settings: AnalyzeSettings) -> bool:
+    """Whether the states of a batch are kept rather than made twice."""
+    if settings.horizon_method != "auto" or not subject.info.is_looped:
+        return settings.horizon_method == "keep"
+    needed = kept_bytes(subject, batch, settings.recurrences, attention="heads" not in settings.skip)
+    return needed <= settings.keep_limit * 2**20
+
+
+def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
+    if "behaviour" in settings.skip or not can_be_judged(settings.horizon):
+        return ()
+    return tuple(range(info.recurrent))[-1 if settings.judged_layers == "last" else 0 :]
+
+
+def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> EigenvalueSettings | None:
+    info = subject.info
+    if not info.is_looped or "stability" in settings.skip:
+        return None
+    replaced = replaced_at(settings.interventions, 2 * settings.horizon)
+    reason = None
+    if isinstance(subject, HookedSubject) and not settings.hooked_eigenvalues:
+        reason = (
+            "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
+            "--hooked-eigenvalues"
+        )
+    elif replaced is not None:
+        reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
+    if reason is not None:
+        note(f"Eigenvalues are left out for {info.name}: {reason}.")
+        return None
+    return study_eigenvalues(settings.horizon, settings.eigenvalue_products, settings.eigenvalue_search, settings.seed)
+
+
+def _exit_recurrences(subject: Subject, settings: AnalyzeSettings, note: Note) -> int:
+    info = subject.info
+    if not info.is_looped or "readout" in settings.skip or settings.exit_recurrences == 0:
+        return 0
+    asked = settings.exit_recurrences
+    if asked is not None and asked > settings.recurrences:
+        raise ConfigError(
+            f"--exit-recurrences asks for {asked} recurrences, but only {settings.recurrences} are measured; raise "
+            "--recurrences."
+        )
+    count = min(info.trained_recurrences or _EXITS_IF_UNKNOWN, settings.recurrences) if asked is None else asked
+    reason = None
+    if isinstance(subject, HookedSubject) and subject.facts.foresees:
+        reason = "its loop depends on how often it will run, so that it cannot be stopped on the way"
+    elif asked is None and not info.state_can_be_set and count > _EXITS_BY_RUNS:
+        reason = (
+            f"reading it out after each of {count} recurrences takes {count * (count + 1) // 2} more of them; ask "
+            f"for it with --exit-recurrences {count}"
+        )
+    if reason is not None:
+        note(f"Exit rules are left out for {info.name}: {reason}.")
+        return 0
+    return count
+
+
+def _readout_grid(info: SubjectInfo, settings: AnalyzeSettings, exits: int) -> tuple[int, ...]:
+    if not info.is_looped:
+        return (1,)
+    if not settings.readout:
+        return readout_grid(info.trained_recurrences or 1, settings.recurrences, exits)
+    if max(settings.readout) > settings.recurrences:
+        raise ConfigError(
+            f"--readout asks for {max(settings.readout)} recurrences, but only {settings.recurrences} are measured; "
+            "raise --recurrences."
+        )
+    return tuple(sorted({*settings.readout, *range(1, exits + 1)}))
+
+
+def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
+    """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones
+    refused.
+    """
+    default = AnalyzeSettings().track
+    found = []
+    for entry, (prompt, token) in zip(settings.track, settings.tracked, strict=True):
+        if prompt >= len(prompts):
+            if settings.track == default:
+                continue
+            raise ConfigError(f"--track {entry}: there are {len(prompts)} prompts, counted from 0.")
+        length = len(prompts[prompt].token_ids)
+        if not -length <= token < length:
+            raise ConfigError(f"--track {entry}: prompt {prompt} has {length} tokens, counted from 0.")
+        found.append((prompt, token % length))
+    return sorted(set(found))

@@ -1,0 +1,130 @@
+"""Does a looped model keep its stages beyond the recurrences it was trained for?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from loopscope._util.wording import listed, percent, plural
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.comparison.result import Comparison
+
+
+def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
+    """Every later pass against the pass at the trained number of recurrences, measure by measure.
+
+    A measure is kept if neither its level nor the order of the layers has changed in any later pass; where all layers
+    share one value there is no order, and the level decides.
+    """
+    study, settings = comparison.studies[label], comparison.settings
+    trained, measured = study["trained_recurrences"], study["recurrences"]
+    if trained is None or trained >= measured:
+        reason = (
+            "The model does not say how many recurrences it was trained with."
+            if trained is None
+            else f"It was trained with {trained} recurrences, and {measured} were measured."
+        )
+        return _answer(label, index, Outcome.NOT_APPLICABLE, "not measured", reason)
+    later = comparison.dataset.sel(study=label).isel(recurrence=slice(trained, measured))
+    names = [str(name) for name in later["measure"].values]
+    levels = {name: float(later["drift"].sel(measure=name).max()) for name in names}
+    shapes = {name: float(later["own_similarity"].sel(measure=name).min()) for name in names}
+    known = [name for name in names if not math.isnan(levels[name])]
+    if not known:
+        return _answer(label, index, Outcome.CANNOT_TELL, "cannot tell", "No stage measure was taken in its passes.")
+    evidence: dict[str, float | str] = {f"largest change of level, {name}": levels[name] for name in known}
+    evidence |= {f"least own similarity, {name}": shapes[name] for name in known if math.isfinite(shapes[name])}
+    kept = [
+        name
+        for name in known
+        if levels[name] <= settings.level_tolerance and not shapes[name] < settings.kept_similarity
+    ]
+    lost = [name for name in known if name not in kept]
+    most = max(known, key=lambda name: levels[name])
+    far = f"between recurrences {trained} and {measured}"
+    furthest = f"{most} moves most, by {percent(levels[most])}"
+    if math.isinf(levels[most]):
+        furthest = f"{most} leaves 0"
+    if not lost:
+        outcome, verdict = Outcome.YES, "yes"
+        sentence = f"Every measure stays as it is {far} ({furthest})."
+    elif kept:
+        outcome, verdict = Outcome.PARTLY, f"{len(kept)} of {len(known)} measures"
+        sentence = f"It keeps {listed(kept)} {far}, but not {listed(lost)} ({furthest})."
+    else:
+        outcome, verdict = Outcome.NO, "no, they drift"
+        sentence = f"No measure stays as it is {far} ({furthest})."
+    return _answer(label, index, outcome, verdict, sentence, evidence)
+
+
+def _answer(
+    label: str,
+    index: int,
+    outcome: Outcome,
+    verdict: str,
+    sentence: str,
+    evidence: dict[str, float | str] | None = None,
+) -> Answer:
+    return Answer(
+        key=f"drift-{index}",
+        question=f"{label}: do the stages stay beyond the recurrences of its training?",
+        outcome=outcome,
+        verdict=verdict,
+        sentence=sentence,
+        evidence=evidence or {},
+        figure=f"drift-{index}",
+    )
+
+
+def limits_answer(comparison: Comparison) -> Answer:
+    """Limits of this comparison first, then those of the method."""
+    found = [
+        "The null shuffles layers, which makes rougher curves than models have: two that merely rise with depth are "
+        "called alike, and so are 16 % of pairs of independent random walks over 8 layers. It says that the order of "
+        "the layers matters, not that the models compute the same.",
+        f"Each p stands for one comparison; of many, {100 * comparison.settings.alpha:g} in 100 fall below "
+        f"{comparison.settings.alpha:g} by chance. The mean over measures is one comparison for all of them.",
+        "Correlation is blind to level and scale; the level difference beside it is not.",
+    ]
+    own = [sentence for label in comparison.labels for sentence in _of_study(comparison, label)]
+    return Answer(
+        key="limits",
+        question="What limits these answers?",
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict=plural(len(own), "reservation") if own else "those of the method",
+        sentence=" ".join(own) or "Nothing that these studies themselves show.",
+        figure="limits",
+        limits=[*own, *found],
+    )
+
+
+def _of_study(comparison: Comparison, label: str) -> list[str]:
+    study = comparison.studies[label]
+    reference = comparison.studies[comparison.reference]
+    found = []
+    if label != comparison.reference and not study["same_prompts_as_reference"]:
+        if not study["same_model_as_reference"]:
+            found.append(
+                f"{label} and {comparison.reference} read different prompts: their differences mix model and text."
+            )
+        tokens = [_tokens_a_prompt(entry) for entry in (study, reference)]
+        if tokens[0] and tokens[1] and not 2 / 3 < tokens[0] / tokens[1] < 3 / 2:
+            found.append(
+                f"The prompts of {label} have {tokens[0]:.0f} tokens on average, those of {comparison.reference} "
+                f"{tokens[1]:.0f}; the levels of attention concentration and sink rate depend on length."
+            )
+    if study["dtype"] != reference["dtype"]:
+        found.append(f"{label} ran in {study['dtype']}, {comparison.reference} in {reference['dtype']}.")
+    if study["missing"]:
+        found.append(f"{label} has no {listed(study['missing'])}.")
+    if study["diverged_prompts"]:
+        found.append(f"{plural(study['diverged_prompts'], 'prompt')} of {label} diverged and are left out.")
+    if study["recurrences"] and study["trained_recurrences"] is None:
+        found.append(f"{label} does not say what it was trained for, so its last measured recurrence is judged.")
+    return found
+
+
+def _tokens_a_prompt(study: Mapping[str, Any]) -> float:
+    prompts = study["prompts"]
+    return prompts["tokens"] / prompts["count"] if prompts["tokens"] and prompts["count"] else 0.0

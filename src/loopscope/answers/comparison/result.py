@@ -1,0 +1,91 @@
+"""The result of a comparison: named arrays and a manifest, which report and answers are drawn from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from loopscope._util.files import write_atomically
+from loopscope.answers.comparison.settings import CompareSettings
+from loopscope.errors import StudyError
+from loopscope.study import MANIFEST as STUDY_MANIFEST
+from loopscope.study import netcdf, read_arrays
+
+MANIFEST = "comparison.json"
+ARRAYS = "comparison.nc"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Studies on relative depth, and how alike they are. The variables are listed in docs/compare.md."""
+
+    dataset: xr.Dataset
+    manifest: Mapping[str, Any]
+    folder: Path | None = None
+    """Where it was loaded from or saved to."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the studies, in the order in which they were given."""
+        return [str(label) for label in self.dataset["study"].values]
+
+    @property
+    def reference(self) -> str:
+        """The label of the study that the others are compared with."""
+        return str(self.manifest["reference"])
+
+    @property
+    def settings(self) -> CompareSettings:
+        return CompareSettings(**self.manifest["settings"])
+
+    @property
+    def studies(self) -> dict[str, Mapping[str, Any]]:
+        """What the manifest says of each study, by label."""
+        return {str(entry["label"]): entry for entry in self.manifest["studies"]}
+
+    def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of one study's pass: relative depth in percent and the measure's values, both over the layers that it has."""
+        data = self.dataset.sel(study=label, measure=measure)
+        layers = sum(self.studies[label]["layout"].values())
+        values = data["curve"].isel(recurrence=recurrence).values[:layers]
+        return data["depth_percent"].values[:layers].astype(np.float32), values.astype(np.float32)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read a saved comparison. Raises `StudyError` for a folder that holds none, or damaged files."""
+        folder = Path(folder)
+        for name in (MANIFEST, ARRAYS):
+            if not (folder / name).is_file():
+                raise StudyError(
+                    f"{folder} is not a comparison (it has no {name}); give the --out folder of `loopscope compare`."
+                )
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            dataset = read_arrays(folder / ARRAYS)
+            found = cls(dataset, manifest, folder)
+            _ = found.settings  # which raises for entries that are none
+            if found.labels != list(found.studies) or found.reference not in found.labels:
+                raise ValueError(f"{MANIFEST} and {ARRAYS} name different studies")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"The comparison in {folder} is damaged ({error}); compare the studies again.") from None
+        return found
+
+    def save(self, folder: str | Path) -> Comparison:
+        """Write arrays and manifest, each file whole or not at all; a comparison that was there is replaced.
+
+        Raises `StudyError` for the folder of a study, whose report would be replaced too, and `StorageError`.
+        """
+        folder = Path(folder)
+        if (folder / STUDY_MANIFEST).exists():
+            raise StudyError(f"{folder} holds a study; choose another folder for the comparison.")
+        write_atomically(folder / ARRAYS, netcdf(self.dataset))
+        text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / MANIFEST, text.encode())
+        return Comparison(self.dataset, self.manifest, folder)

@@ -1,0 +1,46 @@
+"""How curves of studies are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopscope.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """How curves of studies are compared, and when they count as alike."""
+
+    alpha: float = 0.05
+    """Curves are alike if at most this share of the orders of the layers correlates as well. Curves with so few points
+    that no order could be that rare are not judged."""
+    shuffles: int = 9999
+    """Orders of the layers to try. Where there are no more orders than that, every one is tried."""
+    seed: int = 0
+    """Seed of the orders that are tried where there are more."""
+    grid: int = 101
+    """Points of the common grid of relative depth, from the first layer to the last."""
+
+    level_tolerance: float = 0.1
+    """Curves have the same level if their root mean square difference is at most this share of the other's root mean
+    square. 10 % is what a figure shows at a glance."""
+    kept_similarity: float = 0.9
+    """A pass keeps the stages of the trained one if the curves of its layers correlate at least so well."""
+
+    def __post_init__(self) -> None:
+        for name in ("level_tolerance", "kept_similarity"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}."
+                )
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"--alpha must lie between 0 and 1, got {self.alpha}.")
+        if self.shuffles < 1 / self.alpha:
+            raise ConfigError(
+                f"--shuffles must be at least 1 / alpha = {1 / self.alpha:g}, or nothing could be that rare, got "
+                f"{self.shuffles}."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"--seed must not be negative, got {self.seed}.")
+        if self.grid < 3:
+            raise ConfigError(f"--grid must be at least 3, got {self.grid}.")

@@ -1,0 +1,79 @@
+"""When is the answer final, token by token?"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopscope._util.statistics import mean
+from loopscope._util.wording import percent, plural, significant, spans
+from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.study import StudyView
+
+_QUESTION = "After how many recurrences is the answer final?"
+
+
+def final_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """The first readout from which each token's most probable next token stays that of the last readout."""
+    if "token_top1" not in view.finite or view.finite.sizes["readout_recurrence"] < 2:
+        return _unanswered("not measured", "The answer was read out once or not at all.", criterion)
+    if not view.finite.sizes["prompt"]:
+        return _unanswered("it diverges", "Every prompt diverged, so there is no answer to follow.", criterion)
+    counts = [int(count) for count in view.finite["readout_recurrence"].values]
+    top = view.finite["token_top1"].transpose("readout_recurrence", "prompt", "token").values
+    there = top[-1] >= 0
+    place = final_from(top)[there]
+    share = [float((place <= index).mean()) for index in range(len(counts))]
+    enough = next(index for index, value in enumerate(share) if value >= criterion.tokens_needed)
+    divergence = view.finite["token_kl_to_last"].transpose("readout_recurrence", "prompt", "token").values
+    evidence: dict[str, float | str] = {}
+    for index, count in enumerate(counts):
+        if count & (count - 1) and count != view.trained and index not in (enough, len(counts) - 1):
+            continue  # of many readouts those at powers of two are enough to see the course
+        evidence[f"tokens_final_after_{count}"] = share[index]
+        evidence[f"kl_to_last_after_{count}"] = mean(divergence[index])
+    last = counts[-1]
+    if enough == len(counts) - 1:
+        outcome, verdict = Outcome.NO, f"not before {last}"
+        sentence = (
+            f"Not before the last readout: after {plural(counts[-2], 'recurrence')} {percent(share[-2])} of the tokens "
+            f"have the most probable next token that they have after {last}."
+        )
+    else:
+        outcome, verdict = Outcome.YES, f"after {counts[enough]}"
+        away = significant(mean(divergence[enough]))
+        sentence = (
+            f"After {plural(counts[enough], 'recurrence')}: {percent(share[enough])} of the tokens keep their most "
+            f"probable next token from there to the last readout, after {last}. The prediction there is {away} nats "
+            "from the last one (KL divergence, mean over tokens)."
+        )
+    return Answer(
+        key="final",
+        question=_QUESTION,
+        outcome=outcome,
+        verdict=verdict,
+        sentence=sentence,
+        evidence=evidence,
+        figure="final-token",
+        limits=[f"Read out at {spans(counts)} recurrences only; between them the answer may differ."],
+        criterion=criterion,
+    )
+
+
+def final_from(top: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Index of the first readout from which the top token stays the last one's; `top` is (readout, ...)."""
+    same = top == top[-1]
+    # How many readouts, counted from the end, agree without a break.
+    unbroken = np.cumprod(same[::-1], axis=0).sum(axis=0)
+    return np.asarray(len(top) - unbroken, dtype=np.int64)
+
+
+def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
+    return Answer(
+        key="final",
+        question=_QUESTION,
+        outcome=Outcome.NOT_APPLICABLE,
+        verdict=verdict,
+        sentence=sentence,
+        criterion=criterion,
+    )

@@ -1,0 +1,118 @@
+"""What the eigenvalues of a study's tokens predict, beside what their trajectories did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray
+from numpy.typing import NDArray
+
+from loopscope.dynamics.observed_rate import RateReason
+from loopscope.dynamics.prediction import PREDICTED_KINDS
+from loopscope.dynamics.prediction import Kind as Predicted
+from loopscope.dynamics.verdicts import KINDS
+from loopscope.dynamics.verdicts import Kind as Verdict
+from loopscope.errors import StudyError
+
+_SETTLES = frozenset({Verdict.FIXED_POINT, Verdict.AT_FLOOR})
+_MOVES = frozenset({Verdict.ORBIT, Verdict.BOUNDED, Verdict.DIVERGING})
+EXPECTED: dict[Predicted, frozenset[Verdict]] = {
+    Predicted.FIXED_POINT: _SETTLES,
+    Predicted.DAMPED_ROTATION: _SETTLES,
+    Predicted.SLIDER: frozenset({Verdict.SLIDER}),
+    # Turns that grow end on a closed curve, or, where that is unstable too, on something wilder.
+    Predicted.ORBIT: _MOVES,
+    Predicted.PERIOD_TWO: _MOVES,
+    Predicted.UNSTABLE: _MOVES | {Verdict.SLIDER},
+}
+"""Verdicts that bear a prediction out. The other two predictions say nothing that could be wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Tokens, by whether their verdict bears their prediction out."""
+
+    agree: int
+    disagree: int
+    open: int
+    """One of the two is that it cannot be told."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RatePairs:
+    """Predicted and observed rate of the tokens that have both.
+
+    They settle by prediction, and their steps show a rate.
+    """
+
+    predicted: NDArray[np.float64]
+    observed: NDArray[np.float64]
+    prompt: NDArray[np.int64]
+    token: NDArray[np.int64]
+
+    @property
+    def median_difference(self) -> float:
+        """Median of `|predicted - observed|`; NaN without tokens."""
+        return float(np.median(np.abs(self.predicted - self.observed))) if self.predicted.size else float("nan")
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's; NaN where the rates do not differ."""
+        if self.predicted.size < 2 or np.ptp(self.predicted) == 0 or np.ptp(self.observed) == 0:
+            return float("nan")
+        return float(np.corrcoef(self.predicted, self.observed)[0, 1])
+
+
+def prediction_table(data: xarray.Dataset) -> NDArray[np.int64]:
+    """Tokens by predicted kind and by verdict after the last recurrent layer, (place in `PREDICTED_KINDS`, place in
+    `KINDS`). Raises `StudyError` for a study that lacks either."""
+    predicted = _of(data, "predicted_kind")
+    if "verdict" not in data:
+        raise StudyError("The study has no verdicts to compare predictions with; analyze without --skip behaviour.")
+    verdict = data["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
+    there = (predicted >= 0) & (verdict >= 0)
+    table = np.zeros((len(PREDICTED_KINDS), len(KINDS)), dtype=np.int64)
+    np.add.at(table, (predicted[there], verdict[there]), 1)
+    return table
+
+
+def agreement(table: NDArray[np.int64]) -> Agreement:
+    """Of what `prediction_table` counts."""
+    agree = sum(
+        int(table[PREDICTED_KINDS.index(predicted), KINDS.index(verdict)])
+        for predicted, verdicts in EXPECTED.items()
+        for verdict in verdicts
+    )
+    told = [PREDICTED_KINDS.index(predicted) for predicted in EXPECTED]
+    known = int(np.delete(table[told], KINDS.index(Verdict.UNKNOWN), axis=1).sum())
+    return Agreement(agree, known - agree, int(table.sum()) - known)
+
+
+def rate_pairs(data: xarray.Dataset) -> RatePairs:
+    """Raises `StudyError` for a study without predictions."""
+    kind, predicted, observed, reason = (
+        _of(data, name) for name in ("predicted_kind", "predicted_rate", "observed_rate", "observed_rate_reason")
+    )
+    settles = np.isin(
+        kind, [PREDICTED_KINDS.index(each) for each in (Predicted.FIXED_POINT, Predicted.DAMPED_ROTATION)]
+    )
+    both = settles & (reason == list(RateReason).index(RateReason.FITTED)) & np.isfinite(predicted)
+    prompt, token = np.nonzero(both)
+    return RatePairs(predicted[both], observed[both], prompt, token)
+
+
+def token_eigenvalues(data: xarray.Dataset) -> NDArray[np.complex128]:
+    """Those that a study keeps, (prompt, token, pair). Raises `StudyError` for a study without."""
+    real, imaginary = (_of(data, f"eigenvalue_{part}", "pair") for part in ("real", "imag"))
+    return np.asarray(real + 1j * imaginary)
+
+
+def _of(data: xarray.Dataset, name: str, *more: str) -> NDArray[Any]:
+    if name not in data:
+        raise StudyError(
+            "The study has no eigenvalues: its model has no loop or is hooked, the part stability was skipped, or it "
+            "was made by an older loopscope; run `loopscope analyze` into a new folder."
+        )
+    return np.asarray(data[name].transpose("prompt", "token", *more).values)

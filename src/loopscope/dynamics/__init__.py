@@ -1,0 +1,1 @@
+"""What a state tends to: verdicts on trajectories, eigenvalues of a recurrence, and what they predict."""

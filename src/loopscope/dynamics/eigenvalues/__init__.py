@@ -1,0 +1,1 @@
+"""The leading eigenvalues of one recurrence, token by token."""

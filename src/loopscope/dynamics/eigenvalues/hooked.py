@@ -1,0 +1,193 @@
+"""A hooked model's recurrence near a state, begun where its first recurrent layer receives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from loopscope._util.shapes import States
+from loopscope.dynamics.eigenvalues.approach import Derivative, Heading, Part, Site
+from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
+from loopscope.errors import ConfigError
+from loopscope.models.hooks.forward import Injected
+from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.subject import Batch
+from loopscope.models.visits import Observer
+
+_COPIED_TOKENS = 2048
+"""Tokens of all copies of a prompt that are in one pass; the derivative keeps what every layer computes on them."""
+
+_SAME = 1e-3
+"""A recurrence entered anew has to give the state that the run has, but for this share of the largest entry: above
+rounding in float32, and far below what a hidden state or a count of the recurrences changes."""
+
+_FEWEST = 3
+"""Recurrences that have to be run to see one again: the first begins where the model's own state does."""
+
+
+def approach_hooked(
+    subject: HookedSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
+) -> HookedApproach:
+    """Run the prompts so many recurrences, or take the state given for what the first layer then receives.
+
+    A model that cannot run another number runs its own. Raises `ConfigError` for a model whose recurrence cannot be
+    entered: not causal, in half precision, run fewer than three times, or not a function of its first layer's input.
+    """
+    _check_subject(subject)
+    count = max(recurrences + 1, _FEWEST) if subject.settable else subject.facts.recurrences
+    if count is None or count < _FEWEST:
+        raise ConfigError(
+            f"{subject.info.name} runs {count} recurrences, and eigenvalues need {_FEWEST} to see that a recurrence is "
+            "the same again; tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
+        )
+    batch = batch.to(subject.device)
+    inputs = _Inputs(min(recurrences, count - 1), subject.facts.dtype)
+    run = subject.start(batch, recurrences=count, seed=seed, observers=[inputs])
+    try:
+        for _ in range(count):
+            run.advance([inputs])
+    finally:
+        run.close()
+    state = inputs.last if state is None else state
+    found = HookedApproach(subject, batch, seed, inputs.at, state, inputs.heading.steps)
+    found.check(*inputs.early)
+    return found
+
+
+class HookedApproach:
+    """The map from what the first recurrent layer receives in one recurrence to what it receives in the next.
+
+    Layers and injection follow each other as in the map from loop state to loop state, which begins elsewhere in the
+    cycle. Where J = B A for the one, it is A B for the other, and these have the same eigenvalues.
+
+    Nothing is known of the inside of a foreign attention, so each token has a copy of its prompt, up to itself, in
+    which no other state varies.
+    """
+
+    site: Site = "block input"
+
+    def __init__(
+        self, subject: HookedSubject, batch: Batch, seed: int, recurrences: int, state: States, heading: States
+    ) -> None:
+        self._subject, self._batch, self._seed = subject, batch, seed
+        self.recurrences = recurrences
+        self.state: States = state.to(subject.device, subject.facts.dtype)
+        self.heading: States = heading
+
+    def recurrence(self, state: States) -> States:
+        return self._following(self._batch, state, gradients=False)
+
+    def check(self, before: States, after: States) -> None:
+        """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
+        tokens see later ones."""
+        mask, name = self._batch.mask, self._subject.info.name
+        again = self.recurrence(before)
+        missed = _apart(again[mask], after[mask])
+        if not missed <= _SAME:
+            raise ConfigError(
+                f"A recurrence of {name} depends on more than what its first layer receives: entered again with it, it "
+                f"differs by {missed:.1g} of its size, so that it has no eigenvalues of its own; hook the layers "
+                "between which the whole state passes."
+            )
+        longest = int(self._batch.counts.argmax())
+        earlier = slice(0, int(self._batch.counts[longest]) - 1)
+        if earlier.stop:
+            ids = self._batch.input_ids[longest, None, earlier]
+            shorter = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+            alone = self._following(shorter, before[longest, None, earlier], gradients=False)
+            if not _apart(alone[0], again[longest, earlier]) <= _SAME:
+                raise ConfigError(
+                    f"A recurrence of {name} is not causal, so that its tokens have no eigenvalues of their own; take "
+                    "a model in which no token looks ahead."
+                )
+
+    def linearised(self, state: States) -> Iterator[Part]:
+        for row, length in enumerate(self._batch.counts.tolist()):
+            begin = 0
+            while begin < length:
+                end = _end(begin, length)
+                tokens = torch.zeros_like(self._batch.mask)
+                tokens[row, begin:end] = True
+                products, derivative = self._products(row, begin, end, state)
+                yield Part(tokens, products, derivative)
+                begin = end
+
+    def _products(self, row: int, begin: int, end: int, state: States) -> tuple[Products, Derivative]:
+        exact, plain = (self._own(row, begin, end, state, gradients=gradients) for gradients in (True, False))
+        point = state[row, begin:end]
+        try:
+            # The fused kernels cannot be differentiated twice.
+            with sdpa_kernel(SDPBackend.MATH):
+                products = ExactProducts(exact, point)
+                products(torch.ones_like(point))
+        except (RuntimeError, NotImplementedError):  # in-place arithmetic, or an operation of its own
+            return DifferenceProducts(plain, point), "differences"
+        return products, "exact"
+
+    def _own(self, row: int, begin: int, end: int, state: States, *, gradients: bool) -> OwnMap:
+        places = torch.arange(begin, end, device=state.device)
+        copies = places - begin
+        ids = self._batch.input_ids[row, :end].expand(end - begin, end)
+        batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+        still = state[row, :end].expand(end - begin, end, -1)
+
+        def own(vectors: TokenVectors) -> TokenVectors:
+            entered = still.index_put((copies, places), vectors)
+            following: TokenVectors = self._following(batch, entered, gradients=gradients)[copies, places]
+            return following
+
+        return own
+
+    def _following(self, batch: Batch, state: States, *, gradients: bool) -> Tensor:
+        """What the first layer receives in the second recurrence, if it receives this state in the first."""
+        subject = self._subject
+        recurrences = 2 if subject.settable else subject.facts.recurrences
+        forward = subject.forward(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
+        try:
+            return next(event.state for event in forward if isinstance(event, Injected) and event.recurrence == 1)
+        finally:
+            forward.close()
+
+
+class _Inputs(Observer):
+    """What the first recurrent layer receives, at the recurrences that matter."""
+
+    def __init__(self, at: int, dtype: torch.dtype) -> None:
+        self.at, self._dtype = at, dtype
+        self.early: list[States] = []
+        """Before the second and the third recurrence."""
+        self.heading: Heading
+        self.last: States
+
+    def injected(self, recurrence: int, state: States) -> None:
+        if recurrence == 0:
+            self.heading = Heading(state, self._dtype)
+        if recurrence in (1, 2):
+            self.early.append(state)
+        if recurrence <= self.at:
+            self.heading.follow(state)
+            self.last = state
+
+
+def _end(begin: int, length: int) -> int:
+    """The last token of a part, whose copies reach from the prompt's first token to it."""
+    end = begin + 1
+    while end < length and (end + 1 - begin) * (end + 1) <= _COPIED_TOKENS:
+        end += 1
+    return end
+
+
+def _apart(states: Tensor, others: Tensor) -> float:
+    """Largest difference over largest entry; NaN where a state overflowed, which is as good as none."""
+    return float((states - others).abs().amax() / others.abs().amax())
+
+
+def _check_subject(subject: HookedSubject) -> None:
+    if subject.facts.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"{subject.info.name} is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load "
+            "it in float32."
+        )

@@ -1,0 +1,1 @@
+"""Verdicts on trajectories, which need no model."""

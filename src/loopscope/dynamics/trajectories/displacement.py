@@ -1,0 +1,289 @@
+"""Verdicts from the shape of the motion within the tail of a trajectory."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.dynamics.trajectories.limits import limit_of
+from loopscope.dynamics.trajectories.motion import Motion, measure_motions
+from loopscope.dynamics.trajectories.settings import DisplacementSettings
+from loopscope.dynamics.trajectories.states import StateDtype
+from loopscope.dynamics.trajectories.tail import tail_length, take_tails
+from loopscope.dynamics.verdicts import Kind, Verdict
+
+_SHORTEST_HALF = 12
+"""Recurrences: in fewer, even rest and motion are hard to tell apart."""
+_SHORTEST_END = 24
+"""Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
+_IN_FEW_DIRECTIONS = 0.4
+"""Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_OFTEN = 6.0
+"""Periods within the tail from which on its thirds are alike."""
+_AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
+_MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMotions:
+    """One token's motion within the tail, its later half and its last two thirds; None where that was not needed."""
+
+    whole: Motion
+    later: Motion | None = None
+    shorter: Motion | None = None
+
+
+def displacement_verdicts(
+    states: Float[Tensor, "token recurrence width"],
+    dtype: StateDtype,
+    settings: DisplacementSettings,
+    first_recurrence: int = 0,
+    *,
+    try_window: bool = True,
+) -> list[Verdict]:
+    """A verdict for each of some finite trajectories of one length, on their tails.
+
+    What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
+    a clear answer. With `try_window`, a verdict that the last two thirds of the tail do not share is marked as
+    unstable.
+    """
+    verdicts = []
+    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window):
+        verdict = _verdict(_decide(motions.whole, motions.later, settings))
+        if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
+            verdict = dataclasses.replace(verdict, unstable=("window",))
+        verdicts.append(verdict)
+    return verdicts
+
+
+def measure_tails(
+    states: Float[Tensor, "token recurrence width"],
+    dtype: StateDtype,
+    settings: DisplacementSettings,
+    first_recurrence: int = 0,
+    *,
+    others: Sequence[DisplacementSettings] = (),
+    shorter: bool = False,
+) -> list[TokenMotions]:
+    """All that a verdict needs of finite trajectories, by these settings or by `others`, which may have other
+    thresholds.
+
+    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window.
+    """
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    tails = take_tails(states, window, first_recurrence)
+    whole = measure_motions(tails, dtype, settings)
+
+    def within(length: int, rows: list[int]) -> dict[int, Motion]:
+        if not rows or length < _SHORTEST_HALF:
+            return {}
+        return dict(zip(rows, measure_motions(tails.last(length, torch.tensor(rows)), dtype, settings), strict=True))
+
+    moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
+    unsettled = [
+        token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
+    ]
+    half, third = within(window // 2, unsettled), within(2 * window // 3, moving) if shorter else {}
+    return [TokenMotions(motion, half.get(token), third.get(token)) for token, motion in enumerate(whole)]
+
+
+def decide_kind(motions: TokenMotions, settings: DisplacementSettings) -> Kind:
+    """The kind alone, by the settings or one of the others that the motions were measured for."""
+    return _decide(motions.whole, motions.later, settings).kind
+
+
+class _Finding(NamedTuple):
+    kind: Kind
+    reason: str
+    motion: Motion
+    settled: bool = True
+    """The later half of the tail need not be asked."""
+    shaped: bool = False
+    """A shape explains the motion."""
+
+
+def _decide(whole: Motion, later: Motion | None, settings: DisplacementSettings) -> _Finding:
+    finding = _decide_one(whole, settings)
+    if finding.settled or later is None:
+        return finding
+    return _with_later_half(finding, _decide_one(later, settings))
+
+
+def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
+    """An approach is over where the later half rests, and leads to an orbit or a drift where that has such a shape."""
+    ends: tuple[Kind, ...] = (*_AT_REST, Kind.ORBIT)
+    if whole.kind == Kind.FIXED_POINT:
+        ends = (Kind.ORBIT, Kind.SLIDER) if later.motion.window >= _SHORTEST_END else ()
+    return later if later.settled and later.kind in ends else whole
+
+
+def same_limit(one: Kind, other: Kind) -> bool:
+    """Whether two kinds say the same of the limit: rest is rest, seen or hidden by noise."""
+    return one == other or (one in _AT_REST and other in _AT_REST)
+
+
+def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    rest = settings.rounding_factor * motion.rounding
+    times = motion.level / motion.rounding
+    if motion.level == 0:
+        return _Finding(Kind.FIXED_POINT, f"Its last {motion.window} states are the same.", motion)
+    if motion.shape is None:
+        reason = f"It rests: it moves by {motion.level:.2g} of its norm, {times:.2g} times what one rounding does."
+        return _Finding(Kind.FIXED_POINT, reason, motion)
+    approaches = _approaches(motion, settings, rest)
+    kind = limit_of(motion.shape, settings)
+    if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
+        return _drifting(motion, settings)
+    contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
+        not 1 / settings.even <= motion.evenness <= settings.even
+    )
+    if _is_explained(motion, kind, settings) and not contradicted:
+        return _shaped(motion, kind, settings)
+    if approaches and _drifts(motion, settings):
+        return _drifting(motion, settings)
+    if approaches:
+        reason = f"It approaches a point: its steps shrink {motion.shrinking:.3g}-fold within the tail."
+        return _Finding(Kind.FIXED_POINT, reason, motion, settled=motion.late_step <= rest)
+    if kind == Kind.SLIDER and motion.ballistic >= settings.ballistic and motion.unexplained <= settings.unsteady:
+        reason = (
+            f"It moves on, not quite steadily: {motion.shape.words} leaves {motion.unexplained:.2g} of its variance."
+        )
+        return _Finding(Kind.SLIDER, reason, motion)
+    if motion.noise > settings.floor_factor * motion.rounding and motion.trend <= 1 / settings.steady:
+        reason = f"It approaches a point, in many turns: its steps shrink steadily, {1 / motion.trend:.3g}-fold."
+        return _Finding(Kind.FIXED_POINT, reason, motion)
+    if motion.noise > settings.floor_factor * motion.rounding and motion.trend >= settings.steady:
+        reason = f"It moves away, in many turns: its steps lengthen steadily, {motion.trend:.3g}-fold."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    if motion.shrinking <= 1 / settings.shrinking and motion.spreading >= settings.spreading:
+        return _Finding(Kind.DIVERGING, f"Its steps lengthen {1 / motion.shrinking:.3g}-fold within the tail.", motion)
+    return _shapeless(motion, settings, times)
+
+
+def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> bool:
+    """The steps shrink as they do on the way to a point, whatever the way looks like."""
+    still = motion.shrinking_late >= settings.shrinking_late or motion.late_step <= rest
+    nearer = motion.later_level <= settings.nearer * motion.level
+    return motion.shrinking >= settings.shrinking and still and nearer
+
+
+def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:
+    """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
+    exact = motion.noise <= settings.floor_factor * motion.rounding
+    one_way = motion.unexplained <= settings.unsteady and motion.ballistic >= settings.one_way
+    return not exact and one_way and motion.slowing <= settings.slowing
+
+
+def _drifting(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    if motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in steps that have no limit."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    reason = f"It moves on: its steps shrink like time to the power -{max(0.0, motion.slowing):.2g}, and have no limit."
+    return _Finding(Kind.SLIDER, reason, motion)
+
+
+def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
+    """The best shape is no chance, and what it leaves is noise, or little."""
+    if motion.p_value > settings.significance:
+        return False
+    left = motion.noise / motion.rounding
+    noisy = settings.unexplained_noise if kind == Kind.FIXED_POINT else settings.unexplained_small
+    if left <= settings.rounding_factor:
+        return motion.unexplained <= noisy
+    if left <= settings.floor_factor:
+        fills = motion.residual_filling >= settings.filling
+        return motion.unexplained <= (noisy if fills else settings.unexplained)
+    return motion.unexplained <= settings.unexplained_structure
+
+
+def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
+    assert motion.shape is not None
+    if kind in _MOVING and motion.level < settings.visible * motion.rounding:
+        reason = f"It hovers: its motion is {motion.level / motion.rounding:.2g} times what one rounding does."
+        return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
+    words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"
+    if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
+        reason = f"It moves slowly: {words} and an approach to a point explain it about as well."
+        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
+    if kind == Kind.SLIDER and motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles: it follows {words}, {left}."
+        return _Finding(Kind.DIVERGING, reason, motion, shaped=True)
+    begins = {
+        Kind.FIXED_POINT: "It approaches a point",
+        Kind.ORBIT: "It comes round",
+        Kind.SLIDER: "It moves on",
+        Kind.DIVERGING: "It moves away",
+        Kind.BOUNDED: "It keeps turning without coming round",
+    }
+    return _Finding(kind, f"{begins[kind]}: it follows {words}, {left}.", motion, shaped=True)
+
+
+def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> _Finding:
+    if motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    # Of motion that does not spread, not the largest lag: in a short tail, one of so many is far above the others.
+    spreads = motion.spreading >= settings.spreading
+    size = times if spreads else statistics.median(motion.displacement) / motion.rounding
+    if size <= settings.floor_factor * (1.0 if motion.filling >= settings.filling else _IN_FEW_DIRECTIONS):
+        reason = (
+            f"It hovers: its motion of {motion.level:.2g} of its norm has no shape and is {times:.2g} times what one "
+            "rounding does."
+        )
+        return _Finding(Kind.AT_FLOOR, reason, motion)
+    if spreads:
+        reason = (
+            f"It wanders: its squared displacement still grows {motion.spreading:.2g}-fold from short lags to long "
+            "ones, in no direction of its own."
+        )
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
+    reason = (
+        f"It keeps moving by {motion.level:.2g} of its norm, {times:.2g} times what one rounding does, in no shape."
+    )
+    return _Finding(Kind.BOUNDED, reason, motion, settled=False)
+
+
+def _floor(finding: _Finding) -> float:
+    """The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at
+    least that of one rounding."""
+    motion = finding.motion
+    if finding.kind == Kind.AT_FLOOR:
+        return max(motion.displacement[0], motion.rounding)
+    return max(motion.noise, motion.rounding) if finding.shaped else motion.rounding
+
+
+def _verdict(finding: _Finding) -> Verdict:
+    motion, shape = finding.motion, finding.motion.shape
+    orbits, slides = finding.kind == Kind.ORBIT, finding.kind == Kind.SLIDER
+    described = shape is not None and finding.shaped and finding.kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.DIVERGING)
+    nan = float("nan")
+    return Verdict(
+        kind=finding.kind,
+        reason=finding.reason,
+        method="displacement",
+        floor=_floor(finding),
+        level=motion.level,
+        period=shape.period if shape is not None and described else nan,
+        amplitude=motion.amplitude if orbits else nan,
+        speed=motion.speed if slides else nan,
+        rate=shape.rate if shape is not None and described and not orbits else nan,
+        p_value=motion.p_value,
+        evidence={
+            "rounding": motion.rounding,
+            "window": float(motion.window),
+            "unexplained": motion.unexplained,
+            "margin": motion.margin,
+            "filling": motion.filling,
+            "spreading": motion.spreading,
+            "shrinking": motion.shrinking,
+            "norm_growth": motion.norm_growth,
+        },
+        displacement=motion.displacement,
+    )

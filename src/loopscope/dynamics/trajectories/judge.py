@@ -1,0 +1,137 @@
+"""Trajectories in, verdicts out. No model is needed, so it judges trajectories that come from anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loopscope.dynamics.trajectories.cosine import cosine_verdicts
+from loopscope.dynamics.trajectories.displacement import displacement_verdicts
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
+from loopscope.dynamics.trajectories.states import (
+    StateDtype,
+    as_states,
+    check_axes,
+    check_dtype,
+    known_dtype,
+    rounding_step,
+    stored_dtype,
+)
+from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.errors import ConfigError
+
+_CHUNK_BYTES = 2**27
+"""Of a trajectory's tails in float64, judged at a time."""
+_FEW = 256
+"""Tokens that are looked through for what is not finite at a time."""
+_OUTGROWN = 10.0
+"""A state that is no longer finite diverged if its norm had grown by this factor before; otherwise something else
+broke."""
+
+
+def judge(
+    states: NDArray[Any] | Tensor | Sequence[Any],
+    dtype: object,
+    method: Method = "displacement",
+    *,
+    settings: DisplacementSettings | CosineSettings | None = None,
+    first_recurrence: int = 0,
+    check_order: bool = True,
+    try_window: bool = True,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Verdict]:
+    """What each token's state tends to.
+
+    `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
+    as the output of the last recurrent layer, one a recurrence. `dtype` is the number type that the *model* ran in,
+    whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding,
+    below which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the
+    index of the first state, if the beginning was cut off. `settings` are those of the method, its defaults unless
+    given. `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that
+    these do not share; it takes most of the same time again. `progress` is told how many tokens were judged since the
+    last time.
+
+    The list has one `Verdict` a token. A token whose states are not all finite is `diverging` if they grew before, else
+    `unknown`. Raises `ConfigError` for an array that is no trajectory: other axes, other numbers, too few recurrences,
+    recurrences along another axis (where that can be seen; `check_order` switches the check off), nothing finite in it.
+    """
+    chosen = settings or method_settings(method)
+    if isinstance(chosen, DisplacementSettings) != (method == "displacement"):
+        raise ConfigError(f"These are settings of another method than {method}: {type(chosen).__name__}.")
+    if first_recurrence < 0:
+        raise ConfigError(f"first_recurrence counts from 0, got {first_recurrence}.")
+    tensor = as_states(states)
+    recurrences = tensor.shape[1]
+    if recurrences < chosen.least_recurrences:
+        raise ConfigError(
+            f"{recurrences} recurrences are too few for a verdict: at least {chosen.least_recurrences} are needed to "
+            "tell motion from noise. Run the loop longer, or put the axes in the order (token, recurrence, width): the "
+            f"array has the shape {tuple(tensor.shape)}."
+        )
+    if check_order:
+        check_axes(tensor)
+    declared = check_dtype(dtype)
+    coarse = max(declared, known_dtype(stored_dtype(tensor), otherwise=declared), key=rounding_step)
+    finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
+    if not bool(finite.any()):
+        raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
+    verdicts: list[Verdict | None] = [None] * len(tensor)
+    whole = finite.all(-1)
+    for token in (~whole).nonzero()[:, 0].tolist():
+        verdicts[token] = _not_finite(tensor[token], finite[token], method)
+        progress(1)
+    for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
+        for token, verdict in zip(
+            rows.tolist(), _judge(tensor[rows], coarse, chosen, first_recurrence, try_window), strict=True
+        ):
+            verdicts[token] = verdict
+        progress(len(rows))
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _judge(
+    states: Tensor,
+    dtype: StateDtype,
+    settings: DisplacementSettings | CosineSettings,
+    first_recurrence: int,
+    try_window: bool,
+) -> list[Verdict]:
+    zero = (states == 0).all(-1).all(-1)
+    if isinstance(settings, CosineSettings):
+        found = cosine_verdicts(states, dtype, settings)
+    else:
+        found = displacement_verdicts(states, dtype, settings, first_recurrence, try_window=try_window)
+    return [
+        dataclasses.replace(
+            verdict, kind=Kind.UNKNOWN, reason="Every number is 0: this may be padding, or nothing ran."
+        )
+        if empty
+        else verdict
+        for verdict, empty in zip(found, zero.tolist(), strict=True)
+    ]
+
+
+def _chunks(rows: Tensor, recurrences: int, width: int) -> Iterator[Tensor]:
+    # Tails and Gram matrices of as many recurrences as states.
+    each = 8 * recurrences * (width + recurrences)
+    yield from rows.split(max(1, _CHUNK_BYTES // each)) if len(rows) else ()
+
+
+def _not_finite(states: Tensor, finite: Tensor, method: str) -> Verdict:
+    until = int((~finite).nonzero()[0, 0])
+    grown = float("nan")
+    if until >= 2:
+        norms = torch.linalg.vector_norm(states[:until].double(), dim=-1)
+        grown = float(norms[-1] / norms[0].clamp_min(1e-300))
+    overflowed = bool(states[until].isinf().any()) and until > 0
+    if grown >= _OUTGROWN or overflowed:
+        told = f" after its norm had grown {grown:.3g}-fold" if grown >= _OUTGROWN else ""
+        reason = f"It is no longer finite in recurrence {until + 1}{told}."
+        return Verdict(kind=Kind.DIVERGING, reason=reason, method=method, evidence={"norm_growth": grown})
+    reason = f"It holds NaN in recurrence {until + 1}, without having grown before."
+    return Verdict(kind=Kind.UNKNOWN, reason=reason, method=method, evidence={"norm_growth": grown})

@@ -1,0 +1,217 @@
+"""What is measured of each token's motion within its tail, before anything is decided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.dynamics.trajectories.limits import Shape
+from loopscope.dynamics.trajectories.selection import BestShape, best_shapes
+from loopscope.dynamics.trajectories.settings import DisplacementSettings
+from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.tail import Tails, decompose
+from loopscope.dynamics.verdicts import Kind
+
+_SHIFTS = 24
+_STEADY = 8.0
+"""Standard errors by which the slope of the logarithm of the steps must differ from 0, in each half of the tail by half
+as much."""
+
+_SLOWING_MISFIT = 0.05
+"""Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
+
+
+def slowing_power(
+    steps: Float[Tensor, "token step"], times: Float[Tensor, " time"]
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    """The power a of `|step| = c (t + s)^-a`, fitted to the logarithms, and the root mean square misfit.
+
+    Steps with a <= 1 add up to no limit. Those of an approach at any constant rate are fitted by large s and large a.
+    """
+    logs = steps.clamp_min(1e-300).log()
+    logs = logs - logs.mean(-1, keepdim=True)
+    since = times[1:] - times[0]
+    first = float(times[0])
+    shifts = torch.logspace(math.log10(max(0.5, 0.02 * first)), math.log10(first + 20.0 * len(times)), _SHIFTS)
+    base = (since[None] + shifts.double()[:, None]).log()
+    base = base - base.mean(-1, keepdim=True)
+    square = base.square().sum(-1)
+    slope = logs @ base.mT / square
+    rest = (logs.square().sum(-1, keepdim=True) - slope.square() * square).clamp_min(0.0)
+    best = rest.argmin(-1, keepdim=True)
+    misfit = (rest.gather(-1, best)[:, 0] / logs.shape[-1]).sqrt()
+    return -slope.gather(-1, best)[:, 0], misfit
+
+
+def steady_trend(steps: Float[Tensor, "token step"]) -> Float[Tensor, " token"]:
+    """Factor by which steps change over the window if they do so steadily, else 1.
+
+    Steadily: the slope of their logarithm is far from 0 for what the scatter allows, its correlation from step to step
+    counted, and both halves show it.
+    """
+    logs = steps.clamp_min(1e-300).log()
+    half = logs.shape[-1] // 2
+    slope, error = _slope(logs)
+    early, late = _slope(logs[:, :half]), _slope(logs[:, half:])
+    steady = slope.abs() >= _STEADY * error
+    for part, uncertain in (early, late):
+        steady &= (part.sign() == slope.sign()) & (part.abs() >= _STEADY / 2 * uncertain)
+        steady &= part.abs() >= slope.abs() / 3
+    return torch.where(steady, (slope * logs.shape[-1]).exp(), 1.0)
+
+
+def _slope(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope on time, and its standard error with the residuals' correlation taken into account."""
+    count = logs.shape[-1]
+    time = torch.arange(count, dtype=logs.dtype)
+    time = time - time.mean()
+    slope = logs @ time / (time @ time)
+    rest = logs - logs.mean(-1, keepdim=True) - slope[:, None] * time
+    variance = rest.square().sum(-1) / max(1, count - 2)
+    neighbours = (rest[:, 1:] * rest[:, :-1]).sum(-1) / rest.square().sum(-1).clamp_min(1e-300)
+    correlation = neighbours.clamp(0.0, 0.99)
+    return slope, (variance / (time @ time) * (1 + correlation) / (1 - correlation)).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Motion:
+    """Lengths are relative to the state's norm."""
+
+    window: int
+    last_recurrence: int
+    """Of the tail, counted from 1."""
+    rounding: float
+    """Step that one rounding makes."""
+    level: float
+    """Root mean square displacement at the lag where it is largest."""
+    later_level: float
+    """The same within the later half of the tail."""
+    noise: float
+    """Step that what the best shape leaves would make, were it noise."""
+    shape: Shape | None
+    """The best one; None where the motion is too small to look for one."""
+    unexplained: float
+    """Share of the variance that it leaves."""
+    amplitude: float
+    """Root mean square distance to the centre of what it explains."""
+    p_value: float
+    margin: float
+    """Logarithm of how much likelier it is than the best shape that tends to something else."""
+    rival: Kind | None
+    """What that one tends to."""
+    filling: float
+    """Directions that the motion takes, over those of white noise."""
+    residual_filling: float
+    """The same of what the shape leaves."""
+    spreading: float
+    """Mean squared displacement at lags about W/2 over that at lags about W/16."""
+    shrinking: float
+    """Step in the first third of the tail over that in the last third."""
+    shrinking_late: float
+    """The same within the later half."""
+    late_step: float
+    norm_growth: float
+    evenness: float
+    """Of what comes round: step in the first whole periods of the tail over that in the last as many; 1 of other
+    motion."""
+    speed: float
+    """Length of the way from the first quarter of the tail to the last, per recurrence."""
+    slowing: float
+    """The power a of steps that shrink like (t + s)^-a; NaN where noise hides it or they do not follow one."""
+    trend: float
+    """Factor by which the steps change over the tail, if they do so steadily; 1 otherwise."""
+    ballistic: float
+    """Exponent of the mean squared displacement between lags W/4 and W/2: 2 for a drift, 1 for a random walk."""
+    displacement: tuple[float, ...]
+    """Root mean square, by lag."""
+
+
+def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
+    """One motion a token. Shapes are fitted where it moves by more than rounding."""
+    rounding = rounding_step(dtype)
+    displacement = tails.displacement()
+    level = displacement.amax(-1).sqrt()
+    moving = (level > settings.rounding_factor * rounding).nonzero()[:, 0]
+    best: dict[int, BestShape] = {}
+    if len(moving):
+        parts = decompose(tails.last(tails.window, moving))
+        best = dict(zip(moving.tolist(), best_shapes(parts, rounding, settings), strict=True))
+    energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
+    numbers = {
+        "level": level,
+        "later_level": tails.displacement(tails.window - tails.window // 2).amax(-1).sqrt(),
+        "energy": energies.clamp_min(0.0),
+        "spreading": _spreading(displacement, tails.window),
+        "ballistic": _ballistic(displacement, tails.window),
+        "norm_growth": tails.norm_growth,
+        **_step_numbers(tails),
+    }
+    rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
+    curves = displacement.sqrt().tolist()
+    return [
+        _motion(tails, rounding, best.get(token), dict(zip(numbers, row, strict=True)), curves[token])
+        for token, row in enumerate(rows)
+    ]
+
+
+def _motion(
+    tails: Tails, rounding: float, its: BestShape | None, numbers: dict[str, float], curve: list[float]
+) -> Motion:
+    energy = numbers.pop("energy")
+    left, columns = (energy, 0.0) if its is None else (its.left, its.columns)
+    return Motion(
+        window=tails.window,
+        last_recurrence=int(tails.times[-1]),
+        rounding=rounding,
+        noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
+        shape=None if its is None else its.shape,
+        unexplained=left / energy if energy > 0 else 1.0,
+        amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
+        p_value=1.0 if its is None else its.p_value,
+        margin=0.0 if its is None else its.margin,
+        rival=None if its is None else its.rival,
+        filling=0.0 if its is None else its.directions / tails.white_directions,
+        residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
+        evenness=1.0 if its is None else its.evenness,
+        speed=0.0 if its is None else its.speed,
+        displacement=tuple(curve),
+        **numbers,
+    )
+
+
+def _step_numbers(tails: Tails) -> dict[str, Tensor]:
+    """What the lengths of the steps say."""
+    slowing, misfit = slowing_power(tails.steps, tails.times)
+    square = tails.steps.square()
+    third, sixth = max(1, (tails.window - 1) // 3), max(2, (tails.window - 1) // 6)
+    early, late = _root_mean(square[:, :third]), _root_mean(square[:, -third:])
+    middle, latest = _root_mean(square[:, -3 * sixth : -2 * sixth]), _root_mean(square[:, -sixth:])
+    return {
+        "shrinking": early / late.clamp_min(1e-300),
+        "shrinking_late": middle / latest.clamp_min(1e-300),
+        "late_step": latest,
+        "slowing": torch.where(misfit <= _SLOWING_MISFIT, slowing, math.nan),
+        "trend": steady_trend(tails.steps),
+    }
+
+
+def _root_mean(square: Tensor) -> Tensor:
+    mean: Tensor = square.mean(-1)
+    return mean.sqrt()
+
+
+def _spreading(displacement: Tensor, window: int) -> Tensor:
+    """Of means over lags, since motion that comes round has deep minima."""
+    short = displacement[:, : max(1, window // 8)].mean(-1)
+    long = displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
+    return long / short.clamp_min(1e-300)
+
+
+def _ballistic(displacement: Tensor, window: int) -> Tensor:
+    quarter, half = max(1, window // 4), max(2, window // 2)
+    ratio = displacement[:, half - 1] / displacement[:, quarter - 1].clamp_min(1e-300)
+    return ratio.clamp_min(1e-300).log() / math.log(half / quarter)

@@ -1,0 +1,204 @@
+"""Which shape each motion has: the likeliest of all that were fitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.dynamics.trajectories.curves import SINGLE_MODES, fit_curves, fit_modes
+from loopscope.dynamics.trajectories.fitting import Fit, fit_shapes, residuals, significance
+from loopscope.dynamics.trajectories.limits import Shape, closed_period, limit_of, separate
+from loopscope.dynamics.trajectories.settings import DisplacementSettings
+from loopscope.dynamics.trajectories.tail import Components
+from loopscope.dynamics.verdicts import Kind
+
+_DEAR = {
+    "arc": 2.0,
+    "logarithmic arc": 2.0,
+    "drift after transient": 2.0,
+    "2 rotations": 3.0,
+    "3 rotations": 3.0,
+}
+"""By how much less these must leave than simpler shapes. What rounding makes of a slow motion is not white, and they
+would explain some of that; and rotations would take the place of the harmonics of an orbit."""
+
+_SIMPLE = (*SINGLE_MODES, "power", "logarithm", "arc", "orbit 1")
+_IN_PART = 0.7
+"""Share that the best single mode leaves at most where several modes are looked for."""
+_SHRINKS = 1.3
+"""And factor by which the squares of their steps fall from the first third of the tail to the last."""
+_SLIP, _MOST_SLIP = 0.001, 0.05
+"""Radians over the window by which turns may miss a common period: where there is no noise, and at most."""
+_SLIP_IN_NOISE = 20.0
+"""The same in the noise's root mean square over that of the motion and the root of the number of recurrences: the
+error of the turn of a rotation of half the size, three times over."""
+_UNRESOLVED = 0.5
+"""Of the number type's rounding: what is left below this decides between no shapes."""
+_EXACT = 1e-13
+"""Of the energy: likewise, since the components of a motion in float64 are no better."""
+
+
+@dataclass(frozen=True, slots=True)
+class BestShape:
+    """The likeliest shape of one motion, and what it leaves."""
+
+    shape: Shape
+    left: float
+    """Sum of squares that it leaves."""
+    columns: float
+    """How many coefficients it has in each direction."""
+    p_value: float
+    margin: float
+    """Logarithm of how much likelier it is than the best shape that tends to something else."""
+    rival: Kind
+    """What that one tends to."""
+    directions: float
+    """How many the motion takes."""
+    directions_left: float
+    """How many what is left takes."""
+    speed: float
+    """Length of the way from the first quarter of the tail to the last, per recurrence."""
+    evenness: float
+    """Of what comes round: step in the first whole periods of the tail over that in the last as many; else 1."""
+
+
+def best_shapes(parts: Components, rounding: float, settings: DisplacementSettings) -> list[BestShape]:
+    """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else."""
+    fits, cost, directions = _compared(parts, rounding, settings)
+    p_values = torch.stack([significance(fit, parts) for fit in fits])
+    speeds, steps = _speeds(parts).tolist(), _squared_steps(parts)
+    found = []
+    for row, (best, *others) in enumerate(cost.argsort(0).T.tolist()):
+        shape = _shape(fits[best], row, parts, settings)
+        kind = limit_of(shape, settings)
+        rival, rival_kind = math.inf, kind
+        for other in others:
+            rival_kind = limit_of(_shape(fits[other], row, parts, settings), settings)
+            if rival_kind != kind:
+                rival = float(cost[other, row])
+                break
+        found.append(
+            BestShape(
+                shape=shape,
+                left=float(fits[best].left[row]),
+                columns=float(fits[best].columns[row]),
+                p_value=float(p_values[best, row]),
+                margin=(rival - float(cost[best, row])) / 2,
+                rival=rival_kind,
+                directions=float(parts.directions[row]),
+                directions_left=float(directions[row]),
+                speed=speeds[row],
+                evenness=_evenness(steps[row], shape.period) if kind == Kind.ORBIT else 1.0,
+            )
+        )
+    return found
+
+
+def _compared(
+    parts: Components, rounding: float, settings: DisplacementSettings
+) -> tuple[list[Fit], Float[Tensor, "shape token"], Float[Tensor, " token"]]:
+    """All fits, their costs, and how many directions the one of least cost leaves. Dear shapes are fitted where cheaper
+    ones do not explain a motion."""
+    unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
+    everywhere = torch.ones_like(parts.energy)
+    fits = fit_shapes(parts, settings.least_periods, unresolved)
+    first = _costs(fits, parts, unresolved, everywhere).argmin(0)
+    mixed = _may_be_modes(fits, first, parts, rounding, settings)
+    if len(mixed):
+        fits += fit_modes(parts, mixed, fits, math.log(settings.growth))
+        first = _costs(fits, parts, unresolved, everywhere).argmin(0)
+    # What the first choice leaves says how many recurrences count as independent.
+    rest = residuals(fits, first, parts, unresolved)
+    cost = _costs(fits, parts, unresolved, rest.independent)
+    small, step = _left_over(fits, parts, settings)
+    best = cost.argmin(0)
+    # Of what is explained as exactly as can be seen, nothing more is to be told.
+    exact = torch.stack([fit.left for fit in fits]).gather(0, best[None])[0] <= unresolved
+    # A cycle of many points may be a curve that nearly closes after several rounds.
+    told = small.gather(0, best[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[best]
+    untold = ~told & ~exact & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
+    if bool(untold.any()):
+        usual = len(fits)
+        fits += fit_curves(parts, untold.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
+        cost = _costs(fits, parts, unresolved, rest.independent)
+        small, step = _left_over(fits, parts, settings)
+        closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
+        closed = closed & (small | (step <= settings.rounding_factor * rounding))
+        # The closed curve that leaves least of a motion is better than a likelier shape that does not explain it; and
+        # one of so many harmonics has to explain it.
+        cost = torch.where(untold & closed.any(0), torch.where(closed, step.clamp_min(1e-300).log(), math.inf), cost)
+        cost[usual:][~closed[usual:]] = math.inf
+        best = cost.argmin(0)
+    left = residuals(fits, best, parts, unresolved).directions
+    return fits, cost, torch.where(best == first, rest.directions, left)
+
+
+def _may_be_modes(
+    fits: list[Fit], first: Tensor, parts: Components, rounding: float, settings: DisplacementSettings
+) -> Tensor:
+    """Motions that shrink and that one mode explains in part, but that nothing simple explains."""
+    left = torch.stack([fit.left for fit in fits]).gather(0, first[None])[0]
+    simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
+    simple = simple & ((2 * left / parts.window).sqrt() <= settings.rounding_factor * rounding)
+    one = torch.stack([fit.left for fit in fits if fit.name in SINGLE_MODES]).amin(0)
+    steps = _squared_steps(parts)
+    third = steps.shape[-1] // 3
+    shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
+    return (shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
+
+
+def _speeds(parts: Components) -> Tensor:
+    quarter = max(1, parts.window // 4)
+    way = parts.scores[:, -quarter:].mean(1) - parts.scores[:, :quarter].mean(1)
+    length: Tensor = torch.linalg.vector_norm(way, dim=-1)
+    return length / (parts.window - quarter)
+
+
+def _squared_steps(parts: Components) -> Tensor:
+    squares = parts.gram.diagonal(dim1=-2, dim2=-1)
+    return squares[:, 1:] + squares[:, :-1] - 2 * parts.gram.diagonal(1, dim1=-2, dim2=-1)
+
+
+def _evenness(steps: Tensor, period: float) -> float:
+    """Steps over whole periods have the same length wherever they begin."""
+    if not 2 * period <= len(steps):
+        return 1.0
+    count = round(int(len(steps) / (2 * period)) * period)
+    return math.sqrt(float(steps[:count].sum()) / max(float(steps[-count:].sum()), 1e-300))
+
+
+def _left_over(fits: list[Fit], parts: Components, settings: DisplacementSettings) -> tuple[Tensor, Tensor]:
+    """(shape, token): whether nearly nothing is left, and the step of noise of the size of what is left."""
+    left, columns = torch.stack([fit.left for fit in fits]), torch.stack([fit.columns for fit in fits])
+    step = (2 * left / (parts.window - 1 - columns).clamp_min(1.0)).sqrt()
+    return left <= settings.unexplained_structure * parts.energy, step
+
+
+def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings) -> Shape:
+    """Rotations that have a common period are a closed curve."""
+    numbers = tuple(fit.numbers[row].tolist())
+    left, energy = float(fit.left[row]), float(parts.energy[row])
+    if fit.name.endswith("rotations") and left <= settings.unexplained_noise * energy:
+        slip = min(_MOST_SLIP, _SLIP + _SLIP_IN_NOISE * math.sqrt(left / max(energy, 1e-300) / parts.window))
+        period = closed_period(numbers, parts.window, settings.least_periods, slip)
+        if period is not None:
+            return Shape("closed curve", (period,), parts.window)
+    return Shape(fit.name, numbers, parts.window)
+
+
+def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
+    """(shape, token): the Bayesian information criterion for noise in as many directions as the noise takes, in each of
+    which every column has a coefficient: twice the negative log likelihood, and the price of the coefficients."""
+    left = torch.stack([torch.maximum(fit.left * _DEAR.get(fit.name, 1.0), unresolved) for fit in fits])
+    for place, fit in enumerate(fits):
+        if fit.name.endswith("rotations"):
+            left[place][~separate(fit.numbers, parts.window)] = math.inf
+    columns = torch.stack([fit.columns for fit in fits])
+    # A whole period is one of a few, and costs less than a number.
+    numbers = torch.tensor([[0.0 if fit.family is None else fit.numbers.shape[-1]] for fit in fits], dtype=left.dtype)
+    entries = (parts.window * independent * parts.noise_directions).clamp_min(2.0)
+    return entries * left.log() + (columns * parts.noise_directions + numbers) * entries.log()

@@ -1,0 +1,187 @@
+"""The tail of a trajectory, reduced to what a verdict needs: its Gram matrix, and what follows from that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COMPONENTS = 16
+"""Principal components of the motion that shapes are fitted to: twice what a curve of four harmonics needs. What the
+others hold counts as unexplained, but for cycles, which are fitted to the whole Gram matrix."""
+
+_SMALLEST_TAIL = 24
+"""Recurrences: half of a short trajectory would be too few to see a period in."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tails:
+    """Tails of several tokens' trajectories; lengths are in units of each token's median norm within its tail."""
+
+    times: Float[Tensor, " time"]
+    """Recurrences, counted from 1."""
+    products: Float[Tensor, "token time time"]
+    """Inner products of the differences to the last state: what is left of a motion that shrinks keeps its digits."""
+    steps: Float[Tensor, "token step"]
+    """Lengths of the single steps."""
+    norms: Float[Tensor, "token time"]
+    """Of the states."""
+    norm_growth: Float[Tensor, " token"]
+    """Norm of the last state over that of the state at half the time since the loop began."""
+    width: int
+
+    @property
+    def window(self) -> int:
+        return len(self.times)
+
+    @property
+    def white_directions(self) -> float:
+        """Directions that white noise would seem to take within so short a window."""
+        return 1 / (1 / (self.window - 1) + 1 / self.width)
+
+    def displacement(self, window: int | None = None) -> Float[Tensor, "token lag"]:
+        """Mean squared displacement at lags 1, 2, ..., within the last `window` recurrences (all, unless given)."""
+        first = 0 if window is None else self.window - window
+        return mean_squared_displacement(self.products[:, first:, first:])
+
+    def gram(self) -> Float[Tensor, "token time time"]:
+        """Inner products of the states, their mean taken out."""
+        rows = self.products.mean(-1, keepdim=True)
+        return self.products - rows - rows.mT + rows.mean(-2, keepdim=True)
+
+    def last(self, window: int, rows: Int[Tensor, " row"]) -> Tails:
+        """The last so many recurrences of some tokens, in units of their median norm there."""
+        norms = self.norms[rows, -window:]
+        scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+        return Tails(
+            times=self.times[-window:],
+            products=self.products[rows, -window:, -window:] / scale[..., None].square(),
+            steps=self.steps[rows, 1 - window :] / scale,
+            norms=norms / scale,
+            norm_growth=self.norm_growth[rows],
+            width=self.width,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Components:
+    """Principal components of some tokens' motion."""
+
+    times: Float[Tensor, " time"]
+    gram: Float[Tensor, "token time time"]
+    energy: Float[Tensor, " token"]
+    scores: Float[Tensor, "token time component"]
+    """Of the leading components."""
+    directions: Float[Tensor, " token"]
+    """How many directions the motion takes: participation ratio of the components."""
+    noise_directions: Float[Tensor, " token"]
+    """How many the noise takes: the same of what the leading components leave, the window's own limit taken out."""
+    rest_energy: Float[Tensor, " token"]
+    """Sum of squares of the components beyond the leading ones."""
+    rest_square: Float[Tensor, " token"]
+    """Sum of their fourth powers."""
+
+    @property
+    def window(self) -> int:
+        return len(self.times)
+
+    def take(self, rows: Int[Tensor, " row"]) -> Components:
+        """Of some tokens."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _OF_TOKENS})
+
+
+_OF_TOKENS = tuple(field.name for field in fields(Components) if field.name != "times")
+
+
+def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
+    """Recurrences in the tail: the second half of the time since the loop began, at least 24 where so many are given,
+    and at most `window`."""
+    half = (first_recurrence + recurrences) // 2
+    return min(window, recurrences, max(half, _SMALLEST_TAIL))
+
+
+def take_tails(states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 0) -> Tails:
+    """Reduce the last `window` recurrences of finite trajectories, in float64.
+
+    `first_recurrence` is the index of the first state given, counted from 0: drifts that slow down are told by the time
+    since the loop began.
+    """
+    recurrences, width = states.shape[1:]
+    # Neither squares of tiny numbers nor those of huge ones are numbers.
+    largest = states.abs().amax((1, 2)).double().clamp_min(1e-300)[:, None, None]
+    tail = states[:, -window:].double() / largest
+    start = first_recurrence + recurrences - window + 1
+    times = torch.arange(start, start + window, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(tail, dim=-1)
+    half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double() / largest[:, 0]
+    norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
+    scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+    # Differences before squares: the motion may be a millionth of the norm.
+    moved = (tail - tail[:, -1:]) / scale[..., None]
+    return Tails(
+        times=times,
+        products=moved @ moved.mT,
+        steps=torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1),
+        norms=norms / scale,
+        norm_growth=norm_growth,
+        width=width,
+    )
+
+
+def decompose(tails: Tails) -> Components:
+    """Principal components of each token's motion."""
+    gram = tails.gram()
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0.0)
+    kept = min(COMPONENTS, tails.window)
+    rest = values[..., :-kept]
+    return Components(
+        times=tails.times,
+        gram=gram,
+        energy=values.sum(-1),
+        scores=vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None],
+        directions=_participation(values),
+        noise_directions=_noise_directions(rest, tails.width),
+        rest_energy=rest.sum(-1),
+        rest_square=rest.square().sum(-1),
+    )
+
+
+def _participation(values: Tensor) -> Tensor:
+    return values.sum(-1).square() / values.square().sum(-1).clamp_min(1e-300)
+
+
+def _noise_directions(rest: Tensor, width: int) -> Tensor:
+    """White noise in D directions, seen n times, has a participation ratio of 1 / (1/D + 1/n)."""
+    seen = rest.shape[-1]
+    if seen < 3:
+        return torch.ones(rest.shape[0], dtype=rest.dtype)
+    apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
+    return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
+
+
+def tail_paths(
+    states: Float[Tensor, "token recurrence width"], first_recurrence: int = 0, window: int = 256
+) -> Float[Tensor, "token time 2"]:
+    """The way through the tail in the plane of each token's own two leading principal components, relative to the norm.
+
+    For drawings: signs are such that the way starts to the right and above.
+    """
+    length = tail_length(states.shape[1], window, first_recurrence)
+    tails = take_tails(states, length, first_recurrence)
+    scores = decompose(tails).scores[..., -2:].flip(-1)
+    return scores * torch.where(scores[:, :1] < 0, -1.0, 1.0)
+
+
+def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[Tensor, "token lag"]:
+    """`M(lag) = mean over t of ||x[t + lag] - x[t]||^2`, for lags from 1 to three quarters of the window.
+
+    From the Gram matrix; beyond, the mean would be over a few pairs only.
+    """
+    window = gram.shape[-1]
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    distances = (squares[:, :, None] + squares[:, None, :] - 2 * gram).clamp_min(0.0)
+    lags = range(1, max(2, 3 * window // 4 + 1))
+    return torch.stack([distances.diagonal(lag, dim1=-2, dim2=-1).mean(-1) for lag in lags], dim=-1)

@@ -1,0 +1,129 @@
+"""What a verdict is: a class, the sentence that says why, and the numbers behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from loopscope._util.files import write_atomically
+
+
+class Kind(StrEnum):
+    """What a token's state tends to. The values are what a reader sees."""
+
+    FIXED_POINT = "fixed point"
+    """It approaches one point, or rests there: what is left of its motion is no more than rounding makes."""
+    AT_FLOOR = "at floor"
+    """It hovers about one point, and the motion that is left looks like amplified rounding. Nothing finer can be
+    seen."""
+    ORBIT = "orbit"
+    """It returns to the same states, period after period."""
+    SLIDER = "slider"
+    """It moves on in one direction, in steps that do not add up to a limit."""
+    BOUNDED = "bounded"
+    """It keeps moving within bounds, far above the floor, and does not repeat itself."""
+    DIVERGING = "diverging"
+    """Its norm, or its distance to where it was, grows faster and faster, or it is no longer finite."""
+    UNKNOWN = "unknown"
+    """The trajectory does not tell. The reason says what is missing."""
+
+
+KINDS = tuple(Kind)
+"""In the order in which they are listed, coloured and numbered in a study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one token's state tends to, with its evidence. Lengths are relative to the state's norm."""
+
+    kind: Kind
+    reason: str
+    """One sentence that gives the deciding numbers."""
+    method: str
+    """`displacement` or `cosine`."""
+    floor: float = math.nan
+    """Estimated noise floor: the relative step between two states that differ by nothing but noise."""
+    level: float = math.nan
+    """Root mean square displacement within the window, the largest over the lags: how far it still moves."""
+    period: float = math.nan
+    """Of an orbit, or of a damped rotation, in recurrences."""
+    amplitude: float = math.nan
+    """Of an orbit: root mean square distance to its centre."""
+    speed: float = math.nan
+    """Of a slider: mean step per recurrence along its way, within the window."""
+    rate: float = math.nan
+    """Factor by which the distance to the limit shrinks, or that to the start grows, per recurrence; 1 neither."""
+    p_value: float = math.nan
+    """That noise alone would look as structured as this, corrected for how many shapes were tried."""
+    unstable: tuple[str, ...] = ()
+    """What changes the verdict: `window`, `horizon`, `seed`."""
+    evidence: dict[str, float] = field(default_factory=dict)
+    """Further numbers, by name."""
+    displacement: tuple[float, ...] = ()
+    """Root mean square displacement at lags 1, 2, ..."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: NaN becomes null."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+_VERDICTS = "verdicts.jsonl"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedTrajectory:
+    """One token of one file."""
+
+    file: str
+    array: str
+    """Name within the file; empty for a .npy file."""
+    token: int
+    recurrences: int
+    verdict: Verdict
+    path: tuple[tuple[float, float], ...] = ()
+    """Its way through the tail in the plane of its two leading principal components, relative to the norm; kept for
+    some."""
+
+    @property
+    def label(self) -> str:
+        inside = f" {self.array}" if self.array else ""
+        return f"{Path(self.file).name}{inside} [{self.token}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedFiles:
+    """All tokens of some files, and how they were judged."""
+
+    trajectories: list[JudgedTrajectory]
+    manifest: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Write verdicts.jsonl, a line a token, and manifest.json, each whole or not at all. Raises `StorageError`."""
+        folder = Path(folder)
+        lines = [
+            {
+                "file": each.file,
+                "array": each.array,
+                "token": each.token,
+                "recurrences": each.recurrences,
+                **each.verdict.to_dict(),
+            }
+            for each in self.trajectories
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(folder / _VERDICTS, text.encode())
+        write_atomically(folder / _MANIFEST, (json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,63 @@
+"""Reading the folder of an experiment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from loopscope.errors import ConfigError, StudyError
+from loopscope.experiments.cells import CELLS, MANIFEST, CellResult
+from loopscope.experiments.sweep_cells import SweepResult
+
+ExperimentKind = Literal["architectures", "phase", "training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a folder holds."""
+
+    folder: Path
+    kind: ExperimentKind
+    cells: tuple[CellResult, ...] = ()
+    """Of random models, for the first two kinds."""
+    trained: tuple[SweepResult, ...] = ()
+    """For the last one."""
+    finished: bool = True
+    """False where cells of the grid are missing. Before a command first came to its end, all cells that are there are
+    taken."""
+
+
+def load_experiment(folder: str | Path) -> Experiment:
+    """Read the results of a `loopscope experiment` command: the cells of the grid that was asked for last.
+
+    Raises `StudyError` for a folder that holds none, or damaged files.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise StudyError(
+            f"{folder} is not an experiment (it has no {MANIFEST}); give the --out folder of `loopscope experiment`."
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kind = manifest["kind"]
+        names = manifest.get("cells")
+        if kind not in get_args(ExperimentKind):
+            raise ValueError(f"an experiment named {kind!r} is not known")
+        paths = sorted((folder / CELLS).glob("*.json")) if names is None else [_path(folder, name) for name in names]
+        entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found: dict[str, Any] = (
+            {"trained": tuple(SweepResult.from_dict(entry) for entry in entries)}
+            if kind == "training"
+            else {"cells": tuple(CellResult.from_dict(entry) for entry in entries)}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise StudyError(f"The experiment in {folder} is damaged ({error}); run it again.") from None
+    if not entries:
+        raise StudyError(f"The experiment in {folder} has no finished cell yet; wait for it, or run it again.")
+    return Experiment(folder=folder, kind=cast(ExperimentKind, kind), finished=bool(manifest.get("finished")), **found)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / CELLS / f"{Path(name).name}.json"

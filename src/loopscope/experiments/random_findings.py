@@ -1,0 +1,270 @@
+"""The study at random initialisation of arXiv 2604.11791, Figure 6: which norms and injections make fixed points."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from loopscope.answers.answer import Answer, Outcome
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult, InjectionName, NormName, by_design
+
+PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
+    ("pre", "linear"): CellOutcome.FIXED_POINT,
+    ("residual", "linear"): CellOutcome.FIXED_POINT,
+    ("ouro", "linear"): CellOutcome.NONE,
+    ("pre", "none"): CellOutcome.DEGENERATE,
+    ("residual", "none"): CellOutcome.NONE,
+    ("ouro", "none"): CellOutcome.NONE,
+}
+"""The six outcomes of Figure 6."""
+
+_NEEDED = 2 / 3
+"""Share of a design's cells, over depths and seeds, that have to agree with the paper: most of three seeds."""
+
+SCALES = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
+"""Standard deviations of the weights: the usual 0.02, 1/16 as of PyTorch's linear layers of width 256, and around."""
+
+
+def architecture_grid(
+    *,
+    norms: Sequence[NormName] = ("pre", "residual", "ouro", "olmo2"),
+    injections: Sequence[InjectionName] = ("none", "linear", "add"),
+    depths: Sequence[int] = (4, 12, 16),
+    seeds: int = 3,
+    **options: Any,
+) -> list[Cell]:
+    """All combinations; `options` are further fields of `Cell`."""
+    return [
+        Cell(norm=norm, injection=injection, depth=depth, seed=seed, **options)
+        for norm in norms
+        for injection in injections
+        for depth in depths
+        for seed in range(seeds)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """One of the paper's outcomes, and what the cells of that design show."""
+
+    norm: NormName
+    injection: InjectionName
+    paper: CellOutcome
+    found: dict[str, int]
+    """Cells by their outcome."""
+    reproduced: bool | None
+    """None where no cell has this design."""
+
+
+def reproduction(results: Sequence[CellResult]) -> list[Reproduction]:
+    """Design by design of the paper, in its order."""
+    rows = []
+    for (norm, injection), paper in PAPER.items():
+        outcomes = Counter(
+            str(result.outcome) for result in results if (result.cell.norm, result.cell.injection) == (norm, injection)
+        )
+        total = sum(outcomes.values())
+        rows.append(
+            Reproduction(
+                norm=norm,
+                injection=injection,
+                paper=paper,
+                found=dict(outcomes.most_common()),
+                reproduced=outcomes[str(paper)] >= _NEEDED * total if total else None,
+            )
+        )
+    return rows
+
+
+def phase_grid(
+    *,
+    norms: Sequence[NormName] = ("pre", "residual", "ouro", "olmo2"),
+    injections: Sequence[InjectionName] = ("none", "linear", "add"),
+    scales: Sequence[float] = SCALES,
+    injection_scales: Sequence[float] = (1.0,),
+    seeds: int = 2,
+    **options: Any,
+) -> list[Cell]:
+    """All combinations, judged token by token; `options` are further fields of `Cell`."""
+    fields = {"depth": 4, "judged": True} | options
+    return [
+        Cell(norm=norm, injection=injection, std=std, injection_scale=scale, seed=seed, **fields)
+        for norm in norms
+        for injection in injections
+        for scale in (injection_scales if injection != "none" else (1.0,))
+        for std in scales
+        for seed in range(seeds)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """Of one design, over the scale of its weights."""
+
+    norm: NormName
+    injection: InjectionName
+    injection_scale: float
+    scales: tuple[float, ...]
+    radius: tuple[float | None, ...]
+    """Largest predicted rate, median over seeds; None where no fixed point is known."""
+    settles: tuple[float, ...]
+    """Share of the tokens that reach a fixed point, or hover at the floor."""
+    tends: tuple[str, ...]
+    """The commonest verdict."""
+    predicted: float | None
+    """Scale at which the radius crosses 1, between two scales by its logarithm; None where it does not."""
+    observed: float | None
+    """Scale at which half of the tokens no longer settle, likewise."""
+
+
+def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
+    """Design by design."""
+    found = []
+    for (norm, injection, scale), group in by_design(
+        results, lambda cell: (cell.norm, cell.injection, cell.injection_scale)
+    ):
+        columns = sorted(by_design(group, lambda cell: cell.std), key=lambda column: float(column[0]))
+        scales = tuple(float(std) for std, _ in columns)
+        radius = tuple(_median([each.radius for each in cells]) for _, cells in columns)
+        settles = tuple(_settled(cells) for _, cells in columns)
+        found.append(
+            Boundary(
+                norm=norm,
+                injection=injection,
+                injection_scale=scale,
+                scales=scales,
+                radius=radius,
+                settles=settles,
+                tends=tuple(_commonest(cells) for _, cells in columns),
+                predicted=_crossing(scales, [None if value is None else value - 1 for value in radius]),
+                observed=_crossing(scales, [0.5 - share for share in settles]),
+            )
+        )
+    return found
+
+
+def _crossing(scales: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """The first scale at which the values go from below 0 to above, linear in the logarithm of the scale."""
+    known = [(math.log(scale), value) for scale, value in zip(scales, values, strict=True) if value is not None]
+    for (left, before), (right, after) in itertools.pairwise(known):
+        if before < 0 <= after:
+            return math.exp(left + (right - left) * before / (before - after))
+    return None
+
+
+def _settled(cells: Sequence[CellResult]) -> float:
+    total = sum(sum(cell.verdicts.values()) for cell in cells)
+    settled = sum(cell.verdicts.get("fixed point", 0) + cell.verdicts.get("at floor", 0) for cell in cells)
+    return settled / total if total else 0.0
+
+
+def _commonest(cells: Sequence[CellResult]) -> str:
+    counts: dict[str, int] = {}
+    for cell in cells:
+        for kind, count in cell.verdicts.items():
+            counts[kind] = counts.get(kind, 0) + count
+    return max(counts, key=lambda kind: counts[kind]) if counts else "unknown"
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def architecture_answers(results: Sequence[CellResult]) -> list[Answer]:
+    """Were the paper's outcomes reproduced, and what makes a fixed point?"""
+    rows = reproduction(results)
+    run = [row for row in rows if row.reproduced is not None]
+    yes = sum(row.reproduced is True for row in run)
+    failed = [f"{row.norm} with injection {row.injection}" for row in run if not row.reproduced]
+    outcome = Outcome.NOT_APPLICABLE if not run else Outcome.YES if yes == len(rows) else Outcome.PARTLY
+    sentence = f"{yes} of the {len(rows)} outcomes of arXiv 2604.11791, Figure 6, were found again"
+    sentence += f"; not those of {', '.join(failed)}." if failed else "."
+    if len(run) < len(rows):
+        sentence += f" {len(rows) - len(run)} of them were not run."
+    found = [
+        Answer(
+            key="reproduction",
+            question="Are the paper's outcomes reproduced?",
+            outcome=outcome,
+            verdict=f"{yes} of {len(rows)}",
+            sentence=sentence,
+            evidence={
+                f"{row.norm}, {row.injection} (paper: {row.paper})": ", ".join(
+                    f"{count} {name}" for name, count in row.found.items()
+                )
+                or "not run"
+                for row in rows
+            },
+            figure="architectures-table",
+        )
+    ]
+    gaps = [
+        abs(each.radius_median - each.observed_rate)
+        for each in results
+        if each.outcome == "fixed point" and each.radius_median is not None and each.observed_rate is not None
+    ]
+    if gaps:
+        found.append(
+            Answer(
+                key="rates",
+                question="Do eigenvalues tell how fast a random model settles?",
+                outcome=Outcome.YES if median(gaps) < 0.05 else Outcome.PARTLY,
+                verdict=f"to within {median(gaps):.3f}",
+                sentence=f"In {len(gaps)} models that settle and show a rate, the one predicted by eigenvalues and the "
+                f"one observed differ by {median(gaps):.3f} (median), at most {max(gaps):.3f}.",
+                evidence={"median difference": median(gaps), "largest difference": max(gaps)},
+            )
+        )
+    return found
+
+
+def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
+    """Do eigenvalues say where stability is lost as weights grow?"""
+    found = boundaries(results)
+    both = [each for each in found if each.predicted is not None and each.observed is not None]
+    never = [f"{each.norm}, {each.injection}" for each in found if max(each.settles) < 0.5]
+    if not both:
+        sentence = "In no design were both the scale at which the predicted rate crosses 1 and the one at which tokens "
+        sentence += "stop settling within the scales that were run."
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
+    else:
+        pairs = [
+            f"{each.norm} with {each.injection} injection: {each.predicted:.3f}, and {each.observed:.3f}"
+            for each in both
+        ]
+        ratios = [max(each.predicted / each.observed, each.observed / each.predicted) for each in both
+                  if each.predicted and each.observed]  # fmt: skip
+        close = max(ratios) < 1.1
+        outcome, verdict = (Outcome.YES, "yes") if close else (Outcome.PARTLY, "roughly")
+        sentence = (
+            "Standard deviation of the weights at which the predicted rate crosses 1, and at which half of the tokens "
+            f"stop settling: {'; '.join(pairs)}."
+        )
+    if never:
+        sentence += f" At no scale do most tokens settle in: {'; '.join(never)}."
+    return [
+        Answer(
+            key="boundary",
+            question="Do eigenvalues say where stability is lost as weights grow?",
+            outcome=outcome,
+            verdict=verdict,
+            sentence=sentence,
+            evidence={
+                f"{each.norm}, {each.injection} x {each.injection_scale:g}": f"predicted {_scale(each.predicted)}, "
+                f"observed {_scale(each.observed)}"
+                for each in found
+            },
+            figure="phase-map",
+            limits=["A crossing is interpolated between two scales by their logarithm."],
+        )
+    ]
+
+
+def _scale(value: float | None) -> str:
+    return "not crossed" if value is None else f"{value:.3f}"

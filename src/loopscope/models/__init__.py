@@ -1,0 +1,1 @@
+"""What is studied: architectures, checkpoints, hooked modules, and what runs them."""

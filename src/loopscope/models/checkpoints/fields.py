@@ -1,0 +1,156 @@
+"""Reading a published config.json field by field, with a clear sentence for what does not fit."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from loopscope.errors import CheckpointError
+
+# fmt: off
+BOOKKEEPING = frozenset({
+    # Where the file comes from, and which code and tokenizer go with it.
+    "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "name_or_path",
+    "_name_or_path", "_commit_hash", "tokenizer_class", "task_specific_params", "finetuning_task",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", "is_llama_config",
+    # Training: initial values, dropout (there is none in evaluation), savings of memory.
+    "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "gradient_checkpointing", "neftune_noise_alpha", "pretraining_tp",
+    # What a call returns, and how the same attention is computed.
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "chunk_size_feed_forward",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
+    "use_flash_attn",
+    # Special tokens and labels of classifiers.
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "prefix", "id2label", "label2id",
+    "num_labels", "problem_type",
+    # Generation, which older files hold here.
+    "max_length", "min_length", "max_new_tokens", "max_sequence_length", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens",
+})
+
+RAVEN_BOOKKEEPING = BOOKKEEPING | {
+    "activation_checkpoint_impl", "architecture_class_name", "effective_expected_depth", "init_orthogonal",
+    "init_strategy", "mean_backprop_depth", "n_layers", "padding_multiple", "sampling_scheme", "test_time_noise_type",
+    "vocab_size",
+}
+"""Of Huginn and its kin. `vocab_size` is the tokenizer's there; the embedding has `padded_vocab_size` rows."""
+# fmt: on
+
+_LEFT_OUT = object()
+
+
+class Fields:
+    """Typed access to the fields of a family's config, which remembers what was read."""
+
+    def __init__(self, config: Mapping[str, Any], family: str, prefix: str = "") -> None:
+        self.config = config
+        self.family = family
+        self.prefix = prefix
+        """Where this object lies in config.json, for messages: `rope_scaling.`, or nothing."""
+        self._read: set[str] = set()
+
+    def require(self, name: str, value: Any) -> None:
+        """Refuse another value of a field, where it is there: it would be another model than the one implemented."""
+        self._read.add(name)
+        found = self.config.get(name, value)
+        if found != value and not (found is None and value is False):
+            raise CheckpointError(
+                f"config.json has {self.prefix}{name} = {reprlib.repr(found)}; loopscope implements {self.family} with "
+                f"{value!r} only, and loading it approximately would give wrong numbers: run the model by its own code "
+                "and watch it with loopscope.hook."
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.config.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number; an error where it is neither there nor has a default."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(name, "a whole number", value)
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.integer(name, default)
+        if value < 1:
+            raise self._wrong(name, "at least 1", value)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; JSON as Python reads it has others."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise self._wrong(name, "a finite number", value)
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false", value)
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string", value)
+        return value
+
+    def mapping(self, name: str) -> Fields:
+        value = self._get(name)
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, "an object", value)
+        return Fields(value, self.family, f"{self.prefix}{name}.")
+
+    def texts(self, name: str) -> list[str]:
+        value = self._get(name)
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self._wrong(name, "a list of strings", value)
+        return value
+
+    def optional_integer(self, name: str, default: int | None = None) -> int | None:
+        """A whole number, or None where the field is null; the default where it is not there."""
+        self._read.add(name)
+        value = self.config.get(name, default)
+        return None if value is None else self.integer(name, default)
+
+    def optional_number(self, name: str) -> float | None:
+        """A number, or None where the field is null or not there."""
+        self._read.add(name)
+        return self.number(name) if self.has(name) else None
+
+    def close(self, harmless: Collection[str] = ()) -> None:
+        """Refuse the first field that is set, was not read, and is not known to be harmless (see `bookkeeping`)."""
+        if self.has("quantization_config") and not self.prefix:
+            raise CheckpointError(
+                "config.json has a quantization_config; weights are read as floating-point numbers only: give the "
+                "checkpoint as it was before it was quantised."
+            )
+        for name, value in self.config.items():
+            unset = value is None or value is False or value in ("", [], {})
+            if not unset and name not in self._read and name not in harmless:
+                raise CheckpointError(
+                    f"config.json sets {self.prefix}{name} = {reprlib.repr(value)}, which loopscope does not know in "
+                    f"a {self.family} model and which may change what it computes; if it does not, take it out of "
+                    "config.json."
+                )
+
+    def _get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        value = self.config.get(name, _LEFT_OUT)
+        value = default if value is _LEFT_OUT else value
+        if value is None:
+            raise CheckpointError(
+                f"config.json lacks the field {self.prefix + name!r}, which a {self.family} checkpoint has."
+            )
+        return value
+
+    def _wrong(self, name: str, expected: str, value: Any) -> CheckpointError:
+        return CheckpointError(f"config.json: {self.prefix}{name} must be {expected}, got {reprlib.repr(value)}.")

@@ -1,0 +1,169 @@
+"""What a checkpoint holds, from its config.json and the headers of its tensors: no weight is read for it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopscope.errors import CheckpointError, ConfigError, UnknownFamilyError
+from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.families import FAMILIES
+from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.store import READABLE, Headers, TensorStore, read_json
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint of a known family in which every tensor is there, is known, and has its shape."""
+
+    family: str
+    architecture: Architecture
+    parts: Mapping[str, Part]
+    """Where each of our parameters lies."""
+    copies: Mapping[str, str]
+    """Tensors that are there and must equal another one."""
+    dtypes: Mapping[str, int]
+    """Bytes of weights in each dtype that they are stored in: `{"bfloat16": 2_800_000_000}`. Copies and buffers that
+    are not read do not count."""
+    config: Mapping[str, Any]
+    files: tuple[str, ...]
+    """Names of the files that hold the tensors."""
+
+
+def read_layout(folder: Path, families: Sequence[Family] = ()) -> Layout:
+    """The layout of a checkpoint folder; `families` are asked before loopscope's own.
+
+    Raises `CheckpointError` for a folder that is no checkpoint, a family that is not known, a setting that is not
+    implemented, or a tensor that is missing, unknown, or of the wrong shape or kind of number.
+    """
+    return find_layout(read_json(folder / "config.json"), TensorStore(folder).headers, str(folder), families)
+
+
+def find_layout(config: Mapping[str, Any], headers: Headers, where: str, families: Sequence[Family] = ()) -> Layout:
+    """The layout of a checkpoint whose config and headers come from anywhere; `where` names it in messages.
+
+    Raises `CheckpointError` as `read_layout` does.
+    """
+    family = _recognise(config, headers, where, (*families, *FAMILIES))
+    try:
+        architecture = family.architecture(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}/config.json: {error}") from None
+    parts = family.parts(architecture, headers.keys())
+    _check_parts(family, architecture, parts)
+    copies = _copies(family, architecture, parts, headers)
+    _check_names(family, architecture, parts, copies, headers, where)
+    _check_shapes(parts, copies, headers)
+    dtypes: Counter[str] = Counter()
+    for name in {part.name for part in parts.values()}:
+        dtypes[headers[name].dtype] += headers[name].nbytes
+    return Layout(
+        family=family.name,
+        architecture=architecture,
+        parts=parts,
+        copies=copies,
+        dtypes=dict(sorted(dtypes.items())),
+        config=config,
+        files=tuple(sorted({header.file for header in headers.values()})),
+    )
+
+
+def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, families: Sequence[Family]) -> Family:
+    """The family that both the config's model_type and the tensors' names belong to."""
+    model_type = config.get("model_type")
+    by_type = [family for family in families if model_type in family.model_types]
+    by_names = [family for family in families if family.recognises(names)]
+    for family in by_type:
+        if family in by_names:
+            return family
+    if by_type and by_names:
+        raise CheckpointError(
+            f"The config.json of {where} says model_type {model_type!r}, but its tensors are named as those of "
+            f"{' or '.join(family.name for family in by_names)}; one of the two belongs to another model."
+        )
+    if len(by_type) == 1:
+        return by_type[0]  # the names that do not fit are told one by one
+    raise UnknownFamilyError(
+        f"{where} is of no known family, by its model_type {model_type!r} and the names of its "
+        f"tensors; known families are {', '.join(family.name for family in families)}."
+    )
+
+
+def _copies(
+    family: Family, architecture: Architecture, parts: Mapping[str, Part], names: Collection[str]
+) -> dict[str, str]:
+    head = family.tied_head
+    if head is None or not architecture.tied_embeddings or head not in names:
+        return {}
+    return {head: parts["embedding.weight"].name}
+
+
+def _check_parts(family: Family, architecture: Architecture, parts: Mapping[str, Part]) -> None:
+    """A family has to give every parameter as many values as it has, and to leave no row of a tensor unread."""
+    ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, shape in parameter_shapes(architecture).items():
+        if name not in parts:
+            raise CheckpointError(f"The family {family.name} says of no tensor that it holds the parameter {name!r}.")
+        part = parts[name]
+        start, stop = part.rows
+        ranges[part.name].append((start, stop))
+        if (stop - start) * math.prod(part.shape[1:]) != math.prod(shape):
+            raise CheckpointError(
+                f"The family {family.name} takes rows {start} to {stop} of {part.name!r}, of shape {part.shape}, for "
+                f"the parameter {name!r} of shape {shape}."
+            )
+    for part in parts.values():
+        read = 0
+        for start, stop in sorted(ranges[part.name]):
+            read = max(read, stop) if start <= read else read
+        if read != part.shape[0]:
+            raise CheckpointError(
+                f"The family {family.name} says of no parameter that it lies in row {read} of {part.name!r}, of shape "
+                f"{part.shape}."
+            )
+
+
+def _check_names(
+    family: Family,
+    architecture: Architecture,
+    parts: Mapping[str, Part],
+    copies: Collection[str],
+    headers: Headers,
+    where: str,
+) -> None:
+    wanted = {part.name for part in parts.values()}
+    missing = sorted(wanted - headers.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {_count(missing, 'tensor')} that a {family.name} model of layout {architecture.layout} "
+            f"has, first {missing[0]!r}."
+        )
+    unknown = sorted(name for name in headers.keys() - wanted - set(copies) if not family.unused.fullmatch(name))
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds {_count(unknown, 'tensor')} that a {family.name} model of layout {architecture.layout} "
+            f"does not have, first {unknown[0]!r} (in {headers[unknown[0]].file}); it is another model than its "
+            "config says."
+        )
+
+
+def _count(names: list[str], noun: str) -> str:
+    return f"1 {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
+
+
+def _check_shapes(parts: Mapping[str, Part], copies: Mapping[str, str], headers: Headers) -> None:
+    wanted = {part.name: part.shape for part in parts.values()}
+    wanted |= {copy: wanted[original] for copy, original in copies.items()}
+    for name, shape in wanted.items():
+        header = headers[name]
+        if header.shape != shape:
+            raise CheckpointError(f"{name!r} in {header.file} has shape {header.shape}; config.json asks for {shape}.")
+        if header.code not in READABLE:
+            raise CheckpointError(
+                f"{name!r} in {header.file} is stored as {header.dtype}; weights are read as floating-point numbers "
+                "only: give the checkpoint as it was before it was quantised."
+            )

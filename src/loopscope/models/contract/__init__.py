@@ -1,0 +1,1 @@
+"""The contract of a subject, as a check that anyone can run."""

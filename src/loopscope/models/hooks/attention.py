@@ -1,0 +1,125 @@
+"""Seeing attention from outside: the calls that compute it, as they pass by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from loopscope._util.shapes import TokenMask
+from loopscope.models.visits import AttentionView, MapAttention, QueryKeyAttention
+
+_WATCHED = frozenset(
+    {
+        functional.scaled_dot_product_attention,
+        functional.multi_head_attention_forward,
+        functional.softmax,
+        torch.softmax,
+        Tensor.softmax,
+    }
+)
+
+
+class AttentionWatch(TorchFunctionMode):
+    """In force while a layer runs: keeps what its attention was computed from.
+
+    `scaled_dot_product_attention` and `nn.MultiheadAttention` are told by name; a softmax over (batch, head, query,
+    key) with as many queries and keys as there are tokens is one's own attention. What a compiled kernel does inside is
+    not seen.
+    """
+
+    def __init__(self, batch: int, tokens: int, mask: TokenMask | None, *, copies: bool = False) -> None:
+        """`copies` for a model that overwrites what its attention was computed from, such as a buffer of keys."""
+        super().__init__()
+        self._shape = (batch, tokens)
+        self._mask = mask
+        self._copies = copies
+        self._calls: list[AttentionView | None] = []
+        self._masks: tuple[Tensor, int, Tensor] | None = None
+
+    def collect(self) -> tuple[AttentionView | None, int]:
+        """The attention of the layer that ran, None unless exactly one call was understood; and how many calls."""
+        calls, self._calls = self._calls, []
+        return (calls[0] if len(calls) == 1 else None), len(calls)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Every operation of the layer comes by, so the others must be let through at once.
+        if func in _WATCHED:
+            self._record(func, result, args, kwargs)
+        return result
+
+    def _record(self, func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is functional.scaled_dot_product_attention:
+            self._calls.append(self._scaled_dot_product(*args, **kwargs))
+        elif func is functional.multi_head_attention_forward:
+            self._calls.append(self._multi_head(func, args, kwargs))
+        elif self._is_map(result, *args[1:2], **kwargs):
+            self._calls.append(MapAttention(self._kept(result), self._mask))
+
+    def _multi_head(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AttentionView | None:
+        """`nn.MultiheadAttention` computes in here, out of sight, but hands out the maps when it is asked to."""
+        _, maps = func(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))
+        return MapAttention(maps.detach(), self._mask) if self._is_map(maps, -1) else None
+
+    def _is_map(self, result: Tensor, dim: int | None = None, **others: Any) -> bool:
+        batch, tokens = self._shape
+        over_keys = result.ndim == 4 and dim in (-1, 3)
+        return over_keys and result.shape[0] == batch and result.shape[2:] == (tokens, tokens)
+
+    def _scaled_dot_product(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> AttentionView | None:
+        """None for a call that is not of (batch, head, token, head_dim), or looks at other keys than the tokens."""
+        if query.ndim != 4 or key.ndim != 4:
+            return None
+        batch, tokens = self._shape
+        if tokens == 1 and key.shape[2] == 1 and query.shape[2] > 1:
+            # One token: query heads that share a key head may stand in the place of queries.
+            query = query.flatten(1, 2).unsqueeze(2)
+            attn_mask = None
+        if query.shape[0] != batch or query.shape[2] != tokens or key.shape[2] != tokens:
+            return None
+        return QueryKeyAttention(
+            self._kept(query),
+            self._kept(key),
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            self._mask,
+            causal=is_causal,
+            added=None if attn_mask is None else self._added(attn_mask),
+        )
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if self._copies else tensor.detach()
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """A mask as what is added to the scores. The layers of a model share it, so the last one made is kept."""
+        if mask.dtype != torch.bool:
+            return self._kept(mask)[(None,) * (4 - mask.ndim)]
+        # Torch counts the changes of a tensor, but not of one that was made in inference mode.
+        version = -1 if mask.is_inference() else mask._version
+        if self._masks is None or self._masks[0] is not mask or self._masks[1] != version or version < 0:
+            added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+            self._masks = (mask, version, added[(None,) * (4 - mask.ndim)])
+        return self._masks[2]

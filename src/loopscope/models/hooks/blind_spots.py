@@ -1,0 +1,72 @@
+"""What cannot be seen of a model from outside, in sentences for its user."""
+
+from __future__ import annotations
+
+from loopscope.models.hooks.layout import Layout
+from loopscope.models.hooks.probe import Facts
+
+OF_ALL_MODELS = ("Norms: where they stand within a layer.",)
+OF_ALL_LOOPS = (
+    "Path independence: the model makes its initial state itself, so the loop cannot be begun from another.",
+    "Noise floor: the rounding error of a recurrence would need the model's arithmetic in another dtype.",
+    "Exit gates: what makes a model answer some tokens from an earlier recurrence.",
+)
+
+
+def blind_spots(layout: Layout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
+    """One sentence for each thing."""
+    found = list(OF_ALL_MODELS)
+    if layout.recurrent:
+        found += _of_the_loop(facts, settable)
+    found += _of_attention(layout, facts)
+    if facts.random:
+        found.append(
+            "Random states: they are drawn for a whole batch at once, so numbers depend on what is in a batch."
+        )
+    if not takes_mask:
+        found.append(
+            "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes nothing."
+            if facts.causal
+            else "Padding: the model takes no attention_mask and is not causal, so a batch needs prompts of one length."
+        )
+    elif facts.padding is not None:
+        found.append(f"Padding: when a prompt is padded, {facts.padding}, so a batch needs prompts of one length.")
+    return found
+
+
+def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
+    found = []
+    if facts.carries is False:
+        found.append(
+            "Injection and initial state: the first recurrent layer receives something else than the loop state, and "
+            "what was added to it cannot be told apart."
+        )
+    elif facts.prompt_enters:
+        found.append("Injection: the prompt enters within the loop, in a way that cannot be told from outside.")
+    elif facts.carries is None:
+        found.append(
+            "Injection and initial state: only one recurrence can be run, so it is not known what the next would get."
+        )
+    if not settable:
+        found.append(
+            f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
+            "so there is no horizon."
+        )
+    if facts.foresees:
+        found.append(
+            "Convergence: the loop knows how often it will run, so that runs of different numbers of recurrences are "
+            "different computations, and none stands in for another's fixed point."
+        )
+    return [*found, *OF_ALL_LOOPS]
+
+
+def _of_attention(layout: Layout, facts: Facts) -> list[str]:
+    found = []
+    for (stage, layer), calls in facts.unseen.items():
+        path = layout.stage(stage)[layer].path
+        reason = "no attention that is understood was" if calls == 0 else f"{calls} attentions were"
+        found.append(f"Attention of {stage}.{layer} ({path}): {reason} computed in it, where one was expected.")
+    layers = len(layout.prelude) + len(layout.recurrent) + len(layout.coda)
+    if facts.heads is None and len(facts.unseen) < layers:
+        found.append("Heads: the layers have different numbers of them, so that they are not compared head by head.")
+    return found

@@ -1,0 +1,123 @@
+"""How a module is called, and where its logits are in what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopscope._util.shapes import Logits, TokenIds
+from loopscope.errors import ConfigError
+from loopscope.models.subject import Batch
+
+Forward = Callable[..., Tensor]
+"""`forward(model, input_ids, mask, **extra) -> logits`; the mask is True for tokens, (batch, token)."""
+
+
+def outputs_of(output: Any) -> Sequence[Any]:
+    """What a layer returns, one after the other: a tensor, a tuple, a mapping or a dataclass."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return output if isinstance(output, tuple | list) else (output,)
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """A layer's arguments in the order of its parameters, in whatever order a caller names them."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except ValueError:  # a scripted module has none to be read
+        names = []
+    known = [kwargs[name] for name in names if name in kwargs]
+    return [*args, *known, *(value for name, value in kwargs.items() if name not in names)]
+
+
+def with_other(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another tensor in the first place where the old one is."""
+    for index, value in enumerate(args):
+        if value is old:
+            return (*args[:index], new, *args[index + 1 :]), kwargs
+    name = next(name for name, value in kwargs.items() if value is old)
+    return args, kwargs | {name: new}
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a model of the transformers package, which is not imported to find out."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+class ModelCall:
+    """Calls a model on a batch.
+
+    Token ids come first. `attention_mask` is given where the model takes one and a prompt is padded, and
+    `use_cache=False` to models of transformers. A `forward` of one's own is given everything, always.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+        self.model = model
+        self._forward = forward
+        self._pretrained = is_pretrained(model)
+        parameters: Mapping[str, inspect.Parameter] = {}
+        if forward is None:
+            parameters = _parameters(model)
+        mask = parameters.get("attention_mask")
+        self.takes_mask = forward is not None or mask is not None
+        """Whether padding can be hidden from the model."""
+        self._needs_mask = mask is not None and mask.default is inspect.Parameter.empty
+        takes_rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        # A wrapper of such a model hands on what it does not know, and shows the model's configuration as its own.
+        has_cache = self._pretrained or hasattr(getattr(model, "config", None), "use_cache")
+        self._takes_use_cache = has_cache and ("use_cache" in parameters or takes_rest)
+
+    def __call__(self, batch: Batch, extra: Mapping[str, Any]) -> Logits:
+        """Raises `ConfigError` for an answer that holds no logits."""
+        if self._forward is not None:
+            answer: Any = self._forward(self.model, batch.input_ids, batch.mask, **extra)
+        else:
+            arguments = dict(extra)
+            if self.takes_mask and (self._needs_mask or not bool(batch.mask.all())):
+                # Models of transformers document ones and zeros, and some add them up.
+                arguments["attention_mask"] = batch.mask.long() if self._pretrained else batch.mask
+            if self._takes_use_cache:
+                arguments["use_cache"] = False
+            answer = self.model(batch.input_ids, **arguments)
+        return _logits(answer, batch.input_ids)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(model.forward).parameters
+    except ValueError:
+        raise ConfigError(
+            f"{type(model).__name__} does not say what its forward takes, as a scripted module does not; give the "
+            "module before it was scripted, or forward=."
+        ) from None
+
+
+def _logits(answer: Any, input_ids: TokenIds) -> Logits:
+    found = answer
+    if isinstance(answer, Mapping) and "logits" in answer:
+        found = answer["logits"]
+    elif hasattr(answer, "logits"):
+        found = answer.logits
+    elif isinstance(answer, tuple | list) and answer:
+        found = answer[0]
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"The model returned a {type(answer).__name__} without logits; give a model with a head, or "
+            "forward=, which returns the logits."
+        )
+    if found.ndim != 3 or found.shape[:2] != input_ids.shape or not found.is_floating_point():
+        raise ConfigError(
+            f"The model returned {found.dtype} of shape {tuple(found.shape)} for {tuple(input_ids.shape)} tokens, "
+            "where logits are (batch, token, vocabulary); give forward=, which returns them."
+        )
+    return found.detach()

@@ -1,0 +1,268 @@
+"""One forward pass of a hooked model: what its layers do, as events, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopscope._util.shapes import Logits, States
+from loopscope.errors import ConfigError
+from loopscope.models.architecture import Stage
+from loopscope.models.hooks.attention import AttentionWatch
+from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of, with_other
+from loopscope.models.hooks.layout import Cursor, Layout, Site
+from loopscope.models.hooks.pausing import Borrowed, CallerState, PausedCall, Pauses, Returned
+from loopscope.models.subject import Batch
+from loopscope.models.visits import LoopState, Visit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """What comes before the loop is done."""
+
+    state: States
+    """Input of the first recurrent layer, (batch, token, width); without a loop, the last layer's output."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Injected:
+    """A recurrence begins."""
+
+    recurrence: int
+    state: States
+    """Input of the first recurrent layer, (batch, token, width)."""
+
+
+Event = Ready | Injected | Visit | LoopState
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass is made of."""
+
+    call: ModelCall
+    layout: Layout
+    batch: Batch
+    recurrences: int | None
+    """None where the model itself knows and nobody else."""
+    extra: Callable[[], Mapping[str, Any]]
+    """More keyword arguments for the call, asked for when it begins."""
+    borrowed: Borrowed
+    blind: frozenset[tuple[Stage, int]]
+    """(stage, layer) of the layers whose attention is not to be trusted."""
+    copies: bool
+    """The model overwrites what it announced: layers' outputs, or what attention was computed from."""
+    width: int | None
+    """Of every state; None where it is not known yet."""
+    begins_with: States | None = None
+    """What the first recurrent layer receives at the first call in place of its own input, (batch, token, width)."""
+    gradients: bool = False
+    """States are announced with the gradients that flow from them, as to `begins_with`."""
+
+
+class HookedForward:
+    """Iterates over the events of a forward pass, which stands still between them; afterwards there are `logits`.
+
+    Where nobody is `listening`, only `Ready` and `LoopState` come.
+    """
+
+    def __init__(self, one: Pass) -> None:
+        self.logits: Logits | None = None
+        self._ear = _Ear()
+        caller = CallerState(one.batch.input_ids.device)
+        worker = _Worker(one, caller, self._ear)
+        self._borrowed = one.borrowed
+        self._call: PausedCall[Event, Logits] = PausedCall(worker.run)
+
+    @property
+    def listening(self) -> bool:
+        return self._ear.listening
+
+    @listening.setter
+    def listening(self, value: bool) -> None:
+        self._ear.listening = value
+
+    @property
+    def attention_calls(self) -> dict[tuple[Stage, int], int]:
+        """Attention computations in the last call of each layer that was listened to."""
+        return self._ear.attention_calls
+
+    @property
+    def drew(self) -> bool:
+        """The forward pass took random numbers, where its `Borrowed` was given a seed."""
+        return self._borrowed.drew
+
+    def next(self) -> Event | None:
+        """Go on until the next event; None at the end. What the model raises is raised here."""
+        if self.logits is not None:
+            return None
+        event = self._call.resume()
+        if isinstance(event, Returned):
+            self.logits = event.value
+            return None
+        return event
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.next()) is not None:
+            yield event
+
+    def close(self) -> None:
+        """End the forward pass where it stands and take everything off the model."""
+        self._call.close()
+
+
+class _Ear:
+    """What the caller lets the running forward pass know, and learns besides its events."""
+
+    def __init__(self) -> None:
+        self.listening = True
+        self.attention_calls: dict[tuple[Stage, int], int] = {}
+
+
+class _Worker:
+    """The side that runs in a thread of its own."""
+
+    def __init__(self, one: Pass, caller: CallerState, ear: _Ear) -> None:
+        self._pass = one
+        self._caller = caller
+        self._ear = ear
+        self._cursor = Cursor(one.layout, one.recurrences)
+        self._site: Site | None = None
+        self._ends = 0
+        """Calls of `loop_end` since the last layer of a recurrence."""
+        mask = None if bool(one.batch.mask.all()) else one.batch.mask
+        batch, tokens = one.batch.input_ids.shape
+        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies)
+        self._watching: ExitStack | None = None
+
+    def run(self, pauses: Pauses[Event]) -> Logits:
+        self._pauses = pauses
+        self._thread = threading.get_ident()
+        with ExitStack() as stack:
+            self._caller.enter(stack)
+            stack.enter_context(torch.set_grad_enabled(self._pass.gradients))
+            # Hooks come and go while nobody else computes, who might be looking through them.
+            stack.callback(self._pass.borrowed.give_back)
+            self._pass.borrowed.take()
+            for module in self._pass.layout.modules:
+                # Other threads run the same modules: another run of the model, or its owner.
+                before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._after).remove)
+            if self._pass.layout.loop_end is not None:
+                end = self._pass.layout.loop_end.module.register_forward_hook(self._after_loop_end)
+                stack.callback(end.remove)
+            stack.callback(self._stop_watching)  # where a layer failed
+            logits = self._pass.call(self._pass.batch, self._pass.extra())
+            self._cursor.finish()
+            self._check_end("after the last recurrence", self._ends > 0)
+            return logits
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A thread that was going through the hooks when this one was taken off calls it without keyword arguments.
+        if threading.get_ident() != self._thread or kwargs is None:
+            return None
+        self._pauses.check()
+        site = self._site = self._cursor.enter(module)
+        changed = None
+        if site.stage == "recurrent" and site.layer == 0:
+            received = self._find(arguments_of(module, args, kwargs), site, "received")
+            if site.recurrence == 0 and self._pass.begins_with is not None:
+                other = self._pass.begins_with.clone()
+                changed = with_other(args, kwargs, received, other)
+                received = other
+            self._begin_recurrence(site, self._announced(received))
+        if self._ear.listening:
+            self._watching = ExitStack()
+            self._watching.enter_context(self._watch)
+        return changed
+
+    def _begin_recurrence(self, site: Site, state: States) -> None:
+        if site.recurrence == 0:
+            self._tell(Ready(state))
+        else:
+            self._check_end(f"between recurrence {site.recurrence - 1} and the next", self._ends == 1)
+        if self._ear.listening:
+            self._tell(Injected(site.recurrence, state))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        site = self._site
+        assert site is not None  # a layer that ends has begun
+        attention = None
+        if self._watching is not None:
+            self._stop_watching()
+            attention, calls = self._watch.collect()
+            self._ear.attention_calls[site.stage, site.layer] = calls
+            if (site.stage, site.layer) in self._pass.blind:
+                attention = None
+        state = self._announced(self._find(outputs_of(output), site, "put out"))
+        if self._ear.listening:
+            self._tell(Visit(site.stage, site.layer, site.recurrence, state, attention))
+        is_last = self._cursor.leave(site)
+        layout = self._pass.layout
+        if is_last:
+            self._ends = 0
+            if layout.loop_end is None:
+                self._tell(LoopState(site.recurrence, state))
+        elif not layout.recurrent and self._cursor.done["prelude"] == len(layout.prelude) and site.stage == "prelude":
+            self._tell(Ready(state))
+
+    def _after_loop_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        done = self._cursor.done
+        if threading.get_ident() != self._thread or not self._cursor.recurrences or done["recurrent"] or done["coda"]:
+            return
+        self._ends += 1
+        if self._ends == 1:
+            site = Site("recurrent", len(self._pass.layout.recurrent) - 1, self._cursor.recurrences - 1)
+            state = self._announced(self._find(outputs_of(output), site, "was followed by"))
+            self._tell(LoopState(site.recurrence, state))
+
+    def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
+        """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
+        batch = tuple(self._pass.batch.input_ids.shape)
+        found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
+        layer = self._pass.layout.stage(site.stage)[site.layer]
+        if found is None or found.shape[:2] != batch:
+            raise ConfigError(
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map "
+                "states to states."
+            )
+        width = self._pass.width
+        if verb != "received" and width is not None and found.shape[2] != width:
+            raise ConfigError(
+                f"{layer.path} ({site.label}) {verb} {tuple(found.shape)} for {batch} tokens, where the model's states "
+                f"have a width of {width}; name modules whose first output is the state."
+            )
+        return found
+
+    def _announced(self, state: Tensor) -> Tensor:
+        seen = state if self._pass.gradients else state.detach()
+        return seen.clone() if self._pass.copies else seen
+
+    def _check_end(self, where: str, held: bool) -> None:
+        end = self._pass.layout.loop_end
+        if end is not None and not held:
+            raise ConfigError(
+                f"loop_end={end.path!r} was called {self._ends} times {where}; name a module that is called once at "
+                "each recurrence's end."
+            )
+
+    def _stop_watching(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.close()
+
+    def _tell(self, event: Event) -> None:
+        self._pass.borrowed.give_back()
+        self._pauses.pause(event)
+        self._pass.borrowed.take()

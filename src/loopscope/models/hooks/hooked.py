@@ -1,0 +1,358 @@
+"""Any torch module as a subject, watched by hooks while its own forward pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loopscope._util.shapes import Logits, States
+from loopscope.errors import ConfigError, LoopscopeError
+from loopscope.models.hooks.blind_spots import blind_spots
+from loopscope.models.hooks.calls import Forward, ModelCall, is_pretrained
+from loopscope.models.hooks.forward import Event, HookedForward, Injected, Pass, Ready
+from loopscope.models.hooks.layout import Layout
+from loopscope.models.hooks.pausing import Borrowed, Setting
+from loopscope.models.hooks.probe import PROBE_TOKENS, Facts, measure_facts
+from loopscope.models.subject import Batch, SubjectInfo, weights_digest
+from loopscope.models.visits import LoopState, Observer, Visit
+from loopscope.prompts.tokenizer import TextTokenizer
+
+SetRecurrences = str | Callable[[nn.Module, int], Mapping[str, Any] | None]
+"""A dotted path of the attribute that holds the number of recurrences, or a function of the model and the number that
+may return more keyword arguments for the forward pass."""
+
+_Stop = TypeVar("_Stop", Ready, LoopState)
+
+
+class HookedSubject:
+    """A torch module as a subject. Made by `loopscope.hook`, which says what the arguments are.
+
+    The module's weights are not touched. While a run computes, the module is in evaluation mode and has hooks; between
+    recurrences it has its own modes back, and when a run ends, however it ends, its hooks are gone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        *,
+        set_recurrences: SetRecurrences | None = None,
+        trained_recurrences: int | None = None,
+        forward: Forward | None = None,
+        name: str | None = None,
+        tokenizer: TextTokenizer | None = None,
+        weights_sha256: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError(
+                f"{type(model).__name__} has weights on the device 'meta', which are not there; load them."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self._call = ModelCall(model, forward)
+        self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
+        self._function = None if isinstance(set_recurrences, str) else set_recurrences
+        self._facts: Facts | None = None
+        self._facts = self._measure(trained_recurrences)
+        self.info = self._info(name or type(model).__name__, weights_sha256, revision)
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def facts(self) -> Facts:
+        """What the probe measured."""
+        assert self._facts is not None  # but while the probe itself runs
+        return self._facts
+
+    @property
+    def blind_spots(self) -> list[str]:
+        """What cannot be seen of this model, in sentences."""
+        return blind_spots(self.layout, self.facts, settable=self.settable, takes_mask=self._call.takes_mask)
+
+    @property
+    def settable(self) -> bool:
+        """Another number of recurrences than the model's own can be asked for."""
+        return self._setting is not None or self._function is not None
+
+    def start(
+        self,
+        batch: Batch,
+        *,
+        recurrences: int,
+        seed: int = 0,
+        initial_state: States | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> HookedRun:
+        """Raises `ConfigError` for a number of recurrences, an initial state or padding that the model cannot have."""
+        facts = self.facts
+        if initial_state is not None:
+            raise ConfigError(f"{self.info.name} is run through hooks, which cannot give it another initial state.")
+        if facts.recurrences is not None and recurrences < 1:
+            raise ConfigError(f"recurrences must be at least 1, got {recurrences}.")
+        if facts.recurrences is not None and recurrences != facts.recurrences and not self.settable:
+            raise ConfigError(
+                f"{self.info.name} runs its own {facts.recurrences} recurrences, and {recurrences} were asked for; "
+                "tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
+            )
+        if not bool(batch.mask.all()):
+            self._check_padding(batch)
+        return HookedRun(self, batch.to(self.device), recurrences if self.info.is_looped else 0, seed, observers)
+
+    def _check_padding(self, batch: Batch) -> None:
+        if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
+            raise ConfigError(
+                f"{self.info.name} is run through hooks and counts positions itself, from the first column on; put "
+                "padding behind the prompts, not before or within them."
+            )
+        if not (self._call.takes_mask or self.facts.causal):
+            raise ConfigError(
+                f"{self.info.name} takes no attention_mask and is not causal, so its tokens would look at padding; run "
+                "prompts of one length together, or pass forward= to loopscope.hook."
+            )
+        if self.facts.padding is not None:
+            raise ConfigError(
+                f"{self.info.name} does not stand padding: when a prompt is padded, {self.facts.padding}; run prompts "
+                "of one length together, or pass forward= to loopscope.hook."
+            )
+
+    def other_initial_state(self, batch: Batch, seed: int) -> None:
+        """None: the model makes its own initial state."""
+
+    def bare_logits(self, batch: Batch, *, recurrences: int, seed: int = 0) -> Logits:
+        """What the module answers, called as a run calls it but with no hook on it, (batch, token, vocabulary)."""
+        batch = batch.to(self.device)
+        borrowed = self._borrowed(recurrences, seed)
+        try:
+            borrowed.take()
+            with torch.no_grad():
+                return self._call(batch, self._extra(recurrences))
+        finally:
+            borrowed.give_back()
+
+    def forward(
+        self,
+        batch: Batch,
+        recurrences: int | None,
+        seed: int = 0,
+        begins_with: States | None = None,
+        gradients: bool = False,
+    ) -> HookedForward:
+        """Begin a forward pass; with None, of the number of recurrences that the model has anyway.
+
+        `begins_with` is given to the first recurrent layer instead of what it would receive. With `gradients`, those
+        of what is announced flow to it.
+        """
+        facts = self._facts
+        return HookedForward(
+            Pass(
+                self._call,
+                self.layout,
+                batch.to(self.device),
+                recurrences,
+                lambda: self._extra(recurrences),
+                self._borrowed(recurrences, seed),
+                blind=frozenset() if facts is None else frozenset(facts.unseen),
+                copies=facts is not None and facts.overwrites,
+                width=None if facts is None else facts.width,
+                begins_with=begins_with,
+                gradients=gradients,
+            )
+        )
+
+    def _borrowed(self, recurrences: int | None, seed: int) -> Borrowed:
+        # A model that draws no random numbers leaves the generators alone, so they need not be saved.
+        draws = self._facts is None or self._facts.draws
+        setting = self._setting if recurrences and self.layout.recurrent else None
+        return Borrowed(self.model, setting=setting, recurrences=recurrences or 0, seed=seed if draws else None)
+
+    def _extra(self, recurrences: int | None) -> Mapping[str, Any]:
+        if self._function is None or not recurrences:
+            return {}
+        return self._function(self.model, recurrences) or {}
+
+    @property
+    def _positions(self) -> int | None:
+        """The longest text, where a configuration like those of transformers says it."""
+        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    def _measure(self, trained: int | None) -> Facts:
+        own = self._setting.get() if self._setting is not None else trained
+        try:
+            facts = measure_facts(
+                self.forward,
+                looped=bool(self.layout.recurrent),
+                own=own,
+                settable=self.settable,
+                takes_mask=self._call.takes_mask,
+                tokens=min(PROBE_TOKENS, self._positions or PROBE_TOKENS),
+            )
+        except LoopscopeError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{type(self.model).__name__} failed when it was tried on a few tokens ({type(error).__name__}: "
+                f"{error}); check that it runs by itself, or pass forward=."
+            ) from error
+        if trained is not None and facts.recurrences != trained:
+            raise ConfigError(
+                f"trained_recurrences={trained}, but the model's own number is {facts.recurrences}; leave it out."
+            )
+        return facts
+
+    def _info(self, name: str, weights_sha256: str | None, revision: str | None) -> SubjectInfo:
+        kind = getattr(self.model.config, "model_type", None) if is_pretrained(self.model) else None
+        facts = self.facts
+        return SubjectInfo(
+            name=name,
+            family=f"{kind or type(self.model).__name__} (hooked)",
+            prelude=len(self.layout.prelude),
+            recurrent=len(self.layout.recurrent),
+            coda=len(self.layout.coda),
+            trained_recurrences=facts.recurrences,
+            injection="none" if facts.prompt_enters is False or not self.layout.recurrent else None,
+            norm_placement=None,
+            loop_norm=None,
+            state_init=None,
+            width=facts.width,
+            heads=facts.heads,
+            vocab_size=facts.vocab_size,
+            max_positions=self._positions,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            dtype=str(facts.dtype).removeprefix("torch."),
+            device=str(self.device),
+            weights_sha256=weights_sha256 or weights_digest(self.model),
+            revision=revision,
+        )
+
+
+class HookedRun:
+    """One forward pass of a hooked module, which stands still between two recurrences.
+
+    What the module answers before the last recurrence is found by another forward pass with that many recurrences and
+    the same seed.
+    """
+
+    def __init__(
+        self, subject: HookedSubject, batch: Batch, recurrences: int, seed: int, observers: Iterable[Observer]
+    ) -> None:
+        self._subject = subject
+        self._batch = batch
+        self._recurrences = recurrences
+        self._seed = seed
+        self._done = 0
+        self._closed = False
+        self._decoded: tuple[Logits, list[Visit]] | None = None
+        self.state: States | None = None
+        self._forward = subject.forward(batch, recurrences, seed)
+        ready = self._run_to(Ready, tuple(observers))
+        if subject.facts.carries or not subject.info.is_looped:
+            self.state = ready.state
+
+    def advance(self, observers: Iterable[Observer] = ()) -> None:
+        self._check_open()
+        if self._done == self._recurrences:
+            raise ConfigError(
+                f"This run was started for {self._recurrences} recurrences, which are done; start one for more."
+            )
+        self._decoded = None
+        self.state = self._run_to(LoopState, tuple(observers)).state
+        self._done += 1
+
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        self._check_open()
+        if state is not None:
+            raise ConfigError(
+                f"{self._subject.info.name} is run through hooks, which cannot give its coda another state to decode; "
+                "start a run of that many recurrences."
+            )
+        observers = tuple(observers)
+        if self._decoded is None:
+            self._decoded = self._decode()
+        logits, coda = self._decoded
+        for visit in coda:
+            for observer in observers:
+                observer.visit(visit)
+        return logits
+
+    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
+        return self.decode(observers)
+
+    def close(self) -> None:
+        self._closed = True
+        self._decoded = None
+        self._forward.close()
+
+    def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
+        """None: the module's arithmetic cannot be done in another dtype from outside."""
+        return None
+
+    def _run_to(self, kind: type[_Stop], observers: tuple[Observer, ...]) -> _Stop:
+        """Go on to the next event of a kind. What fails, here or in an observer, ends the run."""
+        self._forward.listening = bool(observers)
+        try:
+            for event in self._forward:
+                for observer in observers:
+                    _tell(observer, event)
+                if isinstance(event, kind):
+                    return event
+        except BaseException:
+            self.close()
+            raise
+        raise AssertionError("the forward pass checks by itself that no recurrence is missing")
+
+    def _decode(self) -> tuple[Logits, list[Visit]]:
+        """The logits, and the coda's visits, which are kept for who asks again."""
+        if self._done == self._recurrences:
+            try:
+                return _rest(self._forward)
+            except BaseException:
+                self.close()
+                raise
+        if self._done == 0:
+            raise ConfigError(
+                f"{self._subject.info.name} answers after at least one recurrence; call advance before decode."
+            )
+        if self._subject.facts.foresees:
+            raise ConfigError(
+                f"The loop of {self._subject.info.name} depends on how often it will run, so that it has no answer "
+                f"after {self._done} of {self._recurrences} recurrences; start a run of {self._done}."
+            )
+        forward = self._subject.forward(self._batch, self._done, self._seed)
+        forward.listening = False
+        for event in forward:
+            if isinstance(event, LoopState) and event.recurrence == self._done - 1:
+                break
+        return _rest(forward)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("This run was closed; start another.")
+
+
+def _rest(forward: HookedForward) -> tuple[Logits, list[Visit]]:
+    """Run to the end, after the last recurrence."""
+    forward.listening = True
+    coda = [event for event in forward if isinstance(event, Visit)]
+    assert forward.logits is not None  # all its events came
+    return forward.logits, coda
+
+
+def _tell(observer: Observer, event: Event) -> None:
+    match event:
+        case Visit():
+            observer.visit(event)
+        case Injected(recurrence, state):
+            observer.injected(recurrence, state)
+        case LoopState():
+            observer.loop_state(event)
+        case Ready():
+            pass

@@ -1,0 +1,248 @@
+"""Facts about a module that are measured by running it on a few tokens, rather than assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loopscope._util.shapes import States
+from loopscope.errors import ConfigError
+from loopscope.models.architecture import Stage
+from loopscope.models.hooks.forward import HookedForward, Injected
+from loopscope.models.subject import Batch
+from loopscope.models.visits import AttentionView, LoopState, MapAttention, QueryKeyAttention, Visit
+
+PROBE_TOKENS = 11
+"""A length that no other size of a model is likely to be taken for."""
+
+_SHORTER = 4
+"""So many tokens less has the second prompt of a padded batch."""
+
+_ROUNDING = 1e-2
+_ROUNDING_IN_HALF = 0.3
+"""Two computations of the same numbers differ by less than this, relative to the largest. Rounding is far below it, but
+for a bfloat16 that a loop enlarges; what another state or padding changes is of the numbers' own size."""
+
+
+@runtime_checkable
+class StartForward(Protocol):
+    """Begins a forward pass."""
+
+    def __call__(
+        self, batch: Batch, recurrences: int | None, seed: int = 0, begins_with: States | None = None
+    ) -> HookedForward:
+        """None recurrences are the model's own number; `begins_with` is given to the first recurrent layer instead of
+        what it would receive."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a few forward passes on a few tokens show."""
+
+    recurrences: int | None
+    """The model's own number; None without a loop."""
+    width: int
+    vocab_size: int
+    dtype: torch.dtype
+    """Of the states."""
+    heads: int | None
+    """Query heads; None where no attention can be seen, or layers have different numbers."""
+    carries: bool | None
+    """The state at a recurrence's end is the next one's input, unchanged. None where only one recurrence can be run."""
+    prompt_enters: bool | None
+    """The prompt enters the loop by more than the initial state. None where the loop does not carry its state
+    unchanged, so that this was not tried."""
+    foresees: bool
+    """The loop knows how often it will run: its first recurrences depend on it."""
+    draws: bool
+    """The forward pass takes random numbers from torch's generators."""
+    random: bool
+    """Another seed gives other logits."""
+    overwrites: bool
+    """A layer's input or output, or what its attention was computed from, is changed in place later on."""
+    causal: bool
+    """What comes later does not change what came before."""
+    padding: str | None
+    """What happens to a prompt that is padded on the right, in words; None where its numbers stay the same, and where
+    states are random or padding cannot be hidden, so that this was not tried."""
+    unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
+    """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
+
+
+def measure_facts(
+    start: StartForward, *, looped: bool, own: int | None, settable: bool, takes_mask: bool, tokens: int
+) -> Facts:
+    """Run the probe with the model's `own` recurrences, unless they are known already, and with another number.
+
+    Raises `ConfigError` for a model that cannot be run on the probe, calls its layers otherwise than announced, does
+    not run as many recurrences as it is told, or gives other numbers when it is run again.
+    """
+    probe = _batch(tokens)
+    records = []
+    if own is None or not (looped and settable):
+        records.append(_Record(start(probe, None)).run())
+        own = len(records[0].carried) if looped else None
+    recurrences = None
+    if looped and settable:
+        recurrences = 3 if own == 2 else 2
+        records.append(_Record(start(probe, recurrences)).run())
+    record = records[-1]
+    again = _Record(start(probe, recurrences)).run()
+    _require_same_again(again, record)
+    draws = any(record.forward.drew for record in records)
+    another = _Record(start(probe, recurrences, 1)).run() if draws else record
+    random = not torch.equal(another.logits, record.logits)
+    changed_batch = _batch(tokens, last=3)
+    changed = _Record(start(changed_batch, recurrences)).run()
+    causal = torch.equal(changed.logits[:, :-1], record.logits[:, :-1])
+    prompt_enters = None
+    if record.carries:
+        # The last token differs from the record's, and the loop begins with the record's state all the same.
+        elsewhere = _Record(start(changed_batch, recurrences, begins_with=record.injected[0])).run()
+        prompt_enters = not elsewhere.same_loop(record)
+    other_loop = record
+    if recurrences is not None:
+        # No more than the model's own number if that can be, which may have an embedding for each of its recurrences.
+        other = recurrences + (1 if own is not None and own > 2 else -1)
+        other_loop = _Record(start(probe, other)).run()
+    alone = _Record(start(_batch(max(1, tokens - _SHORTER)), recurrences)).run()
+    _require_one_width([*record.visits, *alone.visits])
+    can_pad = (takes_mask or causal) and not random
+    attention = {(visit.stage, visit.layer): visit.attention for visit in record.visits}
+    heads = {view.heads for view in attention.values() if view is not None}
+    return Facts(
+        recurrences=own,
+        width=record.visits[0].residual.shape[-1],
+        vocab_size=record.logits.shape[-1],
+        dtype=record.visits[0].residual.dtype,
+        heads=heads.pop() if len(heads) == 1 else None,
+        carries=record.carries,
+        prompt_enters=prompt_enters,
+        foresees=not other_loop.same_loop(record, exactly=again.same_loop(record)),
+        draws=draws,
+        random=random,
+        overwrites=any(record.overwrites for record in records),
+        causal=causal,
+        padding=_effect_of_padding(start, alone, recurrences, tokens) if can_pad else None,
+        unseen={place: record.forward.attention_calls[place] for place, view in attention.items() if view is None},
+    )
+
+
+def _require_same_again(again: _Record, record: _Record) -> None:
+    apart = _apart(again.logits, record.logits)
+    if apart is not None:
+        raise ConfigError(
+            "The model gives other numbers when it is run again on the same tokens with the same seed (logits differ "
+            f"by {apart:.2g} of their size), so that its runs cannot be compared; it must draw random numbers from "
+            "torch's own generators and keep nothing from one call for the next."
+        )
+
+
+def _require_one_width(visits: Sequence[Visit]) -> None:
+    """Of all layers, whatever the number of tokens: a layer may hand out (batch, token, token) before its state."""
+    labels = {visit.residual.shape[-1]: visit.label for visit in reversed(visits)}
+    if len(labels) > 1:
+        found = ", ".join(f"{label} of {width}" for width, label in labels.items())
+        raise ConfigError(
+            f"The layers' first outputs differ in width ({found}); name modules whose first output is the state, which "
+            "has one width in all of them and for every prompt."
+        )
+
+
+def _effect_of_padding(start: StartForward, alone: _Record, recurrences: int | None, tokens: int) -> str | None:
+    """A prompt that is the shorter one of a batch against itself alone."""
+    short = alone.logits.shape[1]
+    ids, whole = _batch(tokens).input_ids, torch.ones(1, tokens, dtype=torch.bool)
+    padded = Batch(torch.cat((ids, ids)), torch.cat((whole, torch.arange(tokens)[None] < short)))
+    try:
+        together = _Record(start(padded, recurrences)).run()
+    except Exception as error:  # its owner may never need padding
+        return f"it fails with {type(error).__name__} ({str(error).partition(chr(10))[0]})"
+    apart = _apart(together.logits[1:, :short], alone.logits)
+    return None if apart is None else f"its logits change by {apart:.2g} of their size"
+
+
+def _apart(got: Tensor, expected: Tensor) -> float | None:
+    """Largest difference relative to the largest magnitude, None for one that rounding explains."""
+    limit = _ROUNDING_IN_HALF if expected.dtype in (torch.float16, torch.bfloat16) else _ROUNDING
+    scale = expected.double().abs().amax()
+    apart = float((got.double() - expected.double()).abs().amax() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+    return apart if apart > limit else None
+
+
+def _batch(tokens: int, last: int | None = None) -> Batch:
+    """Ids that every vocabulary has."""
+    input_ids = torch.arange(tokens)[None] % 3
+    if last is not None:
+        input_ids[:, -1] = last
+    return Batch(input_ids, torch.ones_like(input_ids, dtype=torch.bool))
+
+
+@dataclass
+class _Record:
+    """One forward pass, kept whole."""
+
+    forward: HookedForward
+    visits: list[Visit] = field(default_factory=list)
+    injected: list[Tensor] = field(default_factory=list)
+    """Inputs of the first recurrent layer."""
+    carried: list[Tensor] = field(default_factory=list)
+    versions: list[tuple[Tensor, int | None]] = field(default_factory=list)
+
+    def run(self) -> _Record:
+        try:
+            for event in self.forward:
+                if isinstance(event, Visit):
+                    self.visits.append(event)
+                    for tensor in (event.residual, *_behind(event.attention)):
+                        self._note(tensor)
+                elif isinstance(event, Injected):
+                    self.injected.append(self._kept(event.state))
+                elif isinstance(event, LoopState):
+                    self.carried.append(self._kept(event.state))
+        finally:
+            self.forward.close()
+        return self
+
+    def _kept(self, state: Tensor) -> Tensor:
+        self._note(state)
+        return state.clone()
+
+    def _note(self, tensor: Tensor) -> None:
+        self.versions.append((tensor, None if tensor.is_inference() else tensor._version))
+
+    @property
+    def logits(self) -> Tensor:
+        assert self.forward.logits is not None  # it has ended
+        return self.forward.logits
+
+    @property
+    def overwrites(self) -> bool:
+        """Torch counts the changes of a tensor, but not of one that was made in inference mode."""
+        return any(version is None or state._version != version for state, version in self.versions)
+
+    @property
+    def carries(self) -> bool | None:
+        if len(self.carried) < 2:
+            return None
+        return all(torch.equal(state, begun) for state, begun in zip(self.carried[:-1], self.injected[1:], strict=True))
+
+    def same_loop(self, other: _Record, *, exactly: bool = True) -> bool:
+        """The states are the same as far as both go: bit for bit, or but for rounding."""
+        pairs = zip(self.carried, other.carried, strict=False)
+        return all(torch.equal(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+
+
+def _behind(view: AttentionView | None) -> list[Tensor]:
+    """The model's tensors that a view computes its rows from."""
+    match view:
+        case QueryKeyAttention(query=query, key=key, added=added):
+            return [query, key] if added is None else [query, key, added]
+        case MapAttention(maps=maps):
+            return [maps]
+        case _:
+            return []

@@ -1,0 +1,187 @@
+"""`loopscope.hook`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopscope._util.hub import require
+from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
+from loopscope.models.checkpoints.load import check_memory
+from loopscope.models.checkpoints.store import TensorStore
+from loopscope.models.hooks.calls import Forward, is_pretrained
+from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
+from loopscope.models.hooks.layout import Layers, Layout, find_layers, find_layout, find_module
+from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
+
+
+def load_hooked(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, name: str | None = None, revision: str | None = None
+) -> HookedSubject:
+    """Load a folder with transformers' own modelling code, and hook the model.
+
+    Only safetensors are read, and no code from the folder is run. transformers fills what a checkpoint lacks with
+    random numbers, so its account of the loading is checked: a tensor that is missing, not wanted or of another shape
+    is named in a `CheckpointError`, as is a model that transformers does not know or cannot load. Raises
+    `NonFiniteError` for a weight that is NaN or infinite, `ConfigError` for a model whose layers cannot be told, and
+    `MissingDependencyError` without the extra `transformers`.
+    """
+    transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
+    store = TensorStore(folder)
+    check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
+    model = _load(transformers, folder, dtype).to(device)
+    _check_finite(model, folder)
+    layout, set_recurrences = find_layout(model)
+    return HookedSubject(
+        model.eval().requires_grad_(False),
+        layout,
+        set_recurrences=set_recurrences,
+        name=name or str(folder),
+        tokenizer=load_tokenizer(folder),
+        weights_sha256=store.sha256(),
+        revision=revision,
+    )
+
+
+def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        with _silence(transformers):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # or the error would not say which
+                output_loading_info=True,
+            )
+    except Exception as error:  # anything can go wrong in there, and all of it means the same
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} is of no family that loopscope reads itself, and transformers {transformers.__version__} cannot "
+            f"load it either: {reason}"
+        ) from error
+    _check_report(report, folder)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _check_report(report: dict[str, Any], folder: Path) -> None:
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(f"{name!r} in {folder} has shape {tuple(stored)}; config.json asks for {tuple(wanted)}.")
+    for key, verb, meaning in (
+        ("missing_keys", "lacks", "that the model has"),
+        ("unexpected_keys", "holds", "that the model does not have"),
+    ):
+        names = sorted(report[key])
+        if names:
+            count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+            raise CheckpointError(
+                f"{folder} {verb} {count} {meaning}, first {names[0]!r}; it is another model than its config says."
+            )
+    if report.get("error_msgs"):
+        raise CheckpointError(f"transformers could not load {folder} whole: {report['error_msgs'][0]}")
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"The weight {name!r} in {folder} holds NaN or infinity in {parameter.dtype}; the checkpoint is "
+                "damaged, or needs a wider dtype."
+            )
+
+
+@contextmanager
+def _silence(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars and no reports of the library: what they would say is checked, and said in our words."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def hook(
+    model: nn.Module,
+    *,
+    prelude: Layers | None = None,
+    recurrent: Layers | None = None,
+    coda: Layers | None = None,
+    loop_end: str | nn.Module | None = None,
+    set_recurrences: SetRecurrences | None = None,
+    trained_recurrences: int | None = None,
+    forward: Forward | None = None,
+    name: str | None = None,
+    tokenizer: TextTokenizer | None = None,
+) -> HookedSubject:
+    """Any torch module as a subject, which `capture`, `analyze` and the contract take.
+
+    Each call of a layer is a visit, and visits are counted, so that all R of a recurrent layer are seen. Attention is
+    seen where it is computed by `scaled_dot_product_attention` or as a softmax over (batch, head, query, key).
+
+    **Arguments**
+
+    - `prelude`, `recurrent`, `coda`: the layers before, in and after the loop, as dotted paths (`"model.layers"`) or
+      modules. A list of layers stands for its layers; a sequence gives the order of calls, in which a layer may come
+      more than once. `recurrent` is one recurrence. A feed-forward model's layers are its prelude. Decoders of
+      transformers are laid out by themselves if none of the three is given.
+    - `loop_end`: a module that is called once at the end of each recurrence, after its last layer, and whose output is
+      what the loop carries on; the last layer's output is unless given.
+    - `set_recurrences`: dotted path of the attribute with the number of recurrences (`"config.total_ut_steps"`), which
+      is set for a run and restored; or a function of the model and the number, called when a run begins, that may
+      return keyword arguments for the model's forward. What it changes in the model stays changed. Without it only the
+      model's own number can be run.
+    - `trained_recurrences`: the model's own number, if it cannot be counted in a run with nothing set.
+    - `forward`: `forward(model, input_ids, mask, **keyword_arguments) -> logits` if the model is not called as
+      `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
+    - `name`, `tokenizer`: for results and for prompts that are texts.
+
+    The module is run on a few tokens, about ten times, to measure what would otherwise be assumed: whether the loop
+    carries its state unchanged and the prompt enters by it alone, whether random numbers are drawn, whether anything is
+    overwritten in place, what padding does, how wide it is.
+
+    While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
+    still. Weights are never changed. A model that torch has compiled is run without its compiled code.
+
+    Raises `ConfigError` for paths that lead nowhere, layers that are called in another order than given or not at all,
+    layers whose first output is not the state, a model that fails on the probe, and one that gives other numbers when
+    it is run again.
+    """
+    compiled = getattr(model, "_orig_mod", None)
+    model = compiled if isinstance(compiled, nn.Module) else model
+    given = (prelude, recurrent, coda, loop_end)
+    if is_pretrained(model) and all(entry is None for entry in given):
+        layout, own_path = find_layout(model)
+        set_recurrences = set_recurrences or own_path
+    else:
+        layout = Layout(
+            prelude=find_layers(model, prelude, "prelude"),
+            recurrent=find_layers(model, recurrent, "recurrent"),
+            coda=find_layers(model, coda, "coda"),
+            loop_end=None if loop_end is None else find_module(model, loop_end, "loop_end"),
+        )
+    if not layout.recurrent and (set_recurrences is not None or trained_recurrences is not None):
+        raise ConfigError("set_recurrences and trained_recurrences mean nothing without recurrent layers; name them.")
+    return HookedSubject(
+        model,
+        layout,
+        set_recurrences=set_recurrences,
+        trained_recurrences=trained_recurrences,
+        forward=forward,
+        name=name,
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,1 @@
+"""What a model is and what running it takes, from configuration and headers alone."""

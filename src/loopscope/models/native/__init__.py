@@ -1,0 +1,1 @@
+"""The one native implementation of a looped transformer."""

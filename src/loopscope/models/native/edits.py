@@ -1,0 +1,182 @@
+"""Interventions at work: what one run of the model changes, asked for at the points where it may change something."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopscope._util.shapes import Noise, States, TokenIds, TokenMask
+from loopscope.models.architecture import Stage
+from loopscope.models.interventions.kinds import (
+    Damp,
+    FreezeInjection,
+    Intervention,
+    ReplaceToken,
+    ScaleBranch,
+    StartFrom,
+    StartScaled,
+    StartSeed,
+)
+from loopscope.models.interventions.parsing import check_tokens
+
+_CUT = 3.0
+"""Standard deviations at which the normal distribution is cut, as Huginn's published code does."""
+
+
+def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, std: float, seed: int) -> Noise:
+    """Normal noise, cut at three standard deviations, (batch, token, width), float32 on the CPU.
+
+    Each prompt has a generator of its own, keyed by the seed and the prompt's token ids. So neither batching, padding,
+    order nor sharding changes a prompt's state, on any device and in any dtype. Padding gets zeros.
+    """
+    batch, tokens = input_ids.shape
+    noise = torch.zeros(batch, tokens, width)
+    ids = input_ids.cpu()
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu()
+    for row in range(batch):
+        prompt = ids[row][keep[row]].numpy()
+        noise[row, keep[row]] = torch.from_numpy(_prompt_noise(prompt, width, seed)).float() * std
+    return noise
+
+
+def _prompt_noise(prompt: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """Standard normal values cut at `_CUT`, (token, width), float64, by inversion of the distribution function."""
+    digest = hashlib.sha256(f"{seed}:".encode() + prompt.astype("<i8").tobytes()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    uniform = torch.from_numpy(generator.random((prompt.size, width)))
+    lowest = 0.5 * math.erfc(_CUT / math.sqrt(2))
+    values: np.ndarray = torch.special.ndtri(lowest + (1 - 2 * lowest) * uniform).numpy()
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class BranchScale:
+    """Factors on what a layer's two branches add to the residual stream."""
+
+    attention: float = 1.0
+    mlp: float = 1.0
+
+
+UNCHANGED = BranchScale()
+
+
+class Edits:
+    """No interventions: every answer leaves the computation as it is, bit for bit."""
+
+    def scale(self, stage: Stage, layer: int, recurrence: int) -> BranchScale:
+        """Factors on the branches of one visit."""
+        return UNCHANGED
+
+    def seed(self, seed: int) -> int:
+        """Which seed a random initial state is drawn from."""
+        return seed
+
+    def started(self, state: States, encoded: States) -> States:
+        """The initial state, instead of the model's own."""
+        return state
+
+    def received(self, state: States, recurrence: int) -> States:
+        """The loop state as a recurrence receives it."""
+        return state
+
+    def frozen(self, recurrence: int) -> States | None:
+        """The block's input, where it is that of an earlier recurrence."""
+        return None
+
+    def mixed(self, state: States, recurrence: int) -> None:
+        """The block's input was mixed from state and prelude's output."""
+
+    def carried(self, received: States, state: States) -> States:
+        """What is handed to the next recurrence, of what one received and made of it."""
+        return state
+
+
+class RunEdits(Edits):
+    """The interventions of one run, which may remember something of it.
+
+    Everything is a function of the prompt, the run's seed and the interventions, prompt by prompt, so that neither
+    batching nor padding changes a number.
+    """
+
+    def __init__(
+        self, interventions: Sequence[Intervention], input_ids: TokenIds, mask: TokenMask | None, seed: int
+    ) -> None:
+        self._scales = [each for each in interventions if isinstance(each, ScaleBranch)]
+        self._replacements = [each for each in interventions if isinstance(each, ReplaceToken)]
+        self._start = next((each for each in interventions if isinstance(each, StartFrom | StartScaled)), None)
+        self._seed = next((each.seed for each in interventions if isinstance(each, StartSeed)), None)
+        self._eta = next((each.eta for each in interventions if isinstance(each, Damp)), 1.0)
+        self._freeze_at = next((each.recurrence for each in interventions if isinstance(each, FreezeInjection)), None)
+        self._kept: Tensor | None = None
+        self._input_ids = input_ids
+        self._mask = mask
+        self._run_seed = seed
+        # Places of each prompt's own tokens: padding may stand on either side of them.
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        self._places = [row.nonzero()[:, 0] for row in real]
+        check_tokens(interventions, [len(places) for places in self._places])
+
+    def scale(self, stage: Stage, layer: int, recurrence: int) -> BranchScale:
+        factors = {each.branch: each.factor for each in self._scales if each.acts(stage, layer, recurrence)}
+        return BranchScale(factors.get("attention", 1.0), factors.get("mlp", 1.0)) if factors else UNCHANGED
+
+    def seed(self, seed: int) -> int:
+        return seed if self._seed is None else self._seed
+
+    def started(self, state: States, encoded: States) -> States:
+        match self._start:
+            case None:
+                return state
+            case StartScaled(factor):
+                return state * factor
+            case StartFrom("prelude"):
+                return encoded
+            case StartFrom():
+                return torch.zeros_like(state)
+
+    def received(self, state: States, recurrence: int) -> States:
+        replacements = [each for each in self._replacements if each.recurrence == recurrence]
+        if not replacements:
+            return state
+        changed = state.clone()
+        for each in replacements:
+            noise = self._noise(each, state.shape[-1]) if each.by == "noise" else None
+            for row, places in enumerate(self._places):
+                place = places[each.token]
+                if isinstance(each.by, int):
+                    # Of the states before any replacement, so that two tokens can be exchanged.
+                    changed[row, place] = state[row, places[each.by]]
+                elif noise is None:
+                    changed[row, place] = 0.0
+                else:
+                    changed[row, place] = _as_long_as(state[row, place], noise[row, place.cpu()])
+        return changed
+
+    def frozen(self, recurrence: int) -> States | None:
+        return self._kept if self._freeze_at is not None and recurrence > self._freeze_at else None
+
+    def mixed(self, state: States, recurrence: int) -> None:
+        if recurrence == self._freeze_at:
+            self._kept = state
+
+    def carried(self, received: States, state: States) -> States:
+        return state if self._eta == 1.0 else (1.0 - self._eta) * received + self._eta * state
+
+    def _noise(self, replacement: ReplaceToken, width: int) -> Tensor:
+        """Of another stream than the initial state, whose direction it must not have."""
+        name = f"{self._run_seed}:token:{replacement.token}@{replacement.recurrence}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        return initial_noise(self._input_ids, self._mask, width, std=1.0, seed=seed)
+
+
+def _as_long_as(state: Tensor, noise: Tensor) -> Tensor:
+    """The direction of the noise with the Euclidean norm of the state, (width,)."""
+    direction = noise.to(state.device, torch.float64)
+    length = torch.linalg.vector_norm(state.double()) / torch.linalg.vector_norm(direction)
+    return direction.mul(length).to(state.dtype)

@@ -1,0 +1,104 @@
+"""One transformer layer, with its norms where the architecture puts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loopscope._util.shapes import States
+from loopscope.models.architecture import Activation, Architecture, NormPlacement
+from loopscope.models.native.attention import Attention, AttentionContext, RMSNorm
+from loopscope.models.native.edits import UNCHANGED, BranchScale
+from loopscope.models.visits import AttentionView
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu-tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+class BoundedInjection(nn.Module):
+    """`sigmoid(a) * s + W e` of `[s ; e]`, (..., 2 width) to (..., width).
+
+    Every factor on the state lies between 0 and 1. So with layers whose branches read normed states, each of which adds
+    at most some C, the norm of the state stays below (|W e| + C) / (1 - max sigmoid(a)). That bounds the state; it does
+    not make the whole recurrence a contraction, which its eigenvalues decide.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.decay = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, both: Tensor) -> Tensor:
+        state, encoded = both.split(self.width, dim=-1)
+        mixed: Tensor = torch.sigmoid(self.decay) * state + functional.linear(encoded, self.weight)
+        return mixed
+
+
+# Which of n1 (into attention), n2 (after it), n3 (into the MLP), n4 (after it) exist.
+_NORMS: dict[NormPlacement, tuple[int, ...]] = {
+    "pre": (1, 3),
+    "residual": (1, 2, 3, 4),
+    "branch-in-out": (1, 2, 3, 4),
+    "branch-out": (2, 4),
+}
+
+
+class MLP(nn.Module):
+    """`down(act(gate x) * up x)`, or `down(act(up x))` where it is plain."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, hidden = architecture.width, architecture.mlp_width
+        self.gate = nn.Linear(width, hidden, bias=False) if architecture.mlp == "gated" else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = _ACTIVATIONS[architecture.activation]
+
+    def forward(self, x: States) -> States:
+        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        output: Tensor = self.down(hidden)
+        return output
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
+        super().__init__()
+        self.on_residual = architecture.norm_placement == "residual"
+        self.attention = Attention(architecture, window)
+        self.mlp = MLP(architecture)
+        present = _NORMS[architecture.norm_placement]
+
+        def norm(number: int) -> nn.Module:
+            return RMSNorm(architecture.width, architecture.norm_eps) if number in present else nn.Identity()
+
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = norm(1), norm(2), norm(3), norm(4)
+
+    def forward(
+        self, x: States, context: AttentionContext, scale: BranchScale = UNCHANGED
+    ) -> tuple[States, AttentionView]:
+        branch, view = self.attention(self.norm_1(x), context)
+        x = self._add(x, branch, self.norm_2, scale.attention)
+        return self._add(x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp), view
+
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module, factor: float) -> Tensor:
+        """A factor is on what is added: a norm between the branch and the residual stream would undo it."""
+        added: Tensor = norm(x + _scaled(branch, factor)) if self.on_residual else x + _scaled(norm(branch), factor)
+        return added
+
+
+def _scaled(branch: Tensor, factor: float) -> Tensor:
+    if factor == 1.0:
+        return branch
+    # Not by multiplication: what is taken out may be infinite.
+    return torch.zeros_like(branch) if factor == 0.0 else branch * factor

@@ -1,0 +1,271 @@
+"""The looped transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
+from loopscope.errors import ConfigError
+from loopscope.models.architecture import Architecture, Stage
+from loopscope.models.native.attention import AttentionContext, RMSNorm, rotation_table
+from loopscope.models.native.edits import Edits, initial_noise
+from loopscope.models.native.exit import ExitRule
+from loopscope.models.native.layer import BoundedInjection, Layer
+from loopscope.models.visits import LoopState, Observer, Visit
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A batch of tokens on its way through the model: what stays the same while the state loops."""
+
+    input_ids: TokenIds
+    encoded: States
+    """e, the prelude's output."""
+    context: AttentionContext
+    edits: Edits = field(default_factory=Edits)
+    """What interventions change in the model's computation."""
+
+
+class LoopedTransformer(nn.Module):
+    """Prelude, recurrent block, coda.
+
+    `forward` runs all of it. The stages are also there one by one, `encode`, `initial_state`, `recur`, `decode`, so
+    that a run can be advanced recurrence by recurrence.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        # Not drawn by nn.Embedding: its normal_ on the meta device imports torch's compiler, which takes seconds.
+        weight = torch.empty(architecture.vocab_size, architecture.width).uniform_(-1, 1)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        layers = [Layer(architecture, architecture.window(layer)) for layer in range(architecture.layers)]
+        loop, after = architecture.prelude, architecture.prelude + architecture.recurrent
+        self.prelude = nn.ModuleList(layers[:loop])
+        self.recurrent = nn.ModuleList(layers[loop:after])
+        self.coda = nn.ModuleList(layers[after:])
+        self.injection: nn.Linear | BoundedInjection | None = None
+        if architecture.injection == "linear":
+            self.injection = nn.Linear(2 * architecture.width, architecture.width, bias=False)
+        elif architecture.injection == "bounded":
+            self.injection = BoundedInjection(architecture.width)
+        self.norm = RMSNorm(architecture.width, architecture.norm_eps)
+        self.exit_gate = nn.Linear(architecture.width, 1) if architecture.exit_gate else None
+        self.head: nn.Linear | None = None
+        if not architecture.tied_embeddings:
+            self.head = nn.Linear(architecture.width, architecture.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def initialize(self, seed: int, std: float = 0.02, branch_gain: float = 1.0) -> LoopedTransformer:
+        """Fill every matrix with N(0, std^2), every norm with 1, every bias and decay with 0 (of which a sigmoid is
+        taken); a function of the seed alone.
+
+        Norms on the output of a branch, before it is added to the residual stream, get `branch_gain` instead. With
+        1, the branches of a deep stack drown the token embeddings that they are added to.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim >= 2:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(0.0 if name.endswith(("bias", "decay")) else 1.0)
+            if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
+                for layer in (*self.prelude, *self.recurrent, *self.coda):
+                    for norm in (layer.norm_2, layer.norm_4):
+                        norm.weight.fill_(branch_gain)
+        return self
+
+    def forward(
+        self,
+        input_ids: TokenIds,
+        *,
+        recurrences: int | None = None,
+        initial_state: States | None = None,
+        attention_mask: TokenMask | None = None,
+        seed: int = 0,
+        backprop_last: int | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> Logits:
+        """Logits, (batch, token, vocabulary).
+
+        **Arguments**
+
+        - `recurrences`: how often the block runs; the architecture's number unless given.
+        - `initial_state`: s_0, (batch, token, width); drawn or taken from the embeddings unless given.
+        - `attention_mask`: True for tokens, False for padding, on either side.
+        - `seed`: of the random initial state, if the architecture has one.
+        - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
+        - `observers`: told of every visit.
+
+        With an exit gate each token is answered from the recurrence at which it stops (see `ExitRule`).
+
+        Raises `ConfigError` for a number of recurrences below 1, and for more than one or an initial state where there
+        is no loop.
+        """
+        recurrences = self.architecture.recurrences if recurrences is None else recurrences
+        if recurrences < 1:
+            raise ConfigError(f"recurrences must be at least 1, got {recurrences}.")
+        if recurrences > 1 and not self.architecture.is_looped:
+            raise ConfigError(f"This model has no recurrent layers, so recurrences={recurrences} means nothing.")
+        if initial_state is not None and not self.architecture.is_looped:
+            raise ConfigError("This model has no recurrent layers, so initial_state means nothing.")
+        if backprop_last is not None and backprop_last < 1:
+            raise ConfigError(f"backprop_last must be at least 1, got {backprop_last}.")
+        observers = tuple(observers)
+        sequence = self.encode(input_ids, attention_mask, observers)
+        state = self.initial_state(sequence, seed) if initial_state is None else initial_state
+        exits = ExitRule(self.architecture.exit_threshold) if self.exit_gate is not None else None
+        tracked = recurrences if backprop_last is None else backprop_last
+        with_gradient = torch.is_grad_enabled()
+        if self.architecture.is_looped:
+            for recurrence in range(recurrences):
+                with torch.set_grad_enabled(with_gradient and recurrence >= recurrences - tracked):
+                    state = self.recur(state, sequence, recurrence, observers)
+                    if exits is not None:
+                        exits.after(state, self.gate(state))
+        return self.decode(state if exits is None else exits.answer(state), sequence, observers)
+
+    def encode(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenMask | None = None,
+        observers: Iterable[Observer] = (),
+        edits: Edits | None = None,
+    ) -> Sequence:
+        """Embed the tokens and run the prelude. The edits hold for all that is done with the sequence."""
+        context, edits = self._context(input_ids, attention_mask), edits or Edits()
+        embedded = self.embed(input_ids)
+        encoded = self._stage("prelude", self.prelude, embedded, 0, context, edits, observers)
+        return Sequence(input_ids, encoded, context, edits)
+
+    def embed(self, input_ids: TokenIds) -> States:
+        """Token embeddings times the embedding scale, as the first layer receives them."""
+        embedded: Tensor = self.embedding(input_ids)
+        scale = self.architecture.embedding_scale
+        return embedded if scale == 1.0 else embedded * scale
+
+    def initial_state(self, sequence: Sequence, seed: int) -> States:
+        """s_0 as the architecture says."""
+        return sequence.edits.started(self._own_initial_state(sequence, seed), sequence.encoded)
+
+    def _own_initial_state(self, sequence: Sequence, seed: int) -> States:
+        if self.architecture.state_init == "embeddings":
+            return sequence.encoded
+        noise = initial_noise(
+            sequence.input_ids,
+            sequence.context.mask,
+            self.architecture.width,
+            std=self.architecture.state_std,
+            seed=sequence.edits.seed(seed),
+        )
+        return noise.to(self.device, self.dtype)
+
+    def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
+        """One pass through the recurrent block: injection, layers, the norm at its end if there is one, damping."""
+        observers = tuple(observers)
+        edits = sequence.edits
+        received = edits.received(state, recurrence)
+        state = self._input(received, sequence, recurrence)
+        for observer in observers:
+            observer.injected(recurrence, state)
+        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, edits, observers)
+        if self.architecture.loop_norm == "recurrence":
+            state = self.norm(state)
+        if self.architecture.eta != 1.0:
+            state = (1.0 - self.architecture.eta) * received + self.architecture.eta * state
+        state = edits.carried(received, state)
+        gate = self.gate(state) if self.exit_gate is not None and observers else None
+        for observer in observers:
+            observer.loop_state(LoopState(recurrence, state, gate))
+        return state
+
+    def _input(self, state: States, sequence: Sequence, recurrence: int) -> States:
+        """What the recurrent block receives: the mixed state, or, where the injection is frozen, an earlier one."""
+        frozen = sequence.edits.frozen(recurrence)
+        if frozen is not None:
+            return frozen.to(state.dtype)
+        mixed = self.inject(state, sequence.encoded)
+        sequence.edits.mixed(mixed, recurrence)
+        return mixed
+
+    def gate(self, state: States) -> TokenValues:
+        """The exit gate's answer to a loop state, before the sigmoid, (batch, token)."""
+        if self.exit_gate is None:
+            raise ConfigError("This model has no exit gate.")
+        answer: Tensor = self.exit_gate(state)
+        return answer.squeeze(-1)
+
+    def inject(self, state: States, encoded: States) -> States:
+        """Mix the prelude's output into the state."""
+        if self.injection is not None:
+            mixed: Tensor = self.injection(torch.cat((state, encoded), dim=-1))
+            return mixed
+        return state + encoded if self.architecture.injection == "add" else state
+
+    def decode(self, state: States, sequence: Sequence, observers: Iterable[Observer] = ()) -> Logits:
+        """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
+        if self.architecture.loop_norm == "loop":
+            state = self.norm(state)
+        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.edits, observers)
+        return self.unembed(hidden if self._is_normed else self.norm(hidden))
+
+    def unembed(self, hidden: States) -> Logits:
+        """Logits of normed states."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return functional.linear(hidden, weight)
+
+    @property
+    def _is_normed(self) -> bool:
+        """The head reads the loop state itself where the recurrence already ends with the final norm (Ouro)."""
+        return self.architecture.loop_norm == "recurrence" and self.architecture.coda == 0
+
+    def _stage(
+        self,
+        stage: Stage,
+        layers: nn.ModuleList,
+        state: States,
+        recurrence: int,
+        context: AttentionContext,
+        edits: Edits,
+        observers: Iterable[Observer],
+    ) -> States:
+        for index, layer in enumerate(layers):
+            state, view = layer(state, context, edits.scale(stage, index, recurrence))
+            for observer in observers:
+                observer.visit(Visit(stage, index, recurrence, state, view))
+        return state
+
+    def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+        tokens = input_ids.shape[1]
+        position = torch.arange(tokens, device=input_ids.device)
+        behind = position[:, None] - position
+        window = self.architecture.sliding_window
+        # A window as long as the text hides nothing, and causality alone lets the fast kernels apply.
+        near = None if window is None or window >= tokens else ((behind >= 0) & (behind < window))[None, None]
+        if mask is None or bool(mask.all()):
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), None, None, near)
+        if not bool(mask.any(-1).all()):
+            raise ConfigError("A row of attention_mask has no token; leave empty prompts out of the batch.")
+        if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            # Padding comes last, so no token can look at it.
+            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), mask, None, near)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
+        itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
+        allowed = (((behind >= 0) & mask[:, None, :]) | itself)[:, None]
+        near = allowed if near is None else allowed & (near | itself)
+        return AttentionContext(rotation_table(self.architecture, places, self.dtype), mask, allowed, near)

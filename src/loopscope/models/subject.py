@@ -1,0 +1,198 @@
+"""What can be studied, and one forward pass of it, advanced recurrence by recurrence."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
+from loopscope.errors import ConfigError
+from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
+from loopscope.models.visits import Observer
+from loopscope.prompts.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectInfo:
+    """Facts about a subject, as they are stored with every result."""
+
+    name: str
+    family: str
+    prelude: int
+    recurrent: int
+    coda: int
+    trained_recurrences: int | None
+    """Mean number of recurrences in training; None for a feed-forward model."""
+    injection: Injection | None
+    """None, here and in the next three: it cannot be seen from outside the model."""
+    norm_placement: NormPlacement | None
+    loop_norm: LoopNorm | None
+    state_init: StateInit | None
+    width: int
+    heads: int | None
+    """Query heads; None where no layer's attention can be seen, or layers have different numbers."""
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+    dtype: str
+    device: str
+    weights_sha256: str
+    """Of the checkpoint's files, or of the values in memory for a model that was not loaded."""
+    exit_threshold: float | None = None
+    """Of a model with an exit gate: it answers, token by token, with the first recurrence at which the cumulated
+    probability to stop reaches it."""
+    revision: str | None = None
+    """Commit of the repository on the hub that the checkpoint came from."""
+    eta: float = 1.0
+    """A recurrence hands on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
+    interventions: tuple[str, ...] = ()
+    """What every run changes in the model's computation; see docs/interventions.md."""
+
+    @property
+    def is_looped(self) -> bool:
+        return self.recurrent > 0
+
+    @property
+    def carries_raw_output(self) -> bool:
+        """The loop state is the last recurrent layer's raw output, with no norm and no damping between."""
+        damped = self.eta != 1.0 or any(each.startswith("damp=") for each in self.interventions)
+        return self.loop_norm in ("none", "loop") and not damped
+
+    @property
+    def state_can_be_set(self) -> bool:
+        """A run can be given its initial state; not that of a hooked model."""
+        return self.state_init is not None
+
+    @property
+    def can_start_elsewhere(self) -> bool:
+        """The prompt enters at every recurrence, so another initial state is still the same prompt."""
+        return self.injection in ("linear", "add", "bounded")
+
+    def to_dict(self) -> dict[str, Any]:
+        # A list, as JSON gives it back: what was written is compared with what is to be written.
+        return dataclasses.asdict(self) | {"interventions": list(self.interventions)}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts of different lengths, padded on the right."""
+
+    input_ids: TokenIds
+    mask: TokenMask
+    """True for tokens, False for padding."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> Batch:
+        """Pad lists of token ids; the padding's own id is 0 and never looked at."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        return cls(input_ids, torch.arange(longest) < lengths[:, None])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.mask.to(device))
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens of each prompt, (batch,)."""
+        return self.mask.sum(-1)
+
+
+@runtime_checkable
+class Run(Protocol):
+    """One forward pass in progress, standing between two recurrences."""
+
+    @property
+    def state(self) -> States | None:
+        """The loop state; None before the first recurrence where it cannot be told from the first layer's input."""
+
+    def advance(self, observers: Iterable[Observer] = ()) -> None:
+        """Run one recurrence."""
+
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        """Logits of the state as it stands; the run can go on afterwards.
+
+        `state` is decoded instead, where it is given: a loop state of the same tokens, such as an earlier one of this
+        run. A subject whose state cannot be set (`info.state_can_be_set`) refuses it with a `ConfigError`.
+        """
+
+    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
+        """What the model itself answers after the recurrences so far.
+
+        These are the logits of `decode`, but for a model with an exit gate, which answers each token from the
+        recurrence at which it stops.
+        """
+
+    def close(self) -> None:
+        """Nothing more is asked of this run. Closing twice is fine, and one that is garbage closes itself."""
+
+    def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
+        """Relative error that one recurrence from here makes by rounding, per recurrent layer; None if it cannot be
+        told.
+        """
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """A model that announces its visits."""
+
+    @property
+    def info(self) -> SubjectInfo: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def start(
+        self,
+        batch: Batch,
+        *,
+        recurrences: int,
+        seed: int = 0,
+        initial_state: States | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> Run:
+        """Run what comes before the loop.
+
+        `recurrences` is how often the run will be advanced at most; some models must be told before they start. It is
+        0 for a feed-forward model.
+        """
+
+    def other_initial_state(self, batch: Batch, seed: int) -> States | None:
+        """An initial state from which the same prompt can be run too, for path independence.
+
+        None where the prompt enters by the initial state alone, so that another state would be another prompt.
+        """
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names and values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, values in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_device(name: str) -> torch.device:
+    """The device, if tensors can be made on it; `auto` is a GPU where there is one. Raises `ConfigError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
+    return device

@@ -1,0 +1,279 @@
+"""Every state of one small run, kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loopscope._util.shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
+from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.models.architecture import Stage
+from loopscope.models.interventions.kinds import Intervention
+from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
+from loopscope.models.loading import as_subject, load
+from loopscope.models.native.exit import exit_distribution, exit_step
+from loopscope.models.native.subject import intervene as intervened
+from loopscope.models.subject import Batch, Subject, SubjectInfo
+from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
+
+_Site = tuple[Stage, int, int]
+_Kept = TypeVar("_Kept")
+
+InputIds = Tensor | np.ndarray | Sequence[Any]
+"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Trace:
+    """What `capture` returns. Layers and recurrences count from 0; a feed-forward model's layers are its prelude."""
+
+    def __init__(
+        self, recorder: _Recorder, batch: Batch, info: SubjectInfo, initial_state: States | None, logits: Logits
+    ) -> None:
+        self.input_ids: TokenIds = batch.input_ids
+        self.mask: TokenMask = batch.mask
+        self._initial_state = initial_state
+        self.logits: Logits = logits
+        """What the model answers, (batch, token, vocabulary): with an exit gate, at each token the logits of the
+        recurrence at which it stops."""
+        self._info = info
+        self.recurrences: int = len(recorder.loop_states)
+        self._recorder = recorder
+
+    @property
+    def visits(self) -> list[_Site]:
+        """(stage, layer, recurrence) of every visit, in order."""
+        return list(self._recorder.residuals)
+
+    @property
+    def initial_state(self) -> States:
+        """s_0, before the first recurrence, (batch, token, width); the prelude's output where there is no loop.
+
+        Raises `ConfigError` for a hooked model whose s_0 cannot be told from its first layer's input.
+        """
+        if self._initial_state is None:
+            raise ConfigError(f"The initial state of {self._info.name} cannot be seen from outside; see injected(0).")
+        return self._initial_state
+
+    def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
+        """A layer's raw output, (batch, token, width). `KeyError` with what there is for a visit that was not made."""
+        return self._look_up(self._recorder.residuals, (stage, layer, recurrence))
+
+    def attention(self, stage: Stage, layer: int, recurrence: int = 0) -> Maps:
+        """Post-softmax attention, (batch, head, query, key), float32 or wider; rows and columns of padding are zero.
+
+        Computed from the queries and keys when asked for. Raises `ConfigError` if `capture` was not told to keep them,
+        and `KeyError` for a visit that was not made or whose attention cannot be seen.
+        """
+        return self.attention_view(stage, layer, recurrence).probabilities()
+
+    def attention_view(self, stage: Stage, layer: int, recurrence: int = 0) -> AttentionView:
+        """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
+        if not self._recorder.keeps_attention:
+            raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
+        site = (stage, layer, recurrence)
+        if site in self._recorder.residuals and site not in self._recorder.attention:
+            raise KeyError(f"The attention of layer {layer} in the {stage} of {self._info.name} cannot be seen.")
+        return self._look_up(self._recorder.attention, site)
+
+    def loop_state(self, recurrence: int) -> States:
+        """The state after a recurrence as the next one receives it, (batch, token, width)."""
+        return self._recorder.loop_states[self._checked(recurrence)]
+
+    def injected(self, recurrence: int) -> States:
+        """The state after injection, the input of recurrent layer 0, (batch, token, width)."""
+        return self._recorder.injections[self._checked(recurrence)]
+
+    def gate(self, recurrence: int) -> TokenValues:
+        """The exit gate's answer after a recurrence, before its sigmoid, (batch, token).
+
+        Raises `ConfigError` for a model without an exit gate, as do the next two.
+        """
+        return self._gates()[self._checked(recurrence)]
+
+    @property
+    def exit_distribution(self) -> Tensor:
+        """Probability to stop after each recurrence, (batch, token, recurrence)."""
+        return exit_distribution(self._gates())
+
+    @property
+    def exit_step(self) -> Tensor:
+        """The recurrence at which the model stops, from 0, (batch, token)."""
+        assert self._info.exit_threshold is not None  # a model with gates has one
+        return exit_step(self.exit_distribution, self._info.exit_threshold)
+
+    def _gates(self) -> list[Tensor]:
+        if not self._recorder.gates:
+            raise ConfigError(f"{self._info.name} has no exit gate that can be seen.")
+        return self._recorder.gates
+
+    def _checked(self, recurrence: int) -> int:
+        if not 0 <= recurrence < self.recurrences:
+            raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 0.")
+        return recurrence
+
+    def _look_up(self, kept: dict[_Site, _Kept], site: _Site) -> _Kept:
+        if site not in kept:
+            stage, layer, recurrence = site
+            layers = len({layer for name, layer, _ in kept if name == stage})
+            raise KeyError(
+                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} "
+                f"has {layers} "
+                f"layers and the trace {self.recurrences} recurrences, both counted from 0."
+            )
+        return kept[site]
+
+
+class _Recorder(Observer):
+    """Keeps everything it is told."""
+
+    def __init__(self, keeps_attention: bool) -> None:
+        self.keeps_attention = keeps_attention
+        self.residuals: dict[_Site, Tensor] = {}
+        self.attention: dict[_Site, AttentionView] = {}
+        self.injections: list[Tensor] = []
+        self.loop_states: list[Tensor] = []
+        self.gates: list[Tensor] = []
+
+    def visit(self, visit: Visit) -> None:
+        site = (visit.stage, visit.layer, visit.recurrence)
+        self.residuals[site] = visit.residual
+        if self.keeps_attention and visit.attention is not None:
+            self.attention[site] = visit.attention
+
+    def injected(self, recurrence: int, state: States) -> None:
+        self.injections.append(state)
+
+    def loop_state(self, loop_state: LoopState) -> None:
+        self.loop_states.append(loop_state.state)
+        if loop_state.gate is not None:
+            self.gates.append(loop_state.gate)
+
+
+def capture(
+    model: str | Path | nn.Module | Subject,
+    input_ids: InputIds,
+    *,
+    recurrences: int | None = None,
+    initial_state: Tensor | None = None,
+    attention: bool = False,
+    attention_mask: Tensor | None = None,
+    seed: int = 0,
+    intervene: str | Sequence[str | Intervention] = (),
+) -> Trace:
+    """Run a model once and keep every residual state, loop state and, on request, attention map.
+
+    **Arguments**
+
+    - `model`: a name or folder for `load`, a native model, or any subject.
+    - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right.
+    - `recurrences`: the trained number unless given.
+    - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
+    - `attention_mask`: True for tokens, of the shape of `input_ids`, where those are a tensor that holds padding.
+    - `intervene`: what to change in the computation, such as `["mlp:prelude.1=0", "damp=0.5"]`; the forms are in
+      docs/interventions.md.
+
+    Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
+    that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
+    """
+    subject = load(model) if isinstance(model, str | Path) else as_subject(model)
+    subject = intervened(subject, intervene)
+    info = subject.info
+    batch = as_batch(input_ids, attention_mask, info)
+    if initial_state is not None:
+        _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
+        _check_one_start(info)
+    count = _recurrences(subject, recurrences)
+    check_recurrences(parse_interventions(info.interventions), count)
+    recorder = _Recorder(attention)
+    run = subject.start(batch, recurrences=count, seed=seed, initial_state=initial_state, observers=[recorder])
+    try:
+        first = run.state
+        for _ in range(count):
+            run.advance([recorder])
+        return Trace(recorder, batch, info, first, run.answer([recorder]))
+    finally:
+        run.close()
+
+
+def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
+    """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
+
+    Raises `ConfigError` for what are no token ids of this model.
+    """
+    batch = _batch(given, mask)
+    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
+        raise ConfigError(
+            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
+        )
+    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
+        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    return batch
+
+
+def _batch(given: InputIds, mask: Tensor | None) -> Batch:
+    if not isinstance(given, Tensor | np.ndarray):
+        if mask is not None:
+            raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
+        return Batch.of(_nested(given))
+    ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
+        raise ConfigError(
+            f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
+        )
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    if not bool(mask.any(-1).all()):
+        raise ConfigError("attention_mask hides a whole prompt; a prompt needs at least one token.")
+    return Batch(ids.long(), mask)
+
+
+def _nested(given: Sequence[Any]) -> list[list[int]]:
+    """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
+    if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
+        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
+    plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
+    several = all(isinstance(entry, Sequence) for entry in plain)
+    nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]
+    if not all(isinstance(token, int) for prompt in nested for token in prompt):
+        raise ConfigError(f"input_ids must be lists of whole numbers, got {given!r:.80}.")
+    if not nested or not all(nested):
+        raise ConfigError("input_ids is empty; a prompt needs at least one token.")
+    return nested
+
+
+def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:
+    if not info.is_looped:
+        raise ConfigError(f"{info.name} has no recurrent layers, so initial_state means nothing.")
+    if state.shape != shape:
+        raise ConfigError(f"initial_state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
+    if not bool(torch.isfinite(state).all()):
+        raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
+
+
+def _check_one_start(info: SubjectInfo) -> None:
+    started = [each for each in info.interventions if each.startswith("start=")]
+    if started:
+        raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
+
+
+def _recurrences(subject: Subject, asked: int | None) -> int:
+    if not subject.info.is_looped:
+        if asked not in (None, 1):
+            raise ConfigError(f"{subject.info.name} has no recurrent layers, so recurrences={asked} means nothing.")
+        return 0
+    count = subject.info.trained_recurrences if asked is None else asked
+    if not isinstance(count, int | None):
+        raise ConfigError(f"recurrences must be a whole number, got {count!r}.")
+    if count is None or count < 1:
+        raise ConfigError(f"recurrences must be at least 1, got {count}.")
+    return count

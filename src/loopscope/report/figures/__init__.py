@@ -1,0 +1,1 @@
+"""Figures of a study, a comparison, verdicts and experiments."""

@@ -1,0 +1,134 @@
+"""The page of a comparison: answers, tables with the null beside every number, curves, drift."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loopscope._util.wording import percent
+from loopscope.answers.comparison.findings import Finding, comparison_answers, finding_of, p_text
+from loopscope.answers.comparison.result import Comparison
+from loopscope.report.figures.comparison import comparison_sections
+from loopscope.report.page.facts import provenance, thresholds
+from loopscope.report.page.html import render_template
+from loopscope.report.page.table import Table
+
+_WHAT = {
+    "models": "Models compared",
+    "data sets": "{model} across data sets",
+    "settings": "{model} under several settings",
+    "models and data sets": "Models and data sets compared",
+}
+_COLUMNS = (
+    "measure",
+    "correlation",
+    "back to front",
+    "95 % of shuffled orders below",
+    "p",
+    "finding",
+    "level difference",
+)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The whole report of a comparison as HTML."""
+    answers = comparison_answers(comparison)
+    sections = comparison_sections(comparison)
+    tables = [table for label in comparison.labels for table in _tables(comparison, label)]
+    anchors = {figure.anchor for section in sections for figure in section.figures}
+    settings, kind = comparison.settings, str(comparison.manifest["kind"])
+    return render_template(
+        "comparison.html",
+        heading=_WHAT[kind].format(model=comparison.studies[comparison.reference]["model"]),
+        facts=_facts(comparison),
+        answers=answers,
+        highlights=[(name, str(value)) for name, value in answers[0].evidence.items()]
+        if answers[0].key == "overview"
+        else [],
+        limits=answers[-1].limits,
+        tables=tables,
+        tables_lead=(
+            "Pearson correlation of a study's curve with the reference's on relative depth. The layers' values are put "
+            f"into other orders ({settings.shuffles:,} of them, or all there are): alike means that at most "
+            f"{100 * settings.alpha:g} % of them correlate as well, and that the curve does better than back to front. "
+            "Level difference: root mean square difference over the reference's root mean square."
+        ),
+        sections=sections,
+        anchors=anchors | {table.anchor for table in tables} | {"limits"},
+        thresholds=thresholds(settings),
+        provenance=_provenance(comparison),
+        created=str(comparison.manifest["created"])[:16].replace("T", " "),
+        version=str(comparison.manifest["versions"]["loopscope"]),
+    )
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Each study with its layout and prompts, the reference first."""
+    ordered = [comparison.reference, *(label for label in comparison.labels if label != comparison.reference)]
+    facts = []
+    for label in ordered:
+        study = comparison.studies[label]
+        layout, prompts = study["layout"], study["prompts"]
+        shape = f"({layout['prelude']}, {layout['recurrent']} ⊗ R, {layout['coda']})"
+        text = shape if layout["recurrent"] else f"{sum(layout.values())} layers, feed-forward"
+        if study["judged_at"]:
+            text += f", judged at recurrence {study['judged_at']} of {study['recurrences']}"
+        text += f"; {prompts['count']} prompts" if prompts["count"] else ""
+        facts.append((label, f"reference: {text}" if label == comparison.reference else text))
+    return facts
+
+
+def _tables(comparison: Comparison, label: str) -> list[Table]:
+    """One for the block alone and one for the whole pass, where these differ."""
+    if label == comparison.reference:
+        return []
+    study = comparison.studies[label]
+    layout, at = study["layout"], (study["judged_at"] or 1) - 1
+    outside = layout["recurrent"] and layout["prelude"] + layout["coda"]
+    where = f", recurrence {at + 1}" if layout["recurrent"] else ""
+    titles = {"pass": f"{label}{where}: prelude, block and coda" if outside else f"{label}{where}"}
+    if outside:
+        titles = {"block": f"{label}{where}: the block alone, on 0 to 100 %", **titles}
+    anchor = f"table-{comparison.labels.index(label)}"
+    return [
+        Table(
+            anchor=anchor if index == 0 else f"{anchor}-{span}",
+            title=title,
+            columns=_COLUMNS,
+            rows=[_row("mean over measures", finding_of(comparison, label, span), math.nan)]
+            + [
+                _row(
+                    name,
+                    finding_of(comparison, label, span, name),
+                    float(
+                        comparison.dataset["level_difference"]
+                        .sel(study=label, span=span, measure=name)
+                        .isel(recurrence=at)
+                    ),
+                )
+                for name in map(str, comparison.dataset["measure"].values)
+            ],
+        )
+        for index, (span, title) in enumerate(titles.items())
+    ]
+
+
+def _row(name: str, finding: Finding, difference: float) -> tuple[str, ...]:
+    apart = percent(difference) if math.isfinite(difference) else "–"
+    if not finding.known:
+        return name, "–", "–", "–", "–", "cannot tell", apart
+    return (
+        name,
+        f"{finding.value:.2f}",
+        f"{finding.reversed:.2f}",
+        f"{finding.null_high:.2f}",
+        p_text(finding.p_value),
+        "alike" if finding.alike else "not shown",
+        apart,
+    )
+
+
+def _provenance(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    manifest: dict[str, Any] = dict(comparison.manifest)
+    studies = {entry["label"]: {**entry, "missing": list(entry["missing"])} for entry in manifest.pop("studies")}
+    return provenance(manifest | studies)

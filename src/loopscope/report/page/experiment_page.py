@@ -1,0 +1,270 @@
+"""The page of experiments: answers, tables, small multiples, phase diagram, ranking."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from loopscope._util.wording import plural
+from loopscope.answers.answer import Answer
+from loopscope.experiments.cells import CellResult, by_design
+from loopscope.experiments.load import Experiment
+from loopscope.experiments.random_findings import architecture_answers, boundaries, phase_answers
+from loopscope.experiments.sweep_findings import DesignSummary, advice, summaries
+from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
+from loopscope.report.figures.plot import Figure, Section
+from loopscope.report.page.html import render_template
+from loopscope.report.page.table import Table
+
+
+@dataclass
+class _Part:
+    """What one experiment puts on the page; anchors get a suffix where a kind occurs twice."""
+
+    answers: list[Answer]
+    tables: list[Table]
+    sections: list[Section]
+    facts: tuple[str, str]
+    settings: list[tuple[str, str]]
+
+
+def render_experiments(experiments: Sequence[Experiment]) -> str:
+    """The whole page as HTML."""
+    seen: dict[str, int] = {}
+    parts = []
+    for each in experiments:
+        seen[each.kind] = seen.get(each.kind, 0) + 1
+        suffix = "" if seen[each.kind] == 1 else f"-{seen[each.kind]}"
+        several = sum(other.kind == each.kind for other in experiments) > 1
+        parts.append(_part(each, suffix, f" ({each.folder.name})" if several else ""))
+    sections = [section for part in parts for section in part.sections]
+    tables = [table for part in parts for table in part.tables]
+    anchors = {figure.anchor for section in sections for figure in section.figures}
+    return render_template(
+        "experiment.html",
+        heading="Which designs settle?",
+        facts=[part.facts for part in parts],
+        answers=[answer for part in parts for answer in part.answers],
+        highlights=[],
+        limits=_limits(experiments),
+        tables=tables,
+        sections=sections,
+        anchors=anchors | {table.anchor for table in tables} | {section.anchor for section in sections} | {"limits"},
+        thresholds=[],
+        provenance=[(each.folder.name, part.settings) for each, part in zip(experiments, parts, strict=True)],
+        created="",
+        version=version("loopscope"),
+    )
+
+
+def _part(experiment: Experiment, suffix: str, which: str) -> _Part:
+    part = _trained(experiment, which) if experiment.kind == "training" else _random(experiment, which)
+    return _Part(
+        answers=[
+            dataclasses.replace(
+                answer,
+                key=answer.key + suffix,
+                question=answer.question + which,
+                figure=answer.figure and answer.figure + suffix,
+            )
+            for answer in part.answers
+        ],
+        tables=[
+            dataclasses.replace(table, anchor=table.anchor + suffix, title=table.title + which) for table in part.tables
+        ],
+        sections=[
+            dataclasses.replace(
+                section,
+                anchor=section.anchor + suffix,
+                short=section.short + which,
+                title=section.title + which,
+                figures=[
+                    dataclasses.replace(figure, anchor=figure.anchor + suffix)
+                    for figure in section.figures
+                    if isinstance(figure, Figure)
+                ],
+            )
+            for section in part.sections
+        ],
+        facts=part.facts,
+        settings=part.settings,
+    )
+
+
+def _random(experiment: Experiment, which: str) -> _Part:
+    cells = experiment.cells
+    first = cells[0].cell
+    settings = [
+        ("cells", f"{len(cells)}"),
+        ("width", f"{first.width}"),
+        ("tokens in a prompt", f"{first.tokens}"),
+        ("recurrences", f"{2 * first.recurrences}, judged at {first.recurrences} and at the end"),
+        ("hours of one worker", f"{sum(each.seconds for each in cells) / 3600:.2f}"),
+    ]
+    if experiment.kind == "architectures":
+        return _Part(
+            answers=architecture_answers(cells),
+            tables=[_architecture_table(cells)],
+            sections=[architecture_section(cells)],
+            facts=("architectures", _unfinished(f"{len(cells)} random models", experiment)),
+            settings=settings,
+        )
+    return _Part(
+        answers=phase_answers(cells),
+        tables=[_phase_table(cells)],
+        sections=[phase_section(cells)],
+        facts=("phase diagram", _unfinished(f"{len(cells)} random models", experiment)),
+        settings=settings,
+    )
+
+
+def _trained(experiment: Experiment, which: str) -> _Part:
+    results = experiment.trained
+    found = summaries(results)
+    looped = sum(each.cell.control is None for each in results)
+    first = results[0].cell
+    return _Part(
+        answers=advice(results),
+        tables=[_training_table(found)],
+        sections=training_sections(results),
+        facts=(
+            f"training{which}",
+            _unfinished(f"{looped} looped models and {len(results) - looped} feed-forward controls", experiment),
+        ),
+        settings=[
+            ("task", json.dumps(dataclasses.asdict(first.task))),
+            ("text, SHA-256", first.text_sha256 or "made by the task"),
+            ("optimizer steps", f"{first.config.steps}"),
+            ("windows in a step", f"{first.config.batch_size} of {first.config.context} tokens"),
+            ("analysed", f"{first.study.prompts} documents of the test text, {2 * first.study.horizon} recurrences"),
+            ("hours of one worker", f"{sum(each.seconds for each in results) / 3600:.2f}"),
+        ],
+    )
+
+
+def _unfinished(text: str, experiment: Experiment) -> str:
+    return text if experiment.finished else f"{text}; the experiment is not finished"
+
+
+def _architecture_table(cells: Sequence[CellResult]) -> Table:
+    rows = []
+    for (norm, injection, depth), group in by_design(cells, lambda cell: (cell.norm, cell.injection, cell.depth)):
+        rows.append(
+            (
+                f"{norm}, {injection}, {depth} layers",
+                _counted([str(each.outcome) for each in group]),
+                _range([each.degeneracy for each in group]),
+                _range([each.norm_growth for each in group], 2),
+                _range([each.radius for each in group], 2),
+            )
+        )
+    return Table(
+        anchor="architectures-table",
+        title="Random initialisation, design by design",
+        lead="Ranges are over seeds. Cosine: the least one between the states of two layers. Rate: the largest that "
+        "eigenvalues predict, where the fixed point is known.",
+        columns=("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate"),
+        rows=rows,
+    )
+
+
+def _phase_table(cells: Sequence[CellResult]) -> Table:
+    found = boundaries(cells)
+    scales = [f"{scale:g}" for scale in found[0].scales]
+    rows = [
+        (
+            f"{each.norm}, {each.injection}" + (f" x {each.injection_scale:g}" if each.injection_scale != 1 else ""),
+            *(
+                f"{tends}" + ("" if radius is None else f" {radius:.2f}")
+                for tends, radius in zip(each.tends, each.radius, strict=True)
+            ),
+            "–" if each.predicted is None else f"{each.predicted:.3f}",
+            "–" if each.observed is None else f"{each.observed:.3f}",
+        )
+        for each in found
+    ]
+    return Table(
+        anchor="phase-table",
+        title="What tokens tend to, by the scale of the weights",
+        lead="What most tokens tend to and the largest predicted rate; then the scale at which that rate crosses 1, "
+        "and the one at which half of the tokens no longer settle.",
+        columns=("design", *scales, "predicted", "observed"),
+        rows=rows,
+    )
+
+
+def _training_table(found: Sequence[DesignSummary]) -> Table:
+    rows = [
+        (
+            each.name,
+            each.results[0].layout,
+            f"{each.results[0].parameters:,}",
+            str(each.loss),
+            str(each.beyond) if each.control is None else "–",
+            f"{each.kept} of {len(each.results)}" if each.control is None else "–",
+            f"{100 * each.accuracy.mean:.1f} %",
+            "–" if each.settled is None else f"{100 * each.settled:.0f} %",
+            "–" if each.radius is None else _range(each.radius, 2),
+            "–" if each.repetition is None else f"{100 * each.repetition:.0f} %",
+        )
+        for each in found
+    ]
+    return Table(
+        anchor="training-table",
+        title="Trained models, the lowest loss first",
+        lead="Losses in nats: mean over seeds and Student's 95 % interval of it, at the trained number of recurrences "
+        "and at the largest one; kept: seeds in which the second is at most 1 %, or 0.01 nats, above the first. "
+        "Settled: judged tokens that reach a fixed point or hover at the floor. Rate: the largest predicted, over "
+        "seeds. Stages repeat: share of the stage measures' variance that goes with the layer, whatever the "
+        "recurrence.",
+        columns=(
+            "design",
+            "layout",
+            "parameters",
+            "loss",
+            "loss beyond",
+            "kept",
+            "accuracy",
+            "settled",
+            "rate",
+            "stages repeat",
+        ),
+        rows=rows,
+    )
+
+
+def _limits(experiments: Sequence[Experiment]) -> list[str]:
+    limits = []
+    if any(each.kind != "training" for each in experiments):
+        limits.append("Random models say what a design starts from, not what training makes of it.")
+    trained = [each for each in experiments if each.kind == "training"]
+    if trained:
+        seeds = min(len(each.results) for one in trained for each in summaries(one.trained))
+        limits.append(
+            "The trained models are small and trained for minutes: orders of designs may change with size, data and "
+            "length of training."
+        )
+        if seeds < 5:
+            limits.append(
+                f"With {plural(seeds, 'seed')} of a design, intervals over seeds are wide, and an order of neighbours "
+                "in the ranking means little."
+            )
+        limits.append("Loss and accuracy are of one test text, the same for all designs.")
+    if not all(each.finished for each in experiments):
+        limits.append("An experiment is not finished: designs whose cells are missing are left out.")
+    return limits
+
+
+def _counted(names: Sequence[str]) -> str:
+    return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
+
+
+def _range(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
+    return low if low == high else f"{low} to {high}"

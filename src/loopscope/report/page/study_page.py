@@ -1,0 +1,106 @@
+"""The page: answers first, then the figures, then where it all comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from loopscope._util.wording import significant
+from loopscope.answers.answer import Answer
+from loopscope.answers.quick import quick_answers
+from loopscope.report.figures.convergence import convergence_section, norms_section
+from loopscope.report.figures.curves import Material, gather_material
+from loopscope.report.figures.eigenvalues import stability_section
+from loopscope.report.figures.heads import heads_section
+from loopscope.report.figures.maps import floorplan_section
+from loopscope.report.figures.plot import Section
+from loopscope.report.figures.readout import readout_section
+from loopscope.report.figures.similarity import similarity_section
+from loopscope.report.figures.stages import stages_section
+from loopscope.report.figures.study_tokens import behaviour_section
+from loopscope.report.figures.tokens import tokens_section
+from loopscope.report.figures.trajectories import trajectories_section
+from loopscope.report.page.facts import header_facts, provenance, thresholds
+from loopscope.report.page.html import render_template
+from loopscope.report.settings import ReportSettings
+from loopscope.study import Study
+
+_DECISIVE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "drift_between_horizons": ("Drift from H to 2H", significant),
+    "relative_step_at_second_horizon": ("Relative step at 2H", significant),
+    "norm_growth_between_horizons": ("Norm at 2H over norm at H", "{:.3f}".format),
+    "rounding_floor": ("Rounding floor", significant),
+}
+_MOST_LAYER_ROWS = 4
+"""Of layers that each do something else; the figures show all of them."""
+
+
+def render_page(study: Study, settings: ReportSettings) -> str:
+    """The whole report as HTML."""
+    material = gather_material(study, settings)
+    answers = quick_answers(study, settings.criterion)
+    sections = _sections(study, material)
+    return render_template(
+        "report.html",
+        model=str(study.manifest["model"]["name"]),
+        created=str(study.manifest.get("created", ""))[:16].replace("T", " "),  # to the minute
+        version=str(study.manifest.get("versions", {}).get("loopscope", "")),
+        facts=header_facts(study, material),
+        answers=answers,
+        highlights=_highlights(answers[0]),
+        limits=_limits(answers),
+        sections=sections,
+        anchors={figure.anchor for section in sections for figure in section.figures} | {"limits"},
+        thresholds=thresholds(settings.criterion),
+        provenance=provenance(study.manifest),
+    )
+
+
+def _sections(study: Study, material: Material) -> list[Section]:
+    """In the order of the questions, without figures that have nothing to show. A feed-forward model has those that
+    need no recurrence."""
+    if material.view.looped:
+        sections = [
+            convergence_section(material),
+            behaviour_section(study, material),
+            stability_section(material),
+            similarity_section(material),
+        ]
+        if "trajectory" in material.view.dataset:
+            sections.append(trajectories_section(material))
+        sections += [
+            readout_section(material),
+            heads_section(material),
+            floorplan_section(material),
+            stages_section(material),
+            tokens_section(material),
+            norms_section(material),
+        ]
+    else:
+        sections = [
+            similarity_section(material),
+            heads_section(material),
+            floorplan_section(material),
+            stages_section(material),
+        ]
+    shown = [
+        dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])
+        for section in sections
+    ]
+    return [section for section in shown if section.figures]
+
+
+def _limits(answers: list[Answer]) -> list[str]:
+    return next(answer.limits for answer in answers if answer.key == "limits")
+
+
+def _highlights(answer: Answer) -> list[tuple[str, str]]:
+    """Of the main answer's evidence, what each layer does and the numbers that decided."""
+    layers = [(name.capitalize(), str(value)) for name, value in answer.evidence.items() if name.startswith("layer")]
+    decided = [
+        (text, shown(float(answer.evidence[name])))
+        for name, (text, shown) in _DECISIVE.items()
+        if name in answer.evidence and math.isfinite(float(answer.evidence[name]))
+    ]
+    return layers[:_MOST_LAYER_ROWS] + decided

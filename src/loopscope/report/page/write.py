@@ -1,0 +1,63 @@
+"""From a study, a comparison of studies, verdicts on trajectories, or experiments, to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loopscope._util.files import write_atomically
+from loopscope.answers.comparison.result import Comparison
+from loopscope.dynamics.verdicts import JudgedFiles
+from loopscope.experiments.load import Experiment
+from loopscope.report.page.comparison_page import render_comparison
+from loopscope.report.page.experiment_page import render_experiments
+from loopscope.report.page.study_page import render_page
+from loopscope.report.page.verdict_page import render_behaviour
+from loopscope.report.settings import ReportSettings
+from loopscope.study import Study
+
+
+def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
+    """Write the report of a study to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StudyError` for a study that
+    lacks what the answers need, `ConfigError` for a prompt in the settings that it does not have, `StorageError` if
+    the file cannot be written.
+    """
+    path = Path(path)
+    write_atomically(path, render_page(study, settings or ReportSettings()).encode())
+    return path
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> Path:
+    """Write the report of a comparison to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_comparison(comparison).encode())
+    return path
+
+
+def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
+    """Write the report of judged trajectories to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_behaviour(judged).encode())
+    return path
+
+
+def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Path:
+    """Write the page of one or several experiments to `path` as one HTML file that needs no network, and return the
+    path.
+
+    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_experiments(experiments).encode())
+    return path

@@ -1,1 +1,0 @@
-"""Training small looped models: plain PyTorch, every random choice a function of (seed, step), exact resumption."""
