@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xarray
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -129,18 +128,20 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StudyView:
-    """A study, checked for what the questions need."""
+    """A study as answers and figures read it: checked for what they need, with the facts that decide how to read it."""
 
-    dataset: xarray.Dataset
-    """Every prompt, diverged ones included. A rounding floor that was not measured is NaN; other parts that the
-    analysis was told to skip are absent."""
-    finite: xarray.Dataset
+    study: Study
+    dataset: xr.Dataset
+    """Every prompt, diverged ones included. A noise floor that was not measured is NaN; other parts that the analysis
+    was told to skip are absent."""
+    finite: xr.Dataset
     """The prompts that stayed finite."""
-    looped: bool
-    layers: int
-    """Recurrent layers."""
+    prelude: int
+    recurrent: int
+    """Layers of the loop; 0 for a feed-forward model."""
+    coda: int
     recurrences: int
     """R: recurrences measured."""
     horizon: int
@@ -157,6 +158,11 @@ class StudyView:
     """In which the states were computed."""
     interventions: tuple[str, ...] = ()
     """What the analysis changed in the model's computation."""
+    _medians: dict[tuple[str, float], xr.DataArray] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def looped(self) -> bool:
+        return self.recurrences > 0
 
     @property
     def prompts(self) -> int:
@@ -169,11 +175,44 @@ class StudyView:
 
     @property
     def tokens(self) -> int:
+        """Of all prompts."""
         return int(self.dataset["token_count"].sum())
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.study.manifest
+
+    @property
+    def shown(self) -> xr.Dataset:
+        """What is drawn: the finite prompts, or all of them, up to where they diverge, if none stayed finite."""
+        return self.finite if self.finite.sizes["prompt"] else self.dataset
+
+    @property
+    def layout(self) -> str:
+        """(p, k ⊗ R, c), or the number of layers of a feed-forward model."""
+        if not self.looped:
+            return f"{self.prelude + self.coda} layers, feed-forward"
+        return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+
+    def variable(self, name: str) -> xr.DataArray:
+        """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
+        if name not in self.shown:
+            raise StudyError(f"The study has no variable {name}, from which this is drawn; docs/study.md says why.")
+        return self.shown[name]
+
+    def median(self, name: str, level: float = 0.5) -> xr.DataArray:
+        """Median over the prompts shown, or another quantile, of what is finite in a variable."""
+        if (name, level) not in self._medians:
+            self._medians[name, level] = median_over_prompts(self.variable(name), level)
+        return self._medians[name, level]
+
+    def depth_percent(self, layer: int) -> float:
+        """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
+        return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
 
 
 def view_study(study: Study) -> StudyView:
-    """Read what the answers need.
+    """Read what answers and figures need.
 
     Raises `StudyError` that names the variable, or the entry of the manifest, which the study lacks.
     """
@@ -181,6 +220,7 @@ def view_study(study: Study) -> StudyView:
     try:
         model = manifest["model"]
         looped = model["kind"] == "looped"
+        prelude, recurrent, coda = (int(model["layout"][name]) for name in ("prelude", "recurrent", "coda"))
         injection = str(model["injection"] or "unknown") if looped else "none"
         dtype = str(manifest["settings"]["dtype"])
         horizon = int(manifest["settings"]["horizon"]) if looped else 0
@@ -192,13 +232,15 @@ def view_study(study: Study) -> StudyView:
         if name not in dataset:
             raise StudyError(f"The study has no variable {name!r}, so it is not complete; run its analysis again.")
     if looped and "noise_floor" not in dataset:
-        dataset = dataset.assign(noise_floor=xarray.full_like(dataset["horizon_drift"], np.nan))
+        dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
     trained = model.get("trained_recurrences")
     return StudyView(
+        study=study,
         dataset=dataset,
         finite=dataset.isel(prompt=np.flatnonzero(dataset["diverged_at"].values < 0)),
-        looped=looped,
-        layers=int(dataset.sizes["layer"]) if looped else 0,
+        prelude=prelude,
+        recurrent=recurrent,
+        coda=coda,
         recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
         horizon=horizon,
         trained=int(trained) if trained is not None else None,
@@ -210,58 +252,28 @@ def view_study(study: Study) -> StudyView:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Readings:
-    """A study as figures need it."""
-
-    view: StudyView
-    shown: xarray.Dataset
-    """The finite prompts; all of them, up to where they diverge, if none stayed finite."""
-    manifest: Mapping[str, Any]
-    tokens: Sequence[Mapping[str, Any]]
-    prelude: int
-    recurrent: int
-    coda: int
+class Readings(StudyView):
+    """Until every figure is drawn from a `Plot`."""
 
     @property
-    def layout(self) -> str:
-        """(p, k ⊗ R, c), or the number of layers of a feed-forward model."""
-        if not self.view.looped:
-            return f"{self.prelude + self.coda} layers, feed-forward"
-        return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+    def view(self) -> StudyView:
+        return view_study(self.study)
 
-    def variable(self, name: str) -> xarray.DataArray:
-        """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
-        if name not in self.shown:
-            raise StudyError(f"The study has no variable {name}, from which this is drawn; docs/study.md says why.")
-        return self.shown[name]
-
-    def depth_percent(self, layer: int) -> float:
-        """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
-        return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
+    @property
+    def tokens(self) -> Any:
+        return self.study.tokens
 
 
 def read_study(study: Study) -> Readings:
-    """Raises `StudyError` for a study that lacks what the quick answers need."""
-    view = view_study(study)
-    layout = study.manifest["model"]["layout"]
-    return Readings(
-        view=view,
-        shown=view.finite if view.finite.sizes["prompt"] else view.dataset,
-        manifest=study.manifest,
-        tokens=study.tokens,
-        prelude=int(layout["prelude"]),
-        recurrent=int(layout["recurrent"]),
-        coda=int(layout["coda"]),
-    )
+    return Readings(**{name: value for name, value in vars(view_study(study)).items() if name != "_medians"})
 
 
-def median_over_prompts(array: xarray.DataArray, level: float = 0.5) -> xarray.DataArray:
+def median_over_prompts(array: xr.DataArray, level: float = 0.5) -> xr.DataArray:
     """Median (or another quantile) of what is finite; NaN where nothing is."""
     return quantile_over(array, level, "prompt")
 
 
-def quantile_over(array: xarray.DataArray, level: float, dim: str) -> xarray.DataArray:
+def quantile_over(array: xr.DataArray, level: float, dim: str) -> xr.DataArray:
     """Quantile, along a dimension, of what is finite; NaN where nothing is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of slices without a finite value
@@ -289,7 +301,7 @@ class Site:
         return f"{self.stage}.{self.layer}{suffix}"
 
 
-def sites_of(dataset: xarray.Dataset) -> list[Site]:
+def sites_of(dataset: xr.Dataset) -> list[Site]:
     """The visits of the dimension `depth`, in order."""
     columns = (dataset[f"depth_{name}"].values for name in ("stage", "layer", "recurrence"))
     return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]

@@ -210,7 +210,7 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
             "prompts_with_one_shared_point": str(same),
         }
     cosine = f"the least similar layer has cosine {median(values):.3f} with layer 0"
-    if view.layers == 1:
+    if view.recurrent == 1:
         outcome, verdict = Outcome.NOT_APPLICABLE, "only one layer"
         sentence = "The recurrent block has a single layer, so there is only one point."
     elif not len(values) or settled in (Settling.NO_FIXED_POINT, Settling.DIVERGED):

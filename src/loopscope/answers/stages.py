@@ -29,7 +29,7 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
     quantities = {entry.name: entry.of_prompt for entry in asked if entry.variable in view.finite}
     if not quantities:
         return _unanswered("not measured", "The analysis was told to skip the stages.", criterion)
-    if view.layers < 2 or view.recurrences < 3:
+    if view.recurrent < 2 or view.recurrences < 3:
         return _unanswered(
             "not measured", "It takes two layers and three recurrences to see a pattern repeat.", criterion
         )
@@ -87,7 +87,7 @@ def _by_recurrence(view: StudyView, how: Callable[[xarray.Dataset], xarray.DataA
     """Median over prompts, (recurrence, layer), from the second recurrence on."""
     loop = view.finite.isel(depth=np.flatnonzero(view.finite["depth_stage"].values == "recurrent"))
     middle = how(loop).median("prompt").values.astype(np.float64)
-    return middle.reshape(view.recurrences, view.layers)[1:]
+    return middle.reshape(view.recurrences, view.recurrent)[1:]
 
 
 def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:

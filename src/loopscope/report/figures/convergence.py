@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,7 +167,7 @@ def _direction(material: Material) -> Figure:
     shown = material.shown.assign(
         turn=1 - material.shown["cosine_to_horizon"], turn_quantile=1 - material.shown["cosine_to_horizon_quantile"]
     )
-    angled = Material(**{**vars(material), "shown": shown})
+    angled = dataclasses.replace(material, finite=shown)
     return Figure(
         anchor="cosine",
         title="Does the direction settle?",

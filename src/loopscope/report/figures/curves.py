@@ -36,7 +36,7 @@ def final_shares(top: xarray.DataArray) -> tuple[Float64[np.ndarray, " readout"]
     return agrees, np.array([(place <= index).mean() for index in range(len(rows))])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Material(Readings):
     """A study as the report's figures need it."""
 
@@ -58,4 +58,6 @@ class Material(Readings):
 
 def gather_material(study: Study, settings: ReportSettings) -> Material:
     """Raises `StudyError` for a study that lacks what the quick answers need."""
-    return Material(**vars(read_study(study)), settings=settings)
+    return Material(
+        **{name: value for name, value in vars(read_study(study)).items() if name != "_medians"}, settings=settings
+    )

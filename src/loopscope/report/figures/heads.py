@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -147,7 +149,7 @@ def _stable(material: Material) -> Figure:
 
 def _distance(material: Material) -> Figure:
     by_head = per_row(material.shown, "attention_distance_to_horizon").mean("head")
-    drawn = Material(**{**vars(material), "shown": material.shown.assign(attention_away=by_head)})
+    drawn = dataclasses.replace(material, finite=material.shown.assign(attention_away=by_head))
     return Figure(
         anchor="head-distance",
         title=f"How far is attention from that at recurrence {material.view.horizon}?",
