@@ -26,17 +26,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from loopscope import analyze, load
+from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings, Part
-from loopscope.measures.base import Frame, Measure
+from loopscope.measures.base import BatchInfo, Measure
 from loopscope.measures.heads import HeadMeasures
-from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.horizon import Horizons
 from loopscope.measures.similarity import AttentionCycle
 from loopscope.measures.stages import StageMeasures
 from loopscope.models.architecture import Architecture
@@ -112,21 +113,17 @@ def time_ratios(case: Case) -> tuple[float, float]:
     settings = AnalyzeSettings(
         recurrences=recurrences, horizon=case.horizon, horizon_method="second-pass", skip=NOT_ASKED
     )
-    frame = Frame.of(model.info, batch, model.device, recurrences)
-    heads = model.info.heads
-    assert heads is not None
-    horizon = HorizonStates(frame, recurrences)
+    lengths = batch.counts.tolist()
+    info = BatchInfo.of(model, batch, choose(model, lengths, settings, print))
+    to_horizon = BatchInfo.of(model, batch, choose(model, lengths, replace(settings, horizon=recurrences), print))
+    info.horizon = horizon = Horizons(to_horizon)
     forward(model, batch, recurrences, [horizon])
 
     def watched() -> None:
-        measures: list[Measure] = [
-            HeadMeasures(frame, heads, horizon.attention, settings.head_stable),
-            AttentionCycle(frame, heads, settings.cycle_recurrences),
-            StageMeasures(frame),
-        ]
+        measures: list[Measure] = [HeadMeasures(info), AttentionCycle(info), StageMeasures(info)]
         forward(model, batch, recurrences, [*measures])
         for measure in measures:
-            measure.finish()
+            measure.result()
 
     def to_the_horizon_and_again() -> None:
         forward(model, batch, 2 * case.horizon, [])

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loopscope import measures
-from loopscope.measures.base import Frame
+from loopscope import AnalyzeSettings, measures
+from loopscope.analysis.plan import choose
+from loopscope.measures.base import BatchInfo
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures
-from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.horizon import Horizons
 from loopscope.measures.similarity import AttentionCycle
 from loopscope.measures.stages import StageMeasures
 from loopscope.models.architecture import Architecture
@@ -142,7 +143,8 @@ def usual(model: LoopedTransformer, prompt: list[int], recurrences: int) -> Call
 
 def while_it_runs(model: LoopedTransformer, prompt: list[int], recurrences: int) -> Callable[[], Numbers]:
     subject, batch = NativeSubject(model, weights_sha256="none"), Batch.of([prompt])
-    frame = Frame.of(subject.info, batch, subject.device, recurrences)
+    settings = AnalyzeSettings(recurrences=recurrences, horizon=recurrences, cycle_recurrences=CYCLE)
+    info = BatchInfo.of(subject, batch, choose(subject, [len(prompt)], settings, lambda note: None))
 
     def run(observers: list[Observer]) -> None:
         going = subject.start(batch, recurrences=recurrences, observers=observers)
@@ -151,18 +153,16 @@ def while_it_runs(model: LoopedTransformer, prompt: list[int], recurrences: int)
         going.decode(observers)
 
     def work() -> Numbers:
-        horizon = HorizonStates(frame, recurrences)
+        info.horizon = horizon = Horizons(info)
         run([horizon])
-        heads = HeadMeasures(frame, SHAPE.heads, horizon.attention, stable=0.01)
-        cycle, stages = AttentionCycle(frame, SHAPE.heads, CYCLE), StageMeasures(frame)
+        heads, cycle, stages = HeadMeasures(info), AttentionCycle(info), StageMeasures(info)
         run([heads, cycle, stages])
-        arrays = heads.finish()
-        arrays.update(stages.finish())
-        found = {name: named.values[..., 0] for name, named in arrays.per_prompt.items()}
+        arrays = heads.result().merge(stages.result())
+        found = {str(name): values.isel(prompt=0).values for name, values in arrays.items()}
         for name, first in (("attention_change", 1), ("attention_distance_to_horizon", 0)):
             by_time = found[name][:, first:].swapaxes(0, 1)
             found[name] = by_time.reshape(-1, SHAPE.heads)
-        found["attention_cycle_distance"] = cycle.finish().summed["attention_cycle_distance"].values
+        found["attention_cycle_distance"] = cycle.result()["attention_cycle_distance"].values
         return found
 
     return work

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 import loopscope
 from loopscope import measures
 from loopscope.analysis.job import SilentProgress
-from loopscope.measures.base import Frame
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures, change_bound
-from loopscope.measures.stages import KURTOSIS, STAGE_NAMES, StageMeasures
+from loopscope.measures.horizon import Horizons
+from loopscope.measures.neurons import KURTOSIS
+from loopscope.measures.stages import STAGE_NAMES, StageMeasures
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.visits import QueryKeyAttention
+from measuring import batch_info, watched
 from random_model import random_ids, random_model
 
 
@@ -242,17 +244,15 @@ def test_heads_in_tiles_are_what_whole_maps_give(
     monkeypatch.setattr(measures.heads, "_PENDING_BYTES", pending_bytes)
     subject = NativeSubject(random_model(sliding_window=4, full_attention_layers=(1,)))
     prompts = [random_ids(length, seed=length).tolist() for length in LENGTHS]
-    batch, recurrences, layers = Batch.of(prompts), 5, subject.info.recurrent
+    batch, recurrences = Batch.of(prompts), 5
     trace = loopscope.capture(subject, prompts, recurrences=recurrences, attention=True)
-    horizon = [trace.attention_view("recurrent", layer, recurrences - 1) for layer in range(layers)]
 
-    frame = Frame.of(subject.info, batch, subject.device, recurrences)
-    heads = HeadMeasures(frame, 4, lambda layer: horizon[layer], stable=0.1)
-    run = subject.start(batch, recurrences=recurrences, observers=[heads])
-    for _ in range(recurrences):
-        run.advance([heads])
-    run.decode([heads])
-    found = heads.finish().per_prompt
+    info = batch_info(subject, batch, recurrences=recurrences, horizon=recurrences, head_stable=0.1)
+    info.horizon = Horizons(info)
+    watched([info.horizon], info)
+    heads = HeadMeasures(info)
+    watched([heads], info)
+    found = heads.result()
 
     def compare(name: str, place: tuple[int, ...], expected: torch.Tensor, prompt: int) -> None:
         values = found[name].values[place][:, prompt]
@@ -285,13 +285,10 @@ def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
     prompts = [random_ids(length, seed=length).tolist() for length in LENGTHS]
     batch, recurrences = Batch.of(prompts), 3
     trace = loopscope.capture(subject, prompts, recurrences=recurrences)
-    frame = Frame.of(subject.info, batch, subject.device, recurrences)
-    stages = StageMeasures(frame)
-    run = subject.start(batch, recurrences=recurrences, observers=[stages])
-    for _ in range(recurrences):
-        run.advance([stages])
-    run.decode([stages])
-    found = stages.finish().per_prompt
+    info = batch_info(subject, batch, recurrences=recurrences)
+    stages = StageMeasures(info)
+    watched([stages], info)
+    found = stages.result()
     for prompt, length in enumerate(LENGTHS):
         for depth, visit in enumerate(trace.visits):
             states = trace.residual(*visit)[prompt, :length]

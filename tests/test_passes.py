@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
 from loopscope.analysis.passes import steps_of
-from loopscope.analysis.plan import Plan, kept_bytes
+from loopscope.analysis.plan import kept_bytes
 from loopscope.analysis.settings import HorizonMethod, Part
+from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
@@ -188,7 +189,6 @@ def plan(**changes: Any) -> Plan:
     fields: dict[str, Any] = {
         "recurrences": 10,
         "horizon": 4,
-        "keep": True,
         "seed": 0,
         "cycle_recurrences": 2,
         "tracked": (),
@@ -199,18 +199,18 @@ def plan(**changes: Any) -> Plan:
         "judged_layers": (),
         "eigenvalues": None,
         "skip": frozenset(),
-        "first_prompt": 0,
+        "maps": None,
     }
     return Plan(**(fields | changes))
 
 
 def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
     batch = Batch.of(PROMPTS)
-    assert steps_of(subject(), batch, plan()) == 10 + 10
-    assert steps_of(subject(), batch, plan(keep=False)) == 10 + 10 + 8
-    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence"}))) == 40
-    assert steps_of(subject(LOOP_NORM), batch, plan()) == 10
-    assert steps_of(subject(FEED_FORWARD), batch, plan()) == 0
+    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10
+    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8
+    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence"})), keep=True) == 40
+    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10
+    assert steps_of(subject(FEED_FORWARD), batch, plan(), keep=True) == 0
 
 
 def test_states_are_kept_while_they_fit() -> None:

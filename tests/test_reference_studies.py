@@ -17,12 +17,13 @@ from torch import Tensor
 
 import loopscope
 from loopscope import measures
-from loopscope.measures.base import Frame, depth_sites
+from loopscope.measures.base import depth_sites
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures
-from loopscope.measures.horizon import HorizonStates
+from loopscope.measures.horizon import Horizons
 from loopscope.measures.similarity import AttentionCycle
 from loopscope.measures.stages import STAGE_NAMES, StageMeasures
 from loopscope.models.subject import Batch, SubjectInfo
+from measuring import batch_info, watched
 from test_reference import FAMILIES, LOOPED, REFERENCE
 
 pytestmark = pytest.mark.reference
@@ -58,19 +59,21 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
     about = json.loads((folder / "case.json").read_text())
     info, recurrences = subject.info, about["recurrences"] or 0
     batch = Batch(recorded["input_ids"], torch.ones_like(recorded["input_ids"], dtype=torch.bool))
-    frame = Frame.of(info, batch, subject.device, recurrences)
+    about_batch = batch_info(
+        subject,
+        batch,
+        recurrences=max(recurrences, 1),
+        horizon=max(recurrences, 2),
+        cycle_recurrences=max(recurrences, 1),
+        skip=("maps",),
+    )
     assert info.heads is not None
-    horizon = HorizonStates(frame, max(recurrences, 2))
-    heads = HeadMeasures(frame, info.heads, horizon.attention, stable=0.01)
-    stages, cycle = StageMeasures(frame), AttentionCycle(frame, info.heads, recurrences)
-    for observers in ([horizon], [heads, stages, cycle]):
-        run = subject.start(
-            batch, recurrences=recurrences, initial_state=recorded.get("initial_state"), observers=observers
-        )
-        for _ in range(recurrences):
-            run.advance(observers)
-        run.decode(observers)
-    found = heads.finish().per_prompt | stages.finish().per_prompt
+    if recurrences:
+        about_batch.horizon = horizon = Horizons(about_batch)
+        watched([horizon], about_batch, recorded.get("initial_state"))
+    heads, stages, cycle = (kind(about_batch) for kind in (HeadMeasures, StageMeasures, AttentionCycle))
+    watched([heads, stages, cycle], about_batch, recorded.get("initial_state"))
+    found = heads.result().merge(stages.result())
 
     sites = depth_sites(info, recurrences)
     names = [recorded_name(info, *site) for site in sites]
@@ -92,8 +95,8 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
             if name == "attention_distance_to_horizon" or recurrence > 0:
                 away = measures.attention_distance(maps[depth], maps[other]).movedim(0, -1)
                 compare(name, found[name].values[layer, recurrence], away)
-    squares = (maps[:, None] - maps[None]).square().sum((-1, -2)).sum(-1) / (info.heads * frame.tokens)
-    compare("cycle", cycle.finish().summed["attention_cycle_distance"].values, squares.sqrt().sum(-1))
+    squares = (maps[:, None] - maps[None]).square().sum((-1, -2)).sum(-1) / (info.heads * about_batch.tokens)
+    compare("cycle", cycle.result()["attention_cycle_distance"].values, squares.sqrt().sum(-1))
 
 
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46], [26, 43, 38, 32, 79], [50, 28, 84, 19, 71, 69, 39, 93]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -27,7 +28,7 @@ from loopscope.dynamics.prediction import (
 )
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.dynamics.verdicts import Kind as Verdict
-from loopscope.measures.base import Frame
+from loopscope.measures.base import RunEnd
 from loopscope.measures.stability import (
     EIGENVALUE_NAMES,
     KEPT_PAIRS,
@@ -39,6 +40,7 @@ from loopscope.measures.stability import (
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.trace import capture
+from measuring import batch_info
 from small_models import (
     ADDED,
     FEED_FORWARD,
@@ -110,15 +112,15 @@ def test_groups_of_prompts_give_the_numbers_of_all_at_once() -> None:
 
     def found(basis_bytes: int) -> xarray.Dataset:
         settings = EigenvalueSettings(recurrences=32, products=10, basis_bytes=basis_bytes)
-        frame = Frame.of(model.info, batch, model.device, 32)
-        stability = TokenStability(model, batch, frame, 16, settings)
+        info = batch_info(model, batch, recurrences=32, horizon=16)
+        info.plan = dataclasses.replace(info.plan, eigenvalues=settings)
+        stability = TokenStability(info)
         run = model.start(batch, recurrences=32)
         stability.start(run.state)
         for _ in range(32):
             run.advance([stability])
-        stability.take(run, lambda: None)
-        arrays = stability.finish().per_prompt
-        return xarray.Dataset({name: (entry.dims, entry.values) for name, entry in arrays.items()})
+        stability.ended(RunEnd(run, lambda: None, lambda recurrences, state: run.decode()))
+        return stability.result()
 
     whole, parts = found(2**30), found(1)
     xarray.testing.assert_allclose(whole["predicted_rate"], parts["predicted_rate"], rtol=1e-8)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from loopscope._util.config_json import differences
 from loopscope._util.files import atomic_file, check_no_others, held_folder, write_atomically
 from loopscope._util.map_codes import UNKNOWN
 from loopscope.errors import StudyError
-from loopscope.measures.base import Arrays, Named
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
 
 _FILLED = {"f": np.nan, "i": -1, "u": UNKNOWN}
@@ -68,32 +68,27 @@ class StudyFolder:
             return False
         return True
 
-    def write(self, index: int, arrays: Arrays) -> None:
+    def write(self, index: int, arrays: xr.Dataset) -> None:
         """Write a shard, atomically. Raises `StorageError`; earlier shards are kept."""
-        named = {
-            **{f"prompt/{name}": entry for name, entry in arrays.per_prompt.items()},
-            **{f"sum/{name}": entry for name, entry in arrays.summed.items()},
-        }
-        content = {name: entry.values for name, entry in named.items()}
-        content |= {f"weight/{name}": values for name, values in arrays.weight.items()}
-        dims = json.dumps({name: entry.dims for name, entry in named.items()})
+        named = {_key(str(name), arrays): values for name, values in arrays.items()}
+        dims = json.dumps({key: values.dims for key, values in named.items()})
+        content = {key: values.values for key, values in named.items()}
         with atomic_file(self._path(index)) as file:
             np.savez(file, allow_pickle=False, dims=np.array(dims), **content)
 
-    def read(self, index: int) -> Arrays:
+    def read(self, index: int) -> xr.Dataset:
         """A shard from disk."""
-        arrays = Arrays()
         # Opened here: numpy leaves the file of a damaged archive open.
         with self._path(index).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             dims = json.loads(str(stored["dims"]))
+            found = {}
             for key in stored.files:
-                kind, _, name = key.partition("/")
-                if kind == "weight":
-                    arrays.weight[name] = stored[key]
-                elif kind in ("prompt", "sum"):
-                    target = arrays.per_prompt if kind == "prompt" else arrays.summed
-                    target[name] = Named(tuple(dims[key]), stored[key])
-        return arrays
+                kind, slash, name = key.partition("/")
+                if slash:
+                    # An earlier release wrote no dimensions for weights: those of their sums.
+                    named = dims.get(key) or dims[f"sum/{name}"]
+                    found[f"{name}_weight" if kind == "weight" else name] = (named, stored[key])
+            return xr.Dataset(found)
 
     def finish(self, study: Study) -> Study:
         """Write the study and drop the shards."""
@@ -105,6 +100,13 @@ class StudyFolder:
         return self.folder / _SHARDS / f"{index:05d}.npz"
 
 
+def _key(name: str, arrays: xr.Dataset) -> str:
+    """Of an array in a shard's file: it says whether batches are concatenated or added up."""
+    if name.endswith("_weight"):
+        return f"weight/{name.removesuffix('_weight')}"
+    return f"sum/{name}" if f"{name}_weight" in arrays else f"prompt/{name}"
+
+
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differing = differences(found.get("identity", {}), wanted["identity"])
     if differing:
@@ -113,35 +115,38 @@ def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
         raise StudyError(f"{folder} holds another study ({'; '.join(some)}{more}); choose another --out.")
 
 
-def merge(shards: Sequence[Arrays]) -> dict[str, Named]:
-    """Put the shards' arrays together, in order: one entry a prompt (or tracked token, or prompt whose maps are kept),
-    and means for the sums.
+def merge(shards: list[xr.Dataset]) -> xr.Dataset:
+    """The batches of a study as one data set: concatenated along prompts (or tracked tokens, or prompts whose maps are
+    kept), and means of what they summed up.
 
-    Shards differ in their longest prompt; the shorter ones are filled up with what stands for nothing. They are
+    Batches differ in their longest prompt; the shorter ones are filled up with what stands for nothing. They are
     emptied on the way, so that no more than one variable is held twice.
     """
-    merged: dict[str, Named] = {}
-    for name in dict.fromkeys(name for shard in shards for name in shard.per_prompt):
-        parts = [shard.per_prompt.pop(name) for shard in shards if name in shard.per_prompt]
-        dims = parts[0].dims
-        axis = next(dims.index(name) for name in ("tracked", "mapped", "prompt") if name in dims)
-        merged[name] = Named(dims, _concatenate([part.values for part in parts], axis))
-    for name in dict.fromkeys(name for shard in shards for name in shard.summed):
-        total = sum(shard.summed[name].values for shard in shards)
-        weight = sum(shard.weight[name] for shard in shards)
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
-            merged[name] = Named(shards[0].summed[name].dims, np.asarray(total / weight))
-    return merged
+    names = list(dict.fromkeys(str(name) for shard in shards for name in shard.data_vars))
+    merged = {}
+    for name in names:
+        if name.endswith("_weight"):
+            continue
+        parts = [shard[name] for shard in shards if name in shard]
+        if f"{name}_weight" in names:
+            total = sum(part.values for part in parts)
+            weight = sum(shard[f"{name}_weight"].values for shard in shards)
+            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
+                merged[name] = xr.DataArray(total / weight, dims=parts[0].dims)
+        else:
+            merged[name] = _concatenated(parts)
+        for shard in shards:
+            if name in shard:
+                del shard[name]
+    return xr.Dataset(merged)
 
 
-def _concatenate(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    shape = [max(part.shape[dimension] for part in parts) for dimension in range(parts[0].ndim)]
-    shape[axis] = sum(part.shape[axis] for part in parts)
-    whole = np.full(shape, _FILLED[parts[0].dtype.kind], dtype=parts[0].dtype)
-    start = 0
-    for part in parts:
-        place = [slice(0, length) for length in part.shape]
-        place[axis] = slice(start, start + part.shape[axis])
-        whole[tuple(place)] = part
-        start += part.shape[axis]
-    return whole
+def _concatenated(parts: list[xr.DataArray]) -> xr.DataArray:
+    along = next(dim for dim in ("tracked", "mapped", "prompt") if dim in parts[0].dims)
+    filling = _FILLED[parts[0].dtype.kind]
+    sizes = {dim: max(part.sizes[dim] for part in parts) for dim in parts[0].dims if dim != along}
+    filled = [
+        part.pad({dim: (0, size - part.sizes[dim]) for dim, size in sizes.items()}, constant_values=filling)
+        for part in parts
+    ]
+    return xr.concat(filled, along)

@@ -19,15 +19,15 @@ from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.engine.run import run_items
 from loopscope.analysis.folder import StudyFolder, merge
-from loopscope.analysis.manifest import coordinates, manifest
+from loopscope.analysis.manifest import coordinates, describe, manifest
 from loopscope.analysis.passes import measure_batch, steps_of
-from loopscope.analysis.plan import Plan, choose
+from loopscope.analysis.plan import choose, keeps
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.errors import WorkerError
-from loopscope.measures.base import Arrays, Named
-from loopscope.measures.stages import neuron_operations, neurons
+from loopscope.measures.neurons import Neurons
+from loopscope.measures.registry import absent_variables, why_absent
 from loopscope.models.loading import load
-from loopscope.models.native.subject import NativeSubject, intervene
+from loopscope.models.native.subject import intervene
 from loopscope.models.subject import Batch, Subject
 from loopscope.prompts.prompt import TokenizedPrompt
 from loopscope.prompts.tokenizer import tokenizer_record
@@ -76,7 +76,7 @@ class Job:
         self.prompts = prompts
         self.settings = settings
         self.progress = progress
-        self.choices = choose(subject, prompts, settings, progress.note)
+        self.plan = choose(subject, [len(prompt.token_ids) for prompt in prompts], settings, progress.note)
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
@@ -111,12 +111,12 @@ class Job:
     def run_in_memory(self) -> Study:
         """All shards, with nothing written."""
         started = time.monotonic()
-        found: dict[int, Arrays] = {}
+        found: dict[int, xr.Dataset] = {}
         self.progress.start(sum(map(self._steps, range(self.shards))), 0)
         self._run_all(range(self.shards), found.__setitem__)
         return self.assemble([found[index] for index in range(self.shards)], started)
 
-    def _run_all(self, shards: Sequence[int], done: Callable[[int, Arrays], None]) -> None:
+    def _run_all(self, shards: Sequence[int], done: Callable[[int, xr.Dataset], None]) -> None:
         """Some shards, by the engine that the settings name; `done` is told of each as it is finished."""
         settings = self.settings
         gpus = 1.0 if self.subject.device.type == "cuda" else 0.0
@@ -126,7 +126,7 @@ class Job:
                 done(shard, self.run(shard))
             return
 
-        def finished(place: int, arrays: Arrays) -> None:
+        def finished(place: int, arrays: xr.Dataset) -> None:
             done(shards[place], arrays)
             for _ in range(self._steps(shards[place])):
                 self.progress.step()
@@ -134,50 +134,45 @@ class Job:
         work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
         run_items(work, shards, finished, engine, self.progress.note)
 
-    def run(self, index: int) -> Arrays:
+    def run(self, index: int) -> xr.Dataset:
         """Measure one shard."""
-        return measure_batch(self.subject, self._batch(index), self._plan(index), self.progress.step)
-
-    def assemble(self, shards: Sequence[Arrays], started: float) -> Study:
-        """All shards as one study."""
-        merged = merge(shards) | self._neurons()
-        counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
-        merged["token_count"] = Named(("prompt",), counts)
-        dataset = xr.Dataset(
-            {name: (entry.dims, entry.values) for name, entry in merged.items()},
-            coords=coordinates(merged, self.subject.info, self.settings, self.choices),
+        batch = self._batch(index)
+        return measure_batch(
+            self.subject,
+            batch,
+            self.plan,
+            self.progress.step,
+            keep=keeps(self.subject, batch, self.settings),
+            first_prompt=self._batches[index].start,
         )
-        whole = {**self._manifest(), "status": "complete", "seconds": round(time.monotonic() - started, 1)}
+
+    def assemble(self, shards: list[xr.Dataset], started: float) -> Study:
+        """All shards as one study, whose variables say what they are."""
+        dataset = merge(shards)
+        if why_absent(Neurons, self.subject.info, self.plan) is None:
+            dataset = dataset.merge(Neurons.of(self.subject, self.settings.neuron_limit, self.progress.note))
+        counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+        dataset = dataset.assign(token_count=("prompt", counts))
+        dataset = dataset.assign_coords(coordinates(dataset, self.subject.info, self.plan))
+        describe(dataset)
+        left_out = absent_variables({str(name) for name in dataset.data_vars}, self.subject.info, self.plan)
+        seconds = round(time.monotonic() - started, 1)
+        whole = {**self._manifest(), "left_out": left_out, "status": "complete", "seconds": seconds}
         return Study(dataset, whole, self._tokens())
 
     def _steps(self, index: int) -> int:
         """Recurrences that a shard runs."""
-        return steps_of(self.subject, self._batch(index), self._plan(index))
+        batch = self._batch(index)
+        return steps_of(self.subject, batch, self.plan, keep=keeps(self.subject, batch, self.settings))
 
     def _batch(self, index: int) -> Batch:
         return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
-
-    def _plan(self, index: int) -> Plan:
-        return self.choices.plan(self.subject, self._batch(index), self._batches[index], self.settings)
-
-    def _neurons(self) -> dict[str, Named]:
-        """From the weights, which are no shard's: of a native model, unless that takes too long."""
-        if "neurons" in self.settings.skip or not isinstance(self.subject, NativeSubject):
-            return {}
-        needed = neuron_operations(self.subject.model) / 1e12
-        if needed > self.settings.neuron_limit:
-            self.progress.note(
-                f"Prediction and suppression neurons are left out: counting them takes {needed:.3g} tera operations; "
-                "raise --neuron-limit to have them."
-            )
-            return {}
-        return neurons(self.subject.model)
 
     def _tokens(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(prompt) for prompt in self.prompts]
 
     def _manifest(self) -> dict[str, Any]:
-        found = manifest(self.subject, self.prompts, self.settings, self.choices, self._tokenizer)
+        found = manifest(self.subject, self.prompts, self.settings, self.plan, self._tokenizer)
         return {"created": self._created, **found}
 
 
@@ -188,7 +183,7 @@ class _ShardWork:
         self._subject, self._prompts, self._settings = subject, prompts, settings
         self._job: Job | None = None
 
-    def __call__(self, shard: int) -> Arrays:
+    def __call__(self, shard: int) -> xr.Dataset:
         if self._job is None:
             threads = self._settings.threads or max(1, cpu_count() // (self._settings.workers or cpu_count()))
             torch.set_num_threads(threads)

@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 
-from loopscope.analysis.plan import Choices
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.observed_rate import RateSettings
 from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.measures.base import Named, depth_sites
+from loopscope.measures.base import Plan, depth_sites
 from loopscope.measures.behaviour import CHANGES
 from loopscope.measures.convergence import LEVELS
 from loopscope.measures.maps import map_sites
+from loopscope.measures.registry import declared_variables
 from loopscope.measures.similarity import visit_labels
 from loopscope.measures.stability import RATE_REASONS, study_criterion
 from loopscope.models.subject import Subject, SubjectInfo
@@ -36,12 +37,10 @@ PROMPT_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed
 _GRIDS = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
 
 
-def coordinates(
-    arrays: Mapping[str, Named], info: SubjectInfo, settings: AnalyzeSettings, choices: Choices
-) -> dict[str, Any]:
+def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, Any]:
     """Of every dimension that the arrays have, and what stands beside some of them."""
-    lengths = {dim: size for entry in arrays.values() for dim, size in zip(entry.dims, entry.values.shape, strict=True)}
-    visits = visit_labels(info.prelude, info.recurrent, info.coda, min(settings.cycle_recurrences, choices.recurrences))
+    lengths = {str(dim): size for dim, size in arrays.sizes.items()}
+    visits = visit_labels(info.prelude, info.recurrent, info.coda, min(plan.cycle_recurrences, plan.recurrences))
     values: dict[str, Any] = {
         "unique_layer": [
             f"{stage}.{layer}" for stage in ("prelude", "recurrent", "coda") for layer in range(getattr(info, stage))
@@ -51,41 +50,53 @@ def coordinates(
         "horizon": ["first", "second"],
         "visit": visits,
         "visit_other": visits,
-        "readout_recurrence": list(choices.readout),
-        "judged_layer": list(choices.judged_layers),
+        "readout_recurrence": list(plan.readout),
+        "judged_layer": list(plan.judged_layers),
         "change": list(CHANGES),
         "kind": [str(kind) for kind in KINDS],
         "lag": np.arange(1, lengths.get("lag", 0) + 1),
-        "tail": np.arange(2 * settings.horizon - lengths.get("tail", 0), 2 * settings.horizon),
+        "tail": np.arange(2 * plan.horizon - lengths.get("tail", 0), 2 * plan.horizon),
         **{
             f"{method}_setting{other}": list(steps)
             for method, grid in _GRIDS
             for other, steps in zip(("", "_other"), grid.values, strict=True)
         },
-        "exit_recurrence": list(range(1, choices.exits + 1)),
+        "exit_recurrence": list(range(1, plan.exits + 1)),
     }
     found = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
     if "depth" in lengths:
-        sites = depth_sites(info, choices.recurrences)
+        sites = depth_sites(info, plan.recurrences)
         for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
             found[f"depth_{name}"] = ("depth", list(column))
-    if "mapped" in lengths and choices.maps is not None:
-        sites = map_sites(info, choices.maps.recurrences)
+    if "mapped" in lengths and plan.maps is not None:
+        sites = map_sites(info, plan.maps.recurrences)
         found["map_visit"] = ("map_visit", [visit_label(*site) for site in sites])
         for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
             found[f"map_{name}"] = ("map_visit", list(column))
-        found["mapped_prompt"] = ("mapped", list(choices.maps.rows))
+        found["mapped_prompt"] = ("mapped", list(plan.maps.prompts))
     if "tracked" in lengths:
-        found["tracked_prompt"] = ("tracked", [prompt for prompt, _ in choices.tracked])
-        found["tracked_token"] = ("tracked", [token for _, token in choices.tracked])
+        found["tracked_prompt"] = ("tracked", [prompt for prompt, _ in plan.tracked])
+        found["tracked_token"] = ("tracked", [token for _, token in plan.tracked])
     return found
+
+
+def describe(dataset: xr.Dataset) -> None:
+    """Let each variable say what it is: `long_name`, `units`, and, of codes, `flag_values` and `flag_meanings` as the
+    CF conventions have them."""
+    declared = declared_variables()
+    for name, values in dataset.data_vars.items():
+        about = declared[str(name)]
+        values.attrs = {"long_name": about.meaning, "units": about.units}
+        if about.flags:
+            values.attrs["flag_values"] = np.arange(len(about.flags), dtype=values.dtype)
+            values.attrs["flag_meanings"] = " ".join(flag.replace(" ", "_") for flag in about.flags)
 
 
 def manifest(
     subject: Subject,
     prompts: Sequence[TokenizedPrompt],
     settings: AnalyzeSettings,
-    choices: Choices,
+    plan: Plan,
     tokenizer: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All but when it was made, and how long that took."""
@@ -123,8 +134,8 @@ def manifest(
             "sha256": digest,
         },
         "tokenizer": tokenizer,
-        **_behaviour(choices),
-        **_stability(settings, choices),
+        **_behaviour(plan),
+        **_stability(settings, plan),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
@@ -140,9 +151,9 @@ def manifest(
     }
 
 
-def _behaviour(choices: Choices) -> dict[str, Any]:
+def _behaviour(plan: Plan) -> dict[str, Any]:
     """How the limits of the tokens were judged."""
-    if not choices.judged_layers:
+    if not plan.judged_layers:
         return {}
     methods = (("displacement", DisplacementSettings()), ("cosine", CosineSettings()))
     return {
@@ -153,11 +164,11 @@ def _behaviour(choices: Choices) -> dict[str, Any]:
     }
 
 
-def _stability(settings: AnalyzeSettings, choices: Choices) -> dict[str, Any]:
+def _stability(settings: AnalyzeSettings, plan: Plan) -> dict[str, Any]:
     """How eigenvalues were taken, what was predicted from them by which thresholds, and how rates were observed."""
-    if "stability" in settings.skip or not choices.recurrences:
+    if "stability" in settings.skip or not plan.recurrences:
         return {}
-    taken = choices.eigenvalues
+    taken = plan.eigenvalues
     return {
         "stability": {
             "eigenvalues": None if taken is None else dataclasses.asdict(taken),

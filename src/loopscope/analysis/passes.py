@@ -3,59 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from loopscope._util.shapes import Logits, States
-from loopscope.analysis.plan import Plan
 from loopscope.errors import NonFiniteError
-from loopscope.measures.base import Arrays, Frame, Measure, Named
-from loopscope.measures.behaviour import Behaviour, StateTails, behaviour_spans
-from loopscope.measures.convergence import Convergence
-from loopscope.measures.heads import HeadMeasures
-from loopscope.measures.horizon import HorizonStates, noise_floor
-from loopscope.measures.maps import AttentionMaps
-from loopscope.measures.readout import Readout
-from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
-from loopscope.measures.stability import TokenStability, eigenvalue_products
-from loopscope.measures.stages import StageMeasures
-from loopscope.measures.trajectories import PathIndependence, Trajectories
-from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
+from loopscope.measures.base import BatchInfo, Measure, Plan, RunEnd
+from loopscope.measures.horizon import Horizons
+from loopscope.measures.registry import MEASURES, asked_for, why_absent
+from loopscope.models.subject import Batch, Run, Subject
 from loopscope.models.visits import LoopState, Observer, Visit
 
 Tick = Callable[[], None]
 """Called after each recurrence of each run, and each product for eigenvalues."""
 
 
-def steps_of(subject: Subject, batch: Batch, plan: Plan) -> int:
-    """Recurrences of all runs of a batch, and products for its eigenvalues: how often `tick` is called."""
+def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> int:
+    """Recurrences of all runs of a batch, and what its measures announce: how often `tick` is called."""
     if not subject.info.is_looped:
         return 0
-    other = plan.recurrences if _has_other_path(subject.info, plan) else 0
-    if plan.eigenvalues is not None:
-        other += eigenvalue_products(subject, batch, plan.eigenvalues)
-    if plan.keep:
+    asked = BatchInfo.of(subject, batch, plan, second_run=_has_second_run(subject, plan))
+    other = (plan.recurrences if asked.second_run else 0) + sum(kind.steps(asked) for kind in asked_for(asked))
+    if keep:
         return max(plan.recurrences, 2 * plan.horizon) + other
     return plan.recurrences + 2 * plan.horizon + other
 
 
-def measure_batch(subject: Subject, batch: Batch, plan: Plan, tick: Tick) -> Arrays:
-    """Run one batch as planned and reduce it to arrays.
+def measure_batch(
+    subject: Subject, batch: Batch, plan: Plan, tick: Tick, *, keep: bool, first_prompt: int = 0
+) -> xr.Dataset:
+    """Run one batch as planned and reduce it to arrays; `keep` has the measured states kept and replayed, rather than
+    run a second time, for measures that need the states at the horizon.
 
     Raises `NonFiniteError` for a state that is NaN or infinite before the loop could have made it grow. A model that
     diverges in the loop is a result, found in `diverged_at`.
     """
     with ExitStack() as ends:
         runs = _Runs(subject, batch, plan.seed, ends)
-        frame = Frame.of(subject.info, batch, subject.device, plan.recurrences if subject.info.is_looped else 0)
-        if not subject.info.is_looped:
-            return _measure_once(runs, plan, frame)
-        return _measure_loop(runs, plan, frame, tick)
+        info = BatchInfo.of(subject, batch, plan, first_prompt=first_prompt)
+        measures, horizon = (
+            _measure_loop(runs, info, tick, keep=keep) if subject.info.is_looped else (_measure_once(runs, info), None)
+        )
+        found = []
+        while measures:
+            # One by one, so that what a measure kept goes as soon as it is reduced.
+            found.append(measures.pop(0).result())
+        arrays = xr.merge(found, compat="no_conflicts", join="exact", combine_attrs="drop")
+        return arrays.assign(diverged_at=("prompt", _diverged_at(arrays, info, horizon)))
+
+
+def _has_second_run(subject: Subject, plan: Plan) -> bool:
+    """Whether a measure asks for a run from another initial state, and the model has one."""
+    return any(kind.needs.second_run and why_absent(kind, subject.info, plan) is None for kind in MEASURES)
 
 
 class _Runs:
@@ -74,108 +79,83 @@ class _Runs:
         self._ends.callback(run.close)
         return run
 
+    def start_elsewhere(self, recurrences: int) -> Run | None:
+        """From another initial state, where the model has one."""
+        other = self.subject.other_initial_state(self.batch, self.seed)
+        return None if other is None else self.start(recurrences, initial_state=other)
 
-def _measure_loop(runs: _Runs, plan: Plan, frame: Frame, tick: Tick) -> Arrays:
-    horizon = HorizonStates(frame, plan.horizon)
-    live = _Live(runs, plan, frame)
-    heads = _heads(frame, plan, horizon)
-    kept = _Keeper(attention=heads is not None)
-    floor = Arrays()
 
-    def advance(run: Run, first: int, last: int, observers: list[Observer], measured: bool) -> None:
-        nonlocal floor
+def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> tuple[list[Measure], Horizons]:
+    """To the second horizon and through the measured recurrences: in two runs, or in one whose states are kept."""
+    plan = batch.plan
+    other = runs.start_elsewhere(plan.recurrences) if _has_second_run(runs.subject, plan) else None
+    batch.second_run = other is not None
+    batch.horizon = horizon = Horizons(batch)
+    measures = [horizon if kind is Horizons else kind(batch) for kind in asked_for(batch)]
+    far = [each for each in measures if each.needs.long_run]
+    waiting = [each for each in measures if each.needs.horizon]
+    live = [each for each in measures if not (each.needs.long_run or each.needs.horizon)]
+    now: list[Observer]
+    beside = [each.second for each in measures if each.second is not None]
+
+    def advance(run: Run, first: int, last: int, observers: Sequence[Observer], *, measured: bool, long: bool) -> None:
         for recurrence in range(first, last):
             run.advance(observers)
             tick()
-            if measured:
-                live.after(recurrence + 1, run, tick)
-            if recurrence + 1 == 2 * plan.horizon and horizon in observers:
-                if "noise-floor" not in plan.skip:
-                    floor = noise_floor(frame, run)
-                if stability is not None and plan.eigenvalues is not None:
-                    stability.take(run, tick)
+            if measured and other is not None:
+                other.advance(beside)
+                tick()
+            if measured and recurrence + 1 == plan.recurrences:
+                run.decode(now)
+            if long and recurrence + 1 == end:
+                _end(far, run, tick, runs)
 
-    guard = _FiniteGuard(frame, plan.first_prompt)
+    guard = _FiniteGuard(batch)
     end = 2 * plan.horizon
-    tails = _tails(frame, plan, whole=True)
-    stability = _stability(runs, plan, frame)
-    long: list[Observer] = [each for each in (horizon, tails, stability) if each is not None]
-    if heads is not None:
-        live.watch(_OutsideTheLoop(heads) if plan.keep else heads)
-    if plan.keep:
-        whole = max(plan.recurrences, end)
-        run = runs.start(whole, [guard, *live.observers])
-        initial_state = run.state
-        if stability is not None:
-            stability.start(initial_state)
+    if keep:
+        kept = _Keeper(attention=any(each.needs.attention for each in waiting))
+        now = [*live, *(_OutsideTheLoop(each) for each in waiting)]
+        run = runs.start(max(plan.recurrences, end), [guard, *now])
+        _start(measures, run.state)
         both = min(plan.recurrences, end)
-        advance(run, 0, both, [guard, *long, kept, *live.observers], measured=True)
-        advance(run, both, plan.recurrences, [kept, *live.observers], measured=True)
-        advance(run, both, end, [*long], measured=False)
+        advance(run, 0, both, [guard, *far, kept, *now], measured=True, long=True)
+        advance(run, both, plan.recurrences, [kept, *now], measured=True, long=False)
+        advance(run, both, end, far, measured=False, long=True)
+        kept.replay(waiting)
     else:
         long_run = runs.start(end, [guard])
-        if stability is not None:
-            stability.start(long_run.state)
-        advance(long_run, 0, end, [guard, *long], measured=False)
-        run = runs.start(plan.recurrences, live.observers)
-        initial_state = run.state
-    convergence = Convergence(frame, horizon)
-    convergence.start(initial_state)
-    if plan.keep:
-        kept.replay(convergence if heads is None else _Both(convergence, heads))
-    else:
-        advance(run, 0, plan.recurrences, [convergence, *live.observers], measured=True)
-    if live.readout is not None:
-        live.readout.decode(partial(_decode, runs, run))
-    arrays = Arrays()
-    for part in (convergence.finish(), horizon.finish(), live.finish(), floor):
-        arrays.update(part)
-    if heads is not None:
-        arrays.update(heads.finish())
-    if tails is not None:
-        behaviour = Behaviour(frame, tails, live.other_tails, plan.recurrences, plan.horizon)
-        arrays.update(behaviour.finish(plan.judged_layers))
-    if stability is not None:
-        arrays.update(stability.finish())
-    arrays.per_prompt["diverged_at"] = _diverged_at(arrays)
-    return arrays
+        _start(far, long_run.state)
+        advance(long_run, 0, end, [guard, *far], measured=False, long=True)
+        now = [*waiting, *live]
+        run = runs.start(plan.recurrences, now)
+        _start([*waiting, *live], run.state)
+        advance(run, 0, plan.recurrences, now, measured=True, long=False)
+    _end([*live, *waiting], run, tick, runs)
+    return measures, horizon
 
 
-def _stability(runs: _Runs, plan: Plan, frame: Frame) -> TokenStability | None:
-    if "stability" in plan.skip:
-        return None
-    return TokenStability(runs.subject, runs.batch, frame, plan.horizon, plan.eigenvalues)
-
-
-def _tails(frame: Frame, plan: Plan, *, whole: bool) -> StateTails | None:
-    """What keeps the states that are judged: of the run to the second horizon, or of the one from another state."""
-    if not plan.judged_layers:
-        return None
-    second, first, seed = behaviour_spans(plan.recurrences, plan.horizon)
-    spans = [span for span in ((second, first, seed) if whole else (seed,)) if span is not None]
-    return StateTails(frame, plan.judged_layers, spans)
-
-
-def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
+def _measure_once(runs: _Runs, batch: BatchInfo) -> list[Measure]:
     """A feed-forward model: one pass."""
-    live = _Live(runs, plan, frame)
-    heads = _heads(frame, plan, None)
-    if heads is not None:
-        live.watch(heads)
-    guard = _FiniteGuard(frame, plan.first_prompt)
-    run = runs.start(0, [guard, *live.observers])
-    logits = run.decode(live.observers)
-    if live.readout is not None:
-        live.readout.decode(lambda recurrences, state: logits)
-    arrays = live.finish()
-    if heads is not None:
-        arrays.update(heads.finish())
-    arrays.per_prompt["diverged_at"] = Named(("prompt",), np.full(frame.prompts, -1, dtype=np.int64))
-    return arrays
+    measures = [kind(batch) for kind in asked_for(batch)]
+    run = runs.start(0, [_FiniteGuard(batch), *measures])
+    logits = run.decode(measures)
+    for measure in measures:
+        measure.ended(RunEnd(run, lambda: None, lambda recurrences, state: logits))
+    return measures
+
+
+def _start(measures: Iterable[Measure], state: States | None) -> None:
+    for measure in measures:
+        measure.start(state)
+
+
+def _end(measures: Iterable[Measure], run: Run, tick: Tick, runs: _Runs) -> None:
+    for measure in measures:
+        measure.ended(RunEnd(run, tick, partial(_decode, runs, run)))
 
 
 def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) -> Logits:
-    """Logits after so many recurrences of the measured run, whose state was this; of another run if it takes none."""
+    """Logits after that many recurrences of the measured run, whose state was this; of another run if it takes none."""
     if runs.subject.info.state_can_be_set:
         return measured.decode(state=state)
     run = runs.start(recurrences)
@@ -186,96 +166,14 @@ def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) 
     return logits
 
 
-def _heads(frame: Frame, plan: Plan, horizon: HorizonStates | None) -> HeadMeasures | None:
-    """The measures of attention, if they are asked for and any attention can be seen."""
-    if "heads" in plan.skip or frame.info.heads is None:
-        return None
-    attention = (lambda layer: None) if horizon is None else horizon.attention
-    return HeadMeasures(frame, frame.info.heads, attention, plan.head_stable)
-
-
-def _diverged_at(arrays: Arrays) -> Named:
-    """The first recurrence whose state is not finite, among the horizon's pass and the measured one."""
-    found = arrays.per_prompt["diverged_at"].values
-    broken = ~np.isfinite(arrays.per_prompt["residual_norm"].values).all(axis=0)
+def _diverged_at(arrays: xr.Dataset, batch: BatchInfo, horizon: Horizons | None) -> np.ndarray:
+    """The first recurrence whose state is not finite, among the horizon's pass and the measured one; -1 if none is."""
+    if horizon is None:
+        return np.full(batch.prompts, -1, dtype=np.int64)
+    found = horizon.diverged_at.cpu().numpy().astype(np.int64)
+    broken = ~np.isfinite(arrays["residual_norm"].values).all(axis=0)
     measured = np.where(broken.any(axis=0), broken.argmax(axis=0), -1)
-    earliest = np.where(found < 0, measured, np.where(measured < 0, found, np.minimum(found, measured)))
-    return Named(("prompt",), earliest)
-
-
-def _has_other_path(info: SubjectInfo, plan: Plan) -> bool:
-    return "path-independence" not in plan.skip and info.can_start_elsewhere
-
-
-class _Live:
-    """The measures that need no horizon: they watch the measured run while it goes by."""
-
-    def __init__(self, runs: _Runs, plan: Plan, frame: Frame) -> None:
-        self.cycle: CycleSimilarity | None = None
-        self.attention_cycle: AttentionCycle | None = None
-        self.readout: Readout | None = None
-        self.trajectories: Trajectories | None = None
-        self.path: PathIndependence | None = None
-        self.stages: StageMeasures | None = None
-        self.other_tails: StateTails | None = None
-        self.maps: AttentionMaps | None = None
-        self._plan = plan
-        self._also: list[Observer] = []
-        if "cycle-similarity" not in plan.skip:
-            self.cycle = CycleSimilarity(frame, plan.cycle_recurrences)
-            if frame.info.heads is not None and "heads" not in plan.skip:
-                self.attention_cycle = AttentionCycle(frame, frame.info.heads, plan.cycle_recurrences)
-        if plan.maps is not None and frame.info.heads is not None:
-            self.maps = AttentionMaps(frame, frame.info.heads, plan.maps)
-        if "stages" not in plan.skip:
-            self.stages = StageMeasures(frame)
-        if "readout" not in plan.skip:
-            self.readout = Readout(frame, runs.batch, plan.readout, plan.exits)
-        if "trajectories" not in plan.skip and plan.tracked and frame.info.is_looped:
-            self.trajectories = Trajectories(frame, plan.tracked, plan.components)
-        if frame.info.is_looped and _has_other_path(frame.info, plan):
-            other = runs.subject.other_initial_state(runs.batch, plan.seed)
-            if other is not None:
-                self.path = PathIndependence(frame)
-                self.other_tails = _tails(frame, plan, whole=False)
-                self._other = runs.start(plan.recurrences, initial_state=other)
-
-    def watch(self, observer: Observer) -> None:
-        """Let something else see all that these measures see."""
-        self._also.append(observer)
-
-    @property
-    def observers(self) -> list[Observer]:
-        return [*self._measures, *self._also]
-
-    @property
-    def _measures(self) -> list[Measure]:
-        """Those that were asked for."""
-        measures = (
-            self.cycle,
-            self.attention_cycle,
-            self.maps,
-            self.stages,
-            self.trajectories,
-            self.path,
-            self.readout,
-        )
-        return [measure for measure in measures if measure is not None]
-
-    def after(self, recurrences: int, run: Run, tick: Tick) -> None:
-        """So many recurrences of the measured run are done."""
-        if self.path is not None:
-            tails = [] if self.other_tails is None else [self.other_tails]
-            self._other.advance([self.path.second, *tails])
-            tick()
-        if recurrences == self._plan.recurrences:
-            run.decode(self.observers)
-
-    def finish(self) -> Arrays:
-        arrays = Arrays()
-        for measure in self._measures:
-            arrays.update(measure.finish())
-        return arrays
+    return np.where(found < 0, measured, np.where(measured < 0, found, np.minimum(found, measured)))
 
 
 class _Keeper(Observer):
@@ -295,32 +193,18 @@ class _Keeper(Observer):
     def loop_state(self, loop_state: LoopState) -> None:
         self._events.append(loop_state)
 
-    def replay(self, observer: Observer) -> None:
+    def replay(self, observers: Sequence[Observer]) -> None:
         for event in self._events:
-            if isinstance(event, Visit):
-                observer.visit(event)
-            else:
-                observer.loop_state(event)
+            for observer in observers:
+                if isinstance(event, Visit):
+                    observer.visit(event)
+                else:
+                    observer.loop_state(event)
         self._events.clear()
 
 
-class _Both(Observer):
-    """Two observers as one."""
-
-    def __init__(self, first: Observer, second: Observer) -> None:
-        self._observers = (first, second)
-
-    def visit(self, visit: Visit) -> None:
-        for observer in self._observers:
-            observer.visit(visit)
-
-    def loop_state(self, loop_state: LoopState) -> None:
-        for observer in self._observers:
-            observer.loop_state(loop_state)
-
-
 class _OutsideTheLoop(Observer):
-    """Tells an observer of prelude and coda only; it will be told of the loop when the horizon is known."""
+    """Lets an observer see prelude and coda only; it receives the loop when the horizon is known."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -333,18 +217,17 @@ class _OutsideTheLoop(Observer):
 class _FiniteGuard(Observer):
     """Refuses states that are broken before the loop can be blamed."""
 
-    def __init__(self, frame: Frame, first_prompt: int) -> None:
-        self._frame = frame
-        self._first_prompt = first_prompt
+    def __init__(self, batch: BatchInfo) -> None:
+        self._batch = batch
 
     def visit(self, visit: Visit) -> None:
         if visit.recurrence > 0:
             return
-        finite: Tensor = torch.isfinite(visit.residual).all(-1) | ~self._frame.mask
+        finite: Tensor = torch.isfinite(visit.residual).all(-1) | ~self._batch.mask
         if not bool(finite.all()):
             row = int((~finite).any(-1).nonzero()[0])
             raise NonFiniteError(
-                f"The state after {visit.label} of prompt {self._first_prompt + row} is NaN or infinite in "
-                f"{self._frame.info.dtype}, before the loop could have made it grow; try a wider --dtype, "
+                f"The state after {visit.label} of prompt {self._batch.first_prompt + row} is NaN or infinite in "
+                f"{self._batch.info.dtype}, before the loop could have made it grow; try a wider --dtype, "
                 f"or check the weights."
             )

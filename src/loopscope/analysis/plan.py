@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from loopscope.analysis.settings import AnalyzeSettings, Part
+from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
+from loopscope.measures.base import MapChoice, Plan
 from loopscope.measures.behaviour import can_be_judged
-from loopscope.measures.maps import MapChoice, map_recurrences, map_sites, map_tokens
+from loopscope.measures.maps import map_recurrences, map_sites, map_tokens
 from loopscope.measures.readout import readout_grid
 from loopscope.measures.stability import replaced_at, study_eigenvalues
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.subject import Batch, Subject, SubjectInfo
-from loopscope.prompts.prompt import TokenizedPrompt
 
 _EXITS_IF_UNKNOWN = 8
 """Recurrences of a full run of a model whose trained number is not known: as many as most are trained with or more."""
@@ -27,6 +25,33 @@ tenth of what an analysis runs by default. Beyond that it is done on request onl
 
 Note = Callable[[str], None]
 """Told what a user should know of the choices."""
+
+
+def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, note: Note) -> Plan:
+    """Of prompts of that many tokens.
+
+    Raises `ConfigError` for settings that ask for what these prompts or this model do not have.
+    """
+    info = subject.info
+    exits = _exit_recurrences(subject, settings, note)
+    maps, notes = choose_maps(info, lengths, settings)
+    for message in notes:
+        note(message)
+    return Plan(
+        recurrences=settings.recurrences if info.is_looped else 0,
+        horizon=settings.horizon,
+        seed=settings.seed,
+        skip=frozenset(settings.skip),
+        cycle_recurrences=settings.cycle_recurrences,
+        tracked=tuple(_tracked(lengths, settings)) if info.is_looped else (),
+        components=settings.components,
+        readout=_readout_grid(info, settings, exits),
+        exits=exits,
+        head_stable=settings.head_stable,
+        judged_layers=_judged_layers(info, settings),
+        eigenvalues=_eigenvalues(subject, settings, note),
+        maps=maps,
+    )
 
 
 def choose_maps(
@@ -72,35 +97,6 @@ def _recurrences(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...
     return tuple(sorted(set(asked))) or map_recurrences(info.trained_recurrences or 1, measured)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How one batch is run."""
-
-    recurrences: int
-    horizon: int
-    keep: bool
-    """Keep the measured states of the batch rather than run them a second time."""
-    seed: int
-    cycle_recurrences: int
-    tracked: tuple[tuple[int, int], ...]
-    """(row of the batch, token from 0)."""
-    components: int
-    readout: tuple[int, ...]
-    exits: int
-    """Every state up to so many recurrences is decoded and compared with the one before; 0 for none."""
-    head_stable: float
-    """Root mean square change of a row below which a head is stable."""
-    judged_layers: tuple[int, ...]
-    """Recurrent layers whose tokens' limits are judged; none without that part."""
-    eigenvalues: EigenvalueSettings | None
-    """How each token's eigenvalues are taken; None where they are not."""
-    skip: frozenset[Part]
-    first_prompt: int
-    """Number of the batch's first prompt, for messages."""
-    maps: MapChoice | None = None
-    """Which attention maps are kept; None for a batch of which there are none to keep."""
-
-
 def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
     """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
 
@@ -112,71 +108,7 @@ def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: b
     return batch.mask.numel() * info.width * itemsize * sites * recurrences
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What is measured, of which tokens and layers."""
-
-    recurrences: int
-    """How many are measured; 0 for a feed-forward model."""
-    tracked: tuple[tuple[int, int], ...]
-    """(prompt, token from 0)."""
-    exits: int
-    """N, the recurrences of a full run of which exit rules may save some; 0 where they are left out."""
-    readout: tuple[int, ...]
-    """Numbers of recurrences after which the state is decoded."""
-    judged_layers: tuple[int, ...]
-    eigenvalues: EigenvalueSettings | None
-    """How each token's eigenvalues are taken; None where they are not."""
-    maps: MapChoice | None
-    """Which attention maps are kept, of prompts by their number in the study."""
-
-    def plan(self, subject: Subject, batch: Batch, rows: range, settings: AnalyzeSettings) -> Plan:
-        """How the prompts `rows` are run, which are one batch."""
-        return Plan(
-            recurrences=settings.recurrences,
-            horizon=settings.horizon,
-            keep=_keeps(subject, batch, settings),
-            seed=settings.seed,
-            cycle_recurrences=settings.cycle_recurrences,
-            tracked=tuple((prompt - rows.start, token) for prompt, token in self.tracked if prompt in rows),
-            components=settings.components,
-            readout=self.readout,
-            exits=self.exits,
-            head_stable=settings.head_stable,
-            judged_layers=self.judged_layers,
-            eigenvalues=self.eigenvalues,
-            skip=frozenset(settings.skip),
-            first_prompt=rows.start,
-            maps=self._maps_of(rows),
-        )
-
-    def _maps_of(self, rows: range) -> MapChoice | None:
-        """Of one shard, if any of its prompts is asked for."""
-        if self.maps is None:
-            return None
-        found = tuple(prompt - rows.start for prompt in self.maps.rows if prompt in rows)
-        return dataclasses.replace(self.maps, rows=found) if found else None
-
-
-def choose(subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings, note: Note) -> Choices:
-    """Raises `ConfigError` for settings that ask for what these prompts or this model do not have."""
-    info = subject.info
-    exits = _exit_recurrences(subject, settings, note)
-    maps, notes = choose_maps(info, [len(prompt.token_ids) for prompt in prompts], settings)
-    for message in notes:
-        note(message)
-    return Choices(
-        recurrences=settings.recurrences if info.is_looped else 0,
-        tracked=tuple(_tracked(prompts, settings)) if info.is_looped else (),
-        exits=exits,
-        readout=_readout_grid(info, settings, exits),
-        judged_layers=_judged_layers(info, settings),
-        eigenvalues=_eigenvalues(subject, settings, note),
-        maps=maps,
-    )
-
-
-def _keeps(subject: Subject, batch: Batch, settings: AnalyzeSettings) -> bool:
+def keeps(subject: Subject, batch: Batch, settings: AnalyzeSettings) -> bool:
     """Whether the states of a batch are kept rather than made twice."""
     if settings.horizon_method != "auto" or not subject.info.is_looped:
         return settings.horizon_method == "keep"
@@ -247,18 +179,18 @@ def _readout_grid(info: SubjectInfo, settings: AnalyzeSettings, exits: int) -> t
     return tuple(sorted({*settings.readout, *range(1, exits + 1)}))
 
 
-def _tracked(prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> list[tuple[int, int]]:
+def _tracked(lengths: Sequence[int], settings: AnalyzeSettings) -> list[tuple[int, int]]:
     """(prompt, token from 0) of the tracked tokens, sorted. Defaults beyond the last prompt are dropped, asked ones
     refused.
     """
     default = AnalyzeSettings().track
     found = []
     for entry, (prompt, token) in zip(settings.track, settings.tracked, strict=True):
-        if prompt >= len(prompts):
+        if prompt >= len(lengths):
             if settings.track == default:
                 continue
-            raise ConfigError(f"--track {entry}: there are {len(prompts)} prompts, counted from 0.")
-        length = len(prompts[prompt].token_ids)
+            raise ConfigError(f"--track {entry}: there are {len(lengths)} prompts, counted from 0.")
+        length = lengths[prompt]
         if not -length <= token < length:
             raise ConfigError(f"--track {entry}: prompt {prompt} has {length} tokens, counted from 0.")
         found.append((prompt, token % length))

@@ -18,21 +18,23 @@ from loopscope.measures.attention import (
     strongest_sink,
     strongest_sink_position,
 )
-from loopscope.measures.base import Frame, Measure
+from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
 from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, relative_distance, residual_norm
+from loopscope.measures.neurons import neuron_moments
 from loopscope.measures.readout import kl_divergence, next_token_loss
 from loopscope.measures.stages import (
     massive_activation,
     massive_activation_place,
-    neuron_moments,
     relative_residual_entropy,
     residual_entropy,
 )
 from loopscope.measures.trajectories import principal_components
 
 __all__ = [
-    "Frame",
+    "BatchInfo",
     "Measure",
+    "Needs",
+    "Variable",
     "attention_distance",
     "colsum_concentration",
     "cosine",
@@ -60,4 +62,5 @@ __all__ = [
     "strongest_sink",
     "strongest_sink_position",
     "uniform_causal_sink",
+    "variable",
 ]

@@ -1,19 +1,22 @@
-"""What a measure is: an observer that reduces while visits pass, and ends with named arrays."""
+"""What a measure is: an observer that declares its variables, reduces while visits pass, and ends with a data set."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, overload, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
+from loopscope._util.shapes import Logits, States
+from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.models.architecture import Stage
-from loopscope.models.subject import Batch, SubjectInfo
-from loopscope.models.visits import Observer
+from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
+from loopscope.models.visits import AttentionView, Observer
 
 
 @runtime_checkable
@@ -42,23 +45,123 @@ def _tensor(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """What every measure of one batch shares: the shapes that its arrays have."""
+class Variable:
+    """What a study says of one of its variables."""
 
-    info: SubjectInfo
-    mask: Tensor
-    """(batch, token), True for tokens, on the subject's device."""
+    dims: tuple[str, ...]
+    meaning: str
+    """In a sentence without a full stop; it becomes `long_name`, and a row of docs/study.md."""
+    units: str = "1"
+    """`1` of shares, ratios and cosines; `residual stream` of what is measured in the model's own activations."""
+    flags: tuple[str, ...] = ()
+    """What the values 0, 1, 2 ... stand for, of a variable that holds codes."""
+    otherwise: str = ""
+    """Why a study may lack it although its measure ran."""
+    summed: bool = False
+    """A mean over prompts: a batch has the sum, and as `<name>_weight` the number of prompts of each entry."""
+
+
+def variable(dims: str, meaning: str, units: str = "1", **more: Any) -> Variable:
+    """With the dimensions as words."""
+    return Variable(tuple(dims.split()), meaning, units, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a measure asks of the runs of a batch."""
+
+    loop: bool = False
+    """There is nothing to measure in a feed-forward model."""
+    long_run: bool = False
+    """It watches the run to the second horizon, rather than the measured one."""
+    horizon: bool = False
+    """It receives the visits of the loop only when the states at the horizon are known."""
+    attention: bool = False
+    """Queries and keys, or maps, of every visit."""
+    second_run: bool = False
+    """A run from another initial state is advanced beside the measured one."""
+    also: tuple[str, ...] = ()
+    """Other parts of the analysis without which it is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapChoice:
+    """Which attention maps are kept."""
+
+    prompts: tuple[int, ...]
+    """Of the study, from 0."""
+    recurrences: tuple[int, ...]
+    """Numbers of recurrences, from 1; none for a feed-forward model."""
+    tokens: int
+    """Of each prompt, at most that many of the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a study measures, of which tokens, layers and recurrences: decided before anything runs."""
+
     recurrences: int
-    """R, how many are measured."""
+    """How many are measured; 0 for a feed-forward model."""
+    horizon: int
+    seed: int
+    skip: frozenset[str]
+    """Parts to leave out."""
+    cycle_recurrences: int
+    tracked: tuple[tuple[int, int], ...]
+    """(prompt, token from 0)."""
+    components: int
+    readout: tuple[int, ...]
+    """Numbers of recurrences after which the state is decoded."""
+    exits: int
+    """N, the recurrences of a full run of which exit rules may save some: every state up to N is decoded and compared
+    with the one before; 0 for none."""
+    head_stable: float
+    """Root mean square change of a map's rows below which a head is stable."""
+    judged_layers: tuple[int, ...]
+    """Recurrent layers whose tokens' limits are judged; none without that part."""
+    eigenvalues: EigenvalueSettings | None
+    """How each token's eigenvalues are taken; None where they are not."""
+    maps: MapChoice | None
+    """Which attention maps are kept; None where none are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchInfo:
+    """What every measure of one batch shares."""
+
+    subject: Subject
+    batch: Batch
+    """On the subject's device."""
+    plan: Plan
+    first_prompt: int = 0
+    """Number in the study of the batch's first prompt."""
+    second_run: bool = False
+    """Whether there is a run from another initial state."""
+    horizon: HorizonStates | None = None
+    """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
 
     @classmethod
-    def of(cls, info: SubjectInfo, batch: Batch, device: torch.device, recurrences: int) -> Frame:
-        return cls(info, batch.mask.to(device), recurrences)
+    def of(cls, subject: Subject, batch: Batch, plan: Plan, **more: Any) -> BatchInfo:
+        return cls(subject=subject, batch=batch.to(subject.device), plan=plan, **more)
+
+    @property
+    def info(self) -> SubjectInfo:
+        return self.subject.info
+
+    @property
+    def mask(self) -> Tensor:
+        """(batch, token), True for tokens."""
+        return self.batch.mask
 
     @property
     def counts(self) -> Tensor:
         """Tokens per prompt, (batch,)."""
-        return self.mask.sum(-1)
+        return self.batch.counts
+
+    @property
+    def recurrences(self) -> int:
+        """R, how many are measured."""
+        return self.plan.recurrences
 
     @property
     def prompts(self) -> int:
@@ -68,37 +171,87 @@ class Frame:
     def tokens(self) -> int:
         return self.mask.shape[1]
 
+    def row(self, prompt: int) -> int | None:
+        """Of the batch, in which a prompt of the study is, if it is there."""
+        row = prompt - self.first_prompt
+        return row if 0 <= row < self.prompts else None
+
+
+class HorizonStates(Protocol):
+    """The states that stand in for the fixed points, and their attention."""
+
+    def layer(self, place: int, layer: int) -> Tensor:
+        """`X*[layer]` at the first (0) or second (1) horizon, (batch, token, width); `layer` = k is the loop state."""
+
+    def norm(self, place: int, layer: int) -> Tensor:
+        """Norms of `layer(place, layer)`, (batch, token)."""
+
+    def attention(self, layer: int) -> AttentionView | None:
+        """The attention of a layer at the first horizon; None where it cannot be seen."""
+
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """An array with named dimensions."""
+class RunEnd:
+    """A run that has ended, and what can still be asked of it."""
 
-    dims: tuple[str, ...]
-    values: np.ndarray
-
-
-@dataclass(slots=True)
-class Arrays:
-    """What a measure found in one batch."""
-
-    per_prompt: dict[str, Named] = field(default_factory=dict)
-    """With a dimension `prompt`; batches are concatenated along it."""
-    summed: dict[str, Named] = field(default_factory=dict)
-    """Sums over prompts of quantities of which the study holds the mean; batches are added up."""
-    weight: dict[str, np.ndarray] = field(default_factory=dict)
-    """How many prompts each entry of a sum counts, by the same name."""
-
-    def update(self, other: Arrays) -> None:
-        self.per_prompt.update(other.per_prompt)
-        self.summed.update(other.summed)
-        self.weight.update(other.weight)
+    run: Run
+    tick: Callable[[], None]
+    """To be called after each product that is announced as a step (`Measure.steps`)."""
+    decode: Callable[[int, States | None], Logits]
+    """Logits after a number of recurrences of that run, of which the loop state is at hand; None in a model without a
+    loop."""
 
 
-class Measure(Observer):
-    """Told of every visit of a run, then asked once for its arrays."""
+class Declared:
+    """Something that a study holds, and what it says of it."""
 
-    def finish(self) -> Arrays:
-        """The arrays of this batch."""
+    part: ClassVar[str | None] = None
+    """What `--skip` names it; None for what every study has."""
+    variables: ClassVar[Mapping[str, Variable]] = {}
+    needs: ClassVar[Needs] = Needs()
+    otherwise: ClassVar[str] = ""
+    """Why a study may lack all of it although nothing else forbids it."""
+
+    @classmethod
+    def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
+        """Why a study of this model lacks it, beyond what `part` and `needs` say; None if it does not."""
+        return None
+
+    @classmethod
+    def dataset(cls, arrays: Mapping[str, np.ndarray]) -> xr.Dataset:
+        """Arrays by name, with their declared dimensions; the weight of a sum has those of the sum."""
+        return xr.Dataset(
+            {name: (cls.variables[name.removesuffix("_weight")].dims, values) for name, values in arrays.items()}
+        )
+
+
+class Measure(Declared, Observer):
+    """An observer of one batch that declares what it finds: notified of every visit, then asked once for its arrays."""
+
+    second: Observer | None = None
+    """Watches the run from another initial state, if there is one."""
+
+    def __init__(self, batch: BatchInfo) -> None:
+        self.batch = batch
+
+    @classmethod
+    def applies(cls, batch: BatchInfo) -> bool:
+        """Whether this batch has anything for it."""
+        return True
+
+    @classmethod
+    def steps(cls, batch: BatchInfo) -> int:
+        """How often it calls `RunEnd.tick`."""
+        return 0
+
+    def start(self, initial_state: Tensor | None) -> None:
+        """The loop state before the first recurrence of its run; None where it is not known."""
+
+    def ended(self, end: RunEnd) -> None:
+        """Its run is over: that to the second horizon stands there, the measured one has been decoded."""
+
+    def result(self) -> xr.Dataset:
+        """What it found, with the dimensions that `variables` declares."""
         raise NotImplementedError
 
 
@@ -107,19 +260,19 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
 
 
-def depth_count(frame: Frame) -> int:
+def depth_count(batch: BatchInfo) -> int:
     """Visits of a run, p + k R + c."""
-    return depth_of(frame, "coda", frame.info.coda, 0)
+    return depth_of(batch, "coda", batch.info.coda, 0)
 
 
-def depth_of(frame: Frame, stage: Stage, layer: int, recurrence: int) -> int:
+def depth_of(batch: BatchInfo, stage: Stage, layer: int, recurrence: int) -> int:
     """Place of a visit among the p + k R + c of a run, from 0."""
-    info = frame.info
+    info = batch.info
     if stage == "prelude":
         return layer
     if stage == "recurrent":
         return info.prelude + recurrence * info.recurrent + layer
-    return info.prelude + frame.recurrences * info.recurrent + layer
+    return info.prelude + batch.recurrences * info.recurrent + layer
 
 
 def depth_sites(info: SubjectInfo, recurrences: int) -> list[tuple[Stage, int, int]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
+import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from loopscope.dynamics.trajectories.settings import CosineSettings, Displacemen
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
-from loopscope.measures.base import Arrays, Frame, Named
+from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
+from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Observer, Visit
 
 CHANGES = ("window", "horizon", "seed")
@@ -27,6 +30,9 @@ VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_
 Span = tuple[int, int]
 """Recurrences [first, stop), from 0."""
 
+_TOKEN = "judged_layer prompt token"
+_KIND_NAMES = tuple(str(kind) for kind in KINDS)
+
 _TAIL = DisplacementSettings().window
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
@@ -36,8 +42,8 @@ class StateTails(Observer):
     """Keeps the raw outputs of some recurrent layers in some spans of recurrences, in the model's dtype, off the
     device."""
 
-    def __init__(self, frame: Frame, layers: Sequence[int], spans: Sequence[Span]) -> None:
-        self._mask = frame.mask.cpu()
+    def __init__(self, mask: Tensor, layers: Sequence[int], spans: Sequence[Span]) -> None:
+        self._mask = mask.cpu()
         self._spans = tuple(spans)
         self._states: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
 
@@ -82,30 +88,85 @@ def _tail(end: int, longest: int) -> Span:
     return end - length, end
 
 
-class Behaviour:
-    """Verdicts of both methods for every token and layer of a batch, tried against window, horizon and initial state.
+class Behaviour(Measure):
+    """Verdicts of both methods for every token and layer, tried against window, horizon and another initial state."""
 
-    `tails` has seen the pass to the second horizon, `other` (where there is one) the run from another initial state.
-    """
+    part = "behaviour"
+    variables: ClassVar[dict[str, Variable]] = {
+        "verdict": variable(
+            _TOKEN,
+            "what the token tends to, by the displacement method, as a place in kind; -1 beyond the prompt's end",
+            "code",
+            flags=_KIND_NAMES,
+        ),
+        "verdict_cosine": variable(_TOKEN, "the same by the cosine method", "code", flags=_KIND_NAMES),
+        "verdict_changes": variable(
+            f"change {_TOKEN}",
+            "1 where the verdict changes with another window, horizon or seed, 0 where it stands, -1 where that was "
+            "not tried",
+            "code",
+            flags=("stands", "changes"),
+        ),
+        "verdict_level": variable(_TOKEN, "largest root mean square displacement within the tail, over the norm"),
+        "verdict_floor": variable(_TOKEN, "estimated noise floor, over the norm"),
+        "verdict_period": variable(_TOKEN, "of an orbit, or of a damped rotation: its period", "recurrences"),
+        "verdict_amplitude": variable(_TOKEN, "of an orbit: root mean square distance to its centre, over the norm"),
+        "verdict_speed": variable(_TOKEN, "of a slider: mean step per recurrence, over the norm"),
+        "verdict_rate": variable(
+            _TOKEN,
+            "factor per recurrence by which the distance to the limit shrinks, or that to the start grows",
+        ),
+        "verdict_p_value": variable(
+            _TOKEN, "that noise alone would look as structured, corrected for the shapes that were tried"
+        ),
+        "displacement": variable(
+            "lag prompt token",
+            "of the last recurrent layer: root mean square displacement at each lag, over the norm",
+        ),
+        "tail_path": variable(
+            "plane tail prompt token",
+            "of the last recurrent layer: the path through the tail in the plane in which the token moves most, over "
+            "the norm",
+        ),
+        "displacement_sensitivity": variable(
+            "prompt displacement_setting displacement_setting_other kind",
+            "tokens of each kind at the last recurrent layer, for other values of two of the method's settings",
+            "tokens",
+        ),
+        "cosine_sensitivity": variable(
+            "prompt cosine_setting cosine_setting_other kind", "the same of the cosine method", "tokens"
+        ),
+    }
+    needs = Needs(loop=True, long_run=True)
 
-    def __init__(
-        self, frame: Frame, tails: StateTails, other: StateTails | None, recurrences: int, horizon: int
-    ) -> None:
-        self.frame = frame
-        self._tails = tails
-        self._other = other
-        self._second, self._first, self._seed = behaviour_spans(recurrences, horizon)
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        plan = batch.plan
+        self._second, self._first, self._seed = spans = behaviour_spans(plan.recurrences, plan.horizon)
+        self._tails = StateTails(batch.mask, plan.judged_layers, [span for span in spans if span is not None])
+        self._other: StateTails | None = None
+        if batch.second_run:
+            self._other = StateTails(batch.mask, plan.judged_layers, [] if self._seed is None else [self._seed])
+        self.second = self._other
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
-        self._dtype = known_dtype(frame.info.dtype, otherwise="float32")
+        self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
 
-    def finish(self, layers: Sequence[int]) -> Arrays:
+    @classmethod
+    def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
+        return None if plan.judged_layers else "twice the horizon is too short for a verdict (--horizon)"
+
+    def visit(self, visit: Visit) -> None:
+        self._tails.visit(visit)
+
+    def result(self) -> xr.Dataset:
         """Judge layer by layer; the kept states go as they are judged."""
-        mask = self.frame.mask.cpu().numpy()
+        layers = self.batch.plan.judged_layers
+        mask = self.batch.mask.cpu().numpy()
         shape = (len(layers), *mask.shape)
         kinds, cosine = np.full(shape, -1, dtype=np.int8), np.full(shape, -1, dtype=np.int8)
         numbers = np.full((len(VERDICT_NUMBERS), *shape), np.nan, dtype=np.float32)
         changed = np.full((len(CHANGES), *shape), -1, dtype=np.int8)
-        arrays = Arrays()
+        arrays: dict[str, np.ndarray] = {}
         for place, layer in enumerate(layers):
             states = self._tails.trajectories(layer, self._second)
             verdicts = self._judge(states, self._second)
@@ -116,18 +177,14 @@ class Behaviour:
             for index, found in enumerate(self._changes(layer, verdicts)):
                 if found is not None:
                     changed[index, place][mask] = found
-            if layer == self.frame.info.recurrent - 1:
+            if layer == self.batch.info.recurrent - 1:
                 self._last_layer(arrays, states, verdicts, mask)
             self._tails.drop(layer)
             if self._other is not None:
                 self._other.drop(layer)
-        dims = ("judged_layer", "prompt", "token")
-        arrays.per_prompt["verdict"] = Named(dims, kinds)
-        arrays.per_prompt["verdict_cosine"] = Named(dims, cosine)
-        arrays.per_prompt["verdict_changes"] = Named(("change", *dims), changed)
-        for index, name in enumerate(VERDICT_NUMBERS):
-            arrays.per_prompt[f"verdict_{name}"] = Named(dims, numbers[index])
-        return arrays
+        arrays |= {"verdict": kinds, "verdict_cosine": cosine, "verdict_changes": changed}
+        arrays |= {f"verdict_{name}": numbers[index] for index, name in enumerate(VERDICT_NUMBERS)}
+        return self.dataset(arrays)
 
     def _judge(self, states: Tensor, span: Span, *, cosine: bool = False, trial: bool = False) -> list[Verdict]:
         """States that are no longer finite have diverged in the loop: broken ones were refused before it."""
@@ -162,20 +219,22 @@ class Behaviour:
             found[2] = _differ(*(self._judge(states, self._seed, trial=True) for states in runs))
         return found
 
-    def _last_layer(self, arrays: Arrays, states: Tensor, verdicts: list[Verdict], mask: NDArray[np.bool_]) -> None:
+    def _last_layer(
+        self, arrays: dict[str, np.ndarray], states: Tensor, verdicts: list[Verdict], mask: NDArray[np.bool_]
+    ) -> None:
         """Displacement curves, and how the kinds depend on the thresholds."""
         lags = max(len(verdict.displacement) for verdict in verdicts)
         curves = np.full((lags, *mask.shape), np.nan, dtype=np.float32)
         padded = [(*verdict.displacement, *[np.nan] * (lags - len(verdict.displacement))) for verdict in verdicts]
         curves[:, mask] = np.array(padded, dtype=np.float32).T
-        arrays.per_prompt["displacement"] = Named(("lag", "prompt", "token"), curves)
+        arrays["displacement"] = curves
         rows = states.isfinite().all(-1).all(-1)
         paths = np.full((2, states.shape[1], *mask.shape), np.nan, dtype=np.float32)
         found = np.full((len(states), states.shape[1], 2), np.nan, dtype=np.float32)
         if bool(rows.any()):
             found[rows.numpy()] = tail_paths(states[rows], self._second[0]).numpy()
         paths[:, :, mask] = found.transpose(2, 1, 0)
-        arrays.per_prompt["tail_path"] = Named(("plane", "tail", "prompt", "token"), paths)
+        arrays["tail_path"] = paths
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
             grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
@@ -184,8 +243,7 @@ class Behaviour:
                 places = sensitivity(states[rows], self._dtype, settings, self._second[0])
                 for kind in range(len(KINDS)):
                     np.add.at(counts[..., kind], prompts, places == kind)
-            first, second = (f"{name}_setting", f"{name}_setting_other")
-            arrays.per_prompt[f"{name}_sensitivity"] = Named(("prompt", first, second, "kind"), counts)
+            arrays[f"{name}_sensitivity"] = counts
 
 
 def _codes(verdicts: list[Verdict]) -> list[int]:

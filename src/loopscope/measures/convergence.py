@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
+from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import cosine_of_norms, distance, quantiles, residual_norm
-from loopscope.measures.horizon import HorizonStates
 from loopscope.models.visits import LoopState, Visit
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Quantiles over a prompt's tokens."""
 
-NAMES = (
-    "successive_difference",
-    "relative_step",
-    "cosine_to_previous",
-    "distance_to_horizon",
-    "relative_distance",
-    "cosine_to_horizon",
-    "distance_to_second_horizon",
-    "relative_distance_second_horizon",
-    "cosine_to_second_horizon",
-    "residual_norm",
-)
+_RAW = "residual stream"
+_MEANINGS = {
+    "successive_difference": ("mean over tokens of ||X[i,t] - X[i,t-1]||", _RAW),
+    "relative_step": ("the same over ||X[i,t]||", "1"),
+    "cosine_to_previous": ("cosine of X[i,t] and X[i,t-1]", "1"),
+    "distance_to_horizon": ("||x - x*||", _RAW),
+    "relative_distance": ("||x - x*|| / ||x*||", "1"),
+    "cosine_to_horizon": ("cosine of x and x*", "1"),
+    "distance_to_second_horizon": ("||x - x**||, with the state x** at 2H", _RAW),
+    "relative_distance_second_horizon": ("||x - x**|| / ||x**||", "1"),
+    "cosine_to_second_horizon": ("cosine of x and x**", "1"),
+    "residual_norm": ("mean token norm", _RAW),
+}
+NAMES = tuple(_MEANINGS)
+_DIMS = "layer recurrence prompt"
 
 TOKEN_NAMES = (
     "successive_difference",
@@ -45,25 +50,41 @@ _KEPT = [NAMES.index(name) for name in TOKEN_NAMES]
 class Convergence(Measure):
     """Compares each state with the one before it at the same site, and with that site's states at the horizons."""
 
-    def __init__(self, frame: Frame, horizon: HorizonStates) -> None:
-        self.frame = frame
-        self.horizon = horizon
-        self._layers = frame.info.recurrent
+    variables: ClassVar[dict[str, Variable]] = {
+        **{name: variable(_DIMS, *about) for name, about in _MEANINGS.items()},
+        **{
+            f"{name}_quantile": variable(f"quantile {_DIMS}", f"quantiles of {name} over the prompt's tokens", units)
+            for name, (_, units) in _MEANINGS.items()
+        },
+        **{
+            f"token_{name}": variable(
+                "site recurrence prompt token",
+                f"{name} of each token, for the last recurrent layer and the loop state",
+                _MEANINGS[name][1],
+            )
+            for name in TOKEN_NAMES
+        },
+        "norm_growth": variable(_DIMS, "residual_norm over its value at recurrence 0"),
+    }
+    needs = Needs(loop=True, horizon=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        assert batch.horizon is not None
+        self.horizon = batch.horizon
+        self._layers = batch.info.recurrent
         # State and norm of the recurrence before, per site; the last site is the loop state.
         self._previous: list[tuple[Tensor, Tensor] | None] = [None] * (self._layers + 1)
         self._last: tuple[Tensor, Tensor]
-        shape = (self._layers, frame.recurrences, frame.prompts)
+        shape = (self._layers, batch.recurrences, batch.prompts)
         self._means = np.full((len(NAMES), *shape), np.nan, dtype=np.float64)
         self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=np.float32)
         self._tokens = np.full(
-            (len(TOKEN_NAMES), 2, frame.recurrences, frame.prompts, frame.tokens), np.nan, dtype=np.float32
+            (len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens), np.nan, dtype=np.float32
         )
 
     def start(self, initial_state: Tensor | None) -> None:
-        """The loop state before the first recurrence; the first step of the loop state starts there.
-
-        Where it is not known (None) that step is NaN.
-        """
+        """The first step of the loop state starts there; where it is not known that step is NaN."""
         if initial_state is None:
             return
         self._previous[self._layers] = (initial_state, residual_norm(initial_state))
@@ -73,8 +94,8 @@ class Convergence(Measure):
             return
         values = self._compare(visit.layer, visit.residual)
         place = (visit.layer, visit.recurrence)
-        self._means[:, *place] = masked_mean(values, self.frame.mask).double().cpu().numpy()
-        found = quantiles(values, self.frame.counts, LEVELS).transpose(0, 1)
+        self._means[:, *place] = masked_mean(values, self.batch.mask).double().cpu().numpy()
+        found = quantiles(values, self.batch.counts, LEVELS).transpose(0, 1)
         self._quantiles[:, :, *place] = found.float().cpu().numpy()
         if visit.layer == self._layers - 1:
             self._keep_tokens(0, visit.recurrence, values)
@@ -105,18 +126,18 @@ class Convergence(Measure):
         return torch.stack([*values, norm])
 
     def _keep_tokens(self, site: int, recurrence: int, values: Tensor) -> None:
-        kept = values[_KEPT].masked_fill(~self.frame.mask, torch.nan)
+        kept = values[_KEPT].masked_fill(~self.batch.mask, torch.nan)
         self._tokens[:, site, recurrence] = kept.float().cpu().numpy()
 
-    def finish(self) -> Arrays:
-        arrays = Arrays()
-        dims = ("layer", "recurrence", "prompt")
-        for index, name in enumerate(NAMES):
-            arrays.per_prompt[name] = Named(dims, self._means[index])
-            arrays.per_prompt[f"{name}_quantile"] = Named(("quantile", *dims), self._quantiles[index])
-        for index, name in enumerate(TOKEN_NAMES):
-            arrays.per_prompt[f"token_{name}"] = Named(("site", "recurrence", "prompt", "token"), self._tokens[index])
-        norm = arrays.per_prompt["residual_norm"].values
+    def result(self) -> xr.Dataset:
+        norm = self._means[NAMES.index("residual_norm")]
         with np.errstate(invalid="ignore", divide="ignore"):  # no growth is defined from a state of zeros or infinity
-            arrays.per_prompt["norm_growth"] = Named(dims, norm / norm[:, :1])
-        return arrays
+            growth = norm / norm[:, :1]
+        return self.dataset(
+            {
+                **dict(zip(NAMES, self._means, strict=True)),
+                **{f"{name}_quantile": self._quantiles[index] for index, name in enumerate(NAMES)},
+                **{f"token_{name}": self._tokens[index] for index, name in enumerate(TOKEN_NAMES)},
+                "norm_growth": growth,
+            }
+        )

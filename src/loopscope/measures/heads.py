@@ -5,15 +5,16 @@ No map is ever whole: rows are made in tiles from queries and keys, added up, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
-from loopscope.measures.base import Arrays, Frame, Measure, Named, depth_count, depth_of
+from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, depth_count, depth_of, variable
 from loopscope.measures.functions import widen
 from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
@@ -29,6 +30,9 @@ HEAD_NAMES = (
 
 CHANGE_NAMES = ("attention_change", "attention_distance_to_horizon", "attention_bound_ratio")
 """Per recurrent layer, recurrence, head and prompt."""
+
+_VISIT, _CHANGE = "depth head prompt", "layer recurrence head prompt"
+_NO_LOOP = "a feed-forward model has no recurrences"
 
 _TILE_ENTRIES = 2**18
 """Probabilities in a tile: 1 MiB in float32, so that the passes over it stay in a processor's second cache. The fewer
@@ -47,36 +51,70 @@ def tiles(view: AttentionView, batch: int) -> list[tuple[int, int]]:
 class HeadMeasures(Measure):
     """Sinks, concentration, mixing and change of every head, in one pass over tiles of rows.
 
-    `horizon` gives the attention at the horizon of a recurrent layer, or None where it cannot be seen. A head is stable
-    once `||A[t] - A[t-1]|| / sqrt(T)`, the root mean square over rows of their change, stays at or below `stable`.
+    A head is stable once `||A[t] - A[t-1]|| / sqrt(T)`, the root mean square over rows of their change, stays at or
+    below the plan's `head_stable`.
     """
 
-    def __init__(self, frame: Frame, heads: int, horizon: Callable[[int], AttentionView | None], stable: float) -> None:
-        self.frame = frame
-        self._stable = stable
-        self._horizon = horizon
-        self._heads = heads
-        info = frame.info
-        depths = depth_count(frame)
-        self._stats = np.full((len(HEAD_NAMES), depths, heads, frame.prompts), np.nan, dtype=np.float32)
-        changes = (len(CHANGE_NAMES), info.recurrent, frame.recurrences, heads, frame.prompts)
+    part = "heads"
+    variables: ClassVar[dict[str, Variable]] = {
+        "colsum_concentration": variable(_VISIT, "1 + (1/log T) sum_j c_j log c_j with c_j = (1/T) sum_i A_ij"),
+        "sink_score": variable(_VISIT, "c_0, the share of all attention that the first token receives"),
+        "strongest_sink": variable(_VISIT, "the largest c_j"),
+        "strongest_sink_position": variable(_VISIT, "the j of the largest c_j", "token"),
+        "mixing_score": variable(_VISIT, "mean row entropy", "nats"),
+        "relative_mixing_score": variable(_VISIT, "mean over rows i > 0 of the row's entropy over log(i + 1)"),
+        "attention_change": variable(
+            _CHANGE, "Frobenius norm ||A[t] - A[t-1]||; nothing at recurrence 0", otherwise=_NO_LOOP
+        ),
+        "attention_distance_to_horizon": variable(_CHANGE, "||A[t] - A[H]||", otherwise=_NO_LOOP),
+        "attention_bound_ratio": variable(
+            _CHANGE,
+            "attention_change over the most that the change of queries and keys allows (Prop. 4.2 of the paper, in the "
+            "sharper form without weights); above 1 would be an error of the instrument",
+            otherwise=_NO_LOOP,
+        ),
+        "head_stable_from": variable(
+            "layer head prompt",
+            "recurrence index after which attention_change / sqrt(T) stays at or below the setting head_stable; NaN "
+            "for a head that is not stable within the recurrences measured",
+            "recurrence",
+            otherwise=_NO_LOOP,
+        ),
+        "token_attention_change": variable(
+            "recurrence prompt token",
+            "root mean square, over the heads of all recurrent layers that can be seen, of the Euclidean norm by which "
+            "the token's row of the map changes from t - 1 to t; nothing at recurrence 0; 0 for the first token, which "
+            "has only itself to look at",
+            otherwise=_NO_LOOP,
+        ),
+    }
+    needs = Needs(attention=True, horizon=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        info = batch.info
+        assert info.heads is not None
+        self._heads = heads = info.heads
+        depths = depth_count(batch)
+        self._stats = np.full((len(HEAD_NAMES), depths, heads, batch.prompts), np.nan, dtype=np.float32)
+        changes = (len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
         self._changes = np.full(changes, np.nan, dtype=np.float32)
         self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
         self._before: list[AttentionView | None] = [None] * info.recurrent
         # Of each row, over the heads of the layers that can be seen: sum of squared changes, and how many there are.
-        moved = (frame.recurrences, frame.prompts, frame.tokens)
-        self._moved = torch.zeros(moved, dtype=torch.float64, device=frame.mask.device)
-        self._moving = np.zeros(frame.recurrences)
+        moved = (batch.recurrences, batch.prompts, batch.tokens)
+        self._moved = torch.zeros(moved, dtype=torch.float64, device=batch.mask.device)
+        self._moving = np.zeros(batch.recurrences)
 
     def visit(self, visit: Visit) -> None:
         view = visit.attention
         if view is None or view.heads != self._heads:
             return
         if visit.stage != "recurrent":
-            sums = _Sums(self.frame, view)
-            for start, stop in tiles(view, self.frame.prompts):
+            sums = _Sums(self.batch, view)
+            for start, stop in tiles(view, self.batch.prompts):
                 sums.add(view.tile(start, stop), start)
-            self._keep(depth_of(self.frame, visit.stage, visit.layer, 0), sums)
+            self._keep(depth_of(self.batch, visit.stage, visit.layer, 0), sums)
             return
         pending = self._pending[visit.layer]
         pending.append((visit.recurrence, view))
@@ -89,11 +127,11 @@ class HeadMeasures(Measure):
         if not pending:
             return
         views = [view for _, view in pending]
-        before, horizon = self._before[layer], self._horizon(layer)
-        sums = [_Sums(self.frame, view) for view in views]
-        places = (2, len(views), self.frame.prompts, self._heads)
-        squares = torch.zeros(places, dtype=torch.float64, device=self.frame.mask.device)
-        for start, stop in tiles(views[0], self.frame.prompts):
+        before, horizon = self._before[layer], self._at_horizon(layer)
+        sums = [_Sums(self.batch, view) for view in views]
+        places = (2, len(views), self.batch.prompts, self._heads)
+        squares = torch.zeros(places, dtype=torch.float64, device=self.batch.mask.device)
+        for start, stop in tiles(views[0], self.batch.prompts):
             last = None if before is None else before.tile(start, stop)
             fixed = None if horizon is None else horizon.tile(start, stop)
             for index, view in enumerate(views):
@@ -111,51 +149,50 @@ class HeadMeasures(Measure):
         distances = squares.sqrt()
         bounds = torch.stack(
             [
-                change_bound(view, earlier, self.frame.mask)
+                change_bound(view, earlier, self.batch.mask)
                 for view, earlier in zip(views, [before, *views[:-1]], strict=True)
             ]
         )
         values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2).cpu().numpy()
         for index, (recurrence, _) in enumerate(pending):
             self._moving[recurrence] += 0 if before is None and index == 0 else self._heads
-            self._keep(depth_of(self.frame, "recurrent", layer, recurrence), sums[index])
+            self._keep(depth_of(self.batch, "recurrent", layer, recurrence), sums[index])
             self._changes[:, layer, recurrence] = values[:, index]
         self._before[layer] = views[-1]
         pending.clear()
 
+    def _at_horizon(self, layer: int) -> AttentionView | None:
+        return None if self.batch.horizon is None else self.batch.horizon.attention(layer)
+
     def _keep(self, depth: int, sums: _Sums) -> None:
         self._stats[:, depth] = sums.finish().float().cpu().numpy()
 
-    def finish(self) -> Arrays:
+    def result(self) -> xr.Dataset:
         for layer in range(len(self._pending)):
             self._flush(layer)
-        arrays = Arrays()
-        for index, name in enumerate(HEAD_NAMES):
-            arrays.per_prompt[name] = Named(("depth", "head", "prompt"), self._stats[index])
-        for index, name in enumerate(CHANGE_NAMES if self._pending else ()):
-            arrays.per_prompt[name] = Named(("layer", "recurrence", "head", "prompt"), self._changes[index])
+        found = dict(zip(HEAD_NAMES, self._stats, strict=True))
         if self._pending:
-            by_row = self._changes[0] / np.sqrt(self.frame.counts.cpu().numpy())
-            found = stable_from(np.moveaxis(by_row, 1, -1), self._stable)
-            arrays.per_prompt["head_stable_from"] = Named(("layer", "head", "prompt"), found)
-            arrays.per_prompt["token_attention_change"] = self._token_change()
-        return arrays
+            found |= dict(zip(CHANGE_NAMES, self._changes, strict=True))
+            by_row = self._changes[0] / np.sqrt(self.batch.counts.cpu().numpy())
+            found["head_stable_from"] = stable_from(np.moveaxis(by_row, 1, -1), self.batch.plan.head_stable)
+            found["token_attention_change"] = self._token_change()
+        return self.dataset(found)
 
-    def _token_change(self) -> Named:
+    def _token_change(self) -> np.ndarray:
         """Root mean square change of a token's own rows, over all heads and layers that can be seen."""
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to compare with
             change = np.sqrt(self._moved.cpu().numpy() / self._moving[:, None, None])
-        change[:, ~self.frame.mask.cpu().numpy()] = np.nan
-        return Named(("recurrence", "prompt", "token"), change.astype(np.float32))
+        change[:, ~self.batch.mask.cpu().numpy()] = np.nan
+        return change.astype(np.float32)
 
 
 class _Sums:
     """What is added up over the tiles of one visit."""
 
-    def __init__(self, frame: Frame, view: AttentionView) -> None:
-        self._counts = frame.counts
-        shape = (frame.prompts, view.heads)
-        device = frame.mask.device
+    def __init__(self, batch: BatchInfo, view: AttentionView) -> None:
+        self._counts = batch.counts
+        shape = (batch.prompts, view.heads)
+        device = batch.mask.device
         self._columns = torch.zeros(*shape, view.tokens, dtype=torch.float64, device=device)
         self._entropy = torch.zeros(shape, dtype=torch.float64, device=device)
         self._relative = torch.zeros(shape, dtype=torch.float64, device=device)

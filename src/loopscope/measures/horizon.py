@@ -1,20 +1,20 @@
-"""The states at the horizon and at twice the horizon, which stand in for the fixed points."""
+"""The states at the horizon and at twice the horizon, which stand in for the fixed points; the noise floor there."""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
-import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
+from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm
-from loopscope.models.subject import Run
 from loopscope.models.visits import AttentionView, LoopState, Visit
 
 
-def noise_floor(frame: Frame, run: Run) -> Arrays:
+class NoiseFloor(Measure):
     """`sqrt(2)` times the relative rounding error of one recurrence, per layer and prompt, where the run stands.
 
     Two consecutive states of a settled trajectory carry rounding errors of size sigma, so they differ by about
@@ -22,31 +22,57 @@ def noise_floor(frame: Frame, run: Run) -> Arrays:
     independent ones at a leading eigenvalue lambda make the step `sigma sqrt(2 / (1 + lambda))`, more for negative
     or non-normal ones. And rounding is deterministic, so that a state can also come to rest below it.
     """
-    error = run.rounding_error()
-    if error is None:
-        floor = torch.full((frame.info.recurrent, frame.prompts), torch.nan)
-    else:
-        floor = math.sqrt(2) * masked_mean(error.square(), frame.mask).sqrt()
-    return Arrays({"noise_floor": Named(("layer", "prompt"), floor.double().cpu().numpy())})
+
+    part = "noise-floor"
+    variables: ClassVar[dict[str, Variable]] = {
+        "noise_floor": variable("layer prompt", "relative step that rounding alone keeps up (see method)")
+    }
+    needs = Needs(loop=True, long_run=True)
+
+    def ended(self, end: RunEnd) -> None:
+        error = end.run.rounding_error()
+        if error is None:
+            floor = torch.full((self.batch.info.recurrent, self.batch.prompts), torch.nan)
+        else:
+            floor = math.sqrt(2) * masked_mean(error.square(), self.batch.mask).sqrt()
+        self._floor = floor.double().cpu().numpy()
+
+    def result(self) -> xr.Dataset:
+        return self.dataset({"noise_floor": self._floor})
 
 
-class HorizonStates(Measure):
+class Horizons(Measure):
     """Keeps `X[i]` and the loop state after H and after 2H recurrences, the steps into them, and the attention at H;
     nothing else.
 
     It also notes when a prompt's state stops being finite.
     """
 
-    def __init__(self, frame: Frame, horizon: int) -> None:
-        self.frame = frame
-        self.horizons = (horizon, 2 * horizon)
-        layers = frame.info.recurrent
+    variables: ClassVar[dict[str, Variable]] = {
+        "horizon_drift": variable("layer prompt", "mean over tokens of ||X[2H] - X[H]|| / ||X[2H]||"),
+        "horizon_drift_cosine": variable("layer prompt", "cosine of the states at H and 2H"),
+        "horizon_norm_growth": variable("layer prompt", "||X[2H]|| / ||X[H]||"),
+        "horizon_relative_step": variable("horizon layer prompt", "relative step into the state at H and at 2H"),
+        "horizon_residual_norm": variable("horizon layer prompt", "mean token norm there", "residual stream"),
+        "token_horizon_drift": variable("site prompt token", "horizon_drift of one token"),
+        "layer_cosine": variable("layer layer_other prompt", "cosine of X*[i] and X*[j]"),
+        "degeneracy": variable(
+            "prompt",
+            "mean over tokens of min over i > 0 of cos(X*[0], X*[i]); near 1: all layers share one point",
+        ),
+    }
+    needs = Needs(loop=True, long_run=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self.horizons = (batch.plan.horizon, 2 * batch.plan.horizon)
+        layers = batch.info.recurrent
         self._states: list[list[Tensor | None]] = [[None] * (layers + 1) for _ in self.horizons]
         self._steps: list[list[Tensor | None]] = [[None] * layers for _ in self.horizons]
         self._attention: list[AttentionView | None] = [None] * layers
         self._norms: dict[tuple[int, int], Tensor] = {}
         self._previous: list[Tensor | None] = [None] * layers
-        self.diverged_at = torch.full((frame.prompts,), -1, dtype=torch.int64, device=frame.mask.device)
+        self.diverged_at = torch.full((batch.prompts,), -1, dtype=torch.int64, device=batch.mask.device)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
@@ -68,7 +94,7 @@ class HorizonStates(Measure):
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence + 1 in self.horizons:
             self._states[self.horizons.index(loop_state.recurrence + 1)][-1] = loop_state.state
-        total = torch.where(self.frame.mask, residual_norm(loop_state.state), 0.0).sum(-1)
+        total = torch.where(self.batch.mask, residual_norm(loop_state.state), 0.0).sum(-1)
         newly = ~torch.isfinite(total) & (self.diverged_at < 0)
         self.diverged_at = torch.where(newly, loop_state.recurrence, self.diverged_at)
 
@@ -90,35 +116,23 @@ class HorizonStates(Measure):
             self._norms[key] = residual_norm(self.layer(place, layer))
         return self._norms[key]
 
-    def finish(self) -> Arrays:
-        layers = range(self.frame.info.recurrent)
-        mask = self.frame.mask
+    def result(self) -> xr.Dataset:
+        layers = range(self.batch.info.recurrent)
+        mask = self.batch.mask
         first, second = (torch.stack([self.layer(place, layer) for layer in layers]) for place in (0, 1))
         norms = [residual_norm(first), residual_norm(second)]
         drift = distance(second, first) / norms[1]
         steps = [torch.stack([step for step in steps if step is not None]) for steps in self._steps]
-        pairwise = layer_cosine(first)
         loop_drift = distance(self.layer(1, len(layers)), self.layer(0, len(layers)))
         loop_drift = loop_drift / residual_norm(self.layer(1, len(layers)))
-        tokens = torch.stack([drift[-1], loop_drift]).masked_fill(~mask, torch.nan)
-
-        def named(dims: str, values: Tensor) -> Named:
-            return Named(tuple(dims.split()), values.cpu().numpy())
-
-        return Arrays(
-            {
-                "horizon_drift": named("layer prompt", masked_mean(drift, mask)),
-                "horizon_drift_cosine": named("layer prompt", masked_mean(cosine(second, first), mask)),
-                "horizon_norm_growth": named("layer prompt", masked_mean(norms[1] / norms[0], mask)),
-                "horizon_relative_step": named(
-                    "horizon layer prompt", torch.stack([masked_mean(step, mask) for step in steps])
-                ),
-                "horizon_residual_norm": named(
-                    "horizon layer prompt", torch.stack([masked_mean(norm, mask) for norm in norms])
-                ),
-                "token_horizon_drift": named("site prompt token", tokens),
-                "layer_cosine": named("layer layer_other prompt", masked_mean(pairwise, mask)),
-                "degeneracy": named("prompt", masked_mean(degeneracy(first), mask)),
-                "diverged_at": Named(("prompt",), self.diverged_at.cpu().numpy().astype(np.int64)),
-            }
-        )
+        found = {
+            "horizon_drift": masked_mean(drift, mask),
+            "horizon_drift_cosine": masked_mean(cosine(second, first), mask),
+            "horizon_norm_growth": masked_mean(norms[1] / norms[0], mask),
+            "horizon_relative_step": torch.stack([masked_mean(step, mask) for step in steps]),
+            "horizon_residual_norm": torch.stack([masked_mean(norm, mask) for norm in norms]),
+            "token_horizon_drift": torch.stack([drift[-1], loop_drift]).masked_fill(~mask, torch.nan),
+            "layer_cosine": masked_mean(layer_cosine(first), mask),
+            "degeneracy": masked_mean(degeneracy(first), mask),
+        }
+        return self.dataset({name: values.cpu().numpy() for name, values in found.items()})

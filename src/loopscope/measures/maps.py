@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import xarray as xr
 
 from loopscope._util.map_codes import UNKNOWN, encode_maps
-from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.measures.heads import tiles
 from loopscope.measures.readout import readout_grid
 from loopscope.models.architecture import Stage
@@ -17,18 +18,6 @@ from loopscope.models.visits import AttentionView, Visit
 
 _FIRST = 4
 """So many recurrences from the start are kept one by one: where heads settle, most of it happens there."""
-
-
-@dataclass(frozen=True, slots=True)
-class MapChoice:
-    """Which maps are kept of one batch."""
-
-    rows: tuple[int, ...]
-    """Rows of the batch, one per prompt."""
-    recurrences: tuple[int, ...]
-    """Numbers of recurrences, from 1; none for a feed-forward model."""
-    tokens: int
-    """Of each prompt, at most so many of the first."""
 
 
 def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
@@ -57,21 +46,43 @@ class AttentionMaps(Measure):
     may reach beyond the tokens that are kept, and the rows then add up to less than 1.
     """
 
-    def __init__(self, frame: Frame, heads: int, choice: MapChoice) -> None:
-        self._choice = choice
-        self._heads = heads
-        sites = map_sites(frame.info, choice.recurrences)
+    part = "maps"
+    variables: ClassVar[dict[str, Variable]] = {
+        "attention_map": variable(
+            "mapped map_visit head query key",
+            "a byte an entry, round(254 sqrt(A_ij)); 255 where there is nothing; see Attention maps",
+            "code",
+        )
+    }
+    needs = Needs(attention=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        choice = batch.plan.maps
+        assert choice is not None
+        assert batch.info.heads is not None
+        self._heads = batch.info.heads
+        sites = map_sites(batch.info, choice.recurrences)
         self._places = {site: place for place, site in enumerate(sites)}
-        self._counts = [min(int(frame.counts[row]), choice.tokens) for row in choice.rows]
+        self._rows = _mapped(batch)
+        self._counts = [min(int(batch.counts[row]), choice.tokens) for row in self._rows]
         side = max(self._counts)
-        self._codes = np.full((len(choice.rows), len(sites), heads, side, side), UNKNOWN, dtype=np.uint8)
+        self._codes = np.full((len(self._rows), len(sites), self._heads, side, side), UNKNOWN, dtype=np.uint8)
+
+    @classmethod
+    def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
+        return None if plan.maps is not None else "no maps were kept (--map-prompts, --map-limit)"
+
+    @classmethod
+    def applies(cls, batch: BatchInfo) -> bool:
+        return bool(_mapped(batch))
 
     def visit(self, visit: Visit) -> None:
         place = self._places.get((visit.stage, visit.layer, visit.recurrence))
         view = visit.attention
         if place is None or view is None or view.heads != self._heads:
             return
-        for index, (row, count) in enumerate(zip(self._choice.rows, self._counts, strict=True)):
+        for index, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             self._keep(view.prompt(row), self._codes[index, place, :, :count, :count])
 
     def _keep(self, view: AttentionView, codes: np.ndarray) -> None:
@@ -83,8 +94,11 @@ class AttentionMaps(Measure):
             tile = view.rows(start, min(stop, count))[0, :, :, :count]
             codes[:, start:stop] = encode_maps(tile.cpu().numpy())
 
-    def finish(self) -> Arrays:
-        arrays = Arrays()
-        dims = ("mapped", "map_visit", "head", "query", "key")
-        arrays.per_prompt["attention_map"] = Named(dims, self._codes)
-        return arrays
+    def result(self) -> xr.Dataset:
+        return self.dataset({"attention_map": self._codes})
+
+
+def _mapped(batch: BatchInfo) -> list[int]:
+    """Rows of the batch whose maps are kept."""
+    prompts = () if batch.plan.maps is None else batch.plan.maps.prompts
+    return [row for row in map(batch.row, prompts) if row is not None]

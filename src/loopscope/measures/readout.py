@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
+from loopscope.measures.base import BatchInfo, Measure, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import widen
 from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
-
-Decode = Callable[[int, States | None], Logits]
-"""Logits after a number of recurrences, of which the loop state is at hand; None in a model without a loop."""
 
 TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_top1")
 """Per readout, prompt and token."""
 
 EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
 """Per number of recurrences at which a token may stop, prompt and token."""
+
+_READ, _EXIT = "readout_recurrence prompt token", "exit_recurrence prompt token"
+_NO_EXITS = "the model was not read out after each recurrence of a full run (--exit-recurrences)"
+_NO_GATE = "the model has no exit gate"
 
 _PIECE_ENTRIES = 2**18
 """Logits that are reduced together, in float64: 2 MiB and a few temporaries, so that the passes over them stay in the
@@ -107,25 +110,62 @@ class Readout(Measure):
     """Keeps the loop state after chosen numbers of recurrences, and the exit gate's answers; decodes them at the end.
 
     The last one is decoded first, for the others are compared with it. A feed-forward model has one, numbered 1. Up to
-    `exits` recurrences, a full run, every state is decoded, and its prediction is compared with the one before it and
-    with the full run's: what rules that stop a token early go by, and what they cost.
+    the plan's `exits` recurrences, a full run, every state is decoded, and its prediction is compared with the one
+    before it and with the full run's: what rules that stop a token early go by, and what they cost.
 
     Of the logits four are there at a time: those of the last readout, of the full run, of the one decoded just before,
     and of the one that is being reduced, in small pieces.
     """
 
-    def __init__(self, frame: Frame, batch: Batch, grid: Sequence[int], exits: int = 0) -> None:
-        self.frame = frame
-        self.grid = tuple(sorted({*grid, *range(1, exits + 1)}))
-        self.exits = exits
-        self._batch = batch.to(frame.mask.device)
-        self._lengths = frame.counts.tolist()
+    part = "readout"
+    variables: ClassVar[dict[str, Variable]] = {
+        "loss": variable("readout_recurrence prompt", "mean next-token loss on the prompt's own tokens", "nats"),
+        "token_loss": variable(_READ, "loss of the token that follows; nothing at the prompt's last token", "nats"),
+        "token_entropy": variable(_READ, "entropy of the prediction", "nats"),
+        "token_kl_to_last": variable(
+            _READ, "KL(p_last || p): what is lost by answering here rather than after the last readout", "nats"
+        ),
+        "token_top1": variable(_READ, "the most probable token id; -1 beyond the prompt's end", "token id"),
+        "token_kl_to_previous": variable(
+            _EXIT,
+            "KL(p_{t-1} || p_t) of the predictions after t - 1 and t recurrences; nothing at t = 1",
+            "nats",
+            otherwise=_NO_EXITS,
+        ),
+        "token_kl_to_full": variable(
+            _EXIT,
+            "KL(p_N || p_t): what is lost by answering after t recurrences rather than after a full run",
+            "nats",
+            otherwise=_NO_EXITS,
+        ),
+        "exit_probability": variable(
+            "recurrence prompt",
+            "of a model with an exit gate: probability to stop after each recurrence, mean over tokens; the last one "
+            "measured takes all that is left",
+            otherwise=_NO_GATE,
+        ),
+        "token_exit_probability": variable(
+            "recurrence prompt token", "exit_probability, not averaged", otherwise=_NO_GATE
+        ),
+        "token_exit_cumulated": variable(
+            "recurrence prompt token",
+            "probability to have stopped by then, summed up and rounded as the model does before it compares it with "
+            "its threshold (model.exit_threshold in the manifest)",
+            otherwise=_NO_GATE,
+        ),
+    }
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self.exits = exits = batch.plan.exits
+        self.grid = tuple(sorted({*batch.plan.readout, *range(1, exits + 1)}))
+        self._lengths = batch.counts.tolist()
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
-        shape = (frame.prompts, frame.tokens)
+        shape = (batch.prompts, batch.tokens)
         self._tokens = np.full((3, len(self.grid), *shape), np.nan, dtype=np.float32)
         self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
-        self._losses = np.full((len(self.grid), frame.prompts), np.nan)
+        self._losses = np.full((len(self.grid), batch.prompts), np.nan)
         self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=np.float32)
 
     def loop_state(self, loop_state: LoopState) -> None:
@@ -134,14 +174,13 @@ class Readout(Measure):
         if loop_state.gate is not None:
             self._gates.append(loop_state.gate)
 
-    def decode(self, decode: Decode) -> None:
-        """To be called once, when the run is over."""
+    def ended(self, end: RunEnd) -> None:
         last: _Decoded | None = None
         full: _Decoded | None = None
         after: _Decoded | None = None
         for count in reversed(self.grid):
-            logits = decode(count, self._states.pop(count, None))
-            empty = torch.full(self.frame.mask.shape, torch.nan, dtype=torch.float64, device=logits.device)
+            logits = end.decode(count, self._states.pop(count, None))
+            empty = torch.full(self.batch.mask.shape, torch.nan, dtype=torch.float64, device=logits.device)
             now = _Decoded(logits, empty)
             last = last or now
             if count == self.exits:
@@ -159,8 +198,8 @@ class Readout(Measure):
     def _keep(self, count: int, now: _Decoded, last: _Decoded, full: _Decoded | None, after: _Decoded | None) -> None:
         """Reduce one readout token by token: loss of the next token, entropy, the top token, and divergences from the
         last readout and, within a full run, from its last one, and of the one after from this."""
-        mask = self.frame.mask
-        targets = self._batch.input_ids.roll(-1, dims=1)
+        mask = self.batch.mask
+        targets = self.batch.batch.input_ids.roll(-1, dims=1)
         values = torch.full((5, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
@@ -186,31 +225,23 @@ class Readout(Measure):
             if after is not None:
                 self._to_previous[count] = kept[4]
 
-    def finish(self) -> Arrays:
-        arrays = Arrays({"loss": Named(("readout_recurrence", "prompt"), self._losses)})
-        dims = ("readout_recurrence", "prompt", "token")
-        for name, values in zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True):
-            arrays.per_prompt[name] = Named(dims, values)
+    def result(self) -> xr.Dataset:
+        found = {"loss": self._losses, **dict(zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True))}
         if self.exits:
-            dims = ("exit_recurrence", "prompt", "token")
-            for name, values in zip(EXIT_READOUTS, (self._to_previous, self._to_full), strict=True):
-                arrays.per_prompt[name] = Named(dims, values)
+            found |= dict(zip(EXIT_READOUTS, (self._to_previous, self._to_full), strict=True))
         if self._gates:
-            arrays.update(self._exit_gate())
-        return arrays
+            found |= self._exit_gate()
+        return self.dataset(found)
 
-    def _exit_gate(self) -> Arrays:
+    def _exit_gate(self) -> dict[str, np.ndarray]:
         """What the model's own gate says, mean over tokens and token by token."""
-        mask = self.frame.mask
+        mask = self.batch.mask
         distribution = exit_distribution(self._gates)
         cumulated = exit_cumulated(distribution).masked_fill(~mask[..., None], torch.nan).movedim(-1, 0)
         tokens = distribution.masked_fill(~mask[..., None], torch.nan).movedim(-1, 0)
         mean = masked_mean(distribution.movedim(-1, 0), mask)
-        dims = ("recurrence", "prompt", "token")
-        return Arrays(
-            {
-                "exit_probability": Named(dims[:2], mean.double().cpu().numpy()),
-                "token_exit_probability": Named(dims, tokens.float().cpu().numpy()),
-                "token_exit_cumulated": Named(dims, widen(cumulated).cpu().numpy()),
-            }
-        )
+        return {
+            "exit_probability": mean.double().cpu().numpy(),
+            "token_exit_probability": tokens.float().cpu().numpy(),
+            "token_exit_cumulated": widen(cumulated).cpu().numpy(),
+        }

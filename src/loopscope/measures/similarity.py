@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named
+from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
 from loopscope.measures.functions import residual_norm, widen
 from loopscope.models.visits import AttentionView, Visit
 
@@ -26,9 +29,16 @@ def visit_labels(prelude: int, recurrent: int, coda: int, recurrences: int) -> l
 class CycleSimilarity(Measure):
     """Keeps the directions of prelude, the first few recurrences and coda, so memory grows with their number only."""
 
-    def __init__(self, frame: Frame, recurrences: int) -> None:
-        self.frame = frame
-        self.recurrences = min(recurrences, frame.recurrences)
+    part = "cycle-similarity"
+    variables: ClassVar[dict[str, Variable]] = {
+        "cycle_similarity": variable(
+            "visit visit_other", "cosine of residual streams, mean over tokens and prompts", summed=True
+        )
+    }
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self.recurrences = min(batch.plan.cycle_recurrences, batch.recurrences)
         self._directions: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
@@ -36,23 +46,20 @@ class CycleSimilarity(Measure):
             return
         norm = residual_norm(visit.residual)
         direction = widen(visit.residual) / norm.unsqueeze(-1)
-        self._directions.append(torch.where(self.frame.mask.unsqueeze(-1), direction, 0.0))
+        self._directions.append(torch.where(self.batch.mask.unsqueeze(-1), direction, 0.0))
 
-    def finish(self) -> Arrays:
+    def result(self) -> xr.Dataset:
         visits = len(self._directions)
         total = torch.zeros(visits, visits, dtype=torch.float64)
         weight = torch.zeros(visits, visits, dtype=torch.float64)
-        for prompt in range(self.frame.prompts):
+        for prompt in range(self.batch.prompts):
             # Directions of one prompt in a row: their product is the sum over its tokens of the cosines.
             rows = torch.stack([direction[prompt].flatten() for direction in self._directions])
-            mean = (rows @ rows.T).double().cpu() / float(self.frame.counts[prompt])
+            mean = (rows @ rows.T).double().cpu() / float(self.batch.counts[prompt])
             finite = torch.isfinite(mean)
             total += torch.where(finite, mean.clamp(-1.0, 1.0), 0.0)
             weight += finite
-        arrays = Arrays()
-        arrays.summed["cycle_similarity"] = Named(("visit", "visit_other"), total.numpy())
-        arrays.weight["cycle_similarity"] = weight.numpy()
-        return arrays
+        return self.dataset({"cycle_similarity": total.numpy(), "cycle_similarity_weight": weight.numpy()})
 
 
 class AttentionCycle(Measure):
@@ -63,10 +70,21 @@ class AttentionCycle(Measure):
     small difference of large squares. Keeps the queries and keys of the first few recurrences.
     """
 
-    def __init__(self, frame: Frame, heads: int, recurrences: int) -> None:
-        self.frame = frame
-        self.recurrences = min(recurrences, frame.recurrences)
-        self._heads = heads
+    part = "cycle-similarity"
+    variables: ClassVar[dict[str, Variable]] = {
+        "attention_cycle_distance": variable(
+            "visit visit_other",
+            "sqrt(sum over heads ||A_u - A_v||² / (heads T)) of the attention maps of two visits, mean over prompts",
+            summed=True,
+        )
+    }
+    needs = Needs(attention=True, also=("heads",))
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self.recurrences = min(batch.plan.cycle_recurrences, batch.recurrences)
+        assert batch.info.heads is not None
+        self._heads = batch.info.heads
         self._views: list[AttentionView | None] = []
 
     def visit(self, visit: Visit) -> None:
@@ -75,24 +93,25 @@ class AttentionCycle(Measure):
         seen = visit.attention is not None and visit.attention.heads == self._heads
         self._views.append(visit.attention if seen else None)
 
-    def finish(self) -> Arrays:
+    def result(self) -> xr.Dataset:
         distances = self._distances()
         finite = np.isfinite(distances)
-        arrays = Arrays()
-        total = np.where(finite, distances, 0.0).sum(0)
-        arrays.summed["attention_cycle_distance"] = Named(("visit", "visit_other"), total)
-        arrays.weight["attention_cycle_distance"] = finite.sum(0).astype(np.float64)
-        return arrays
+        return self.dataset(
+            {
+                "attention_cycle_distance": np.where(finite, distances, 0.0).sum(0),
+                "attention_cycle_distance_weight": finite.sum(0).astype(np.float64),
+            }
+        )
 
     def _distances(self) -> np.ndarray:
         """(prompt, visit, visit), NaN for visits whose attention cannot be seen."""
         seen = [index for index, view in enumerate(self._views) if view is not None]
         views = [view for view in self._views if view is not None]
-        prompts, tokens = self.frame.prompts, self.frame.tokens
+        prompts, tokens = self.batch.prompts, self.batch.tokens
         found = np.full((prompts, len(self._views), len(self._views)), np.nan)
         if not views:
             return found
-        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=self.frame.mask.device)
+        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=self.batch.mask.device)
         step = max(1, _TILE_ENTRIES // (len(views) * prompts * self._heads * tokens))
         for start in range(0, tokens, step):
             tiles = [view.tile(start, min(start + step, tokens)).double().flatten(1) for view in views]
@@ -100,7 +119,7 @@ class AttentionCycle(Measure):
             gram += rows @ rows.mT
         norms = gram.diagonal(dim1=-2, dim2=-1)
         squares = (norms[:, :, None] + norms[:, None] - 2 * gram).clamp(min=0)
-        scale = self._heads * self.frame.counts.double()
+        scale = self._heads * self.batch.counts.double()
         values = (squares / scale[:, None, None]).sqrt().cpu().numpy()
         found[np.ix_(range(prompts), seen, seen)] = values
         return found

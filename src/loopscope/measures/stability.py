@@ -4,9 +4,11 @@ recurrence where it stands after twice the horizon."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from loopscope.dynamics.eigenvalues.approach import Heading
@@ -16,12 +18,12 @@ from loopscope.dynamics.eigenvalues.native import NativeApproach
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, StabilityCriterion, damping_needed
-from loopscope.measures.base import Arrays, Frame, Named
+from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import FreezeInjection, Intervention, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
-from loopscope.models.subject import Batch, Run, Subject
-from loopscope.models.visits import LoopState, Observer
+from loopscope.models.subject import Batch
+from loopscope.models.visits import LoopState
 
 KEPT_PAIRS = 16
 """Eigenvalues of a token that a study keeps, of the 40 that are computed. Those that lead under some damping are five
@@ -30,26 +32,61 @@ or fewer in the demo models and in random ones, and the rest are the largest."""
 RATE_REASONS = tuple(RateReason)
 """In the order in which a study numbers them."""
 
-EIGENVALUE_NAMES = (
-    "eigenvalue_real",
-    "eigenvalue_imag",
-    "eigenvalue_residual",
-    "eigenvalue_error",
-    "eigenvalue_exact",
-    "point_step",
-    "point_moved",
-    "point_searched",
-    "predicted_rate",
-    "predicted_rate_error",
-    "predicted_kind",
-    "predicted_period",
-    "stability_margin",
-    "damping_needed",
-)
-RATE_NAMES = ("observed_rate", "observed_rate_uncertainty", "observed_rate_reason")
+_PAIR, _TOKEN = "pair prompt token", "prompt token"
+_EIGENVALUES: dict[str, tuple[str, ...]] = {
+    "eigenvalue_real": (
+        _PAIR,
+        "real parts of the leading eigenvalues of one recurrence as a map of the token's own loop state, at the point",
+    ),
+    "eigenvalue_imag": (_PAIR, "their imaginary parts"),
+    "eigenvalue_residual": (_PAIR, "|J x - λ x| for the Ritz vector x of length one"),
+    "eigenvalue_error": (_PAIR, "estimated distance to an eigenvalue"),
+    "eigenvalue_exact": ("prompt", "1 if products are by automatic differentiation, 0 if by differences", "code"),
+    "point_step": (_TOKEN, "|F(x) - x| / |x| at the point: 0 at a fixed point"),
+    "point_moved": (_TOKEN, "how far the point is from where the run stood, over the norm"),
+    "point_searched": ("prompt", "1 if a search found the point, 0 if the run stood there", "code"),
+    "predicted_rate": (_TOKEN, "largest modulus of the token and those before it", "per recurrence"),
+    "predicted_rate_error": (_TOKEN, "estimated error of predicted_rate", "per recurrence"),
+    "predicted_kind": (
+        _TOKEN,
+        "what that eigenvalue predicts, as a place in the manifest's stability.kinds; -1 beyond the prompt's end",
+        "code",
+    ),
+    "predicted_period": (_TOKEN, "a turn of that eigenvalue; NaN for a positive one", "recurrences"),
+    "stability_margin": (_TOKEN, "1 - predicted_rate: negative where stability is lost"),
+    "damping_needed": (
+        _TOKEN,
+        "largest step η with which the damped eigenvalues of the token and those before it come to at most 1; NaN "
+        "where none does, and at no fixed point",
+    ),
+}
+EIGENVALUE_NAMES = tuple(_EIGENVALUES)
+_RATES: dict[str, tuple[str, ...]] = {
+    "observed_rate": (
+        _TOKEN,
+        "factor from one step of the loop state to the next, fitted on the way to 2H",
+        "per recurrence",
+    ),
+    "observed_rate_uncertainty": (
+        _TOKEN,
+        "four times the difference between the halves of the fit",
+        "per recurrence",
+    ),
+    "observed_rate_reason": (
+        _TOKEN,
+        "why there is a rate or none, as a place in the manifest's stability.reasons",
+        "code",
+    ),
+}
+RATE_NAMES = tuple(_RATES)
 """What a study has without eigenvalues too."""
-
-_DIMS = {1: ("prompt",), 2: ("prompt", "token"), 3: ("pair", "prompt", "token")}
+_FLAGS = {
+    "predicted_kind": tuple(str(kind) for kind in PREDICTED_KINDS),
+    "observed_rate_reason": tuple(str(reason) for reason in RATE_REASONS),
+    "eigenvalue_exact": ("differences", "automatic differentiation"),
+    "point_searched": ("the run stood there", "a search found it"),
+}
+_NO_EIGENVALUES = "eigenvalues were not taken (of a hooked model: --hooked-eigenvalues)"
 
 _ETAS = np.linspace(1 / 64, 1, 64)
 """Dampings under which an eigenvalue may lead. Between two of them no other corner of the hull gains more than 1e-3."""
@@ -77,31 +114,38 @@ def study_criterion(horizon: int) -> StabilityCriterion:
     return StabilityCriterion(horizon=horizon)
 
 
-def eigenvalue_products(subject: Subject, batch: Batch, settings: EigenvalueSettings) -> int:
-    """How often `TokenStability.take` announces a product: once for each group of prompts, if the model is native."""
-    if not isinstance(subject, NativeSubject):
-        return 0
-    return len(_groups(subject, batch, settings)) * min(settings.products, subject.info.width)
-
-
-class TokenStability(Observer):
-    """Follows the loop state to twice the horizon, where `take` takes the eigenvalues. Without that, a study has the
+class TokenStability(Measure):
+    """Follows the loop state to twice the horizon, where it takes the eigenvalues. Without them, a study has the
     observed rates alone."""
 
-    def __init__(
-        self, subject: Subject, batch: Batch, frame: Frame, horizon: int, settings: EigenvalueSettings | None
-    ) -> None:
-        self.frame = frame
-        self._subject, self._batch = subject, batch.to(subject.device)
-        self._horizon, self._settings = horizon, settings
-        self._dtype = getattr(torch, frame.info.dtype)
+    part = "stability"
+    variables: ClassVar[dict[str, Variable]] = {
+        **{
+            name: variable(*about, flags=_FLAGS.get(name, ()), otherwise=_NO_EIGENVALUES)
+            for name, about in _EIGENVALUES.items()
+        },
+        **{name: variable(*about, flags=_FLAGS.get(name, ())) for name, about in _RATES.items()},
+    }
+    needs = Needs(loop=True, long_run=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self._horizon, self._settings = batch.plan.horizon, batch.plan.eigenvalues
+        self._dtype = getattr(torch, batch.info.dtype)
         self._heading: Heading | None = None
         self._lengths: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._found: Stability | None = None
 
+    @classmethod
+    def steps(cls, batch: BatchInfo) -> int:
+        """Products of a native model, once for each group of prompts."""
+        settings = batch.plan.eigenvalues
+        if settings is None or not isinstance(batch.subject, NativeSubject):
+            return 0
+        return len(_groups(batch, settings)) * min(settings.products, batch.info.width)
+
     def start(self, initial_state: Tensor | None) -> None:
-        """The loop state before the first recurrence, if it is known."""
         if initial_state is not None:
             self._heading = Heading(initial_state, self._dtype)
 
@@ -115,26 +159,26 @@ class TokenStability(Observer):
         self._lengths.append(length)
         self._sizes.append(size)
 
-    def take(self, run: Run, tick: Callable[[], None]) -> None:
-        """The eigenvalues where the run stands, which is at twice the horizon. `tick` is called after each product of
-        a native model."""
-        settings = self._settings
-        assert settings is not None
-        if isinstance(self._subject, HookedSubject):
-            approach = approach_hooked(self._subject, self._batch, recurrences=settings.recurrences, seed=settings.seed)
-            self._found = eigenvalues_near(approach, self._batch, settings)
+    def ended(self, end: RunEnd) -> None:
+        settings, subject = self._settings, self.batch.subject
+        if settings is None:
             return
-        assert isinstance(self._subject, NativeSubject)
-        assert isinstance(run, NativeRun)
-        self._found = Stability.joined(list(self._parts(self._subject, run, settings, tick)))
+        if isinstance(subject, HookedSubject):
+            approach = approach_hooked(subject, self.batch.batch, recurrences=settings.recurrences, seed=settings.seed)
+            self._found = eigenvalues_near(approach, self.batch.batch, settings)
+            return
+        assert isinstance(subject, NativeSubject)
+        assert isinstance(end.run, NativeRun)
+        self._found = Stability.joined(list(self._parts(subject, end.run, settings, end.tick)))
 
     def _parts(
         self, subject: NativeSubject, run: NativeRun, settings: EigenvalueSettings, tick: Callable[[], None]
     ) -> Iterator[Stability]:
         assert self._heading is not None
-        groups = _groups(subject, self._batch, settings)
+        whole = self.batch.batch
+        groups = _groups(self.batch, settings)
         for group in groups:
-            batch = Batch(self._batch.input_ids[group], self._batch.mask[group])
+            batch = Batch(whole.input_ids[group], whole.mask[group])
             standing = run
             if len(groups) > 1:
                 # A run of these prompts alone: the derivative keeps all that the layers compute on them.
@@ -143,18 +187,18 @@ class TokenStability(Observer):
             approach = NativeApproach(standing, batch.mask, settings.recurrences, heading=heading)
             yield eigenvalues_near(approach, batch, settings, tick)
 
-    def finish(self) -> Arrays:
+    def result(self) -> xr.Dataset:
         found = self._observed()
         if self._found is not None:
             found |= _of_eigenvalues(self._found, study_criterion(self._horizon))
-        return Arrays({name: Named(_DIMS[values.ndim], values) for name, values in found.items()})
+        return self.dataset(found)
 
     def _observed(self) -> dict[str, np.ndarray]:
-        mask = self.frame.mask.cpu().numpy()
+        mask = self.batch.mask.cpu().numpy()
         lengths, sizes = (
-            torch.stack(each, dim=-1)[self.frame.mask].double().cpu().numpy() for each in (self._lengths, self._sizes)
+            torch.stack(each, dim=-1)[self.batch.mask].double().cpu().numpy() for each in (self._lengths, self._sizes)
         )
-        rates = observed_rate(lengths, sizes=sizes, dtype=self.frame.info.dtype)
+        rates = observed_rate(lengths, sizes=sizes, dtype=self.batch.info.dtype)
         rate, uncertainty = np.full((2, *mask.shape), np.nan)
         rate[mask], uncertainty[mask] = rates.rate, rates.uncertainty
         reason = np.full(mask.shape, -1, dtype=np.int8)
@@ -206,10 +250,10 @@ def kept_pairs(eigenvalues: np.ndarray) -> np.ndarray:
     return np.sort(order[..., :count], axis=-1)
 
 
-def _groups(subject: NativeSubject, batch: Batch, settings: EigenvalueSettings) -> list[slice]:
+def _groups(batch: BatchInfo, settings: EigenvalueSettings) -> list[slice]:
     """Prompts that are taken at once. A frozen input is remembered by the run of all of them, which only they have."""
-    prompts, tokens = batch.input_ids.shape
-    rows = settings.rows_at_once(tokens, subject.info.width)
-    if any(isinstance(each, FreezeInjection) for each in subject.interventions):
-        rows = prompts
-    return [slice(begin, begin + rows) for begin in range(0, prompts, rows)]
+    rows = settings.rows_at_once(batch.tokens, batch.info.width)
+    assert isinstance(batch.subject, NativeSubject)
+    if any(isinstance(each, FreezeInjection) for each in batch.subject.interventions):
+        rows = batch.prompts
+    return [slice(begin, begin + rows) for begin in range(0, batch.prompts, rows)]

@@ -2,87 +2,29 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named, depth_count, depth_of, masked_mean, on_arrays
+from loopscope.measures.base import (
+    BatchInfo,
+    Measure,
+    Variable,
+    depth_count,
+    depth_of,
+    masked_mean,
+    on_arrays,
+    variable,
+)
 from loopscope.measures.functions import residual_norm, widen
-from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.visits import Visit
-
-KURTOSIS = 10.0
-"""Above this kurtosis (3 for a normal distribution) a few tokens stand far out of the rest, and a neuron predicts or
-suppresses them."""
-
-_CHUNK = 2**24
-"""Cosines that are held at a time: 64 MiB in float32."""
 
 TokenStates = Float[Tensor, "*shape token width"]
 Values = Float[Tensor, "*shape"]
-
-
-@torch.no_grad()
-def neuron_moments(
-    output: Float[Tensor, "width neuron"], unembedding: Float[Tensor, "vocabulary width"]
-) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
-    """Kurtosis (3 for a normal distribution) and skew, over the vocabulary, of the cosines between what a neuron of an
-    MLP writes into the residual stream and the unembedding of each token.
-
-    NaN for a neuron that writes nothing.
-    """
-    directions = functional.normalize(widen(output).T, dim=-1)
-    tokens = functional.normalize(widen(unembedding), dim=-1)
-    kurtosis, skew = [], []
-    for rows in directions.split(max(1, _CHUNK // tokens.shape[0])):
-        cosines = (rows @ tokens.T).double()
-        away = cosines - cosines.mean(-1, keepdim=True)
-        square = away.square()
-        variance = square.mean(-1)
-        kurtosis.append(square.square().mean(-1) / variance.square())
-        skew.append((square * away).mean(-1) / variance**1.5)
-    return torch.cat(kurtosis), torch.cat(skew)
-
-
-def neuron_operations(model: LoopedTransformer) -> float:
-    """Floating-point operations that `neurons` takes."""
-    architecture = model.architecture
-    return 2.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
-
-
-def neurons(model: LoopedTransformer) -> dict[str, Named]:
-    """Moments of every neuron, and the shares of prediction and suppression neurons in each unique layer.
-
-    Prelude, recurrent block and coda in this order. The final norm between residual stream and unembedding is left out,
-    as the method has it.
-    """
-    unembedding = model.embedding.weight if model.head is None else model.head.weight
-    moments = [
-        neuron_moments(layer.mlp.down.weight, unembedding) for layer in (*model.prelude, *model.recurrent, *model.coda)
-    ]
-    kurtosis, skew = (np.stack([pair[index].float().cpu().numpy() for pair in moments]) for index in (0, 1))
-    stands_out = kurtosis > KURTOSIS
-    share, each = ("unique_layer",), ("unique_layer", "neuron")
-    return {
-        "prediction_neurons": Named(share, (stands_out & (skew > 0)).mean(-1)),
-        "suppression_neurons": Named(share, (stands_out & (skew < 0)).mean(-1)),
-        "neuron_kurtosis": Named(each, kurtosis),
-        "neuron_skew": Named(each, skew),
-    }
-
-
-STAGE_NAMES = (
-    "residual_entropy",
-    "relative_residual_entropy",
-    "mean_token_norm",
-    "largest_token_norm",
-    "massive_activation",
-    "massive_token",
-    "massive_dimension",
-)
-"""Per visit and prompt."""
 
 
 @on_arrays
@@ -139,18 +81,29 @@ def _lower_median(values: Float[Tensor, "*shape entry"]) -> Values:
 class StageMeasures(Measure):
     """One row of numbers a visit and prompt."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
-        info = frame.info
-        depths = depth_count(frame)
-        self._lengths = frame.counts.tolist()
-        most = [min(length, info.width) for length in self._lengths]
+    part = "stages"
+    variables: ClassVar[dict[str, Variable]] = {
+        "residual_entropy": variable(
+            "depth prompt", "entropy of the squared singular values of the (token, width) matrix of states", "nats"
+        ),
+        "relative_residual_entropy": variable("depth prompt", "residual_entropy over log min(T, D)"),
+        "mean_token_norm": variable("depth prompt", "mean norm over the prompt's tokens", "residual stream"),
+        "largest_token_norm": variable("depth prompt", "largest norm of the prompt's tokens", "residual stream"),
+        "massive_activation": variable("depth prompt", "largest over median absolute entry of the states"),
+        "massive_token": variable("depth prompt", "the token of that entry, counted from 0", "token"),
+        "massive_dimension": variable("depth prompt", "the dimension of that entry, counted from 0", "dimension"),
+    }
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self._lengths = batch.counts.tolist()
+        most = [min(length, batch.info.width) for length in self._lengths]
         self._most = torch.tensor(most, dtype=torch.float64).log()
-        self._values = np.full((len(STAGE_NAMES), depths, frame.prompts), np.nan, dtype=np.float64)
+        self._values = np.full((len(STAGE_NAMES), depth_count(batch), batch.prompts), np.nan, dtype=np.float64)
 
     def visit(self, visit: Visit) -> None:
-        depth = depth_of(self.frame, visit.stage, visit.layer, visit.recurrence)
-        states = visit.residual.masked_fill(~self.frame.mask.unsqueeze(-1), 0.0)
+        depth = depth_of(self.batch, visit.stage, visit.layer, visit.recurrence)
+        states = visit.residual.masked_fill(~self.batch.mask.unsqueeze(-1), 0.0)
         # Rows of zeros, the padding, add nothing to a Gram matrix but eigenvalues of zero.
         entropy = residual_entropy(states).cpu()
         norms = residual_norm(states)
@@ -163,7 +116,7 @@ class StageMeasures(Measure):
         values = (
             entropy,
             torch.where(self._most > 0, entropy / self._most, torch.nan),
-            masked_mean(norms, self.frame.mask).cpu(),
+            masked_mean(norms, self.batch.mask).cpu(),
             norms.amax(-1).cpu(),
             torch.stack(massive).cpu(),
             place[:, 0],
@@ -171,6 +124,9 @@ class StageMeasures(Measure):
         )
         self._values[:, depth] = np.stack([value.double().numpy() for value in values])
 
-    def finish(self) -> Arrays:
-        dims = ("depth", "prompt")
-        return Arrays({name: Named(dims, self._values[index]) for index, name in enumerate(STAGE_NAMES)})
+    def result(self) -> xr.Dataset:
+        return self.dataset(dict(zip(STAGE_NAMES, self._values, strict=True)))
+
+
+STAGE_NAMES = tuple(StageMeasures.variables)
+"""Per visit and prompt, in the order of the rows."""

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.measures.base import Arrays, Frame, Measure, Named, masked_mean
-from loopscope.measures.functions import cosine_of_norms, distance, residual_norm, widen
-from loopscope.models.visits import Observer, Visit
-
-
-class PathIndependence(Measure):
-    """Observes the first run; `second` observes the other one, which is advanced one recurrence behind it."""
-
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
-        self.second: Observer = _Second(self)
-        self._first: list[tuple[Tensor, Tensor] | None] = [None] * frame.info.recurrent
-        shape = (2, frame.info.recurrent, frame.recurrences, frame.prompts)
-        self._values = np.full(shape, np.nan, dtype=np.float64)
-
-    def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent":
-            self._first[visit.layer] = (visit.residual, residual_norm(visit.residual))
-
-    def compare(self, visit: Visit) -> None:
-        """The same visit of the second run."""
-        first = self._first[visit.layer]
-        assert first is not None  # the first run was advanced before
-        norm = residual_norm(visit.residual)
-        # Relative to the mean of the two norms, so that neither run is the reference.
-        size = (first[1] + norm) / 2
-        away = masked_mean(distance(visit.residual, first[0]) / size, self.frame.mask)
-        turned = masked_mean(cosine_of_norms(visit.residual, norm, *first), self.frame.mask)
-        self._values[0, visit.layer, visit.recurrence] = away.double().cpu().numpy()
-        self._values[1, visit.layer, visit.recurrence] = turned.double().cpu().numpy()
-
-    def finish(self) -> Arrays:
-        dims = ("layer", "recurrence", "prompt")
-        return Arrays({"path_distance": Named(dims, self._values[0]), "path_cosine": Named(dims, self._values[1])})
-
-
-class _Second(Observer):
-    def __init__(self, owner: PathIndependence) -> None:
-        self._owner = owner
-
-    def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent":
-            self._owner.compare(visit)
+from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
+from loopscope.measures.functions import widen
+from loopscope.models.subject import SubjectInfo
+from loopscope.models.visits import Visit
 
 
 def principal_components(
@@ -82,30 +44,48 @@ def principal_components(
 class Trajectories(Measure):
     """Keeps the states of a few tokens at every visit of the recurrent block."""
 
-    def __init__(self, frame: Frame, tokens: Sequence[tuple[int, int]], components: int) -> None:
-        """`tokens`: (row of the batch, token) pairs."""
-        self.frame = frame
-        self.components = components
-        self._rows = torch.tensor([row for row, _ in tokens], device=frame.mask.device)
-        self._tokens = torch.tensor([token for _, token in tokens], device=frame.mask.device)
-        layers = frame.info.recurrent
-        self._states = np.full((len(tokens), layers, frame.recurrences, frame.info.width), np.nan, dtype=np.float64)
+    part = "trajectories"
+    variables: ClassVar[dict[str, Variable]] = {
+        "trajectory": variable(
+            "tracked layer recurrence component", "principal-component scores of one token's states", "residual stream"
+        ),
+        "trajectory_variance": variable("tracked component", "share of variance"),
+    }
+    needs = Needs(loop=True)
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        self.components = batch.plan.components
+        tracked = _tracked(batch)
+        self._rows = torch.tensor([row for row, _ in tracked], device=batch.mask.device)
+        self._tokens = torch.tensor([token for _, token in tracked], device=batch.mask.device)
+        shape = (len(tracked), batch.info.recurrent, batch.recurrences, batch.info.width)
+        self._states = np.full(shape, np.nan, dtype=np.float64)
+
+    @classmethod
+    def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
+        return None if plan.tracked else "no token was tracked (--track)"
+
+    @classmethod
+    def applies(cls, batch: BatchInfo) -> bool:
+        return bool(_tracked(batch))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
             chosen: Tensor = widen(visit.residual[self._rows, self._tokens])
             self._states[:, visit.layer, visit.recurrence] = chosen.double().cpu().numpy()
 
-    def finish(self) -> Arrays:
+    def result(self) -> xr.Dataset:
         tracked, layers, recurrences, width = self._states.shape
         scores = np.empty((tracked, layers, recurrences, self.components))
         shares = np.empty((tracked, self.components))
         for index, states in enumerate(self._states):
             found, shares[index] = principal_components(states.reshape(-1, width), self.components)
             scores[index] = found.reshape(layers, recurrences, self.components)
-        return Arrays(
-            {
-                "trajectory": Named(("tracked", "layer", "recurrence", "component"), scores),
-                "trajectory_variance": Named(("tracked", "component"), shares),
-            }
-        )
+        return self.dataset({"trajectory": scores, "trajectory_variance": shares})
+
+
+def _tracked(batch: BatchInfo) -> list[tuple[int, int]]:
+    """(row of the batch, token) of the tokens that are tracked in it."""
+    rows = ((batch.row(prompt), token) for prompt, token in batch.plan.tracked)
+    return [(row, token) for row, token in rows if row is not None]

@@ -1,0 +1,101 @@
+"""Prediction and suppression neurons: what the MLPs write towards the tokens, from the weights alone (method, section
+6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from loopscope.measures.base import Declared, Variable, variable
+from loopscope.measures.functions import widen
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.subject import Subject
+
+KURTOSIS = 10.0
+"""Above this kurtosis (3 for a normal distribution) a few tokens stand far out of the rest, and a neuron predicts or
+suppresses them."""
+
+_CHUNK = 2**24
+"""Cosines that are held at a time: 64 MiB in float32."""
+
+
+@torch.no_grad()
+def neuron_moments(
+    output: Float[Tensor, "width neuron"], unembedding: Float[Tensor, "vocabulary width"]
+) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
+    """Kurtosis (3 for a normal distribution) and skew, over the vocabulary, of the cosines between what a neuron of an
+    MLP writes into the residual stream and the unembedding of each token.
+
+    NaN for a neuron that writes nothing.
+    """
+    directions = functional.normalize(widen(output).T, dim=-1)
+    tokens = functional.normalize(widen(unembedding), dim=-1)
+    kurtosis, skew = [], []
+    for rows in directions.split(max(1, _CHUNK // tokens.shape[0])):
+        cosines = (rows @ tokens.T).double()
+        away = cosines - cosines.mean(-1, keepdim=True)
+        square = away.square()
+        variance = square.mean(-1)
+        kurtosis.append(square.square().mean(-1) / variance.square())
+        skew.append((square * away).mean(-1) / variance**1.5)
+    return torch.cat(kurtosis), torch.cat(skew)
+
+
+class Neurons(Declared):
+    """Moments of every neuron, and the shares of prediction and suppression neurons in each unique layer.
+
+    Prelude, recurrent block and coda in this order. The final norm between residual stream and unembedding is left out,
+    as the method has it. They are no batch's: a study has them once.
+    """
+
+    part = "neurons"
+    variables: ClassVar[dict[str, Variable]] = {
+        "prediction_neurons": variable(
+            "unique_layer",
+            "share of MLP neurons whose output, by cosine with the unembedding of every token, has a kurtosis above 10 "
+            "and positive skew; from the weights alone",
+        ),
+        "suppression_neurons": variable("unique_layer", "the same with negative skew"),
+        "neuron_kurtosis": variable("unique_layer neuron", "of those cosines; 3 for a normal distribution"),
+        "neuron_skew": variable("unique_layer neuron", "of those cosines; 0 for a normal distribution"),
+    }
+    otherwise = "neurons were not counted (a model watched from outside, or a count over --neuron-limit)"
+
+    @classmethod
+    def of(cls, subject: Subject, limit: float, note: Callable[[str], None]) -> xr.Dataset:
+        """Of a native model, if they take at most `limit` tera floating-point operations; else nothing, and why."""
+        if not isinstance(subject, NativeSubject):
+            return xr.Dataset()
+        architecture = subject.model.architecture
+        operations = 2.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
+        if operations / 1e12 > limit:
+            note(
+                f"Prediction and suppression neurons are left out: counting them takes {operations / 1e12:.3g} tera "
+                "operations; raise --neuron-limit to have them."
+            )
+            return xr.Dataset()
+        return cls.count(subject.model)
+
+    @classmethod
+    def count(cls, model: LoopedTransformer) -> xr.Dataset:
+        unembedding = model.embedding.weight if model.head is None else model.head.weight
+        layers = (*model.prelude, *model.recurrent, *model.coda)
+        moments = [neuron_moments(layer.mlp.down.weight, unembedding) for layer in layers]
+        kurtosis, skew = (np.stack([pair[index].float().cpu().numpy() for pair in moments]) for index in (0, 1))
+        stands_out = kurtosis > KURTOSIS
+        return cls.dataset(
+            {
+                "prediction_neurons": (stands_out & (skew > 0)).mean(-1),
+                "suppression_neurons": (stands_out & (skew < 0)).mean(-1),
+                "neuron_kurtosis": kurtosis,
+                "neuron_skew": skew,
+            }
+        )
