@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import xarray
 
+from document_variables import documented
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope.analysis.settings import Part
 from loopscope.errors import StudyError
 from loopscope.measures.convergence import TOKEN_NAMES
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.readout import TOKEN_READOUTS
+from loopscope.measures.registry import DECLARED, declared_variables
 from loopscope.measures.stages import STAGE_NAMES
 from loopscope.models.architecture import Architecture
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, subject
@@ -62,17 +67,48 @@ def table(section: str) -> list[list[str]]:
 
 
 def documented_variables() -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for names, dims, _ in table("Variables"):
-        dimensions = tuple(dims.split(", "))
-        first, *others = re.findall(r"`([^`]+)`", names)
-        if first == "<name>_quantile":
-            found |= {f"{name}_quantile": dimensions for name in list(found) if name not in others}
-        elif first == "token_<name>":
-            found |= {f"token_{name}": dimensions for name in others}
-        else:
-            found |= dict.fromkeys((first, *others), dimensions)
-    return found
+    return {name.strip("`"): tuple(dims.split(", ")) for name, dims, _, _ in table("Variables")}
+
+
+def test_the_document_has_what_the_measures_declare() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert documented(text) == text, "run tools/document_variables.py"
+
+
+def test_every_part_of_an_analysis_is_a_measures_and_the_other_way_round() -> None:
+    assert {kind.part for kind in DECLARED} - {None} == set(get_args(Part))
+
+
+def test_variables_say_what_they_are(study: Study) -> None:
+    for name, values in study.dataset.data_vars.items():
+        about = declared_variables()[str(name)]
+        assert tuple(map(str, values.dims)) == about.dims
+        assert values.attrs["long_name"] == about.meaning
+        assert values.attrs["units"] == about.units
+        assert len(values.attrs.get("flag_meanings", "").split()) == len(about.flags)
+        if about.flags:
+            assert values.max() < len(about.flags)
+
+
+@pytest.mark.parametrize(
+    ("model", "skip", "name", "why"),
+    [
+        (None, ("heads",), "sink_score", "the analysis was told to leave it out (--skip heads)"),
+        (None, ("heads",), "attention_cycle_distance", "the analysis was told to leave it out (--skip heads)"),
+        (None, (), "exit_probability", "the model has no exit gate"),
+        (LOOP_NORM, (), "path_distance", "the model cannot be started from another initial state"),
+        (FEED_FORWARD, (), "relative_step", "a feed-forward model has no recurrences"),
+        (FEED_FORWARD, (), "attention_change", "a feed-forward model has no recurrences"),
+    ],
+)
+def test_a_study_says_why_it_lacks_a_variable(
+    model: Architecture | None, skip: tuple[Part, ...], name: str, why: str
+) -> None:
+    settings = dataclasses.replace(SETTINGS, skip=skip)
+    found = analyze(subject(model) if model else subject(), PROMPTS, settings=settings)
+    assert name not in found.dataset
+    assert found.manifest["left_out"][name] == why
+    assert set(found.manifest["left_out"]) | {str(each) for each in found.dataset} == set(declared_variables())
 
 
 def test_the_documentation_lists_the_variables_and_their_dimensions(study: Study) -> None:

@@ -108,11 +108,17 @@ def _key(name: str, arrays: xr.Dataset) -> str:
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = differences(found.get("identity", {}), wanted["identity"])
+    differing = differences(_comparable(found.get("identity", {})), _comparable(wanted["identity"]))
     if differing:
         some = [f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items()][:3]
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise StudyError(f"{folder} holds another study ({'; '.join(some)}{more}); choose another --out.")
+
+
+def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """In which order parts are skipped means nothing."""
+    settings = dict(identity.get("settings", {}))
+    return {**identity, "settings": {**settings, "skip": sorted(settings.get("skip", ()))}}
 
 
 def merge(shards: list[xr.Dataset]) -> xr.Dataset:

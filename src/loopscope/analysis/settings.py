@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
@@ -32,6 +32,11 @@ Part = Literal[
 ]
 
 JudgedLayers = Literal["all", "last"]
+
+
+def parts_except(*kept: Part) -> tuple[Part, ...]:
+    """All parts of an analysis but those: what to skip."""
+    return tuple(part for part in get_args(Part) if part not in kept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from loopscope.analysis.analyzing import analyze
+from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
 from loopscope.answers.fixed_point import SETTLED, Settling, common_settling
 from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind
@@ -32,8 +33,6 @@ _NORMS: dict[NormName, dict[str, Any]] = {
     "ouro": {"norm_placement": "branch-in-out", "loop_norm": "recurrence"},
     "olmo2": {"norm_placement": "branch-out"},
 }
-_PARTS = ("heads", "maps", "stages", "neurons", "readout", "trajectories", "path-independence", "cycle-similarity")
-"""Of an analysis that no cell needs."""
 _KEEP_MIB = 256
 _ONE_POINT = 0.999
 """Layers share a point or a direction if the least cosine between them is above. Where nothing is trained a layer adds
@@ -128,7 +127,7 @@ def architecture_of(cell: Cell) -> Architecture:
 def run_cell(cell: Cell) -> CellResult:
     """Analyse the cell's model; a function of the cell alone, so that any process may do it."""
     started = time.monotonic()
-    skip: tuple[str, ...] = _PARTS if cell.judged else (*_PARTS, "behaviour")
+    kept: tuple[Part, ...] = ("noise-floor", "stability", "behaviour") if cell.judged else ("noise-floor", "stability")
     study = analyze(
         _model(cell),
         _prompts(cell),
@@ -141,7 +140,7 @@ def run_cell(cell: Cell) -> CellResult:
         judged_layers="last",
         eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
         track=(),
-        skip=skip,
+        skip=parts_except(*kept),
     )
     found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
     return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))

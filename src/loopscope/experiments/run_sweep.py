@@ -17,6 +17,7 @@ from loopscope._util.files import write_atomically
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.engine.run import Engine
 from loopscope.analysis.job import Progress
+from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.curves import MEASURES, stage_curves
 from loopscope.answers.stages import repetition
@@ -40,7 +41,8 @@ Rows = NDArray[np.int64]
 KIND = "training"
 RUNS = "runs"
 _STUDY = "study"
-_SKIP = ("maps", "neurons", "trajectories", "path-independence", "cycle-similarity", "readout")
+_STUDIED: tuple[Part, ...] = ("noise-floor", "heads", "stages")
+_OF_LOOPS: tuple[Part, ...] = ("behaviour", "stability")
 """Parts of an analysis that no sweep reads; losses by recurrence are taken from the test text instead."""
 _SEARCH = 60
 """Recurrences for finding a fixed point that the run does not come to."""
@@ -154,7 +156,7 @@ def _study(cell: SweepCell, folder: Path, data: DataFiles) -> Study:
         judged_layers="last",
         eigenvalue_search=_SEARCH,
         track=(),
-        skip=_SKIP if architecture.is_looped else (*_SKIP, "behaviour", "stability"),
+        skip=parts_except(*_STUDIED, *(_OF_LOOPS if architecture.is_looped else ())),
         threads=1,
         device="cpu",
     )

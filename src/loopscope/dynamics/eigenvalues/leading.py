@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def eigenvalues_near(
         following = approach.recurrence(state)
     products = min(settings.products, state.shape[-1])
     shape = (*mask.shape, products)
-    values = torch.full(shape, torch.nan, dtype=torch.complex128)
+    # Of padding both parts are NaN, not the real one alone.
+    values = torch.full(shape, complex(math.nan, math.nan), dtype=torch.complex128)
     residuals, errors = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
     start, spare = _first_vectors(approach.heading, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
