@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from loopscope._util.sinks import SINK_THRESHOLD
 from loopscope.answers.limits import short_prompts
-from loopscope.report.figures.curves import Material, per_row, stable_share
-from loopscope.report.figures.in_plotly import by_layer, lines_across
-from loopscope.report.figures.look import SEQUENTIAL, base_figure, layer_colours, named_in_legend
+from loopscope.report.figures._old import Figure, Material, base_figure, by_layer, lines_across
+from loopscope.report.figures.curves import per_row, stable_share
+from loopscope.report.figures.look import SEQUENTIAL, layer_colours, named_in_legend
 from loopscope.report.figures.maps import head_maps
-from loopscope.report.figures.plot import Drawn, Figure, Section
+from loopscope.report.figures.plot import Drawn, Section
 from loopscope.report.figures.similarity import visits_map
 from loopscope.study import median_over_prompts
 

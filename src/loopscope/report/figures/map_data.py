@@ -12,7 +12,7 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.wording import visible
 from loopscope.answers.limits import sinks_by_chance
-from loopscope.report.figures.curves import Material
+from loopscope.report.figures._old import Material
 from loopscope.report.figures.look import SEQUENTIAL
 from loopscope.report.figures.plot import packed
 from loopscope.study import Site, sites_of

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.wording import listed, visible
-from loopscope.report.figures.curves import Material
+from loopscope.report.figures._old import Material
 from loopscope.report.figures.map_data import layer_name, map_data, mapped_prompts, mapped_sites, palette, pass_name
 from loopscope.report.figures.plot import Section, script_json
 

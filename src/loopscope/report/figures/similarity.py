@@ -6,10 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import lines_across
-from loopscope.report.figures.look import SEQUENTIAL, base_figure
-from loopscope.report.figures.plot import Figure, Section
+from loopscope.report.figures._old import Figure, Material, base_figure, lines_across
+from loopscope.report.figures.look import SEQUENTIAL
+from loopscope.report.figures.plot import Section
 from loopscope.study import median_over_prompts, stage_name, stage_starts
 
 _MOST_NUMBERS = 8

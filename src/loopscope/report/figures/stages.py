@@ -7,10 +7,9 @@ import plotly.graph_objects as go
 
 from loopscope.answers.limits import short_prompts
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import along_depth, along_one_pass, scale_y
-from loopscope.report.figures.look import CATEGORIES, base_figure
-from loopscope.report.figures.plot import Figure, Section
+from loopscope.report.figures._old import Figure, Material, along_depth, along_one_pass, base_figure, scale_y
+from loopscope.report.figures.look import CATEGORIES
+from loopscope.report.figures.plot import Section
 from loopscope.study import Site, median_over_prompts, powers_of_two, sites_of
 
 _MOST_VISITS = 96

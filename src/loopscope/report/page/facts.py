@@ -11,7 +11,7 @@ from typing import Any
 
 from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.settings import CompareSettings
-from loopscope.report.figures.curves import Material
+from loopscope.report.figures._old import Material
 from loopscope.study import Study
 
 _HIDDEN = ("identity", "status")

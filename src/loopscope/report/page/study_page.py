@@ -9,8 +9,8 @@ from collections.abc import Callable
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer
 from loopscope.answers.quick import quick_answers
+from loopscope.report.figures._old import Material, gather_material
 from loopscope.report.figures.convergence import convergence_section, norms_section
-from loopscope.report.figures.curves import Material, gather_material
 from loopscope.report.figures.eigenvalues import stability_section
 from loopscope.report.figures.heads import heads_section
 from loopscope.report.figures.maps import floorplan_section
@@ -51,7 +51,7 @@ def render_page(study: Study, settings: ReportSettings) -> str:
         highlights=_highlights(answers[0]),
         limits=_limits(answers),
         sections=sections,
-        anchors={figure.anchor for section in sections for figure in section.figures} | {"limits"},
+        anchors=set().union(*(section.anchors for section in sections)) | {"limits"},
         thresholds=thresholds(settings.criterion),
         provenance=provenance(study.manifest),
     )
@@ -62,7 +62,7 @@ def _sections(study: Study, material: Material) -> list[Section]:
     need no recurrence."""
     if material.view.looped:
         sections = [
-            convergence_section(material),
+            convergence_section(material.view, material.settings),
             behaviour_section(study, material),
             stability_section(material),
             similarity_section(material),
@@ -75,7 +75,7 @@ def _sections(study: Study, material: Material) -> list[Section]:
             floorplan_section(material),
             stages_section(material),
             tokens_section(material),
-            norms_section(material),
+            norms_section(material.view, material.settings),
         ]
     else:
         sections = [

@@ -9,7 +9,6 @@ from loopscope.report.paper import components, heads, maps, prompt_map, readout
 from loopscope.report.paper.captions import PER_ROW
 from loopscope.report.paper.inference import FEW, judged_at
 from loopscope.report.paper.kinds import FigureType, one_recurrence, study_type
-from loopscope.report.paper.of_convergence import CONVERGENCE_FIGURES
 from loopscope.report.paper.of_stages import STAGE_FIGURES
 from loopscope.study import Readings
 
@@ -61,7 +60,6 @@ def _prompts_shown(readings: Readings) -> str:
 
 
 STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
-    *CONVERGENCE_FIGURES,
     study_type(
         "layer-cosine",
         maps.layer_cosine,
