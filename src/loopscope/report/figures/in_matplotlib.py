@@ -99,7 +99,7 @@ _VIEW = {"elev": 24, "azim": -58}
 """Degrees: from where a panel in space is seen."""
 _ZOOM = 0.88
 """Leaves room for the names of the axes, which matplotlib forgets when it lays out a panel in space."""
-_MARK = "mark"
+MARK = "mark"
 """The gid of lines that stand for no value."""
 _DASHES = {"solid": "-", "dot": ":", "dash": (0, (4, 2)), "dashdot": "-.", "longdash": (0, (8, 3))}
 _SYMBOLS = {
@@ -288,7 +288,7 @@ class _Drawing:
 
     @_add.register
     def _(self, mark: Rule) -> None:
-        style: dict[str, Any] = {"color": MUTED, "linestyle": _DASHES[mark.dash], "gid": _MARK}
+        style: dict[str, Any] = {"color": MUTED, "linestyle": _DASHES[mark.dash], "gid": MARK}
         style["linewidth"] = 0.7 if mark.name else 0.4
         label = None if mark.above or not mark.name else _words(mark.name)
         if mark.x is None:

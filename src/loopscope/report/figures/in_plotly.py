@@ -269,6 +269,8 @@ class _Drawing:
             if which == "y" and not is_map:
                 update |= self._values_axis(axis)
             drawn.update(update)
+        if is_map and panel.y.span is None:
+            layout.yaxis.update(autorange="reversed")
         if panel.equal:
             layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
             layout.xaxis.update({"constrain": "domain"} if is_map else {})

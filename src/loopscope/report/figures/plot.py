@@ -25,7 +25,8 @@ from loopscope.report.figures.look import decade, decade_ticks, number
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
-Values = Sequence[float] | NDArray[Any]
+Number = float | int
+Values = Sequence[Number] | NDArray[Any]
 Dash = Literal["solid", "dot", "dash", "dashdot", "longdash"]
 Symbol = Literal[
     "circle", "square", "diamond", "triangle-right", "triangle-up", "triangle-left", "pentagon", "x", "bar", "star"
@@ -67,7 +68,7 @@ class Line(Named):
     """In space: the height over x and y."""
     colour: str
     dash: Dash = "solid"
-    width: float = 2
+    width: Number = 2
     """CSS pixels; on paper in proportion."""
     points: bool = False
     """A marker at each value."""
@@ -100,9 +101,9 @@ class Dots(Named):
     colour: str
     symbol: Symbol = "circle"
     hollow: bool = False
-    size: float = 9
+    size: Number = 9
     """CSS pixels."""
-    opacity: float = 1.0
+    opacity: Number = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class Bars(Named):
 
     x: Values
     y: Values
-    width: float = 0.8
+    width: Number = 0.8
     colour: str
 
 
@@ -123,16 +124,16 @@ class HeatMap(Named):
     x: Values
     bar: str
     """What the colours are; without it there is no bar."""
-    low: float | None = None
-    high: float | None = None
+    low: Number | None = None
+    high: Number | None = None
     """Of the colours; of the values unless given."""
-    bar_ticks: Mapping[float, str] = dataclasses.field(default_factory=dict)
+    bar_ticks: Mapping[Number, str] = dataclasses.field(default_factory=dict)
     palette: Sequence[str] = ()
     """Of values that are places in it, rather than a range of colours."""
     texts: Sequence[Sequence[str]] = ()
     """Written into the cells."""
-    parted_x: Sequence[float] = ()
-    parted_y: Sequence[float] = ()
+    parted_x: Sequence[Number] = ()
+    parted_y: Sequence[Number] = ()
     """Where white lines part columns and rows."""
     gaps: bool = False
     """White between all cells."""
@@ -144,8 +145,8 @@ class HeatMap(Named):
 class Rule:
     """A line from edge to edge, at an x or at a y, which counts as a value of its axis."""
 
-    x: float | None = None
-    y: float | None = None
+    x: Number | None = None
+    y: Number | None = None
     name: str = ""
     dash: Dash = "dash"
     above: bool = False
@@ -156,8 +157,8 @@ class Rule:
 class Shade:
     """A stage: grey from one x to another."""
 
-    start: float
-    end: float
+    start: Number
+    end: Number
     name: str
 
 
@@ -165,8 +166,8 @@ class Shade:
 class Frame:
     """Around a cell of a map, by the place of its column and of its row."""
 
-    x: float
-    y: float
+    x: Number
+    y: Number
 
 
 Mark = Line | Band | Dots | Bars | HeatMap | Rule | Shade | Frame
@@ -182,9 +183,9 @@ class Axis:
     all values lie within a factor of 2. `free` is linear and begins anywhere."""
     percent: bool = False
     """Shares of 1, named in percent."""
-    span: tuple[float, float] | None = None
+    span: tuple[Number, Number] | None = None
     """From its left or lower end to the other; the larger number may come first."""
-    ticks: Mapping[float, str] | Sequence[float] = ()
+    ticks: Mapping[Number, str] | Sequence[Number] = ()
     """Where only some values are named."""
     whole: bool = False
     """Of whole numbers, between which there are no ticks."""
