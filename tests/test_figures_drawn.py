@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from loopscope import compare
+from loopscope.report.figures import stages
 from loopscope.report.figures.look import decade, decade_ticks, number, ordered_colours
 from loopscope.report.figures.write import draw_figure
-from loopscope.report.paper import inference
-from loopscope.study import Study, read_study
+from loopscope.study import Study, view_study
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
 
@@ -304,12 +304,12 @@ def test_stages_in_all_layouts(study: Study) -> None:
 
 
 def test_passes_beyond_training_begin_with_the_trained_one(study: Study) -> None:
-    assert inference.within(read_study(study)) == [1, 2, 3, 4]
-    assert inference.beyond(read_study(study)) == [4, 8, 16, 24]
+    assert stages.within(view_study(study)) == [1, 2, 3, 4]
+    assert stages.beyond(view_study(study)) == [4, 8, 16, 24]
     unknown = looped_study(contracting(), prompts=2, recurrences=12, trained=None)
-    assert inference.within(read_study(unknown)) == [1, 2, 4, 8, 12]
-    assert inference.beyond(read_study(unknown)) == []
-    assert inference.beyond(read_study(looped_study(contracting(), prompts=2, recurrences=4, trained=4))) == []
+    assert stages.within(view_study(unknown)) == [1, 2, 4, 8, 12]
+    assert stages.beyond(view_study(unknown)) == []
+    assert stages.beyond(view_study(looped_study(contracting(), prompts=2, recurrences=4, trained=4))) == []
 
 
 def test_the_band_of_stages_is_over_prompts_and_absent_for_one(study: Study) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatchmethod
@@ -38,6 +39,17 @@ _SMALL = {"size": 11, "color": MUTED}
 _CLEAR = "rgba(0,0,0,0)"
 _SYMBOLS = {"bar": "line-ew"}
 """Plotly's names of symbols, where they are others than ours."""
+_BORDERS = {"solid": "solid", "dot": "dotted", "dash": "dashed", "dashdot": "dashed", "longdash": "dashed"}
+"""Styles of lines, for the style of a page."""
+_GLYPHS = {
+    "circle": "●○", "square": "■□", "diamond": "◆◇", "triangle-right": "▶▷", "triangle-up": "▲△", "triangle-left": "◀◁",
+    "pentagon": "⬟⬠", "x": "✕✕", "bar": "━━", "star": "★☆",
+}  # fmt: skip
+"""Of symbols, filled and hollow."""
+_Y_CHARACTERS = 32
+"""Of a name along a y axis, for each of its lines."""
+_LEGEND = 50
+"""CSS pixels of a chart's own legend."""
 _FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
 _PLACES = {"label": "text"}
 
@@ -56,6 +68,39 @@ class Chart:
     """For a script element."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Of the legend that several charts share."""
+
+    name: str
+    colour: str
+    line: str = ""
+    """Its style, where it stands for a line."""
+    glyph: str = ""
+    """Of points, bars and bands."""
+
+
+def legend(plot: Plot) -> list[Entry]:
+    """Every name once, numbers before words; a single chart has its own."""
+    if len([panel for panel in plot.panels if panel.has_data]) < 2:
+        return []
+    entries: dict[str, Entry] = {}
+    for mark in (mark for panel in plot.panels for mark in panel.marks):
+        if isinstance(mark, Rule) and mark.name and not mark.above:
+            entries.setdefault(mark.name, Entry(name=mark.name, colour=MUTED, line=_BORDERS[mark.dash]))
+        if not isinstance(mark, Line | Band | Dots | Bars) or not mark.name or not mark.listed:
+            continue
+        if isinstance(mark, Line):
+            found = Entry(name=mark.name, colour=mark.colour, line=_BORDERS[mark.dash])
+        elif isinstance(mark, Band):
+            found = Entry(name=mark.name, colour=GRID, glyph="■")
+        else:
+            glyph = _GLYPHS[mark.symbol][mark.hollow] if isinstance(mark, Dots) else "■"
+            found = Entry(name=mark.name, colour=mark.colour, glyph=glyph)
+        entries.setdefault(mark.name, found)
+    return sorted(entries.values(), key=lambda entry: int(entry.name) if entry.name.isdigit() else math.inf)
+
+
 def charts(plot: Plot) -> list[Chart]:
     """Of the panels that have something to show."""
     shown = [panel for panel in plot.panels if panel.has_data]
@@ -64,7 +109,7 @@ def charts(plot: Plot) -> list[Chart]:
             key=panel.anchor or "-".join(filter(None, [plot.anchor, plot.letter(panel)])),
             anchor=panel.anchor,
             heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
-            height=panel.height,
+            height=panel.height - (_LEGEND if len(shown) > 1 else 0),
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
             json=script_text(str(draw(plot, panel).to_json())),
         )
@@ -99,6 +144,8 @@ class _Drawing:
             self._finish_space(panel.z)
         if plot.legend and any(_text(trace.name or "").isdigit() for trace in self.figure.data):
             self.figure.update_layout(legend_title={"text": plot.legend, "font": {"size": 12}})
+        if len([each for each in plot.panels if each.has_data]) > 1:
+            self.figure.update_layout(showlegend=False)
         self.figure.update_layout(shapes=self._shapes, annotations=self._notes)
 
     @singledispatchmethod
@@ -266,6 +313,8 @@ class _Drawing:
         is_map = any(isinstance(mark, HeatMap) for mark in panel.marks)
         for which, axis, drawn in (("x", panel.x, layout.xaxis), ("y", panel.y, layout.yaxis)):
             update = _axis(axis, grid=which == "y" and not is_map)
+            if which == "y":
+                update["title"]["text"] = "<br>".join(map(_text, textwrap.wrap(axis.title, _Y_CHARACTERS)))
             if which == "y" and not is_map:
                 update |= self._values_axis(axis)
             drawn.update(update)

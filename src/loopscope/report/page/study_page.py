@@ -46,7 +46,7 @@ def render_page(study: Study, settings: ReportSettings) -> str:
         model=str(study.manifest["model"]["name"]),
         created=str(study.manifest.get("created", ""))[:16].replace("T", " "),  # to the minute
         version=str(study.manifest.get("versions", {}).get("loopscope", "")),
-        facts=header_facts(study, material),
+        facts=header_facts(material.view),
         answers=answers,
         highlights=_highlights(answers[0]),
         limits=_limits(answers),
@@ -60,29 +60,30 @@ def render_page(study: Study, settings: ReportSettings) -> str:
 def _sections(study: Study, material: Material) -> list[Section]:
     """In the order of the questions, without figures that have nothing to show. A feed-forward model has those that
     need no recurrence."""
-    if material.view.looped:
+    view, settings = material.view, material.settings
+    if view.looped:
         sections = [
-            convergence_section(material.view, material.settings),
+            convergence_section(view, settings),
+            norms_section(view, settings),
             behaviour_section(study, material),
             stability_section(material),
-            similarity_section(material),
+            similarity_section(view, settings),
         ]
-        if "trajectory" in material.view.dataset:
+        if "trajectory" in view.dataset:
             sections.append(trajectories_section(material))
         sections += [
             readout_section(material),
-            heads_section(material),
-            floorplan_section(material),
-            stages_section(material),
+            heads_section(view, settings),
+            floorplan_section(view),
+            stages_section(view, settings),
             tokens_section(material),
-            norms_section(material.view, material.settings),
         ]
     else:
         sections = [
-            similarity_section(material),
-            heads_section(material),
-            floorplan_section(material),
-            stages_section(material),
+            similarity_section(view, settings),
+            heads_section(view, settings),
+            floorplan_section(view),
+            stages_section(view, settings),
         ]
     shown = [
         dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])
