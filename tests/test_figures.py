@@ -19,22 +19,25 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from loopscope import AnalyzeSettings, analyze, compare
+from loopscope.answers.answer import Criterion
 from loopscope.answers.quantities import STAGE_QUANTITIES
 from loopscope.cli import main
 from loopscope.errors import ConfigError, StorageError, StudyError
 from loopscope.models.architecture import Architecture
-from loopscope.report.paper.axes import MARK
-from loopscope.report.paper.compared import compared_measure
-from loopscope.report.paper.convergence import step
-from loopscope.report.paper.inference import stages
-from loopscope.report.paper.kinds import FigureType
-from loopscope.report.paper.of_comparison import COMPARISON_FIGURES
-from loopscope.report.paper.of_study import STUDY_FIGURES
-from loopscope.report.paper.prompt_map import tokens
-from loopscope.report.paper.readout import exit_gate
-from loopscope.report.paper.style import FORMATS, Format, Width, file_of, paper_style
-from loopscope.report.paper.write import CAPTIONS, FigureSet, figure_names, write_figures
-from loopscope.study import Study, read_study
+from loopscope.report.figures.in_matplotlib import FORMATS, MARK, Format, Width, paper_style
+from loopscope.report.figures.plot import FigureType
+from loopscope.report.figures.write import (
+    CAPTIONS,
+    COMPARISON_FIGURES,
+    STUDY_FIGURES,
+    FigureSet,
+    draw_figure,
+    figure_names,
+    file_of,
+    write_figures,
+)
+from loopscope.report.settings import ReportSettings
+from loopscope.study import Study, view_study
 from small_models import FEED_FORWARD, GATED, PROMPTS, subject
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
@@ -111,8 +114,9 @@ def test_captions_say_what_is_drawn_and_from_what(study: Study, tmp_path: Path) 
 
 def test_every_caption_is_whole_sentences(study: Study, tmp_path: Path) -> None:
     for kind in STUDY_FIGURES:
-        if kind.absent(read_study(study)) is None:
-            words = kind.words(read_study(study))
+        if kind.absent(view_study(study)) is None:
+            plot = kind.draw(view_study(study), ReportSettings())
+            words = f"{plot.question} {plot.reading}".strip()
             assert words.endswith(".")
             assert "  " not in words
             assert not re.search(r"\.\.|[{}]|None|nan", words), words
@@ -188,22 +192,22 @@ def test_a_feed_forward_study_has_figures_without_recurrences(tmp_path: Path) ->
 )
 def test_unusual_studies_are_drawn_as_far_as_they_go(changes: dict[str, Any], absent: set[str]) -> None:
     options = {"fate": contracting(), "prompts": 3, "recurrences": 10, "horizon": 12, **changes}
-    readings = read_study(looped_study(**options))
-    left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(readings)}
+    view = view_study(looped_study(**options))
+    left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(view)}
     assert left_out >= absent
     if not absent:
         assert left_out == NOT_SYNTHETIC
     for kind in STUDY_FIGURES:
         if kind.name not in left_out and not kind.name.startswith(SAME_CODE):
-            assert has_data(kind.draw(readings, "auto")), kind.name
+            assert has_data(draw_figure(view.study, kind.name)), kind.name
 
 
 @pytest.mark.parametrize("fate", [contracting(), overflowing], ids=["one token", "diverged"])
 def test_figures_without_spread_or_end_can_be_laid_out(fate: Any) -> None:
-    readings = read_study(looped_study(fate, prompts=1, tokens=1, recurrences=6, horizon=6))
+    view = view_study(looped_study(fate, prompts=1, tokens=1, recurrences=6, horizon=6))
     for kind in STUDY_FIGURES:
-        if not kind.name.startswith(SAME_CODE) and kind.absent(readings) is None:
-            assert_inside(kind.draw(readings, "auto"), kind.name)
+        if not kind.name.startswith(SAME_CODE) and kind.absent(view) is None:
+            assert_inside(draw_figure(view.study, kind.name), kind.name)
 
 
 @pytest.mark.parametrize("shape", [GATED, FEED_FORWARD], ids=["gated", "feed-forward"])
@@ -212,14 +216,14 @@ def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
         recurrences=10, horizon=6, cycle_recurrences=9, track=("0:-1", "1:0"), eigenvalue_search=8
     )
     ran = analyze(subject(shape), PROMPTS, settings=settings)
-    readings = read_study(ran)
-    left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(readings)}
+    view = view_study(ran)
+    left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(view)}
     gated = shape.exit_gate
     if gated:
         assert left_out == {"path-independence-by-layer"}
     for kind in STUDY_FIGURES:
         if kind.name not in left_out:
-            assert has_data(kind.draw(readings, "auto")), kind.name
+            assert has_data(draw_figure(view.study, kind.name)), kind.name
     wanted = "exit-gate" if gated else "stages-by-depth"
     (found,) = write_figures(ran, tmp_path, formats=("svg",), only=[wanted])
     assert names(found) == {wanted}
@@ -245,10 +249,10 @@ def test_a_page_is_as_wide_as_asked(study: Study, tmp_path: Path) -> None:
 
 def test_figures_of_one_column_stay_on_the_page_and_no_text_is_a_formula(study: Study) -> None:
     long = {**study.manifest, "model": {**study.manifest["model"], "name": "organisation/" + 9 * "long-name-"}}
-    readings = read_study(dataclasses.replace(study, manifest=long))
+    view = view_study(dataclasses.replace(study, manifest=long))
     for kind in STUDY_FIGURES:
-        if kind.absent(readings) is None and not kind.name.startswith(SAME_CODE[:3]):
-            figure = kind.draw(readings, "single")
+        if kind.absent(view) is None and not kind.name.startswith(SAME_CODE[:3]):
+            figure = draw_figure(view.study, kind.name, "single")
             assert_inside(figure, kind.name)
             texts: list[Any] = figure.findobj(Text)
             assert len(texts) > 3
@@ -257,11 +261,11 @@ def test_figures_of_one_column_stay_on_the_page_and_no_text_is_a_formula(study: 
 
 @pytest.mark.parametrize("width", ["single", "auto"])
 def test_long_names_of_studies_stay_on_the_page(width: Width) -> None:
-    looped = staged_study([SHAPE, OTHER], (2, 4, 2), model=9 * "long name ", trained=2)
+    looped = staged_study([SHAPE, OTHER, SHAPE], (2, 4, 2), model=9 * "long name ", trained=2)
     other = staged_study([SHAPE, OTHER], (0, 8, 0), model="W" * 80, trained=2)
     comparison = compare([looped, other, staged_study(SHAPE, model="W" * 79 + "V")])
     for kind in COMPARISON_FIGURES:
-        figure = kind.draw(comparison, width)
+        figure = draw_figure(comparison, kind.name, width)
         assert_inside(figure, kind.name)
         # Names that are cut to the same beginning are still entries of their own.
         if kind.name == "compared-curves":
@@ -360,7 +364,7 @@ def test_text_from_outside_is_no_markup(tmp_path: Path) -> None:
     assert len(found.files) == 3
     for path in tmp_path.glob("*.svg"):
         assert "<script" not in path.read_text(encoding="utf-8")
-    shown = [tick.get_text() for tick in tokens(study).axes[0].get_yticklabels()]
+    shown = [tick.get_text() for tick in draw_figure(study, "tokens").axes[0].get_yticklabels()]
     assert shown[:2] == ["$x_1$", "$\\frac{1"]
     assert shown[2] == "<script>ale…"
     # The font has no such letters; white space and controls are made visible.
@@ -439,18 +443,26 @@ def test_what_cannot_be_asked_for(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_function_of_one_figure_says_what_the_study_lacks(study: Study) -> None:
-    with pytest.raises(StudyError, match="no variable exit_probability, from which this is drawn"):
-        exit_gate(study)
-    with pytest.raises(StudyError, match="no variable successive_difference"):
-        step(feed_forward_study(prompts=2))
-    with pytest.raises(ConfigError, match="no stage measure 'norms'; there are concentration, sinks"):
-        stages(study, only="norms")
-    with pytest.raises(StudyError, match="lacks the stage measures"):
-        stages(without(study, "mean_token_norm"), only="magnitude")
+def test_one_figure_says_what_the_study_lacks(study: Study) -> None:
+    with pytest.raises(StudyError, match="The figure exit-gate cannot be drawn: the model has no exit gate"):
+        draw_figure(study, "exit-gate")
+    with pytest.raises(StudyError, match="cannot be drawn: a feed-forward model has no recurrences"):
+        draw_figure(feed_forward_study(prompts=2), "step-by-layer")
+    with pytest.raises(ConfigError, match="no figure 'norms'; there are step-by-layer"):
+        draw_figure(study, "norms")
+    with pytest.raises(StudyError, match="cannot be drawn: the study has no variable mean_token_norm"):
+        draw_figure(without(study, "mean_token_norm"), "magnitude-by-depth")
     comparison = compare([staged_study(SHAPE, model="a"), staged_study(SHAPE, model="b")])
-    with pytest.raises(ConfigError, match="no stage measure 'norms'; there are attention concentration"):
-        compared_measure(comparison, "norms")
+    with pytest.raises(StudyError, match="cannot be drawn: it is drawn from a study"):
+        draw_figure(comparison, "norm-by-layer")
+
+
+def test_the_tolerance_is_that_of_the_settings(study: Study) -> None:
+    settings = ReportSettings(criterion=Criterion(drift_tolerance=0.3))
+    (axes,) = draw_figure(study, "horizons", settings=settings).axes
+    (tolerance,) = [line for line in axes.lines if str(line.get_label()).startswith("tolerance")]
+    assert tolerance.get_label() == "tolerance (0.3)"
+    assert list(np.asarray(tolerance.get_ydata())) == [0.3, 0.3]
 
 
 def test_where_nothing_can_be_drawn_nothing_is_replaced(study: Study, tmp_path: Path) -> None:
@@ -484,7 +496,7 @@ def test_the_command_says_what_it_left_out(study: Study, tmp_path: Path, capsys:
 
 def test_a_figure_that_a_user_saves_is_the_same(study: Study, tmp_path: Path) -> None:
     write_figures(study, tmp_path, only=["magnitude-by-depth"])
-    drawn = stages(study, "by depth", only="magnitude", recurrences=[8])
+    drawn = draw_figure(study, "magnitude-by-depth")
     formats: Format = "pdf"
     assert file_of(drawn, formats) == (tmp_path / "magnitude-by-depth.pdf").read_bytes()
 

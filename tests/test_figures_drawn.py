@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from loopscope import compare
-from loopscope.report import paper as figures
-from loopscope.report.figures.look import ordered_colours
-from loopscope.report.paper import inference
-from loopscope.report.paper.texts import decade, decade_ticks, number
-from loopscope.study import Study, read_study
+from loopscope.report.figures import stages
+from loopscope.report.figures.look import decade, decade_ticks, number, ordered_colours
+from loopscope.report.figures.write import draw_figure
+from loopscope.study import Study, view_study
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
 
@@ -83,13 +82,13 @@ CONVERGENCE: dict[str, list[tuple[str, bool]]] = {
     ],
     "direction": [("cosine_to_previous", True), ("cosine_to_horizon", True)],
     "norm": [("residual_norm", False), ("norm_growth", False)],
-    "path_independence": [("path_distance", False), ("path_cosine", True)],
+    "path-independence": [("path_distance", False), ("path_cosine", True)],
 }
 
 
 @pytest.mark.parametrize("name", CONVERGENCE)
 def test_curves_by_layer_are_medians_over_prompts(study: Study, name: str) -> None:
-    figure = getattr(figures, name)(study)
+    figure = draw_figure(study, f"{name}-by-layer")
     for axes, (variable, one_minus) in zip(panels(figure), CONVERGENCE[name], strict=True):
         wanted = medians(study.dataset[variable])
         wanted = 1 - wanted if one_minus else wanted
@@ -104,7 +103,7 @@ def test_curves_by_layer_are_medians_over_prompts(study: Study, name: str) -> No
 
 
 def test_the_band_is_the_middle_ninety_per_cent_of_the_tokens_at_the_last_layer(study: Study) -> None:
-    axes = panels(figures.step(study))[1]
+    axes = panels(draw_figure(study, "step-by-layer"))[1]
     corners = band(axes)
     for level in (0.05, 0.95):
         edge = medians(study.dataset["relative_step_quantile"].sel(quantile=level))[-1]
@@ -114,12 +113,12 @@ def test_the_band_is_the_middle_ninety_per_cent_of_the_tokens_at_the_last_layer(
 
 
 def test_a_band_of_one_minus_cosine_has_its_edges_the_right_way_round(study: Study) -> None:
-    axes = panels(figures.norm(study))[0]
+    axes = panels(draw_figure(study, "norm-by-layer"))[0]
     low, high = (medians(study.dataset["residual_norm_quantile"].sel(quantile=q))[-1] for q in (0.05, 0.95))
     corners = band(axes)
     assert corners[:, 1].min() == pytest.approx(low.min())
     assert corners[:, 1].max() == pytest.approx(high.max())
-    turned = figures.direction(looped_study(growing, prompts=3, recurrences=8, horizon=8))
+    turned = draw_figure(looped_study(growing, prompts=3, recurrences=8, horizon=8), "direction-by-layer")
     for axes in panels(turned):
         corners = band(axes)
         for count in range(2, 8):
@@ -129,7 +128,7 @@ def test_a_band_of_one_minus_cosine_has_its_edges_the_right_way_round(study: Stu
 
 
 def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
-    axes = panels(figures.distance(study, "by recurrence"))[1]
+    axes = panels(draw_figure(study, "distance-by-recurrence"))[1]
     wanted = medians(study.dataset["relative_distance"])
     picked = [1, 2, 4, 8, 16, 24]
     assert labels(axes)[: len(picked)] == [str(count) for count in picked]
@@ -143,7 +142,7 @@ def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
 
 
 def test_curves_by_depth_go_through_all_visits_in_order(study: Study) -> None:
-    axes = panels(figures.step(study, "by depth"))[0]
+    axes = panels(draw_figure(study, "step-by-depth"))[0]
     wanted = medians(study.dataset["successive_difference"])
     x, y = line(axes, "every visit")
     # A prelude of one layer before, a coda of one after: neither has a step.
@@ -155,22 +154,22 @@ def test_curves_by_depth_go_through_all_visits_in_order(study: Study) -> None:
 
 
 def test_the_trained_number_and_the_floor_are_marked(study: Study) -> None:
-    figure = figures.step(study)
+    figure = draw_figure(study, "step-by-layer")
     for axes in panels(figure):
-        marked = [line for line in axes.lines if line.get_gid() == "mark"]
+        marked = [line for line in axes.lines if line.get_gid() == "mark" and line.get_label() != "noise floor"]
         assert [list(np.asarray(line.get_xdata())) for line in marked] == [[4, 4]]
         assert [note.get_text() for note in axes.texts] == ["trained: 4"]
-    _, level = line(panels(figure)[1], "rounding floor")
+    _, level = line(panels(figure)[1], "noise floor")
     assert set(level) == {float(study.dataset["noise_floor"].median())}
 
 
 def test_a_floor_far_below_would_flatten_the_curves() -> None:
     restless = looped_study(contracting(0.97), prompts=3, recurrences=8, floor=1e-12)
-    assert "rounding floor" not in labels(panels(figures.step(restless))[1])
+    assert "noise floor" not in labels(panels(draw_figure(restless, "step-by-layer"))[1])
 
 
 def test_attention_distances_are_per_row_and_over_heads(study: Study) -> None:
-    figure = figures.attention(study)
+    figure = draw_figure(study, "attention-by-layer")
     for axes, name in zip(panels(figure), ("attention_change", "attention_distance_to_horizon"), strict=True):
         per_row = study.dataset[name] / np.sqrt(study.dataset["token_count"])
         wanted = medians(per_row.mean("head"))
@@ -179,23 +178,23 @@ def test_attention_distances_are_per_row_and_over_heads(study: Study) -> None:
 
 
 def test_horizons_have_a_dot_per_layer_and_kind(study: Study) -> None:
-    (axes,) = panels(figures.horizons(study))
+    (axes,) = panels(draw_figure(study, "horizons"))
     drawn: dict[str, Any] = {str(container.get_label()): container for container in axes.containers}
-    assert list(drawn) == ["moved from 32 to 64", "step into 32", "step into 64", "rounding floor"]
+    assert list(drawn) == ["moved from 32 to 64", "step into 32", "step into 64", "noise floor"]
     moved = drawn["moved from 32 to 64"].lines[0]
     np.testing.assert_allclose(moved.get_ydata(), medians(study.dataset["horizon_drift"]))
     step = drawn["step into 64"].lines[0]
     np.testing.assert_allclose(step.get_ydata(), medians(study.dataset["horizon_relative_step"].sel(horizon="second")))
 
 
-@pytest.mark.parametrize("function", ["trajectories", "trajectories_3d"])
-def test_trajectories_are_the_principal_components(study: Study, function: str) -> None:
-    (axes,) = panels(getattr(figures, function)(study))
+@pytest.mark.parametrize("name", ["trajectories", "trajectories-3d"])
+def test_trajectories_are_the_principal_components(study: Study, name: str) -> None:
+    (axes,) = panels(draw_figure(study, name))
     scores = study.dataset["trajectory"].values[0]
     for layer in range(LAYERS):
         (found,) = [line for line in axes.lines if line.get_label() == str(layer)]
         flat: Any = found
-        data = flat.get_data_3d() if function.endswith("3d") else flat.get_data()
+        data = flat.get_data_3d() if name.endswith("3d") else flat.get_data()
         for component, values in enumerate(data):
             np.testing.assert_allclose(values, scores[layer, :, component])
     share = study.dataset["trajectory_variance"].values[0]
@@ -203,30 +202,30 @@ def test_trajectories_are_the_principal_components(study: Study, function: str) 
 
 
 @pytest.mark.parametrize(
-    ("function", "variable"), [("cycle_residual", "cycle_similarity"), ("cycle_attention", "attention_cycle_distance")]
+    ("name", "variable"), [("cycle-residual", "cycle_similarity"), ("cycle-attention", "attention_cycle_distance")]
 )
-def test_maps_of_visits_show_the_first_recurrences_or_all(study: Study, function: str, variable: str) -> None:
+def test_maps_of_visits_show_the_first_recurrences_or_all(study: Study, name: str, variable: str) -> None:
     whole = study.dataset[variable].values
-    (axes,) = panels(getattr(figures, function)(study))
+    (axes,) = panels(draw_figure(study, name))
     few = 1 + 8 * LAYERS
     np.testing.assert_array_equal(image(axes), whole[:few, :few])
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["prelude", *(str(n) for n in range(1, 9))]
     # A white line before every recurrence.
     assert len(axes.lines) == 2 * 8
-    (axes,) = panels(getattr(figures, function)(study, recurrences=None))
+    (axes,) = panels(draw_figure(study, f"{name}-long"))
     np.testing.assert_array_equal(image(axes), whole)
     assert axes.get_xticklabels()[-1].get_text() == "coda"
 
 
 def test_the_map_of_layers_is_numbered(study: Study) -> None:
-    (axes,) = panels(figures.layer_cosine(study))
+    (axes,) = panels(draw_figure(study, "layer-cosine"))
     wanted = medians(study.dataset["layer_cosine"])
     np.testing.assert_allclose(image(axes), wanted)
     assert [note.get_text() for note in axes.texts] == [f"{value:.2f}" for value in wanted.ravel()]
 
 
 def test_the_map_of_heads_has_a_row_per_head(study: Study) -> None:
-    (axes,) = panels(figures.head_change(study))
+    (axes,) = panels(draw_figure(study, "head-change"))
     per_row = study.dataset["attention_change"] / np.sqrt(study.dataset["token_count"])
     wanted = np.log10(medians(per_row.transpose("layer", "head", "recurrence", "prompt"))[..., 1:])
     np.testing.assert_allclose(image(axes), wanted.reshape(-1, RECURRENCES - 1), rtol=1e-6)
@@ -237,7 +236,7 @@ def test_a_head_that_does_not_change_at_all_has_no_colour(study: Study) -> None:
     still = study.dataset["attention_change"].copy()
     still[0, 5, 1] = 0
     (axes,) = panels(
-        figures.head_change(dataclasses.replace(study, dataset=study.dataset.assign(attention_change=still)))
+        draw_figure(dataclasses.replace(study, dataset=study.dataset.assign(attention_change=still)), "head-change")
     )
     assert np.isnan(image(axes)[1, 4])
     assert np.isnan(image(axes)).sum() == 1
@@ -247,7 +246,7 @@ def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
     stable = study.dataset["head_stable_from"].copy()
     stable[0, 0, :2] = [3, np.nan]
     (axes,) = panels(
-        figures.heads_stable(dataclasses.replace(study, dataset=study.dataset.assign(head_stable_from=stable)))
+        draw_figure(dataclasses.replace(study, dataset=study.dataset.assign(head_stable_from=stable)), "heads-stable")
     )
     x, y = line(axes, "0")
     np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
@@ -258,7 +257,7 @@ def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
 
 
 def test_sinks_are_those_of_the_trained_pass(study: Study) -> None:
-    (axes,) = panels(figures.head_sinks(study))
+    (axes,) = panels(draw_figure(study, "head-sinks"))
     rows = [0, *(1 + 3 * LAYERS + layer for layer in range(LAYERS)), 1 + RECURRENCES * LAYERS]
     wanted = medians(study.dataset["sink_score"])[rows]
     np.testing.assert_allclose(image(axes), wanted, rtol=1e-6)
@@ -280,10 +279,10 @@ def test_stages_in_all_layouts(study: Study) -> None:
     by_recurrence, by_layer, few, whole = (
         panels(figure)
         for figure in (
-            figures.stages(study),
-            figures.stages(study, "by layer"),
-            figures.stages(study, "by depth", recurrences=[8]),
-            figures.stages(study, "by depth", recurrences=[RECURRENCES]),
+            draw_figure(study, "stages-by-recurrence"),
+            draw_figure(study, "stages-by-layer"),
+            draw_figure(study, "stages-by-depth"),
+            draw_figure(study, "concentration-by-depth-long"),
         )
     )
     for place, name in enumerate(STAGES):
@@ -300,43 +299,44 @@ def test_stages_in_all_layouts(study: Study) -> None:
 
         np.testing.assert_allclose(line(by_layer[place], "1")[1], loop[:, 1], rtol=1e-6)
         np.testing.assert_allclose(line(few[place], "every visit")[1], wanted[: 1 + 8 * LAYERS], rtol=1e-6)
-        np.testing.assert_allclose(line(whole[place], "every visit")[1], wanted, rtol=1e-6)
+        if place < len(whole):
+            np.testing.assert_allclose(line(whole[place], "every visit")[1], wanted, rtol=1e-6)
 
 
 def test_passes_beyond_training_begin_with_the_trained_one(study: Study) -> None:
-    assert inference.within(read_study(study)) == [1, 2, 3, 4]
-    assert inference.beyond(read_study(study)) == [4, 8, 16, 24]
+    assert stages.within(view_study(study)) == [1, 2, 3, 4]
+    assert stages.beyond(view_study(study)) == [4, 8, 16, 24]
     unknown = looped_study(contracting(), prompts=2, recurrences=12, trained=None)
-    assert inference.within(read_study(unknown)) == [1, 2, 4, 8, 12]
-    assert inference.beyond(read_study(unknown)) == []
-    assert inference.beyond(read_study(looped_study(contracting(), prompts=2, recurrences=4, trained=4))) == []
+    assert stages.within(view_study(unknown)) == [1, 2, 4, 8, 12]
+    assert stages.beyond(view_study(unknown)) == []
+    assert stages.beyond(view_study(looped_study(contracting(), prompts=2, recurrences=4, trained=4))) == []
 
 
 def test_the_band_of_stages_is_over_prompts_and_absent_for_one(study: Study) -> None:
-    axes = panels(figures.stages(study, "by depth", only="magnitude", recurrences=[RECURRENCES]))[0]
+    axes = panels(draw_figure(study, "magnitude-by-depth"))[0]
     corners = band(axes)
     of_visit = study.dataset["mean_token_norm"].transpose("depth", "prompt").values
-    for visit in (0, 5, len(of_visit) - 1):
+    for visit in (0, 5, 8 * LAYERS):
         heights = corners[corners[:, 0] == visit + 1, 1]
         assert heights.min() == pytest.approx(np.quantile(of_visit[visit], 0.05))
         assert heights.max() == pytest.approx(np.quantile(of_visit[visit], 0.95))
     alone = dataclasses.replace(study, dataset=study.dataset.isel(prompt=[0]), tokens=study.tokens[:1])
-    assert not panels(figures.stages(alone, "by depth", only="magnitude", recurrences=[8]))[0].collections
+    assert not panels(draw_figure(alone, "magnitude-by-depth"))[0].collections
 
 
 def test_a_feed_forward_model_has_its_layers_in_order() -> None:
     study = feed_forward_study(prompts=5)
-    axes = panels(figures.stages(study, "by depth", only="magnitude", recurrences=[]))[0]
+    axes = panels(draw_figure(study, "magnitude-by-depth"))[0]
     (drawn,) = axes.lines
     np.testing.assert_array_equal(drawn.get_xdata(), [0, 1, 2, 3])
     np.testing.assert_allclose(np.asarray(drawn.get_ydata()), of_stage(study, "mean_token_norm"))
     assert axes.get_xlabel() == "layer"
-    (axes,) = panels(figures.cycle_residual(study))
+    (axes,) = panels(draw_figure(study, "cycle-residual"))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1", "2", "3"]
 
 
 def test_neurons_are_bars_in_per_cent(study: Study) -> None:
-    (axes,) = panels(figures.neurons(study))
+    (axes,) = panels(draw_figure(study, "neurons"))
     for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
         heights = [bar.get_height() for bar in container]
         np.testing.assert_allclose(heights, 100 * study.dataset[name].values)
@@ -344,7 +344,7 @@ def test_neurons_are_bars_in_per_cent(study: Study) -> None:
 
 
 def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> None:
-    (axes,) = panels(figures.massive_places(study))
+    (axes,) = panels(draw_figure(study, "massive-places"))
     token = study.dataset["massive_token"].values[: 1 + 8 * LAYERS]
     np.testing.assert_allclose(line(axes, "on the first token")[1], 100 * (token == 0).mean(axis=1))
     place = study.dataset["massive_dimension"].values[: 1 + 8 * LAYERS]
@@ -353,7 +353,7 @@ def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> No
 
 
 def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
-    (axes,) = panels(figures.loss(study))
+    (axes,) = panels(draw_figure(study, "loss"))
     x, y = line(axes, "mean over prompts")
     np.testing.assert_array_equal(x, [1, 2, 3, 4, 8, 16])
     np.testing.assert_allclose(y, study.dataset["loss"].mean("prompt"))
@@ -361,7 +361,7 @@ def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
 
 
 def test_predictions_are_compared_with_the_last(study: Study) -> None:
-    shares, distances = panels(figures.prediction(study))
+    shares, distances = panels(draw_figure(study, "prediction"))
     # The top token is the last one's from 4 recurrences on, and the divergence halves.
     np.testing.assert_allclose(line(shares, "and it stays")[1], [0, 0, 0, 100, 100, 100])
     x, y = line(distances, "mean over tokens")
@@ -370,13 +370,13 @@ def test_predictions_are_compared_with_the_last(study: Study) -> None:
 
 
 def test_exit_probabilities_are_bars(study: Study) -> None:
-    (axes,) = panels(figures.exit_gate(study))
+    (axes,) = panels(draw_figure(study, "exit-gate"))
     heights = [bar.get_height() for bar in axes.containers[0]]
     np.testing.assert_allclose(heights, study.dataset["exit_probability"].mean("prompt"))
 
 
 def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
-    figure = figures.tokens(study)
+    figure = draw_figure(study, "tokens")
     end = study.dataset["relative_distance_second_horizon"].values[-1, -1]
     order = np.argsort(end)
     for axes, prompt in zip(panels(figure), (order[PROMPTS // 2], order[-1]), strict=True):
@@ -392,19 +392,19 @@ def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
 def test_diverged_prompts_are_left_out_of_medians() -> None:
     mixed = looped_study([contracting(), contracting(), overflowing], prompts=6, recurrences=8, horizon=8)
     finite = mixed.dataset.isel(prompt=np.flatnonzero(mixed.dataset["diverged_at"].values < 0))
-    axes = panels(figures.norm(mixed))[0]
+    axes = panels(draw_figure(mixed, "norm-by-layer"))[0]
     np.testing.assert_allclose(line(axes, "0")[1], medians(finite["residual_norm"])[0])
 
 
 def test_what_all_prompts_have_before_they_diverge_is_drawn() -> None:
     lost = looped_study(overflowing, prompts=3, recurrences=8, horizon=8)
-    _, y = line(panels(figures.norm(lost))[0], "0")
+    _, y = line(panels(draw_figure(lost, "norm-by-layer"))[0], "0")
     np.testing.assert_array_equal(np.isfinite(y), [True] * 4 + [False] * 4)
 
 
 def test_a_study_of_one_recurrence_has_points() -> None:
     single = looped_study(contracting(), prompts=3, recurrences=1, horizon=4)
-    axes = panels(figures.norm(single))[0]
+    axes = panels(draw_figure(single, "norm-by-layer"))[0]
     (drawn,) = [line for line in axes.lines if line.get_label() == "0"]
     assert drawn.get_marker() == "o"
 
@@ -416,7 +416,7 @@ PLAIN = staged_study(SHAPE, model="plain")
 
 def test_compared_passes_and_their_reference() -> None:
     comparison = compare([LOOPED, LONGER, PLAIN])
-    figure = figures.compared_measure(comparison, "attention concentration")
+    figure = draw_figure(comparison, "compared-concentration")
     first, second = panels(figure)
     assert labels(first) == ["1", "2", "plain"]
     assert labels(second) == ["1", "2", "3", "4", "plain"]
@@ -429,7 +429,7 @@ def test_compared_passes_and_their_reference() -> None:
 
 
 def test_a_recurrence_has_one_colour_in_all_panels_of_a_comparison() -> None:
-    figure = figures.compared_stages(compare([LOOPED, LONGER, PLAIN]))
+    figure = draw_figure(compare([LOOPED, LONGER, PLAIN]), "compared-stages")
     colours: dict[str, set[Any]] = {}
     for axes in panels(figure):
         for drawn in axes.lines:
@@ -440,7 +440,7 @@ def test_a_recurrence_has_one_colour_in_all_panels_of_a_comparison() -> None:
 
 def test_panels_that_share_an_axis_show_all_of_it() -> None:
     high = staged_study([5 * SHAPE] * 2, (0, 8, 0), model="high", trained=2)
-    figure = figures.compared_measure(compare([LOOPED, high, PLAIN]), "residual magnitude")
+    figure = draw_figure(compare([LOOPED, high, PLAIN]), "compared-magnitude")
     for axes in panels(figure):
         bottom, top = axes.get_ylim()
         assert bottom <= 0.1
@@ -449,7 +449,7 @@ def test_panels_that_share_an_axis_show_all_of_it() -> None:
 
 def test_compared_curves_have_every_study() -> None:
     comparison = compare([LOOPED, LONGER, PLAIN])
-    axes = panels(figures.compared_curves(comparison))[0]
+    axes = panels(draw_figure(comparison, "compared-curves"))[0]
     assert labels(axes) == ["looped", "longer", "plain (reference)"]
     np.testing.assert_allclose(line(axes, "plain (reference)")[1], SHAPE, rtol=1e-6)
     # At the trained recurrence.
@@ -458,11 +458,11 @@ def test_compared_curves_have_every_study() -> None:
 
 def test_likeness_and_drift_are_the_comparisons_own() -> None:
     comparison = compare([LOOPED, PLAIN])
-    block, whole = panels(figures.compared_likeness(comparison))
+    block, whole = panels(draw_figure(comparison, "compared-likeness"))
     for axes, span in ((block, "block"), (whole, "pass")):
         wanted = comparison.dataset["overall_similarity"].sel(study="looped", span=span).values[:4]
         np.testing.assert_allclose(line(axes, "correlation")[1], wanted)
-    level, order = panels(figures.compared_drift(comparison))
+    level, order = panels(draw_figure(comparison, "compared-drift"))
     for axes, variable in ((level, "drift"), (order, "own_similarity")):
         wanted = comparison.dataset[variable].sel(study="looped", measure="residual magnitude").values[:4]
         y = line(axes, "residual magnitude")[1]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from loopscope.models.subject import Subject
     from loopscope.models.trace import Trace, capture
     from loopscope.models.visits import Observer, Visit
+    from loopscope.report.figures.write import write_figures
     from loopscope.report.page.write import write_comparison, write_report
-    from loopscope.report.paper.write import write_figures
     from loopscope.study import Study
 
 _HOMES = {
@@ -62,7 +62,7 @@ _HOMES = {
     "quick_answers": "answers.quick",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
-    "write_figures": "report.paper.write",
+    "write_figures": "report.figures.write",
     "write_report": "report.page.write",
 }
 

@@ -129,7 +129,7 @@ class Figures:
 
     def run(self) -> None:
         # First, so that a missing matplotlib is said before torch is imported.
-        from loopscope.report.paper.write import CAPTIONS, write_figures
+        from loopscope.report.figures.write import CAPTIONS, write_figures
 
         from loopscope.cli.console import say  # isort: skip
 

@@ -10,9 +10,9 @@ import xarray
 
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
-from loopscope.report.figures.in_plotly import mark_vertical, scale_y
-from loopscope.report.figures.look import CATEGORIES, GRID, INK, MUTED, base_figure, layer_colours, ordered_colours
-from loopscope.report.figures.plot import Figure, Section, plot_text
+from loopscope.report.figures._old import Figure, base_figure, mark_vertical, plot_text, scale_y
+from loopscope.report.figures.look import CATEGORIES, GRID, INK, MUTED, layer_colours, ordered_colours
+from loopscope.report.figures.plot import Section
 from loopscope.study import powers_of_two
 
 _DEPTH = "relative depth (%: first layer 0, last layer 100)"

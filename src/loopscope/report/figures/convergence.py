@@ -1,213 +1,270 @@
-"""Figures: does the state settle, how fast, and for the right reason?"""
+"""Does the state settle, how fast, and for the right reason?"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import plotly.graph_objects as go
 import xarray
 
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import by_layer, by_recurrence, mark_vertical, scale_y
-from loopscope.report.figures.look import CATEGORIES, MUTED, base_figure
-from loopscope.report.figures.plot import Figure, Section
-from loopscope.study import median_over_prompts
+from loopscope.report.figures.curves import (
+    BAND_LEVELS,
+    Curve,
+    Layout,
+    attention_curve,
+    floor_words,
+    laid_out,
+    line_words,
+    one_recurrence,
+    passes,
+    state_curve,
+)
+from loopscope.report.figures.look import CATEGORIES, MUTED
+from loopscope.report.figures.plot import (
+    Axis,
+    Dots,
+    FigureType,
+    Mark,
+    Panel,
+    Plot,
+    Rule,
+    Section,
+    Symbol,
+    never,
+    on_page,
+)
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView, median_over_prompts
+
+PER_ROW = "Frobenius distances are over the square root of the number of tokens."
+_MEANS = "Medians over prompts of means over each prompt's tokens."
+_LAYOUTS: tuple[Layout, ...] = ("by layer", "by recurrence", "by depth")
+_MOST_NAMES = 12
+"""Layers that are named on an axis."""
 
 
-def convergence_section(material: Material) -> Section:
-    """Movement between the horizons, then distance, step, direction and norm over the recurrences."""
-    horizon = material.view.horizon
-    return Section(
-        anchor="settling",
-        short="Settling",
-        title="Does it settle?",
-        lead=f"Lines are medians over prompts of means over each prompt's tokens. H = {horizon} recurrences.",
-        figures=[
-            _between_horizons(material),
-            _norm_growth(material),
-            *_distance(material),
-            *_step(material),
-            _direction(material),
-            _second_horizon(material),
+@dataclass(frozen=True, kw_only=True)
+class _Quantity:
+    """What one panel shows of every layer and recurrence."""
+
+    variable: str
+    title: str
+    """Of the y axis."""
+    anchor: str = ""
+    """Of its panel by layer."""
+    one_minus: bool = False
+    floor: bool = False
+    horizon: bool = False
+    """Whether it is 0 at the horizon, which is marked."""
+    attention: bool = False
+
+    def curve(self, view: StudyView) -> Curve:
+        if self.attention:
+            return attention_curve(view, self.variable)
+        return state_curve(view, self.variable, one_minus=self.one_minus)
+
+
+def _drawn(
+    quantities: tuple[_Quantity, ...],
+    question: Callable[[StudyView], str] | str,
+    reading: str,
+    layout: Layout,
+    view: StudyView,
+    settings: ReportSettings,
+) -> Plot:
+    curves = [quantity.curve(view) for quantity in quantities]
+    recurrences = passes(view.recurrences)
+    floors = [floor_words(view, curve) for quantity, curve in zip(quantities, curves, strict=True) if quantity.floor]
+    marked = [Rule(x=view.horizon, name=f"H: {view.horizon}", above=True)] if view.recurrences >= view.horizon else []
+    asked = question if isinstance(question, str) else question(view)
+    return Plot(
+        question=asked if layout == "by layer" else f"{asked.rstrip('?')}, {layout}?",
+        reading=" ".join(filter(None, [reading, line_words(view, layout, curves[0], recurrences), *floors])),
+        panels=[
+            laid_out(
+                view, settings, curve, layout, quantity.title, recurrences, floor=quantity.floor,
+                anchor=quantity.anchor if layout == "by layer" else "",
+                more=marked if quantity.horizon and layout == "by layer" else (),
+            )
+            for quantity, curve in zip(quantities, curves, strict=True)
+        ],
+        legend="recurrence" if layout == "by recurrence" else "layer",
+    )  # fmt: skip
+
+
+def _types(
+    name: str,
+    question: Callable[[StudyView], str] | str,
+    reading: str,
+    *quantities: _Quantity,
+    anchors: tuple[str, str] = ("", ""),
+    paper: tuple[int, ...] = (),
+    layouts: tuple[Layout, ...] = _LAYOUTS,
+    settles: bool = True,
+) -> list[FigureType[StudyView]]:
+    """A type per layout; `anchors` are those by layer and by recurrence, and what `settles` needs more
+    than one recurrence. The paper has these by layer."""
+    return [
+        FigureType(
+            name=f"{name}-{layout.replace(' ', '-')}",
+            of=partial(_drawn, quantities, question, reading, layout),
+            anchor=anchor,
+            variables=tuple(quantity.variable for quantity in quantities),
+            paper=paper if layout == "by layer" else (),
+            unless=one_recurrence if settles else never,
+        )
+        for layout, anchor in zip(layouts, (*anchors, ""), strict=False)
+    ]
+
+
+def _horizons(view: StudyView, settings: ReportSettings) -> Plot:
+    first, second = view.horizon, 2 * view.horizon
+    steps = view.variable("horizon_relative_step")
+    tolerance = settings.criterion.drift_tolerance
+    kinds: list[tuple[str, xarray.DataArray, Symbol, bool, str]] = [
+        (f"moved from {first} to {second}", view.variable("horizon_drift"), "diamond", False, CATEGORIES[3]),
+        (f"step into {first}", steps.sel(horizon="first", drop=True), "circle", True, CATEGORIES[5]),
+        (f"step into {second}", steps.sel(horizon="second", drop=True), "square", False, CATEGORIES[0]),
+        ("noise floor", view.variable("noise_floor"), "bar", False, MUTED),
+    ]
+    marks: list[Mark] = []
+    layers = np.arange(view.recurrent)
+    for place, (name, values, symbol, hollow, colour) in enumerate(kinds):
+        low, middle, high = (
+            median_over_prompts(values, level).values.astype(np.float64)
+            for level in (BAND_LEVELS[0], 0.5, BAND_LEVELS[1])
+        )
+        if np.isfinite(middle).any():
+            marks.append(
+                Dots(
+                    x=layers + 0.14 * (place - 1.5), y=middle, low=low, high=high, name=name, symbol=symbol,
+                    hollow=hollow, colour=colour, labels=[f"layer {layer}" for layer in layers], tip="",
+                )
+            )  # fmt: skip
+    return Plot(
+        question=f"How far does the state still move between {first} and {second} recurrences?",
+        reading=(
+            "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H recurrences, the "
+            "steps into both, the estimated noise floor, and the tolerance of the quick answers (dashed). Everything "
+            "below it: settled. Drift above it with steps that do not shrink: no fixed point. Medians over prompts; "
+            "whiskers hold 90 % of the prompts. On a logarithmic axis exact zeros have no place."
+        ),
+        panels=[
+            Panel(
+                x=Axis(
+                    title="recurrent layer",
+                    span=(-0.5, view.recurrent - 0.5),
+                    ticks=[float(layer) for layer in layers[:: max(1, -(-len(layers) // _MOST_NAMES))]],
+                ),
+                y=Axis(title="share of the state's norm", scale="auto"),
+                marks=[*marks, Rule(y=tolerance, name=f"tolerance ({tolerance:g})")],
+            )
         ],
     )
 
 
-def _between_horizons(material: Material) -> Figure:
-    first, second = material.view.horizon, 2 * material.view.horizon
-    data = material.shown
-    steps = data["horizon_relative_step"]
-    kinds = [
-        _Dots(f"moved from {first} to {second}", data["horizon_drift"], "diamond", CATEGORIES[3]),
-        _Dots(f"step into {first}", steps.sel(horizon="first", drop=True), "circle-open", CATEGORIES[0]),
-        _Dots(f"step into {second}", steps.sel(horizon="second", drop=True), "circle", CATEGORIES[0]),
-        _Dots("rounding floor", data["noise_floor"], "line-ew-open", MUTED),
-    ]
-    tolerance = material.settings.criterion.drift_tolerance
-    figure = base_figure("recurrent layer", "share of the state's norm", hovermode="closest")
-    if np.isfinite(kinds[0].values).any():
-        positive = [float(value) for kind in kinds for value in kind.values.values.flat if value > 0]
-        bottom = min([tolerance, *positive]) / 10
-        for place, kind in enumerate(kinds):
-            kind.add_to(figure, 0.12 * (place - 1.5), bottom)
-        figure.add_scatter(
-            x=[-0.5, material.recurrent - 0.5],
-            y=[tolerance, tolerance],
-            name=f"tolerance ({tolerance:g})",
-            mode="lines",
-            line={"color": MUTED, "width": 1, "dash": "dash"},
-            hoverinfo="skip",
-        )
-    scale_y(figure)
-    figure.update_xaxes(
-        tickvals=list(range(material.recurrent)) if material.recurrent <= 16 else None,
-        range=[-0.5, material.recurrent - 0.5],
-    )
-    return Figure(
-        anchor="horizon-drift",
-        title=f"How far does the state still move between {first} and {second} recurrences?",
-        caption=(
-            "Everything below the dashed line: settled. Drift above it with steps that do not shrink: no fixed "
-            "point. Medians over prompts; whiskers hold 90 % of the prompts. Exact zeros are drawn at the bottom."
+CONVERGENCE: tuple[FigureType[StudyView], ...] = (
+    *_types(
+        "step",
+        "How much does one more recurrence move each layer?",
+        "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
+        f"streams, (b) the same over the norm of the state: read it together with the growth of the norm. {_MEANS}",
+        _Quantity(variable="successive_difference", title="step"),
+        _Quantity(variable="relative_step", title="step / norm of the state", floor=True),
+        anchors=("step", "step-by-recurrence"),
+        paper=(3,),
+    ),
+    *_types(
+        "distance",
+        lambda view: f"How far is each layer from its state at recurrence {view.horizon}?",
+        "Distance of each layer's residual stream to its approximate fixed point, its state at the horizon H: (a) "
+        "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. On a "
+        "logarithmic axis a straight fall is geometric convergence, and a plateau is where it ends. The distance to "
+        "the state at H is 0 there by construction, so the end of that curve proves nothing alone; a plateau in (c) "
+        f"that is absent in (b) is drift. {_MEANS}",
+        _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True),
+        _Quantity(variable="relative_distance", title="distance / norm at H", floor=True, horizon=True),
+        _Quantity(
+            variable="relative_distance_second_horizon", title="distance / norm at 2H", anchor="second-horizon"
         ),
-        plot=figure,
-    )
-
-
-@dataclass(frozen=True)
-class _Dots:
-    """A dot for every layer."""
-
-    name: str
-    values: xarray.DataArray
-    """Dimensions (layer, prompt)."""
-    symbol: str
-    colour: str
-
-    def add_to(self, figure: go.Figure, shift: float, bottom: float) -> None:
-        """Medians over prompts, with whiskers; what is below `bottom` is drawn there."""
-        middle, low, high = (median_over_prompts(self.values, level).values for level in (0.5, 0.05, 0.95))
-        if not np.isfinite(middle).any():
-            return
-        figure.add_scatter(
-            x=np.arange(len(middle)) + shift,
-            y=np.maximum(middle, bottom),
-            error_y={"type": "data", "array": high - middle, "arrayminus": middle - low, "width": 3, "thickness": 1},
-            customdata=middle,
-            name=self.name,
-            mode="markers",
-            marker={"symbol": self.symbol, "size": 9, "color": self.colour, "line": {"width": 2, "color": self.colour}},
-            hovertemplate=f"{self.name}: %{{customdata:.2g}}<extra></extra>",
-        )
-
-
-def _norm_growth(material: Material) -> Figure:
-    return Figure(
-        anchor="norm-growth",
-        title="Does the norm keep growing?",
-        caption=(
-            "Mean token norm over its value after the first recurrence. A norm that grows without bound shrinks "
-            "relative steps although the state does not settle."
+        anchors=("distance", "distance-by-recurrence"),
+        paper=(4,),
+    ),
+    *_types(
+        "direction",
+        "Does the direction settle?",
+        "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
+        "state at the horizon H; 0.005 is an angle of about 6 degrees. Direction alone: it does not see the norm. On a "
+        f"logarithmic axis what is 0 or below by rounding is a gap; in float32 that is near 1e-7. {_MEANS}",
+        _Quantity(variable="cosine_to_previous", title="1 − cosine to state before", one_minus=True),
+        _Quantity(variable="cosine_to_horizon", title="1 − cosine to state at H", one_minus=True),
+        anchors=("cosine", ""),
+        paper=(22, 24),
+    ),
+    *_types(
+        "attention",
+        "Does the attention of each layer settle?",
+        "Attention maps of each layer: distance (a) to the map one recurrence before, (b) to the map at the horizon H. "
+        f"{PER_ROW} Medians over prompts of means over heads.",
+        _Quantity(variable="attention_change", title="distance per row to map before", attention=True),
+        _Quantity(
+            variable="attention_distance_to_horizon", title="distance per row to map at H", attention=True,
+            anchor="head-distance",
         ),
-        plot=by_layer(material, "norm_growth", "norm, relative to recurrence 1", ribbon=False),
-    )
+        anchors=("attention-by-layer", ""),
+        paper=(23, 25),
+    ),
+    *_types(
+        "norm",
+        "How does the norm of the residual stream go on?",
+        "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
+        f"that grows shrinks relative steps although the state does not settle. {_MEANS}",
+        _Quantity(variable="residual_norm", title="token norm"),
+        _Quantity(variable="norm_growth", title="norm / norm after recurrence 1", anchor="norm-growth"),
+        anchors=("norm-by-layer", ""),
+        layouts=("by layer",),
+        settles=False,
+    ),
+    *_types(
+        "path-independence",
+        "Do two initial states end in the same place?",
+        "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
+        "norm, (b) 1 − cosine. Falling to the noise floor: the model forgets where it started. A plateau: where it "
+        f"ends depends on it. {_MEANS}",
+        _Quantity(variable="path_distance", title="distance / mean norm", floor=True),
+        _Quantity(variable="path_cosine", title="1 − cosine of the two runs", one_minus=True),
+        anchors=("path-independence", ""),
+        layouts=("by layer",),
+        settles=False,
+    ),
+    FigureType(
+        name="horizons", of=_horizons, anchor="horizon-drift", variables=("horizon_drift", "horizon_relative_step")
+    ),
+)  # fmt: skip
+_SETTLING = ("horizons", "distance", "step", "direction")
 
 
-def _distance(material: Material) -> list[Figure]:
-    horizon = material.view.horizon
-    title = "distance / norm at H"
-    over_time = by_layer(material, "relative_distance", title, floor=True)
-    if material.view.recurrences >= horizon:
-        mark_vertical(over_time, horizon, f"H: {horizon}")
-    return [
-        Figure(
-            anchor="distance",
-            title=f"How far is each layer from its state at recurrence {horizon}?",
-            caption=(
-                "On a logarithmic axis a straight fall is geometric convergence, and a plateau is where it ends. The "
-                "distance is 0 at H by construction, so the end of the curve proves nothing alone. The band holds "
-                "90 % of the tokens at the last layer."
-            ),
-            plot=over_time,
-        ),
-        Figure(
-            anchor="distance-by-recurrence",
-            title="The same distance along the depth of one pass",
-            caption="One line per recurrence, later ones lighter. Flat lines: all layers approach together.",
-            plot=by_recurrence(material, _all(material, "relative_distance"), title),
-        ),
-    ]
-
-
-def _step(material: Material) -> list[Figure]:
-    title = "step / norm of the state"
-    over_time = by_layer(material, "relative_step", title, floor=True)
-    return [
-        Figure(
-            anchor="step",
-            title="How much does one more recurrence move each layer?",
-            caption=(
-                "Relative step from one recurrence to the next. Around the estimated rounding floor (dotted) what is "
-                "left is rounding. Read it together with the growth of the norm."
-            ),
-            plot=over_time,
-        ),
-        Figure(
-            anchor="step-by-recurrence",
-            title="The same step along the depth of one pass",
-            caption="One line per recurrence, later ones lighter; the first has no step.",
-            plot=by_recurrence(material, _all(material, "relative_step"), title),
-        ),
-    ]
-
-
-def _direction(material: Material) -> Figure:
-    shown = material.shown.assign(
-        turn=1 - material.shown["cosine_to_horizon"], turn_quantile=1 - material.shown["cosine_to_horizon_quantile"]
-    )
-    angled = dataclasses.replace(material, finite=shown)
-    return Figure(
-        anchor="cosine",
-        title="Does the direction settle?",
-        caption=(
-            "1 − cosine between the state and its state at H; 0.005 is an angle of about 6 degrees. Direction "
-            "alone: it does not see the norm. In float32 a line ends near 1e-7, where the cosine rounds to 1."
-        ),
-        plot=by_layer(angled, "turn", "1 − cosine to the state at H"),
+def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
+    """Movement between the horizons, then distance, step and direction."""
+    types = {each.name: each for each in CONVERGENCE}
+    names = [name for start in _SETTLING for name in types if name.startswith(start)]
+    return Section(
+        anchor="settling",
+        short="Settling",
+        title="Does it settle?",
+        lead=f"Lines are medians over prompts of means over each prompt's tokens. H = {view.horizon} recurrences.",
+        figures=on_page([types[name] for name in names], view, settings),
     )
 
 
-def _second_horizon(material: Material) -> Figure:
-    second = 2 * material.view.horizon
-    return Figure(
-        anchor="second-horizon",
-        title=f"Is the picture the same seen from recurrence {second}?",
-        caption=(
-            "Distance to the state at twice the horizon. Where it agrees with the distance to H, the horizon was "
-            "far enough; a plateau here that is absent there is drift."
-        ),
-        plot=by_layer(material, "relative_distance_second_horizon", "distance / norm at 2H"),
-    )
-
-
-def _all(material: Material, name: str) -> xarray.DataArray:
-    return median_over_prompts(material.shown[name]).transpose("layer", "recurrence")
-
-
-def norms_section(material: Material) -> Section:
+def norms_section(view: StudyView, settings: ReportSettings) -> Section:
     """How large the residual stream is in the long run."""
-    figure = Figure(
-        anchor="norm-by-layer",
-        title="By layer: over the recurrences",
-        caption="A line per recurrent layer, over all recurrences measured.",
-        plot=by_layer(material, "residual_norm", "token norm"),
-    )
     return Section(
         anchor="norms",
         short="Norms",
         title="How does the residual stream's norm go on?",
         lead="Mean token norm of the residual stream, median over prompts.",
-        figures=[figure],
+        figures=on_page([each for each in CONVERGENCE if each.name == "norm-by-layer"], view, settings),
     )

@@ -10,10 +10,9 @@ from loopscope._util.wording import percent, significant
 from loopscope.answers.predictions import EXPECTED, agreement, prediction_table, rate_pairs, token_eigenvalues
 from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, damped, spectral_radius
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import lines_across, mark_vertical
-from loopscope.report.figures.look import INK, KIND_LOOKS, MUTED, PREDICTED_LOOKS, SEQUENTIAL, base_figure, kind_label
-from loopscope.report.figures.plot import Figure, Section, plot_text
+from loopscope.report.figures._old import Figure, Material, base_figure, lines_across, mark_vertical, plot_text
+from loopscope.report.figures.look import INK, KIND_LOOKS, MUTED, PREDICTED_LOOKS, SEQUENTIAL, kind_label
+from loopscope.report.figures.plot import Section
 
 _MOST_POINTS = 2_000
 """Of more tokens a random choice is drawn, always the same: a figure of more is heavy, and looks no different."""

@@ -9,10 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from loopscope._util.wording import significant
 from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import scale_y
-from loopscope.report.figures.look import CATEGORIES, INK, base_figure
-from loopscope.report.figures.plot import Figure
+from loopscope.report.figures._old import Figure, Material, base_figure, scale_y
+from loopscope.report.figures.look import CATEGORIES, INK
 
 _POINTS_BETWEEN = 16
 """Of the line for the same number of recurrences, which bends between whole numbers where the axis is logarithmic."""

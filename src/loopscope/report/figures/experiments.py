@@ -13,9 +13,9 @@ from loopscope.experiments.cells import CellOutcome, CellResult, by_design
 from loopscope.experiments.random_findings import Boundary, boundaries
 from loopscope.experiments.sweep_cells import Control, SweepResult
 from loopscope.experiments.sweep_findings import DesignSummary, control_results, summaries
-from loopscope.report.figures.in_plotly import lines_across
-from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, base_figure, kind_label, ordered_colours
-from loopscope.report.figures.plot import Figure, Section, plot_text
+from loopscope.report.figures._old import Figure, base_figure, lines_across, plot_text
+from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, kind_label, ordered_colours
+from loopscope.report.figures.plot import Section
 
 _OUTCOMES: dict[CellOutcome, tuple[str, str]] = {
     CellOutcome.FIXED_POINT: ("#0072B2", "solid"),

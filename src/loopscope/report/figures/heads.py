@@ -1,43 +1,193 @@
-"""Figures: what each head looks at, and whether its attention settles."""
+"""What each head looks at, and whether its attention settles."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.sinks import SINK_THRESHOLD
 from loopscope.answers.limits import short_prompts
-from loopscope.report.figures.curves import Material, per_row, stable_share
-from loopscope.report.figures.in_plotly import by_layer, lines_across
-from loopscope.report.figures.look import SEQUENTIAL, base_figure, layer_colours, named_in_legend
+from loopscope.report.figures.convergence import CONVERGENCE, PER_ROW
+from loopscope.report.figures.curves import (
+    count_axis,
+    drawn_recurrences,
+    judged_at,
+    layer_lines,
+    one_recurrence,
+    per_row,
+    share_axis,
+    stable_share,
+    trained_mark,
+)
+from loopscope.report.figures.look import decade, decade_ticks
 from loopscope.report.figures.maps import head_maps
-from loopscope.report.figures.plot import Drawn, Figure, Section
-from loopscope.report.figures.similarity import visits_map
-from loopscope.study import median_over_prompts
+from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Section, on_page
+from loopscope.report.figures.similarity import SIMILARITY
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView, median_over_prompts, sites_of
 
-_ROW_PIXELS = 9
-"""Of a head in the heat map, at least; fewer and rows cannot be told apart."""
+_ROW = 9
+"""CSS pixels of a head in a map, at least: fewer and rows cannot be told apart."""
+_MOST_NAMES = 16
+"""Layers that are named beside a map."""
 
 
-def heads_section(material: Material) -> Section:
+def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
+    counts = drawn_recurrences(view.recurrences, settings)[1:]
+    view.variable("attention_change")
+    change = median_over_prompts(per_row(view.shown, "attention_change")).transpose("layer", "head", "recurrence")
+    values = change.values[..., counts - 1].astype(np.float64)
+    layers, heads, _ = values.shape
+    rows = values.reshape(-1, len(counts))
+    with np.errstate(divide="ignore"):  # a map that does not change at all has no logarithm, and no colour
+        shown = np.where(rows > 0, np.log10(rows), np.nan)
+    powers = decade_ticks(*_decades(shown), most=9)
+    every = max(1, -(-layers // _MOST_NAMES))
+    place = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), axis=-1).reshape(-1, 1, 2)
+    return Plot(
+        question="Which heads keep changing?",
+        reading=(
+            "How much each head's attention map changes from one recurrence to the next, a row per head, median over "
+            f"prompts. {PER_ROW} Dark to the right: the head's attention has settled. Bright stripes: heads that keep "
+            "changing, however often the block runs. White lines part the recurrent layers; no colour: no change at "
+            "all."
+        ),
+        panels=[
+            Panel(
+                x=Axis(title="recurrence", whole=True),
+                y=Axis(
+                    title="recurrent layer, a row per head",
+                    ticks={layer * heads + (heads - 1) / 2: str(layer) for layer in range(0, layers, every)},
+                ),
+                marks=[
+                    HeatMap(
+                        z=shown,
+                        x=counts,
+                        bar="change per row",
+                        low=powers[0],
+                        high=powers[-1],
+                        bar_ticks={power: decade(power) for power in powers},
+                        parted_y=[layer * heads - 0.5 for layer in range(1, layers)],
+                        data=np.broadcast_to(place, (len(rows), len(counts), 2)).tolist(),
+                        tip="layer {0}, head {1}, recurrence {x}: 10^{z:.2f}",
+                        picks=_picks(view, "recurrent"),
+                    )
+                ],
+                height=max(340, min(900, 120 + _ROW * len(rows))),
+            )
+        ],
+    )
+
+
+def _decades(logarithms: NDArray[np.float64]) -> tuple[float, float]:
+    """Whole powers of ten around the values."""
+    finite = logarithms[np.isfinite(logarithms)]
+    low, high = (float(np.floor(finite.min())), float(np.ceil(finite.max()))) if finite.size else (-1.0, 0.0)
+    return low, max(high, low + 1)
+
+
+def _heads_stable(view: StudyView, settings: ReportSettings) -> Plot:
+    counts = drawn_recurrences(view.recurrences, settings)
+    shares = stable_share(view.variable("head_stable_from"), counts)
+    return Plot(
+        question="After how many recurrences are heads stable?",
+        reading=(
+            "Share of heads, over all prompts, that are stable after that many recurrences: whose change per row stays "
+            f"at or below {view.head_stable:g} from there on (--head-stable). The last recurrence measured cannot "
+            "count: nothing after it was seen. One line per recurrent layer."
+        ),
+        panels=[
+            Panel(
+                x=count_axis(view.recurrences),
+                y=share_axis("share of heads"),
+                marks=[*layer_lines(shares, counts, steps=True), *trained_mark(view)],
+            )
+        ],
+        legend="layer",
+    )
+
+
+def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
+    """In one pass; of a looped model at the trained number of recurrences."""
+    at, sites = judged_at(view) - 1, sites_of(view.shown)
+    kept = [place for place, site in enumerate(sites) if site.stage != "recurrent" or site.recurrence == at]
+    sink = view.median("sink_score").transpose("depth", "head").values[kept].astype(np.float64)
+    layers, heads = sink.shape
+    ends = (view.prelude, view.prelude + view.recurrent)
+    one_pass = f" (recurrence {at + 1})" if view.looped else ""
+    return Plot(
+        question="Which heads rest on the first token?",
+        reading=" ".join(
+            [
+                f"Share of each head's attention that the first token receives, along one pass{one_pass}, median over "
+                f"prompts. A head has a sink from {SINK_THRESHOLD:g} on."
+                + (" White lines part prelude, block and coda." if view.looped else ""),
+                *short_prompts(view),
+            ]
+        ),
+        panels=[
+            Panel(
+                x=Axis(title="head", ticks={n: str(n) for n in range(0, heads, max(1, -(-heads // 12)))}),
+                y=Axis(
+                    title="layer of one pass",
+                    ticks={n: str(n) for n in range(0, layers, max(1, -(-layers // _MOST_NAMES)))},
+                ),
+                marks=[
+                    HeatMap(
+                        z=sink,
+                        x=np.arange(heads),
+                        bar="sink score of the first token",
+                        low=0,
+                        high=1,
+                        parted_y=[start - 0.5 for start in ends if 0 < start < layers],
+                        data=np.moveaxis(np.indices(sink.shape), 0, -1).tolist(),
+                        tip="layer {y}, head {x}: {z:.2f}",
+                        picks="" if view.looped else _picks(view, "prelude"),
+                    )
+                ],
+                height=420,
+            )
+        ],
+    )
+
+
+def _picks(view: StudyView, stage: str) -> str:
+    """Where the study has maps, that a click can show."""
+    return stage if "attention_map" in view.dataset else ""
+
+
+HEADS: tuple[FigureType[StudyView], ...] = (
+    FigureType(
+        name="head-change",
+        of=_head_change,
+        anchor="head-change",
+        variables=("attention_change",),
+        unless=one_recurrence,
+    ),
+    FigureType(
+        name="heads-stable",
+        of=_heads_stable,
+        anchor="heads-stable",
+        # Not head_stable_from: a head that is never stable has no number, so that may be finite nowhere.
+        variables=("attention_change",),
+        unless=one_recurrence,
+    ),
+    FigureType(name="head-sinks", of=_head_sinks, anchor="head-sinks", variables=("sink_score",), loops=False),
+)
+
+
+def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     """Change, stabilisation and sinks of the heads."""
-    looped = material.view.looped
-    changes = "attention_change" in material.shown and material.view.recurrences > 1
-    maps = head_maps(material)
-    # Tall figures beside each other, then the maps that a click into them shows, then the others.
-    figures: list[Drawn] = [_changes(material)] if changes else []
-    if "sink_score" in material.shown and not looped:
-        figures.append(_sinks(material))
-    if "attention_cycle_distance" in material.shown:
-        figures.append(_cycle(material))
+    maps = head_maps(view)
+    plots = {plot.name: plot for plot in on_page((*HEADS, *SIMILARITY, *CONVERGENCE), view, settings)}
+    # Two beside each other, then the maps that a click into them shows, then the others.
+    first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
+    others = ("cycle-attention", "cycle-attention-long", "heads-stable", "attention-by-layer")
+    figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]
     figures += [maps] if maps is not None else []
-    figures += [_stable(material)] if changes else []
-    if "attention_distance_to_horizon" in material.shown:
-        figures.append(_distance(material))
+    figures += [plots[name] for name in others if name in plots]
     lead = "Attention after the softmax, head by head; medians over prompts."
-    if looped:
+    if view.looped:
         lead += (
             " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
             "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
@@ -47,159 +197,7 @@ def heads_section(material: Material) -> Section:
     return Section(
         anchor="heads",
         short="Heads",
-        title="Do the heads stabilise?" if looped else "What do the heads look at?",
+        title="Do the heads stabilise?" if view.looped else "What do the heads look at?",
         lead=lead,
         figures=figures,
-    )
-
-
-def _click(material: Material) -> str:
-    return " Click on a head to see its maps below." if "attention_map" in material.view.dataset else ""
-
-
-def _changes(material: Material) -> Figure:
-    change = median_over_prompts(per_row(material.shown, "attention_change"))
-    counts = material.counts[material.counts > 1]
-    heads = change.sizes["head"]
-    values = change.isel(recurrence=counts - 1).transpose("layer", "head", "recurrence").values
-    rows = values.reshape(-1, len(counts)).astype(np.float32)
-    with np.errstate(divide="ignore"):  # a map that does not change at all has no logarithm, and no colour
-        shown = np.where(rows > 0, np.log10(rows), np.nan)
-    figure = base_figure("recurrence", "layer: one row per head", hovermode="closest")
-    exponents = _decades(shown)
-    figure.add_heatmap(
-        z=shown,
-        x=counts,
-        colorscale=SEQUENTIAL,
-        zmin=exponents[0] if exponents else None,
-        zmax=exponents[-1] if exponents else None,
-        customdata=np.array([[[layer, head]] * len(counts) for layer in range(len(values)) for head in range(heads)]),
-        hovertemplate="layer %{customdata[0]}, head %{customdata[1]}, recurrence %{x}: 10^%{z:.2f}<extra></extra>",
-        colorbar={
-            "title": {"text": "change per row", "side": "right"},
-            "thickness": 12,
-            "outlinewidth": 0,
-            "len": 0.9,
-            "tickvals": exponents,
-            "ticktext": [f"{10.0**exponent:g}" for exponent in exponents],
-        },
-    )
-    between = [layer * heads - 0.5 for layer in range(1, len(values))]
-    lines_across(figure, {"color": "white", "width": 1.5}, y=between)
-    middles = [layer * heads + (heads - 1) / 2 for layer in range(len(values))]
-    every = max(1, len(values) // 16)
-    figure.update_yaxes(
-        autorange="reversed",
-        tickvals=middles[::every],
-        ticktext=[str(layer) for layer in range(0, len(values), every)],
-        ticks="",
-        showgrid=False,
-    )
-    return Figure(
-        anchor="head-change",
-        title="Which heads keep changing?",
-        caption=(
-            "Dark to the right: the head's attention has settled. Bright stripes: heads that go on changing, however "
-            f"often the block runs. White lines part the layers.{_click(material)}"
-        ),
-        plot=figure,
-        picks="recurrent",
-        height=max(340, min(900, 120 + _ROW_PIXELS * len(rows))),
-    )
-
-
-def _decades(logarithms: NDArray[np.floating]) -> list[int]:
-    """Whole powers of ten around the values, at most nine of them."""
-    finite = logarithms[np.isfinite(logarithms)]
-    if not finite.size:
-        return []
-    low, high = int(np.floor(finite.min())), int(np.ceil(finite.max()))
-    high = max(high, low + 1)
-    return list(range(low, high + 1, max(1, -(-(high - low) // 8))))
-
-
-def _stable(material: Material) -> Figure:
-    """Share of heads that are stable after so many recurrences."""
-    found = material.shown["head_stable_from"]
-    counts = material.counts
-    figure = base_figure("recurrences", "share of heads")
-    layers = found.sizes["layer"]
-    shares = stable_share(found, counts).astype(np.float32)
-    for layer, (share, colour) in enumerate(zip(shares, layer_colours(layers), strict=True)):
-        figure.add_scatter(
-            x=counts,
-            y=share,
-            name=f"layer {layer}",
-            mode="lines",
-            line={"color": colour, "width": 2, "shape": "hv"},
-            showlegend=named_in_legend(layer, layers),
-            hovertemplate="%{y:.0%}",
-        )
-    figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
-    return Figure(
-        anchor="heads-stable",
-        title="After how many recurrences are heads stable?",
-        caption=(
-            "Share of heads, over all prompts, whose change stays below the threshold of the analysis "
-            "(--head-stable) from there on. The last recurrence measured cannot count: nothing after it was seen."
-        ),
-        plot=figure,
-    )
-
-
-def _distance(material: Material) -> Figure:
-    by_head = per_row(material.shown, "attention_distance_to_horizon").mean("head")
-    drawn = dataclasses.replace(material, finite=material.shown.assign(attention_away=by_head))
-    return Figure(
-        anchor="head-distance",
-        title=f"How far is attention from that at recurrence {material.view.horizon}?",
-        caption="Mean over heads of the distance per row to the same head's map at H, a line per layer.",
-        plot=by_layer(drawn, "attention_away", "distance per row", ribbon=False),
-    )
-
-
-def _sinks(material: Material) -> Figure:
-    sink = median_over_prompts(material.shown["sink_score"]).transpose("depth", "head").values.astype(np.float32)
-    figure = base_figure("head", "layer", hovermode="closest")
-    figure.add_heatmap(
-        z=sink,
-        zmin=0,
-        zmax=1,
-        colorscale=SEQUENTIAL,
-        customdata=np.moveaxis(np.indices(sink.shape), 0, -1),
-        colorbar={"title": {"text": "sink score", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
-        hovertemplate="layer %{y}, head %{x}: %{z:.2f}<extra></extra>",
-    )
-    figure.update_xaxes(dtick=max(1, sink.shape[1] // 12))
-    figure.update_yaxes(autorange="reversed", showgrid=False, dtick=max(1, sink.shape[0] // 12))
-    return Figure(
-        anchor="head-sinks",
-        title="Which heads rest on the first token?",
-        caption=" ".join(
-            [
-                "Share of a head's attention that the first token receives; a head has a sink from "
-                f"{SINK_THRESHOLD:g} on.{_click(material)}",
-                *short_prompts(material.view),
-            ]
-        ),
-        plot=figure,
-        picks="prelude",
-        height=420,
-    )
-
-
-def _cycle(material: Material) -> Figure:
-    labels = [str(label) for label in material.shown["visit"].values]
-    figure = visits_map(material.shown["attention_cycle_distance"].values, labels, "distance per row", lowest=0.0)
-    return Figure(
-        anchor="attention-cycle",
-        title="Does attention repeat from pass to pass?" if material.view.looped else "How alike are the layers?",
-        caption=(
-            "Distance between the attention maps of every two visits, head by head, then over all heads. Dark diagonal "
-            "stripes: each layer attends as it did one pass before."
-            if material.view.looped
-            else "Distance between the attention maps of every two layers, over all heads."
-        ),
-        plot=figure,
-        height=420,
     )

@@ -1,268 +1,431 @@
-"""What is put on axes: scales that fit the values, and named lines across a figure."""
+"""A `Plot` for the page: a plotly chart for each panel."""
 
 from __future__ import annotations
 
-import itertools
+import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import xarray
+from markupsafe import Markup
 from numpy.typing import NDArray
 
-from loopscope._util.wording import significant
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.look import (
-    CATEGORIES,
-    GRID,
-    MUTED,
-    base_figure,
-    layer_colours,
-    named_in_legend,
-    ordered_colours,
+from loopscope.report.figures.look import AXIS, BAND, EMPHASIS, GRID, INK, MUTED, PAGE_FONT, PAPER, SEQUENTIAL
+from loopscope.report.figures.plot import (
+    Axis,
+    Band,
+    Bars,
+    Dots,
+    Frame,
+    HeatMap,
+    Line,
+    Mark,
+    Panel,
+    Plot,
+    Rule,
+    Shade,
+    begins_at_zero,
+    log_ticks,
+    script_text,
 )
-from loopscope.study import Site, median_over_prompts, positive, powers_of_two
 
-_LABEL = {"size": 11, "color": MUTED}
-
-
-def scale_y(figure: go.Figure) -> None:
-    """A logarithmic y axis where the values span more than a factor of 5, a linear one from 0 otherwise.
-
-    Within two decades the ticks are 1, 2 and 5, beyond that powers of ten. Values of 0 have no place on a logarithm.
-    """
-    values = drawn_values(figure)
-    values = values[values > 0]
-    span = float(values.max() / values.min()) if values.size else 1.0
-    if span <= 5:
-        figure.update_yaxes(rangemode="tozero")
-        return
-    if span <= 100:
-        powers = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
-        ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-        return
-    # About eight ticks. Plotly enlarges powers by a quarter; the smaller size brings them back to that of other ticks.
-    step = max(1, round(math.log10(span) / 7))
-    figure.update_yaxes(type="log", exponentformat="power", dtick=step, tickfont={"size": 9.6})
+_SMALL = {"size": 11, "color": MUTED}
+_CLEAR = "rgba(0,0,0,0)"
+_SYMBOLS = {"bar": "line-ew"}
+"""Plotly's names of symbols, where they are others than ours."""
+_BORDERS = {"solid": "solid", "dot": "dotted", "dash": "dashed", "dashdot": "dashed", "longdash": "dashed"}
+"""Styles of lines, for the style of a page."""
+_GLYPHS = {
+    "circle": "●○", "square": "■□", "diamond": "◆◇", "triangle-right": "▶▷", "triangle-up": "▲△", "triangle-left": "◀◁",
+    "pentagon": "⬟⬠", "x": "✕✕", "bar": "━━", "star": "★☆",
+}  # fmt: skip
+"""Of symbols, filled and hollow."""
+_Y_CHARACTERS = 32
+"""Of a name along a y axis, for each of its lines."""
+_LEGEND = 50
+"""CSS pixels of a chart's own legend."""
+_FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
+_PLACES = {"label": "text"}
 
 
-def add_floor(figure: go.Figure, material: Material) -> None:
-    """A dotted line at the estimated rounding floor, where it was measured; a note where it lies so far below the
-    curves that showing it would flatten them."""
-    floor = material.shown["noise_floor"].values
-    floor = floor[np.isfinite(floor) & (floor > 0)]
-    lowest = drawn_values(figure)
-    lowest = lowest[lowest > 0]
-    if not floor.size or not lowest.size:
-        return
-    level = float(np.median(floor))
-    if level < lowest.min() / 100:
-        figure.add_annotation(
-            x=0.01,
-            xref="paper",
-            xanchor="left",
-            y=0,
-            yref="paper",
-            yanchor="bottom",
-            text=f"rounding floor {significant(level)}, far below",
-            showarrow=False,
-            font=_LABEL,
-        )
-        return
-    figure.add_scatter(
-        x=material.counts[[0, -1]],
-        y=[level, level],
-        name="rounding floor",
-        mode="lines",
-        line={"color": MUTED, "width": 1.5, "dash": "dot"},
-        hovertemplate="%{y:.2g}",
-    )
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A panel as the page holds it."""
+
+    key: str
+    """Unique on the page."""
+    anchor: str
+    heading: str
+    height: int
+    picks: str
+    json: Markup
+    """For a script element."""
 
 
-def add_stages(figure: go.Figure, material: Material) -> None:
-    """Names and shades the shares of the depth that prelude, block and coda take."""
-    total = material.prelude + material.recurrent + material.coda
-    start = 0.0
-    for name, layers in (("prelude", material.prelude), ("block", material.recurrent), ("coda", material.coda)):
-        end = start + 100 * layers / total
-        if layers:
-            figure.add_vrect(
-                x0=start,
-                x1=end,
-                fillcolor=GRID if name != "block" else "rgba(0,0,0,0)",
-                opacity=0.45,
-                line_width=0,
-                layer="below",
-                annotation={"text": name, "font": _LABEL, "yanchor": "bottom", "y": 1.0},
-                annotation_position="top",
-            )
-        start = end
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Of the legend that several charts share."""
+
+    name: str
+    colour: str
+    line: str = ""
+    """Its style, where it stands for a line."""
+    glyph: str = ""
+    """Of points, bars and bands."""
 
 
-def lines_across(
-    figure: go.Figure, line: Mapping[str, Any], *, x: Iterable[float | int] = (), y: Iterable[float | int] = ()
-) -> None:
-    """Lines from edge to edge, vertical at each `x` and horizontal at each `y`.
-
-    All at once: plotly's own `add_vline` looks through everything that the figure has, every time.
-    """
-    vertical = [{"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "y domain"} for at in x]
-    horizontal = [{"y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "x domain"} for at in y]
-    added = [{"type": "line", "line": dict(line), **ends} for ends in (*vertical, *horizontal)]
-    figure.update_layout(shapes=[*figure.layout.shapes, *added])
-
-
-def mark_vertical(figure: go.Figure, at: int, text: str, *, log: bool = False) -> None:
-    """A dashed line across the figure, named above it. On a logarithmic axis annotations want the exponent, lines the
-    value."""
-    lines_across(figure, {"color": MUTED, "width": 1, "dash": "dash"}, x=[at])
-    figure.add_annotation(
-        x=math.log10(at) if log else at,
-        y=1,
-        yref="paper",
-        yanchor="bottom",
-        text=text,
-        showarrow=False,
-        font=_LABEL,
-    )
-
-
-def drawn_values(figure: go.Figure) -> NDArray[np.float64]:
-    """The finite y values of all lines and markers, flat."""
-    values = [np.asarray(trace.y, dtype=np.float64).ravel() for trace in figure.data]
-    joined: NDArray[np.float64] = np.concatenate([np.empty(0), *values])
-    return joined[np.isfinite(joined)]
-
-
-def along_depth(values: NDArray[np.floating], sites: Sequence[Site], y_title: str) -> go.Figure:
-    """One line through every visit, dotted lines where a stage or a recurrence begins."""
-    figure = base_figure("layer application, in order", y_title, hovermode="closest", showlegend=False)
-    figure.add_scatter(
-        x=np.arange(1, len(sites) + 1),
-        y=values.astype(np.float32),
-        mode="lines+markers",
-        line={"color": CATEGORIES[0], "width": 2},
-        marker={"size": 5},
-        customdata=[site.label for site in sites],
-        hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
-    )
-    starts = [
-        index + 0.5
-        for index, (before, site) in enumerate(itertools.pairwise(sites), start=1)
-        if (before.stage, before.recurrence) != (site.stage, site.recurrence)
-    ]
-    lines_across(figure, {"color": MUTED, "width": 0.75, "dash": "dot"}, x=starts)
-    return figure
-
-
-def along_one_pass(
-    material: Material, values: NDArray[np.floating], sites: Sequence[Site], y_title: str, recurrences: Sequence[int]
-) -> go.Figure:
-    """A line per chosen recurrence (from 0) over relative depth, later ones lighter, beside prelude and coda."""
-    figure = base_figure("relative depth (% of prelude, block and coda)", y_title, hovermode="closest")
-    add_stages(figure, material)
-    total = material.prelude + material.recurrent + material.coda
-    for recurrence, colour in zip(recurrences, ordered_colours(len(recurrences)), strict=True):
-        rows = [
-            index for index, site in enumerate(sites) if site.stage == "recurrent" and site.recurrence == recurrence
-        ]
-        depth = [material.depth_percent(layer) for layer in range(len(rows))]
-        _add_line(figure, depth, values[rows], str(recurrence + 1), colour, f"recurrence {recurrence + 1}")
-    for stage, start in (("prelude", 0), ("coda", material.prelude + material.recurrent)):
-        rows = [index for index, site in enumerate(sites) if site.stage == stage]
-        if rows:
-            depth = [100 * (start + layer + 1) / total for layer in range(len(rows))]
-            _add_line(figure, depth, values[rows], stage, CATEGORIES[3], stage)
-    figure.update_xaxes(range=[0, 102])
-    figure.update_layout(legend_title={"text": "recurrence", "font": {"size": 12}})
-    return figure
-
-
-def _add_line(
-    figure: go.Figure, depth: list[float], values: NDArray[np.floating], name: str, colour: str, what: str
-) -> None:
-    figure.add_scatter(
-        x=depth,
-        y=values.astype(np.float32),
-        name=name,
-        mode="lines+markers",
-        line={"color": colour, "width": 2},
-        marker={"size": 6},
-        hovertemplate=f"{what}: %{{y:.3g}}<extra></extra>",
-    )
-
-
-def by_layer(material: Material, name: str, y_title: str, *, ribbon: bool = True, floor: bool = False) -> go.Figure:
-    """A line per recurrent layer over the recurrences: medians over prompts. The ribbon spans the middle 90 % of
-    the tokens at the last layer. A vertical line marks the trained number of recurrences; `floor` adds the rounding
-    floor."""
-    figure = base_figure("recurrences", y_title)
-    counts = material.counts
-    if ribbon:
-        _add_ribbon(figure, material, name, counts)
-    curve = material.curve(name)
-    for layer, colour in enumerate(layer_colours(material.recurrent)):
-        values = curve.values[layer]
-        figure.add_scatter(
-            x=counts,
-            y=positive(values),
-            name=f"layer {layer}",
-            mode="lines" if len(counts) > 1 else "markers",
-            line={"color": colour, "width": 2},
-            showlegend=named_in_legend(layer, material.recurrent),
-            hovertemplate="%{y:.3g}",
-        )
-    if floor:
-        add_floor(figure, material)
-    scale_y(figure)
-    trained = material.view.trained
-    if trained is not None and trained <= material.view.recurrences:
-        mark_vertical(figure, trained, f"trained: {trained}")
-    return figure
-
-
-def by_recurrence(material: Material, values: xarray.DataArray, y_title: str) -> go.Figure:
-    """A line per recurrence over relative depth; recurrences are picked at powers of two, later ones lighter.
-
-    `values` has dimensions (layer, recurrence), all recurrences.
-    """
-    figure = base_figure("relative depth (% of prelude, block and coda)", y_title, hovermode="closest")
-    picked = powers_of_two(values.sizes["recurrence"])
-    depth = [material.depth_percent(layer) for layer in range(material.recurrent)]
-    add_stages(figure, material)
-    for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
-        line = values.isel(recurrence=count - 1).values
-        if not np.isfinite(line).any():
+def legend(plot: Plot) -> list[Entry]:
+    """Every name once, numbers before words; a single chart has its own."""
+    if len([panel for panel in plot.panels if panel.has_data]) < 2:
+        return []
+    entries: dict[str, Entry] = {}
+    for mark in (mark for panel in plot.panels for mark in panel.marks):
+        if isinstance(mark, Rule) and mark.name and not mark.above:
+            entries.setdefault(mark.name, Entry(name=mark.name, colour=MUTED, line=_BORDERS[mark.dash]))
+        if not isinstance(mark, Line | Band | Dots | Bars) or not mark.name or not mark.listed:
             continue
-        figure.add_scatter(
-            x=depth,
-            y=positive(line),
-            name=f"{count}",
-            mode="lines+markers",
-            line={"color": colour, "width": 2},
-            marker={"size": 6},
-            hovertemplate=f"recurrence {count}, layer %{{pointNumber}}: %{{y:.3g}}<extra></extra>",
+        if isinstance(mark, Line):
+            found = Entry(name=mark.name, colour=mark.colour, line=_BORDERS[mark.dash])
+        elif isinstance(mark, Band):
+            found = Entry(name=mark.name, colour=GRID, glyph="■")
+        else:
+            glyph = _GLYPHS[mark.symbol][mark.hollow] if isinstance(mark, Dots) else "■"
+            found = Entry(name=mark.name, colour=mark.colour, glyph=glyph)
+        entries.setdefault(mark.name, found)
+    return sorted(entries.values(), key=lambda entry: int(entry.name) if entry.name.isdigit() else math.inf)
+
+
+def charts(plot: Plot) -> list[Chart]:
+    """Of the panels that have something to show."""
+    shown = [panel for panel in plot.panels if panel.has_data]
+    return [
+        Chart(
+            key=panel.anchor or "-".join(filter(None, [plot.anchor, plot.letter(panel)])),
+            anchor=panel.anchor,
+            heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
+            height=panel.height - (_LEGEND if len(shown) > 1 else 0),
+            picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
+            json=script_text(str(draw(plot, panel).to_json())),
         )
-    figure.update_xaxes(range=[0, 102])
-    figure.update_layout(legend_title={"text": "recurrence", "font": {"size": 12}})
-    scale_y(figure)
-    return figure
+        for panel in shown
+    ]
 
 
-def _add_ribbon(figure: go.Figure, material: Material, name: str, counts: NDArray[np.int64]) -> None:
-    quantiles = material.shown[f"{name}_quantile"].isel(layer=-1, recurrence=counts - 1)
-    edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)).values for level in (0.05, 0.95)]
-    low, high = (positive(edge) for edge in edges)
-    shown = np.isfinite(low) & np.isfinite(high)
-    shared: dict[str, Any] = {"x": counts[shown], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    figure.add_scatter(y=low[shown], showlegend=False, **shared)
-    figure.add_scatter(
-        y=high[shown],
-        fill="tonexty",
-        fillcolor="rgba(91,95,102,0.16)",
-        name="90 % of tokens",
-        **shared,
-    )
+def draw(plot: Plot, panel: Panel) -> go.Figure:
+    """One panel as a plotly figure."""
+    return _Drawing(plot, panel).figure
+
+
+class _Drawing:
+    """One chart, mark by mark."""
+
+    def __init__(self, plot: Plot, panel: Panel) -> None:
+        self._plot, self._panel = plot, panel
+        # Of curves over the same x, a tooltip names all values at that x.
+        together = all(isinstance(mark, Line | Band | Rule | Shade) for mark in panel.marks) and not any(
+            isinstance(mark, Line) and (mark.tip or len(mark.labels) or mark.z is not None) for mark in panel.marks
+        )
+        self.figure = go.Figure(layout=_layout("x unified" if together else "closest"))
+        self.figure.layout.template = None  # plotly's own, which it fills in unless told otherwise
+        self._log_x = panel.x.scale == "log"
+        self._shapes: list[dict[str, Any]] = []
+        self._notes: list[dict[str, Any]] = []
+        for mark in panel.marks:
+            self._add(mark)
+        if panel.z is None:
+            self._finish_axes()
+        else:
+            self._finish_space(panel.z)
+        if plot.legend and any(_text(trace.name or "").isdigit() for trace in self.figure.data):
+            self.figure.update_layout(legend_title={"text": plot.legend, "font": {"size": 12}})
+        if len([each for each in plot.panels if each.has_data]) > 1:
+            self.figure.update_layout(showlegend=False)
+        self.figure.update_layout(shapes=self._shapes, annotations=self._notes)
+
+    @singledispatchmethod
+    def _add(self, mark: Mark) -> None:
+        raise TypeError(mark)
+
+    @_add.register
+    def _(self, mark: Line) -> None:
+        mode = "lines+markers" if mark.points or np.size(mark.x) == 1 else "lines"
+        shared: dict[str, Any] = {"x": _array(mark.x), "mode": mode, **self._named(mark, "{y:.3g}")}
+        shared["line"] = {"color": mark.colour, "width": mark.width, "dash": mark.dash}
+        if mark.z is not None:
+            shared["line"]["width"] *= 2
+            self.figure.add_scatter3d(y=_array(mark.y), z=_array(mark.z), **shared)
+            return
+        shared["line"]["shape"] = "hv" if mark.steps else "linear"
+        self.figure.add_scatter(y=self._drawable(mark.y), marker={"size": 6, "color": mark.colour}, **shared)
+
+    @_add.register
+    def _(self, mark: Band) -> None:
+        x, low, high = np.asarray(mark.x), self._drawable(mark.low), self._drawable(mark.high)
+        there = np.isfinite(low) & np.isfinite(high)
+        if not there.any():
+            return
+        edge: dict[str, Any] = {"x": x[there], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+        self.figure.add_scatter(y=low[there], showlegend=False, **edge)
+        colour = f"rgba({', '.join(str(int(MUTED[at : at + 2], 16)) for at in (1, 3, 5))}, {BAND})"
+        self.figure.add_scatter(
+            y=high[there], fill="tonexty", fillcolor=colour, name=_text(mark.name), showlegend=mark.listed, **edge
+        )
+
+    @_add.register
+    def _(self, mark: Dots) -> None:
+        symbol = _SYMBOLS.get(mark.symbol, mark.symbol) + ("-open" if mark.hollow or mark.symbol == "bar" else "")
+        shared: dict[str, Any] = {"x": _array(mark.x), "mode": "markers", **self._named(mark, "{y:.3g}")}
+        shared["marker"] = {
+            "symbol": symbol, "size": mark.size, "color": mark.colour, "opacity": mark.opacity,
+            "line": {"width": 2 if mark.hollow or mark.symbol == "bar" else 0, "color": mark.colour},
+        }  # fmt: skip
+        if mark.z is not None:
+            self.figure.add_scatter3d(y=_array(mark.y), z=_array(mark.z), **shared)
+            return
+        for which, middle, low, high in (("y", mark.y, mark.low, mark.high), ("x", mark.x, mark.left, mark.right)):
+            if low is not None and high is not None:
+                ends = {"array": _array(high) - _array(middle), "arrayminus": _array(middle) - _array(low)}
+                shared[f"error_{which}"] = {"type": "data", "symmetric": False, "width": 3, "thickness": 1.2, **ends}
+        self.figure.add_scatter(y=self._drawable(mark.y), **shared)
+
+    @_add.register
+    def _(self, mark: Bars) -> None:
+        self.figure.add_bar(
+            x=_array(mark.x), y=_array(mark.y), width=mark.width, marker={"color": mark.colour},
+            **self._named(mark, "{y:.3g}"),
+        )  # fmt: skip
+
+    @_add.register
+    def _(self, mark: HeatMap) -> None:
+        named = self._named(mark, "{z:.3g}")
+        del named["showlegend"], named["legendrank"]
+        shown = np.asarray(mark.z, dtype=np.float32)
+        steps = [(place + end) / len(mark.palette) for place in range(len(mark.palette)) for end in (0, 1)]
+        low, high = (-0.5, len(mark.palette) - 0.5) if mark.palette else (mark.low, mark.high)
+        self.figure.add_heatmap(
+            z=shown,
+            x=_array(mark.x),
+            y=np.arange(len(shown)),
+            zmin=low,
+            zmax=high,
+            colorscale=[[at, mark.palette[place // 2]] for place, at in enumerate(steps)] or SEQUENTIAL,
+            showscale=bool(mark.bar),
+            colorbar=_bar(mark, above=self._panel.height > 700),
+            xgap=2 if mark.gaps else 0,
+            ygap=2 if mark.gaps else 0,
+            **named,
+        )
+        if len(mark.texts):
+            texts = [[_text(words) for words in row] for row in mark.texts]
+            if "text" in named:
+                raise ValueError("a map has either texts in its cells or labels for tooltips")
+            self.figure.update_traces(text=texts, texttemplate="%{text}", textfont={"size": 11.5})
+        for which, places in (("x", mark.parted_x), ("y", mark.parted_y)):
+            for place in places:
+                self._across(which, place, {"color": PAPER, "width": 1.5})
+
+    @_add.register
+    def _(self, mark: Rule) -> None:
+        line = {"color": MUTED, "width": 1.25 if mark.name else 0.75, "dash": mark.dash}
+        if mark.x is not None:
+            self._across("x", mark.x, line)
+            if mark.above:
+                self._note_above(math.log10(mark.x) if self._log_x else mark.x, mark.name)
+                return
+        if mark.y is not None:
+            ends = self._panel.x.span or self._reach()
+            tip = f"{_text(mark.name)}: %{{y:.2g}}<extra></extra>"
+            self.figure.add_scatter(
+                x=list(ends), y=[mark.y] * 2, mode="lines", line=line, name=_text(mark.name),
+                showlegend=bool(mark.name), hovertemplate=tip,
+            )  # fmt: skip
+        elif mark.name:
+            self.figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=_text(mark.name))
+
+    @_add.register
+    def _(self, mark: Shade) -> None:
+        corners = {"x0": mark.start, "x1": mark.end, "y0": 0, "y1": 1, "yref": "y domain"}
+        self._shapes.append(
+            {"type": "rect", "fillcolor": GRID, "opacity": 0.45, "line": {"width": 0}, "layer": "below", **corners}
+        )
+        self._note_above((mark.start + mark.end) / 2, mark.name)
+
+    @_add.register
+    def _(self, mark: Frame) -> None:
+        corners = {"x0": mark.x - 0.47, "x1": mark.x + 0.47, "y0": mark.y - 0.47, "y1": mark.y + 0.47}
+        self._shapes.append({"type": "rect", "line": {"color": EMPHASIS, "width": 2.5}, **corners})
+
+    def _named(self, mark: Any, value: str) -> dict[str, Any]:
+        """Name, and what the tooltips say."""
+        called = _text(self._plot.called(mark))
+        what = "{label}" if len(mark.labels) else "" if self.figure.layout.hovermode == "x unified" else "{x}"
+        if self._panel.y.percent and not isinstance(mark, HeatMap):
+            value = value.replace(".3g", ".1%")
+        plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
+        named: dict[str, Any] = {
+            "name": _text(mark.name),
+            "showlegend": bool(mark.name) and mark.listed,
+            "legendrank": 1 if mark.name.isdigit() else 1000,  # numbers before words
+            "hovertemplate": _template(html.escape(mark.tip, quote=False) or plain) + "<extra></extra>",
+        }
+        if len(mark.labels):
+            named["text"] = _texts(mark.labels)
+        if mark.data is not None:
+            named["customdata"] = mark.data
+        return named
+
+    def _drawable(self, values: Any) -> NDArray[np.float32]:
+        """On a logarithmic axis, gaps instead of a fall to minus infinity."""
+        shown = _array(values)
+        with np.errstate(invalid="ignore"):
+            return np.where(shown > 0, shown, np.float32("nan")) if self._plot.logarithmic(self._panel) else shown
+
+    def _reach(self) -> tuple[float, float]:
+        """Of what is drawn, along x."""
+        found = [np.asarray(mark.x, dtype=np.float64) for mark in self._panel.marks if isinstance(mark, Line | Dots)]
+        joined = np.concatenate(found or [np.zeros(1)])
+        return float(np.nanmin(joined)), float(np.nanmax(joined))
+
+    def _across(self, which: str, place: float, line: Mapping[str, Any]) -> None:
+        """A line from edge to edge; plotly's own `add_vline` looks through everything that the figure has."""
+        other = "y" if which == "x" else "x"
+        ends = {
+            f"{which}0": place,
+            f"{which}1": place,
+            f"{other}0": 0,
+            f"{other}1": 1,
+            f"{other}ref": f"{other} domain",
+        }
+        self._shapes.append({"type": "line", "line": dict(line), **ends})
+
+    def _note_above(self, place: float, words: str) -> None:
+        spot = {"x": place, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+        self._notes.append({"text": _text(words), "font": _SMALL, **spot})
+
+    def _finish_axes(self) -> None:
+        panel, layout = self._panel, self.figure.layout
+        is_map = any(isinstance(mark, HeatMap) for mark in panel.marks)
+        for which, axis, drawn in (("x", panel.x, layout.xaxis), ("y", panel.y, layout.yaxis)):
+            update = _axis(axis, grid=which == "y" and not is_map)
+            if which == "y":
+                update["title"]["text"] = "<br>".join(map(_text, textwrap.wrap(axis.title, _Y_CHARACTERS)))
+            if which == "y" and not is_map:
+                update |= self._values_axis(axis)
+            drawn.update(update)
+        if is_map and panel.y.span is None:
+            layout.yaxis.update(autorange="reversed")
+        if panel.equal:
+            layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
+            layout.xaxis.update({"constrain": "domain"} if is_map else {})
+        if is_map and panel.x.ticks:
+            layout.xaxis.update(ticks="", tickangle=-90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+
+    def _values_axis(self, axis: Axis) -> dict[str, Any]:
+        values = self._plot.values(self._panel)
+        if self._plot.logarithmic(self._panel):
+            positive = values[values > 0]
+            if axis.span or not positive.size:
+                return {"type": "log", "dtick": 2 if axis.span and axis.span[1] / axis.span[0] > 1e4 else 1}
+            margin = (positive.max() / positive.min()) ** 0.05
+            low, high = float(positive.min() / margin), float(positive.max() * margin)
+            ticks = log_ticks(low, high)
+            texts = {"tickvals": list(ticks), "ticktext": list(ticks.values())} if ticks else {}
+            return {"type": "log", "range": [math.log10(low), math.log10(high)], **texts}
+        return {"rangemode": "tozero"} if axis.span is None and begins_at_zero(axis, values) else {}
+
+    def _finish_space(self, z: Axis) -> None:
+        axes = {
+            f"{which}axis": {
+                "title": {"text": _text(axis.title), "font": {"size": 11}},
+                "gridcolor": GRID, "backgroundcolor": _CLEAR, "color": INK, "zerolinecolor": GRID,
+                "tickfont": {"size": 10, "color": MUTED}, "nticks": 5,
+            }
+            for which, axis in zip("xyz", (self._panel.x, self._panel.y, z), strict=True)
+        }  # fmt: skip
+        self.figure.update_layout(
+            scene={**axes, "aspectmode": "cube", "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}}},
+            margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        )
+
+
+def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
+    """What both axes of a panel may ask for."""
+    log = axis.scale == "log"
+    update: dict[str, Any] = {"title": {"text": _text(axis.title), "standoff": 8, "font": {"size": 13}}}
+    update["showgrid"] = grid if axis.grid is None else axis.grid
+    if log:
+        update["type"] = "log"
+    if axis.percent:
+        update["tickformat"] = ".2~p" if axis.span is None else ".0%"
+    if axis.span is not None:
+        update["range"] = [math.log10(end) for end in axis.span] if log else list(axis.span)
+    if isinstance(axis.ticks, Mapping) and axis.ticks:
+        update |= {"tickvals": list(axis.ticks), "ticktext": [_text(name) for name in axis.ticks.values()]}
+    elif len(axis.ticks):
+        update |= {"tickvals": list(axis.ticks), "ticktext": [f"{tick:g}" for tick in axis.ticks]}
+    return update
+
+
+def _bar(mark: HeatMap, *, above: bool) -> dict[str, Any]:
+    """What the colours mean: beside a map, or above a high one, whose middle may be out of sight."""
+    ticks = {"tickvals": list(mark.bar_ticks), "ticktext": list(mark.bar_ticks.values())} if mark.bar_ticks else {}
+    place = {"orientation": "h", "y": 1.0, "yref": "paper", "yanchor": "bottom", "xpad": 0} if above else {"len": 0.9}
+    title = {"text": _text(mark.bar), "side": "top" if above else "right", "font": {"size": 12}}
+    return {"title": title, "thickness": 12, "outlinewidth": 0, **place, **ticks}
+
+
+def _template(tip: str) -> str:
+    """A tip as plotly writes it."""
+
+    def field(found: re.Match[str]) -> str:
+        name, form = found.group(1), found.group(2) or ""
+        return f"%{{{f'customdata[{name}]' if name.isdigit() else _PLACES.get(name, name)}{form}}}"
+
+    return _FIELD.sub(field, tip.replace("\n", "<br>"))
+
+
+def _array(values: Any) -> NDArray[np.float32]:
+    """Half the size of doubles, and still finer than a pixel."""
+    return np.asarray(values, dtype=np.float32)
+
+
+def _text(words: str) -> str:
+    """For plotly, which reads a little HTML, and templates."""
+    return html.escape(words, quote=False).replace("\n", "<br>").replace("{", "&#123;")
+
+
+def _texts(words: Any) -> Any:
+    return _text(words) if isinstance(words, str) else [_texts(each) for each in words]
+
+
+def _layout(hovermode: str) -> dict[str, Any]:
+    """What all charts share: named axes, the legend below."""
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": AXIS,
+        "zeroline": False,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": AXIS,
+        "tickfont": {"size": 12},
+        "automargin": True,
+        "exponentformat": "power",
+    }
+    legend = {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom", "traceorder": "normal"}
+    return {
+        "font": {"family": PAGE_FONT, "size": 12.5, "color": INK},
+        "paper_bgcolor": _CLEAR,
+        "plot_bgcolor": _CLEAR,
+        "margin": {"l": 8, "r": 12, "t": 18, "b": 8},
+        "xaxis": axis,
+        "yaxis": axis,
+        "legend": {**legend, "font": {"size": 12}},
+        "hovermode": hovermode,
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": AXIS, "font": {"family": PAGE_FONT, "size": 12}},
+    }

@@ -1,20 +1,22 @@
-"""Colours and the plain layout that all figures share. Maps use cividis (Nuñez, Anderton and Renslow, PLOS ONE 13,
+"""Colours, fonts, and how numbers are written on axes. Maps use cividis (Nuñez, Anderton and Renslow, PLOS ONE 13,
 2018)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from loopscope.dynamics.prediction import Kind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
 
 CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#1C1D21")
-INK, MUTED, GRID = "#1C1D21", "#5B5F66", "#E6E8EB"
+INK, MUTED, GRID, AXIS, PAPER = "#1C1D21", "#5B5F66", "#E6E8EB", "#B9BDC4", "#FFFFFF"
+EMPHASIS = CATEGORIES[3]
+"""Of what is framed, or stands out among the others."""
 BAND = 0.16
 """Opacity of the grey (`MUTED`) of a band: lines and grid are still seen through it."""
 
@@ -25,7 +27,7 @@ _BLUES = ((8, 48, 107), (55, 135, 192), (171, 207, 232))
 
 SEQUENTIAL = "Cividis"
 
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+PAGE_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
 
 def layer_colours(count: int) -> list[str]:
@@ -94,44 +96,6 @@ def looks_for_script() -> list[dict[str, str]]:
     ]
 
 
-def base_figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
-    """An empty figure with named axes, the legend below. Entries of `layout` replace those of plotly's layout here."""
-    axis = {
-        "gridcolor": GRID,
-        "linecolor": "#B9BDC4",
-        "zeroline": False,
-        "ticks": "outside",
-        "ticklen": 4,
-        "tickcolor": "#B9BDC4",
-        "tickfont": {"size": 12},
-        "automargin": True,
-        "exponentformat": "power",
-    }
-    title = {"standoff": 8, "font": {"size": 13}}
-    shared: dict[str, Any] = {
-        "font": {"family": _FONT, "size": 12.5, "color": INK},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 8, "r": 12, "t": 18, "b": 8},
-        "xaxis": {**axis, "title": {**title, "text": x_title}, "showgrid": False},
-        "yaxis": {**axis, "title": {**title, "text": y_title}},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "traceorder": "normal",
-            "font": {"size": 12},
-        },
-        "hovermode": "x unified",
-        "hoverlabel": {"bgcolor": "white", "bordercolor": "#B9BDC4", "font": {"family": _FONT, "size": 12}},
-    }
-    figure = go.Figure(layout={**shared, **layout})
-    figure.layout.template = None  # plotly's own, which it fills in unless told otherwise
-    return figure
-
-
 PREDICTED_LOOKS: dict[Predicted, tuple[str, str]] = {
     Predicted.FIXED_POINT: (KIND_LOOKS[Kind.FIXED_POINT].colour, "circle"),
     Predicted.DAMPED_ROTATION: (KIND_LOOKS[Kind.AT_FLOOR].colour, "circle"),
@@ -143,3 +107,82 @@ PREDICTED_LOOKS: dict[Predicted, tuple[str, str]] = {
     Predicted.UNRESOLVED: (KIND_LOOKS[Kind.UNKNOWN].colour, "x"),
 }
 """Colour, and plotly's name of a marker."""
+
+PAPER_FONT = "DejaVu Sans"
+"""Comes with matplotlib, so it is the same on every machine."""
+LABEL_SIZE, SMALL_SIZE = 7.5, 6.5
+"""Points, on paper: of titles and names of axes, and of ticks and legends."""
+
+PAPER_STYLE: dict[str, Any] = {
+    # Tokens, prompts and names stand in figures as they are: a $ in them is no formula.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+    # Whole fonts' outlines rather than Type 3 programs, which many venues refuse.
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "path",
+    # Instead of random names of elements.
+    "svg.hashsalt": "loopscope",
+    "font.family": PAPER_FONT,
+    "font.size": LABEL_SIZE,
+    "axes.titlesize": LABEL_SIZE,
+    "axes.labelsize": LABEL_SIZE,
+    "xtick.labelsize": SMALL_SIZE,
+    "ytick.labelsize": SMALL_SIZE,
+    "legend.fontsize": SMALL_SIZE,
+    "legend.title_fontsize": SMALL_SIZE,
+    "legend.frameon": False,
+    "legend.handlelength": 1.1,
+    "legend.columnspacing": 0.7,
+    "legend.handletextpad": 0.4,
+    "legend.borderaxespad": 0.2,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 2.5,
+    "image.interpolation": "nearest",
+    "image.cmap": "cividis",
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
+}
+"""What a paper's figures change in matplotlib's settings."""
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float) -> str:
+    """A number of a tick, without markup: 0.02, 350, 2·10⁻⁷."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.6g}".replace("-", "−")
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)
+    return f"{value / 10.0**exponent:.3g}·{decade(exponent)}".replace("-", "−")
+
+
+def decade(exponent: int) -> str:
+    """A power of ten, without markup: 10⁻³."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def decade_ticks(low: float, high: float, most: int = 6) -> list[int]:
+    """Whole exponents from `low` to `high`, evenly, at most that many."""
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    step = max(1, math.ceil((last - first) / max(1, most - 1)))
+    return list(range(first, last + 1, step))

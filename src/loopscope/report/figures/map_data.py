@@ -12,24 +12,23 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.wording import visible
 from loopscope.answers.limits import sinks_by_chance
-from loopscope.report.figures.curves import Material
 from loopscope.report.figures.look import SEQUENTIAL
 from loopscope.report.figures.plot import packed
-from loopscope.study import Site, sites_of
+from loopscope.study import Site, StudyView, sites_of
 
 _NUMBERS = ("sink_score", "strongest_sink", "strongest_sink_position", "mixing_score")
 
 
-def map_data(material: Material) -> dict[str, Any]:
+def map_data(view: StudyView) -> dict[str, Any]:
     """What maps.js needs."""
-    codes = material.view.dataset["attention_map"].values
+    codes = view.dataset["attention_map"].values
     if not _looks_ahead(codes):
         # No token, like what lies beyond the prompt: not the colour of a token that is not looked at.
         codes = codes.copy()
         codes[..., *np.triu_indices(codes.shape[-1], 1)] = UNKNOWN
-    names, numbers = _numbers(material)
+    names, numbers = _numbers(view)
     start = _first_shown(numbers, names)
-    sites, looped = mapped_sites(material), material.view.looped
+    sites, looped = mapped_sites(view), view.looped
     return {
         "side": codes.shape[-1],
         "heads": codes.shape[2],
@@ -49,21 +48,21 @@ def map_data(material: Material) -> dict[str, Any]:
         "start": {"layer": f"{sites[start[0]].stage}.{sites[start[0]].layer}", "head": start[1]},
         "prompts": [
             {
-                "tokens": [visible(str(token), 12) for token in material.tokens[prompt]["token_strings"]],
-                "note": _note(material, prompt),
+                "tokens": [visible(str(token), 12) for token in view.study.tokens[prompt]["token_strings"]],
+                "note": _note(view, prompt),
                 "codes": _packed(codes[index]),
                 "numbers": _packed(numbers[index]),
             }
-            for index, prompt in enumerate(mapped_prompts(material))
+            for index, prompt in enumerate(mapped_prompts(view))
         ],
         "names": names,
     }
 
 
-def _numbers(material: Material) -> tuple[list[str], NDArray[np.float32]]:
+def _numbers(view: StudyView) -> tuple[list[str], NDArray[np.float32]]:
     """Names of the numbers that the study has of each head, and (prompt, visit, head, number)."""
-    data = material.view.dataset.isel(prompt=mapped_prompts(material))
-    sites = mapped_sites(material)
+    data = view.dataset.isel(prompt=mapped_prompts(view))
+    sites = mapped_sites(view)
     found: dict[str, NDArray[np.floating]] = {}
     if "sink_score" in data:
         places = {site: depth for depth, site in enumerate(sites_of(data))}
@@ -77,7 +76,7 @@ def _numbers(material: Material) -> tuple[list[str], NDArray[np.float32]]:
             if site.stage == "recurrent":
                 of_visit[:, place] = change[:, site.layer, site.recurrence]
         found["change"] = of_visit
-    shape = (len(data["prompt"]), len(sites), material.view.dataset.sizes["head"], len(found))
+    shape = (len(data["prompt"]), len(sites), view.dataset.sizes["head"], len(found))
     numbers = np.stack(list(found.values()), axis=-1) if found else np.empty(shape)
     return list(found), numbers.astype(np.float32)
 
@@ -93,9 +92,9 @@ def _first_shown(numbers: NDArray[np.float32], names: list[str]) -> tuple[int, i
     return 0, 0
 
 
-def _note(material: Material, prompt: int) -> str:
+def _note(view: StudyView, prompt: int) -> str:
     """What has to be said of a prompt's maps."""
-    data = material.view.dataset
+    data = view.dataset
     total, shown = int(data["token_count"][prompt]), data.sizes["query"]
     said = []
     if shown < total:
@@ -104,12 +103,12 @@ def _note(material: Material, prompt: int) -> str:
     return " ".join(said)
 
 
-def mapped_prompts(material: Material) -> list[int]:
-    return [int(prompt) for prompt in material.view.dataset["mapped_prompt"].values]
+def mapped_prompts(view: StudyView) -> list[int]:
+    return [int(prompt) for prompt in view.dataset["mapped_prompt"].values]
 
 
-def mapped_sites(material: Material) -> list[Site]:
-    data = material.view.dataset
+def mapped_sites(view: StudyView) -> list[Site]:
+    data = view.dataset
     columns = (data[f"map_{name}"].values for name in ("stage", "layer", "recurrence"))
     return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
 

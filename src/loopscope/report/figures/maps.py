@@ -15,9 +15,9 @@ from markupsafe import Markup
 
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.wording import listed, visible
-from loopscope.report.figures.curves import Material
 from loopscope.report.figures.map_data import layer_name, map_data, mapped_prompts, mapped_sites, palette, pass_name
 from loopscope.report.figures.plot import Section, script_json
+from loopscope.study import StudyView
 
 _TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 """Named on the colour bar, which is even in the square root of attention."""
@@ -80,49 +80,49 @@ class Floorplan:
     has_data: bool
 
 
-def head_maps(material: Material) -> HeadMaps | None:
+def head_maps(view: StudyView) -> HeadMaps | None:
     """None for a study without attention maps."""
-    if "attention_map" not in material.view.dataset:
+    if "attention_map" not in view.dataset:
         return None
-    data = material.view.dataset
+    data = view.dataset
     seen = (data["attention_map"] != UNKNOWN).any(("mapped", "head", "query", "key")).values
-    looped = material.view.looped
+    looped = view.looped
     layers = {
         f"{site.stage}.{site.layer}": layer_name(site, looped)
-        for site, some in zip(mapped_sites(material), seen, strict=True)
+        for site, some in zip(mapped_sites(view), seen, strict=True)
         if some
     }
     return HeadMaps(
         title="What does one head look at?",
         caption=(
             "A row shows what one token looks at. All maps share one scale of colours, even in the square root of "
-            "attention, so that little differs visibly from nothing." + _on_numbers(material)
+            "attention, so that little differs visibly from nothing." + _on_numbers(view)
         ),
         layers=list(layers.items()),
         heads=data.sizes["head"],
-        prompts=_prompt_names(material),
+        prompts=_prompt_names(view),
         scale=_scale(),
-        data=script_json(map_data(material)),
+        data=script_json(map_data(view)),
     )
 
 
-def _on_numbers(material: Material) -> str:
+def _on_numbers(view: StudyView) -> str:
     """What the numbers below the maps are, where there are some."""
     said = []
-    if "sink_score" in material.view.dataset:
+    if "sink_score" in view.dataset:
         said += ["the sink score of the first token", "that of the strongest sink if it is another", "the mixing score"]
-    if "attention_change" in material.view.dataset:
+    if "attention_change" in view.dataset:
         said.append("the change per row since the recurrence before")
     return f" Below, over the whole prompt: {listed(said)}." if said else ""
 
 
-def floorplan_section(material: Material) -> Section:
+def floorplan_section(view: StudyView) -> Section:
     """All maps of a prompt; a section without figures for a study that has none."""
-    data = material.view.dataset
+    data = view.dataset
     figures = []
     if "attention_map" in data:
         codes = data["attention_map"]
-        passes = Counter(pass_name(site, material.view.looped) for site in mapped_sites(material))
+        passes = Counter(pass_name(site, view.looped) for site in mapped_sites(view))
         figures.append(
             Floorplan(
                 title="All heads on one prompt",
@@ -130,14 +130,14 @@ def floorplan_section(material: Material) -> Section:
                     "Rows are layers, columns heads; in each map a row shows what one token looks at. A bright column "
                     "is a sink, a bright diagonal a head that looks at its own token. Click on a map to see it large."
                 ),
-                prompts=_prompt_names(material),
+                prompts=_prompt_names(view),
                 heads=codes.sizes["head"],
                 scale=_scale(),
                 pixels=_pixels(list(passes.values()), codes.sizes["head"]),
                 has_data=bool((codes != UNKNOWN).any()),
             )
         )
-    looped = material.view.looped
+    looped = view.looped
     return Section(
         anchor="maps",
         short="Floorplan",
@@ -163,11 +163,11 @@ def _pixels(layers: list[int], heads: int) -> int:
     return _SMALLEST
 
 
-def _prompt_names(material: Material) -> list[str]:
+def _prompt_names(view: StudyView) -> list[str]:
     """As in `Prompt 3: Ann has ...`."""
     names = []
-    for prompt in mapped_prompts(material):
-        entry = material.tokens[prompt]
+    for prompt in mapped_prompts(view):
+        entry = view.study.tokens[prompt]
         text = entry["text"] or "".join(map(str, entry["token_strings"]))
         names.append(f"Prompt {prompt}: {visible(str(text), 70)}")
     return names

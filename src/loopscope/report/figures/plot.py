@@ -1,25 +1,311 @@
-"""A figure as the page holds it: what it asks, how to read it, and the plot."""
+"""A figure as data: what it asks, how to read it, and what is on its panels.
+
+`in_plotly` draws it for a page, `in_matplotlib` for a paper. Texts are plain: each of the two escapes what it would
+read as markup.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
+import dataclasses
 import json
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from string import ascii_lowercase
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
+from numpy.typing import NDArray
 
-from loopscope._util.wording import visible
+from loopscope.answers.comparison.result import Comparison
+from loopscope.report.figures.look import decade, decade_ticks, number
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
+
+Number = float | int
+Values = Sequence[Number] | NDArray[Any]
+Dash = Literal["solid", "dot", "dash", "dashdot", "longdash"]
+Symbol = Literal[
+    "circle", "square", "diamond", "triangle-right", "triangle-up", "triangle-left", "pentagon", "x", "bar", "star"
+]
+Scale = Literal["auto", "linear", "log", "free"]
+
+_LINEAR = 5.0
+"""Values within this factor are compared by eye on a linear axis; beyond it the small ones lie on top of each other."""
+_CLOSE = 2.0
+"""Values within this factor get an axis that does not begin at 0: their differences are then the matter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a mark is called, and what the page's tooltips say of its points."""
+
+    name: str = ""
+    """In the legend, and in tooltips after the legend's title where it is a number."""
+    listed: bool = True
+    """In the legend."""
+    explained: bool = False
+    """The reading says what it is, so that a legend without room may leave it out."""
+    tip: str = ""
+    """Of a point, such as `{label}: {y:.3f}`: `{label}`, `{x}`, `{y}`, `{z}`, and `{0}`, `{1}` of `data`, each with a
+    number format; what it is called and its value unless given."""
+    labels: Sequence[Any] = ()
+    """Of each point, for `{label}`; of a map a list for each row."""
+    data: Any = None
+    """Further numbers of each point, in the last dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(Named):
+    """Values over x, with gaps where they are NaN."""
+
+    x: Values
+    y: Values
+    z: Values | None = None
+    """In space: the height over x and y."""
+    colour: str
+    dash: Dash = "solid"
+    width: Number = 2
+    """CSS pixels; on paper in proportion."""
+    points: bool = False
+    """A marker at each value."""
+    steps: bool = False
+    """Level until the next value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band(Named):
+    """Grey between two edges."""
+
+    x: Values
+    low: Values
+    high: Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dots(Named):
+    """Points, with whiskers where there are ends of them."""
+
+    x: Values
+    y: Values
+    z: Values | None = None
+    low: Values | None = None
+    high: Values | None = None
+    """Ends of whiskers up and down."""
+    left: Values | None = None
+    right: Values | None = None
+    """Ends of whiskers to the sides."""
+    colour: str
+    symbol: Symbol = "circle"
+    hollow: bool = False
+    size: Number = 9
+    """CSS pixels."""
+    opacity: Number = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars(Named):
+    """A bar for each x."""
+
+    x: Values
+    y: Values
+    width: Number = 0.8
+    colour: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap(Named):
+    """Colours of a matrix, whose rows lie at y = 0, 1, ... and whose columns at `x`."""
+
+    z: NDArray[Any]
+    x: Values
+    bar: str
+    """What the colours are; without it there is no bar."""
+    low: Number | None = None
+    high: Number | None = None
+    """Of the colours; of the values unless given."""
+    bar_ticks: Mapping[Number, str] = dataclasses.field(default_factory=dict)
+    palette: Sequence[str] = ()
+    """Of values that are places in it, rather than a range of colours."""
+    texts: Sequence[Sequence[str]] = ()
+    """Written into the cells."""
+    parted_x: Sequence[Number] = ()
+    parted_y: Sequence[Number] = ()
+    """Where white lines part columns and rows."""
+    gaps: bool = False
+    """White between all cells."""
+    picks: str = ""
+    """The stage of whose heads a click picks one: `data` begin with layer and head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A line from edge to edge, at an x or at a y, which counts as a value of its axis."""
+
+    x: Number | None = None
+    y: Number | None = None
+    name: str = ""
+    dash: Dash = "dash"
+    above: bool = False
+    """Its name stands above the panel rather than in the legend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shade:
+    """A stage: grey from one x to another."""
+
+    start: Number
+    end: Number
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Around a cell of a map, by the place of its column and of its row."""
+
+    x: Number
+    y: Number
+
+
+Mark = Line | Band | Dots | Bars | HeatMap | Rule | Shade | Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """What is on an axis, and how its values are spaced."""
+
+    title: str
+    scale: Scale = "free"
+    """`auto`: logarithmic for values that span more than a factor of 5, else linear; a linear axis begins at 0 unless
+    all values lie within a factor of 2. `free` is linear and begins anywhere."""
+    percent: bool = False
+    """Shares of 1, named in percent."""
+    span: tuple[Number, Number] | None = None
+    """From its left or lower end to the other; the larger number may come first."""
+    ticks: Mapping[Number, str] | Sequence[Number] = ()
+    """Where only some values are named."""
+    whole: bool = False
+    """Of whole numbers, between which there are no ticks."""
+    grid: bool | None = None
+    """Whether it has lines; those of y do unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes, or three of a panel in space."""
+
+    x: Axis
+    y: Axis
+    z: Axis | None = None
+    marks: Sequence[Mark]
+    title: str = ""
+    anchor: str = ""
+    """Of this panel on the page, where something links to it."""
+    height: int = 340
+    """CSS pixels on the page; on paper, what is above that of an ordinary panel makes it higher in proportion."""
+    equal: bool = False
+    """Whether one unit, or one cell, is as long on both axes."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is a finite number to draw."""
+        return any(
+            bool(np.isfinite(np.asarray(mark.z if isinstance(mark, HeatMap) else mark.y, dtype=np.float64)).any())
+            for mark in self.marks
+            if isinstance(mark, Line | Dots | Bars | HeatMap)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure of a page and of a paper. What its type says of it (name, anchor and so on) is filled in by the type."""
+
+    template: ClassVar[str] = "plot.html"
+
+    question: str
+    """What it asks or shows, in a sentence."""
+    reading: str
+    """How to read it: sentences that are true of the study from which it was drawn."""
+    panels: Sequence[Panel]
+    legend: str = ""
+    """Title of the legend, where its entries are numbers."""
+    columns: int = 0
+    """Panels beside each other on paper; as many as there is room for unless given."""
+    same_y: bool = False
+    """Whether all panels have the same y axis."""
+    name: str = ""
+    """Of its files."""
+    anchor: str = ""
+    """On a page, to which answers link; without one it is drawn for papers alone."""
+    variables: tuple[str, ...] = ()
+    """From which it is drawn."""
+    paper: tuple[int, ...] = ()
+    """Figures of arXiv 2604.11791 that show the same, by what its running text says of them."""
+
+    @property
+    def has_data(self) -> bool:
+        return any(panel.has_data for panel in self.panels)
+
+    def letter(self, panel: Panel) -> str:
+        """Of one among several panels, by which the reading calls it."""
+        place = next(place for place, each in enumerate(self.panels) if each is panel)
+        return ascii_lowercase[place % 26] if len(self.panels) > 1 else ""
+
+    def called(self, mark: Named) -> str:
+        """What a tooltip calls a line: `layer 3`, where the legend has a title and the number."""
+        return f"{self.legend} {mark.name}" if self.legend and mark.name.isdigit() else mark.name
+
+    def logarithmic(self, panel: Panel) -> bool:
+        """Whether the y axis of a panel is logarithmic."""
+        return is_logarithmic(panel.y, self.values(panel, decisive=True))
+
+    def values(self, panel: Panel, *, decisive: bool = False) -> NDArray[np.float64]:
+        """The finite y values on a panel, or on all of them where they share the axis; those that decide about its
+        scale are without bands and whiskers."""
+        marks = [mark for each in (self.panels if self.same_y else [panel]) for mark in each.marks]
+        found: list[Any] = [np.empty(0)]
+        for mark in marks:
+            if isinstance(mark, Line | Dots | Bars):
+                found.append(mark.y)
+            if isinstance(mark, Rule) and mark.y is not None:
+                found.append([mark.y])
+            if isinstance(mark, Band | Dots) and not decisive:
+                found += [edge for edge in (mark.low, mark.high) if edge is not None]
+        joined: NDArray[np.float64] = np.concatenate([np.asarray(each, dtype=np.float64).ravel() for each in found])
+        return joined[np.isfinite(joined)]
+
+
+def is_logarithmic(axis: Axis, values: NDArray[np.float64]) -> bool:
+    """Whether values are drawn on a logarithm."""
+    positive = values[values > 0]
+    if axis.scale == "auto":
+        return bool(positive.size) and float(positive.max() / positive.min()) > _LINEAR
+    return axis.scale == "log"
+
+
+def begins_at_zero(axis: Axis, values: NDArray[np.float64]) -> bool:
+    """Of a linear axis."""
+    if axis.scale == "free" or not values.size:
+        return False
+    return bool(0 <= values.min() < values.max() / _CLOSE) or not values.any()
+
+
+def log_ticks(low: float, high: float) -> dict[float, str]:
+    """From `low` to `high`: within a decade 1, 2, 3, 4, 5 and 7, within two 1, 2 and 5, beyond that powers of ten."""
+    if high / low > 100:
+        return {10.0**power: decade(power) for power in decade_ticks(math.log10(low), math.log10(high))}
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if high / low > 10 else (1, 2, 3, 4, 5, 7)
+    ticks = [digit * 10.0**power for power in powers for digit in digits]
+    return {tick: number(tick) for tick in ticks if low <= tick <= high}
 
 
 @runtime_checkable
 class Drawn(Protocol):
-    """What a section holds: plots, and what has a template of its own."""
+    """What a section of a page holds: plots, and what has a template of its own."""
 
     @property
     def anchor(self) -> str:
@@ -31,37 +317,7 @@ class Drawn(Protocol):
 
     @property
     def template(self) -> str:
-        """Of `report/templates`; it is given this object as `figure`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One plot of the report."""
-
-    template: ClassVar[str] = "plot.html"
-
-    anchor: str
-    """Unique on the page; answers link to it."""
-    title: str
-    """What it asks or shows, in a sentence."""
-    caption: str
-    """How to read it."""
-    plot: go.Figure
-    height: int = 340
-    """In CSS pixels."""
-    picks: str = ""
-    """The stage of whose heads a click picks one: the plot's custom data begin with layer and head."""
-
-    @property
-    def has_data(self) -> bool:
-        """Whether there is a finite number to draw: a study whose prompts diverged has figures without any."""
-        drawn = (trace.z if "z" in trace else trace.y for trace in self.plot.data)
-        return any(bool(np.isfinite(np.asarray(values, dtype=np.float64)).any()) for values in drawn)
-
-    @property
-    def json(self) -> Markup:
-        """The plot for a script element: no character in it can end the element, or start another."""
-        return _script_text(str(self.plot.to_json()))
+        """Of `report/page/templates`; it is given this object as `figure`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,22 +333,114 @@ class Section:
     """Figures beside each other, where the window is wide enough."""
     figures: Sequence[Drawn] = ()
 
+    @property
+    def anchors(self) -> set[str]:
+        """Of its figures and of their panels."""
+        panels = [panel for figure in self.figures if isinstance(figure, Plot) for panel in figure.panels]
+        return {figure.anchor for figure in self.figures} | {panel.anchor for panel in panels if panel.anchor}
+
+
+S = TypeVar("S", StudyView, Comparison)
+"""What a figure is drawn from."""
+
+
+def never(_: Any) -> str | None:
+    """No other reason than missing variables."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureType(Generic[S]):
+    """A type of figure: what it needs, and how it is drawn."""
+
+    name: str
+    """Of its files."""
+    of: Callable[[S, ReportSettings], Plot]
+    anchor: str = ""
+    """On a page; without one it is drawn for papers alone."""
+    variables: tuple[str, ...]
+    """Of the study or the comparison, from which it is drawn."""
+    one_is_enough: bool = False
+    """Whether it is drawn where the study has but one of the variables."""
+    loops: bool = True
+    """Whether it is about recurrences, which a feed-forward model does not have."""
+    unless: Callable[[S], str | None] = never
+    """Another reason for which it cannot be drawn."""
+    paper: tuple[int, ...] = ()
+    """Figures of arXiv 2604.11791 that show the same, by what its running text says of them."""
+
+    def draw(self, source: S, settings: ReportSettings) -> Plot:
+        """Raises `StudyError` for a study without what it is drawn from."""
+        return dataclasses.replace(
+            self.of(source, settings), name=self.name, anchor=self.anchor, variables=self.variables, paper=self.paper
+        )
+
+    def absent(self, source: S) -> str | None:
+        """Why it cannot be drawn; None if it can."""
+        if isinstance(source, StudyView):
+            if self.loops and not source.looped:
+                return "a feed-forward model has no recurrences"
+            reasons = [why_absent(source, variable) for variable in self.variables]
+            lacking = [reason for reason in reasons if reason]
+            if lacking and (len(lacking) == len(reasons) or not self.one_is_enough):
+                return lacking[0]
+        return self.unless(source)
+
+
+def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings) -> list[Plot]:
+    """Those for a page that can be drawn and have something to show."""
+    plots = [each.draw(source, settings) for each in types if each.anchor and each.absent(source) is None]
+    return [plot for plot in plots if plot.has_data]
+
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "path-independence": ("path_distance", "path_cosine"),
+    "cycle-similarity": ("cycle_similarity", "attention_cycle_distance"),
+    "trajectories": ("trajectory",),
+    "readout": ("loss", "token_top1", "token_kl_to_last"),
+    "heads": (
+        "attention_change",
+        "attention_distance_to_horizon",
+        "attention_cycle_distance",
+        "head_stable_from",
+        "colsum_concentration",
+        "sink_score",
+    ),
+    "stages": ("mean_token_norm", "massive_token", "massive_dimension"),
+    "neurons": ("prediction_neurons", "suppression_neurons"),
+}
+"""Variables by the part of an analysis that measures them, as `--skip` names it."""
+
+_OTHERWISE = {
+    "exit_probability": "the model has no exit gate",
+    "path_distance": "the model cannot be started from another initial state",
+    "prediction_neurons": "neurons were not counted (a model watched from outside, or a count over --neuron-limit)",
+}
+
+
+def why_absent(view: StudyView, variable: str) -> str | None:
+    """Why a study cannot give a figure a variable; None if it can."""
+    if variable not in view.shown:
+        for part in view.manifest["settings"].get("skip", ()):
+            if variable in _PARTS.get(part, ()):
+                return f"the analysis was told to leave it out (--skip {part})"
+        return _OTHERWISE.get(variable, f"the study has no variable {variable}")
+    values = view.shown[variable].values
+    if values.dtype.kind == "f" and not np.isfinite(values).any():
+        return f"{variable} is nowhere finite in this study"
+    return None
+
 
 def script_json(value: Any) -> Markup:
     """A value as JSON for a script element, safe as the plots are."""
-    return _script_text(json.dumps(value, allow_nan=False))
+    return script_text(json.dumps(value, allow_nan=False))
+
+
+def script_text(text: str) -> Markup:
+    """JSON for a script element: no character in it can end the element, or start another."""
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def packed(content: bytes) -> str:
     """Compressed (zlib), as base64: what `unpacked` in common.js takes apart."""
     return base64.b64encode(zlib.compress(content, 9)).decode()
-
-
-def _script_text(text: str) -> Markup:
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def plot_text(text: str, longest: int = 40) -> str:
-    """A text from outside (a token, a prompt, a name) for plotly, which reads a little HTML: escaped, white space
-    made visible, cut to `longest` characters."""
-    return html.escape(visible(text, longest), quote=False)

@@ -6,11 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from loopscope._util.statistics import mean, quantile
-from loopscope.report.figures.curves import Material, final_shares
+from loopscope.report.figures._old import Figure, Material, base_figure, mark_vertical, scale_y
+from loopscope.report.figures.convergence import CONVERGENCE
+from loopscope.report.figures.curves import final_shares
 from loopscope.report.figures.exit_rules import exit_rule_figures
-from loopscope.report.figures.in_plotly import by_layer, mark_vertical, scale_y
-from loopscope.report.figures.look import CATEGORIES, base_figure
-from loopscope.report.figures.plot import Figure, Section
+from loopscope.report.figures.look import CATEGORIES
+from loopscope.report.figures.plot import Drawn, Section, on_page
 from loopscope.study import median_over_prompts, positive, powers_of_two
 
 _MOST_TICKS = 12
@@ -19,9 +20,11 @@ _MOST_TICKS = 12
 
 def readout_section(material: Material) -> Section:
     """Path independence, loss and what the model would say, as far as they were measured."""
-    figures = []
+    figures: list[Drawn] = []
     if "path_distance" in material.shown:
-        figures.append(_path(material))
+        figures += on_page(
+            [each for each in CONVERGENCE if each.anchor == "path-independence"], material.view, material.settings
+        )
     if "loss" in material.shown and material.shown.sizes["readout_recurrence"] > 1:
         figures.append(_loss(material))
     if "token_top1" in material.shown and material.shown.sizes["readout_recurrence"] > 1:
@@ -35,19 +38,6 @@ def readout_section(material: Material) -> Section:
         title="Does it forget its start, and what does it say?",
         lead="Both over the number of recurrences.",
         figures=figures,
-    )
-
-
-def _path(material: Material) -> Figure:
-    return Figure(
-        anchor="path-independence",
-        title="Do two initial states end in the same place?",
-        caption=(
-            "Distance between two runs of the same prompt from different initial states, medians over prompts. "
-            "Falling to the rounding floor: the model forgets where it started. A plateau: where it ends depends "
-            "on it."
-        ),
-        plot=by_layer(material, "path_distance", "distance / mean norm", ribbon=False, floor=True),
     )
 
 

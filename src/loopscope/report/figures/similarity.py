@@ -1,128 +1,217 @@
-"""Figures: one point or many?"""
+"""One point or many? Matrices of layers, and of every two visits."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
-import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import lines_across
-from loopscope.report.figures.look import SEQUENTIAL, base_figure
-from loopscope.report.figures.plot import Figure, Section
-from loopscope.study import median_over_prompts, stage_name, stage_starts
+from loopscope.report.figures.convergence import PER_ROW
+from loopscope.report.figures.curves import FEW
+from loopscope.report.figures.plot import Axis, FigureType, HeatMap, Number, Panel, Plot, Section, on_page
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView, stage_name, stage_starts
 
 _MOST_NUMBERS = 8
+"""Layers whose cosines are written into the map."""
+_MOST_NAMES = 16
+"""Passes that are named on an axis; more names would lie on top of each other."""
+_HEIGHT = 420
 
 
-def similarity_section(material: Material) -> Section:
-    """Cosines between layers at the horizon, and between all visits of the first recurrences."""
-    figures = []
-    if material.view.looped:
-        figures.append(_layers(material))
-    if "cycle_similarity" in material.shown:
-        figures.append(_visits(material))
-    return Section(
-        anchor="points",
-        short="Points",
-        title="One point or many?" if material.view.looped else "How similar are the layers?",
-        lead="Cosines of residual streams, token by token, then averaged over tokens and prompts.",
-        figures=figures,
-    )
-
-
-def _layers(material: Material) -> Figure:
-    cosine = median_over_prompts(material.shown["layer_cosine"]).transpose("layer", "layer_other").values
-    names = [str(layer) for layer in range(material.recurrent)]
-    figure = _heat_map(cosine, names, "recurrent layer", "recurrent layer")
-    if material.recurrent <= _MOST_NUMBERS:
-        figure.update_traces(texttemplate="%{z:.2f}", textfont={"size": 12})
-    return Figure(
-        anchor="layer-cosine",
-        title="Do the layers share one point?",
-        caption=(
-            "Cosine between the layers' states at the horizon, median over prompts. All near 1: every layer ends "
-            "at the same point and the cycle is no cycle. Otherwise each layer has its own."
+def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
+    cosine = view.median("layer_cosine").transpose("layer", "layer_other").values.astype(np.float64)
+    layers = len(cosine)
+    axis = Axis(title="recurrent layer", ticks={n: str(n) for n in range(0, layers, -(-layers // 12))})
+    return Plot(
+        question="Do the layers share one point?",
+        reading=(
+            "Cosine between the residual streams of the recurrent layers at the horizon H, median over prompts of "
+            "means over tokens. All near 1: the layers share one point, and the cycle is no cycle. Otherwise each "
+            "layer has its own."
         ),
-        plot=figure,
-        height=420,
+        panels=[
+            Panel(
+                x=axis,
+                y=axis,
+                marks=[
+                    HeatMap(
+                        z=cosine,
+                        x=np.arange(layers),
+                        bar="cosine at H",
+                        low=_lowest(cosine),
+                        high=1,
+                        texts=[[f"{value:.2f}" for value in row] for row in cosine] if layers <= _MOST_NUMBERS else (),
+                        tip="layers {y} and {x}: {z:.3f}",
+                    )
+                ],
+                height=_HEIGHT,
+                equal=True,
+            )
+        ],
     )
 
 
-def _visits(material: Material) -> Figure:
-    labels = [str(label) for label in material.shown["visit"].values]
-    if material.view.looped:
-        title = "Does every pass through the block repeat the last one?"
+def _cycle_residual(view: StudyView, settings: ReportSettings) -> Plot:
+    return _residual(view, FEW)
+
+
+def _cycle_residual_long(view: StudyView, settings: ReportSettings) -> Plot:
+    return _residual(view, math.inf)
+
+
+def _residual(view: StudyView, recurrences: float) -> Plot:
+    if view.looped:
+        question = "Does every pass through the block repeat the last one?"
         reading = (
             "White lines part the stages and recurrences. Diagonal stripes: the pass repeats itself layer by layer. "
             "One bright square: all layers agree."
         )
     else:
-        title = "How does the residual stream turn?"
-        reading = "Bright squares: layers that leave its direction as it is."
-    return Figure(
+        question, reading = "How does the residual stream turn?", "Bright squares: layers that leave it as it is."
+    values, labels = _part(view, "cycle_similarity", recurrences)
+    return Plot(
+        question=question,
+        reading=(
+            f"Cosine between the residual streams after every two {_visits(view, recurrences)}, mean over tokens and "
+            f"prompts. {reading}"
+        ),
+        panels=[_visits_map(values, labels, "cosine", low=_lowest(values), high=1)],
+    )
+
+
+def _cycle_attention(view: StudyView, settings: ReportSettings) -> Plot:
+    return _attention(view, FEW)
+
+
+def _cycle_attention_long(view: StudyView, settings: ReportSettings) -> Plot:
+    return _attention(view, math.inf)
+
+
+def _attention(view: StudyView, recurrences: float) -> Plot:
+    values, labels = _part(view, "attention_cycle_distance", recurrences)
+    repeats = " Dark diagonals: each layer attends as it did one pass before." if view.looped else ""
+    return Plot(
+        question="Does attention repeat from pass to pass?" if view.looped else "How alike do the layers attend?",
+        reading=(
+            f"Distance between the attention maps of every two {_visits(view, recurrences)}, over all heads, mean over "
+            f"prompts. {PER_ROW}{repeats}"
+        ),
+        panels=[_visits_map(values, labels, "distance per row", low=0, high=float(np.nanmax(values)) or 1.0)],
+    )
+
+
+def _lowest(cosine: NDArray[np.float64]) -> float:
+    return min(0.0, float(np.nanmin(cosine)))
+
+
+def _labels(view: StudyView, recurrences: float) -> list[str]:
+    """The visits of a cycle's matrix up to a recurrence, or all of them.
+
+    The coda, which runs after the last recurrence of all, is left out of a part.
+    """
+    labels = [str(label) for label in view.shown["visit"].values]
+    held = sum(stage_name(label).isdigit() for label in labels) // max(1, view.recurrent)
+    return labels if held <= recurrences else labels[: view.prelude + view.recurrent * int(recurrences)]
+
+
+def _part(view: StudyView, name: str, recurrences: float) -> tuple[NDArray[np.float64], list[str]]:
+    values, labels = view.variable(name).values.astype(np.float64), _labels(view, recurrences)
+    return values[: len(labels), : len(labels)], labels
+
+
+def _visits(view: StudyView, recurrences: float) -> str:
+    if not view.looped:
+        return "layers"
+    if recurrences > FEW:
+        return "visits of all the recurrences kept"
+    return f"visits of the first {min(FEW, view.recurrences)} recurrences"
+
+
+def _visits_map(values: NDArray[np.float64], labels: Sequence[str], what: str, *, low: Number, high: Number) -> Panel:
+    """Visits x visits in order of realised depth, with white lines where a stage or a recurrence begins, or of a
+    feed-forward model its layers."""
+    starts = stage_starts(labels)
+    names = [stage_name(labels[start]) for start in starts]
+    looped = any(name.isdigit() for name in names)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
+    if not looped:
+        names, middles = [str(n) for n in range(len(labels))], [float(n) for n in range(len(labels))]
+    every = -(-len(names) // _MOST_NAMES)
+    # The coda is named beside the last recurrence, where there is room for one name of the two.
+    room = len(names) - (every if names[-1] == "coda" else 0)
+    ticks = {
+        middles[place]: name
+        for place, name in enumerate(names)
+        if not name.isdigit() or (int(name) % every == 0 and place < room)
+    }
+    axis = Axis(title="recurrence" if looped else "layer", ticks=ticks)
+    between = [start - 0.5 for start in starts[1:]] if looped else []
+    return Panel(
+        x=axis,
+        y=axis,
+        marks=[
+            HeatMap(
+                z=values, x=np.arange(len(labels)), bar=what, low=low, high=high, parted_x=between, parted_y=between,
+                labels=[[f"{a}\n{b}" for b in labels] for a in labels], tip=f"{{label}}\n{what} {{z:.3f}}",
+            )
+        ],
+        height=_HEIGHT,
+        equal=True,
+    )  # fmt: skip
+
+
+def _no_longer(view: StudyView) -> str | None:
+    if len(_labels(view, math.inf)) > len(_labels(view, FEW)):
+        return None
+    return f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
+
+
+SIMILARITY: tuple[FigureType[StudyView], ...] = (
+    FigureType(name="layer-cosine", of=_layer_cosine, anchor="layer-cosine", variables=("layer_cosine",)),
+    FigureType(
+        name="cycle-attention",
+        of=_cycle_attention,
+        anchor="attention-cycle",
+        variables=("attention_cycle_distance",),
+        loops=False,
+        paper=(2,),
+    ),
+    FigureType(
+        name="cycle-attention-long",
+        of=_cycle_attention_long,
+        anchor="attention-cycle-long",
+        variables=("attention_cycle_distance",),
+        unless=_no_longer,
+        paper=(21,),
+    ),
+    FigureType(
+        name="cycle-residual",
+        of=_cycle_residual,
         anchor="cycle-similarity",
-        title=title,
-        caption=f"Cosine between the residual streams of every two visits, in order of realised depth. {reading}",
-        plot=visits_map(material.shown["cycle_similarity"].values, labels, "cosine", highest=1.0),
-        height=420,
+        variables=("cycle_similarity",),
+        loops=False,
+        paper=(19,),
+    ),
+    FigureType(
+        name="cycle-residual-long",
+        of=_cycle_residual_long,
+        anchor="cycle-similarity-long",
+        variables=("cycle_similarity",),
+        unless=_no_longer,
+        paper=(20,),
+    ),
+)
+
+
+def similarity_section(view: StudyView, settings: ReportSettings) -> Section:
+    """Cosines between layers at the horizon, and between all visits of the first recurrences."""
+    return Section(
+        anchor="points",
+        short="Points",
+        title="One point or many?" if view.looped else "How similar are the layers?",
+        lead="Cosines of residual streams, token by token, then averaged over tokens and prompts.",
+        figures=on_page([each for each in SIMILARITY if "attention" not in each.name], view, settings),
     )
-
-
-def visits_map(
-    values: NDArray[np.floating],
-    labels: list[str],
-    what: str,
-    *,
-    lowest: float | None = None,
-    highest: float | None = None,
-) -> go.Figure:
-    """A heat map of visits x visits, with white lines where a stage or a recurrence begins."""
-    figure = _heat_map(values, labels, "visit", "visit", what=what, lowest=lowest, highest=highest)
-    edges = stage_starts(labels)
-    between = [edge - 0.5 for edge in edges[1:]]
-    lines_across(figure, {"color": "white", "width": 1.5}, x=between, y=between)
-    middles = [(start + end - 1) / 2 for start, end in zip(edges, [*edges[1:], len(labels)], strict=True)]
-    names = [stage_name(labels[start]) for start in edges]
-    figure.update_traces(
-        x=None,
-        y=None,
-        customdata=np.array([[[a, b] for b in labels] for a in labels]),
-        hovertemplate=f"%{{customdata[0]}}<br>%{{customdata[1]}}<br>{what} %{{z:.3f}}<extra></extra>",
-    )
-    figure.update_xaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="", tickangle=-90)
-    figure.update_yaxes(type="linear", tickmode="array", tickvals=middles, ticktext=names, ticks="")
-    return figure
-
-
-def _heat_map(
-    values: NDArray[np.floating],
-    names: list[str],
-    x_title: str,
-    y_title: str,
-    *,
-    what: str = "cosine",
-    lowest: float | None = None,
-    highest: float | None = 1.0,
-) -> go.Figure:
-    """Colours from the least value (at most 0) to the largest, unless told otherwise."""
-    figure = base_figure(x_title, y_title, hovermode="closest")
-    shown = values.astype(np.float32)
-    finite = shown[np.isfinite(shown)]
-    figure.add_heatmap(
-        z=shown,
-        x=names,
-        y=names,
-        zmin=float(min(0.0, finite.min(initial=0.0))) if lowest is None else lowest,
-        zmax=float(finite.max(initial=0.0)) if highest is None else highest,
-        colorscale=SEQUENTIAL,
-        colorbar={"title": {"text": what, "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9},
-        hovertemplate="%{x} and %{y}: %{z:.3f}<extra></extra>",
-    )
-    figure.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False)
-    figure.update_xaxes(constrain="domain")
-    if names and names[0].isdigit():
-        ticks = list(range(0, len(names), -(-len(names) // 12)))
-        figure.update_xaxes(type="category", tickvals=ticks, tickangle=0)
-        figure.update_yaxes(type="category", tickvals=ticks)
-    return figure

@@ -1,100 +1,272 @@
-"""Figures: the stages of inference, quantity by quantity, along the depth of one pass and through all of them."""
+"""The stages of inference, along the depth of one pass, through all visits, and layer by layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
-import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from loopscope.answers.limits import short_prompts
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.in_plotly import along_depth, along_one_pass, scale_y
-from loopscope.report.figures.look import CATEGORIES, base_figure
-from loopscope.report.figures.plot import Figure, Section
-from loopscope.study import Site, median_over_prompts, powers_of_two, sites_of
+from loopscope.report.figures.curves import (
+    FEW,
+    Layout,
+    judged_at,
+    laid_out,
+    line_words,
+    passes,
+    share_axis,
+    visit_curve,
+)
+from loopscope.report.figures.look import CATEGORIES
+from loopscope.report.figures.plot import Axis, Bars, FigureType, Line, Panel, Plot, Section, never, on_page, why_absent
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView, sites_of
 
-_MOST_VISITS = 96
-"""In a line through every visit; beyond that a point is no longer seen."""
+
+def within(view: StudyView) -> list[int]:
+    """The recurrences up to the trained number that get a line each."""
+    return passes(judged_at(view)) if view.looped else []
 
 
-def stages_section(material: Material) -> Section:
-    """What each visit does to attention and residual stream."""
-    sites = sites_of(material.shown) if "depth" in material.shown.sizes else []
-    figures = [
-        figure
-        for quantity in STAGE_QUANTITIES
-        if quantity.variable in material.shown
-        for figure in _figures(material, quantity, sites)
-    ]
-    if "prediction_neurons" in material.shown:
-        figures.append(_neurons(material))
-    lead = "Medians over prompts."
-    if material.view.looped:
-        lead += (
-            " Left, along the depth of one pass, a line per recurrence, later ones lighter: where lines coincide, "
-            "every pass repeats the same stages. Right, the same numbers through every visit in order."
+def beyond(view: StudyView) -> list[int]:
+    """The trained number of recurrences, its doublings, and the last one measured; empty where none lies beyond it."""
+    trained, last = view.trained, view.recurrences
+    if trained is None or not 1 <= trained < last:
+        return []
+    doublings = [trained * 2**power for power in range(last.bit_length()) if trained * 2**power < last]
+    return [*doublings, last]
+
+
+def _few(view: StudyView) -> list[int]:
+    return [min(FEW, view.recurrences)] if view.looped else []
+
+
+def _all(view: StudyView) -> list[int]:
+    return [view.recurrences]
+
+
+def _no_more_than_few(view: StudyView) -> str | None:
+    count = view.recurrences
+    return None if count > FEW else f"{count} recurrences were measured, which the figure of the first {FEW} shows"
+
+
+def _nothing_beyond(view: StudyView) -> str | None:
+    if view.trained is None:
+        return "it is not known how many recurrences the model was trained with"
+    return None if beyond(view) else f"no recurrence beyond the trained {view.trained} was measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stages:
+    """A type of figure with a panel per stage measure."""
+
+    name: str
+    question: str
+    layout: Layout
+    lines: Callable[[StudyView], list[int]] = within
+    only: str = ""
+    """The measure that it shows alone, by its anchor."""
+    anchored: bool = False
+    """Whether each panel has an anchor on the page."""
+
+    @property
+    def quantities(self) -> list[StageQuantity]:
+        return [quantity for quantity in STAGE_QUANTITIES if self.only in ("", quantity.anchor)]
+
+    def type(
+        self,
+        paper: tuple[int, ...],
+        anchor: str = "",
+        *,
+        loops: bool = True,
+        unless: Callable[[StudyView], str | None] = never,
+    ) -> FigureType[StudyView]:
+        variables = tuple(quantity.variable for quantity in self.quantities)
+        return FigureType(
+            name=self.name,
+            of=self.draw,
+            anchor=anchor,
+            variables=variables,
+            one_is_enough=True,
+            loops=loops,
+            unless=unless,
+            paper=paper,
         )
-    return Section(
-        anchor="stages", short="Stages", title="Do the stages of inference repeat?", lead=lead, figures=figures
-    )
+
+    def draw(self, view: StudyView, settings: ReportSettings) -> Plot:
+        quantities = [quantity for quantity in self.quantities if why_absent(view, quantity.variable) is None]
+        curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], self.lines(view)
+        letters = [f"({letter}) " for letter in "abcdef"] if len(quantities) > 1 else [""]
+        said = [
+            " ".join([f"{letter}{quantity.name}. {quantity.reading}", *_limits(view, quantity)])
+            for letter, quantity in zip(letters, quantities, strict=False)
+        ]
+        medians = "Medians over prompts, at every layer application."
+        return Plot(
+            question=self.question,
+            reading=" ".join([medians, *said, line_words(view, self.layout, curves[0], recurrences)]),
+            panels=[
+                laid_out(
+                    view,
+                    settings,
+                    curve,
+                    self.layout,
+                    quantity.y_title,
+                    recurrences,
+                    scale="auto" if quantity.logarithmic else "linear",
+                    anchor=f"{quantity.anchor}-{self.layout.replace(' ', '-')}" if self.anchored else "",
+                )
+                for quantity, curve in zip(quantities, curves, strict=True)
+            ],
+            legend="recurrence" if self.layout == "by recurrence" else "layer",
+        )
 
 
-def _figures(material: Material, quantity: StageQuantity, sites: list[Site]) -> list[Figure]:
-    values = median_over_prompts(quantity.of_prompt(material.shown)).values.astype(np.float32)
-    shown = min(len(sites), _MOST_VISITS)
-    looped = material.view.looped
-    cut = f" The first {shown} of {len(sites)} visits." if shown < len(sites) else ""
-    reading = quantity.reading
-    if quantity.variable == "sink_score":
-        reading = " ".join([reading, *short_prompts(material.view)])
-    through = _scaled(along_depth(values[:shown], sites[:shown], quantity.y_title), quantity)
-    whole = Figure(
-        anchor=f"{quantity.anchor}-by-depth",
-        title="Through every visit" if looped else quantity.title,
-        caption=(f"Dotted lines part stages and recurrences.{cut}" if looped else reading),
-        plot=through,
+def _limits(view: StudyView, quantity: StageQuantity) -> list[str]:
+    return short_prompts(view) if quantity.variable == "sink_score" else []
+
+
+def _massive_places(view: StudyView, settings: ReportSettings) -> Plot:
+    count = view.prelude + view.recurrent * min(FEW, max(1, view.recurrences))
+    last = count if view.looped and view.recurrences > FEW else len(sites_of(view.shown))
+    token, place = (
+        view.variable(f"massive_{name}").transpose("depth", "prompt").values[:last] for name in ("token", "dimension")
     )
-    if not looped:
-        return [whole]
-    recurrences = [count - 1 for count in powers_of_two(material.view.recurrences)]
-    return [
-        Figure(
-            anchor=f"{quantity.anchor}-by-recurrence",
-            title=quantity.title,
-            caption=reading,
-            plot=_scaled(along_one_pass(material, values, sites, quantity.y_title, recurrences), quantity),
+    visits = np.arange(last) + (1 if view.looped else 0)
+    upto = f" of the first {min(FEW, view.recurrences)} recurrences" if view.looped else ""
+    shares = (
+        ("on the first token", (token == 0).mean(axis=1), CATEGORIES[0]),
+        ("in the most common coordinate", np.array([_most_common(row) for row in place]), CATEGORIES[1]),
+    )
+    return Plot(
+        question="Where are the largest entries?",
+        reading=(
+            f"Where the largest entry of the residual stream is, at every layer application{upto}: share of prompts in "
+            "which it belongs to the first token, and in which it lies in the coordinate where it lies most often "
+            "there."
         ),
-        whole,
-    ]
+        panels=[
+            Panel(
+                x=Axis(
+                    title="layer application, in order" if view.looped else "layer",
+                    span=(visits[0] - 0.5, visits[-1] + 0.5),
+                    whole=True,
+                ),
+                y=share_axis("share of prompts"),
+                marks=[
+                    Line(x=visits, y=share, name=name, colour=colour, points=True) for name, share, colour in shares
+                ],
+            )
+        ],
+    )
 
 
-def _scaled(figure: go.Figure, quantity: StageQuantity) -> go.Figure:
-    if quantity.logarithmic:
-        scale_y(figure)
-    else:
-        figure.update_yaxes(rangemode="tozero")
-    return figure
+def _most_common(row: NDArray[np.integer]) -> float:
+    """Share of the entries of a row that have its most frequent value."""
+    return float(np.unique(row, return_counts=True)[1].max() / len(row))
 
 
-def _neurons(material: Material) -> Figure:
-    labels = [str(label) for label in material.shown["unique_layer"].values]
-    figure = base_figure("layer", "share of neurons", hovermode="closest")
-    for name, colour in (("prediction", CATEGORIES[0]), ("suppression", CATEGORIES[1])):
-        figure.add_bar(
-            x=labels,
-            y=material.shown[f"{name}_neurons"].values.astype(np.float32),
-            name=name,
-            marker={"color": colour},
-            hovertemplate=f"%{{x}}, {name}: %{{y:.2%}}<extra></extra>",
-        )
-    figure.update_xaxes(type="category", nticks=16)
-    figure.update_yaxes(tickformat=".2~p", rangemode="tozero")
-    return Figure(
+def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
+    labels = [str(label) for label in view.variable("unique_layer").values]
+    every = max(1, -(-len(labels) // 12))
+    short = [label.replace("prelude.", "p").replace("recurrent.", "r").replace("coda.", "c") for label in labels]
+    names = short if view.looped else [str(layer) for layer in range(len(labels))]
+    kinds = (("prediction", CATEGORIES[0]), ("suppression", CATEGORIES[1]))
+    return Plot(
+        question="Which layers write tokens?",
+        reading=(
+            "Share of MLP neurons whose output raises (prediction) or lowers (suppression) the logits of a few tokens "
+            "far more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights alone."
+        ),
+        panels=[
+            Panel(
+                x=Axis(
+                    title="layer (p: prelude, r: recurrent, c: coda)" if view.looped else "layer",
+                    ticks=dict(list(enumerate(names))[::every]),
+                ),
+                y=Axis(title="share of neurons", scale="linear", percent=True),
+                marks=[
+                    Bars(
+                        x=np.arange(len(labels)),
+                        y=view.variable(f"{name}_neurons").values.astype(np.float64),
+                        name=name,
+                        colour=colour,
+                        labels=labels,
+                        tip=f"{{label}}, {name}: {{y:.2%}}",
+                    )
+                    for name, colour in kinds
+                ],
+            )
+        ],
+    )
+
+
+_CONCENTRATED = "How concentrated is the attention?"
+_REPEATING = "Do the stages of inference repeat?"
+
+STAGES: tuple[FigureType[StudyView], ...] = (
+    _Stages(
+        name="concentration-by-depth", question=_CONCENTRATED, layout="by depth", lines=_few, only="concentration"
+    ).type((7,), loops=False),
+    _Stages(
+        name="concentration-by-depth-long", question=_CONCENTRATED, layout="by depth", lines=_all, only="concentration"
+    ).type((11,), unless=_no_more_than_few),
+    _Stages(
+        name="concentration-by-recurrence", question=_CONCENTRATED, layout="by recurrence", only="concentration"
+    ).type((8,)),
+    _Stages(
+        name="concentration-beyond", question=_CONCENTRATED, layout="by recurrence", lines=beyond, only="concentration"
+    ).type((12,), unless=_nothing_beyond),
+    _Stages(
+        name="magnitude-by-depth",
+        question="How large is the residual stream?",
+        layout="by depth",
+        lines=_few,
+        only="magnitude",
+    ).type((9,), loops=False),
+    _Stages(
+        name="stages-by-depth", question="What does each visit do?", layout="by depth", lines=_few, anchored=True
+    ).type((34,), "stages-by-depth", loops=False),
+    _Stages(
+        name="stages-by-recurrence", question=_REPEATING, layout="by recurrence", anchored=True
+    ).type(tuple(range(35, 47)), "stages-by-recurrence"),
+    _Stages(
+        name="stages-by-layer", question="How does each layer change over the recurrences?", layout="by layer"
+    ).type((47, 48, 49), "stages-by-layer"),
+    _Stages(
+        name="stages-beyond", question="Do the stages stay beyond the trained recurrences?", layout="by recurrence",
+        lines=beyond,
+    ).type((50, 51, 52), "stages-beyond", unless=_nothing_beyond),
+    FigureType(
+        name="massive-places",
+        of=_massive_places,
+        anchor="massive-places",
+        variables=("massive_token", "massive_dimension"),
+        loops=False,
+    ),
+    FigureType(
+        name="neurons",
+        of=_neurons,
         anchor="neurons",
-        title="Which layers write tokens?",
-        caption=(
-            "Share of MLP neurons that raise (prediction) or lower (suppression) the logits of a few tokens far more "
-            "than the rest: the cosines of output and unembedding have a kurtosis above 10. From the weights alone."
-        ),
-        plot=figure,
+        variables=("prediction_neurons", "suppression_neurons"),
+        loops=False,
+        paper=(32, 33),
+    ),
+)  # fmt: skip
+
+
+def stages_section(view: StudyView, settings: ReportSettings) -> Section:
+    """What each visit does to attention and residual stream."""
+    plots = {plot.name: plot for plot in on_page(STAGES, view, settings)}
+    return Section(
+        anchor="stages",
+        short="Stages",
+        title="Do the stages of inference repeat?" if view.looped else "What are the stages of inference?",
+        lead="Medians over prompts. Where lines by recurrence coincide, every pass repeats the same stages."
+        if view.looped
+        else "Medians over prompts.",
+        figures=[plots[name] for name in sorted(plots, key=lambda name: name != "stages-by-recurrence")],
     )

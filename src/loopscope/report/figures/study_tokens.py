@@ -13,8 +13,8 @@ from loopscope.answers.rates import co_occurrence, study_rates, token_shares
 from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.prediction import Kind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.plot import Drawn, Figure, Section
+from loopscope.report.figures._old import Figure, Material
+from loopscope.report.figures.plot import Drawn, Section
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
 from loopscope.report.figures.verdicts import (
     Extreme,

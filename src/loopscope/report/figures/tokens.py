@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope.errors import ConfigError
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.look import SEQUENTIAL, base_figure
-from loopscope.report.figures.plot import Figure, Section, plot_text
+from loopscope.report.figures._old import Figure, Material, base_figure, plot_text
+from loopscope.report.figures.look import SEQUENTIAL
+from loopscope.report.figures.plot import Section
 
 _COLUMNS = 64
 _NAME = "token_relative_distance"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from loopscope.report.figures.curves import Material
-from loopscope.report.figures.look import GRID, INK, MUTED, base_figure, layer_colours, named_in_legend
-from loopscope.report.figures.plot import Figure, Section, plot_text
+from loopscope.report.figures._old import Figure, Material, base_figure, plot_text
+from loopscope.report.figures.look import GRID, INK, MUTED, layer_colours, named_in_legend
+from loopscope.report.figures.plot import Section
 
 _MOST_TOKENS = 3
 """Each token takes a 3-D scene, and browsers limit how many of those a page may hold."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from loopscope._util.wording import percent, significant, visible
 from loopscope.answers.rates import KindShare
 from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.report.figures.look import KIND_LOOKS, MUTED, SEQUENTIAL, base_figure, kind_label
-from loopscope.report.figures.plot import Figure
+from loopscope.report.figures._old import Figure, base_figure
+from loopscope.report.figures.look import KIND_LOOKS, MUTED, SEQUENTIAL, kind_label
 
 _LEAST = 2e-5
 """Left end of the axis unless an interval reaches further: 1 token in 50,000."""

@@ -35,7 +35,7 @@ def render_comparison(comparison: Comparison) -> str:
     answers = comparison_answers(comparison)
     sections = comparison_sections(comparison)
     tables = [table for label in comparison.labels for table in _tables(comparison, label)]
-    anchors = {figure.anchor for section in sections for figure in section.figures}
+    anchors = set().union(*(section.anchors for section in sections))
     settings, kind = comparison.settings, str(comparison.manifest["kind"])
     return render_template(
         "comparison.html",

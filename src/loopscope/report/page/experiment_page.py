@@ -14,8 +14,9 @@ from loopscope.experiments.cells import CellResult, by_design
 from loopscope.experiments.load import Experiment
 from loopscope.experiments.random_findings import architecture_answers, boundaries, phase_answers
 from loopscope.experiments.sweep_findings import DesignSummary, advice, summaries
+from loopscope.report.figures._old import Figure
 from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
-from loopscope.report.figures.plot import Figure, Section
+from loopscope.report.figures.plot import Section
 from loopscope.report.page.html import render_template
 from loopscope.report.page.table import Table
 
@@ -42,7 +43,7 @@ def render_experiments(experiments: Sequence[Experiment]) -> str:
         parts.append(_part(each, suffix, f" ({each.folder.name})" if several else ""))
     sections = [section for part in parts for section in part.sections]
     tables = [table for part in parts for table in part.tables]
-    anchors = {figure.anchor for section in sections for figure in section.figures}
+    anchors = set().union(*(section.anchors for section in sections))
     return render_template(
         "experiment.html",
         heading="Which designs settle?",

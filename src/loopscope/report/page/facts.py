@@ -11,17 +11,16 @@ from typing import Any
 
 from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.settings import CompareSettings
-from loopscope.report.figures.curves import Material
-from loopscope.study import Study
+from loopscope.study import Study, StudyView
 
 _HIDDEN = ("identity", "status")
 """Entries of the manifest for programs: what a resumed run must agree on, and whether it is complete."""
 
 
-def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
+def header_facts(view: StudyView) -> list[tuple[str, str]]:
     """(name, value) pairs, most important first."""
-    model, view = study.manifest["model"], material.view
-    facts = [("layout", material.layout), ("prompts", f"{view.prompts:,} ({view.tokens:,} tokens)")]
+    model = view.manifest["model"]
+    facts = [("layout", view.layout), ("prompts", f"{view.prompts:,} ({view.tokens:,} tokens)")]
     if view.looped:
         facts += [
             ("recurrences", f"{view.recurrences} measured, " + _trained(view.trained)),
@@ -29,8 +28,8 @@ def header_facts(study: Study, material: Material) -> list[tuple[str, str]]:
             ("injection", view.injection),
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
-    facts += _interventions(study)
-    facts += _beginning(study.manifest.get("tokenizer"))
+    facts += _interventions(view.study)
+    facts += _beginning(view.manifest.get("tokenizer"))
     facts.append(("run in", view.dtype))
     if "parameters" in model:
         facts.append(("parameters", f"{int(model['parameters']):,}"))

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Outcome
+from loopscope.report.figures.in_plotly import charts, legend
 
 _PLOTLY_OPTIONS: dict[str, Any] = {
     "responsive": True,
@@ -52,6 +53,7 @@ def render_template(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"charts": charts, "legend": legend}
     environment.filters["number"] = _number
     environment.filters["tied"] = _tied
     return environment.get_template(name).render(

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer
 from loopscope.answers.quick import quick_answers
+from loopscope.report.figures._old import Material, gather_material
 from loopscope.report.figures.convergence import convergence_section, norms_section
-from loopscope.report.figures.curves import Material, gather_material
 from loopscope.report.figures.eigenvalues import stability_section
 from loopscope.report.figures.heads import heads_section
 from loopscope.report.figures.maps import floorplan_section
@@ -46,12 +46,12 @@ def render_page(study: Study, settings: ReportSettings) -> str:
         model=str(study.manifest["model"]["name"]),
         created=str(study.manifest.get("created", ""))[:16].replace("T", " "),  # to the minute
         version=str(study.manifest.get("versions", {}).get("loopscope", "")),
-        facts=header_facts(study, material),
+        facts=header_facts(material.view),
         answers=answers,
         highlights=_highlights(answers[0]),
         limits=_limits(answers),
         sections=sections,
-        anchors={figure.anchor for section in sections for figure in section.figures} | {"limits"},
+        anchors=set().union(*(section.anchors for section in sections)) | {"limits"},
         thresholds=thresholds(settings.criterion),
         provenance=provenance(study.manifest),
     )
@@ -60,29 +60,30 @@ def render_page(study: Study, settings: ReportSettings) -> str:
 def _sections(study: Study, material: Material) -> list[Section]:
     """In the order of the questions, without figures that have nothing to show. A feed-forward model has those that
     need no recurrence."""
-    if material.view.looped:
+    view, settings = material.view, material.settings
+    if view.looped:
         sections = [
-            convergence_section(material),
+            convergence_section(view, settings),
+            norms_section(view, settings),
             behaviour_section(study, material),
             stability_section(material),
-            similarity_section(material),
+            similarity_section(view, settings),
         ]
-        if "trajectory" in material.view.dataset:
+        if "trajectory" in view.dataset:
             sections.append(trajectories_section(material))
         sections += [
             readout_section(material),
-            heads_section(material),
-            floorplan_section(material),
-            stages_section(material),
+            heads_section(view, settings),
+            floorplan_section(view),
+            stages_section(view, settings),
             tokens_section(material),
-            norms_section(material),
         ]
     else:
         sections = [
-            similarity_section(material),
-            heads_section(material),
-            floorplan_section(material),
-            stages_section(material),
+            similarity_section(view, settings),
+            heads_section(view, settings),
+            floorplan_section(view),
+            stages_section(view, settings),
         ]
     shown = [
         dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])

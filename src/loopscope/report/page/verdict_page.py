@@ -42,7 +42,7 @@ def render_behaviour(judged: JudgedFiles) -> str:
         limits=answer.limits,
         table=_table(judged.trajectories),
         sections=sections,
-        anchors={figure.anchor for section in sections for figure in section.figures} | {"limits", "table"},
+        anchors=set().union(*(section.anchors for section in sections)) | {"limits", "table"},
         thresholds=[(name.replace("_", " "), f"{value:g}", "") for name, value in manifest["settings"].items()],
         provenance=_provenance(judged),
         created="",
