@@ -13,15 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError, StudyError
 
 NormName = Literal["pre", "residual", "ouro", "olmo2"]
 """pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
 a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
 InjectionName = Literal["none", "linear", "add"]
+NORMS: tuple[NormName, ...] = get_args(NormName)
+INJECTIONS: tuple[InjectionName, ...] = get_args(InjectionName)
+SCALES = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
+"""Standard deviations of the weights: the usual 0.02, 1/16 as of PyTorch's linear layers of width 256, and around."""
 
 CELLS = "cells"
 MANIFEST = "grid.json"
@@ -41,6 +46,11 @@ class CellOutcome(StrEnum):
     overflows."""
     CANNOT_TELL = "cannot tell"
     """Prompts disagree."""
+
+    @property
+    def settles(self) -> bool:
+        """Each layer comes to rest, at a point of its own."""
+        return self is CellOutcome.FIXED_POINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +126,15 @@ class Dynamics:
     """Median over the tokens that show one."""
     verdicts: dict[str, int] = field(default_factory=dict)
     """Tokens by what they tend to at the last layer, if that was judged."""
+
+    @property
+    def judged_tokens(self) -> int:
+        return sum(self.verdicts.values())
+
+    @property
+    def settled_tokens(self) -> int:
+        """Of those."""
+        return sum(count for kind, count in self.verdicts.items() if Kind(kind).settles)
 
     @classmethod
     def fields_of(cls, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from loopscope._util.files import write_atomically
+from loopscope._util.statistics import finite_or_none
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.engine.run import Engine
 from loopscope.analysis.job import Progress
@@ -25,7 +26,7 @@ from loopscope.experiments.cells import Dynamics
 from loopscope.experiments.random_models import dynamics_of
 from loopscope.experiments.run import run_cells
 from loopscope.experiments.sweep import Sweep
-from loopscope.experiments.sweep_cells import AutomatonTask, StageCurves, SweepCell, SweepResult
+from loopscope.experiments.sweep_cells import AutomatonTask, PassCurves, SweepCell, SweepResult
 from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.experiments.training.loop import TrainResult, train
 from loopscope.experiments.training.run_folder import RunFolder
@@ -187,7 +188,7 @@ def _curve(folder: RunFolder) -> tuple[tuple[int, float], ...]:
     return tuple((int(group[-1, 0]), round(float(group[:, 1].mean()), 5)) for group in groups)
 
 
-def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
+def _stages(cell: SweepCell, study: Study) -> PassCurves | None:
     try:
         curves = stage_curves(study, cell.name)
     except StudyError:
@@ -195,7 +196,7 @@ def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
         return None
     architecture = cell.config.architecture
     numbers = sorted({1, architecture.recurrences, curves.recurrences})
-    return StageCurves(
+    return PassCurves(
         measures=MEASURES,
         recurrences=tuple(numbers),
         values=tuple(
@@ -209,4 +210,4 @@ def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
 
 def _rounded(value: float) -> float | None:
     """Six digits, which no figure shows; None where there is no number."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+    return finite_or_none(float(f"{value:.6g}"))

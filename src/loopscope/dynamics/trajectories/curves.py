@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.fitting import SPARE, Fit
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import (
-    Family,
+    ShapeFamily,
     explained_energy,
     many_harmonics,
     shape_coefficients,
@@ -162,7 +162,7 @@ def fit_modes(parts: Components, rows: Int[Tensor, " row"], fits: Sequence[Fit],
 
 
 @lru_cache(maxsize=64)
-def _full_turns(family: Family, window: int) -> Family:
+def _full_turns(family: ShapeFamily, window: int) -> ShapeFamily:
     """Of rotations, only those that come round within the tail: with slower ones, modes make any smooth way."""
     if family.name != "spiral":
         return family
@@ -171,7 +171,7 @@ def _full_turns(family: Family, window: int) -> Family:
     return replace(family, grid=grid, low=torch.tensor([slowest, float(family.low[1])], dtype=torch.float64))
 
 
-def _with_one_more(groups: _Groups, known: Mapping[str, Family], parts: Components) -> _Groups:
+def _with_one_more(groups: _Groups, known: Mapping[str, ShapeFamily], parts: Components) -> _Groups:
     longer: dict[_Kinds, list[tuple[Tensor, Tensor]]] = {}
     for kinds, (rows, numbers) in groups.items():
         scores = parts.scores[rows]
@@ -198,7 +198,7 @@ def _as_fit(
     kinds: _Kinds,
     rows: Tensor,
     numbers: Tensor,
-    known: Mapping[str, Family],
+    known: Mapping[str, ShapeFamily],
     parts: Components,
     least_rate: float,
 ) -> Fit:

@@ -93,7 +93,7 @@ _PERIODS = 3.0
 
 # Displacement from a point of norm 1, the kinds that are right, whether it can be decided, and its parameters.
 _Made = tuple[_Path, set[Kind], bool, dict[str, float]]
-_FIXED = {Kind.FIXED_POINT, Kind.AT_FLOOR}
+_FIXED = {kind for kind in Kind if kind.settles}
 
 
 def _contraction(room: _Room) -> _Made:
