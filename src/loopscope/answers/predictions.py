@@ -36,7 +36,7 @@ class Agreement:
     agree: int
     disagree: int
     open: int
-    """One of the two is that it cannot be told."""
+    """One of the two is that it is not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +84,8 @@ def agreement(table: NDArray[np.int64]) -> Agreement:
         for predicted, verdicts in EXPECTED.items()
         for verdict in verdicts
     )
-    told = [PREDICTED_KINDS.index(predicted) for predicted in EXPECTED]
-    known = int(np.delete(table[told], KINDS.index(Kind.UNKNOWN), axis=1).sum())
+    predicts = [PREDICTED_KINDS.index(predicted) for predicted in EXPECTED]
+    known = int(np.delete(table[predicts], KINDS.index(Kind.UNKNOWN), axis=1).sum())
     return Agreement(agree, known - agree, int(table.sum()) - known)
 
 

@@ -33,7 +33,7 @@ _SAID = {
     PredictedKind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
     PredictedKind.SLIDER: "have an eigenvalue that cannot be told from 1",
     PredictedKind.ORBIT: "stand at a fixed point that repels in turns",
-    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels to and fro",
+    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternation",
     PredictedKind.UNSTABLE: "stand at a fixed point that repels in one direction",
     PredictedKind.FAR: "stand at no fixed point",
     PredictedKind.UNRESOLVED: "have an eigenvalue that is not known well enough",

@@ -36,7 +36,7 @@ class PredictedKind(StrEnum):
     ORBIT = "orbit"
     """A pair on or outside the unit circle: the fixed point repels in turns, and the state goes around it."""
     PERIOD_TWO = "period two"
-    """The same with an eigenvalue near or beyond -1: the state jumps to and fro."""
+    """The same with an eigenvalue near or beyond -1: the state alternates between two sides."""
     UNSTABLE = "unstable"
     """A real eigenvalue above 1: the state leaves the fixed point. Where to, its eigenvalues do not say."""
     FAR = "no fixed point here"
@@ -71,7 +71,7 @@ class StabilityCriterion:
 
     horizon: int = 128
     """Recurrences over which trajectories are judged. A modulus within 1 / horizon of 1 changes a distance by less than
-    a factor e in so many, and an angle below 2 pi / horizon makes less than one turn: neither can be told from 1, or
+    a factor e in that many, and an angle below 2 pi / horizon makes less than one turn: neither can be told from 1, or
     from no angle, by anyone who looks."""
     visible_turn: float = 0.3
     """A fixed point is reached in a rotation if so much of the distance is left after one turn. With less, what comes

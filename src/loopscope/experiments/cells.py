@@ -13,20 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from loopscope._util.files import check_no_others, held_folder, write_atomically
 from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError, StudyError
-
-NormName = Literal["pre", "residual", "ouro", "olmo2"]
-"""pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
-a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
-InjectionName = Literal["none", "linear", "add"]
-NORMS: tuple[NormName, ...] = get_args(NormName)
-INJECTIONS: tuple[InjectionName, ...] = get_args(InjectionName)
-SCALES = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
-"""Standard deviations of the weights: the usual 0.02, 1/16 as of PyTorch's linear layers of width 256, and around."""
+from loopscope.experiments.designs import InjectionName, NormName
 
 CELLS = "cells"
 MANIFEST = "grid.json"
@@ -112,7 +104,7 @@ class Dynamics:
     counts: tuple[int, ...]
     """Recurrences at which the curves are given."""
     distance: tuple[float | None, ...]
-    """Relative distance to the state at the horizon after so many, of the layer that is farthest."""
+    """Relative distance to the state at the horizon after each of these, of the layer that is farthest."""
     norm: tuple[float | None, ...]
     """Norm of the last layer's state over that after the first recurrence."""
     radius: float | None
@@ -243,6 +235,15 @@ class GridFolder(Generic[ResultT]):
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"
+
+
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Least and largest of the numbers that are known: `0.65 to 0.998`."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def by_design(results: Sequence[CellResult], key: Callable[[Cell], Any]) -> Iterator[tuple[Any, list[CellResult]]]:

@@ -33,8 +33,8 @@ CONTROL = "control.json"
 """What `control` adds to the folder of the damped study."""
 
 _RADIUS = 0.95
-"""What a damped loop is asked for unless told otherwise: after twice the default horizon a distance has shrunk to 2e-6,
-which float32 still sees."""
+"""What a damped loop is asked for unless another is given: after twice the default horizon a distance has shrunk to
+2e-6, which float32 still sees."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +48,7 @@ class Control:
     reaches that; `the user`."""
     prompts: tuple[int, ...]
     """Of the first study, which were run again."""
-    told: int
+    known: int
     """Their tokens of whose fixed point the eigenvalues are known."""
     predicted_radius: float
     """Largest modulus among the damped eigenvalues of those; NaN without any."""
@@ -76,14 +76,14 @@ class Control:
             f"{plural(len(self.prompts), 'prompt')} with {plural(self.moving, 'token')} that did not settle were run "
             f"again with the step {significant(self.eta, 3)}, which {self.asked_by} asked for."
         ]
-        if self.told:
+        if self.known:
             said.append(
-                f"Of the {plural(self.told, 'token')} whose fixed point is known, the damped eigenvalues reach "
+                f"Of the {plural(self.known, 'token')} whose fixed point is known, the damped eigenvalues reach "
                 f"{significant(self.predicted_radius, 3)} at most."
             )
-        if self.told < total:
+        if self.known < total:
             said.append(
-                f"Of {plural(total - self.told, 'token')} no fixed point is known, so nothing is predicted of them."
+                f"Of {plural(total - self.known, 'token')} no fixed point is known, so nothing is predicted of them."
             )
         said.append(f"Of the {plural(self.moving, 'token')} that did not settle, {self.settled:,} do now.")
         for code in MOVING_CODES:
@@ -103,7 +103,7 @@ class Control:
             "asked_by": self.asked_by,
             "intervene": list(self.after.manifest["settings"]["intervene"]),
             "prompts": list(self.prompts),
-            "tokens_with_known_fixed_point": self.told,
+            "tokens_with_known_fixed_point": self.known,
             "predicted_radius": finite_or_none(self.predicted_radius),
             "observed_rate_median": finite_or_none(self.observed_rate),
             "moving_before": self.moving,
@@ -147,7 +147,7 @@ def control(
     codes = _verdicts(study)
     moving = np.isin(codes, MOVING_CODES).any(1)
     if not moving.any():
-        raise StudyError("Every token of this study settles or cannot be told, so there is nothing to damp.")
+        raise StudyError("Every token of this study settles or is unknown, so there is nothing to damp.")
     prompts = np.flatnonzero(moving)
     known = _known_eigenvalues(study, prompts, needed=eta is None)
     step, asked_by = (eta, "the user") if eta is not None else _step(known, radius)
@@ -172,7 +172,7 @@ def control(
         eta=float(step),
         asked_by=asked_by,
         prompts=tuple(int(prompt) for prompt in prompts),
-        told=len(known),
+        known=len(known),
         predicted_radius=float(spectral_radius(damped(known, step)).max()) if len(known) else float("nan"),
         transitions=transitions,
         observed_rate=_observed_rate(after, later),

@@ -6,24 +6,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from loopscope.answers.answer import Answer, Outcome, Question
 from loopscope.dynamics.verdicts import Kind
-from loopscope.experiments.cells import (
-    INJECTIONS,
-    NORMS,
-    SCALES,
-    Cell,
-    CellOutcome,
-    CellResult,
-    InjectionName,
-    NormName,
-    by_design,
-)
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult, by_design, spread
+from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
 
 PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
     ("pre", "linear"): CellOutcome.FIXED_POINT,
@@ -34,6 +25,9 @@ PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
     ("ouro", "none"): CellOutcome.NONE,
 }
 """The six outcomes of Figure 6."""
+
+ARCHITECTURE_COLUMNS = ("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate")
+"""Of `architecture_rows`."""
 
 _NEEDED = 2 / 3
 """Share of a design's cells, over depths and seeds, that have to agree with the paper: most of three seeds."""
@@ -169,6 +163,42 @@ def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
             )
         )
     return found
+
+
+def architecture_rows(results: Sequence[CellResult]) -> list[tuple[str, ...]]:
+    """A row of a table a design, with ranges over seeds; the columns are `ARCHITECTURE_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
+        outcomes = Counter(str(each.outcome) for each in group)
+        rows.append(
+            (
+                f"{norm}, {injection}, {depth} layers",
+                ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
+                spread([each.degeneracy for each in group]),
+                spread([each.norm_growth for each in group], 2),
+                spread([each.radius for each in group], 2),
+            )
+        )
+    return rows
+
+
+def phase_rows(
+    found: Sequence[Boundary], name: Callable[[Kind], str] = str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The columns of a table, one a scale, and a row a design; `name` says how a kind is called."""
+    rows = [
+        (
+            f"{each.norm}, {each.injection}" + (f" x {each.injection_scale:g}" if each.injection_scale != 1 else ""),
+            *(
+                name(tends) + ("" if radius is None else f" {radius:.2f}")
+                for tends, radius in zip(each.tends, each.radius, strict=True)
+            ),
+            "–" if each.predicted is None else f"{each.predicted:.3f}",
+            "–" if each.observed is None else f"{each.observed:.3f}",
+        )
+        for each in found
+    ]
+    return ("design", *(f"{scale:g}" for scale in found[0].scales), "predicted", "observed"), rows
 
 
 def _crossing(scales: Sequence[float], values: Sequence[float | None]) -> float | None:

@@ -15,7 +15,8 @@ from loopscope.answers.answer import Criterion
 from loopscope.answers.fixed_point import Settling, common_settling
 from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.experiments.cells import Cell, CellOutcome, CellResult, NormName
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult
+from loopscope.experiments.designs import NormName
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer

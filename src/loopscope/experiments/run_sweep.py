@@ -33,7 +33,7 @@ from loopscope.experiments.training.run_folder import RunFolder
 from loopscope.study import Study
 
 _HELD_OUT = 8
-"""One row in so many is kept for the test text."""
+"""One row in this many is kept for the test text."""
 
 Rows = NDArray[np.int64]
 """(row, cell), bits."""
@@ -50,7 +50,7 @@ _CURVE_POINTS = 40
 
 
 def automaton_row(rows: Rows, steps: int) -> Rows:
-    """The rows after so many steps of rule 60: each cell becomes `cell xor left neighbour`."""
+    """The rows after `steps` steps of rule 60: each cell becomes `cell xor left neighbour`."""
     for _ in range(steps):
         rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
     return rows
@@ -99,7 +99,7 @@ def run_sweep(
     progress: Progress | None = None,
 ) -> list[SweepResult]:
     """Train and analyse every cell, in its own folder below `out/runs`; finished cells are not done again, and the
-    training of one that was interrupted is gone on with.
+    training of one that was interrupted is resumed.
 
     `base` is the folder that the sweep's paths are relative to. `only` names designs, instead of all; results are then
     those of these designs. With an engine on several machines, `out` has to be on

@@ -128,7 +128,7 @@ class StudySettings:
     horizon: int = 64
     """Twice as many recurrences are run."""
     beyond: int = 8
-    """Losses and stages are taken up to so many times the trained number of recurrences."""
+    """Losses and stages are taken up to this many times the trained number of recurrences."""
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("horizon", 8), ("beyond", 1)):
@@ -220,7 +220,7 @@ class SweepResult:
     tokens: int
     """Trained on."""
     curve: tuple[tuple[int, float], ...]
-    """Training loss, nats, after so many steps."""
+    """Training loss, nats, after a number of steps."""
     loss: dict[int, float]
     """On the test text, nats, by number of recurrences."""
     accuracy: dict[int, float]

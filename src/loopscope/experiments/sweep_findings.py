@@ -11,13 +11,14 @@ from statistics import fmean, stdev
 from scipy import special
 
 from loopscope.answers.answer import Answer, Evidence, Outcome, Question
+from loopscope.experiments.cells import spread
 from loopscope.experiments.sweep import control_config
 from loopscope.experiments.sweep_cells import ControlName, SweepResult
 
 KEPT = 0.01
-"""A loss is as good as another if it is at most so much larger, as a share."""
+"""A loss is as good as another if it is at most this much larger, as a share."""
 KEPT_NATS = 0.01
-"""A loss is kept if it is as good, or at most so many nats larger: a share of a loss near 0 is below what matters."""
+"""A loss is kept if it is as good, or at most this many nats larger: a share of a loss near 0 is below what matters."""
 _LEVEL = 0.95
 _MOST_NAMES = 4
 """In a sentence."""
@@ -65,6 +66,40 @@ class DesignSummary:
     outcomes: dict[str, int]
     repetition: float | None
     """Mean over measures and seeds of the share of variance that goes with the layer: 1 where every pass is alike."""
+
+
+TRAINING_COLUMNS = (
+    "design",
+    "layout",
+    "parameters",
+    "loss",
+    "loss beyond",
+    "kept",
+    "accuracy",
+    "settled",
+    "rate",
+    "stages repeat",
+)
+"""Of `training_rows`."""
+
+
+def training_rows(found: Sequence[DesignSummary]) -> list[tuple[str, ...]]:
+    """A row of a table a design; the columns are `TRAINING_COLUMNS`."""
+    return [
+        (
+            each.name,
+            each.results[0].layout,
+            f"{each.results[0].parameters:,}",
+            str(each.loss),
+            str(each.beyond) if each.control is None else "–",
+            f"{each.kept} of {len(each.results)}" if each.control is None else "–",
+            f"{100 * each.accuracy.mean:.1f} %",
+            "–" if each.settled is None else f"{100 * each.settled:.0f} %",
+            "–" if each.radius is None else spread(each.radius, 2),
+            "–" if each.repetition is None else f"{100 * each.repetition:.0f} %",
+        )
+        for each in found
+    ]
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -12,7 +12,7 @@ from torch import Tensor
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import Products
 
-StateSite = Literal["loop state", "block input"]
+Site = Literal["loop state", "block input"]
 """Where the state is taken: as one recurrence hands it on, or as the first recurrent layer receives it. The two maps
 are the same layers begun at different places, so their Jacobians at the fixed point have the same eigenvalues."""
 
@@ -23,7 +23,7 @@ _DROWNED = 1e3
 
 
 @dataclass(frozen=True)
-class TokenBlock:
+class Part:
     """Some of a batch's tokens with the derivative of their recurrence."""
 
     tokens: TokenMask
@@ -42,12 +42,12 @@ class Approach(Protocol):
     """Where each token's state last went before rounding drowned its steps; zero where nothing is known."""
     recurrences: int
     """How many were run before the state."""
-    site: StateSite
+    site: Site
 
     def recurrence(self, state: States) -> States:
         """One recurrence of all prompts, without gradients."""
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
+    def linearised(self, state: States) -> Iterator[Part]:
         """The recurrence's derivative at these states, in parts that hold every token once."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope._util.shapes import States
-from loopscope.dynamics.eigenvalues.approach import Derivative, Heading, StateSite, TokenBlock
+from loopscope.dynamics.eigenvalues.approach import Derivative, Heading, Part, Site
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.forward import Injected
@@ -67,7 +67,7 @@ class HookedApproach:
     which no other state varies.
     """
 
-    site: StateSite = "block input"
+    site: Site = "block input"
 
     def __init__(
         self, subject: HookedSubject, batch: Batch, seed: int, recurrences: int, state: States, heading: States
@@ -104,7 +104,7 @@ class HookedApproach:
                     "a model in which no token looks ahead."
                 )
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
+    def linearised(self, state: States) -> Iterator[Part]:
         for row, length in enumerate(self._batch.counts.tolist()):
             begin = 0
             while begin < length:
@@ -112,7 +112,7 @@ class HookedApproach:
                 tokens = torch.zeros_like(self._batch.mask)
                 tokens[row, begin:end] = True
                 products, derivative = self._products(row, begin, end, state)
-                yield TokenBlock(tokens, products, derivative)
+                yield Part(tokens, products, derivative)
                 begin = end
 
     def _products(self, row: int, begin: int, end: int, state: States) -> tuple[Products, Derivative]:

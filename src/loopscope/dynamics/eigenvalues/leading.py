@@ -102,14 +102,12 @@ def eigenvalues_near(
     residuals, errors = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
     start, spare = _first_vectors(approach.heading, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in approach.linearised(state):
-        coefficients = arnoldi(
-            _announced(block.products, on_product), start[block.tokens], spare[block.tokens], products
-        )
-        ritz = ritz_values(coefficients, block.products.accuracy)
-        tokens = block.tokens.cpu()
+    for part in approach.linearised(state):
+        coefficients = arnoldi(_announced(part.products, on_product), start[part.tokens], spare[part.tokens], products)
+        ritz = ritz_values(coefficients, part.products.accuracy)
+        tokens = part.tokens.cpu()
         values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
-        derivatives.add(block.derivative)
+        derivatives.add(part.derivative)
     return Stability(
         eigenvalues=values.numpy(),
         residuals=residuals.numpy(),

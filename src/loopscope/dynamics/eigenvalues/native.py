@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import Keys, Queries, States, TokenMask
-from loopscope.dynamics.eigenvalues.approach import Heading, StateSite, TokenBlock
+from loopscope.dynamics.eigenvalues.approach import Heading, Part, Site
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
 from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import FreezeInjection, ReplaceToken
@@ -63,7 +63,7 @@ class NativeApproach:
     has no useful derivative, and the eigenvalues are those of the exact arithmetic.
     """
 
-    site: StateSite = "loop state"
+    site: Site = "loop state"
 
     def __init__(
         self, run: NativeRun, mask: TokenMask, recurrence: int, *, state: States | None = None, heading: States
@@ -82,14 +82,14 @@ class NativeApproach:
     def recurrence(self, state: States) -> States:
         return self._plain(state)
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
+    def linearised(self, state: States) -> Iterator[Part]:
         alone = self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix_with_others_frozen)
 
         def own(vectors: TokenVectors) -> TokenVectors:
             following: TokenVectors = alone(state.index_put((self._mask,), vectors))[self._mask]
             return following
 
-        yield TokenBlock(self._mask, ExactProducts(own, state[self._mask]), "exact")
+        yield Part(self._mask, ExactProducts(own, state[self._mask]), "exact")
 
 
 def _check_interventions(subject: NativeSubject, recurrence: int, *, given: bool) -> None:

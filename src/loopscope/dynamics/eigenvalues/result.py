@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Complex128, Float, Float64
 from numpy import ndarray
 
-from loopscope.dynamics.eigenvalues.approach import Derivative, StateSite
+from loopscope.dynamics.eigenvalues.approach import Derivative, Site
 from loopscope.dynamics.prediction import Prediction, StabilityCriterion, predict, predicted_rate, spectral_radius
 from loopscope.errors import ConfigError
 
@@ -82,7 +82,7 @@ class Stability:
     """x."""
     recurrences: int
     """How many were run before the point, or before the search for it."""
-    site: StateSite
+    site: Site
     derivative: Derivative
     """How products were made: by automatic differentiation, or, where a hooked model does not allow it, by differences.
     """

@@ -15,9 +15,9 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.limits import limit_of
 from loopscope.dynamics.trajectories.motion import Motion, measure_motions
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
-from loopscope.dynamics.trajectories.states import StateDtype
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
 from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.models.inspection.facts import Dtype
 
 _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
@@ -43,7 +43,7 @@ class TokenMotions:
 
 def displacement_verdicts(
     states: Float[Tensor, "token recurrence width"],
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
     *,
@@ -66,7 +66,7 @@ def displacement_verdicts(
 
 def measure_tails(
     states: Float[Tensor, "token recurrence width"],
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
     *,
@@ -219,10 +219,10 @@ def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Find
         return _Finding(Kind.DIVERGING, reason, motion, shaped=True)
     begins = {
         Kind.FIXED_POINT: "It approaches a point",
-        Kind.ORBIT: "It comes round",
+        Kind.ORBIT: "It is periodic",
         Kind.SLIDER: "It moves on",
         Kind.DIVERGING: "It moves away",
-        Kind.BOUNDED: "It keeps turning without coming round",
+        Kind.BOUNDED: "It keeps turning without a period",
     }
     return _Finding(kind, f"{begins[kind]}: it follows {words}, {left}.", motion, shaped=True)
 
@@ -231,7 +231,7 @@ def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> 
     if motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
         return _Finding(Kind.DIVERGING, reason, motion)
-    # Of motion that does not spread, not the largest lag: in a short tail, one of so many is far above the others.
+    # Of motion that does not spread, not the largest lag: in a short tail, one of many is far above the others.
     spreads = motion.spreading >= settings.spreading
     size = times if spreads else statistics.median(motion.displacement) / motion.rounding
     if size <= settings.floor_factor * (1.0 if motion.filling >= settings.filling else _IN_FEW_DIRECTIONS):

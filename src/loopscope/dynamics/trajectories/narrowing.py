@@ -15,7 +15,7 @@ _CHUNK_ENTRIES = 2**20
 _ITERATIONS = 12
 """At most. From a grid point the numbers are right to nine digits after four to eight."""
 _TRIAL, _BEHIND = 5, 10.0
-"""After so many, what leaves so many times as much as another shape is given up."""
+"""After this many, what leaves this many times as much as another shape is given up."""
 _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
 _RESOLVED = 1e-15

@@ -61,7 +61,7 @@ def explained_energy(family: ShapeFamily, numbers: Tensor, times: Tensor, scores
 
 @lru_cache(maxsize=16)
 def families(window: int, least_periods: float) -> tuple[ShapeFamily, ...]:
-    """The families for a tail of so many recurrences. Rates are in e-folds per window, turns in radians per
+    """The families for a tail of `window` recurrences. Rates are in e-folds per window, turns in radians per
     recurrence."""
     rates = torch.tensor([0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0], dtype=torch.float64)
     slowest = 2 * math.pi * least_periods / window
@@ -115,7 +115,7 @@ def many_harmonics(harmonics: int, window: int, least_periods: float) -> ShapeFa
 
 
 def rotations(count: int, window: int, least_periods: float) -> ShapeFamily:
-    """So many rotations of unrelated periods. No grid: it would have too many points."""
+    """That many rotations of unrelated periods. No grid: it would have too many points."""
     slowest = 2 * math.pi * least_periods / window
     return ShapeFamily(
         name=f"{count} rotations",
