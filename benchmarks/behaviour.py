@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.judge import judge
-from loopscope.dynamics.trajectories.states import StateDtype
 from loopscope.dynamics.trajectories.synthetic import CASES, generate
+from loopscope.models.inspection.facts import Dtype
 
 RECURRENCES, WIDTH, THREADS = 128, 256, 2
 DISTINCT = 650
@@ -36,7 +36,7 @@ GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 BLOCK = 256
 
 
-def trajectories(tokens: int, dtype: StateDtype, moving: bool) -> Tensor:
+def trajectories(tokens: int, dtype: Dtype, moving: bool) -> Tensor:
     """(token, recurrence, width), in the model's own number type; some hundred different ones, again and again."""
     cases = [case for case in CASES if case not in RESTING] if moving else []
     states = torch.empty(tokens, RECURRENCES, WIDTH, dtype=getattr(torch, dtype))
@@ -55,7 +55,7 @@ def one_pass(states: Tensor) -> None:
         torch.bmm(centred, centred.mT)
 
 
-def seconds(tokens: int, dtype: StateDtype, moving: bool) -> None:
+def seconds(tokens: int, dtype: Dtype, moving: bool) -> None:
     states = trajectories(tokens, dtype, moving)
     judge(states[:BLOCK], dtype)
     one_pass(states[:BLOCK])
@@ -74,7 +74,7 @@ def seconds(tokens: int, dtype: StateDtype, moving: bool) -> None:
     )
 
 
-def peak(tokens: int, dtype: StateDtype) -> None:
+def peak(tokens: int, dtype: Dtype) -> None:
     """Print MiB that judging adds to what the process holds with the states in it."""
     states = trajectories(tokens, dtype, moving=True)
     judge(states[:8], dtype)
@@ -106,7 +106,7 @@ def main() -> None:
         f"{large / small:.3f} (at most 1.1)",
         flush=True,
     )
-    dtypes: tuple[StateDtype, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in dtypes:
         for moving in (False, True):
             seconds(arguments.tokens, dtype, moving)

@@ -39,7 +39,7 @@ def test_contraction_is_a_fixed_point_of_its_own_for_each_layer() -> None:
     found = answers(looped_study(contracting(rate=0.6)))
     assert found["fixed_point"].outcome is Outcome.YES
     assert "40 of 40 prompts (95 % interval 91–100 %)" in found["fixed_point"].sentence
-    assert "at the rounding floor of float32 (1.0e-7)" in found["fixed_point"].sentence
+    assert "at the noise floor of float32 (1.0e-7)" in found["fixed_point"].sentence
     assert found["fixed_point"].evidence["layers 0–2"] == "fixed point (40 of 40 prompts)"
     assert found["points"].verdict == "one per layer"
     # The distance after t recurrences is 0.6^t: within 1 % from the 10th on.
@@ -270,7 +270,7 @@ def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     assert found["fixed_point"].outcome is Outcome.YES
     assert found["initial_state"].verdict == "not measured"
     assert found["loss"].verdict == "not measured"
-    assert found["limits"].verdict == "the unknown rounding floor"
+    assert found["limits"].verdict == "the unknown noise floor"
 
 
 def test_sinks_of_short_prompts_are_not_believed() -> None:

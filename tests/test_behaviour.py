@@ -17,11 +17,12 @@ from loopscope.dynamics.trajectories.calibration import calibrate, sensitivity
 from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
-from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.synthetic import CASES, make_trajectory
 from loopscope.dynamics.trajectories.tail import mean_squared_displacement
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import ConfigError
+from loopscope.models.inspection.facts import Dtype
 from small_models import subject as looped_subject
 
 Array = np.ndarray
@@ -33,7 +34,7 @@ def directions(count: int, seed: int = 0) -> Array:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, count)))[0].T
 
 
-def rounded(path: Array, dtype: StateDtype) -> Array:
+def rounded(path: Array, dtype: Dtype) -> Array:
     """About a point of norm 1, as numbers of the type."""
     point = directions(9, seed=1)[-1]
     return torch.from_numpy(point + path).to(getattr(torch, dtype)).float().numpy()
@@ -80,7 +81,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_motion_is_called_what_it_is(shape: str, dtype: StateDtype) -> None:
+def test_a_motion_is_called_what_it_is(shape: str, dtype: Dtype) -> None:
     path, right = SHAPES[shape]
     verdict = judge(rounded(path, dtype), dtype)[0]
     assert verdict.kind in right, verdict.reason
@@ -111,7 +112,7 @@ def test_a_slider_comes_with_its_speed() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_noise_about_a_point_is_neither_an_orbit_nor_a_slider(dtype: StateDtype) -> None:
+def test_noise_about_a_point_is_neither_an_orbit_nor_a_slider(dtype: Dtype) -> None:
     noise = np.random.default_rng(5).standard_normal((50, LENGTH, WIDTH)) / math.sqrt(WIDTH)
     for times in (0.3, 2.0, 8.0):
         states = directions(1, seed=1) + times * rounding_step(dtype) * noise
@@ -120,7 +121,7 @@ def test_noise_about_a_point_is_neither_an_orbit_nor_a_slider(dtype: StateDtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_rounding_moves_a_state_by_what_is_said(dtype: StateDtype) -> None:
+def test_rounding_moves_a_state_by_what_is_said(dtype: Dtype) -> None:
     exact = torch.randn(400, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     error = (exact.to(getattr(torch, dtype)).double() - exact).norm() / exact.norm()
     assert math.sqrt(2) * float(error) == pytest.approx(rounding_step(dtype), rel=0.01)
@@ -166,7 +167,7 @@ def test_cosine_follows_its_definition() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.985), ("bfloat16", 0.975)])
-def test_the_default_mix_is_decided(dtype: StateDtype, least: float) -> None:
+def test_the_default_mix_is_decided(dtype: Dtype, least: float) -> None:
     table = calibrate(156, dtype=dtype, methods=["displacement"], seed=17, lengths=(64, 128), widths=(16, 256))[0]
     assert table.total.share >= least, {name: score.wrongly for name, score in table.cases.items() if score.wrong}
     assert table.false_alarms == 0

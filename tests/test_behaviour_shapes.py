@@ -13,9 +13,10 @@ from loopscope.dynamics.trajectories.curves import gradual, shortest_turns
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import explained_energy, families
-from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.tail import Tails, decompose, take_tails
 from loopscope.dynamics.verdicts import Kind
+from loopscope.models.inspection.facts import Dtype
 
 Array = np.ndarray
 WIDTH = 64
@@ -25,7 +26,7 @@ def directions(count: int, seed: int = 0) -> Array:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, count)))[0].T
 
 
-def rounded(path: Array, dtype: StateDtype = "float32") -> Array:
+def rounded(path: Array, dtype: Dtype = "float32") -> Array:
     """About a point of norm 1, as numbers of the type."""
     point = directions(19, seed=1)[-1]
     return torch.from_numpy(point + path).to(getattr(torch, dtype)).float().numpy()
@@ -97,7 +98,7 @@ def test_a_tail_cut_out_of_a_longer_one_is_the_tail_of_the_states() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("period", [2, 3, 5, 6, 9, 10, 11])
-def test_a_cycle_has_its_own_period_and_no_multiple_or_fraction_of_it(period: int, dtype: StateDtype) -> None:
+def test_a_cycle_has_its_own_period_and_no_multiple_or_fraction_of_it(period: int, dtype: Dtype) -> None:
     for length in (64, 128, 256):
         points = np.random.default_rng([period, length]).standard_normal((period, WIDTH)) / math.sqrt(WIDTH)
         verdict = judge(rounded(0.2 * points[np.arange(length) % period], dtype), dtype)[0]
@@ -176,7 +177,7 @@ def test_a_drift_after_transients_still_drifts(length: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [48, 128])
-def test_noise_in_few_directions_is_noise(length: int, dtype: StateDtype) -> None:
+def test_noise_in_few_directions_is_noise(length: int, dtype: Dtype) -> None:
     rng = np.random.default_rng(7)
     for count in (1, 2, 4):
         plane = directions(count)
@@ -188,7 +189,7 @@ def test_noise_in_few_directions_is_noise(length: int, dtype: StateDtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_noise_that_a_slow_mode_remembers_neither_turns_nor_slides_nor_grows(dtype: StateDtype) -> None:
+def test_noise_that_a_slow_mode_remembers_neither_turns_nor_slides_nor_grows(dtype: Dtype) -> None:
     rng = np.random.default_rng(11)
     for count in (2, WIDTH):
         kicks = rng.standard_normal((60, 328, count)) * rounding_step(dtype) / math.sqrt(count)

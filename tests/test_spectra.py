@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loopscope.dynamics.observed_rate import RateReason, RateSettings, observed_rate
 from loopscope.dynamics.prediction import (
-    Kind,
+    PredictedKind,
     StabilityCriterion,
     best_damping,
     damped,
@@ -80,43 +80,43 @@ def test_the_best_damping_is_the_best_of_a_fine_grid(seed: int, spread: float) -
     assert radii(eigenvalues, np.array([float(eta)]))[0] == pytest.approx(float(radius))
 
 
-def one_token(value: complex, error: float = 1e-6, step: float = 1e-7) -> Kind:
+def one_token(value: complex, error: float = 1e-6, step: float = 1e-7) -> PredictedKind:
     eigenvalues = np.array([[[value, 0.1]]], dtype=np.complex128)
     prediction = predict(eigenvalues, np.full((1, 1, 2), error), np.full((1, 1), step))
-    return Kind(prediction.kind[0, 0])
+    return PredictedKind(prediction.kind[0, 0])
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (0.9, Kind.FIXED_POINT),
-        (0.98, Kind.FIXED_POINT),
-        (0.999, Kind.SLIDER),
-        (1.004, Kind.SLIDER),
-        (1.02, Kind.UNSTABLE),
-        (-0.9, Kind.DAMPED_ROTATION),
-        (-0.1, Kind.FIXED_POINT),
-        (-0.999, Kind.PERIOD_TWO),
-        (-1.3, Kind.PERIOD_TWO),
-        (0.95 * np.exp(0.5j), Kind.DAMPED_ROTATION),
-        (0.5 * np.exp(0.5j), Kind.FIXED_POINT),
-        (0.998 * np.exp(0.5j), Kind.ORBIT),
-        (1.2 * np.exp(-0.5j), Kind.ORBIT),
-        (0.998 * np.exp(0.01j), Kind.SLIDER),
+        (0.9, PredictedKind.FIXED_POINT),
+        (0.98, PredictedKind.FIXED_POINT),
+        (0.999, PredictedKind.SLIDER),
+        (1.004, PredictedKind.SLIDER),
+        (1.02, PredictedKind.UNSTABLE),
+        (-0.9, PredictedKind.DAMPED_ROTATION),
+        (-0.1, PredictedKind.FIXED_POINT),
+        (-0.999, PredictedKind.PERIOD_TWO),
+        (-1.3, PredictedKind.PERIOD_TWO),
+        (0.95 * np.exp(0.5j), PredictedKind.DAMPED_ROTATION),
+        (0.5 * np.exp(0.5j), PredictedKind.FIXED_POINT),
+        (0.998 * np.exp(0.5j), PredictedKind.ORBIT),
+        (1.2 * np.exp(-0.5j), PredictedKind.ORBIT),
+        (0.998 * np.exp(0.01j), PredictedKind.SLIDER),
     ],
 )
-def test_the_kind_is_where_the_leading_eigenvalue_lies(value: complex, kind: Kind) -> None:
+def test_the_kind_is_where_the_leading_eigenvalue_lies(value: complex, kind: PredictedKind) -> None:
     assert one_token(value) == kind
     assert one_token(np.conj(value)) == kind
 
 
 def test_what_the_error_leaves_open_is_not_told() -> None:
-    assert one_token(0.98, error=0.05) == Kind.UNRESOLVED
-    assert one_token(0.8, error=0.05) == Kind.FIXED_POINT
-    assert one_token(0.998 * np.exp(0.06j), error=0.05) == Kind.UNRESOLVED  # a slider as well as an orbit
-    assert one_token(0.7 * np.exp(0.8j), error=0.1) in (Kind.FIXED_POINT, Kind.DAMPED_ROTATION)
-    assert one_token(0.9, error=math.inf) == Kind.UNRESOLVED
-    assert one_token(0.9, step=0.3) == Kind.FAR
+    assert one_token(0.98, error=0.05) == PredictedKind.UNRESOLVED
+    assert one_token(0.8, error=0.05) == PredictedKind.FIXED_POINT
+    assert one_token(0.998 * np.exp(0.06j), error=0.05) == PredictedKind.UNRESOLVED  # a slider as well as an orbit
+    assert one_token(0.7 * np.exp(0.8j), error=0.1) in (PredictedKind.FIXED_POINT, PredictedKind.DAMPED_ROTATION)
+    assert one_token(0.9, error=math.inf) == PredictedKind.UNRESOLVED
+    assert one_token(0.9, step=0.3) == PredictedKind.FAR
 
 
 def test_a_token_follows_the_slowest_before_it_and_padding_follows_none() -> None:
@@ -138,7 +138,7 @@ def test_a_token_follows_the_slowest_before_it_and_padding_follows_none() -> Non
     np.testing.assert_array_equal(predicted_rate(eigenvalues), prediction.rate)
     # A token is no nearer to a fixed point than those that it follows.
     step[0, 0] = 0.5
-    assert predict(eigenvalues, errors, step).kind[0, 2] == Kind.FAR
+    assert predict(eigenvalues, errors, step).kind[0, 2] == PredictedKind.FAR
 
 
 def test_periods() -> None:

@@ -22,7 +22,7 @@ from loopscope.dynamics.eigenvalues.native import NativeApproach, approach_nativ
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
 from loopscope.dynamics.observed_rate import observed_rate
-from loopscope.dynamics.prediction import Kind, damping_needed
+from loopscope.dynamics.prediction import PredictedKind, damping_needed
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.models.native.attention import mix_values
 from loopscope.models.native.subject import NativeSubject
@@ -212,7 +212,7 @@ def test_an_orbit_is_predicted_with_its_period_and_damped_away_at_the_predicted_
     assert found.searched.all()
     assert (found.moved[found.mask] > 0.1).all()  # the fixed point lies in the middle of the orbit
     prediction = found.predict()
-    assert set(prediction.kind[found.mask]) == {Kind.ORBIT.value}
+    assert set(prediction.kind[found.mask]) == {PredictedKind.ORBIT.value}
     np.testing.assert_allclose(prediction.period[found.mask], 2 * math.pi / 0.9, rtol=1e-5)
     (eta,) = np.unique(damping_needed(found.eigenvalues, 0.95)[found.mask].round(5))
     assert 0 < eta < 1
@@ -220,7 +220,7 @@ def test_an_orbit_is_predicted_with_its_period_and_damped_away_at_the_predicted_
     assert_shrinks(steadied, 0.95, dtype)
     after = leading_eigenvalues(steadied, PROMPTS[:2], recurrences=60)
     np.testing.assert_allclose(after.predicted_rate[after.mask], 0.95, atol=1e-4)
-    assert set(after.predict().kind[after.mask]) == {Kind.DAMPED_ROTATION.value}
+    assert set(after.predict().kind[after.mask]) == {PredictedKind.DAMPED_ROTATION.value}
     assert_steps_stay(turns)
 
 
@@ -243,9 +243,14 @@ def assert_steps_stay(model: NativeSubject) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "kind"),
-    [(0.5, Kind.FIXED_POINT), (-0.7, Kind.DAMPED_ROTATION), (-1.0, Kind.PERIOD_TWO), (1.05, Kind.UNSTABLE)],
+    [
+        (0.5, PredictedKind.FIXED_POINT),
+        (-0.7, PredictedKind.DAMPED_ROTATION),
+        (-1.0, PredictedKind.PERIOD_TWO),
+        (1.05, PredictedKind.UNSTABLE),
+    ],
 )
-def test_real_eigenvalues_say_what_the_state_will_do(rate: float, kind: Kind) -> None:
+def test_real_eigenvalues_say_what_the_state_will_do(rate: float, kind: PredictedKind) -> None:
     found = leading_eigenvalues(relaxation(rate), PROMPTS[:1], recurrences=64)
     np.testing.assert_allclose(found.eigenvalues, rate, atol=1e-10)
     assert set(found.predict().kind.ravel()) == {kind.value}
@@ -258,7 +263,7 @@ def test_a_state_that_creeps_for_ever_is_a_slider_and_no_search_makes_a_fixed_po
     assert not found.searched.any()
     np.testing.assert_allclose(found.relative_step, 1 / 128, rtol=0.2)
     prediction = found.predict()
-    assert set(prediction.kind.ravel()) == {Kind.SLIDER.value}
+    assert set(prediction.kind.ravel()) == {PredictedKind.SLIDER.value}
     assert np.isnan(damping_needed(found.eigenvalues, 0.99)).all()
 
 
@@ -428,7 +433,7 @@ def test_a_prompt_whose_state_overflows_is_unknown_and_others_are_not() -> None:
     plain = leading_eigenvalues(grows, PROMPTS[:1], recurrences=30)
     assert np.isnan(plain.eigenvalues).all()
     prediction = plain.predict()
-    assert set(prediction.kind.ravel()) == {Kind.UNRESOLVED.value}
+    assert set(prediction.kind.ravel()) == {PredictedKind.UNRESOLVED.value}
     assert (prediction.source == -1).all()
 
 

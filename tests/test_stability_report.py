@@ -13,7 +13,7 @@ from loopscope import AnalyzeSettings, Study, analyze, quick_answers
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.answers.predictions import EXPECTED, agreement, prediction_table, rate_pairs
 from loopscope.dynamics.prediction import PREDICTED_KINDS
-from loopscope.dynamics.prediction import Kind as Predicted
+from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.dynamics.verdicts import Kind as Verdict
 from loopscope.errors import StudyError
@@ -51,7 +51,7 @@ def test_a_stable_fixed_point(settles: Study) -> None:
     assert answer.evidence["predicted_rate_largest"] == pytest.approx(0.6, rel=1e-6)
     assert answer.evidence["smallest_stability_margin"] == pytest.approx(0.4, rel=1e-5)
     assert answer.evidence["predicted_minus_observed_median_absolute"] == pytest.approx(0, abs=1e-5)
-    assert f"{TOKENS} of {TOKENS} verdicts bear the prediction out" in answer.sentence
+    assert f"{TOKENS} of {TOKENS} verdicts confirm the prediction" in answer.sentence
 
 
 def test_a_fixed_point_that_repels(turns: Study) -> None:

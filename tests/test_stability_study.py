@@ -20,7 +20,7 @@ from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import (
     PREDICTED_KINDS,
-    Kind,
+    PredictedKind,
     best_damping,
     damping_needed,
     spectral_radius,
@@ -94,7 +94,7 @@ def test_a_study_holds_what_the_function_finds(shape: Any) -> None:
         # Where the search ends depends on rounding; that it ends near a fixed point does not.
         np.testing.assert_allclose(here["point_step"], found.relative_step[0], atol=1e-6)
         np.testing.assert_allclose(here["stability_margin"].values[0], stability_margin(values)[0], atol=1e-8)
-        needed = np.where(wanted.kind == Kind.FAR, np.nan, damping_needed(found.eigenvalues))
+        needed = np.where(wanted.kind == PredictedKind.FAR, np.nan, damping_needed(found.eigenvalues))
         np.testing.assert_allclose(here["damping_needed"].values[0], needed[0, 0], rtol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_the_rates_of_a_loop_that_is_known() -> None:
     for name in ("predicted_rate", "observed_rate"):
         np.testing.assert_allclose(data[name].values[token], 0.7, rtol=1e-6)
     np.testing.assert_allclose(data["stability_margin"].values[token], 0.3, rtol=1e-6)
-    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(Kind.FIXED_POINT)).all()
+    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(PredictedKind.FIXED_POINT)).all()
     assert (data["observed_rate_reason"].values[token] == RATE_REASONS.index(RateReason.FITTED)).all()
 
 
@@ -173,7 +173,7 @@ def test_an_orbit_is_predicted_found_and_damped_away(period: float) -> None:
     judged: dict[str, Any] = {"horizon": 64, "skip": (), "judged_layers": "last"}
     data = study_of(model, **judged).dataset
     token = tokens_of(data)
-    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(Kind.ORBIT)).all()
+    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(PredictedKind.ORBIT)).all()
     np.testing.assert_allclose(data["predicted_period"].values[token], period, rtol=1e-6)
     assert (data["verdict"].values[-1][token] == KINDS.index(Verdict.ORBIT)).all()
     np.testing.assert_allclose(data["verdict_period"].values[-1][token], period, rtol=1e-3)
@@ -200,7 +200,7 @@ def test_a_prompt_that_overflows_has_no_eigenvalues() -> None:
     data = study_of(model).dataset
     assert data["predicted_rate"].isnull().all()
     token = tokens_of(data)
-    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(Kind.UNRESOLVED)).all()
+    assert (data["predicted_kind"].values[token] == PREDICTED_KINDS.index(PredictedKind.UNRESOLVED)).all()
     assert (data["observed_rate_reason"].values[token] == RATE_REASONS.index(RateReason.NOT_FINITE)).all()
 
 

@@ -52,6 +52,11 @@ class Share:
         return f"{self.count} of {self.total} prompts (95 % interval {span})"
 
 
+def finite_or_none(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
 def median(values: NDArray[np.floating]) -> float:
     """Median of the finite values; NaN where there is none."""
     finite = values[np.isfinite(values)]

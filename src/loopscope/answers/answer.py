@@ -1,9 +1,10 @@
-"""What an answer is."""
+"""What a question and its answer are, the criterion that decides, and the caveats that go with every share."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -37,7 +38,7 @@ class Criterion:
     down, and a fixed point farther out is possible. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t), and
     leaves room for what a mean over tokens scatters when nothing changes."""
     floor_factor: float = 3.0
-    """Movement within this multiple of the estimated rounding floor counts as rounding: the floor is an estimate,
+    """Movement within this multiple of the estimated noise floor counts as rounding: the floor is an estimate,
     and two states that both carry rounding differ by 1.4 times as much as one does."""
     tokens_needed: float = 0.95
     """"Every token settles" asks for this share of tokens: a mean over tokens can hide a few that keep moving."""
@@ -79,6 +80,9 @@ class Criterion:
                 raise ConfigError(f"The criterion {name} must be at most 1, got {getattr(self, name)}.")
 
 
+Evidence = dict[str, float | str]
+
+
 class Outcome(StrEnum):
     """Which way an answer goes, for readers who sort or colour answers; the verdict says it in words."""
 
@@ -101,7 +105,7 @@ class Answer:
     """The answer in a word or a short phrase."""
     sentence: str
     """The answer in plain sentences, the first of which gives it."""
-    evidence: dict[str, float | str] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=dict)
     """The numbers that the sentence rests on, by name. Shares and relative quantities are fractions, losses nats,
     angles degrees, and recurrences are counted from 1."""
     figure: str = ""
@@ -114,6 +118,76 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something of a study without which a question has no answer."""
+
+    met: Callable[[StudyView], bool]
+    otherwise: str | Callable[[StudyView], str]
+    """The sentence where it is not met."""
+    verdict: str = "not measured"
+
+
+def measured(variable: str, otherwise: str) -> Need:
+    """The study has this variable."""
+    return Need(lambda view: variable in view.finite, otherwise)
+
+
+def some_finite(otherwise: str) -> Need:
+    """A prompt stayed finite; `otherwise` says what there is none of: "there is no answer to follow"."""
+    return Need(lambda view: view.finite.sizes["prompt"] > 0, f"Every prompt diverged, so {otherwise}.", "it diverges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, what an answer needs, and where it is drawn."""
+
+    key: str
+    text: str
+    figure: str = ""
+    """Anchor of the figure that shows what is asked about."""
+    needs: tuple[Need, ...] = ()
+    """Asked in this order; the first that is not met is what the answer says."""
+    drawn: Callable[[StudyView], bool] = lambda view: False
+    """Whether the figure is there where a need is not met."""
+
+    def says(
+        self,
+        outcome: Outcome,
+        verdict: str,
+        sentence: str,
+        evidence: Mapping[str, float | str] | None = None,
+        limits: Iterable[str] = (),
+        *,
+        figure: str | None = None,
+    ) -> Answer:
+        """An answer with its numbers; `figure` is another one than the question's."""
+        return Answer(
+            key=self.key,
+            question=self.text,
+            outcome=outcome,
+            verdict=verdict,
+            sentence=sentence,
+            evidence=dict(evidence or {}),
+            figure=self.figure if figure is None else figure,
+            limits=list(limits),
+        )
+
+    def unanswered(
+        self, verdict: str, sentence: str, *, outcome: Outcome = Outcome.NOT_APPLICABLE, figure: str = ""
+    ) -> Answer:
+        """Why there is no answer."""
+        return self.says(outcome, verdict, sentence, figure=figure)
+
+    def declined(self, view: StudyView) -> Answer | None:
+        """The answer for a study that lacks what is needed; None for one that has it."""
+        for need in self.needs:
+            if not need.met(view):
+                sentence = need.otherwise if isinstance(need.otherwise, str) else need.otherwise(view)
+                return self.unanswered(need.verdict, sentence, figure=self.figure if self.drawn(view) else "")
+        return None
 
 
 def diverged_prompts(view: StudyView) -> list[str]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loopscope._util.wording import listed, percent, plural
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.rates import KindShare, prompt_shares, token_shares
-from loopscope.dynamics.verdicts import KINDS, JudgedFiles, Kind
+from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, JudgedFiles, Kind
 from loopscope.study import StudyView
 
-_QUESTION = "What do the tokens tend to?"
-_SETTLED = (Kind.FIXED_POINT, Kind.AT_FLOOR)
+BEHAVIOUR = Question(
+    key="behaviour",
+    text="What do the tokens tend to?",
+    figure="behaviour-shares",
+    needs=(
+        measured(
+            "verdict",
+            "No token's limit was judged: the part was skipped, the horizon is too short, or the study is older.",
+        ),
+    ),
+)
+_TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories tend to?")
 _PLURALS = {
     Kind.FIXED_POINT: "reach a fixed point",
     Kind.AT_FLOOR: "hover at the noise floor",
@@ -33,24 +43,17 @@ _CHANGES = {
 
 def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     """Shares of the kinds at the last layer judged, with Clopper-Pearson intervals."""
-    if "verdict" not in view.dataset:
-        return _unanswered(
-            "No token's limit was judged: the part was skipped, the horizon is too short, or the study is older.",
-            criterion,
-        )
     data = view.dataset.isel(judged_layer=-1)
     codes = data["verdict"].transpose("prompt", "token").values
     shares = token_shares(codes[codes >= 0])
     layer = int(data["judged_layer"])
-    limits = [*_changes(view), *_dependence(view.prompts), *_number_type(view.dtype), *_disagreement(view)]
     return _answer(
-        _QUESTION,
+        BEHAVIOUR,
         shares,
         "token",
         f"After recurrent layer {layer}, {2 * view.horizon} recurrences on",
         {"recurrent_layer": float(layer), **_evidence(shares, "tokens"), **_evidence(prompt_shares(codes), "prompts")},
-        limits,
-        criterion,
+        [*_changes(view), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )
 
 
@@ -59,50 +62,46 @@ def judged_answer(judged: JudgedFiles) -> Answer:
     codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories], dtype=np.int64)
     shares = token_shares(codes)
     unstable = sum(bool(each.verdict.unstable) for each in judged.trajectories)
-    limits = _number_type(str(judged.manifest["dtype"])) + _dependence(
-        len(judged.manifest["sources"]), "array", "trajectories"
-    )
-    if unstable:
-        limits.insert(0, f"{_of(unstable, len(codes))} verdicts change within a shorter window.")
     return _answer(
-        "What do the trajectories tend to?",
+        _TRAJECTORIES,
         shares,
         "trajectory",
         f"By the method {judged.manifest['method']}",
         _evidence(shares, "trajectories"),
-        limits,
-        Criterion(),
+        [
+            *([f"{_of(unstable, len(codes))} verdicts change within a shorter window."] if unstable else []),
+            *_rounded(str(judged.manifest["dtype"])),
+            *_dependence(len(judged.manifest["sources"]), "array", "trajectories"),
+        ],
     )
 
 
 def _answer(
-    question: str,
+    question: Question,
     shares: Sequence[KindShare],
     noun: str,
     where: str,
-    evidence: dict[str, float | str],
+    evidence: Evidence,
     limits: list[str],
-    criterion: Criterion,
 ) -> Answer:
     total = shares[0].total
     there = sorted((share for share in shares if share.count), key=lambda share: -share.count)
     if not there:
-        return _unanswered("There is no token to judge.", criterion, question)
-    settled = sum(share.count for share in there if share.kind in _SETTLED)
+        return question.unanswered("not measured", "There is no token to judge.")
+    settled = sum(share.count for share in there if share.kind.settles)
     unknown = sum(share.count for share in there if share.kind is Kind.UNKNOWN)
     many = "trajectories" if noun == "trajectory" else f"{noun}s"
     counted = f"1 {noun}" if total == 1 else f"{total:,} {many}"
-    parts = [f"{_share(share)} {_verb(share.kind, share.count)}" for share in there]
-    return Answer(
-        key="behaviour",
-        question=question,
-        outcome=_outcome(settled, unknown, total),
-        verdict=_verdict(there, total),
-        sentence=f"{where}, of {counted}: {listed(parts)}." + _rare(shares, many),
-        evidence=evidence,
-        figure="behaviour-shares",
-        limits=limits,
-        criterion=criterion,
+    # Few are counted, so that a rate of one in thousands does not read as none.
+    parts = [f"{share.count:,} ({percent(share.share)}) {_verb(share.kind, share.count)}" for share in there]
+    first = there[0]
+    commonest = f"{percent(first.share)} {first.kind}, {percent(1 - first.share)} otherwise"
+    return question.says(
+        _outcome(settled, unknown, total),
+        f"all: {first.kind}" if first.count == total else commonest,
+        f"{where}, of {counted}: {listed(parts)}." + _rare(shares, many),
+        evidence,
+        limits,
     )
 
 
@@ -122,19 +121,6 @@ def _outcome(settled: int, unknown: int, total: int) -> Outcome:
     return Outcome.NO if settled == 0 else Outcome.PARTLY
 
 
-def _verdict(there: Sequence[KindShare], total: int) -> str:
-    """The commonest kind, and how much of the rest there is."""
-    first = there[0]
-    if first.count == total:
-        return f"all: {first.kind}"
-    return f"{percent(first.share)} {first.kind}, {percent(1 - first.share)} otherwise"
-
-
-def _share(share: KindShare) -> str:
-    """Few are counted, so that a rate of one in thousands does not read as none."""
-    return f"{share.count:,} ({percent(share.share)})"
-
-
 def _rare(shares: Sequence[KindShare], many: str) -> str:
     """What the absence of orbits and sliders means."""
     absent = [share for share in shares if share.kind in (Kind.ORBIT, Kind.SLIDER) and not share.count]
@@ -144,8 +130,8 @@ def _rare(shares: Sequence[KindShare], many: str) -> str:
     return f" No {names} was found, which leaves room for up to {percent(absent[0].interval[1])} of {many} (95 %)."
 
 
-def _evidence(shares: Sequence[KindShare], things: str) -> dict[str, float | str]:
-    found: dict[str, float | str] = {}
+def _evidence(shares: Sequence[KindShare], things: str) -> Evidence:
+    found: Evidence = {}
     for share in shares:
         if share.count or share.kind in (Kind.ORBIT, Kind.SLIDER):
             low, high = share.interval
@@ -174,7 +160,7 @@ def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list
     ]
 
 
-def _number_type(dtype: str) -> list[str]:
+def _rounded(dtype: str) -> list[str]:
     if dtype not in ("bfloat16", "float16"):
         return []
     return [f"In {dtype} motion below the noise floor cannot be seen: an orbit or a slide as small as that is missed."]
@@ -185,7 +171,7 @@ def _disagreement(view: StudyView) -> list[str]:
     if "verdict_cosine" not in view.dataset:
         return []
     codes = [view.dataset[name].isel(judged_layer=-1).values for name in ("verdict", "verdict_cosine")]
-    one, other = (_settles(each) for each in codes)
+    one, other = (np.isin(each, SETTLED_CODES) for each in codes)
     differ = int(((one != other) & (codes[0] >= 0)).sum())
     if not differ:
         return []
@@ -195,20 +181,5 @@ def _disagreement(view: StudyView) -> list[str]:
     ]
 
 
-def _settles(codes: NDArray[np.integer]) -> NDArray[np.bool_]:
-    return np.isin(codes, [KINDS.index(kind) for kind in _SETTLED])
-
-
 def _of(count: int, total: int) -> str:
     return f"{count:,} of {total:,}"
-
-
-def _unanswered(sentence: str, criterion: Criterion, question: str = _QUESTION) -> Answer:
-    return Answer(
-        key="behaviour",
-        question=question,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict="not measured",
-        sentence=sentence,
-        criterion=criterion,
-    )

@@ -9,11 +9,16 @@ import xarray
 
 from loopscope._util.statistics import PairedDifference, mean, paired_difference
 from loopscope._util.wording import percent, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, some_finite
 from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, constant_at, tables_of
 from loopscope.study import StudyView
 
-_QUESTION = "Would an exit rule have saved recurrences?"
+EXIT_RULE = Question(
+    key="exit_rule",
+    text="Would an exit rule have saved recurrences?",
+    figure="exit-changed",
+    needs=(some_finite("there is no answer to stop at"),),
+)
 _LIMITS = (
     "Exit rules are judged by the states of a full run: a token that stops does not change what the others read, as it "
     "would if the loop stopped computing it.",
@@ -48,7 +53,7 @@ class _Point:
         difference = self.costs["loss_difference"].values
         return paired_difference(difference, np.zeros_like(difference))
 
-    def evidence(self, prefix: str, full: int) -> dict[str, float | str]:
+    def evidence(self, prefix: str, full: int) -> Evidence:
         return {
             f"{prefix}_rule": self.rule.name,
             f"{prefix}_threshold": self.threshold,
@@ -63,17 +68,15 @@ class _Point:
 
 def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
     """The rule that takes fewest recurrences within tolerance of a full run, against the same number for all tokens."""
-    if not view.finite.sizes["prompt"]:
-        return _unanswered("it diverges", "Every prompt diverged, so there is no answer to stop at.", criterion)
     tables = tables_of(view, view.finite)
     if tables is None:
-        return _unanswered("not measured", "The model was not read out after each recurrence of a full run.", criterion)
+        return EXIT_RULE.unanswered("not measured", "The model was not read out after each recurrence of a full run.")
     full = tables.recurrences
     if full == 1:
-        return _unanswered("nothing to save", "A full run is one recurrence.", criterion)
+        return EXIT_RULE.unanswered("nothing to save", "A full run is one recurrence.")
     best, cheapest = _best(tables, criterion)
     constant = _constant_within(tables.constant, criterion)
-    evidence: dict[str, float | str] = {"full_run": float(full), "constant_recurrences": constant}
+    evidence: Evidence = {"full_run": float(full), "constant_recurrences": constant}
     evidence |= {f"{key}_recurrences": point.recurrences for key, point in cheapest.items()}
     if best is not None:
         evidence |= best.evidence("best", full)
@@ -84,17 +87,8 @@ def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
     if gate is not None:
         evidence |= gate.evidence("own_gate", full)
         sentence += _gate_sentence(gate, full)
-    return Answer(
-        key="exit_rule",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence,
-        figure="exit-changed",
-        limits=[*_LIMITS, *([_DECODES] if best is not None and best.rule.decodes else [])],
-        criterion=criterion,
-    )
+    decodes = best is not None and best.rule.decodes
+    return EXIT_RULE.says(outcome, verdict, sentence, evidence, (*_LIMITS, _DECODES) if decodes else _LIMITS)
 
 
 def _verdict(best: _Point | None, constant: float, full: int, criterion: Criterion) -> tuple[Outcome, str, str]:
@@ -154,7 +148,7 @@ def _constant_within(constant: xarray.Dataset, criterion: Criterion) -> float:
     return enough + float(max(before / (before - after) for before, after in pairs if before > 0))
 
 
-def _over_constant(point: _Point, tables: ExitTables) -> dict[str, float | str]:
+def _over_constant(point: _Point, tables: ExitTables) -> Evidence:
     """What the rule costs beyond the same number of recurrences for all tokens, prompt by prompt."""
     other = constant_at(tables.constant, point.recurrences)
     loss = paired_difference(point.costs["loss"].values, other["loss"].values)
@@ -190,14 +184,3 @@ def _gate_sentence(gate: _Point, full: int) -> str:
     if gate.recurrences == full:
         return f"{own} stops no token before."
     return f"{own} takes {significant(gate.recurrences, 2)} of {full}; then {_costs(gate)}"
-
-
-def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="exit_rule",
-        question=_QUESTION,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict=verdict,
-        sentence=sentence,
-        criterion=criterion,
-    )

@@ -58,7 +58,7 @@ def stop_times(signal: Signal, threshold: float, *, at_least: bool = False) -> N
 def spread_thresholds(
     signal: Signal, there: NDArray[np.bool_], count: int, *, at_least: bool = False
 ) -> NDArray[np.float64]:
-    """At most so many thresholds whose mean recurrences are spread evenly between the fewest and the most there are.
+    """At most that many thresholds whose mean recurrences are spread evenly between the fewest and the most there are.
 
     `there`, (prompt, token), are the tokens that count. A token goes on after t recurrences where the smallest signal
     so far is above the threshold. So the mean number of recurrences is 1 plus the sum, over t < N, of the shares of
@@ -115,7 +115,7 @@ def constant_table(readouts: Readouts) -> xarray.Dataset:
 
 
 def constant_at(constant: xarray.Dataset, recurrences: float) -> xarray.Dataset:
-    """What a rule without a signal costs that takes so many recurrences on average, with dimension `prompt`.
+    """What a rule without a signal costs that takes that many recurrences on average, with dimension `prompt`.
 
     It draws at random which tokens get the whole number below and which the one above, so that its expected costs lie
     on the straight line between theirs.
@@ -152,7 +152,7 @@ class StoppingRule:
     signal: Callable[[xarray.Dataset], xarray.DataArray]
     """Dimensions (recurrence, prompt, token), at least as many recurrences as a full run has."""
     usual: Callable[[StudyView], float | None]
-    """The threshold that the model or its publishers use, or that the study was told; marked in figures."""
+    """The threshold that the model or its publishers use, or that the study was given; marked in figures."""
     condition: Callable[[float], str]
     """When a token stops, in words."""
     at_least: bool = False
@@ -221,7 +221,7 @@ class ExitTables:
     rules: Mapping[str, xarray.Dataset]
     """By the key of the rule: `step`, `kl`, `attention`, `gate`; those whose signal the study has."""
     usual: Mapping[str, float]
-    """The threshold, one of the table's, that the model or its publishers use, or that the study was told."""
+    """The threshold, one of the table's, that the model or its publishers use, or that the study was given."""
 
 
 def exit_tables(study: Study, thresholds: Mapping[str, Sequence[float]] | None = None) -> ExitTables | None:
@@ -232,12 +232,12 @@ def exit_tables(study: Study, thresholds: Mapping[str, Sequence[float]] | None =
     saved, with the usual one among them.
 
     None for a study in which no full run was read out after each recurrence (see the setting `exit_recurrences`).
-    Raises `ConfigError` for a rule that there is not, and `StudyError` for a study that lacks what every study has.
+    Raises `ConfigError` for an unknown rule, and `StudyError` for a study that lacks what every study has.
     """
     keys = [rule.key for rule in EXIT_RULES]
     for key in thresholds or ():
         if key not in keys:
-            raise ConfigError(f"There is no exit rule {key!r}; the rules are {', '.join(keys)}.")
+            raise ConfigError(f"Unknown exit rule {key!r}; the rules are {', '.join(keys)}.")
     view = view_study(study)
     return tables_of(view, view.finite, thresholds or {})
 

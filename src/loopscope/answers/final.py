@@ -7,18 +7,25 @@ from numpy.typing import NDArray
 
 from loopscope._util.statistics import mean
 from loopscope._util.wording import percent, plural, significant, spans
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, some_finite
 from loopscope.study import StudyView
 
-_QUESTION = "After how many recurrences is the answer final?"
+FINAL = Question(
+    key="final",
+    text="After how many recurrences is the answer final?",
+    figure="final-token",
+    needs=(
+        Need(
+            lambda view: "token_top1" in view.finite and view.finite.sizes["readout_recurrence"] > 1,
+            "The answer was read out once or not at all.",
+        ),
+        some_finite("there is no answer to follow"),
+    ),
+)
 
 
 def final_answer(view: StudyView, criterion: Criterion) -> Answer:
     """The first readout from which each token's most probable next token stays that of the last readout."""
-    if "token_top1" not in view.finite or view.finite.sizes["readout_recurrence"] < 2:
-        return _unanswered("not measured", "The answer was read out once or not at all.", criterion)
-    if not view.finite.sizes["prompt"]:
-        return _unanswered("it diverges", "Every prompt diverged, so there is no answer to follow.", criterion)
     counts = [int(count) for count in view.finite["readout_recurrence"].values]
     top = view.finite["token_top1"].transpose("readout_recurrence", "prompt", "token").values
     there = top[-1] >= 0
@@ -26,7 +33,7 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
     share = [float((place <= index).mean()) for index in range(len(counts))]
     enough = next(index for index, value in enumerate(share) if value >= criterion.tokens_needed)
     divergence = view.finite["token_kl_to_last"].transpose("readout_recurrence", "prompt", "token").values
-    evidence: dict[str, float | str] = {}
+    evidence: Evidence = {}
     for index, count in enumerate(counts):
         if count & (count - 1) and count != view.trained and index not in (enough, len(counts) - 1):
             continue  # of many readouts those at powers of two are enough to see the course
@@ -47,17 +54,8 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
             f"probable next token from there to the last readout, after {last}. The prediction there is {away} nats "
             "from the last one (KL divergence, mean over tokens)."
         )
-    return Answer(
-        key="final",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence,
-        figure="final-token",
-        limits=[f"Read out at {spans(counts)} recurrences only; between them the answer may differ."],
-        criterion=criterion,
-    )
+    limits = [f"Read out at {spans(counts)} recurrences only; between them the answer may differ."]
+    return FINAL.says(outcome, verdict, sentence, evidence, limits)
 
 
 def final_from(top: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -66,14 +64,3 @@ def final_from(top: NDArray[np.integer]) -> NDArray[np.int64]:
     # How many readouts, counted from the end, agree without a break.
     unbroken = np.cumprod(same[::-1], axis=0).sum(axis=0)
     return np.asarray(len(top) - unbroken, dtype=np.int64)
-
-
-def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="final",
-        question=_QUESTION,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict=verdict,
-        sentence=sentence,
-        criterion=criterion,
-    )

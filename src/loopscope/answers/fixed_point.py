@@ -12,17 +12,17 @@ import xarray
 
 from loopscope._util.statistics import Share, median
 from loopscope._util.wording import listed, percent, significant, spans
-from loopscope.answers.answer import Answer, Criterion, Outcome, diverged_prompts, few_prompts
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
 from loopscope.study import StudyView
 
+FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
 SUMMABLE_RATIO = 0.5
 """The ratio of two steps, at 2H and at H, that shrink like 1/t. Steps that shrink faster than that add up to a
 finite way; others to a way without end. No setting: it follows from the harmonic series."""
 
 
 class Settling(StrEnum):
-    """How a state behaves towards the second horizon, from the best to the worst; the values are what a reader
-    sees."""
+    """How a state behaves towards the second horizon, from the best to the worst."""
 
     FIXED_POINT = "fixed point"
     AT_FLOOR = "at the rounding floor"
@@ -31,8 +31,26 @@ class Settling(StrEnum):
     NO_FIXED_POINT = "no fixed point"
     DIVERGED = "diverged"
 
+    @property
+    def settles(self) -> bool:
+        """It reaches a fixed point, as far as the arithmetic can show."""
+        return self in (Settling.FIXED_POINT, Settling.AT_FLOOR)
+
+    @property
+    def words(self) -> str:
+        """For a reader; the value is what results files hold."""
+        return "at the noise floor" if self is Settling.AT_FLOOR else str(self)
+
 
 _ORDER = tuple(Settling)
+_VERDICTS = {
+    Settling.FIXED_POINT: (Outcome.YES, "yes"),
+    Settling.AT_FLOOR: (Outcome.PARTLY, "down to rounding"),
+    Settling.STILL_CONVERGING: (Outcome.CANNOT_TELL, "cannot tell yet"),
+    Settling.DIRECTION_ONLY: (Outcome.PARTLY, "in direction only"),
+    Settling.NO_FIXED_POINT: (Outcome.NO, "no"),
+    Settling.DIVERGED: (Outcome.NO, "no, it diverges"),
+}
 
 
 def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
@@ -103,29 +121,15 @@ def settling_by_layer(ranks: xarray.DataArray, criterion: Criterion) -> dict[str
         counts = np.bincount(ranks.values[layer], minlength=len(_ORDER))
         most = int(counts.argmax())
         if counts[most] < criterion.prompts_needed * total:
-            parts = (f"{count} {_ORDER[rank]}" for rank, count in enumerate(counts) if count)
+            parts = (f"{count} {_ORDER[rank].words}" for rank, count in enumerate(counts) if count)
             return f"depends on the prompt ({', '.join(parts)})"
-        return f"{_ORDER[most]} ({counts[most]} of {total} prompts)"
+        return f"{_ORDER[most].words} ({counts[most]} of {total} prompts)"
 
     described = {}
     for text, group in groupby(range(ranks.sizes["layer"]), describe):
         layers = list(group)
         described[f"{'layer' if len(layers) == 1 else 'layers'} {spans(layers)}"] = text
     return described
-
-
-SETTLED = (Settling.FIXED_POINT, Settling.AT_FLOOR)
-"""What counts as having reached a fixed point as far as the arithmetic can show."""
-
-_VERDICTS = {
-    Settling.FIXED_POINT: (Outcome.YES, "yes"),
-    Settling.AT_FLOOR: (Outcome.PARTLY, "down to rounding"),
-    Settling.STILL_CONVERGING: (Outcome.CANNOT_TELL, "cannot tell yet"),
-    Settling.DIRECTION_ONLY: (Outcome.PARTLY, "in direction only"),
-    Settling.NO_FIXED_POINT: (Outcome.NO, "no"),
-    Settling.DIVERGED: (Outcome.NO, "no, it diverges"),
-}
-_SEEN_IN_THE_NORM = (Settling.DIRECTION_ONLY, Settling.DIVERGED)
 
 
 def common_settling(view: StudyView, criterion: Criterion) -> Settling | None:
@@ -139,7 +143,7 @@ def common_settling(view: StudyView, criterion: Criterion) -> Settling | None:
     kind, count = Counter(kinds).most_common(1)[0]
     if count >= needed:
         return kind
-    return Settling.AT_FLOOR if sum(one in SETTLED for one in kinds) >= needed else None
+    return Settling.AT_FLOOR if sum(one.settles for one in kinds) >= needed else None
 
 
 def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
@@ -147,8 +151,8 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     ranks = settling(view, criterion)
     kinds = prompt_settling(ranks)
     common = common_settling(view, criterion)
-    alike = [kind in SETTLED if common in SETTLED else kind is common for kind in kinds]
-    share = Share(sum(alike), view.prompts)
+    settles = common is not None and common.settles
+    share = Share(sum(kind.settles if settles else kind is common for kind in kinds), view.prompts)
     evidence = _evidence(view)
     tokens = _settled_tokens(view, criterion)
     if math.isfinite(tokens):
@@ -164,23 +168,15 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = _sentence(common, view, criterion, share, evidence)
         low, high = share.interval
         evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
-    if common in SETTLED and tokens < criterion.tokens_needed:
+    if settles and tokens < criterion.tokens_needed:
         outcome, verdict = Outcome.PARTLY, "on average, not every token"
         sentence += f" But only {percent(tokens)} of the tokens settle one by one."
-    return Answer(
-        key="fixed_point",
-        question="Does it reach a fixed point?",
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence={**evidence, **settling_by_layer(ranks, criterion)},
-        figure="norm-growth" if common in _SEEN_IN_THE_NORM else "horizon-drift",
-        limits=limits,
-        criterion=criterion,
-    )
+    in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
+    evidence |= settling_by_layer(ranks, criterion)
+    return FIXED_POINT.says(outcome, verdict, sentence, evidence, limits, figure="norm-growth" if in_the_norm else None)
 
 
-def _evidence(view: StudyView) -> dict[str, float | str]:
+def _evidence(view: StudyView) -> Evidence:
     """Medians over the finite prompts, each of the layer that moves most."""
     data = view.finite
     steps = data["horizon_relative_step"]
@@ -192,7 +188,7 @@ def _evidence(view: StudyView) -> dict[str, float | str]:
         "ratio_of_step_lengths": median(step_ratio(data).max("layer").values),
         "norm_growth_between_horizons": median(data["horizon_norm_growth"].max("layer").values),
         "turn_between_horizons": median(np.degrees(np.arccos(cosine.min("layer").values))),
-        "rounding_floor": median(data["noise_floor"].max("layer").values),
+        "noise_floor": median(data["noise_floor"].max("layer").values),
     }
 
 
@@ -208,16 +204,14 @@ def _settled_tokens(view: StudyView, criterion: Criterion) -> float:
     return float((drift <= allowed)[present].mean()) if present.any() else math.nan
 
 
-def _sentence(
-    kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: dict[str, float | str]
-) -> str:
+def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: Evidence) -> str:
     first, second = view.horizon, 2 * view.horizon
     drift, step, floor, ratio, growth = (
         float(evidence[name])
         for name in (
             "drift_between_horizons",
             "relative_step_at_second_horizon",
-            "rounding_floor",
+            "noise_floor",
             "ratio_of_step_lengths",
             "norm_growth_between_horizons",
         )
@@ -227,9 +221,9 @@ def _sentence(
         case Settling.FIXED_POINT:
             steps = f"are down to {significant(step)}"
             if step <= criterion.floor_factor * floor:
-                steps = f"are at the rounding floor of {view.dtype} ({significant(floor)})"
+                steps = f"are at the noise floor of {view.dtype} ({significant(floor)})"
             elif math.isfinite(floor):
-                steps += f", above the rounding floor of {view.dtype} ({significant(floor)})"
+                steps += f", above the noise floor of {view.dtype} ({significant(floor)})"
             return f"Yes: every layer's state stops, in {share}. {between}, and its relative steps {steps}."
         case Settling.AT_FLOOR:
             return (
@@ -267,5 +261,5 @@ def _sentence(
 
 def _mixed_sentence(kinds: list[Settling]) -> str:
     counts = Counter(kinds)
-    parts = [f"{kind.value} in {counts[kind]}" for kind in Settling if counts[kind]]
+    parts = [f"{kind.words} in {counts[kind]}" for kind in Settling if counts[kind]]
     return f"It depends on the prompt. Of {len(kinds)} prompts: {listed(parts)}."

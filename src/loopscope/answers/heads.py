@@ -7,34 +7,35 @@ import xarray
 
 from loopscope._util.statistics import median
 from loopscope._util.wording import percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, measured, some_finite
 from loopscope.study import StudyView
 
-_QUESTION = "Do the attention heads stabilise?"
+HEADS = Question(
+    key="heads",
+    text="Do the attention heads stabilise?",
+    figure="heads-stable",
+    needs=(
+        measured("head_stable_from", "No head's change was measured."),
+        Need(lambda view: view.recurrences > 2, "It takes three recurrences to see a change and that it stays small."),
+        some_finite("there are no heads to follow"),
+    ),
+)
 
 
 def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     """Shares of (layer, head, prompt) whose map changes by little from some recurrence on, and when."""
-    if "head_stable_from" not in view.finite:
-        return _unanswered("not measured", "No head's change was measured.", criterion)
-    if view.recurrences < 3:
-        return _unanswered(
-            "not measured", "It takes three recurrences to see a change and that it stays small.", criterion
-        )
-    if not view.finite.sizes["prompt"]:
-        return _unanswered("it diverges", "Every prompt diverged, so there are no heads to follow.", criterion)
     change = view.finite["attention_change"] / np.sqrt(view.finite["token_count"])
     found = view.finite["head_stable_from"].transpose("layer", "head", "prompt")
     seen = np.isfinite(change.isel(recurrence=-1).transpose("layer", "head", "prompt").values)
     if not seen.any():
-        return _unanswered("cannot be seen", "No layer's attention can be seen in this model.", criterion)
+        return HEADS.unanswered("cannot be seen", "No layer's attention can be seen in this model.")
     stable = np.isfinite(found.values[seen])
     share = float(stable.mean())
     from_count = median(found.values) + 1
     last = change.isel(recurrence=-1)
     layer, head = _most_restless(last)
     largest = float(last.sel(layer=layer, head=head).median("prompt"))
-    evidence: dict[str, float | str] = {
+    evidence: Evidence = {
         "share_of_heads_stable": share,
         "recurrences_median": from_count,
         "threshold": view.head_stable,
@@ -64,17 +65,7 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
         limits.append(f"A head that is not stable within {view.recurrences} recurrences may be so later.")
     if from_count > 0.75 * view.recurrences:
         limits.append("Half of the stable heads became so in the last quarter of what was measured; measure further.")
-    return Answer(
-        key="heads",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=f"{answer} {said}{when}.{restless}",
-        evidence=evidence,
-        figure="heads-stable",
-        limits=limits,
-        criterion=criterion,
-    )
+    return HEADS.says(outcome, verdict, f"{answer} {said}{when}.{restless}", evidence, limits)
 
 
 def _largest_over_bound(view: StudyView) -> float:
@@ -91,14 +82,3 @@ def _most_restless(change: xarray.DataArray) -> tuple[int, int]:
     middle = change.median("prompt").transpose("layer", "head").fillna(-1).values
     layer, head = np.unravel_index(int(middle.argmax()), middle.shape)
     return int(layer), int(head)
-
-
-def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="heads",
-        question=_QUESTION,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict=verdict,
-        sentence=sentence,
-        criterion=criterion,
-    )

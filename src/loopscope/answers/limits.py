@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome, diverged_prompts, few_prompts
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
 from loopscope.answers.fixed_point import Settling, prompt_settling, settling
 from loopscope.study import StudyView
 
+LIMITS = Question(key="limits", text="What limits these answers?", figure="limits")
 _DIGITS = {"float64": 1e-12, "float32": 1e-5}
-"""Rounding floors that no conclusion here comes near; in other types the floor is always worth a word."""
+"""Noise floors that no conclusion here comes near; in other types the floor is always worth a word."""
 
 
 def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answer]) -> Answer:
@@ -29,20 +30,11 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
     named = list(dict.fromkeys(name for name, _ in found))
     sentences = [text for _, text in found]
     gathered = list(dict.fromkeys([*sentences, *(limit for answer in answers for limit in answer.limits)]))
-    return Answer(
-        key="limits",
-        question="What limits these answers?",
-        outcome=Outcome.CANNOT_TELL if named else Outcome.YES,
-        verdict=listed(named) if named else "little",
-        sentence=" ".join(sentences[:2])
-        if sentences
-        else f"Little: {plural(view.prompts, 'prompt')} and {plural(view.tokens, 'token')} in {view.dtype}"
-        + (f", followed to {2 * view.horizon} recurrences." if view.looped else "."),
-        evidence=_evidence(view),
-        figure="limits",
-        limits=gathered,
-        criterion=criterion,
-    )
+    if named:
+        return LIMITS.says(Outcome.CANNOT_TELL, listed(named), " ".join(sentences[:2]), _evidence(view), gathered)
+    little = f"Little: {plural(view.prompts, 'prompt')} and {plural(view.tokens, 'token')} in {view.dtype}"
+    little += f", followed to {2 * view.horizon} recurrences." if view.looped else "."
+    return LIMITS.says(Outcome.YES, "little", little, _evidence(view), gathered)
 
 
 def sinks_by_chance(counts: Sequence[int]) -> list[str]:
@@ -76,8 +68,8 @@ def _named(name: str, sentences: list[str]) -> list[tuple[str, str]]:
     return [(name, sentence) for sentence in sentences]
 
 
-def _evidence(view: StudyView) -> dict[str, float | str]:
-    evidence: dict[str, float | str] = {
+def _evidence(view: StudyView) -> Evidence:
+    evidence: Evidence = {
         "prompts": float(view.prompts),
         "tokens": float(view.tokens),
         "diverged_prompts": float(view.diverged),
@@ -88,7 +80,7 @@ def _evidence(view: StudyView) -> dict[str, float | str]:
             "recurrences_measured": float(view.recurrences),
             "horizon": float(view.horizon),
             "second_horizon": float(2 * view.horizon),
-            "rounding_floor": median(view.finite["noise_floor"].values),
+            "noise_floor": median(view.finite["noise_floor"].values),
         }
     return evidence
 
@@ -133,8 +125,8 @@ def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
         return []
     floor = median(view.finite["noise_floor"].max("layer").values)
     if math.isnan(floor):
-        unknown = "The rounding floor was not measured, so small movement may be rounding."
-        return [("the unknown rounding floor", unknown)]
+        unknown = "The noise floor was not measured, so small movement may be rounding."
+        return [("the unknown noise floor", unknown)]
     if floor <= _DIGITS.get(view.dtype, 0.0):
         return []
     text = (

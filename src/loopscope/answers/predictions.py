@@ -10,34 +10,33 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope.dynamics.observed_rate import RateReason
-from loopscope.dynamics.prediction import PREDICTED_KINDS
-from loopscope.dynamics.prediction import Kind as Predicted
-from loopscope.dynamics.verdicts import KINDS
-from loopscope.dynamics.verdicts import Kind as Verdict
+from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind
+from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
 
-_SETTLES = frozenset({Verdict.FIXED_POINT, Verdict.AT_FLOOR})
-_MOVES = frozenset({Verdict.ORBIT, Verdict.BOUNDED, Verdict.DIVERGING})
-EXPECTED: dict[Predicted, frozenset[Verdict]] = {
-    Predicted.FIXED_POINT: _SETTLES,
-    Predicted.DAMPED_ROTATION: _SETTLES,
-    Predicted.SLIDER: frozenset({Verdict.SLIDER}),
-    # Turns that grow end on a closed curve, or, where that is unstable too, on something wilder.
-    Predicted.ORBIT: _MOVES,
-    Predicted.PERIOD_TWO: _MOVES,
-    Predicted.UNSTABLE: _MOVES | {Verdict.SLIDER},
+_SETTLES = frozenset(kind for kind in KINDS if kind.settles)
+_MOVES = frozenset(kind for kind in KINDS if kind.moves)
+# Turns that grow end on a closed curve, or, where that is unstable too, on something wilder; they do not slide.
+_TURNS = _MOVES - {Kind.SLIDER}
+EXPECTED: dict[PredictedKind, frozenset[Kind]] = {
+    PredictedKind.FIXED_POINT: _SETTLES,
+    PredictedKind.DAMPED_ROTATION: _SETTLES,
+    PredictedKind.SLIDER: frozenset({Kind.SLIDER}),
+    PredictedKind.ORBIT: _TURNS,
+    PredictedKind.PERIOD_TWO: _TURNS,
+    PredictedKind.UNSTABLE: _MOVES,
 }
-"""Verdicts that bear a prediction out. The other two predictions say nothing that could be wrong."""
+"""Verdicts that confirm a prediction. The other two predictions say nothing that could be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Tokens, by whether their verdict bears their prediction out."""
+    """Tokens, by whether their verdict confirms their prediction."""
 
     agree: int
     disagree: int
     open: int
-    """One of the two is that it cannot be told."""
+    """One of the two is that it is not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,8 +84,8 @@ def agreement(table: NDArray[np.int64]) -> Agreement:
         for predicted, verdicts in EXPECTED.items()
         for verdict in verdicts
     )
-    told = [PREDICTED_KINDS.index(predicted) for predicted in EXPECTED]
-    known = int(np.delete(table[told], KINDS.index(Verdict.UNKNOWN), axis=1).sum())
+    predicts = [PREDICTED_KINDS.index(predicted) for predicted in EXPECTED]
+    known = int(np.delete(table[predicts], KINDS.index(Kind.UNKNOWN), axis=1).sum())
     return Agreement(agree, known - agree, int(table.sum()) - known)
 
 
@@ -95,9 +94,7 @@ def rate_pairs(data: xarray.Dataset) -> RatePairs:
     kind, predicted, observed, reason = (
         _of(data, name) for name in ("predicted_kind", "predicted_rate", "observed_rate", "observed_rate_reason")
     )
-    settles = np.isin(
-        kind, [PREDICTED_KINDS.index(each) for each in (Predicted.FIXED_POINT, Predicted.DAMPED_ROTATION)]
-    )
+    settles = np.isin(kind, [code for code, each in enumerate(PREDICTED_KINDS) if each.settles])
     both = settles & (reason == list(RateReason).index(RateReason.FITTED)) & np.isfinite(predicted)
     prompt, token = np.nonzero(both)
     return RatePairs(predicted[both], observed[both], prompt, token)

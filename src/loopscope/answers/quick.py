@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from loopscope.answers.answer import Answer, Criterion, Outcome
-from loopscope.answers.behaviour import behaviour_answer
-from loopscope.answers.early_exit import exit_rule_answer
-from loopscope.answers.final import final_answer
-from loopscope.answers.fixed_point import fixed_point_answer
-from loopscope.answers.heads import heads_answer
-from loopscope.answers.initial_state import initial_state_answer
-from loopscope.answers.limits import limits_answer
-from loopscope.answers.readout import loss_answer
-from loopscope.answers.settled import arrival_answer, points_answer, trained_depth_answer
-from loopscope.answers.stability import stability_answer
-from loopscope.answers.stages import stages_answer
-from loopscope.study import Study, view_study
+import dataclasses
+from collections.abc import Callable
 
-_LOOPED = (
-    fixed_point_answer,
-    behaviour_answer,
-    stability_answer,
-    points_answer,
+from loopscope.answers.answer import Answer, Criterion, Question
+from loopscope.answers.behaviour import BEHAVIOUR, behaviour_answer
+from loopscope.answers.early_exit import EXIT_RULE, exit_rule_answer
+from loopscope.answers.final import FINAL, final_answer
+from loopscope.answers.fixed_point import FIXED_POINT, fixed_point_answer
+from loopscope.answers.heads import HEADS, heads_answer
+from loopscope.answers.initial_state import INITIAL_STATE, initial_state_answer
+from loopscope.answers.limits import limits_answer
+from loopscope.answers.readout import LOSS, loss_answer
+from loopscope.answers.settled import (
+    ARRIVAL,
+    POINTS,
+    TRAINED_DEPTH,
     arrival_answer,
+    points_answer,
     trained_depth_answer,
-    initial_state_answer,
-    loss_answer,
-    final_answer,
-    exit_rule_answer,
-    heads_answer,
-    stages_answer,
 )
+from loopscope.answers.stability import STABILITY, stability_answer
+from loopscope.answers.stages import STAGES, stages_answer
+from loopscope.study import Study, StudyView, view_study
+
+_LOOPED: tuple[tuple[Question, Callable[[StudyView, Criterion], Answer]], ...] = (
+    (FIXED_POINT, fixed_point_answer),
+    (BEHAVIOUR, behaviour_answer),
+    (STABILITY, stability_answer),
+    (POINTS, points_answer),
+    (ARRIVAL, arrival_answer),
+    (TRAINED_DEPTH, trained_depth_answer),
+    (INITIAL_STATE, initial_state_answer),
+    (LOSS, loss_answer),
+    (FINAL, final_answer),
+    (EXIT_RULE, exit_rule_answer),
+    (HEADS, heads_answer),
+    (STAGES, stages_answer),
+)
+"""Each with what answers it where the study has what it needs."""
 
 
 def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answer]:
@@ -44,19 +55,10 @@ def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answ
     criterion = criterion or Criterion()
     view = view_study(study)
     if view.looped:
-        answers = [ask(view, criterion) for ask in _LOOPED]
+        answers = [question.declined(view) or ask(view, criterion) for question, ask in _LOOPED]
     else:
-        answers = [_no_loop(criterion), loss_answer(view, criterion)]
-    return [*answers, limits_answer(view, criterion, answers)]
-
-
-def _no_loop(criterion: Criterion) -> Answer:
-    return Answer(
-        key="fixed_point",
-        question="Does it reach a fixed point?",
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict="no loop",
-        sentence="This model is feed-forward: it has no recurrence, so there is nothing that could settle.",
-        figure="cycle-similarity",
-        criterion=criterion,
-    )
+        no_loop = "This model is feed-forward: it has no recurrence, so there is nothing that could settle."
+        first = FIXED_POINT.unanswered("no loop", no_loop, figure="cycle-similarity")
+        answers = [first, LOSS.declined(view) or loss_answer(view, criterion)]
+    answers.append(limits_answer(view, criterion, answers))
+    return [dataclasses.replace(answer, criterion=criterion) for answer in answers]

@@ -35,7 +35,7 @@ def clopper_pearson(successes: int, trials: int, level: float = _LEVEL) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class KindShare:
-    """So many of so many tend to this."""
+    """How many of how many tend to this."""
 
     kind: Kind
     count: int

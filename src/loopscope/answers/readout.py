@@ -6,38 +6,37 @@ import numpy as np
 
 from loopscope._util.statistics import mean, paired_difference
 from loopscope._util.wording import plural, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, measured
 from loopscope.study import StudyView
 
-_QUESTION = "Does the loss improve with more recurrences?"
+LOSS = Question(
+    key="loss",
+    text="Does the loss improve with more recurrences?",
+    figure="loss",
+    needs=(measured("loss", "The analysis was told to skip the readout."),),
+)
 
 
 def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
     """Compare the best readout with the first and the last one, prompt by prompt (paired), so that easy and hard
     prompts do not blur the difference."""
-    if "loss" not in view.finite:
-        return _answer(criterion, Outcome.NOT_APPLICABLE, "not measured", "The analysis was told to skip the readout.")
     loss = view.finite["loss"].transpose("readout_recurrence", "prompt")
     means = np.array([mean(row) for row in loss.values])
     if not np.isfinite(means).all():
-        return _answer(criterion, Outcome.NOT_APPLICABLE, "no loss", "No prompt has a finite loss at every readout.")
+        return LOSS.unanswered("no loss", "No prompt has a finite loss at every readout.")
     at = [int(count) for count in loss["readout_recurrence"].values]
     if not view.looped or len(at) < 2:
         what = "A feed-forward model has one readout" if not view.looped else f"It was read out once, after {at[0]}"
-        return _answer(
-            criterion,
-            Outcome.NOT_APPLICABLE,
-            f"{significant(means[-1], 3)} nats",
-            f"{what}; its mean loss is {significant(means[-1], 3)} nats a token.",
-            {"loss": float(means[-1])},
-        )
+        nats = f"{significant(means[-1], 3)} nats"
+        said = f"{what}; its mean loss is {nats} a token."
+        return LOSS.says(Outcome.NOT_APPLICABLE, nats, said, {"loss": float(means[-1])})
 
     best = int(means.argmin())
     gain = paired_difference(loss.values[0], loss.values[best])
     decline = paired_difference(loss.values[-1], loss.values[best])
     improves, worsens = gain.exceeds(criterion.loss_tolerance), decline.exceeds(criterion.loss_tolerance)
     enough = at[int(np.argmax(means <= means[best] + criterion.loss_tolerance))]
-    evidence: dict[str, float | str] = {
+    evidence: Evidence = {
         "best_at": float(at[best]),
         "loss_at_best": float(means[best]),
         "loss_at_first_readout": float(means[0]),
@@ -67,32 +66,7 @@ def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
     else:
         outcome, verdict = Outcome.NO, "no clear difference"
         sentence = f"No: {first} and {last} differ by no more than {criterion.loss_tolerance:g} nats or by chance."
-    return _answer(criterion, outcome, verdict, sentence, evidence, _limits(view, loss.sizes["prompt"]))
-
-
-def _limits(view: StudyView, prompts: int) -> list[str]:
     limits = ["The loss is on the prompts' own tokens, not on answers to them."]
-    if prompts == 1:
+    if loss.sizes["prompt"] == 1:
         limits.append("With one prompt, nothing says whether a difference is chance.")
-    return limits
-
-
-def _answer(
-    criterion: Criterion,
-    outcome: Outcome,
-    verdict: str,
-    sentence: str,
-    evidence: dict[str, float | str] | None = None,
-    limits: list[str] | None = None,
-) -> Answer:
-    return Answer(
-        key="loss",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence or {},
-        figure="loss" if evidence else "",
-        limits=limits or [],
-        criterion=criterion,
-    )
+    return LOSS.says(outcome, verdict, sentence, evidence, limits)

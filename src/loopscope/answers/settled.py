@@ -1,4 +1,5 @@
-"""One point per layer, or the same one?"""
+"""Where a model settles, asked three ways: has each layer a point of its own, after how many recurrences is the state
+there, and is it there at the depth that the model was trained for?"""
 
 from __future__ import annotations
 
@@ -10,187 +11,30 @@ from numpy.typing import NDArray
 
 from loopscope._util.statistics import Share, mean, median
 from loopscope._util.wording import percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
-from loopscope.answers.fixed_point import SETTLED, Settling, common_settling
+from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, some_finite
+from loopscope.answers.fixed_point import Settling, common_settling
 from loopscope.study import StudyView
 
-_QUESTION = "Has it settled at the depth it was trained for?"
-
-
-def arrival(relative_distance: xarray.DataArray, level: float) -> NDArray[np.float64]:
-    """Recurrences, counted from 1, after which the distance is within `level` and stays there to the end of what was
-    measured. Shape (layer, prompt); infinite where that does not happen.
-    """
-    within = relative_distance.transpose("recurrence", "layer", "prompt").values <= level
-    stays = np.logical_and.accumulate(within[::-1], axis=0)[::-1]
-    return np.where(stays[-1], stays.argmax(axis=0) + 1.0, np.inf)
-
-
-def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Count to the slowest layer, and take the median over prompts. Asked only where there is a point to arrive
-    at."""
-    settled = common_settling(view, criterion)
-    question = "After how many recurrences is it there?"
-    if settled not in SETTLED:
-        reasons: dict[Settling | None, str] = {
-            Settling.STILL_CONVERGING: "It has not settled by the horizon, so there is no known point to arrive at.",
-            Settling.DIRECTION_ONLY: "Only its direction settles: there is no point at a finite distance to arrive at.",
-            None: "Too few prompts reach a fixed point for a common number.",
-        }
-        return Answer(
-            key="arrival",
-            question=question,
-            outcome=Outcome.NOT_APPLICABLE,
-            verdict="no point to reach" if settled is not Settling.STILL_CONVERGING else "not by this horizon",
-            sentence=reasons.get(settled, "There is no fixed point to arrive at."),
-            figure="distance",
-            criterion=criterion,
-        )
-
-    floor = median(view.finite["noise_floor"].max("layer").values)
-    rounding = criterion.floor_factor * floor if np.isfinite(floor) else 0.0
-    level = max(criterion.reached_level, rounding)
-    by_layer = arrival(view.finite["relative_distance"], level)
-    slowest = by_layer.max(axis=0)
-    reached = slowest[np.isfinite(slowest)]
-    evidence: dict[str, float | str] = {"level": level, "prompts_reached": f"{len(reached)} of {len(slowest)}"}
-    limits: list[str] = []
-    if rounding > criterion.reached_level:
-        limits.append(
-            f"Rounding in {view.dtype} forced the level up from {percent(criterion.reached_level)} to {percent(level)}."
-        )
-    if view.recurrences == view.horizon:
-        limits.append("The last distance measured is 0 by construction: it is taken at the horizon itself.")
-
-    within = f"within {percent(level)} of its state at the horizon, for good and in every layer"
-    middle = _middle(slowest)
-    if np.isfinite(middle):
-        outcome, verdict = Outcome.YES, f"about {middle:.0f}"
-        layers = [_middle(row) for row in by_layer]
-        extent = f"range {reached.min():.0f} to {reached.max():.0f}" if reached.min() < reached.max() else "all alike"
-        sentence = f"After {plural(int(middle), 'recurrence')} the state is {within} (median over prompts; {extent})."
-        if min(layers) < max(layers):
-            sentence += f" By layer the medians run from {min(layers):.0f} to {max(layers):.0f}."
-        evidence |= {
-            "recurrences_median": middle,
-            "recurrences_least": float(reached.min()),
-            "recurrences_most": float(reached.max()),
-            "medians_by_layer": ", ".join(f"{value:.0f}" for value in layers),
-        }
-        if len(reached) < len(slowest):
-            limits.append(
-                f"{plural(len(slowest) - len(reached), 'prompt')} did not arrive within the {view.recurrences} "
-                "recurrences measured; the median counts them as later, the range leaves them out."
-            )
-    else:
-        outcome, verdict = Outcome.CANNOT_TELL, f"more than {view.recurrences}"
-        sentence = (
-            f"More than the {view.recurrences} measured: by then only {len(reached)} of {len(slowest)} prompts are "
-            f"{within}. Measure more recurrences to see it arrive."
-        )
-    return Answer(
-        key="arrival",
-        question=question,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence,
-        figure="distance",
-        limits=limits,
-        criterion=criterion,
-    )
-
-
-def _middle(counts: NDArray[np.float64]) -> float:
-    """Median that is itself one of the counts, so that prompts which never arrive (infinite) need no averaging."""
-    return float(np.quantile(counts, 0.5, method="inverted_cdf"))
-
-
-def trained_depth_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Compare the trained number of recurrences with the last one measured (medians over prompts, layer that is
-    farthest)."""
-    trained = view.trained
-    if trained is None:
-        return _unanswered("not known", "The model does not say how many recurrences it was trained with.", criterion)
-    if trained > view.recurrences:
-        return _unanswered(
-            "not measured",
-            f"It was trained with {trained} recurrences, but only {view.recurrences} were measured.",
-            criterion,
-        )
-    if not view.finite.sizes["prompt"]:
-        return _unanswered("it diverges", "Every prompt diverged, so there is no state to follow.", criterion)
-
-    step = _median_by_recurrence(view, "relative_step")
-    distance = _median_by_recurrence(view, "relative_distance")
-    there, last = trained - 1, view.recurrences - 1
-    evidence: dict[str, float | str] = {
-        "trained_recurrences": float(trained),
-        "relative_distance_at_trained": distance[there],
-        "relative_step_at_trained": step[there],
-        "relative_distance_at_last": distance[last],
-        "relative_step_at_last": step[last],
-    }
-    far = distance[there] > criterion.reached_level
-    # The first recurrence has no step (NaN compares as False); its distance alone decides.
-    moving = step[there] > criterion.drift_tolerance
-    state = (
-        f"After the {plural(trained, 'recurrence')} of training it is {percent(distance[there])} away from its "
-        f"state at recurrence {view.horizon}"
-    )
-    if math.isfinite(step[there]):
-        state += f", and the last of these recurrences moved it by {percent(step[there])}"
-    later = f"; after {view.recurrences} it is {percent(distance[last])} away" if last > there else ""
-    sentence = f"{'No, it is still moving' if far or moving else 'Yes'}. {state}{later}." + _loss_sentence(
-        view, trained, evidence
-    )
-    limits = []
-    if view.horizon <= trained:
-        limits.append("The horizon is no deeper than the training was, so it cannot show what happens beyond.")
-    if view.recurrences == trained:
-        limits.append("Nothing beyond the trained depth was measured but the horizons.")
-    return Answer(
-        key="trained_depth",
-        question=_QUESTION,
-        outcome=Outcome.NO if far or moving else Outcome.YES,
-        verdict="no, still moving" if far or moving else "yes",
-        sentence=sentence,
-        evidence=evidence,
-        figure="step",
-        limits=limits,
-        criterion=criterion,
-    )
-
-
-def _median_by_recurrence(view: StudyView, name: str) -> list[float]:
-    """Of the layer with the largest value, median over the finite prompts."""
-    values = view.finite[name].max("layer").transpose("recurrence", "prompt").values
-    return [median(row) for row in values]
-
-
-def _loss_sentence(view: StudyView, trained: int, evidence: dict[str, float | str]) -> str:
-    """What the loss does beyond the trained depth, if it was read out at both ends."""
-    if "loss" not in view.finite:
-        return ""
-    loss = view.finite["loss"]
-    readouts = [int(value) for value in loss["readout_recurrence"].values]
-    if trained not in readouts or readouts[-1] <= trained:
-        return ""
-    means = [mean(loss.sel(readout_recurrence=at).values) for at in (trained, readouts[-1])]
-    evidence |= {"loss_at_trained": means[0], "loss_at_last": means[1]}
-    return f" The loss is {significant(means[0], 3)} nats there and {significant(means[1], 3)} after {readouts[-1]}."
-
-
-def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="trained_depth",
-        question=_QUESTION,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict=verdict,
-        sentence=sentence,
-        figure="step",
-        criterion=criterion,
-    )
+POINTS = Question(key="points", text="Does each layer have a point of its own?", figure="layer-cosine")
+ARRIVAL = Question(key="arrival", text="After how many recurrences is it there?", figure="distance")
+TRAINED_DEPTH = Question(
+    key="trained_depth",
+    text="Has it settled at the depth it was trained for?",
+    figure="step",
+    needs=(
+        Need(
+            lambda view: view.trained is not None,
+            "The model does not say how many recurrences it was trained with.",
+            "not known",
+        ),
+        Need(
+            lambda view: view.trained is None or view.trained <= view.recurrences,
+            lambda view: f"It was trained with {view.trained} recurrences, but only {view.recurrences} were measured.",
+        ),
+        some_finite("there is no state to follow"),
+    ),
+    drawn=lambda view: True,
+)
 
 
 def points_answer(view: StudyView, criterion: Criterion) -> Answer:
@@ -202,7 +46,7 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     needed = criterion.prompts_needed
 
     limits: list[str] = []
-    evidence: dict[str, float | str] = {}
+    evidence: Evidence = {}
     if len(values):
         evidence = {
             "smallest_cosine_to_layer_0": median(values),
@@ -241,14 +85,135 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"It depends on the prompt: all layers share one point in {same}; {cosine} (median over prompts)."
     if outcome is not Outcome.NOT_APPLICABLE and settled is Settling.DIRECTION_ONLY:
         limits.append("Only directions have settled; a cosine does not see that the norms differ.")
-    return Answer(
-        key="points",
-        question="Does each layer have a point of its own?",
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence,
-        figure="layer-cosine",
-        limits=limits,
-        criterion=criterion,
+    return POINTS.says(outcome, verdict, sentence, evidence, limits)
+
+
+def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """Count to the slowest layer, and take the median over prompts. Asked only where there is a point to arrive
+    at."""
+    settled = common_settling(view, criterion)
+    if settled is None or not settled.settles:
+        reasons: dict[Settling | None, str] = {
+            Settling.STILL_CONVERGING: "It has not settled by the horizon, so there is no known point to arrive at.",
+            Settling.DIRECTION_ONLY: "Only its direction settles: there is no point at a finite distance to arrive at.",
+            None: "Too few prompts reach a fixed point for a common number.",
+        }
+        return ARRIVAL.unanswered(
+            "not by this horizon" if settled is Settling.STILL_CONVERGING else "no point to reach",
+            reasons.get(settled, "There is no fixed point to arrive at."),
+            figure=ARRIVAL.figure,
+        )
+
+    floor = median(view.finite["noise_floor"].max("layer").values)
+    rounding = criterion.floor_factor * floor if np.isfinite(floor) else 0.0
+    level = max(criterion.reached_level, rounding)
+    by_layer = arrival(view.finite["relative_distance"], level)
+    slowest = by_layer.max(axis=0)
+    reached = slowest[np.isfinite(slowest)]
+    evidence: Evidence = {"level": level, "prompts_reached": f"{len(reached)} of {len(slowest)}"}
+    limits: list[str] = []
+    if rounding > criterion.reached_level:
+        limits.append(
+            f"Rounding in {view.dtype} forced the level up from {percent(criterion.reached_level)} to {percent(level)}."
+        )
+    if view.recurrences == view.horizon:
+        limits.append("The last distance measured is 0 by construction: it is taken at the horizon itself.")
+
+    within = f"within {percent(level)} of its state at the horizon, for good and in every layer"
+    middle = _middle(slowest)
+    if np.isfinite(middle):
+        outcome, verdict = Outcome.YES, f"about {middle:.0f}"
+        layers = [_middle(row) for row in by_layer]
+        extent = f"range {reached.min():.0f} to {reached.max():.0f}" if reached.min() < reached.max() else "all alike"
+        sentence = f"After {plural(int(middle), 'recurrence')} the state is {within} (median over prompts; {extent})."
+        if min(layers) < max(layers):
+            sentence += f" By layer the medians run from {min(layers):.0f} to {max(layers):.0f}."
+        evidence |= {
+            "recurrences_median": middle,
+            "recurrences_least": float(reached.min()),
+            "recurrences_most": float(reached.max()),
+            "medians_by_layer": ", ".join(f"{value:.0f}" for value in layers),
+        }
+        if len(reached) < len(slowest):
+            limits.append(
+                f"{plural(len(slowest) - len(reached), 'prompt')} did not arrive within the {view.recurrences} "
+                "recurrences measured; the median counts them as later, the range leaves them out."
+            )
+    else:
+        outcome, verdict = Outcome.CANNOT_TELL, f"more than {view.recurrences}"
+        sentence = (
+            f"More than the {view.recurrences} measured: by then only {len(reached)} of {len(slowest)} prompts are "
+            f"{within}. Measure more recurrences to see it arrive."
+        )
+    return ARRIVAL.says(outcome, verdict, sentence, evidence, limits)
+
+
+def arrival(relative_distance: xarray.DataArray, level: float) -> NDArray[np.float64]:
+    """Recurrences, counted from 1, after which the distance is within `level` and stays there to the end of what was
+    measured. Shape (layer, prompt); infinite where that does not happen.
+    """
+    within = relative_distance.transpose("recurrence", "layer", "prompt").values <= level
+    stays = np.logical_and.accumulate(within[::-1], axis=0)[::-1]
+    return np.where(stays[-1], stays.argmax(axis=0) + 1.0, np.inf)
+
+
+def trained_depth_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """Compare the trained number of recurrences with the last one measured (medians over prompts, layer that is
+    farthest)."""
+    trained = view.trained
+    assert trained is not None  # which the question needs
+
+    step = _median_by_recurrence(view, "relative_step")
+    distance = _median_by_recurrence(view, "relative_distance")
+    there, last = trained - 1, view.recurrences - 1
+    evidence: Evidence = {
+        "trained_recurrences": float(trained),
+        "relative_distance_at_trained": distance[there],
+        "relative_step_at_trained": step[there],
+        "relative_distance_at_last": distance[last],
+        "relative_step_at_last": step[last],
+    }
+    far = distance[there] > criterion.reached_level
+    # The first recurrence has no step (NaN compares as False); its distance alone decides.
+    moving = step[there] > criterion.drift_tolerance
+    state = (
+        f"After the {plural(trained, 'recurrence')} of training it is {percent(distance[there])} away from its "
+        f"state at recurrence {view.horizon}"
     )
+    if math.isfinite(step[there]):
+        state += f", and the last of these recurrences moved it by {percent(step[there])}"
+    later = f"; after {view.recurrences} it is {percent(distance[last])} away" if last > there else ""
+    sentence = f"{'No, it is still moving' if far or moving else 'Yes'}. {state}{later}." + _loss_sentence(
+        view, trained, evidence
+    )
+    limits = []
+    if view.horizon <= trained:
+        limits.append("The horizon is no deeper than the training was, so it cannot show what happens beyond.")
+    if view.recurrences == trained:
+        limits.append("Nothing beyond the trained depth was measured but the horizons.")
+    outcome, verdict = (Outcome.NO, "no, still moving") if far or moving else (Outcome.YES, "yes")
+    return TRAINED_DEPTH.says(outcome, verdict, sentence, evidence, limits)
+
+
+def _median_by_recurrence(view: StudyView, name: str) -> list[float]:
+    """Of the layer with the largest value, median over the finite prompts."""
+    values = view.finite[name].max("layer").transpose("recurrence", "prompt").values
+    return [median(row) for row in values]
+
+
+def _loss_sentence(view: StudyView, trained: int, evidence: Evidence) -> str:
+    """What the loss does beyond the trained depth, if it was read out at both ends."""
+    if "loss" not in view.finite:
+        return ""
+    loss = view.finite["loss"]
+    readouts = [int(value) for value in loss["readout_recurrence"].values]
+    if trained not in readouts or readouts[-1] <= trained:
+        return ""
+    means = [mean(loss.sel(readout_recurrence=at).values) for at in (trained, readouts[-1])]
+    evidence |= {"loss_at_trained": means[0], "loss_at_last": means[1]}
+    return f" The loss is {significant(means[0], 3)} nats there and {significant(means[1], 3)} after {readouts[-1]}."
+
+
+def _middle(counts: NDArray[np.float64]) -> float:
+    """Median that is itself one of the counts, so that prompts which never arrive (infinite) need no averaging."""
+    return float(np.quantile(counts, 0.5, method="inverted_cdf"))

@@ -8,7 +8,7 @@ import numpy as np
 import xarray
 
 from loopscope._util.wording import listed, percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.predictions import (
     Agreement,
     RatePairs,
@@ -17,78 +17,77 @@ from loopscope.answers.predictions import (
     rate_pairs,
     token_eigenvalues,
 )
-from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind
+from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS, PredictedKind
 from loopscope.study import StudyView
 
-_QUESTION = "Why: are the fixed points stable?"
+STABILITY = Question(
+    key="stability",
+    text="Why: are the fixed points stable?",
+    figure="stability-spectrum",
+    needs=(
+        measured("predicted_kind", "No eigenvalues were taken: of this model they cannot be, or the part was skipped."),
+    ),
+)
 _SAID = {
-    Kind.FIXED_POINT: "stand at a fixed point that attracts",
-    Kind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
-    Kind.SLIDER: "have an eigenvalue that cannot be told from 1",
-    Kind.ORBIT: "stand at a fixed point that repels in turns",
-    Kind.PERIOD_TWO: "stand at a fixed point that repels to and fro",
-    Kind.UNSTABLE: "stand at a fixed point that repels in one direction",
-    Kind.FAR: "stand at no fixed point",
-    Kind.UNRESOLVED: "have an eigenvalue that is not known well enough",
+    PredictedKind.FIXED_POINT: "stand at a fixed point that attracts",
+    PredictedKind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
+    PredictedKind.SLIDER: "have an eigenvalue that cannot be told from 1",
+    PredictedKind.ORBIT: "stand at a fixed point that repels in turns",
+    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternation",
+    PredictedKind.UNSTABLE: "stand at a fixed point that repels in one direction",
+    PredictedKind.FAR: "stand at no fixed point",
+    PredictedKind.UNRESOLVED: "have an eigenvalue that is not known well enough",
 }
-_STABLE = (Kind.FIXED_POINT, Kind.DAMPED_ROTATION)
-_UNTOLD = (Kind.FAR, Kind.UNRESOLVED)
 
 
 def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     """What the leading eigenvalues of one recurrence predict, and whether the trajectories bear it out."""
     data = view.dataset
-    if "predicted_kind" not in data:
-        return _unanswered(
-            "No eigenvalues were taken: of this model they cannot be, or the part was skipped.", criterion
-        )
     codes = data["predicted_kind"].transpose("prompt", "token").values
     counts = {kind: int((codes == place).sum()) for place, kind in enumerate(PREDICTED_KINDS)}
     total = sum(counts.values())
     if not total:
-        return _unanswered("There is no token to take eigenvalues of.", criterion)
+        return STABILITY.unanswered("not measured", "There is no token to take eigenvalues of.")
     outcome, verdict = _outcome(counts, total)
     pairs = rate_pairs(data)
     found = agreement(prediction_table(data)) if "verdict" in data else None
     there = sorted((kind for kind in counts if counts[kind]), key=lambda kind: -counts[kind])
     parts = [f"{counts[kind]:,} ({percent(counts[kind] / total)}) {_said(kind, counts[kind])}" for kind in there]
-    return Answer(
-        key="stability",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, counts, pairs)}{_borne_out(found)}",
-        evidence=_evidence(data, counts, total, pairs, found),
-        figure="stability-rates" if pairs.predicted.size else "stability-spectrum",
-        limits=_limits(view, counts, total),
-        criterion=criterion,
+    return STABILITY.says(
+        outcome,
+        verdict,
+        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_confirmed(found)}",
+        _evidence(data, counts, total, pairs, found),
+        _limits(view, counts, total),
+        figure="stability-rates" if pairs.predicted.size else None,
     )
 
 
-def _outcome(counts: Mapping[Kind, int], total: int) -> tuple[Outcome, str]:
-    stable, untold = (sum(counts[kind] for kind in kinds) for kinds in (_STABLE, _UNTOLD))
+def _outcome(counts: Mapping[PredictedKind, int], total: int) -> tuple[Outcome, str]:
+    stable = sum(count for kind, count in counts.items() if kind.settles)
+    unknown = sum(count for kind, count in counts.items() if not kind.known)
     if stable == total:
         return Outcome.YES, "yes, all"
-    if 2 * untold > total:
-        return Outcome.CANNOT_TELL, "no fixed point found" if counts[Kind.FAR] > counts[
-            Kind.UNRESOLVED
+    if 2 * unknown > total:
+        return Outcome.CANNOT_TELL, "no fixed point found" if counts[PredictedKind.FAR] > counts[
+            PredictedKind.UNRESOLVED
         ] else "cannot tell"
     if stable == 0:
         return Outcome.NO, "no"
     return Outcome.PARTLY, f"{percent(stable / total)} are"
 
 
-def _said(kind: Kind, count: int) -> str:
+def _said(kind: PredictedKind, count: int) -> str:
     """In the singular for one token."""
     verb, _, rest = _SAID[kind].partition(" ")
     return f"{ ({'have': 'has'}.get(verb, f'{verb}s') if count == 1 else verb) } {rest}"
 
 
-def _rates(data: xarray.Dataset, counts: Mapping[Kind, int], pairs: RatePairs) -> str:
+def _rates(data: xarray.Dataset, pairs: RatePairs) -> str:
     """How fast, and how far from where stability is lost."""
-    if not any(counts[kind] for kind in PREDICTED_KINDS if kind not in _UNTOLD):
+    rate = _of_known(data, "predicted_rate")
+    if not rate.size:
         return ""
-    rate = _told(data, "predicted_rate")
     slowest = float(rate.max())
     middle = significant(float(np.median(rate)), 3)
     said = f" The predicted rate per recurrence is {middle} (median), at most {significant(slowest, 3)}"
@@ -98,25 +97,22 @@ def _rates(data: xarray.Dataset, counts: Mapping[Kind, int], pairs: RatePairs) -
     return said
 
 
-def _borne_out(found: Agreement | None) -> str:
+def _confirmed(found: Agreement | None) -> str:
     if found is None or not found.agree + found.disagree:
         return ""
-    told = found.agree + found.disagree
-    return f" {found.agree:,} of {told:,} verdicts bear the prediction out."
+    return f" {found.agree:,} of {found.agree + found.disagree:,} verdicts confirm the prediction."
 
 
 def _evidence(
-    data: xarray.Dataset, counts: Mapping[Kind, int], total: int, pairs: RatePairs, found: Agreement | None
-) -> dict[str, float | str]:
-    evidence: dict[str, float | str] = {
-        f"tokens: {kind}": f"{count:,} of {total:,}" for kind, count in counts.items() if count
-    }
-    rate = _told(data, "predicted_rate")
+    data: xarray.Dataset, counts: Mapping[PredictedKind, int], total: int, pairs: RatePairs, found: Agreement | None
+) -> Evidence:
+    evidence: Evidence = {f"tokens: {kind}": f"{count:,} of {total:,}" for kind, count in counts.items() if count}
+    rate = _of_known(data, "predicted_rate")
     if rate.size:
         evidence["predicted_rate_median"] = float(np.median(rate))
         evidence["predicted_rate_largest"] = float(rate.max())
         evidence["smallest_stability_margin"] = 1 - float(rate.max())
-        evidence["error_of_predicted_rate_median"] = float(np.median(_told(data, "predicted_rate_error")))
+        evidence["error_of_predicted_rate_median"] = float(np.median(_of_known(data, "predicted_rate_error")))
         leading = np.abs(token_eigenvalues(data)[..., 0])
         residual = data["eigenvalue_residual"].transpose("prompt", "token", "pair").values[..., 0]
         there = np.isfinite(residual) & (leading > 0)
@@ -124,7 +120,7 @@ def _evidence(
             evidence["relative_residual_of_leading_eigenvalue_median"] = float(
                 np.median(residual[there] / leading[there])
             )
-        needed = _told(data, "damping_needed")
+        needed = _of_known(data, "damping_needed")
         if np.isfinite(needed).any() and np.nanmin(needed) < 1:
             evidence["largest_step_that_keeps_all_stable"] = float(np.nanmin(needed))
     if pairs.predicted.size:
@@ -138,22 +134,22 @@ def _evidence(
     return evidence
 
 
-def _told(data: xarray.Dataset, name: str) -> np.ndarray:
+def _of_known(data: xarray.Dataset, name: str) -> np.ndarray:
     """Values of the tokens about which eigenvalues say something, flat."""
-    codes = data["predicted_kind"].transpose("prompt", "token").values
-    told = (codes >= 0) & ~np.isin(codes, [PREDICTED_KINDS.index(kind) for kind in _UNTOLD])
-    found: np.ndarray = data[name].transpose("prompt", "token").values[told]
+    known = np.isin(data["predicted_kind"].transpose("prompt", "token").values, KNOWN_CODES)
+    found: np.ndarray = data[name].transpose("prompt", "token").values[known]
     return found
 
 
-def _limits(view: StudyView, counts: Mapping[Kind, int], total: int) -> list[str]:
+def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int) -> list[str]:
     data = view.dataset
     limits = ["Eigenvalues hold near the fixed point: a state that is thrown far from it may end elsewhere."]
-    if counts[Kind.FAR]:
+    if counts[PredictedKind.FAR]:
         step = data["point_step"].values
         limits.append(
-            f"For {percent(counts[Kind.FAR] / total)} of the tokens no fixed point was found: where their eigenvalues "
-            f"were taken a recurrence moves the state by up to {percent(float(np.nanmax(step)))} of its norm."
+            f"For {percent(counts[PredictedKind.FAR] / total)} of the tokens no fixed point was found: where their "
+            "eigenvalues were taken a recurrence moves the state by up to "
+            f"{percent(float(np.nanmax(step)))} of its norm."
         )
     searched = int((data["point_searched"].values == 1).sum())
     if searched:
@@ -167,14 +163,3 @@ def _limits(view: StudyView, counts: Mapping[Kind, int], total: int) -> list[str
     if view.dtype in ("bfloat16", "float16"):
         limits.append(f"They are those of exact arithmetic with the model's weights, not of rounding to {view.dtype}.")
     return limits
-
-
-def _unanswered(sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="stability",
-        question=_QUESTION,
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict="not measured",
-        sentence=sentence,
-        criterion=criterion,
-    )

@@ -10,14 +10,32 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope._util.wording import listed, percent
-from loopscope.answers.answer import Answer, Criterion, Outcome
-from loopscope.answers.quantities import STAGE_QUANTITIES
+from loopscope.answers.answer import Answer, Criterion, Need, Outcome, Question, some_finite
+from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.study import StudyView
 
-_QUESTION = "Do the stages of inference repeat in every pass?"
-
-_ASKED = ("concentration", "mixing", "entropy", "magnitude")
+_ASKED = [
+    quantity for quantity in STAGE_QUANTITIES if quantity.anchor in ("concentration", "mixing", "entropy", "magnitude")
+]
 """The others jump between few values, so that their variance says little."""
+
+
+def _asked(view: StudyView) -> list[StageQuantity]:
+    return [quantity for quantity in _ASKED if quantity.variable in view.finite]
+
+
+STAGES = Question(
+    key="stages",
+    text="Do the stages of inference repeat in every pass?",
+    needs=(
+        Need(lambda view: bool(_asked(view)), "The analysis was told to skip the stages."),
+        Need(
+            lambda view: view.recurrent > 1 and view.recurrences > 2,
+            "It takes two layers and three recurrences to see a pattern repeat.",
+        ),
+        some_finite("there are no stages to compare"),
+    ),
+)
 
 
 def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
@@ -25,21 +43,11 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
 
     The first recurrence is left out: it starts from another kind of state than all that follow.
     """
-    asked = [quantity for quantity in STAGE_QUANTITIES if quantity.anchor in _ASKED]
-    quantities = {entry.name: entry.of_prompt for entry in asked if entry.variable in view.finite}
-    if not quantities:
-        return _unanswered("not measured", "The analysis was told to skip the stages.", criterion)
-    if view.recurrent < 2 or view.recurrences < 3:
-        return _unanswered(
-            "not measured", "It takes two layers and three recurrences to see a pattern repeat.", criterion
-        )
-    if not view.finite.sizes["prompt"]:
-        return _unanswered("it diverges", "Every prompt diverged, so there are no stages to compare.", criterion)
-    shares = {name: repetition(_by_recurrence(view, how)) for name, how in quantities.items()}
+    shares = {quantity.name: repetition(_by_recurrence(view, quantity.of_prompt)) for quantity in _asked(view)}
     known = {name: share for name, share in shares.items() if math.isfinite(share)}
-    evidence: dict[str, float | str] = {f"repetition of {name}": share for name, share in shares.items()}
     if not known:
-        return _unanswered("cannot tell", "The layers do not differ in any of the quantities.", criterion)
+        nothing = "The layers do not differ in any of the quantities."
+        return STAGES.unanswered("cannot tell", nothing, outcome=Outcome.CANNOT_TELL)
     repeated = [name for name, share in known.items() if share >= criterion.repetition_needed]
     others = [name for name in known if name not in repeated]
     least = min(known, key=lambda name: known[name])
@@ -56,16 +64,14 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
     else:
         outcome, verdict = Outcome.NO, "no"
         sentence = f"No: {listed(others)} change from pass to pass more than such a repetition allows ({numbers})."
-    return Answer(
-        key="stages",
-        question=_QUESTION,
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence,
-        figure="entropy-by-recurrence" if "relative_residual_entropy" in view.finite else "concentration-by-recurrence",
-        limits=["Means over heads, tokens and prompts are compared; single heads may do otherwise."],
-        criterion=criterion,
+    drawn = "entropy" if "relative_residual_entropy" in view.finite else "concentration"
+    return STAGES.says(
+        outcome,
+        verdict,
+        sentence,
+        {f"repetition of {name}": share for name, share in shares.items()},
+        ["Means over heads, tokens and prompts are compared; single heads may do otherwise."],
+        figure=f"{drawn}-by-recurrence",
     )
 
 
@@ -88,14 +94,3 @@ def _by_recurrence(view: StudyView, how: Callable[[xarray.Dataset], xarray.DataA
     loop = view.finite.isel(depth=np.flatnonzero(view.finite["depth_stage"].values == "recurrent"))
     middle = how(loop).median("prompt").values.astype(np.float64)
     return middle.reshape(view.recurrences, view.recurrent)[1:]
-
-
-def _unanswered(verdict: str, sentence: str, criterion: Criterion) -> Answer:
-    return Answer(
-        key="stages",
-        question=_QUESTION,
-        outcome=Outcome.CANNOT_TELL if verdict == "cannot tell" else Outcome.NOT_APPLICABLE,
-        verdict=verdict,
-        sentence=sentence,
-        criterion=criterion,
-    )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from loopscope.models.inspection.facts import Dtype
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,11 +18,10 @@ if TYPE_CHECKING:
     from loopscope.dynamics.verdicts import JudgedFiles
 
 _Method = Literal["displacement", "cosine"]
-_Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behaviour:
+class JudgeTrajectories:
     """Judge trajectories that any tool captured: what does each token's state tend to?
 
     Takes .npy, .npz and .safetensors files of arrays (recurrence, width) or (token, recurrence, width). Writes
@@ -29,8 +30,8 @@ class Behaviour:
 
     states: tyro.conf.Positional[tuple[Path, ...]]
     """Files of states."""
-    dtype: _Dtype
-    """The number type that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
+    dtype: Dtype
+    """The dtype that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
     out: Path
     """Folder for the verdicts."""
     method: _Method = "displacement"
@@ -77,8 +78,8 @@ class Calibrate:
 
     count: int = 1300
     """Trajectories, spread evenly over the cases."""
-    dtype: tuple[_Dtype, ...] = ("float32", "bfloat16")
-    """Number types whose noise they carry."""
+    dtype: tuple[Dtype, ...] = ("float32", "bfloat16")
+    """Dtypes whose noise they carry."""
     method: tuple[_Method, ...] = ("displacement", "cosine")
     """Methods to try."""
     seed: int = 0
@@ -160,7 +161,7 @@ def _say_kinds(judged: JudgedFiles) -> None:
 
 
 _SHOWN = 12
-"""Trajectories that are told one by one; more are counted."""
+"""Trajectories that are listed one by one; more are counted."""
 
 
 def _interval(share: KindShare) -> str:

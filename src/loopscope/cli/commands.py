@@ -11,9 +11,9 @@ import tyro
 
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.answers.comparison.settings import CompareSettings
-from loopscope.cli.behaviour import Behaviour, Calibrate
+from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
-from loopscope.cli.experiment import Experiment
+from loopscope.cli.experiment import ExperimentCommand
 from loopscope.cli.rates import CountRates
 from loopscope.models.inspection.facts import RunSize
 
@@ -175,7 +175,7 @@ class Train:
 class RunExperiment:
     """Experiments over grids of models: which designs make fixed points."""
 
-    experiment: Experiment
+    experiment: ExperimentCommand
 
     def run(self) -> None:
         self.experiment.run()
@@ -226,7 +226,7 @@ Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Behaviour, tyro.conf.subcommand("behaviour")]
+    | Annotated[JudgeTrajectories, tyro.conf.subcommand("behaviour")]
     | Annotated[CountRates, tyro.conf.subcommand("rates")]
     | Annotated[ControlTokens, tyro.conf.subcommand("control")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.errors import ConfigError
+from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
 
 if TYPE_CHECKING:
-    from loopscope.analysis.engine.run import Engine
-    from loopscope.experiments.cells import Cell, CellResult, InjectionName, NormName
-    from loopscope.experiments.random_findings import Boundary
-    from loopscope.experiments.sweep_findings import DesignSummary
-else:
-    from typing import Literal
+    from rich.table import Table
 
-    # As in `grids`, which a help text does not wait for.
-    NormName = Literal["pre", "residual", "ouro", "olmo2"]
-    InjectionName = Literal["none", "linear", "add"]
+    from loopscope.analysis.engine.run import Engine
+    from loopscope.experiments.cells import Cell, CellResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _GridCommand:
     """What every experiment takes."""
 
     out: Path
-    """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
+    """Folder for the results, a file a cell; an experiment that was interrupted is resumed."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
     workers: int | None = None
@@ -48,13 +43,13 @@ class _Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RandomModels(_Run):
+class _RandomModels(_GridCommand):
     """What both experiments over random models take."""
 
-    norm: tuple[NormName, ...] = ("pre", "residual", "ouro", "olmo2")
+    norm: tuple[NormName, ...] = NORMS
     """Where norms stand: before each branch (pre), on the residual stream (residual: Huginn), around each branch and at
     the end of a recurrence (ouro), after each branch (olmo2)."""
-    injection: tuple[InjectionName, ...] = ("none", "linear", "add")
+    injection: tuple[InjectionName, ...] = INJECTIONS
     """How the prompt enters each recurrence."""
     width: int = 192
     """Of the residual stream."""
@@ -91,7 +86,12 @@ class Architectures(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.experiments.random_findings import architecture_grid, reproduction
+        from loopscope.experiments.random_findings import (
+            ARCHITECTURE_COLUMNS,
+            architecture_grid,
+            architecture_rows,
+            reproduction,
+        )
 
         cells = architecture_grid(
             norms=self.norm,
@@ -105,13 +105,12 @@ class Architectures(_RandomModels):
         results = self.cells_done(cells, "architectures")
         report = _report([self.out], self.out / "report.html")
         console = Console(highlight=False)
-        console.print(_designs(results))
+        console.print(_table(ARCHITECTURE_COLUMNS, architecture_rows(results)))
         rows = reproduction(results)
         for row in rows:
-            found = ", ".join(f"{count} {outcome}" for outcome, count in row.found.items()) or "not run"
             verdict = {True: "reproduced", False: "NOT reproduced", None: "not run"}[row.reproduced]
             name = f"{row.norm}, {'with' if row.injection == 'linear' else 'no'} injection"
-            console.print(f"{name:26s} paper: {row.paper:12s} found: {found:44s} {verdict}", soft_wrap=True)
+            console.print(f"{name:26s} paper: {row.paper:12s} found: {row.found_text:44s} {verdict}", soft_wrap=True)
         print(f"report  {report}")
         print(f"reproduced: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
 
@@ -125,7 +124,7 @@ class Phase(_RandomModels):
     """Recurrent layers."""
     seeds: int = 2
     """Models of each design and scale."""
-    std: tuple[float, ...] = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
+    std: tuple[float, ...] = SCALES
     """Standard deviations of the weights."""
     injection_scale: tuple[float, ...] = (1.0,)
     """Factors on the injection."""
@@ -133,7 +132,7 @@ class Phase(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.experiments.random_findings import boundaries, phase_grid
+        from loopscope.experiments.random_findings import boundaries, phase_grid, phase_rows
 
         cells = phase_grid(
             norms=self.norm,
@@ -148,17 +147,17 @@ class Phase(_RandomModels):
         results = self.cells_done(cells, "phase")
         report = _report([self.out], self.out / "report.html")
         console = Console(highlight=False)
-        console.print(_phases(boundaries(results)))
+        console.print(_table(*phase_rows(boundaries(results), lambda kind: kind.letter)))
         console.print(_LEGEND, style="dim")
         print(f"report  {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(_Run):
+class Training(_GridCommand):
     """Train the models of a sweep, analyse each, and say which designs do well and keep it beyond the trained depth.
 
     Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
-    feed-forward controls. A sweep that was interrupted goes on, within a cell too. See docs/experiments.md.
+    feed-forward controls. A sweep that was interrupted is resumed, within a cell too. See docs/experiments.md.
     """
 
     sweep: tyro.conf.Positional[Path]
@@ -178,7 +177,7 @@ class Training(_Run):
 
         from loopscope.cli.console import RichProgress, say_answers
         from loopscope.experiments.run_sweep import run_sweep
-        from loopscope.experiments.sweep_findings import advice, summaries
+        from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, advice, summaries, training_rows
 
         with RichProgress("cells") as progress:
             results = run_sweep(
@@ -189,7 +188,9 @@ class Training(_Run):
                 engine=self.make_engine(),
                 progress=progress,
             )
-        Console(highlight=False).print(_trained(summaries(results)))
+        shown = [TRAINING_COLUMNS.index(name) for name in _SHOWN]
+        rows = [[row[column] for column in shown] for row in training_rows(summaries(results))]
+        Console(highlight=False).print(_table(_SHOWN, rows))
         say_answers(advice(results))
         print(f"report  {_report([self.out], self.out / 'report.html')}")
 
@@ -209,7 +210,7 @@ class ExperimentReport:
         print(f"report  {_report(self.experiments, self.out)}")
 
 
-Experiment = (
+ExperimentCommand = (
     Annotated[Architectures, tyro.conf.subcommand("architectures")]
     | Annotated[Phase, tyro.conf.subcommand("phase")]
     | Annotated[Training, tyro.conf.subcommand("training")]
@@ -224,87 +225,20 @@ def _report(folders: Sequence[Path], out: Path) -> Path:
     return write_experiments([load_experiment(folder) for folder in folders], out)
 
 
-def _trained(found: Sequence[DesignSummary]) -> Any:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("design", "layout", "loss", "beyond", "kept", "accuracy", "settled", box=None, pad_edge=False)
-    for each in found:
-        looped = each.control is None
-        table.add_row(
-            escape(each.name),
-            each.results[0].layout,
-            f"{each.loss.mean:.3f}",
-            f"{each.beyond.mean:.3f}" if looped else "-",
-            f"{each.kept} of {len(each.results)}" if looped else "-",
-            f"{100 * each.accuracy.mean:.1f} %",
-            "-" if each.settled is None else f"{100 * each.settled:.0f} %",
-        )
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 
-def _designs(results: Sequence[CellResult]) -> Any:
-    from rich.table import Table
-
-    from loopscope.experiments.cells import by_design
-
-    table = Table("norm", "injection", "layers", "outcome (cells)", "least cosine", "norm 2H / H", "predicted rate",
-                  box=None, pad_edge=False)  # fmt: skip
-    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
-        outcomes: dict[str, int] = {}
-        for each in group:
-            outcomes[str(each.outcome)] = outcomes.get(str(each.outcome), 0) + 1
-        table.add_row(
-            norm,
-            injection,
-            str(depth),
-            ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
-            _range([each.degeneracy for each in group]),
-            _range([each.norm_growth for each in group]),
-            _range([each.radius for each in group]),
-        )
-    return table
-
-
-def _phases(found: Sequence[Boundary]) -> Any:
-    from rich.table import Table
-
-    scales = [f"{scale:g}" for scale in found[0].scales]
-    table = Table("norm", "injection", *scales, "predicted", "observed", box=None, pad_edge=False)
-    for each in found:
-        scaled = "" if each.injection_scale == 1 else f" x {each.injection_scale:g}"
-        cells = [
-            f"{_LETTERS[tends]} {'' if radius is None else format(radius, '.2f')}".strip()
-            for tends, radius in zip(each.tends, each.radius, strict=True)
-        ]
-        table.add_row(each.norm, f"{each.injection}{scaled}", *cells, _scale(each.predicted), _scale(each.observed))
-    return table
-
-
-_LETTERS = {
-    "fixed point": "F",
-    "at floor": "A",
-    "orbit": "O",
-    "slider": "S",
-    "bounded": "B",
-    "diverging": "D",
-    "unknown": "?",
-}
+_SHOWN = ("design", "layout", "loss", "loss beyond", "kept", "accuracy", "settled")
+"""Columns of the table of trained models for which a terminal has room."""
 _LEGEND = (
     "By the standard deviation of the weights: what most tokens tend to (F fixed point, A at floor, O orbit, S slider, "
     "B bounded, D diverging, ? unknown) and the largest predicted rate of those whose fixed point is known; then the "
     "scale at which that rate crosses 1, and the one at which half of the tokens no longer settle."
 )
-
-
-def _scale(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _range(values: Sequence[float | None]) -> str:
-    """Least and largest, over seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
-    return low if low == high else f"{low} to {high}"

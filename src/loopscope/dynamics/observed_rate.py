@@ -39,9 +39,9 @@ class RateSettings:
     """
 
     above_floor: float = 10.0
-    """Steps below so many times the noise floor are left out: at ten times, noise adds 0.5 % to a step."""
+    """Steps below this many times the noise floor are left out: at ten times, noise adds 0.5 % to a step."""
     explained: float = 300.0
-    """Steps that no longer shrink are a floor if they are within so many unit roundoffs of the state. Loops amplify
+    """Steps that no longer shrink are a floor if they are within this many unit roundoffs of the state. Loops amplify
     rounding, by a hundred in a trained model; steps that stay larger are an orbit or a slider, and have a rate of 1."""
     transient: float = 0.5
     """Share of the usable recurrences that is left out at their beginning, where faster eigenvalues are still seen."""

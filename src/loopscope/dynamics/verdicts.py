@@ -32,9 +32,28 @@ class Kind(StrEnum):
     UNKNOWN = "unknown"
     """The trajectory does not tell. The reason says what is missing."""
 
+    @property
+    def settles(self) -> bool:
+        """It comes to rest, as far as the arithmetic can show."""
+        return self in (Kind.FIXED_POINT, Kind.AT_FLOOR)
+
+    @property
+    def moves(self) -> bool:
+        """It is seen to go on moving."""
+        return not self.settles and self is not Kind.UNKNOWN
+
+    @property
+    def letter(self) -> str:
+        """In tables and maps that have no room for the name."""
+        return "?" if self is Kind.UNKNOWN else self[0].upper()
+
 
 KINDS = tuple(Kind)
 """In the order in which they are listed, coloured and numbered in a study."""
+SETTLED_CODES = tuple(code for code, kind in enumerate(KINDS) if kind.settles)
+"""Places in `KINDS`, by which a study numbers its verdicts, of those that settle."""
+MOVING_CODES = tuple(code for code, kind in enumerate(KINDS) if kind.moves)
+"""Of those that go on moving."""
 
 
 @dataclass(frozen=True, kw_only=True)

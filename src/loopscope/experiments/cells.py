@@ -13,15 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError, StudyError
-
-NormName = Literal["pre", "residual", "ouro", "olmo2"]
-"""pre-norm; a norm on the residual stream after each branch (Huginn); norms in and out of each branch and at the end of
-a recurrence (Ouro); norms on the output of each branch (OLMo-2)."""
-InjectionName = Literal["none", "linear", "add"]
+from loopscope.experiments.designs import InjectionName, NormName
 
 CELLS = "cells"
 MANIFEST = "grid.json"
@@ -41,6 +38,11 @@ class CellOutcome(StrEnum):
     overflows."""
     CANNOT_TELL = "cannot tell"
     """Prompts disagree."""
+
+    @property
+    def settles(self) -> bool:
+        """Each layer comes to rest, at a point of its own."""
+        return self is CellOutcome.FIXED_POINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Dynamics:
     counts: tuple[int, ...]
     """Recurrences at which the curves are given."""
     distance: tuple[float | None, ...]
-    """Relative distance to the state at the horizon after so many, of the layer that is farthest."""
+    """Relative distance to the state at the horizon after each of these, of the layer that is farthest."""
     norm: tuple[float | None, ...]
     """Norm of the last layer's state over that after the first recurrence."""
     radius: float | None
@@ -116,6 +118,15 @@ class Dynamics:
     """Median over the tokens that show one."""
     verdicts: dict[str, int] = field(default_factory=dict)
     """Tokens by what they tend to at the last layer, if that was judged."""
+
+    @property
+    def judged_tokens(self) -> int:
+        return sum(self.verdicts.values())
+
+    @property
+    def settled_tokens(self) -> int:
+        """Of those."""
+        return sum(count for kind, count in self.verdicts.items() if Kind(kind).settles)
 
     @classmethod
     def fields_of(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +235,15 @@ class GridFolder(Generic[ResultT]):
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"
+
+
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Least and largest of the numbers that are known: `0.65 to 0.998`."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def by_design(results: Sequence[CellResult], key: Callable[[Cell], Any]) -> Iterator[tuple[Any, list[CellResult]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.statistics import finite_or_none
 from loopscope._util.wording import listed, plural, significant
 from loopscope.analysis.job import Job, Progress, SilentProgress
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.answers.predictions import token_eigenvalues
-from loopscope.dynamics.prediction import PREDICTED_KINDS, best_damping, damped, damping_needed, spectral_radius
-from loopscope.dynamics.prediction import Kind as Predicted
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.prediction import KNOWN_CODES, best_damping, damped, damping_needed, spectral_radius
+from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES
 from loopscope.errors import ConfigError, StudyError
 from loopscope.measures.behaviour import can_be_judged
 from loopscope.models.interventions.kinds import Damp
@@ -33,13 +32,9 @@ from loopscope.study import Study
 CONTROL = "control.json"
 """What `control` adds to the folder of the damped study."""
 
-_MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
-_SETTLED = (Kind.FIXED_POINT, Kind.AT_FLOOR)
-_UNTOLD = (Predicted.FAR, Predicted.UNRESOLVED)
-
 _RADIUS = 0.95
-"""What a damped loop is asked for unless told otherwise: after twice the default horizon a distance has shrunk to 2e-6,
-which float32 still sees."""
+"""What a damped loop is asked for unless another is given: after twice the default horizon a distance has shrunk to
+2e-6, which float32 still sees."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +48,7 @@ class Control:
     reaches that; `the user`."""
     prompts: tuple[int, ...]
     """Of the first study, which were run again."""
-    told: int
+    known: int
     """Their tokens of whose fixed point the eigenvalues are known."""
     predicted_radius: float
     """Largest modulus among the damped eigenvalues of those; NaN without any."""
@@ -67,12 +62,12 @@ class Control:
     @property
     def moving(self) -> int:
         """Tokens that orbited, slid, kept moving or diverged before."""
-        return int(self.transitions[_places(_MOVING)].sum())
+        return int(self.transitions[np.array(MOVING_CODES)].sum())
 
     @property
     def settled(self) -> int:
         """Of those, the tokens that settle under damping."""
-        return int(self.transitions[np.ix_(_places(_MOVING), _places(_SETTLED))].sum())
+        return int(self.transitions[np.ix_(MOVING_CODES, SETTLED_CODES)].sum())
 
     def sentences(self) -> list[str]:
         """What was done, what was predicted, and what came of it."""
@@ -81,40 +76,36 @@ class Control:
             f"{plural(len(self.prompts), 'prompt')} with {plural(self.moving, 'token')} that did not settle were run "
             f"again with the step {significant(self.eta, 3)}, which {self.asked_by} asked for."
         ]
-        if self.told:
+        if self.known:
             said.append(
-                f"Of the {plural(self.told, 'token')} whose fixed point is known, the damped eigenvalues reach "
+                f"Of the {plural(self.known, 'token')} whose fixed point is known, the damped eigenvalues reach "
                 f"{significant(self.predicted_radius, 3)} at most."
             )
-        if self.told < total:
+        if self.known < total:
             said.append(
-                f"Of {plural(total - self.told, 'token')} no fixed point is known, so nothing is predicted of them."
+                f"Of {plural(total - self.known, 'token')} no fixed point is known, so nothing is predicted of them."
             )
         said.append(f"Of the {plural(self.moving, 'token')} that did not settle, {self.settled:,} do now.")
-        for place in _places(_MOVING):
-            row = self.transitions[place]
+        for code in MOVING_CODES:
+            row = self.transitions[code]
             if row.any():
                 ends = [f"{count:,} {KINDS[to]}" for to, count in enumerate(row.tolist()) if count]
-                said.append(f"{str(KINDS[place]).capitalize()} before: now {listed(ends)}.")
+                said.append(f"{KINDS[code].capitalize()} before: now {listed(ends)}.")
         if np.isfinite(self.observed_rate):
             said.append(f"The observed rate per recurrence is {significant(self.observed_rate, 3)} (median).")
         return said
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; NaN is null."""
-
-        def number(value: float) -> float | None:
-            return value if np.isfinite(value) else None
-
         return {
             "study": None if self.before.folder is None else str(self.before.folder),
             "eta": self.eta,
             "asked_by": self.asked_by,
             "intervene": list(self.after.manifest["settings"]["intervene"]),
             "prompts": list(self.prompts),
-            "tokens_with_known_fixed_point": self.told,
-            "predicted_radius": number(self.predicted_radius),
-            "observed_rate_median": number(self.observed_rate),
+            "tokens_with_known_fixed_point": self.known,
+            "predicted_radius": finite_or_none(self.predicted_radius),
+            "observed_rate_median": finite_or_none(self.observed_rate),
             "moving_before": self.moving,
             "of_these_settled_after": self.settled,
             "verdicts": {
@@ -154,9 +145,9 @@ def control(
     """
     study = study if isinstance(study, Study) else Study.load(study)
     codes = _verdicts(study)
-    moving = np.isin(codes, _places(_MOVING)).any(1)
+    moving = np.isin(codes, MOVING_CODES).any(1)
     if not moving.any():
-        raise StudyError("Every token of this study settles or cannot be told, so there is nothing to damp.")
+        raise StudyError("Every token of this study settles or is unknown, so there is nothing to damp.")
     prompts = np.flatnonzero(moving)
     known = _known_eigenvalues(study, prompts, needed=eta is None)
     step, asked_by = (eta, "the user") if eta is not None else _step(known, radius)
@@ -181,7 +172,7 @@ def control(
         eta=float(step),
         asked_by=asked_by,
         prompts=tuple(int(prompt) for prompt in prompts),
-        told=len(known),
+        known=len(known),
         predicted_radius=float(spectral_radius(damped(known, step)).max()) if len(known) else float("nan"),
         transitions=transitions,
         observed_rate=_observed_rate(after, later),
@@ -206,7 +197,7 @@ def _observed_rate(study: Study, verdicts: NDArray[np.integer]) -> float:
     if "observed_rate" not in study.dataset:
         return float("nan")
     rates = study.dataset["observed_rate"].transpose("prompt", "token").values
-    found = rates[np.isin(verdicts, _places(_SETTLED)) & np.isfinite(rates)]
+    found = rates[np.isin(verdicts, SETTLED_CODES) & np.isfinite(rates)]
     return float(np.median(found)) if found.size else float("nan")
 
 
@@ -216,8 +207,7 @@ def _known_eigenvalues(study: Study, prompts: NDArray[np.int64], *, needed: bool
         return np.empty((0, 1), dtype=np.complex128)
     values = token_eigenvalues(study.dataset)[prompts]
     kinds = study.dataset["predicted_kind"].transpose("prompt", "token").values[prompts]
-    told = (kinds >= 0) & ~np.isin(kinds, [PREDICTED_KINDS.index(kind) for kind in _UNTOLD])
-    return np.asarray(values[told])
+    return np.asarray(values[np.isin(kinds, KNOWN_CODES)])
 
 
 def _step(eigenvalues: NDArray[np.complex128], radius: float) -> tuple[float, str]:
@@ -282,7 +272,3 @@ def _prompts(study: Study, prompts: NDArray[np.int64]) -> list[TokenizedPrompt]:
         }
         found.append(TokenizedPrompt(**fields))
     return found
-
-
-def _places(kinds: Sequence[Kind]) -> list[int]:
-    return [KINDS.index(kind) for kind in kinds]

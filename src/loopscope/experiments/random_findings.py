@@ -1,17 +1,20 @@
-"""The study at random initialisation of arXiv 2604.11791, Figure 6: which norms and injections make fixed points."""
+"""Grids of random models and what their results say: the study at random initialisation of arXiv 2604.11791, Figure 6
+(which norms and injections make fixed points), and where stability is lost as weights grow."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from loopscope.answers.answer import Answer, Outcome
-from loopscope.experiments.cells import Cell, CellOutcome, CellResult, InjectionName, NormName, by_design
+from loopscope.answers.answer import Answer, Outcome, Question
+from loopscope.dynamics.verdicts import Kind
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult, by_design, spread
+from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
 
 PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
     ("pre", "linear"): CellOutcome.FIXED_POINT,
@@ -23,17 +26,23 @@ PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
 }
 """The six outcomes of Figure 6."""
 
+ARCHITECTURE_COLUMNS = ("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate")
+"""Of `architecture_rows`."""
+
 _NEEDED = 2 / 3
 """Share of a design's cells, over depths and seeds, that have to agree with the paper: most of three seeds."""
 
-SCALES = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
-"""Standard deviations of the weights: the usual 0.02, 1/16 as of PyTorch's linear layers of width 256, and around."""
+_REPRODUCTION = Question(key="reproduction", text="Are the paper's outcomes reproduced?", figure="architectures-table")
+_RATES = Question(key="rates", text="Do eigenvalues tell how fast a random model settles?")
+_BOUNDARY = Question(
+    key="boundary", text="Do eigenvalues say where stability is lost as weights grow?", figure="phase-map"
+)
 
 
 def architecture_grid(
     *,
-    norms: Sequence[NormName] = ("pre", "residual", "ouro", "olmo2"),
-    injections: Sequence[InjectionName] = ("none", "linear", "add"),
+    norms: Sequence[NormName] = NORMS,
+    injections: Sequence[InjectionName] = INJECTIONS,
     depths: Sequence[int] = (4, 12, 16),
     seeds: int = 3,
     **options: Any,
@@ -60,6 +69,11 @@ class Reproduction:
     reproduced: bool | None
     """None where no cell has this design."""
 
+    @property
+    def found_text(self) -> str:
+        """`3 none, 1 fixed point`."""
+        return ", ".join(f"{count} {outcome}" for outcome, count in self.found.items()) or "not run"
+
 
 def reproduction(results: Sequence[CellResult]) -> list[Reproduction]:
     """Design by design of the paper, in its order."""
@@ -83,8 +97,8 @@ def reproduction(results: Sequence[CellResult]) -> list[Reproduction]:
 
 def phase_grid(
     *,
-    norms: Sequence[NormName] = ("pre", "residual", "ouro", "olmo2"),
-    injections: Sequence[InjectionName] = ("none", "linear", "add"),
+    norms: Sequence[NormName] = NORMS,
+    injections: Sequence[InjectionName] = INJECTIONS,
     scales: Sequence[float] = SCALES,
     injection_scales: Sequence[float] = (1.0,),
     seeds: int = 2,
@@ -114,7 +128,7 @@ class Boundary:
     """Largest predicted rate, median over seeds; None where no fixed point is known."""
     settles: tuple[float, ...]
     """Share of the tokens that reach a fixed point, or hover at the floor."""
-    tends: tuple[str, ...]
+    tends: tuple[Kind, ...]
     """The commonest verdict."""
     predicted: float | None
     """Scale at which the radius crosses 1, between two scales by its logarithm; None where it does not."""
@@ -131,7 +145,10 @@ def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
         columns = sorted(by_design(group, lambda cell: cell.std), key=lambda column: float(column[0]))
         scales = tuple(float(std) for std, _ in columns)
         radius = tuple(_median([each.radius for each in cells]) for _, cells in columns)
-        settles = tuple(_settled(cells) for _, cells in columns)
+        settles = tuple(
+            sum(each.settled_tokens for each in cells) / max(1, sum(each.judged_tokens for each in cells))
+            for _, cells in columns
+        )
         found.append(
             Boundary(
                 norm=norm,
@@ -148,6 +165,42 @@ def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
     return found
 
 
+def architecture_rows(results: Sequence[CellResult]) -> list[tuple[str, ...]]:
+    """A row of a table a design, with ranges over seeds; the columns are `ARCHITECTURE_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
+        outcomes = Counter(str(each.outcome) for each in group)
+        rows.append(
+            (
+                f"{norm}, {injection}, {depth} layers",
+                ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
+                spread([each.degeneracy for each in group]),
+                spread([each.norm_growth for each in group], 2),
+                spread([each.radius for each in group], 2),
+            )
+        )
+    return rows
+
+
+def phase_rows(
+    found: Sequence[Boundary], name: Callable[[Kind], str] = str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The columns of a table, one a scale, and a row a design; `name` says how a kind is called."""
+    rows = [
+        (
+            f"{each.norm}, {each.injection}" + (f" x {each.injection_scale:g}" if each.injection_scale != 1 else ""),
+            *(
+                name(tends) + ("" if radius is None else f" {radius:.2f}")
+                for tends, radius in zip(each.tends, each.radius, strict=True)
+            ),
+            "–" if each.predicted is None else f"{each.predicted:.3f}",
+            "–" if each.observed is None else f"{each.observed:.3f}",
+        )
+        for each in found
+    ]
+    return ("design", *(f"{scale:g}" for scale in found[0].scales), "predicted", "observed"), rows
+
+
 def _crossing(scales: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The first scale at which the values go from below 0 to above, linear in the logarithm of the scale."""
     known = [(math.log(scale), value) for scale, value in zip(scales, values, strict=True) if value is not None]
@@ -157,18 +210,11 @@ def _crossing(scales: Sequence[float], values: Sequence[float | None]) -> float 
     return None
 
 
-def _settled(cells: Sequence[CellResult]) -> float:
-    total = sum(sum(cell.verdicts.values()) for cell in cells)
-    settled = sum(cell.verdicts.get("fixed point", 0) + cell.verdicts.get("at floor", 0) for cell in cells)
-    return settled / total if total else 0.0
-
-
-def _commonest(cells: Sequence[CellResult]) -> str:
-    counts: dict[str, int] = {}
+def _commonest(cells: Sequence[CellResult]) -> Kind:
+    counts = Counter[str]()
     for cell in cells:
-        for kind, count in cell.verdicts.items():
-            counts[kind] = counts.get(kind, 0) + count
-    return max(counts, key=lambda kind: counts[kind]) if counts else "unknown"
+        counts.update(cell.verdicts)
+    return Kind(max(counts, key=lambda kind: counts[kind])) if counts else Kind.UNKNOWN
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -188,37 +234,26 @@ def architecture_answers(results: Sequence[CellResult]) -> list[Answer]:
     if len(run) < len(rows):
         sentence += f" {len(rows) - len(run)} of them were not run."
     found = [
-        Answer(
-            key="reproduction",
-            question="Are the paper's outcomes reproduced?",
-            outcome=outcome,
-            verdict=f"{yes} of {len(rows)}",
-            sentence=sentence,
-            evidence={
-                f"{row.norm}, {row.injection} (paper: {row.paper})": ", ".join(
-                    f"{count} {name}" for name, count in row.found.items()
-                )
-                or "not run"
-                for row in rows
-            },
-            figure="architectures-table",
+        _REPRODUCTION.says(
+            outcome,
+            f"{yes} of {len(rows)}",
+            sentence,
+            {f"{row.norm}, {row.injection} (paper: {row.paper})": row.found_text for row in rows},
         )
     ]
     gaps = [
         abs(each.radius_median - each.observed_rate)
         for each in results
-        if each.outcome == "fixed point" and each.radius_median is not None and each.observed_rate is not None
+        if each.outcome.settles and each.radius_median is not None and each.observed_rate is not None
     ]
     if gaps:
         found.append(
-            Answer(
-                key="rates",
-                question="Do eigenvalues tell how fast a random model settles?",
-                outcome=Outcome.YES if median(gaps) < 0.05 else Outcome.PARTLY,
-                verdict=f"to within {median(gaps):.3f}",
-                sentence=f"In {len(gaps)} models that settle and show a rate, the one predicted by eigenvalues and the "
+            _RATES.says(
+                Outcome.YES if median(gaps) < 0.05 else Outcome.PARTLY,
+                f"to within {median(gaps):.3f}",
+                f"In {len(gaps)} models that settle and show a rate, the one predicted by eigenvalues and the "
                 f"one observed differ by {median(gaps):.3f} (median), at most {max(gaps):.3f}.",
-                evidence={"median difference": median(gaps), "largest difference": max(gaps)},
+                {"median difference": median(gaps), "largest difference": max(gaps)},
             )
         )
     return found
@@ -249,19 +284,16 @@ def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
     if never:
         sentence += f" At no scale do most tokens settle in: {'; '.join(never)}."
     return [
-        Answer(
-            key="boundary",
-            question="Do eigenvalues say where stability is lost as weights grow?",
-            outcome=outcome,
-            verdict=verdict,
-            sentence=sentence,
-            evidence={
+        _BOUNDARY.says(
+            outcome,
+            verdict,
+            sentence,
+            {
                 f"{each.norm}, {each.injection} x {each.injection_scale:g}": f"predicted {_scale(each.predicted)}, "
                 f"observed {_scale(each.observed)}"
                 for each in found
             },
-            figure="phase-map",
-            limits=["A crossing is interpolated between two scales by their logarithm."],
+            ["A crossing is interpolated between two scales by their logarithm."],
         )
     ]
 

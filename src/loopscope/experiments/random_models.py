@@ -1,8 +1,7 @@
-"""One cell of a grid: a random model, run and measured."""
+"""One cell of a grid: a random model, run and measured; and what any study says of a model's dynamics."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopscope._util.statistics import finite_or_none, median
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
-from loopscope.answers.fixed_point import SETTLED, Settling, common_settling
-from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind
+from loopscope.answers.fixed_point import Settling, common_settling
+from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.experiments.cells import Cell, CellOutcome, CellResult, NormName
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult
+from loopscope.experiments.designs import NormName
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
@@ -54,8 +55,8 @@ def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
     with np.errstate(invalid="ignore", divide="ignore"):
         growth = norms / norms[:1]
     kinds = data["predicted_kind"].values
-    told = (kinds >= 0) & ~np.isin(kinds, [PREDICTED_KINDS.index(kind) for kind in (Kind.FAR, Kind.UNRESOLVED)])
-    rates, errors = data["predicted_rate"].values[told], data["predicted_rate_error"].values[told]
+    known = np.isin(kinds, KNOWN_CODES)
+    rates, errors = data["predicted_rate"].values[known], data["predicted_rate_error"].values[known]
     verdicts = data["verdict"].isel(judged_layer=-1).values if "verdict" in data else np.empty(0, dtype=int)
     return {
         "outcome": _outcome(common, degeneracy, criterion),
@@ -66,9 +67,9 @@ def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
         "counts": tuple(int(count) for count in shown),
         "distance": tuple(_median(distance[count - 1]) for count in shown),
         "norm": tuple(_median(growth[count - 1]) for count in shown),
-        "radius": _number(rates.max()) if rates.size else None,
+        "radius": finite_or_none(rates.max()) if rates.size else None,
         "radius_median": _median(rates),
-        "radius_error": _number(errors[rates.argmax()]) if rates.size else None,
+        "radius_error": finite_or_none(errors[rates.argmax()]) if rates.size else None,
         "predicted": _counted(kinds, [str(kind) for kind in PREDICTED_KINDS]),
         "observed_rate": _median(data["observed_rate"].values),
         "verdicts": _counted(verdicts, [str(kind) for kind in KINDS]),
@@ -81,19 +82,13 @@ def _outcome(common: Settling | None, degeneracy: float | None, criterion: Crite
     shared = degeneracy is not None and degeneracy > criterion.degenerate_cosine
     if shared and common is not Settling.DIVERGED:
         return CellOutcome.DEGENERATE
-    if common in SETTLED:
+    if common.settles:
         return CellOutcome.FIXED_POINT
     return CellOutcome.DIRECTION if common is Settling.DIRECTION_ONLY else CellOutcome.NONE
 
 
 def _median(values: np.ndarray) -> float | None:
-    """Of the finite ones."""
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if finite.size else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return finite_or_none(median(values))
 
 
 def _counted(codes: np.ndarray, names: list[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Runs the cells of a grid, by any engine, into a folder that can be gone on with."""
+"""Runs the cells of a grid, by any engine, into a folder that can be resumed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_cells(
     with GridFolder(out, kind, from_dict) as folder:
         there = {cell: found for cell in cells if (found := folder.read(cell)) is not None}
         if there:
-            progress.note(f"Going on with {out}: {len(there)} of {len(cells)} cells are done.")
+            progress.note(f"Resuming {out}: {len(there)} of {len(cells)} cells are done.")
         results = _run(work, cells, there, engine, progress, folder)
         folder.finish(cells if grid is None else grid)
         return results

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from loopscope._util.files import write_atomically
+from loopscope._util.statistics import finite_or_none
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.engine.run import Engine
 from loopscope.analysis.job import Progress
@@ -26,14 +27,14 @@ from loopscope.experiments.cells import Dynamics
 from loopscope.experiments.random_models import dynamics_of
 from loopscope.experiments.run import run_cells
 from loopscope.experiments.sweep import Sweep
-from loopscope.experiments.sweep_cells import AutomatonTask, StageCurves, SweepCell, SweepResult
+from loopscope.experiments.sweep_cells import AutomatonTask, PassCurves, SweepCell, SweepResult
 from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.experiments.training.loop import TrainResult, train
 from loopscope.experiments.training.run_folder import RunFolder
 from loopscope.study import Study
 
 _HELD_OUT = 8
-"""One row in so many is kept for the test text."""
+"""One row in this many is kept for the test text."""
 
 Rows = NDArray[np.int64]
 """(row, cell), bits."""
@@ -51,7 +52,7 @@ _CURVE_POINTS = 40
 
 
 def automaton_row(rows: Rows, steps: int) -> Rows:
-    """The rows after so many steps of rule 60: each cell becomes `cell xor left neighbour`."""
+    """The rows after `steps` steps of rule 60: each cell becomes `cell xor left neighbour`."""
     for _ in range(steps):
         rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
     return rows
@@ -100,7 +101,7 @@ def run_sweep(
     progress: Progress | None = None,
 ) -> list[SweepResult]:
     """Train and analyse every cell, in its own folder below `out/runs`; finished cells are not done again, and the
-    training of one that was interrupted is gone on with.
+    training of one that was interrupted is resumed.
 
     `base` is the folder that the sweep's paths are relative to. `only` names designs, instead of all; results are then
     those of these designs. With an engine on several machines, `out` has to be on
@@ -189,7 +190,7 @@ def _curve(folder: RunFolder) -> tuple[tuple[int, float], ...]:
     return tuple((int(group[-1, 0]), round(float(group[:, 1].mean()), 5)) for group in groups)
 
 
-def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
+def _stages(cell: SweepCell, study: Study) -> PassCurves | None:
     try:
         curves = stage_curves(study, cell.name)
     except StudyError:
@@ -197,7 +198,7 @@ def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
         return None
     architecture = cell.config.architecture
     numbers = sorted({1, architecture.recurrences, curves.recurrences})
-    return StageCurves(
+    return PassCurves(
         measures=MEASURES,
         recurrences=tuple(numbers),
         values=tuple(
@@ -211,4 +212,4 @@ def _stages(cell: SweepCell, study: Study) -> StageCurves | None:
 
 def _rounded(value: float) -> float | None:
     """Six digits, which no figure shows; None where there is no number."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+    return finite_or_none(float(f"{value:.6g}"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from loopscope._util.config_json import build, read_object
 from loopscope.errors import ConfigError
-from loopscope.experiments.sweep_cells import Control, StudySettings, SweepCell, Task, require
+from loopscope.experiments.sweep_cells import ControlName, StudySettings, SweepCell, Task, require
 from loopscope.experiments.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -41,7 +41,7 @@ class Sweep:
     """Named designs: dotted fields with one value each."""
     seeds: int = 2
     """Models of each design."""
-    controls: tuple[Control, ...] = ("equal-depth", "equal-parameters")
+    controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     """Feed-forward models that are trained beside each looped one."""
     study: StudySettings = field(default_factory=StudySettings)
 
@@ -183,11 +183,11 @@ class _Checked:
 
     task: Task
     seeds: int = 2
-    controls: tuple[Control, ...] = ("equal-depth", "equal-parameters")
+    controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     study: StudySettings = field(default_factory=StudySettings)
 
 
-def control_config(looped: TrainConfig, control: Control) -> TrainConfig:
+def control_config(looped: TrainConfig, control: ControlName) -> TrainConfig:
     """How the feed-forward model that a looped one is held against is trained: alike in all that is not the loop."""
     return dataclasses.replace(
         looped,
@@ -198,7 +198,7 @@ def control_config(looped: TrainConfig, control: Control) -> TrainConfig:
     )
 
 
-def control_architecture(looped: Architecture, control: Control) -> Architecture:
+def control_architecture(looped: Architecture, control: ControlName) -> Architecture:
     """A feed-forward model to hold a looped one against.
 
     `equal-depth` has as many layers as the looped one applies at its trained number of recurrences. `equal-parameters`

@@ -20,7 +20,7 @@ from loopscope.experiments.training.config import (
     TrainConfig,
 )
 
-Control = Literal["equal-depth", "equal-parameters"]
+ControlName = Literal["equal-depth", "equal-parameters"]
 """Feed-forward models: with as many layers as the looped one applies, or with its number of layers and of parameters.
 """
 
@@ -128,7 +128,7 @@ class StudySettings:
     horizon: int = 64
     """Twice as many recurrences are run."""
     beyond: int = 8
-    """Losses and stages are taken up to so many times the trained number of recurrences."""
+    """Losses and stages are taken up to this many times the trained number of recurrences."""
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("horizon", 8), ("beyond", 1)):
@@ -143,7 +143,7 @@ class SweepCell:
     """What it is called in tables: how it differs from the base."""
     settings: tuple[tuple[str, str], ...]
     """Dotted fields of the training configuration with their values, as JSON, that differ from the base."""
-    control: Control | None
+    control: ControlName | None
     """None for a looped model."""
     control_of: str
     """Of a control: the first design that it stands beside; else empty."""
@@ -186,7 +186,7 @@ class SweepCell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageCurves:
+class PassCurves:
     """Measures of the stages of inference along one pass (prelude, block, coda), at a few recurrences."""
 
     measures: tuple[str, ...]
@@ -198,7 +198,7 @@ class StageCurves:
     """Share of each measure's variance within the loop that goes with the layer, whatever the recurrence."""
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> StageCurves:
+    def from_dict(cls, entry: Mapping[str, Any]) -> PassCurves:
         """Raises `KeyError` or `TypeError` for what is no such record."""
         return cls(
             measures=tuple(entry["measures"]),
@@ -220,7 +220,7 @@ class SweepResult:
     tokens: int
     """Trained on."""
     curve: tuple[tuple[int, float], ...]
-    """Training loss, nats, after so many steps."""
+    """Training loss, nats, after a number of steps."""
     loss: dict[int, float]
     """On the test text, nats, by number of recurrences."""
     accuracy: dict[int, float]
@@ -229,7 +229,7 @@ class SweepResult:
     bigram_entropy: float
     dynamics: Dynamics | None
     """None for a feed-forward model."""
-    stages: StageCurves | None
+    stages: PassCurves | None
     """None where they could not be taken."""
     seconds: float = 0.0
     """Of training and analysis."""
@@ -264,6 +264,6 @@ class SweepResult:
                 "loss": {int(number): float(value) for number, value in entry["loss"].items()},
                 "accuracy": {int(number): float(value) for number, value in entry["accuracy"].items()},
                 "dynamics": None if dynamics is None else Dynamics(**Dynamics.fields_of(dynamics)),
-                "stages": None if stages is None else StageCurves.from_dict(stages),
+                "stages": None if stages is None else PassCurves.from_dict(stages),
             }
         )

@@ -10,18 +10,24 @@ from statistics import fmean, stdev
 
 from scipy import special
 
-from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.answer import Answer, Evidence, Outcome, Question
+from loopscope.experiments.cells import spread
 from loopscope.experiments.sweep import control_config
-from loopscope.experiments.sweep_cells import Control, SweepResult
+from loopscope.experiments.sweep_cells import ControlName, SweepResult
 
 KEPT = 0.01
-"""A loss is as good as another if it is at most so much larger, as a share."""
+"""A loss is as good as another if it is at most this much larger, as a share."""
 KEPT_NATS = 0.01
-"""A loss is kept if it is as good, or at most so many nats larger: a share of a loss near 0 is below what matters."""
-_SETTLED = ("fixed point", "at floor")
+"""A loss is kept if it is as good, or at most this many nats larger: a share of a loss near 0 is below what matters."""
 _LEVEL = 0.95
 _MOST_NAMES = 4
 """In a sentence."""
+_KEEPERS = Question(
+    key="keepers", text="Which designs keep their loss beyond the trained depth?", figure="training-ranking"
+)
+_RECIPES = Question(key="recipes", text="Does a recipe settle at no cost?", figure="training-ranking")
+_SETTLING = Question(key="settling", text="Do models that settle keep their loss?", figure="training-table")
+_DEPTH = Question(key="depth", text="Do recurrences pay?", figure="training-curves")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ class DesignSummary:
     """One design over its seeds."""
 
     name: str
-    control: Control | None
+    control: ControlName | None
     results: tuple[SweepResult, ...]
     loss: Interval
     """At the trained number of recurrences, nats."""
@@ -62,6 +68,40 @@ class DesignSummary:
     """Mean over measures and seeds of the share of variance that goes with the layer: 1 where every pass is alike."""
 
 
+TRAINING_COLUMNS = (
+    "design",
+    "layout",
+    "parameters",
+    "loss",
+    "loss beyond",
+    "kept",
+    "accuracy",
+    "settled",
+    "rate",
+    "stages repeat",
+)
+"""Of `training_rows`."""
+
+
+def training_rows(found: Sequence[DesignSummary]) -> list[tuple[str, ...]]:
+    """A row of a table a design; the columns are `TRAINING_COLUMNS`."""
+    return [
+        (
+            each.name,
+            each.results[0].layout,
+            f"{each.results[0].parameters:,}",
+            str(each.loss),
+            str(each.beyond) if each.control is None else "–",
+            f"{each.kept} of {len(each.results)}" if each.control is None else "–",
+            f"{100 * each.accuracy.mean:.1f} %",
+            "–" if each.settled is None else f"{100 * each.settled:.0f} %",
+            "–" if each.radius is None else spread(each.radius, 2),
+            "–" if each.repetition is None else f"{100 * each.repetition:.0f} %",
+        )
+        for each in found
+    ]
+
+
 def interval(values: Sequence[float]) -> Interval:
     """The mean of some values with Student's interval."""
     mean, count = fmean(values), len(values)
@@ -73,14 +113,14 @@ def interval(values: Sequence[float]) -> Interval:
 
 def summaries(results: Sequence[SweepResult]) -> list[DesignSummary]:
     """Designs by their mean loss at the trained number of recurrences, the best first; controls among them."""
-    groups: dict[tuple[str, Control | None], list[SweepResult]] = {}
+    groups: dict[tuple[str, ControlName | None], list[SweepResult]] = {}
     for result in results:
         groups.setdefault((result.cell.design, result.cell.control), []).append(result)
     found = [_summary(name, control, group) for (name, control), group in groups.items()]
     return sorted(found, key=lambda each: each.loss.mean)
 
 
-def control_results(results: Sequence[SweepResult], of: SweepResult, control: Control) -> SweepResult | None:
+def control_results(results: Sequence[SweepResult], of: SweepResult, control: ControlName) -> SweepResult | None:
     """The feed-forward model that a looped one is held against, of the same seed; None where it was not trained.
 
     One model may be as deep as one design and as large as another.
@@ -104,12 +144,10 @@ def advice(results: Sequence[SweepResult]) -> list[Answer]:
     return [each for ask in asked if (each := ask()) is not None]
 
 
-def _summary(name: str, control: Control | None, group: list[SweepResult]) -> DesignSummary:
+def _summary(name: str, control: ControlName | None, group: list[SweepResult]) -> DesignSummary:
     dynamics = [each.dynamics for each in group if each.dynamics is not None]
     radii = [each.radius for each in dynamics if each.radius is not None]
-    tokens = Counter[str]()
-    for each in dynamics:
-        tokens.update(each.verdicts)
+    judged = sum(each.judged_tokens for each in dynamics)
     shares = [
         share
         for each in group
@@ -125,7 +163,7 @@ def _summary(name: str, control: Control | None, group: list[SweepResult]) -> De
         beyond=interval([each.loss_beyond for each in group]),
         accuracy=interval([each.accuracy[each.trained] for each in group]),
         kept=sum(_keeps(each) for each in group),
-        settled=sum(tokens[kind] for kind in _SETTLED) / tokens.total() if tokens else None,
+        settled=sum(each.settled_tokens for each in dynamics) / judged if judged else None,
         radius=(min(radii), max(radii)) if radii else None,
         outcomes=dict(Counter(str(each.outcome) for each in dynamics).most_common()),
         repetition=fmean(shares) if shares else None,
@@ -152,14 +190,11 @@ def _keepers(looped: Sequence[DesignSummary]) -> Answer | None:
             f" {len(lose)} lose it in every seed ({_listed([each.name for each in lose])}), most of all {worst.name}: "
             f"from {worst.loss.mean:.3f} to {worst.beyond.mean:.3f} nats."
         )
-    return Answer(
-        key="keepers",
-        question="Which designs keep their loss beyond the trained depth?",
-        outcome=Outcome.PARTLY if keep and lose else Outcome.YES if keep else Outcome.NO,
-        verdict=f"{len(keep)} of {len(looped)}",
-        figure="training-ranking",
-        sentence=sentence,
-        evidence={
+    return _KEEPERS.says(
+        Outcome.PARTLY if keep and lose else Outcome.YES if keep else Outcome.NO,
+        f"{len(keep)} of {len(looped)}",
+        sentence,
+        {
             each.name: f"{each.loss.mean:.4f} to {each.beyond.mean:.4f} nats, kept in {each.kept} of "
             f"{len(each.results)}"
             for each in looped
@@ -178,29 +213,23 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
         if each is not plain and each.kept == len(each.results) and each.loss.mean <= (1 + KEPT) * plain.loss.mean
     ]
     lost = f"{plain.name} goes from {plain.loss.mean:.3f} to {plain.beyond.mean:.3f} nats"
-    costs = {each.name: f"{100 * (each.loss.mean / plain.loss.mean - 1):+.1f} % of the loss, kept in {each.kept} of "
-             f"{len(each.results)}" for each in looped if each is not plain}  # fmt: skip
+    costs: Evidence = {
+        each.name: f"{100 * (each.loss.mean / plain.loss.mean - 1):+.1f} % of the loss, kept in {each.kept} of "
+        f"{len(each.results)}"
+        for each in looped
+        if each is not plain
+    }
     if not good:
-        return Answer(
-            key="recipes",
-            question="Does a recipe settle at no cost?",
-            outcome=Outcome.NO,
-            verdict="none of these",
-            figure="training-ranking",
-            sentence=f"No recipe is within 1 % of the plain loss and keeps it in every seed, where {lost}.",
-            evidence=dict(costs),
-        )
+        none = f"No recipe is within 1 % of the plain loss and keeps it in every seed, where {lost}."
+        return _RECIPES.says(Outcome.NO, "none of these", none, costs)
     best = min(good, key=lambda each: each.loss.mean)
-    return Answer(
-        key="recipes",
-        question="Does a recipe settle at no cost?",
-        outcome=Outcome.YES,
-        verdict=f"yes, {best.name}",
-        figure="training-ranking",
-        sentence=f"Within 1 % of the plain loss, or below it, and kept in every seed, where {lost}: "
+    return _RECIPES.says(
+        Outcome.YES,
+        f"yes, {best.name}",
+        f"Within 1 % of the plain loss, or below it, and kept in every seed, where {lost}: "
         f"{_listed([each.name for each in good])}. The best is {best.name}, {best.loss.mean:.3f} to "
         f"{best.beyond.mean:.3f} nats.",
-        evidence=dict(costs),
+        costs,
     )
 
 
@@ -208,29 +237,23 @@ def _verdicts_and_losses(results: Sequence[SweepResult]) -> Answer | None:
     """Do models whose tokens settle keep their loss?"""
     counts: dict[bool, list[bool]] = {True: [], False: []}
     for each in results:
-        if each.dynamics is not None and each.dynamics.verdicts:
-            tokens = each.dynamics.verdicts
-            settled = sum(tokens.get(kind, 0) for kind in _SETTLED) / sum(tokens.values())
-            counts[settled > 0.5].append(_keeps(each))
+        if each.dynamics is not None and each.dynamics.judged_tokens:
+            most_settle = 2 * each.dynamics.settled_tokens > each.dynamics.judged_tokens
+            counts[most_settle].append(_keeps(each))
     if not counts[True] or not counts[False]:
         return None
     yes, no = counts[True], counts[False]
-    return Answer(
-        key="settling",
-        question="Do models that settle keep their loss?",
-        outcome=_settling_outcome(yes, no),
-        verdict=f"{sum(yes)} of {len(yes)}, against {sum(no)} of {len(no)}",
-        figure="training-table",
-        sentence=f"Where most tokens reach a fixed point, {sum(yes)} of {len(yes)} models keep their loss; where they "
-        f"do not, {sum(no)} of {len(no)} do.",
-        evidence={"settled and kept": f"{sum(yes)} of {len(yes)}", "not settled and kept": f"{sum(no)} of {len(no)}"},
-    )
-
-
-def _settling_outcome(yes: Sequence[bool], no: Sequence[bool]) -> Outcome:
     if sum(yes) * len(no) <= sum(no) * len(yes):
-        return Outcome.NO
-    return Outcome.YES if 2 * sum(yes) > len(yes) else Outcome.PARTLY
+        outcome = Outcome.NO
+    else:
+        outcome = Outcome.YES if 2 * sum(yes) > len(yes) else Outcome.PARTLY
+    settled, others = f"{sum(yes)} of {len(yes)}", f"{sum(no)} of {len(no)}"
+    return _SETTLING.says(
+        outcome,
+        f"{settled}, against {others}",
+        f"Where most tokens reach a fixed point, {settled} models keep their loss; where they do not, {others} do.",
+        {"settled and kept": settled, "not settled and kept": others},
+    )
 
 
 def _depth_pays(results: Sequence[SweepResult]) -> Answer | None:
@@ -240,19 +263,16 @@ def _depth_pays(results: Sequence[SweepResult]) -> Answer | None:
     gains = [each.loss[1] - each.loss_at_trained for each in looped]
     accuracy = [each.accuracy[each.trained] - each.accuracy[1] for each in looped]
     better = sum(gain > KEPT * each.loss_at_trained for gain, each in zip(gains, looped, strict=True))
-    return Answer(
-        key="depth",
-        question="Do recurrences pay?",
-        outcome=Outcome.YES if 2 * better > len(looped) else Outcome.NO,
-        verdict=f"in {better} of {len(looped)} models",
-        figure="training-curves",
-        sentence=f"In {better} of {len(looped)} models the trained number of recurrences does better than the first, "
+    return _DEPTH.says(
+        Outcome.YES if 2 * better > len(looped) else Outcome.NO,
+        f"in {better} of {len(looped)} models",
+        f"In {better} of {len(looped)} models the trained number of recurrences does better than the first, "
         f"by {fmean(gains):.3f} nats and {100 * fmean(accuracy):.1f} points of accuracy on average.",
-        evidence={"mean gain, nats": fmean(gains), "mean gain, accuracy": fmean(accuracy)},
+        {"mean gain, nats": fmean(gains), "mean gain, accuracy": fmean(accuracy)},
     )
 
 
-def _against(results: Sequence[SweepResult], control: Control, what: str) -> Answer | None:
+def _against(results: Sequence[SweepResult], control: ControlName, what: str) -> Answer | None:
     pairs = [
         (each, other)
         for each in results
@@ -264,16 +284,18 @@ def _against(results: Sequence[SweepResult], control: Control, what: str) -> Ans
     better = sum(gap < 0 for gap in gaps)
     share = fmean(one.parameters / other.parameters for one, other in pairs)
     middle = sorted(gaps)[len(gaps) // 2]
-    return Answer(
+    question = Question(
         key=f"against-{control}",
-        question=f"Does the loop beat a feed-forward model of {what}?",
-        outcome=Outcome.YES if 2 * better > len(pairs) else Outcome.NO,
-        verdict=f"in {better} of {len(pairs)} pairs",
+        text=f"Does the loop beat a feed-forward model of {what}?",
         figure="training-table",
-        sentence=f"Against a feed-forward model of {what} (the looped one has {100 * share:.0f} % of its parameters on "
+    )
+    return question.says(
+        Outcome.YES if 2 * better > len(pairs) else Outcome.NO,
+        f"in {better} of {len(pairs)} pairs",
+        f"Against a feed-forward model of {what} (the looped one has {100 * share:.0f} % of its parameters on "
         f"average), the looped one has the lower loss in {better} of {len(pairs)} pairs of one seed; the middle "
         f"difference is {middle:+.3f} nats.",
-        evidence={
+        {
             f"{one.cell.design}, seed {one.cell.seed}": f"{gap:+.4f} nats"
             for (one, _), gap in zip(pairs, gaps, strict=True)
         },

@@ -16,7 +16,7 @@ from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.trajectories.states import known_dtype
-from loopscope.dynamics.trajectories.tail import tail_paths
+from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.models.subject import SubjectInfo
@@ -83,9 +83,7 @@ def behaviour_spans(recurrences: int, horizon: int) -> tuple[Span, Span | None, 
 
 
 def _tail(end: int, longest: int) -> Span:
-    # The 24 recurrences at least that a method looks at, where there are so many.
-    length = min(end, longest, max(end // 2, 24))
-    return end - length, end
+    return end - tail_length(end, longest), end
 
 
 class Behaviour(Measure):

@@ -17,8 +17,8 @@ from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
 from loopscope.dynamics.eigenvalues.native import NativeApproach
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
-from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, StabilityCriterion, damping_needed
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
+from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import FreezeInjection, Intervention, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
@@ -233,7 +233,7 @@ def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str
         "predicted_period": prediction.period,
         # Of the token and those before it, like the rate: it settles with the slowest of them.
         "stability_margin": 1 - prediction.rate,
-        "damping_needed": np.where(prediction.kind == Kind.FAR, np.nan, needed),
+        "damping_needed": np.where(prediction.kind == PredictedKind.FAR, np.nan, needed),
     }
 
 

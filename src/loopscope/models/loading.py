@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -14,12 +15,13 @@ from loopscope.models.checkpoints.find import FoundCheckpoint, find_checkpoint
 from loopscope.models.checkpoints.load import load_checkpoint
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.hooks.wrap import load_hooked
+from loopscope.models.inspection.facts import Dtype
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Subject, find_device
 from loopscope.prompts.tokenizer import load_tokenizer
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+_DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
 def load(

@@ -101,7 +101,7 @@ def correlated(values: Float64[np.ndarray, "measure ..."]) -> Float64[np.ndarray
 
 
 def relative_depth(points: int) -> NDArray[np.float64]:
-    """Where so many layers lie, in percent: the first at 0, the last at 100, evenly."""
+    """Where that many layers lie, in percent: the first at 0, the last at 100, evenly."""
     return np.linspace(0, 100, points)
 
 

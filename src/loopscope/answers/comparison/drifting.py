@@ -1,4 +1,4 @@
-"""Does a looped model keep its stages beyond the recurrences it was trained for?"""
+"""Does a looped model keep its stages beyond the recurrences it was trained for, and what limits a comparison?"""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from loopscope._util.wording import listed, percent, plural
-from loopscope.answers.answer import Answer, Outcome
+from loopscope.answers.answer import Answer, Evidence, Outcome, Question
 from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.limits import LIMITS
 
 
 def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
@@ -17,6 +18,11 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     A measure is kept if neither its level nor the order of the layers has changed in any later pass; where all layers
     share one value there is no order, and the level decides.
     """
+    question = Question(
+        key=f"drift-{index}",
+        text=f"{label}: do the stages stay beyond the recurrences of its training?",
+        figure=f"drift-{index}",
+    )
     study, settings = comparison.studies[label], comparison.settings
     trained, measured = study["trained_recurrences"], study["recurrences"]
     if trained is None or trained >= measured:
@@ -25,15 +31,15 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
             if trained is None
             else f"It was trained with {trained} recurrences, and {measured} were measured."
         )
-        return _answer(label, index, Outcome.NOT_APPLICABLE, "not measured", reason)
+        return question.says(Outcome.NOT_APPLICABLE, "not measured", reason)
     later = comparison.dataset.sel(study=label).isel(recurrence=slice(trained, measured))
     names = [str(name) for name in later["measure"].values]
     levels = {name: float(later["drift"].sel(measure=name).max()) for name in names}
     shapes = {name: float(later["own_similarity"].sel(measure=name).min()) for name in names}
     known = [name for name in names if not math.isnan(levels[name])]
     if not known:
-        return _answer(label, index, Outcome.CANNOT_TELL, "cannot tell", "No stage measure was taken in its passes.")
-    evidence: dict[str, float | str] = {f"largest change of level, {name}": levels[name] for name in known}
+        return question.says(Outcome.CANNOT_TELL, "cannot tell", "No stage measure was taken in its passes.")
+    evidence: Evidence = {f"largest change of level, {name}": levels[name] for name in known}
     evidence |= {f"least own similarity, {name}": shapes[name] for name in known if math.isfinite(shapes[name])}
     kept = [
         name
@@ -55,51 +61,29 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     else:
         outcome, verdict = Outcome.NO, "no, they drift"
         sentence = f"No measure stays as it is {far} ({furthest})."
-    return _answer(label, index, outcome, verdict, sentence, evidence)
-
-
-def _answer(
-    label: str,
-    index: int,
-    outcome: Outcome,
-    verdict: str,
-    sentence: str,
-    evidence: dict[str, float | str] | None = None,
-) -> Answer:
-    return Answer(
-        key=f"drift-{index}",
-        question=f"{label}: do the stages stay beyond the recurrences of its training?",
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=evidence or {},
-        figure=f"drift-{index}",
-    )
+    return question.says(outcome, verdict, sentence, evidence)
 
 
 def limits_answer(comparison: Comparison) -> Answer:
-    """Limits of this comparison first, then those of the method."""
-    found = [
+    """What these studies themselves show first, then the limits of the method."""
+    of_method = [
         "The null shuffles layers, which makes rougher curves than models have: two that merely rise with depth are "
         "called alike, and so are 16 % of pairs of independent random walks over 8 layers. It says that the order of "
         "the layers matters, not that the models compute the same.",
         f"Each p stands for one comparison; of many, {100 * comparison.settings.alpha:g} in 100 fall below "
         f"{comparison.settings.alpha:g} by chance. The mean over measures is one comparison for all of them.",
-        "Correlation is blind to level and scale; the level difference beside it is not.",
+        "Correlation is blind to level and scale; the level difference next to it is not.",
     ]
-    own = [sentence for label in comparison.labels for sentence in _of_study(comparison, label)]
-    return Answer(
-        key="limits",
-        question="What limits these answers?",
-        outcome=Outcome.NOT_APPLICABLE,
-        verdict=plural(len(own), "reservation") if own else "those of the method",
-        sentence=" ".join(own) or "Nothing that these studies themselves show.",
-        figure="limits",
-        limits=[*own, *found],
+    caveats = [sentence for label in comparison.labels for sentence in _caveats(comparison, label)]
+    return LIMITS.says(
+        Outcome.NOT_APPLICABLE,
+        plural(len(caveats), "caveat") if caveats else "those of the method",
+        " ".join(caveats) or "Nothing that these studies themselves show.",
+        limits=[*caveats, *of_method],
     )
 
 
-def _of_study(comparison: Comparison, label: str) -> list[str]:
+def _caveats(comparison: Comparison, label: str) -> list[str]:
     study = comparison.studies[label]
     reference = comparison.studies[comparison.reference]
     found = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loopscope._util.wording import listed, percent, significant
-from loopscope.answers.answer import Answer, Criterion, Outcome
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question
 from loopscope.answers.comparison.drifting import drift_answer, limits_answer
 from loopscope.answers.comparison.null import fewest_points
 from loopscope.answers.comparison.result import Comparison
@@ -87,18 +87,20 @@ def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) 
         "An order of layers counts as alike if few shuffled ones come as close, and it does better than back to front."
     )
     each = " ".join(f"{label}: {answer.verdict}." for label, answer in zip(others, answers, strict=True))
-    return Answer(
+    question = Question(
         key="overview",
-        question=f"Which of the others go through the stages of {comparison.reference}?",
-        outcome=outcome,
-        verdict=f"{len(alike)} of {len(others)}" if len(unknown) < len(others) else "cannot tell",
-        sentence=f"{each} {rule}",
-        evidence={
+        text=f"Which of the others go through the stages of {comparison.reference}?",
+        figure=f"table-{comparison.labels.index(others[0])}",
+    )
+    return question.says(
+        outcome,
+        f"{len(alike)} of {len(others)}" if len(unknown) < len(others) else "cannot tell",
+        f"{each} {rule}",
+        {
             f"{label}, {span}": _short(finding_of(comparison, label, span))
             for label in others
             for span in _spans(comparison, label)
         },
-        figure=f"table-{comparison.labels.index(others[0])}",
     )
 
 
@@ -140,16 +142,9 @@ def _other_model(comparison: Comparison, label: str, index: int) -> Answer:
     sentence += _alone(comparison, label, spans)
     if looped and (whole.known or block.known):
         sentence += _repeating(comparison, label)
-    question = f"Does each pass of {label} go through" if looped else f"Does {label} go through"
-    return Answer(
-        key=f"stages-{index}",
-        question=f"{question} the stages of {reference}?",
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=_evidence(comparison, label),
-        figure=f"table-{comparison.labels.index(label)}",
-    )
+    who = f"each pass of {label}" if looped else label
+    question = _question(comparison, label, index, f"Does {who} go through the stages of {reference}?")
+    return question.says(outcome, verdict, sentence, _evidence(comparison, label))
 
 
 def _same_model(comparison: Comparison, label: str, index: int) -> Answer:
@@ -173,15 +168,13 @@ def _same_model(comparison: Comparison, label: str, index: int) -> Answer:
         sentence = (
             f"Pass against the same pass there: {whole}. No measure's level differs by more than {percent(tolerance)}."
         )
-    return Answer(
-        key=f"stages-{index}",
-        question=f"{label}: does {study['model']} go through the same stages as in {comparison.reference}?",
-        outcome=outcome,
-        verdict=verdict,
-        sentence=sentence,
-        evidence=_evidence(comparison, label) | {f"level difference, {name}": value for name, value in known.items()},
-        figure=f"table-{comparison.labels.index(label)}",
-    )
+    text = f"{label}: does {study['model']} go through the same stages as in {comparison.reference}?"
+    evidence = _evidence(comparison, label) | {f"level difference, {name}": value for name, value in known.items()}
+    return _question(comparison, label, index, text).says(outcome, verdict, sentence, evidence)
+
+
+def _question(comparison: Comparison, label: str, index: int, text: str) -> Question:
+    return Question(key=f"stages-{index}", text=text, figure=f"table-{comparison.labels.index(label)}")
 
 
 def _or_unknown(finding: Finding) -> str:
@@ -231,7 +224,7 @@ def _why_unknown(comparison: Comparison, label: str) -> str:
     return "No measure was taken in both studies and varies along the depth of both."
 
 
-def _evidence(comparison: Comparison, label: str) -> dict[str, float | str]:
+def _evidence(comparison: Comparison, label: str) -> Evidence:
     """Every measure's correlation and p where the study is judged."""
     return {
         f"{span}, {measure or 'mean'}": _short(finding_of(comparison, label, span, measure))

@@ -41,7 +41,7 @@ def fewest_points(alpha: float) -> int:
 
 
 def layer_orders(points: int, settings: CompareSettings) -> Int64[np.ndarray, "order point"]:
-    """Orders of so many layers, the true one first: all of them, or a sample with `settings.shuffles` others."""
+    """Orders of that many layers, the true one first: all of them, or a sample with `settings.shuffles` others."""
     if points <= 1 or math.factorial(points) <= settings.shuffles:
         return np.array(list(itertools.permutations(range(points))), dtype=np.int64)
     rng = np.random.default_rng(settings.seed)

@@ -13,7 +13,7 @@ from loopscope.answers.comparison.curves import MEASURES, StageCurves
 from loopscope.errors import StudyError
 from loopscope.study import Study
 
-Kind = Literal["models", "data sets", "settings", "models and data sets"]
+ComparisonKind = Literal["models", "data sets", "settings", "models and data sets"]
 """What differs between the studies."""
 
 
@@ -90,7 +90,7 @@ def same_prompts(first: Study, second: Study) -> bool:
     return _prompts_hash(first) is not None and _prompts_hash(first) == _prompts_hash(second)
 
 
-def kind_of(studies: Sequence[Study]) -> Kind:
+def kind_of(studies: Sequence[Study]) -> ComparisonKind:
     one_model = all(same_model(studies[0], study) for study in studies[1:])
     one_text = all(same_prompts(studies[0], study) for study in studies[1:])
     if one_model:

@@ -24,7 +24,7 @@ Hessenberg = Float64[Tensor, "token rows columns"]
 """Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
 
 _INVARIANT = 100.0
-"""A product of which less than so many roundings of its size is new adds nothing to the space."""
+"""A product of which less than this many roundings of its size is new adds nothing to the space."""
 
 
 @runtime_checkable
@@ -116,14 +116,14 @@ class RitzValues:
 def arnoldi(
     product: Callable[[TokenVectors], TokenVectors], start: TokenVectors, spare: TokenVectors, products: int
 ) -> Hessenberg:
-    """Run so many steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
+    """Run `products` steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
     section 6.2).
 
     **Arguments**
 
     - `product`: `J_i v_i` for every token.
     - `start`: first vectors, not zero. Their space holds their powers `J^k start`.
-    - `spare`: vectors in general position; shifted around, they give directions to go on with where the space is
+    - `spare`: vectors in general position; shifted around, they give directions to continue with where the space is
       closed under J before its dimension is reached. The subdiagonal entry is zero there, and all Ritz values hold.
 
     Orthogonalised by classical Gram-Schmidt, twice, which keeps the basis orthogonal to rounding (Giraud et al. 2005).

@@ -17,9 +17,9 @@ from loopscope.dynamics.trajectories.cosine import cosine_kinds, measure_turns
 from loopscope.dynamics.trajectories.displacement import decide_kind, measure_tails
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method
-from loopscope.dynamics.trajectories.states import StateDtype
 from loopscope.dynamics.trajectories.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate
 from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.models.inspection.facts import Dtype
 
 _SHAPED = (Kind.ORBIT, Kind.SLIDER)
 
@@ -48,10 +48,10 @@ class CaseScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A method on a mix of cases in one number type."""
+    """A method on a mix of cases in one dtype."""
 
     method: Method
-    dtype: StateDtype
+    dtype: Dtype
     count: int
     seed: int
     lengths: tuple[int, ...]
@@ -103,7 +103,7 @@ class Calibration:
 def calibrate(
     count: int,
     *,
-    dtype: StateDtype = "float32",
+    dtype: Dtype = "float32",
     methods: Sequence[Method] = ("displacement", "cosine"),
     seed: int = 0,
     lengths: Sequence[int] = LENGTHS,
@@ -114,7 +114,7 @@ def calibrate(
     """Judge `count` trajectories of the generator's default mix with each method; the same arguments give the same
     table.
 
-    `unknown` is wrong where the truth is another kind. Raises `ConfigError` for a case or a number type that is not
+    `unknown` is wrong where the truth is another kind. Raises `ConfigError` for a case or a dtype that is not
     known.
     """
     scores = {method: {name: CaseScore() for name in cases or CASES} for method in methods}
@@ -190,7 +190,7 @@ COSINE_GRID = Grid(("tau", "rho"), ((0.005, 0.02, 0.05, 0.1, 0.2), (0.5, 0.75, 0
 
 
 def sensitivity(
-    states: Tensor, dtype: StateDtype, settings: DisplacementSettings | CosineSettings, first_recurrence: int = 0
+    states: Tensor, dtype: Dtype, settings: DisplacementSettings | CosineSettings, first_recurrence: int = 0
 ) -> Int64[np.ndarray, "token first second"]:
     """The kind of each of some finite trajectories (token, recurrence, width), as its place in `KINDS`, for every pair
     of values of the method's grid. All other settings are as given."""
@@ -206,7 +206,7 @@ def sensitivity(
 
 def _decider(
     states: Tensor,
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings | CosineSettings,
     others: list[Any],
     first_recurrence: int,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from loopscope.dynamics.trajectories.settings import CosineSettings
-from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.models.inspection.facts import Dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +34,7 @@ class Turns:
 
 
 def cosine_verdicts(
-    states: Float[Tensor, "token recurrence width"], dtype: StateDtype, settings: CosineSettings
+    states: Float[Tensor, "token recurrence width"], dtype: Dtype, settings: CosineSettings
 ) -> list[Verdict]:
     """A verdict for each of some finite trajectories of one length.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.fitting import SPARE, Fit
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import (
-    Family,
+    ShapeFamily,
     explained_energy,
     many_harmonics,
     shape_coefficients,
@@ -35,11 +35,12 @@ _PHASE = 0.03
 _CHUNK_ENTRIES = 2**21
 """Of distances that are gathered at a time: 16 MiB."""
 _STEPS = 6
-"""Slow motion has its neighbours in phase so many recurrences on, at most, if they come round almost; that is no
+"""Slow motion has its neighbours in phase this many recurrences on, at most, if it almost repeats; that is no
 orbit."""
 _GAP, _JUMP = 3, 2.0
-"""A harmonic has at most so many times the energy of the strongest of so many before it: a curve may have odd harmonics
-alone. Those of relaxation oscillations have 0.1 to 1 times; of two rotations that nearly close, one has thousands."""
+"""A harmonic has at most this many times the energy of the strongest of this many before it: a curve may have odd
+harmonics alone. Those of relaxation oscillations have 0.1 to 1 times; of two rotations that nearly close, one has
+thousands."""
 
 SINGLE_MODES = ("exponential", "alternating", "spiral")
 
@@ -61,8 +62,8 @@ _Groups = dict[_Kinds, tuple[Tensor, Tensor]]
 def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: float, enough: float) -> list[Fit]:
     """Closed curves of as many harmonics as they need, about the period at which states of like phase are nearest.
 
-    The search is dear: only some motions, those that no shape explains, are worth it, and each until so large a share
-    as `enough` is left at most. Of the others, and of what is no smooth curve, everything is left.
+    The search is expensive: only some motions, those that no shape explains, are worth it, and each until at most the
+    share `enough` is left. Of the others, and of what is no smooth curve, everything is left.
     """
     counts = [count for count in _HARMONICS if 2 * count + 1 <= _MOST_COLUMNS * parts.window]
     if not counts:
@@ -126,7 +127,7 @@ def _phase_neighbours(window: int, least_periods: float) -> tuple[Tensor, Tensor
 def gradual(coefficients: Float[Tensor, "motion column component"]) -> Bool[Tensor, " motion"]:
     """Whether the harmonics of closed curves, a cosine and a sine each, fade as those of a smooth curve do.
 
-    Two or more rotations nearly come round after some period as well; of its harmonics only some are there.
+    Two or more rotations nearly repeat after some period as well; of its harmonics only some are there.
     """
     energy = coefficients.square().sum(-1).unflatten(1, (-1, 2)).sum(-1)
     before = torch.nn.functional.pad(energy, (_GAP, 0)).unfold(1, _GAP, 1)[:, :-1].amax(-1)
@@ -162,8 +163,8 @@ def fit_modes(parts: Components, rows: Int[Tensor, " row"], fits: Sequence[Fit],
 
 
 @lru_cache(maxsize=64)
-def _full_turns(family: Family, window: int) -> Family:
-    """Of rotations, only those that come round within the tail: with slower ones, modes make any smooth way."""
+def _full_turns(family: ShapeFamily, window: int) -> ShapeFamily:
+    """Of rotations, only those that complete a turn within the tail: with slower ones, modes make any smooth way."""
     if family.name != "spiral":
         return family
     slowest = 2 * math.pi / window
@@ -171,7 +172,7 @@ def _full_turns(family: Family, window: int) -> Family:
     return replace(family, grid=grid, low=torch.tensor([slowest, float(family.low[1])], dtype=torch.float64))
 
 
-def _with_one_more(groups: _Groups, known: Mapping[str, Family], parts: Components) -> _Groups:
+def _with_one_more(groups: _Groups, known: Mapping[str, ShapeFamily], parts: Components) -> _Groups:
     longer: dict[_Kinds, list[tuple[Tensor, Tensor]]] = {}
     for kinds, (rows, numbers) in groups.items():
         scores = parts.scores[rows]
@@ -198,7 +199,7 @@ def _as_fit(
     kinds: _Kinds,
     rows: Tensor,
     numbers: Tensor,
-    known: Mapping[str, Family],
+    known: Mapping[str, ShapeFamily],
     parts: Components,
     least_rate: float,
 ) -> Fit:

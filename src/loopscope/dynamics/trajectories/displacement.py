@@ -15,9 +15,9 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.limits import limit_of
 from loopscope.dynamics.trajectories.motion import Motion, measure_motions
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
-from loopscope.dynamics.trajectories.states import StateDtype
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
 from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.models.inspection.facts import Dtype
 
 _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
@@ -27,8 +27,9 @@ _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _OFTEN = 6.0
 """Periods within the tail from which on its thirds are alike."""
-_AT_REST = (Kind.FIXED_POINT, Kind.AT_FLOOR)
-_MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
+_MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
+"""What rounding alone can look like, so that such motion has to be `visible` to count: small cycles, and slow hops one
+way. `BOUNDED` is left out on purpose: several rotations without a common period are neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class TokenMotions:
 
 def displacement_verdicts(
     states: Float[Tensor, "token recurrence width"],
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
     *,
@@ -65,7 +66,7 @@ def displacement_verdicts(
 
 def measure_tails(
     states: Float[Tensor, "token recurrence width"],
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings,
     first_recurrence: int = 0,
     *,
@@ -118,15 +119,16 @@ def _decide(whole: Motion, later: Motion | None, settings: DisplacementSettings)
 
 def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
     """An approach is over where the later half rests, and leads to an orbit or a drift where that has such a shape."""
-    ends: tuple[Kind, ...] = (*_AT_REST, Kind.ORBIT)
     if whole.kind == Kind.FIXED_POINT:
-        ends = (Kind.ORBIT, Kind.SLIDER) if later.motion.window >= _SHORTEST_END else ()
-    return later if later.settled and later.kind in ends else whole
+        ends = later.kind in (Kind.ORBIT, Kind.SLIDER) and later.motion.window >= _SHORTEST_END
+    else:
+        ends = later.kind.settles or later.kind == Kind.ORBIT
+    return later if later.settled and ends else whole
 
 
 def same_limit(one: Kind, other: Kind) -> bool:
     """Whether two kinds say the same of the limit: rest is rest, seen or hidden by noise."""
-    return one == other or (one in _AT_REST and other in _AT_REST)
+    return one == other or (one.settles and other.settles)
 
 
 def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
@@ -205,7 +207,7 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
 
 def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
     assert motion.shape is not None
-    if kind in _MOVING and motion.level < settings.visible * motion.rounding:
+    if kind in _MADE_BY_ROUNDING and motion.level < settings.visible * motion.rounding:
         reason = f"It hovers: its motion is {motion.level / motion.rounding:.2g} times what one rounding does."
         return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
     words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"
@@ -217,10 +219,10 @@ def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Find
         return _Finding(Kind.DIVERGING, reason, motion, shaped=True)
     begins = {
         Kind.FIXED_POINT: "It approaches a point",
-        Kind.ORBIT: "It comes round",
+        Kind.ORBIT: "It is periodic",
         Kind.SLIDER: "It moves on",
         Kind.DIVERGING: "It moves away",
-        Kind.BOUNDED: "It keeps turning without coming round",
+        Kind.BOUNDED: "It keeps turning without a period",
     }
     return _Finding(kind, f"{begins[kind]}: it follows {words}, {left}.", motion, shaped=True)
 
@@ -229,7 +231,7 @@ def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> 
     if motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
         return _Finding(Kind.DIVERGING, reason, motion)
-    # Of motion that does not spread, not the largest lag: in a short tail, one of so many is far above the others.
+    # Of motion that does not spread, not the largest lag: in a short tail, one of many is far above the others.
     spreads = motion.spreading >= settings.spreading
     size = times if spreads else statistics.median(motion.displacement) / motion.rounding
     if size <= settings.floor_factor * (1.0 if motion.filling >= settings.filling else _IN_FEW_DIRECTIONS):

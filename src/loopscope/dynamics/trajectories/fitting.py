@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import (
-    Family,
+    ShapeFamily,
     explained_energy,
     families,
     many_harmonics,
@@ -38,7 +38,7 @@ class Fit:
     """The best member of one family for each motion."""
 
     name: str
-    family: Family | None
+    family: ShapeFamily | None
     """None for a cycle, whose number is its period."""
     left: Float[Tensor, " token"]
     """Sum of squares that it leaves."""
@@ -93,7 +93,12 @@ def _add_many_harmonics(found: list[Fit], parts: Components, least_periods: floa
 
 
 def _fit_from(
-    family: Family, numbers: Tensor, parts: Components, tried: int, others: list[Fit], promising: float = _PROMISING
+    family: ShapeFamily,
+    numbers: Tensor,
+    parts: Components,
+    tried: int,
+    others: list[Fit],
+    promising: float = _PROMISING,
 ) -> Fit:
     """The best member near the one given for each motion, looked for where that one promises something and as long as
     others do not leave far less."""

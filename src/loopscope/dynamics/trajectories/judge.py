@@ -14,7 +14,6 @@ from loopscope.dynamics.trajectories.cosine import cosine_verdicts
 from loopscope.dynamics.trajectories.displacement import displacement_verdicts
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
 from loopscope.dynamics.trajectories.states import (
-    StateDtype,
     as_states,
     check_axes,
     check_dtype,
@@ -24,6 +23,7 @@ from loopscope.dynamics.trajectories.states import (
 )
 from loopscope.dynamics.verdicts import Kind, Verdict
 from loopscope.errors import ConfigError
+from loopscope.models.inspection.facts import Dtype
 
 _CHUNK_BYTES = 2**27
 """Of a trajectory's tails in float64, judged at a time."""
@@ -48,12 +48,12 @@ def judge(
     """What each token's state tends to.
 
     `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
-    as the output of the last recurrent layer, one a recurrence. `dtype` is the number type that the *model* ran in,
+    as the output of the last recurrent layer, one a recurrence. `dtype` is that of the *model*,
     whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding,
     below which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the
     index of the first state, if the beginning was cut off. `settings` are those of the method, its defaults unless
     given. `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that
-    these do not share; it takes most of the same time again. `progress` is told how many tokens were judged since the
+    these do not share; it takes most of the same time again. `progress` receives how many tokens were judged since the
     last time.
 
     The list has one `Verdict` a token. A token whose states are not all finite is `diverging` if they grew before, else
@@ -96,7 +96,7 @@ def judge(
 
 def _judge(
     states: Tensor,
-    dtype: StateDtype,
+    dtype: Dtype,
     settings: DisplacementSettings | CosineSettings,
     first_recurrence: int,
     try_window: bool,
@@ -130,8 +130,8 @@ def _not_finite(states: Tensor, finite: Tensor, method: str) -> Verdict:
         grown = float(norms[-1] / norms[0].clamp_min(1e-300))
     overflowed = bool(states[until].isinf().any()) and until > 0
     if grown >= _OUTGROWN or overflowed:
-        told = f" after its norm had grown {grown:.3g}-fold" if grown >= _OUTGROWN else ""
-        reason = f"It is no longer finite in recurrence {until + 1}{told}."
+        grew = f" after its norm had grown {grown:.3g}-fold" if grown >= _OUTGROWN else ""
+        reason = f"It is no longer finite in recurrence {until + 1}{grew}."
         return Verdict(kind=Kind.DIVERGING, reason=reason, method=method, evidence={"norm_growth": grown})
     reason = f"It holds NaN in recurrence {until + 1}, without having grown before."
     return Verdict(kind=Kind.UNKNOWN, reason=reason, method=method, evidence={"norm_growth": grown})

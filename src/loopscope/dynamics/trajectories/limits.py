@@ -14,7 +14,7 @@ from loopscope.dynamics.verdicts import Kind
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One member of a family of shapes, fitted to a tail of so many recurrences."""
+    """One member of a family of shapes, fitted to a tail of `window` recurrences."""
 
     family: str
     numbers: tuple[float, ...]
@@ -22,7 +22,7 @@ class Shape:
 
     @property
     def period(self) -> float:
-        """Of what comes round, in recurrences; NaN for other shapes. Of several rotations, the strongest one's."""
+        """Of periodic motion, in recurrences; NaN for other shapes. Of several rotations, the strongest one's."""
         if self.family in ("cycle", "closed curve"):
             return self.numbers[0]
         if self.family == "alternating":

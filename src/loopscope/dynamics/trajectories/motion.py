@@ -12,9 +12,10 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.limits import Shape
 from loopscope.dynamics.trajectories.selection import BestShape, best_shapes
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
-from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.tail import Tails, decompose
 from loopscope.dynamics.verdicts import Kind
+from loopscope.models.inspection.facts import Dtype
 
 _SHIFTS = 24
 _STEADY = 8.0
@@ -116,7 +117,7 @@ class Motion:
     late_step: float
     norm_growth: float
     evenness: float
-    """Of what comes round: step in the first whole periods of the tail over that in the last as many; 1 of other
+    """Of periodic motion: step in the first whole periods of the tail over that in the last as many; 1 of other
     motion."""
     speed: float
     """Length of the way from the first quarter of the tail to the last, per recurrence."""
@@ -130,7 +131,7 @@ class Motion:
     """Root mean square, by lag."""
 
 
-def measure_motions(tails: Tails, dtype: StateDtype, settings: DisplacementSettings) -> list[Motion]:
+def measure_motions(tails: Tails, dtype: Dtype, settings: DisplacementSettings) -> list[Motion]:
     """One motion a token. Shapes are fitted where it moves by more than rounding."""
     rounding = rounding_step(dtype)
     displacement = tails.displacement()
@@ -205,7 +206,7 @@ def _root_mean(square: Tensor) -> Tensor:
 
 
 def _spreading(displacement: Tensor, window: int) -> Tensor:
-    """Of means over lags, since motion that comes round has deep minima."""
+    """Of means over lags, since periodic motion has deep minima."""
     short = displacement[:, : max(1, window // 8)].mean(-1)
     long = displacement[:, 3 * window // 8 : max(3 * window // 8 + 1, 5 * window // 8)].mean(-1)
     return long / short.clamp_min(1e-300)

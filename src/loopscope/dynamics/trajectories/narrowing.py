@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.shapes import Family, shape_columns
+from loopscope.dynamics.trajectories.shapes import ShapeFamily, shape_columns
 
 _CHUNK_ENTRIES = 2**20
 """Of projections at a time: 4 MiB in float32, which stay in the cache."""
 _ITERATIONS = 12
 """At most. From a grid point the numbers are right to nine digits after four to eight."""
 _TRIAL, _BEHIND = 5, 10.0
-"""After so many, what leaves so many times as much as another shape is given up."""
+"""After this many, what leaves this many times as much as another shape is given up."""
 _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
 _RESOLVED = 1e-15
@@ -30,7 +30,7 @@ _HOPELESS = 100.0
 
 
 def best_on_grid(
-    family: Family, times: Float[Tensor, " time"], scores: Float[Tensor, "motion time component"]
+    family: ShapeFamily, times: Float[Tensor, " time"], scores: Float[Tensor, "motion time component"]
 ) -> Float[Tensor, "motion number"]:
     """Numbers of the grid's member that explains most of each motion.
 
@@ -49,7 +49,7 @@ def best_on_grid(
 
 
 @lru_cache(maxsize=256)
-def _grid_basis(family: Family, first: float, window: int) -> Tensor:
+def _grid_basis(family: ShapeFamily, first: float, window: int) -> Tensor:
     """Every column of every member on the grid, (member and column, time): the same for all tokens of a tail."""
     times = torch.arange(first, first + window, dtype=torch.float64)
     basis = shape_columns(family, family.grid, times)
@@ -57,7 +57,7 @@ def _grid_basis(family: Family, first: float, window: int) -> Tensor:
 
 
 def narrow(
-    family: Family,
+    family: ShapeFamily,
     times: Float[Tensor, " time"],
     scores: Float[Tensor, "motion time component"],
     numbers: Float[Tensor, "motion number"],
@@ -97,7 +97,7 @@ def narrow(
     return best
 
 
-def _step(family: Family, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor) -> Tensor:
+def _step(family: ShapeFamily, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor) -> Tensor:
     # What is at its bound and would go beyond stays there.
     free = ~((numbers <= family.low) & (gradient < 0) | (numbers >= family.high) & (gradient > 0))
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
@@ -109,7 +109,7 @@ def _step(family: Family, numbers: Tensor, gradient: Tensor, normal: Tensor, dam
     return (numbers + moved).clamp(family.low, family.high)
 
 
-def _linearised(family: Family, times: Tensor, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _linearised(family: ShapeFamily, times: Tensor, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The energy explained, half its gradient in the numbers, and the normal equations' matrix."""
     columns, changes = _with_derivatives(family, numbers, times)
     basis, upper = torch.linalg.qr(columns)
@@ -122,7 +122,7 @@ def _linearised(family: Family, times: Tensor, scores: Tensor, numbers: Tensor) 
     return projected.square().sum((-1, -2)), slope, ways @ ways.mT
 
 
-def _with_derivatives(family: Family, numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+def _with_derivatives(family: ShapeFamily, numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """The columns (motion, time, column) and how they change with each number (motion, number, time, column)."""
     width = _DIFFERENCE * family.step
     shifts = width.diag_embed()

@@ -16,7 +16,7 @@ from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import Components
 from loopscope.dynamics.verdicts import Kind
 
-_DEAR = {
+_PENALTY = {
     "arc": 2.0,
     "logarithmic arc": 2.0,
     "drift after transient": 2.0,
@@ -37,7 +37,7 @@ _SLIP_IN_NOISE = 20.0
 """The same in the noise's root mean square over that of the motion and the root of the number of recurrences: the
 error of the turn of a rotation of half the size, three times over."""
 _UNRESOLVED = 0.5
-"""Of the number type's rounding: what is left below this decides between no shapes."""
+"""Of the dtype's rounding: what is left below this decides between no shapes."""
 _EXACT = 1e-13
 """Of the energy: likewise, since the components of a motion in float64 are no better."""
 
@@ -63,7 +63,7 @@ class BestShape:
     speed: float
     """Length of the way from the first quarter of the tail to the last, per recurrence."""
     evenness: float
-    """Of what comes round: step in the first whole periods of the tail over that in the last as many; else 1."""
+    """Of periodic motion: step in the first whole periods of the tail over that in the last as many; else 1."""
 
 
 def best_shapes(parts: Components, rounding: float, settings: DisplacementSettings) -> list[BestShape]:
@@ -101,8 +101,8 @@ def best_shapes(parts: Components, rounding: float, settings: DisplacementSettin
 def _compared(
     parts: Components, rounding: float, settings: DisplacementSettings
 ) -> tuple[list[Fit], Float[Tensor, "shape token"], Float[Tensor, " token"]]:
-    """All fits, their costs, and how many directions the one of least cost leaves. Dear shapes are fitted where cheaper
-    ones do not explain a motion."""
+    """All fits, their costs, and how many directions the one of least cost leaves. Expensive shapes are fitted where
+    cheaper ones do not explain a motion."""
     unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
     everywhere = torch.ones_like(parts.energy)
     fits = fit_shapes(parts, settings.least_periods, unresolved)
@@ -116,21 +116,22 @@ def _compared(
     cost = _costs(fits, parts, unresolved, rest.independent)
     small, step = _left_over(fits, parts, settings)
     best = cost.argmin(0)
-    # Of what is explained as exactly as can be seen, nothing more is to be told.
+    # What is explained as exactly as can be seen has nothing more to explain.
     exact = torch.stack([fit.left for fit in fits]).gather(0, best[None])[0] <= unresolved
     # A cycle of many points may be a curve that nearly closes after several rounds.
-    told = small.gather(0, best[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[best]
-    untold = ~told & ~exact & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
-    if bool(untold.any()):
+    explained = small.gather(0, best[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[best]
+    unexplained = ~explained & ~exact & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
+    if bool(unexplained.any()):
         usual = len(fits)
-        fits += fit_curves(parts, untold.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
+        fits += fit_curves(parts, unexplained.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
         cost = _costs(fits, parts, unresolved, rest.independent)
         small, step = _left_over(fits, parts, settings)
         closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
         closed = closed & (small | (step <= settings.rounding_factor * rounding))
         # The closed curve that leaves least of a motion is better than a likelier shape that does not explain it; and
-        # one of so many harmonics has to explain it.
-        cost = torch.where(untold & closed.any(0), torch.where(closed, step.clamp_min(1e-300).log(), math.inf), cost)
+        # one of many harmonics has to explain it.
+        by_what_is_left = torch.where(closed, step.clamp_min(1e-300).log(), math.inf)
+        cost = torch.where(unexplained & closed.any(0), by_what_is_left, cost)
         cost[usual:][~closed[usual:]] = math.inf
         best = cost.argmin(0)
     left = residuals(fits, best, parts, unresolved).directions
@@ -193,7 +194,7 @@ def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings
 def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
     """(shape, token): the Bayesian information criterion for noise in as many directions as the noise takes, in each of
     which every column has a coefficient: twice the negative log likelihood, and the price of the coefficients."""
-    left = torch.stack([torch.maximum(fit.left * _DEAR.get(fit.name, 1.0), unresolved) for fit in fits])
+    left = torch.stack([torch.maximum(fit.left * _PENALTY.get(fit.name, 1.0), unresolved) for fit in fits])
     for place, fit in enumerate(fits):
         if fit.name.endswith("rotations"):
             left[place][~separate(fit.numbers, parts.window)] = math.inf

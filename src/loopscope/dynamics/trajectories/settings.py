@@ -18,12 +18,12 @@ class DisplacementSettings:
     """How a trajectory is judged by what its motion within the tail looks like."""
 
     window: int = 256
-    """The tail that is judged: the second half of the trajectory, at most so many recurrences. Slow motion is told
+    """The tail that is judged: the second half of the trajectory, at most this many recurrences. Slow motion is told
     better by a long one, at a cost that grows with its square."""
     least_recurrences: int = 16
     """Fewer than this give no verdict: a period of 4 would be seen three times in the tail."""
     rounding_factor: float = 4.0
-    """Motion within this multiple of the number type's own rounding is rest. A recurrence rounds more than once, and
+    """Motion within this multiple of the dtype's own rounding is rest. A recurrence rounds more than once, and
     rounding is not random: states that should rest hop between neighbouring numbers, four roundings apart at
     most in what we made."""
     floor_factor: float = 30.0
@@ -50,7 +50,7 @@ class DisplacementSettings:
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
     least_periods: float = 2.5
-    """An orbit has to come round so often within the tail. Twice could be chance; and a slow turn through less than
+    """An orbit has to repeat this often within the tail. Twice could be chance; and a slow turn through less than
     that is a way, not a cycle."""
     growth: float = 1.3
     """Steps that lengthen by this factor over the tail, in the shape of an exponential, show an unstable point. Below,
@@ -96,8 +96,8 @@ class DisplacementSettings:
     within this factor. Harmonics that recurrences alias to nearly the same turn make a rotation of any changing size; a
     sharp jump once a period may be seen as one step or as two."""
     visible: float = 7.0
-    """An orbit, a slider or what diverges moves by at least so many times the rounding. Rounding makes small cycles and
-    slow hops of its own, which no data tell from others."""
+    """An orbit, a slider or what diverges moves by at least this many times the rounding. Rounding makes small cycles
+    and slow hops of its own, which no data tell from others."""
 
     def __post_init__(self) -> None:
         _check_positive(self, but=("summable",))
@@ -126,8 +126,8 @@ class CosineSettings:
     rho: float = 0.9
     """It is a fixed point if that holds for this share of the window (arXiv 2604.11791)."""
     window: int = 128
-    """At most so many last recurrences are looked at; the paper's horizon is 128. The second half of the trajectory, if
-    that is shorter."""
+    """At most this many last recurrences are looked at; the paper's horizon is 128. The second half of the trajectory,
+    if that is shorter."""
     least_recurrences: int = 16
     """Fewer than this give no verdict."""
     peak: float = 0.5

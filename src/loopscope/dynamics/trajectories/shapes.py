@@ -21,7 +21,7 @@ Design = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Family:
+class ShapeFamily:
     """One family of shapes."""
 
     name: str
@@ -34,7 +34,7 @@ class Family:
     columns: int
 
 
-def shape_columns(family: Family, numbers: Tensor, times: Tensor) -> Tensor:
+def shape_columns(family: ShapeFamily, numbers: Tensor, times: Tensor) -> Tensor:
     """An orthonormal basis of what the family spans beside a constant, (..., time, column)."""
     columns = family.design(numbers, times)
     centred = columns - columns.mean(-2, keepdim=True)
@@ -44,7 +44,7 @@ def shape_columns(family: Family, numbers: Tensor, times: Tensor) -> Tensor:
 
 
 def shape_coefficients(
-    family: Family, numbers: Tensor, times: Tensor, scores: Tensor
+    family: ShapeFamily, numbers: Tensor, times: Tensor, scores: Tensor
 ) -> Float[Tensor, "motion column component"]:
     """The family's columns times these, and a constant, come nearest to each motion."""
     columns = family.design(numbers, times)
@@ -53,15 +53,15 @@ def shape_coefficients(
     return found.nan_to_num(0.0, 0.0, 0.0)
 
 
-def explained_energy(family: Family, numbers: Tensor, times: Tensor, scores: Tensor) -> Tensor:
+def explained_energy(family: ShapeFamily, numbers: Tensor, times: Tensor, scores: Tensor) -> Tensor:
     """Of each motion's scores (motion, time, component): the sum of squares that its own numbers explain, (motion,)."""
     projected: Tensor = shape_columns(family, numbers, times).mT @ scores
     return projected.square().sum((-1, -2))
 
 
 @lru_cache(maxsize=16)
-def families(window: int, least_periods: float) -> tuple[Family, ...]:
-    """The families for a tail of so many recurrences. Rates are in e-folds per window, turns in radians per
+def families(window: int, least_periods: float) -> tuple[ShapeFamily, ...]:
+    """The families for a tail of `window` recurrences. Rates are in e-folds per window, turns in radians per
     recurrence."""
     rates = torch.tensor([0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0], dtype=torch.float64)
     slowest = 2 * math.pi * least_periods / window
@@ -101,7 +101,7 @@ def families(window: int, least_periods: float) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def many_harmonics(harmonics: int, window: int, least_periods: float) -> Family:
+def many_harmonics(harmonics: int, window: int, least_periods: float) -> ShapeFamily:
     """A closed curve of more harmonics than a grid is worth: it is looked for around the best one of few."""
     slowest = 2 * math.pi * least_periods / window
     return _family(
@@ -114,10 +114,10 @@ def many_harmonics(harmonics: int, window: int, least_periods: float) -> Family:
     )
 
 
-def rotations(count: int, window: int, least_periods: float) -> Family:
-    """So many rotations of unrelated periods. No grid: it would have too many points."""
+def rotations(count: int, window: int, least_periods: float) -> ShapeFamily:
+    """That many rotations of unrelated periods. No grid: it would have too many points."""
     slowest = 2 * math.pi * least_periods / window
-    return Family(
+    return ShapeFamily(
         name=f"{count} rotations",
         design=_rotations,
         grid=torch.zeros(0, count, dtype=torch.float64),
@@ -133,7 +133,7 @@ def _rotations(numbers: Tensor, times: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def together(members: tuple[Family, ...]) -> Family:
+def together(members: tuple[ShapeFamily, ...]) -> ShapeFamily:
     """The columns of several families side by side, their numbers one after the other. Its grid has no points, and
     numbers beyond those of the members say nothing."""
     counts = [family.grid.shape[-1] for family in members]
@@ -142,7 +142,7 @@ def together(members: tuple[Family, ...]) -> Family:
         pieces = numbers[..., : sum(counts)].split(counts, dim=-1)
         return torch.cat([family.design(piece, times) for family, piece in zip(members, pieces, strict=True)], dim=-1)
 
-    return Family(
+    return ShapeFamily(
         name=", ".join(family.name for family in members),
         design=design,
         grid=torch.zeros(0, sum(counts), dtype=torch.float64),
@@ -162,12 +162,14 @@ def without_trends(turns: Tensor, harmonics: int, slowest: float) -> Tensor:
 
 def _family(
     name: str, design: Design, axes: list[Tensor], step: list[float], low: list[float], high: list[float]
-) -> Family:
+) -> ShapeFamily:
     grid = torch.cartesian_prod(*[axis.double() for axis in axes]).reshape(-1, len(axes))
     some = torch.ones(1, len(axes), dtype=torch.float64)
     columns = design(some, torch.arange(1.0, 9.0, dtype=torch.float64)).shape[-1]
     bounds = [torch.tensor(values, dtype=torch.float64) for values in (step, low, high)]
-    return Family(name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns)
+    return ShapeFamily(
+        name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns
+    )
 
 
 def _power(numbers: Tensor, times: Tensor) -> Tensor:

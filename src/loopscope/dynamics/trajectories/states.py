@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopscope.errors import ConfigError
+from loopscope.models.inspection.facts import Dtype
 
-StateDtype = Literal["float64", "float32", "float16", "bfloat16"]
-
-_SIGNIFICAND_BITS: dict[str, int] = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+_SIGNIFICAND_BITS: dict[Dtype, int] = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 """With the implicit one."""
 
 
@@ -27,29 +26,27 @@ _FROM = 16
 """Entries along an axis from which on it could be the recurrences."""
 
 
-def check_dtype(dtype: object) -> StateDtype:
-    """The name of a number type, from its name or from torch's or numpy's object. Raises `ConfigError` for one of which
+def check_dtype(dtype: object) -> Dtype:
+    """The name of a dtype, from its name or from torch's or numpy's object. Raises `ConfigError` for one of which
     nothing is known."""
     name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
     name = _SHORT.get(name, name)
-    known: StateDtype
-    for known in get_args(StateDtype):
+    known: Dtype
+    for known in get_args(Dtype):
         if name == known:
             return known
-    raise ConfigError(
-        f"dtype is the number type that the model ran in, one of {', '.join(get_args(StateDtype))}; got {dtype!r}."
-    )
+    raise ConfigError(f"dtype is what the model computed in, one of {', '.join(get_args(Dtype))}; got {dtype!r}.")
 
 
-def known_dtype(dtype: object, otherwise: StateDtype) -> StateDtype:
-    """The same, or another number type where nothing is known of this one."""
+def known_dtype(dtype: object, otherwise: Dtype) -> Dtype:
+    """The same, or another dtype where nothing is known of this one."""
     try:
         return check_dtype(dtype)
     except ConfigError:
         return otherwise
 
 
-def rounding_step(dtype: StateDtype) -> float:
+def rounding_step(dtype: Dtype) -> float:
     """The relative step between two states that differ by one rounding each and by nothing else.
 
     Rounding to nearest makes an error that is uniform within half a unit in the last place, whose standard deviation is
@@ -108,7 +105,7 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
 
 
 def stored_dtype(states: Tensor) -> str:
-    """Number type of an array, as it was handed in."""
+    """Of an array, as it was handed in."""
     return str(states.dtype).removeprefix("torch.")
 
 

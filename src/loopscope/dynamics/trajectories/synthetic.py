@@ -1,7 +1,7 @@
 """Trajectories whose truth is known, to calibrate verdicts with.
 
 Every case is a closed formula or a small dynamical system in a random subspace, moved to a random point, with the noise
-of a number type on top. What no method could decide from the states alone is marked so, by a rule on the case's own
+of a dtype on top. What no method could decide from the states alone is marked so, by a rule on the case's own
 parameters, never by what a method says of it.
 """
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from loopscope.dynamics.trajectories.states import StateDtype, rounding_step
+from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError
+from loopscope.models.inspection.facts import Dtype
 
 WIDTHS = (16, 64, 256, 1024, 5280)
 LENGTHS = (32, 64, 128, 256, 512)
@@ -36,7 +37,7 @@ class Trajectory:
     """The kinds that are right: `fixed point` and `at floor` are both right of noise about a point."""
     decidable: bool
     """False where noise, or too short a time, hides what it is."""
-    dtype: StateDtype
+    dtype: Dtype
     parameters: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,14 +87,14 @@ class _Room:
 
 
 _VISIBLE = 8.0
-"""A motion is called visible from so many times the noise on. Rounding makes orbits of its own up to about four times
+"""A motion is called visible from this many times the noise on. Rounding makes orbits of its own up to about four times
 its size, which no data tell from true ones."""
 _PERIODS = 3.0
-"""An orbit can be told from other motion when so many periods are in the second half of the trajectory."""
+"""An orbit can be told from other motion when this many periods are in the second half of the trajectory."""
 
 # Displacement from a point of norm 1, the kinds that are right, whether it can be decided, and its parameters.
 _Made = tuple[_Path, set[Kind], bool, dict[str, float]]
-_FIXED = {Kind.FIXED_POINT, Kind.AT_FLOOR}
+_FIXED = {kind for kind in Kind if kind.settles}
 
 
 def _contraction(room: _Room) -> _Made:
@@ -344,7 +345,7 @@ CASES: dict[str, Callable[[_Room], _Made]] = {
 
 
 def make_trajectory(
-    case: str, *, seed: int, length: int = 128, width: int = 256, dtype: StateDtype = "float32"
+    case: str, *, seed: int, length: int = 128, width: int = 256, dtype: Dtype = "float32"
 ) -> Trajectory:
     """One trajectory of a case; the same arguments make the same one.
 
@@ -352,7 +353,7 @@ def make_trajectory(
     filtered by a mode that a model could have. Raises `ConfigError` for a name that is no case.
     """
     if case not in CASES:
-        raise ConfigError(f"There is no case {case!r}; the cases are {', '.join(CASES)}.")
+        raise ConfigError(f"Unknown case {case!r}; the cases are {', '.join(CASES)}.")
     rng = np.random.default_rng([seed, list(CASES).index(case), length, width])
     amplified = float(rng.choice([1.0, 1.0, np.exp(rng.uniform(0, math.log(8)))]))
     noise = rounding_step(dtype) * amplified
@@ -388,7 +389,7 @@ def _noise(room: _Room) -> _Path:
     return np.asarray(coloured / coloured.std())
 
 
-def _rounded(states: _Path, dtype: StateDtype) -> _Path:
+def _rounded(states: _Path, dtype: Dtype) -> _Path:
     """To the nearest number of the type; float32 unless the type is float64, which needs no rounding."""
     if dtype == "float64":
         return states
@@ -411,7 +412,7 @@ def generate(
     cases: Sequence[str] = (),
     lengths: Sequence[int] = LENGTHS,
     widths: Sequence[int] = WIDTHS,
-    dtype: StateDtype = "float32",
+    dtype: Dtype = "float32",
 ) -> Iterator[Trajectory]:
     """`count` trajectories of the default mix (or of some cases): case after case, of random length and width."""
     names = tuple(cases) or tuple(CASES)

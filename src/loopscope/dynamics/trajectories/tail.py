@@ -52,7 +52,7 @@ class Tails:
         return self.products - rows - rows.mT + rows.mean(-2, keepdim=True)
 
     def last(self, window: int, rows: Int[Tensor, " row"]) -> Tails:
-        """The last so many recurrences of some tokens, in units of their median norm there."""
+        """The last `window` recurrences of some tokens, in units of their median norm there."""
         norms = self.norms[rows, -window:]
         scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
         return Tails(
@@ -96,7 +96,7 @@ _OF_TOKENS = tuple(field.name for field in fields(Components) if field.name != "
 
 
 def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
-    """Recurrences in the tail: the second half of the time since the loop began, at least 24 where so many are given,
+    """Recurrences in the tail: the second half of the time since the loop began, at least 24 where that many are given,
     and at most `window`."""
     half = (first_recurrence + recurrences) // 2
     return min(window, recurrences, max(half, _SMALLEST_TAIL))

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import percent, significant
 from loopscope.answers.predictions import EXPECTED, agreement, prediction_table, rate_pairs, token_eigenvalues
-from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, damped, spectral_radius
+from loopscope.dynamics.prediction import PREDICTED_KINDS, damped, spectral_radius
+from loopscope.dynamics.prediction import PredictedKind as Kind
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.report.figures._old import Figure, Material, base_figure, lines_across, mark_vertical, plot_text
 from loopscope.report.figures.look import INK, KIND_LOOKS, MUTED, PREDICTED_LOOKS, SEQUENTIAL, kind_label

@@ -11,7 +11,8 @@ from loopscope._util.wording import significant
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import CellOutcome, CellResult, by_design
 from loopscope.experiments.random_findings import Boundary, boundaries
-from loopscope.experiments.sweep_cells import Control, SweepResult
+from loopscope.experiments.sweep_cells import ControlName as Control
+from loopscope.experiments.sweep_cells import SweepResult
 from loopscope.experiments.sweep_findings import DesignSummary, control_results, summaries
 from loopscope.report.figures._old import Figure, base_figure, lines_across, plot_text
 from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, kind_label, ordered_colours

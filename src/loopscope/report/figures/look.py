@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loopscope.dynamics.prediction import Kind as Predicted
+from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
 
 CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#1C1D21")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from loopscope._util.wording import listed, percent, significant, visible
 from loopscope.answers.rates import co_occurrence, study_rates, token_shares
 from loopscope.dynamics.prediction import PREDICTED_KINDS
-from loopscope.dynamics.prediction import Kind as Predicted
+from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.report.figures._old import Figure, Material
 from loopscope.report.figures.plot import Drawn, Section

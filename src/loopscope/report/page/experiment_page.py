@@ -10,11 +10,18 @@ from importlib.metadata import version
 
 from loopscope._util.wording import plural
 from loopscope.answers.answer import Answer
-from loopscope.experiments.cells import CellResult, by_design
+from loopscope.experiments.cells import CellResult
 from loopscope.experiments.load import Experiment
-from loopscope.experiments.random_findings import architecture_answers, boundaries, phase_answers
-from loopscope.experiments.sweep_findings import DesignSummary, advice, summaries
 from loopscope.report.figures._old import Figure
+from loopscope.experiments.random_findings import (
+    ARCHITECTURE_COLUMNS,
+    architecture_answers,
+    architecture_rows,
+    boundaries,
+    phase_answers,
+    phase_rows,
+)
+from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, DesignSummary, advice, summaries, training_rows
 from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
 from loopscope.report.figures.plot import Section
 from loopscope.report.page.html import render_template
@@ -151,68 +158,29 @@ def _unfinished(text: str, experiment: Experiment) -> str:
 
 
 def _architecture_table(cells: Sequence[CellResult]) -> Table:
-    rows = []
-    for (norm, injection, depth), group in by_design(cells, lambda cell: (cell.norm, cell.injection, cell.depth)):
-        rows.append(
-            (
-                f"{norm}, {injection}, {depth} layers",
-                _counted([str(each.outcome) for each in group]),
-                _range([each.degeneracy for each in group]),
-                _range([each.norm_growth for each in group], 2),
-                _range([each.radius for each in group], 2),
-            )
-        )
     return Table(
         anchor="architectures-table",
         title="Random initialisation, design by design",
         lead="Ranges are over seeds. Cosine: the least one between the states of two layers. Rate: the largest that "
         "eigenvalues predict, where the fixed point is known.",
-        columns=("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate"),
-        rows=rows,
+        columns=ARCHITECTURE_COLUMNS,
+        rows=architecture_rows(cells),
     )
 
 
 def _phase_table(cells: Sequence[CellResult]) -> Table:
-    found = boundaries(cells)
-    scales = [f"{scale:g}" for scale in found[0].scales]
-    rows = [
-        (
-            f"{each.norm}, {each.injection}" + (f" x {each.injection_scale:g}" if each.injection_scale != 1 else ""),
-            *(
-                f"{tends}" + ("" if radius is None else f" {radius:.2f}")
-                for tends, radius in zip(each.tends, each.radius, strict=True)
-            ),
-            "–" if each.predicted is None else f"{each.predicted:.3f}",
-            "–" if each.observed is None else f"{each.observed:.3f}",
-        )
-        for each in found
-    ]
+    columns, rows = phase_rows(boundaries(cells))
     return Table(
         anchor="phase-table",
         title="What tokens tend to, by the scale of the weights",
         lead="What most tokens tend to and the largest predicted rate; then the scale at which that rate crosses 1, "
         "and the one at which half of the tokens no longer settle.",
-        columns=("design", *scales, "predicted", "observed"),
+        columns=columns,
         rows=rows,
     )
 
 
 def _training_table(found: Sequence[DesignSummary]) -> Table:
-    rows = [
-        (
-            each.name,
-            each.results[0].layout,
-            f"{each.results[0].parameters:,}",
-            str(each.loss),
-            str(each.beyond) if each.control is None else "–",
-            f"{each.kept} of {len(each.results)}" if each.control is None else "–",
-            f"{100 * each.accuracy.mean:.1f} %",
-            "–" if each.settled is None else f"{100 * each.settled:.0f} %",
-            "–" if each.radius is None else _range(each.radius, 2),
-            "–" if each.repetition is None else f"{100 * each.repetition:.0f} %",
-        )
-        for each in found
-    ]
     return Table(
         anchor="training-table",
         title="Trained models, the lowest loss first",
@@ -221,19 +189,8 @@ def _training_table(found: Sequence[DesignSummary]) -> Table:
         "Settled: judged tokens that reach a fixed point or hover at the floor. Rate: the largest predicted, over "
         "seeds. Stages repeat: share of the stage measures' variance that goes with the layer, whatever the "
         "recurrence.",
-        columns=(
-            "design",
-            "layout",
-            "parameters",
-            "loss",
-            "loss beyond",
-            "kept",
-            "accuracy",
-            "settled",
-            "rate",
-            "stages repeat",
-        ),
-        rows=rows,
+        columns=TRAINING_COLUMNS,
+        rows=training_rows(found),
     )
 
 
@@ -257,15 +214,3 @@ def _limits(experiments: Sequence[Experiment]) -> list[str]:
     if not all(each.finished for each in experiments):
         limits.append("An experiment is not finished: designs whose cells are missing are left out.")
     return limits
-
-
-def _counted(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
-
-
-def _range(values: Sequence[float | None], digits: int = 3) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
-    return low if low == high else f"{low} to {high}"

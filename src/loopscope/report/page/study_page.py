@@ -30,7 +30,7 @@ _DECISIVE: dict[str, tuple[str, Callable[[float], str]]] = {
     "drift_between_horizons": ("Drift from H to 2H", significant),
     "relative_step_at_second_horizon": ("Relative step at 2H", significant),
     "norm_growth_between_horizons": ("Norm at 2H over norm at H", "{:.3f}".format),
-    "rounding_floor": ("Rounding floor", significant),
+    "noise_floor": ("Noise floor", significant),
 }
 _MOST_LAYER_ROWS = 4
 """Of layers that each do something else; the figures show all of them."""
