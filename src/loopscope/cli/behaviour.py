@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from loopscope._util.ranges import Count, check_ranges
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -75,7 +77,7 @@ class Behaviour:
 class Calibrate:
     """Try the methods on trajectories whose truth is known, and show what each one gets right."""
 
-    count: int = 1300
+    count: Count = 1300
     """Trajectories, spread evenly over the cases."""
     dtype: tuple[_Dtype, ...] = ("float32", "bfloat16")
     """Number types whose noise they carry."""
@@ -83,16 +85,13 @@ class Calibrate:
     """Methods to try."""
     seed: int = 0
     """The same seed makes the same trajectories."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads; torch's choice unless given."""
     json: bool = False
     """Print JSON, for programs."""
 
     def __post_init__(self) -> None:
-        from loopscope.errors import ConfigError
-
-        if self.count < 1 or (self.threads is not None and self.threads < 1):
-            raise ConfigError("--count and --threads must be at least 1.")
+        check_ranges(self, "--")
 
     def run(self) -> None:
         import json

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from loopscope._util.ranges import Count, check_ranges
 from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.errors import ConfigError
 
@@ -33,12 +34,13 @@ class _Run:
     """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
-    workers: int | None = None
+    workers: Count | None = None
     """How many work side by side, each on one thread; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "--")
         check_engine(self.engine, self.workers, self.address)
 
     def make_engine(self) -> Engine | None:
@@ -58,15 +60,10 @@ class _RandomModels(_Run):
     """How the prompt enters each recurrence."""
     width: int = 192
     """Of the residual stream."""
-    seeds: int = 3
+    seeds: Count = 3
     """Models of each design."""
     recurrences: int = 128
     """The horizon; twice as many are run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds must be at least 1, got {self.seeds}.")
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
         from loopscope.cli.console import RichProgress
@@ -123,7 +120,7 @@ class Phase(_RandomModels):
     width: int = 128
     depth: int = 4
     """Recurrent layers."""
-    seeds: int = 2
+    seeds: Count = 2
     """Models of each design and scale."""
     std: tuple[float, ...] = (0.01, 0.02, 0.03, 0.045, 0.0625, 0.09)
     """Standard deviations of the weights."""

@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope.errors import ConfigError, StudyError
 
 NormName = Literal["pre", "residual", "ouro", "olmo2"]
@@ -52,32 +53,26 @@ class Cell:
 
     norm: NormName
     injection: InjectionName
-    depth: int
+    depth: Count
     """Recurrent layers; there is no prelude and no coda."""
-    seed: int
-    std: float = 0.02
+    seed: Annotated[int, Range(0)]
+    std: Positive = 0.02
     """Of every matrix's entries."""
-    injection_scale: float = 1.0
+    injection_scale: Annotated[float, Range(0)] = 1.0
     """Factor on the injection: on its matrix, or on what is added."""
-    width: int = 192
-    tokens: int = 16
+    width: Annotated[int, Range(32)] = 192
+    tokens: Count = 16
     """Random ones, in each prompt."""
-    prompts: int = 1
-    recurrences: int = 128
+    prompts: Count = 1
+    recurrences: Annotated[int, Range(8)] = 128
     """The horizon; twice as many are run."""
     judged: bool = False
     """Also judge what each token tends to."""
 
     def __post_init__(self) -> None:
-        for name, least in (("depth", 1), ("width", 32), ("tokens", 1), ("prompts", 1), ("recurrences", 8)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        check_ranges(self)
         if self.width % 32:
             raise ConfigError(f"width must be a multiple of 32, the width of a head, got {self.width}.")
-        if self.std <= 0 or self.injection_scale < 0:
-            raise ConfigError("std must be positive and the scale of the injection not negative.")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}.")
 
     @property
     def name(self) -> str:
