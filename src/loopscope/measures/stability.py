@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.dynamics.eigenvalues.approach import Heading
-from loopscope.dynamics.eigenvalues.hooked import approach_hooked
+from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeApproach
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence
+from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, Kind, StabilityCriterion, damping_needed
@@ -95,7 +95,7 @@ class TokenStability(Observer):
         self._subject, self._batch = subject, batch.to(subject.device)
         self._horizon, self._settings = horizon, settings
         self._dtype = getattr(torch, frame.info.dtype)
-        self._heading: Heading | None = None
+        self._last_step: LastStep | None = None
         self._lengths: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._found: Stability | None = None
@@ -103,15 +103,15 @@ class TokenStability(Observer):
     def start(self, initial_state: Tensor | None) -> None:
         """The loop state before the first recurrence, if it is known."""
         if initial_state is not None:
-            self._heading = Heading(initial_state, self._dtype)
+            self._last_step = LastStep(initial_state, self._dtype)
 
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence >= 2 * self._horizon:
             return
-        if self._heading is None:
-            self._heading = Heading(loop_state.state, self._dtype)
+        if self._last_step is None:
+            self._last_step = LastStep(loop_state.state, self._dtype)
             return
-        length, size = self._heading.follow(loop_state.state)
+        length, size = self._last_step.follow(loop_state.state)
         self._lengths.append(length)
         self._sizes.append(size)
 
@@ -121,8 +121,8 @@ class TokenStability(Observer):
         settings = self._settings
         assert settings is not None
         if isinstance(self._subject, HookedSubject):
-            approach = approach_hooked(self._subject, self._batch, recurrences=settings.recurrences, seed=settings.seed)
-            self._found = eigenvalues_near(approach, self._batch, settings)
+            near = linearise_hooked(self._subject, self._batch, recurrences=settings.recurrences, seed=settings.seed)
+            self._found = eigenvalues_near(near, self._batch, settings)
             return
         assert isinstance(self._subject, NativeSubject)
         assert isinstance(run, NativeRun)
@@ -131,7 +131,7 @@ class TokenStability(Observer):
     def _parts(
         self, subject: NativeSubject, run: NativeRun, settings: EigenvalueSettings, tick: Callable[[], None]
     ) -> Iterator[Stability]:
-        assert self._heading is not None
+        assert self._last_step is not None
         groups = _groups(subject, self._batch, settings)
         for group in groups:
             batch = Batch(self._batch.input_ids[group], self._batch.mask[group])
@@ -139,9 +139,9 @@ class TokenStability(Observer):
             if len(groups) > 1:
                 # A run of these prompts alone: the derivative keeps all that the layers compute on them.
                 standing = subject.start(batch, recurrences=0, seed=settings.seed, initial_state=run.state[group])
-            heading = self._heading.steps[group]
-            approach = NativeApproach(standing, batch.mask, settings.recurrences, heading=heading)
-            yield eigenvalues_near(approach, batch, settings, tick)
+            last_step = self._last_step.steps[group]
+            near = NativeRecurrence(standing, batch.mask, settings.recurrences, last_step=last_step)
+            yield eigenvalues_near(near, batch, settings, tick)
 
     def finish(self) -> Arrays:
         found = self._observed()

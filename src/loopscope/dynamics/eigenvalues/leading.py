@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import States, TokenIds, TokenMask
-from loopscope.dynamics.eigenvalues.approach import Approach, Derivative
-from loopscope.dynamics.eigenvalues.hooked import approach_hooked
+from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
 from loopscope.dynamics.eigenvalues.krylov import Products, TokenVectors, arnoldi, ritz_values
-from loopscope.dynamics.eigenvalues.native import approach_native
+from loopscope.dynamics.eigenvalues.native import linearise_native
+from loopscope.dynamics.eigenvalues.recurrence import Derivative, LinearisedRecurrence
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
 from loopscope.errors import ConfigError, NonFiniteError
@@ -25,7 +25,7 @@ from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import as_subject, load
-from loopscope.models.native.edits import initial_noise
+from loopscope.models.native.interventions import initial_noise
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.subject import intervene as intervened
 from loopscope.models.subject import Batch, Subject, SubjectInfo
@@ -76,38 +76,43 @@ def leading_eigenvalues(
     for group in groups:
         prompts = Batch(batch.input_ids[group], batch.mask[group])
         given = None if state is None else state[group]
-        found.append(eigenvalues_near(_approach(subject, prompts, settings, given), prompts, settings))
+        found.append(eigenvalues_near(_linearise(subject, prompts, settings, given), prompts, settings))
     return Stability.joined(found)
 
 
 def eigenvalues_near(
-    approach: Approach, batch: Batch, settings: EigenvalueSettings, on_product: Callable[[], None] = lambda: None
+    near: LinearisedRecurrence,
+    batch: Batch,
+    settings: EigenvalueSettings,
+    on_product: Callable[[], None] = lambda: None,
 ) -> Stability:
     """The same for prompts that have been run already, all at once. `on_product` is called after each product."""
-    start_state = approach.state
+    start_state = near.state
     mask = batch.mask.to(start_state.device)
-    following = approach.recurrence(start_state)
+    following = near.apply(start_state)
     moves = (relative_step(start_state, following) > settings.settled).logical_and(mask).any(-1)
     state, searched = start_state, torch.zeros_like(moves)
     if settings.search and bool(moves.any()):
         there, found = find_fixed_point(
-            approach.recurrence, start_state, mask, settled=settings.settled, evaluations=settings.search
+            near.apply, start_state, mask, settled=settings.settled, evaluations=settings.search
         )
         searched = moves & found
         state = torch.where(searched[:, None, None], there, start_state)
-        following = approach.recurrence(state)
+        following = near.apply(state)
     products = min(settings.products, state.shape[-1])
     shape = (*mask.shape, products)
     values = torch.full(shape, torch.nan, dtype=torch.complex128)
     residuals, errors = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
-    start, spare = _first_vectors(approach.heading, batch.input_ids, mask, settings)
+    start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for part in approach.linearised(state):
-        coefficients = arnoldi(_announced(part.products, on_product), start[part.tokens], spare[part.tokens], products)
-        ritz = ritz_values(coefficients, part.products.accuracy)
-        tokens = part.tokens.cpu()
+    for block in near.linearised(state):
+        coefficients = arnoldi(
+            _announced(block.products, on_product), start[block.tokens], spare[block.tokens], products
+        )
+        ritz = ritz_values(coefficients, block.products.accuracy)
+        tokens = block.tokens.cpu()
         values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
-        derivatives.add(part.derivative)
+        derivatives.add(block.derivative)
     return Stability(
         eigenvalues=values.numpy(),
         residuals=residuals.numpy(),
@@ -117,8 +122,8 @@ def eigenvalues_near(
         searched=searched.cpu().numpy(),
         mask=mask.cpu().numpy(),
         point=state.cpu().numpy(),
-        recurrences=approach.recurrences,
-        site=approach.site,
+        recurrences=near.recurrences,
+        site=near.site,
         derivative="differences" if "differences" in derivatives else "exact",
         dtype=str(state.dtype).removeprefix("torch."),
         settings=settings,
@@ -134,11 +139,13 @@ def _announced(products: Products, on_product: Callable[[], None]) -> Callable[[
     return product
 
 
-def _approach(subject: Subject, batch: Batch, settings: EigenvalueSettings, state: States | None) -> Approach:
+def _linearise(
+    subject: Subject, batch: Batch, settings: EigenvalueSettings, state: States | None
+) -> LinearisedRecurrence:
     if isinstance(subject, NativeSubject):
-        return approach_native(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
+        return linearise_native(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
     if isinstance(subject, HookedSubject):
-        return approach_hooked(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
+        return linearise_hooked(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
     raise ConfigError(
         f"{subject.info.name} is of the type {type(subject).__name__}, of which loopscope knows no derivative; take a "
         "native model, or hook its module."
@@ -146,15 +153,15 @@ def _approach(subject: Subject, batch: Batch, settings: EigenvalueSettings, stat
 
 
 def _first_vectors(
-    heading: States, input_ids: TokenIds, mask: TokenMask, settings: EigenvalueSettings
+    last_step: States, input_ids: TokenIds, mask: TokenMask, settings: EigenvalueSettings
 ) -> tuple[States, States]:
     """Where each token's Krylov space begins, and directions for one that closes early."""
     noise, spare = (
-        initial_noise(input_ids, mask, heading.shape[-1], std=1.0, seed=_stream(settings.seed, name)).to(heading)
+        initial_noise(input_ids, mask, last_step.shape[-1], std=1.0, seed=_stream(settings.seed, name)).to(last_step)
         for name in ("start", "spare")
     )
-    size = torch.linalg.vector_norm(heading, dim=-1, keepdim=True)
-    direction = torch.where(size > 0, heading / size, 0.0)
+    size = torch.linalg.vector_norm(last_step, dim=-1, keepdim=True)
+    direction = torch.where(size > 0, last_step / size, 0.0)
     return direction + settings.random_share * functional.normalize(noise, dim=-1), spare
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Complex128, Float, Float64
 from numpy import ndarray
 
 from loopscope._util.ranges import Count, Positive, Range, check_ranges
-from loopscope.dynamics.eigenvalues.approach import Derivative, Site
+from loopscope.dynamics.eigenvalues.recurrence import Derivative, StateSite
 from loopscope.dynamics.prediction import Prediction, StabilityCriterion, predict, predicted_rate, spectral_radius
 
 
@@ -74,7 +74,7 @@ class Stability:
     """x."""
     recurrences: int
     """How many were run before the point, or before the search for it."""
-    site: Site
+    site: StateSite
     derivative: Derivative
     """How products were made: by automatic differentiation, or, where a hooked model does not allow it, by differences.
     """

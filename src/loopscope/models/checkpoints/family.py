@@ -22,7 +22,7 @@ ROTATION_TABLES = re.compile(r"(.+\.)?(freqs_cis|rotary_emb\.(inv_freq|cos_cache
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSlice:
     """Rows `start:stop` of the tensor `name`, which must have the given shape."""
 
     name: str
@@ -95,7 +95,7 @@ class Family:
     """From the names of the tensors."""
     architecture: Callable[[Config], Architecture]
     """Raises `CheckpointError` or `ConfigError` for any setting that the native model does not implement."""
-    parts: Callable[[Architecture, Collection[str]], Mapping[str, Part]]
+    parts: Callable[[Architecture, Collection[str]], Mapping[str, TensorSlice]]
     """Where each of our parameters lies, given the names of the tensors."""
     unused: re.Pattern[str] = ROTATION_TABLES
     """Names of tensors that may be there and are computed rather than read."""

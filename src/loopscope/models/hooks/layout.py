@@ -24,7 +24,7 @@ class HookedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class HookLayout:
     """The layers that are watched, in the order of their calls; a layer may be called more than once."""
 
     prelude: tuple[HookedLayer, ...]
@@ -64,7 +64,7 @@ class Site(NamedTuple):
 class Cursor:
     """Follows the calls of one forward pass. Raises `ConfigError` for a call that the layout does not announce."""
 
-    def __init__(self, layout: Layout, recurrences: int | None) -> None:
+    def __init__(self, layout: HookLayout, recurrences: int | None) -> None:
         self._layout = layout
         self._asked = recurrences
         self.done = {"prelude": 0, "recurrent": 0, "coda": 0}
@@ -191,7 +191,7 @@ def find_module(model: nn.Module, given: str | nn.Module, argument: str) -> Hook
     return HookedLayer(given, reached)
 
 
-def find_layout(model: nn.Module) -> tuple[Layout, str | None]:
+def find_layout(model: nn.Module) -> tuple[HookLayout, str | None]:
     """The layout, and the path of the attribute that holds the number of recurrences, None without a loop.
 
     Raises `ConfigError` for a model whose layers cannot be told.
@@ -199,10 +199,10 @@ def find_layout(model: nn.Module) -> tuple[Layout, str | None]:
     config = model.config
     if hasattr(config, "H_cycles") and hasattr(config, "L_cycles"):
         return _two_stacks(model, config), "config.H_cycles"
-    return Layout(prelude=_decoder_layers(model, config), recurrent=(), coda=()), None
+    return HookLayout(prelude=_decoder_layers(model, config), recurrent=(), coda=()), None
 
 
-def _two_stacks(model: nn.Module, config: Any) -> Layout:
+def _two_stacks(model: nn.Module, config: Any) -> HookLayout:
     """HRM-Text. A recurrence is one high cycle: the L stack, L_cycles times, then the H stack.
 
     Two states go around, z_H and z_L. The loop state is z_H, which the head reads at the end.
@@ -213,7 +213,7 @@ def _two_stacks(model: nn.Module, config: Any) -> Layout:
         for name in ("L_module", "H_module")
     )
     end = find_module(model, f"{base}H_module", "the layout of a two-stack model")
-    return Layout(prelude=(), recurrent=low * config.L_cycles + high, coda=(), loop_end=end)
+    return HookLayout(prelude=(), recurrent=low * config.L_cycles + high, coda=(), loop_end=end)
 
 
 def _base(model: nn.Module) -> str:

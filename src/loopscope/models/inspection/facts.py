@@ -190,7 +190,7 @@ class Inspection:
     max_positions: int | None
     settings: Mapping[str, str]
     """Norms, injection, rotation and the rest, each in words."""
-    blind_spots: tuple[str, ...]
+    unobservable: tuple[str, ...]
     """What loopscope cannot see in this model."""
     tokenizer: TokenizerFacts | None
     memory: MemoryEstimate | None
