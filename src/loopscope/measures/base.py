@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopscope.models.architecture import Stage
+from loopscope._util.sites import Stage
 from loopscope.models.subject import Batch, SubjectInfo
 from loopscope.models.visits import Observer
 
@@ -120,12 +120,3 @@ def depth_of(frame: Frame, stage: Stage, layer: int, recurrence: int) -> int:
     if stage == "recurrent":
         return info.prelude + recurrence * info.recurrent + layer
     return info.prelude + frame.recurrences * info.recurrent + layer
-
-
-def depth_sites(info: SubjectInfo, recurrences: int) -> list[tuple[Stage, int, int]]:
-    """(stage, layer, recurrence) of every visit, in order; the recurrence is 0 in prelude and coda."""
-    return [
-        *(("prelude", layer, 0) for layer in range(info.prelude)),
-        *(("recurrent", layer, recurrence) for recurrence in range(recurrences) for layer in range(info.recurrent)),
-        *(("coda", layer, 0) for layer in range(info.coda)),
-    ]

@@ -16,7 +16,6 @@ from loopscope._util.config_json import build
 from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope.errors import ConfigError
 
-Stage = Literal["prelude", "recurrent", "coda"]
 Injection = Literal["none", "linear", "add", "bounded"]
 NormPlacement = Literal["pre", "residual", "branch-in-out", "branch-out"]
 LoopNorm = Literal["none", "recurrence", "loop"]

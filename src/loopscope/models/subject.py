@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
+from loopscope._util.sites import Site, sites_in_order
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
@@ -58,6 +59,10 @@ class SubjectInfo:
     @property
     def is_looped(self) -> bool:
         return self.recurrent > 0
+
+    def sites(self, recurrences: Iterable[int]) -> list[Site]:
+        """Every visit of a run, in order, of these recurrences, from 0."""
+        return sites_in_order(self.prelude, self.recurrent, self.coda, recurrences)
 
     @property
     def carries_raw_output(self) -> bool:

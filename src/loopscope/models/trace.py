@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError, NonFiniteError
-from loopscope.models.architecture import Stage
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import as_subject, load
@@ -21,7 +21,6 @@ from loopscope.models.native.subject import intervene as intervened
 from loopscope.models.subject import Batch, Subject, SubjectInfo
 from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 
-_Site = tuple[Stage, int, int]
 _Kept = TypeVar("_Kept")
 
 InputIds = Tensor | np.ndarray | Sequence[Any]
@@ -47,7 +46,7 @@ class Trace:
         self._recorder = recorder
 
     @property
-    def visits(self) -> list[_Site]:
+    def visits(self) -> list[Site]:
         """(stage, layer, recurrence) of every visit, in order."""
         return list(self._recorder.residuals)
 
@@ -63,7 +62,7 @@ class Trace:
 
     def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
         """A layer's raw output, (batch, token, width). `KeyError` with what there is for a visit that was not made."""
-        return self._look_up(self._recorder.residuals, (stage, layer, recurrence))
+        return self._look_up(self._recorder.residuals, Site(stage, layer, recurrence))
 
     def attention(self, stage: Stage, layer: int, recurrence: int = 0) -> Maps:
         """Post-softmax attention, (batch, head, query, key), float32 or wider; rows and columns of padding are zero.
@@ -77,7 +76,7 @@ class Trace:
         """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
         if not self._recorder.keeps_attention:
             raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
-        site = (stage, layer, recurrence)
+        site = Site(stage, layer, recurrence)
         if site in self._recorder.residuals and site not in self._recorder.attention:
             raise KeyError(f"The attention of layer {layer} in the {stage} of {self._info.name} cannot be seen.")
         return self._look_up(self._recorder.attention, site)
@@ -118,7 +117,7 @@ class Trace:
             raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 0.")
         return recurrence
 
-    def _look_up(self, kept: dict[_Site, _Kept], site: _Site) -> _Kept:
+    def _look_up(self, kept: dict[Site, _Kept], site: Site) -> _Kept:
         if site not in kept:
             stage, layer, recurrence = site
             layers = len({layer for name, layer, _ in kept if name == stage})
@@ -135,17 +134,16 @@ class _Recorder(Observer):
 
     def __init__(self, keeps_attention: bool) -> None:
         self.keeps_attention = keeps_attention
-        self.residuals: dict[_Site, Tensor] = {}
-        self.attention: dict[_Site, AttentionView] = {}
+        self.residuals: dict[Site, Tensor] = {}
+        self.attention: dict[Site, AttentionView] = {}
         self.injections: list[Tensor] = []
         self.loop_states: list[Tensor] = []
         self.gates: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
-        site = (visit.stage, visit.layer, visit.recurrence)
-        self.residuals[site] = visit.residual
+        self.residuals[visit.site] = visit.residual
         if self.keeps_attention and visit.attention is not None:
-            self.attention[site] = visit.attention
+            self.attention[visit.site] = visit.attention
 
     def injected(self, recurrence: int, state: States) -> None:
         self.injections.append(state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loopscope._util.sites import STAGES
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.transformer import LoopedTransformer
 
@@ -64,7 +65,7 @@ def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     One layer of each stage is built, without memory for its values, and stands for the others: a config may ask for
     thousands of layers before it turns out that the checkpoint does not hold them.
     """
-    layers = {stage: getattr(architecture, stage) for stage in ("prelude", "recurrent", "coda")}
+    layers = {stage: getattr(architecture, stage) for stage in STAGES}
     fewest = {stage: min(count, 1) for stage, count in layers.items()}
     with torch.device("meta"):
         model = LoopedTransformer(

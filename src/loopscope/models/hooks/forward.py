@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 from loopscope.models.hooks.attention import AttentionWatch
 from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of, with_other
-from loopscope.models.hooks.layout import Cursor, HookLayout, Site
+from loopscope.models.hooks.layout import Cursor, HookLayout
 from loopscope.models.hooks.pausing import CallerState, ForwardContext, Pauses, Returned, SteppedCall
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState, Visit

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 """A dotted path or a module, or several of them. A list of layers stands for its layers."""
@@ -47,18 +47,6 @@ class HookLayout:
 
     def stage(self, stage: Stage) -> tuple[HookedLayer, ...]:
         return {"prelude": self.prelude, "recurrent": self.recurrent, "coda": self.coda}[stage]
-
-
-class Site(NamedTuple):
-    """A visit's place."""
-
-    stage: Stage
-    layer: int
-    recurrence: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.stage}.{self.layer}" + (f"@{self.recurrence}" if self.stage == "recurrent" else "")
 
 
 class Cursor:

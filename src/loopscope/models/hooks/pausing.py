@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from loopscope.errors import ConfigError
 
 _COMPUTING = threading.Lock()
-"""What a `ForwardContext` takes, a model's modes and the process's generators, belongs to one computing run at a time, in
-whatever thread of the caller's."""
+"""What a `ForwardContext` takes, a model's modes and the process's generators, belongs to one computing run at a time,
+in whatever thread of the caller's."""
 
 Event = TypeVar("Event")
 Result = TypeVar("Result")

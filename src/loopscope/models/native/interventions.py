@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import Noise, States, TokenIds, TokenMask
-from loopscope.models.architecture import Stage
+from loopscope._util.sites import Stage
 from loopscope.models.interventions.kinds import (
     Damp,
     FreezeInjection,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
+from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Architecture, Stage
+from loopscope.models.architecture import Architecture
 from loopscope.models.native.attention import AttentionContext, RMSNorm, rotation_table
 from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, initial_noise

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import xarray
 from numpy.typing import NDArray
 
+from loopscope._util.sites import Site
 from loopscope._util.wording import significant
 from loopscope.report.figures.curves import Material
 from loopscope.report.figures.look import (
@@ -23,7 +24,7 @@ from loopscope.report.figures.look import (
     named_in_legend,
     ordered_colours,
 )
-from loopscope.study import Site, median_over_prompts, positive, powers_of_two
+from loopscope.study import median_over_prompts, positive, powers_of_two
 
 _LABEL = {"size": 11, "color": MUTED}
 

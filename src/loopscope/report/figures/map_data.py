@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
+from loopscope._util.sites import Site
 from loopscope._util.wording import visible
 from loopscope.answers.limits import sinks_by_chance
 from loopscope.report.figures.curves import Material
 from loopscope.report.figures.look import SEQUENTIAL
 from loopscope.report.figures.plot import packed
-from loopscope.study import Site, sites_of
+from loopscope.study import sites_of
 
 _NUMBERS = ("sink_score", "strongest_sink", "strongest_sink_position", "mixing_score")
 
@@ -109,9 +110,7 @@ def mapped_prompts(material: Material) -> list[int]:
 
 
 def mapped_sites(material: Material) -> list[Site]:
-    data = material.view.dataset
-    columns = (data[f"map_{name}"].values for name in ("stage", "layer", "recurrence"))
-    return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
+    return sites_of(material.view.dataset, "map")
 
 
 def pass_name(site: Site, looped: bool) -> str:

@@ -6,11 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from loopscope._util.sites import stage_name, stage_starts
 from loopscope.report.figures.curves import Material
 from loopscope.report.figures.in_plotly import lines_across
 from loopscope.report.figures.look import SEQUENTIAL, base_figure
 from loopscope.report.figures.plot import Figure, Section
-from loopscope.study import median_over_prompts, stage_name, stage_starts
+from loopscope.study import median_over_prompts
 
 _MOST_NUMBERS = 8
 

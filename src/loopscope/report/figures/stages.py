@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from loopscope._util.sites import Site
 from loopscope.answers.limits import short_prompts
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.report.figures.curves import Material
 from loopscope.report.figures.in_plotly import along_depth, along_one_pass, scale_y
 from loopscope.report.figures.look import CATEGORIES, base_figure
 from loopscope.report.figures.plot import Figure, Section
-from loopscope.study import Site, median_over_prompts, powers_of_two, sites_of
+from loopscope.study import median_over_prompts, powers_of_two, sites_of
 
 _MOST_VISITS = 96
 """In a line through every visit; beyond that a point is no longer seen."""

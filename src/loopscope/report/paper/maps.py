@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from loopscope._util.sites import stage_name, stage_starts
 from loopscope.report.paper.axes import panels
 from loopscope.report.paper.inference import FEW
 from loopscope.report.paper.legends import add_colour_bar
 from loopscope.report.paper.style import Width, study_figure
-from loopscope.study import Readings, median_over_prompts, stage_name, stage_starts
+from loopscope.study import Readings, median_over_prompts
 
 _MOST_NUMBERS = 8
 """Layers whose cosines are written into the map."""
