@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
 from loopscope.errors import ConfigError
 from loopscope.experiments.training.config import PenaltyConfig
 from loopscope.experiments.training.data import scored

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
 from loopscope._util.sites import STAGES, Site, Stage
+from loopscope._util.wording import layout_text
 from loopscope.errors import StudyError
 
 MANIFEST = "manifest.json"
@@ -191,9 +192,7 @@ class StudyView:
     @property
     def layout(self) -> str:
         """(p, k ⊗ R, c), or the number of layers of a feed-forward model."""
-        if not self.looped:
-            return f"{self.prelude + self.coda} layers, feed-forward"
-        return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+        return layout_text(self.prelude, self.recurrent, self.coda)
 
     def variable(self, name: str) -> xr.DataArray:
         """Of the prompts shown. Raises `StudyError` where the study has none of that name."""

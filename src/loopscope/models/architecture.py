@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from loopscope._util.config_json import build
 from loopscope._util.ranges import Count, Positive, Range, check_ranges
+from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError
 
 Injection = Literal["none", "linear", "add", "bounded"]
@@ -259,10 +260,8 @@ class Architecture:
     @property
     def layout(self) -> str:
         """The paper's notation, with a subscript I for input injection: `(2, 4 (x) 8, 2)_I`."""
-        if not self.is_looped:
-            return f"{self.layers} layers, feed-forward"
         suffix = "" if self.injection == "none" else "_I"
-        return f"({self.prelude}, {self.recurrent} ⊗ {self.recurrences}, {self.coda}){suffix}"
+        return layout_text(self.prelude, self.recurrent, self.coda, self.recurrences) + suffix
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""

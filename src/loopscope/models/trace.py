@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +14,13 @@ from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
-from loopscope.models.loading import as_subject, load
+from loopscope.models.loading import subject_of
 from loopscope.models.native.exit import exit_distribution, exit_step
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, Subject, SubjectInfo
+from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch
 from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 
 _Kept = TypeVar("_Kept")
-
-InputIds = Tensor | np.ndarray | Sequence[Any]
-"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
-
-_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Trace:
@@ -180,8 +174,7 @@ def capture(
     Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
     that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
     """
-    subject = load(model) if isinstance(model, str | Path) else as_subject(model)
-    subject = intervened(subject, intervene)
+    subject = intervened(subject_of(model), intervene)
     info = subject.info
     batch = as_batch(input_ids, attention_mask, info)
     if initial_state is not None:
@@ -198,55 +191,6 @@ def capture(
         return Trace(recorder, batch, info, first, run.answer([recorder]))
     finally:
         run.close()
-
-
-def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
-    """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
-
-    Raises `ConfigError` for what are no token ids of this model.
-    """
-    batch = _batch(given, mask)
-    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
-        raise ConfigError(
-            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
-        )
-    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
-        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
-    return batch
-
-
-def _batch(given: InputIds, mask: Tensor | None) -> Batch:
-    if not isinstance(given, Tensor | np.ndarray):
-        if mask is not None:
-            raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
-        return Batch.of(_nested(given))
-    ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
-        raise ConfigError(
-            f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
-        )
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
-    if not bool(mask.any(-1).all()):
-        raise ConfigError("attention_mask hides a whole prompt; a prompt needs at least one token.")
-    return Batch(ids.long(), mask)
-
-
-def _nested(given: Sequence[Any]) -> list[list[int]]:
-    """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
-    if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
-        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
-    plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
-    several = all(isinstance(entry, Sequence) for entry in plain)
-    nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]
-    if not all(isinstance(token, int) for prompt in nested for token in prompt):
-        raise ConfigError(f"input_ids must be lists of whole numbers, got {given!r:.80}.")
-    if not nested or not all(nested):
-        raise ConfigError("input_ids is empty; a prompt needs at least one token.")
-    return nested
 
 
 def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:

@@ -1,83 +1,22 @@
-"""Leading eigenvalues of one recurrence, token by token."""
+"""Leading eigenvalues of one recurrence, token by token, near a state that a run has reached."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from loopscope._util.shapes import States, TokenIds, TokenMask
-from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
 from loopscope.dynamics.eigenvalues.krylov import Products, TokenVectors, arnoldi, ritz_values
-from loopscope.dynamics.eigenvalues.native import linearise_native
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LinearisedRecurrence
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
-from loopscope.errors import ConfigError, NonFiniteError
-from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.interventions.kinds import Intervention
-from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
-from loopscope.models.loading import as_subject, load
 from loopscope.models.native.interventions import initial_noise
-from loopscope.models.native.subject import NativeSubject
-from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, Subject, SubjectInfo
-from loopscope.models.trace import InputIds, as_batch
-
-
-def leading_eigenvalues(
-    model: str | Path | nn.Module | Subject,
-    input_ids: InputIds | Batch,
-    *,
-    state: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    intervene: str | Sequence[str | Intervention] = (),
-    settings: EigenvalueSettings | None = None,
-    **changes: Any,
-) -> Stability:
-    """Eigenvalues of `J_i = d F(x)_i / d x_i` for every token i, with F one recurrence and x its fixed point.
-
-    In a causal model the Jacobian of F over a prompt is block lower triangular, so its eigenvalues are those of its
-    diagonal blocks J_i. No J_i is formed: Arnoldi's method needs products with it, and one product serves all tokens.
-
-    **Arguments**
-
-    - `model`, `input_ids`, `attention_mask`, `intervene`: as for `loopscope.capture`. F is the recurrence after so many
-      as the settings say, under the interventions that act there: with `damp=0.5` it is the damped one.
-    - `state`: x, (batch, token, width), instead of the state after so many recurrences. For a hooked model, what the
-      first recurrent layer receives.
-    - `settings`, `changes`: `EigenvalueSettings`, and fields of it to change, e.g. `recurrences=64, products=20`.
-
-    Where the state still moves, a fixed point is searched from there, which may be one that repels. The result says how
-    far the point moves in a recurrence, and each eigenvalue has its residual. Prompts whose state overflows get NaN.
-
-    Cost: the recurrences, and about 1.5 of them for each product. A hooked model needs as many copies of a prompt as it
-    has tokens. Raises `ConfigError` for a model without a loop or whose recurrence cannot be entered, and for a state
-    of another shape; `NonFiniteError` for a state with NaN or infinity.
-    """
-    settings = dataclasses.replace(settings or EigenvalueSettings(), **changes)
-    subject = load(model) if isinstance(model, str | Path) else as_subject(model)
-    subject = intervened(subject, intervene)
-    _check_looped(subject.info)
-    batch = input_ids if isinstance(input_ids, Batch) else as_batch(input_ids, attention_mask, subject.info)
-    check_recurrences(parse_interventions(subject.info.interventions), settings.recurrences + 1)
-    if state is not None:
-        _check_state(state, (*batch.input_ids.shape, subject.info.width))
-    rows = settings.rows_at_once(batch.input_ids.shape[1], subject.info.width)
-    groups = [slice(begin, begin + rows) for begin in range(0, len(batch.input_ids), rows)]
-    found = []
-    for group in groups:
-        prompts = Batch(batch.input_ids[group], batch.mask[group])
-        given = None if state is None else state[group]
-        found.append(eigenvalues_near(_linearise(subject, prompts, settings, given), prompts, settings))
-    return Stability.joined(found)
+from loopscope.models.subject import Batch
 
 
 def eigenvalues_near(
@@ -86,7 +25,8 @@ def eigenvalues_near(
     settings: EigenvalueSettings,
     on_product: Callable[[], None] = lambda: None,
 ) -> Stability:
-    """The same for prompts that have been run already, all at once. `on_product` is called after each product."""
+    """What `leading_eigenvalues` finds, for prompts that have been run already, all at once. `on_product` is called
+    after each product."""
     start_state = near.state
     mask = batch.mask.to(start_state.device)
     following = near.apply(start_state)
@@ -139,19 +79,6 @@ def _announced(products: Products, on_product: Callable[[], None]) -> Callable[[
     return product
 
 
-def _linearise(
-    subject: Subject, batch: Batch, settings: EigenvalueSettings, state: States | None
-) -> LinearisedRecurrence:
-    if isinstance(subject, NativeSubject):
-        return linearise_native(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
-    if isinstance(subject, HookedSubject):
-        return linearise_hooked(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
-    raise ConfigError(
-        f"{subject.info.name} is of the type {type(subject).__name__}, of which loopscope knows no derivative; take a "
-        "native model, or hook its module."
-    )
-
-
 def _first_vectors(
     last_step: States, input_ids: TokenIds, mask: TokenMask, settings: EigenvalueSettings
 ) -> tuple[States, States]:
@@ -174,17 +101,3 @@ def _numbers(values: Tensor, mask: TokenMask) -> np.ndarray:
     """float64, NaN at padding."""
     numbers: np.ndarray = values.double().masked_fill(~mask, torch.nan).cpu().numpy()
     return numbers
-
-
-def _check_looped(info: SubjectInfo) -> None:
-    if not info.is_looped:
-        raise ConfigError(
-            f"{info.name} has no recurrent layers, so that no recurrence has eigenvalues; take a looped model."
-        )
-
-
-def _check_state(state: Tensor, shape: tuple[int, ...]) -> None:
-    if state.shape != shape:
-        raise ConfigError(f"state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
-    if not bool(torch.isfinite(state).all()):
-        raise NonFiniteError("state holds NaN or infinity; give a finite state.")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from loopscope._util.hub import require
+from loopscope._util.wording import layout_text
 from loopscope.errors import CheckpointError, UnknownFamilyError
 from loopscope.models.checkpoints.metadata import Metadata
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, find_layout
@@ -62,7 +63,7 @@ def inspect_hooked(
         family=str(model.config.model_type),
         runs="through hooks",
         recognised_by=f"model_type {model.config.model_type!r} of transformers {transformers.__version__}",
-        layout=_notation(layout, recurrences),
+        layout=layout_text(len(layout.prelude), len(layout.recurrent), len(layout.coda), recurrences),
         prelude=len(layout.prelude),
         recurrent=len(layout.recurrent),
         coda=len(layout.coda),
@@ -105,12 +106,6 @@ def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFami
             f"({reason}): describe the format (docs/adding-a-family.md), or load the model yourself and give it to "
             "loopscope.hook."
         ) from error
-
-
-def _notation(layout: HookLayout, recurrences: int | None) -> str:
-    if not layout.recurrent:
-        return f"{len(layout.prelude)} layers, feed-forward"
-    return f"({len(layout.prelude)}, {len(layout.recurrent)} ⊗ {recurrences}, {len(layout.coda)})"
 
 
 def _counts(model: Any, layout: HookLayout) -> ParameterCounts:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from loopscope._util.files import write_atomically
 from loopscope.answers.comparison.comparing import compare
-from loopscope.answers.comparison.result import MANIFEST as COMPARISON_MANIFEST
+from loopscope.answers.comparison.result import COMPARISON_FILE
 from loopscope.answers.comparison.result import Comparison
 from loopscope.errors import ConfigError, StudyError
 from loopscope.report.paper.captions import comparison_subject, study_subject
@@ -96,7 +96,7 @@ def _load(source: Source) -> Study | Comparison:
     if isinstance(source, Study | Comparison):
         return source
     folder = Path(source)
-    return Comparison.load(folder) if (folder / COMPARISON_MANIFEST).is_file() else Study.load(folder)
+    return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
 def _folder_names(sources: Sequence[Study | Comparison]) -> list[str]:
