@@ -66,10 +66,10 @@ class _RandomModels(_Run):
     """The horizon; twice as many are run."""
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
-        from loopscope.cli.console import RichProgress
+        from loopscope._util.progress import ProgressBar
         from loopscope.experiments.run import run_grid
 
-        with RichProgress("cells") as progress:
+        with ProgressBar("cells") as progress:
             return run_grid(cells, kind, self.out, engine=self.make_engine(), progress=progress)
 
 
@@ -173,11 +173,12 @@ class Training(_Run):
 
         from rich.console import Console
 
-        from loopscope.cli.console import RichProgress, say_answers
+        from loopscope._util.progress import ProgressBar
+        from loopscope.cli.console import say_answers
         from loopscope.experiments.run_sweep import run_sweep
         from loopscope.experiments.sweep_findings import advice, summaries
 
-        with RichProgress("cells") as progress:
+        with ProgressBar("cells") as progress:
             results = run_sweep(
                 sweep,
                 self.out,

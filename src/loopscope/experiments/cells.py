@@ -9,13 +9,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope._util.files import ClaimedFolder, write_atomically
 from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope.errors import ConfigError, StudyError
 
@@ -161,39 +160,28 @@ class GridResult(Protocol):
 ResultT = TypeVar("ResultT", bound=GridResult)
 
 
-class GridFolder(Generic[ResultT]):
-    """A folder of results, one file a cell, each whole or absent. A context manager that holds the folder's lock.
+class GridFolder(ClaimedFolder, Generic[ResultT]):
+    """A folder of results, one file a cell, each whole or absent.
 
     `from_dict` makes a result of what its `to_dict` gave. Raises `StudyError` for a folder that holds something else,
     `FolderBusyError` if another process writes to it.
     """
 
     def __init__(self, folder: Path, kind: str, from_dict: Callable[[Mapping[str, Any]], ResultT]) -> None:
-        self.folder, self.kind = folder, kind
+        super().__init__(folder, GRID_FILE)
+        self.kind = kind
         self._from_dict = from_dict
 
-    def __enter__(self) -> GridFolder[ResultT]:
-        with ExitStack() as stack:
-            stack.enter_context(held_folder(self.folder))
-            self._claim()
-            self._held = stack.pop_all()
-        return self
+    def check(self) -> None:
+        try:
+            found = json.loads(self.first.read_text(encoding="utf-8")).get("kind")
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if found != self.kind:
+            raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
 
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def _claim(self) -> None:
-        manifest = self.folder / GRID_FILE
-        if manifest.exists():
-            try:
-                found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
-            except (OSError, ValueError, AttributeError):
-                found = None
-            if found != self.kind:
-                raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
-            return
-        check_no_others(self.folder, GRID_FILE)
-        write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
+    def begin(self) -> None:
+        write_atomically(self.first, (json.dumps({"kind": self.kind}) + "\n").encode())
 
     def read(self, cell: GridCell) -> ResultT | None:
         """None for a cell that is not there, or whose file is damaged."""
@@ -215,7 +203,7 @@ class GridFolder(Generic[ResultT]):
         names = [cell.name for cell in grid if self._path(cell).is_file()]
         about = {"kind": self.kind, "finished": len(names) == len(grid), "cells": names}
         content = json.dumps(about, indent=1) + "\n"
-        write_atomically(self.folder / GRID_FILE, content.encode())
+        write_atomically(self.first, content.encode())
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from loopscope._util.table import Table
 from loopscope._util.wording import layout_text, percent
 from loopscope.answers.comparison.findings import Finding, comparison_answers, finding_of, p_text
 from loopscope.answers.comparison.result import Comparison
 from loopscope.report.figures.comparison import comparison_sections
 from loopscope.report.page.facts import provenance, thresholds
 from loopscope.report.page.html import render_template
-from loopscope.report.page.table import Table
 
 _WHAT = {
     "models": "Models compared",

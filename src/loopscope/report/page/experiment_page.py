@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from loopscope._util.table import Table
 from loopscope._util.wording import plural
 from loopscope.answers.answer import Answer
 from loopscope.experiments.cells import CellResult, by_design
@@ -17,7 +18,6 @@ from loopscope.experiments.sweep_findings import DesignSummary, advice, summarie
 from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
 from loopscope.report.figures.plot import Figure, Section
 from loopscope.report.page.html import render_template
-from loopscope.report.page.table import Table
 
 
 @dataclass
