@@ -66,9 +66,10 @@ RUNS = (
 _MEASURE = """
 import json, resource, sys
 import torch
-from loopscope.architecture import Architecture
-from loopscope.model import LoopedTransformer
-from loopscope.subject import Batch, NativeSubject
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.subject import Batch
 
 fields, run = json.loads(sys.argv[1])
 model = LoopedTransformer(Architecture.from_dict(fields)).initialize(0).eval().requires_grad_(False)

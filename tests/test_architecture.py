@@ -127,7 +127,7 @@ def test_what_cannot_be_built_is_refused(changes: dict[str, Any], message: str) 
 def test_a_choice_that_does_not_exist_is_refused_where_no_type_checker_is_on() -> None:
     # In this process one is, and refuses it first.
     script = f"""
-from loopscope.architecture import Architecture
+from loopscope.models.architecture import Architecture
 from loopscope.errors import ConfigError
 try:
     Architecture(**{random_architecture().to_dict() | {"norm_placement": "post"}!r})

@@ -308,7 +308,7 @@ def test_the_same_study_gives_the_same_bytes_without_pyplot(study: Study, tmp_pa
     for seed in ("1", "2"):
         script = f"""
 import sys
-from loopscope.figures import write_figures
+from loopscope import write_figures
 write_figures({str(tmp_path / "study")!r}, {str(tmp_path / seed)!r}, formats={FORMATS}, only={VARIED})
 assert not any(name.startswith(("matplotlib.pyplot", "tkinter", "PyQt", "torch")) for name in sys.modules)
 """

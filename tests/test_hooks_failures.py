@@ -213,7 +213,7 @@ def test_the_interpreter_ends_while_a_run_stands_still() -> None:
         sys.path.insert(0, "tests")
         from foreign_models import PATHS, ForeignLoop
         import loopscope
-        from loopscope.subject import Batch
+        from loopscope.models.subject import Batch
 
         class Watched(ForeignLoop):
             def forward(self, *args):

@@ -32,7 +32,7 @@ MEGABYTE = 2**20
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from loopscope.checkpoints import TensorStore, load_checkpoint
+from loopscope.models.checkpoints.load import load_checkpoint
 
 def status(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))

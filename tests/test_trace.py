@@ -13,7 +13,7 @@ from loopscope import LoopedTransformer, Observer, Visit
 from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.subject import NativeSubject
-from loopscope.models.subject import Run, Subject
+from loopscope.models.subject import Batch, Run, Subject
 from loopscope.models.visits import LoopState
 from random_model import random_ids, random_model
 
@@ -264,7 +264,7 @@ def test_observers_are_told_what_a_trace_keeps(model: LoopedTransformer) -> None
 def test_the_native_subject_keeps_the_contract(model: LoopedTransformer) -> None:
     subject = NativeSubject(model)
     assert isinstance(subject, Subject)
-    run = subject.start(loopscope.subject.Batch.of([[1, 2]]), recurrences=1)
+    run = subject.start(Batch.of([[1, 2]]), recurrences=1)
     assert isinstance(run, Run)
     run.advance()
     first = run.decode()

@@ -138,9 +138,9 @@ def test_the_model_is_a_checkpoint_that_loads_with_its_tokenizer(uninterrupted: 
 PROGRAM = """
 import sys
 from pathlib import Path
-from loopscope.training.config import TrainConfig
-from loopscope.training.data import DataFiles
-from loopscope.training.loop import train
+from loopscope.experiments.training.config import TrainConfig
+from loopscope.experiments.training.data import DataFiles
+from loopscope.experiments.training.loop import train
 texts, out = map(Path, sys.argv[1:])
 config = TrainConfig.load(texts / "config.json")
 result = train(config, out, DataFiles.of(config.data, texts), threads=1)

@@ -49,7 +49,7 @@ def test_numbers_are_read_digit_by_digit_behind_the_begin_token(tokenizer: Token
 
 def test_the_tokenizer_is_the_same_in_every_process(tokenizer: Tokenizer) -> None:
     program = (
-        "import json, sys; from loopscope.training.tokenizer import train_tokenizer;"
+        "import json, sys; from loopscope.experiments.training.data import train_tokenizer;"
         "sys.stdout.write(train_tokenizer(json.loads(sys.stdin.read()), 320).to_str())"
     )
     for threads, hash_seed in (("1", "1"), ("4", "2")):
