@@ -247,8 +247,8 @@ def test_what_there_is_not_is_refused(changes: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"map_prompts": (-1,)}, "--map-prompts counts prompts from 0, got -1"),
-        ({"map_recurrences": (0, 2)}, "--map-recurrences needs numbers of recurrences from 1, got 0"),
+        ({"map_prompts": (-1,)}, "--map-prompts must not be negative, since prompts count from 0, got -1"),
+        ({"map_recurrences": (0, 2)}, "--map-recurrences must be at least 1, got 0"),
         ({"map_tokens": 0}, "--map-tokens must be at least 1, got 0"),
         ({"map_limit": 0}, "--map-limit must be at least 1, got 0"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopscope.errors import CheckpointError, UnknownFamilyError
 from loopscope.models.architecture import Architecture
 from loopscope.models.checkpoints.families import FAMILIES
-from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.family import Family, TensorSlice, parameter_shapes
 from loopscope.models.checkpoints.layout import find_layout, read_layout
 from loopscope.models.checkpoints.load import load_checkpoint
 from loopscope.models.checkpoints.store import TensorStore
@@ -218,11 +218,11 @@ def test_a_family_that_is_not_known_is_refused_with_those_that_are(model_type: o
     assert all(family.name in str(caught.value) for family in FAMILIES)
 
 
-def family(parts: Callable[[dict[str, Part]], object]) -> Family:
+def family(parts: Callable[[dict[str, TensorSlice]], object]) -> Family:
     """The Llama family with other places for its parameters."""
     llama = next(family for family in FAMILIES if family.name == "llama")
 
-    def changed_parts(architecture: Architecture, names: Any) -> dict[str, Part]:
+    def changed_parts(architecture: Architecture, names: Any) -> dict[str, TensorSlice]:
         found = dict(llama.parts(architecture, names))
         parts(found)
         return found
@@ -231,18 +231,18 @@ def family(parts: Callable[[dict[str, Part]], object]) -> Family:
 
 
 HEAD, KEY = "lm_head.weight", "prelude.0.attention.key.weight"
-BROKEN: list[tuple[Callable[[dict[str, Part]], object], str]] = [
+BROKEN: list[tuple[Callable[[dict[str, TensorSlice]], object], str]] = [
     (lambda parts: parts.pop("head.weight"), "mine says of no tensor that it holds the parameter 'head.weight'"),
     (
-        lambda parts: parts.update({"head.weight": Part(HEAD, (97, 48), 0, 96)}),
+        lambda parts: parts.update({"head.weight": TensorSlice(HEAD, (97, 48), 0, 96)}),
         r"takes rows 0 to 96 of 'lm_head\.weight', of shape \(97, 48\), for the parameter 'head\.weight' of shape",
     ),
     (
-        lambda parts: parts.update({KEY: Part(parts[KEY].name, (48, 48), 0, 24)}),
+        lambda parts: parts.update({KEY: TensorSlice(parts[KEY].name, (48, 48), 0, 24)}),
         r"says of no parameter that it lies in row 24 of 'model\.layers\.0\.self_attn\.k_proj\.weight', of shape",
     ),
     (
-        lambda parts: parts.update({"more": Part("more", (2, 2))}),
+        lambda parts: parts.update({"more": TensorSlice("more", (2, 2))}),
         "says of no parameter that it lies in row 0 of 'more'",
     ),
 ]
@@ -250,7 +250,7 @@ BROKEN: list[tuple[Callable[[dict[str, Part]], object], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
 def test_a_family_of_ones_own_must_give_every_parameter_its_values(
-    change: Callable[[dict[str, Part]], object], message: str, tmp_path: Path
+    change: Callable[[dict[str, TensorSlice]], object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_layout(changed(tmp_path, LLAMA, model_type="mine"), [family(change)])

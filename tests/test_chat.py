@@ -19,10 +19,8 @@ from loopscope.prompts.chat import ChatTemplate
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt
 from loopscope.prompts.tokenizer import TextTokenizer, tokenizer_record
 from loopscope.prompts.tokens import encode_prompts
-from loopscope.report.figures.curves import gather_material
 from loopscope.report.page.facts import header_facts
-from loopscope.report.settings import ReportSettings
-from loopscope.study import Study
+from loopscope.study import Study, view_study
 from small_models import checkpoint
 from test_prompt_tokens import TOKENIZERS
 from test_tokenizer import BOS, EOS, bpe, folder, loaded
@@ -269,7 +267,7 @@ def test_a_chat_needs_a_template_and_text() -> None:
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
-    return header_facts(study, gather_material(study, ReportSettings()))
+    return header_facts(view_study(study))
 
 
 class Notes(SilentProgress):

@@ -147,7 +147,7 @@ def test_the_command_writes_a_folder_or_a_page(
         (["study-0", "study-0"], "is given twice"),
         (["study-0"], "needs at least two studies, got 1"),
         (["study-0", "elsewhere"], "elsewhere does not exist"),
-        (["study-0", "study-1", "--alpha", "2"], "--alpha must lie between 0 and 1"),
+        (["study-0", "study-1", "--alpha", "2"], "--alpha must be below 1, got 2.0"),
         (["study-0", "study-1", "--out", "study-1"], "holds a study"),
     ],
 )

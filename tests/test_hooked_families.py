@@ -78,7 +78,7 @@ def test_hrm_text_is_laid_out_in_high_cycles() -> None:
     assert info.trained_recurrences == 2
     assert info.family == "hrm_text (hooked)"
     assert info.injection is None
-    assert any("Injection" in sentence for sentence in subject.blind_spots)
+    assert any("Injection" in sentence for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS, recurrences=4)
     pretrained(subject).config.H_cycles = 4
     assert torch.equal(trace.logits, subject.model(IDS, use_cache=False).logits)
@@ -183,7 +183,7 @@ def test_attention_in_a_compiled_kernel_is_not_seen_and_said() -> None:
     model.set_attn_implementation("kernel of the tests")
     subject = loopscope.hook(model)
     assert subject.info.heads is None
-    assert sum("no attention that is understood" in sentence for sentence in subject.blind_spots) == 3
+    assert sum("no attention that is understood" in sentence for sentence in subject.unobservable) == 3
 
 
 def test_a_model_that_loops_over_shared_layers() -> None:

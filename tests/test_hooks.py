@@ -253,7 +253,7 @@ def test_padding_of_a_model_that_takes_no_mask_is_hidden_by_causality_or_refused
     whole = loopscope.capture(causal, [[3, 1, 4, 1, 5], [9, 2]])
     alone = loopscope.capture(causal, [[9, 2]])
     torch.testing.assert_close(whole.logits[1:, :2], alone.logits, rtol=1e-5, atol=1e-6)
-    assert any("takes no attention_mask" in sentence for sentence in causal.blind_spots)
+    assert any("takes no attention_mask" in sentence for sentence in causal.unobservable)
     looks_ahead = loopscope.hook(Maskless(causal=False), **PATHS)
     loopscope.capture(looks_ahead, [[3, 1], [9, 2]])
     with pytest.raises(ConfigError, match="is not causal, so its tokens would look at padding"):
@@ -282,7 +282,7 @@ def test_random_initial_states_are_a_function_of_the_seed() -> None:
     assert not torch.equal(runs[0].state, runs[1].state)
     assert torch.equal(first.injected(0), loopscope.capture(subject, BATCH.input_ids, seed=1).injected(0))
     assert not torch.equal(first.injected(0), loopscope.capture(subject, BATCH.input_ids, seed=2).injected(0))
-    assert any("drawn for a whole batch" in sentence for sentence in subject.blind_spots)
+    assert any("drawn for a whole batch" in sentence for sentence in subject.unobservable)
 
 
 def test_states_that_the_model_overwrites_are_copied() -> None:

@@ -159,7 +159,7 @@ def test_attention_that_cannot_be_seen_is_none_and_said() -> None:
     for layer in (0, 1):
         with pytest.raises(KeyError, match=f"attention of layer {layer} in the prelude of Unusual cannot be seen"):
             trace.attention("prelude", layer)
-    said = [sentence for sentence in subject.blind_spots if sentence.startswith("Attention")]
+    said = [sentence for sentence in subject.unobservable if sentence.startswith("Attention")]
     assert said == [
         "Attention of prelude.0 (enter.0): 2 attentions were computed in it, where one was expected.",
         "Attention of prelude.1 (enter.1): no attention that is understood was computed in it, where one was expected.",

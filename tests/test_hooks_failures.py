@@ -21,7 +21,7 @@ import loopscope
 from foreign_models import PATHS, ForeignLoop, assert_untouched
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.hooks.pausing import PausedCall, Pauses, Returned
+from loopscope.models.hooks.pausing import Pauses, Returned, SteppedCall
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState, Observer, Visit
 
@@ -296,7 +296,7 @@ def test_a_paused_call_is_a_generator_whose_frames_are_anybodys() -> None:
             pauses.pause(number)
         return "over"
 
-    call: PausedCall[int, str] = PausedCall(deep)
+    call: SteppedCall[int, str] = SteppedCall(deep)
     assert [call.resume() for _ in range(4)] == [0, 1, 2, Returned("over")]
     with pytest.raises(RuntimeError, match="is over"):
         call.resume()

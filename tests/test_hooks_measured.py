@@ -88,7 +88,7 @@ def test_an_injection_within_the_loop_is_not_taken_for_none(model: type[Plain]) 
     subject = hooked(model())
     assert subject.facts.carries
     assert subject.info.injection is None
-    assert any(sentence.startswith("Injection: the prompt enters within") for sentence in subject.blind_spots)
+    assert any(sentence.startswith("Injection: the prompt enters within") for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS)
     assert torch.equal(trace.initial_state, subject.model.get_submodule("embedding")(torch.tensor(IDS)))
     assert torch.equal(trace.injected(1), trace.loop_state(0))
@@ -107,7 +107,7 @@ class Foresees(Plain):
 
 def test_a_loop_that_knows_how_often_it_will_run_has_no_answer_on_the_way() -> None:
     subject = hooked(Foresees())
-    assert any(sentence.startswith("Convergence: the loop knows") for sentence in subject.blind_spots)
+    assert any(sentence.startswith("Convergence: the loop knows") for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS, recurrences=4)
     run = subject.start(Batch.of(IDS), recurrences=4)
     run.advance()
@@ -241,7 +241,7 @@ def test_padding_that_changes_numbers_is_refused(model: type[ForeignLoop], messa
     loopscope.capture(subject, [[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ConfigError, match=f"does not stand padding: when a prompt is padded, .*{message}"):
         loopscope.capture(subject, [[1, 2, 3], [4, 5]])
-    assert any(sentence.startswith("Padding: when a prompt is padded") for sentence in subject.blind_spots)
+    assert any(sentence.startswith("Padding: when a prompt is padded") for sentence in subject.unobservable)
 
 
 def test_padding_before_a_prompt_is_refused() -> None:
@@ -377,7 +377,7 @@ def test_layers_with_different_numbers_of_heads_have_maps_and_no_common_number()
 
     subject = hooked(Model())
     assert subject.info.heads is None
-    assert any(sentence.startswith("Heads: the layers have different numbers") for sentence in subject.blind_spots)
+    assert any(sentence.startswith("Heads: the layers have different numbers") for sentence in subject.unobservable)
     check_subject(subject)
     trace = loopscope.capture(subject, IDS, attention=True)
     assert [trace.attention("recurrent", layer, 0).shape[1] for layer in (0, 1)] == [HEADS, 2]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import loopscope
-from loopscope.models.native.edits import initial_noise
+from loopscope.models.native.interventions import initial_noise
 from random_model import random_ids, random_model
 
 PROMPTS = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=5), min_size=1, max_size=4)

@@ -23,7 +23,7 @@ from loopscope import Architecture
 from loopscope.cli import main
 from loopscope.errors import CheckpointError, ConfigError, LoopscopeError, MissingDependencyError
 from loopscope.models.checkpoints.families import FAMILIES
-from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.family import Family, TensorSlice, parameter_shapes
 from loopscope.models.checkpoints.find import demo_names
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.inspection.facts import RunSize, Sizes, estimate_memory
@@ -69,9 +69,9 @@ def agrees(said: loopscope.Inspection, model: loopscope.Subject) -> None:
     assert said.memory.weights == 4 * info.parameters
     if isinstance(model, NativeSubject):
         assert said.layout == model.model.architecture.layout
-        assert said.blind_spots == ()
+        assert said.unobservable == ()
     else:
-        assert said.blind_spots
+        assert said.unobservable
 
 
 def test_counts_of_the_parts_add_up(tmp_path: Path) -> None:
@@ -261,7 +261,8 @@ OWN = Family(
     recognises=recognises,
     architecture=lambda config: architecture(**config["shape"]),
     parts=lambda shape, names: {
-        name: Part("mine" if name == "norm.weight" else name, sizes) for name, sizes in parameter_shapes(shape).items()
+        name: TensorSlice("mine" if name == "norm.weight" else name, sizes)
+        for name, sizes in parameter_shapes(shape).items()
     },
 )
 

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loopscope._util.sites import sites_in_order
 from loopscope.measures.base import masked_mean
 from loopscope.measures.convergence import LEVELS
 from loopscope.measures.functions import (
@@ -25,7 +26,6 @@ from loopscope.measures.functions import (
     residual_norm,
 )
 from loopscope.measures.readout import next_token_loss, readout_grid
-from loopscope.measures.similarity import visit_labels
 from loopscope.measures.trajectories import principal_components
 from loopscope.models.subject import Batch
 
@@ -228,7 +228,7 @@ def test_the_readout_grid_has_powers_of_two_the_last_and_the_trained_number(trai
 
 
 def test_visits_are_labelled_in_order_of_realised_depth() -> None:
-    assert visit_labels(1, 2, 1, 2) == [
+    assert [site.label for site in sites_in_order(1, 2, 1, range(2))] == [
         "prelude.0",
         "recurrent.0@0",
         "recurrent.1@0",
@@ -236,4 +236,4 @@ def test_visits_are_labelled_in_order_of_realised_depth() -> None:
         "recurrent.1@1",
         "coda.0",
     ]
-    assert visit_labels(2, 0, 1, 0) == ["prelude.0", "prelude.1", "coda.0"]
+    assert [site.label for site in sites_in_order(2, 0, 1, ())] == ["prelude.0", "prelude.1", "coda.0"]

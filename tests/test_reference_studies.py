@@ -17,7 +17,6 @@ from torch import Tensor
 
 import loopscope
 from loopscope import measures
-from loopscope.measures.base import depth_sites
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.similarity import AttentionCycle
@@ -75,7 +74,7 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
     watched([heads, stages, cycle], about_batch, recorded.get("initial_state"))
     found = heads.result().merge(stages.result())
 
-    sites = depth_sites(info, recurrences)
+    sites = info.sites(range(recurrences))
     names = [recorded_name(info, *site) for site in sites]
     states = torch.stack([recorded[name] for name in names])
     maps = torch.stack([recorded[f"attention.{name}".replace("attention.layer", "attention")] for name in names])

@@ -266,7 +266,7 @@ def test_errors_leave_what_was_there(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match="counted from 0"):
+    with pytest.raises(ConfigError, match="prompts count from 0"):
         ReportSettings(prompts=(-1,))
     with pytest.raises(ConfigError, match="most_tokens"):
         ReportSettings(most_tokens=1)

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 import loopscope
 from loopscope import leading_eigenvalues
-from loopscope.dynamics.eigenvalues.approach import Heading
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeApproach, approach_native, mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native, mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
 from loopscope.dynamics.observed_rate import observed_rate
@@ -112,15 +112,15 @@ def one_prompt(model: LoopedTransformer, *texts: str, tokens: int = 6) -> tuple[
 @pytest.mark.parametrize(("shape", "changes"), CASES)
 def test_products_are_those_of_the_diagonal_blocks_of_the_whole_jacobian(shape: str, changes: str) -> None:
     changed, batch = one_prompt(random_model(**SHAPES[shape]), *INTERVENTIONS[changes])
-    approach = approach_native(changed, batch, recurrences=3, seed=0)
+    near = linearise_native(changed, batch, recurrences=3, seed=0)
     own = blocks(jacobian(changed, batch, 3))
-    (part,) = approach.linearised(approach.state)
+    (block,) = near.linearised(near.state)
     for seed in range(2):
         vectors = torch.randn(own.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(
-            part.products(vectors), torch.einsum("tij,tj->ti", own, vectors), rtol=1e-10, atol=1e-12
+            block.products(vectors), torch.einsum("tij,tj->ti", own, vectors), rtol=1e-10, atol=1e-12
         )
-    torch.testing.assert_close(part.products.image, approach.recurrence(approach.state)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block.products.image, near.apply(near.state)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -394,13 +394,13 @@ def test_a_run_that_stands_somewhere_can_be_linearised_and_goes_on_undisturbed()
     frozen = subject(INJECTED, dtype=torch.float64, std=0.1).intervened(["inject@9=frozen", "damp=0.5"])
     batch = Batch.of(PROMPTS)
     run, same = (frozen.start(batch, recurrences=12) for _ in range(2))
-    heading = Heading(run.state, run.state.dtype)
+    last_step = LastStep(run.state, run.state.dtype)
     for _ in range(9):
         run.advance()
         same.advance()
-        heading.follow(run.state)
+        last_step.follow(run.state)
     settings = EigenvalueSettings(recurrences=9, products=6, search=0)
-    found = eigenvalues_near(NativeApproach(run, batch.mask, 9, heading=heading.steps), batch, settings)
+    found = eigenvalues_near(NativeRecurrence(run, batch.mask, 9, last_step=last_step.steps), batch, settings)
     assert isinstance(found, Stability)
     run.advance()
     same.advance()

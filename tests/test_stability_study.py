@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopscope import AnalyzeSettings, Study, analyze
-from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import (

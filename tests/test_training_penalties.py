@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
 from loopscope.errors import ConfigError
 from loopscope.experiments.training.config import PenaltyConfig
 from loopscope.experiments.training.data import scored
@@ -135,9 +135,9 @@ def test_the_bounded_injection_bounds_the_state() -> None:
     assert norms["bounded"] < 0.2 * norms["add"]
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.5])
-def test_a_step_outside_its_range_is_refused(eta: float) -> None:
-    with pytest.raises(ConfigError, match="eta must lie"):
+@pytest.mark.parametrize(("eta", "wrong"), [(0.0, "a positive finite number"), (1.5, "at most 1")])
+def test_a_step_outside_its_range_is_refused(eta: float, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=f"eta must be {wrong}, got {eta}"):
         model(eta=eta)
     with pytest.raises(ConfigError, match="no loop"):
         model(recurrent=0, injection="none", state_init="embeddings", recurrences=1, eta=0.5)

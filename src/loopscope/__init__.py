@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loopscope.answers.comparison.result import Comparison
     from loopscope.answers.quick import quick_answers
     from loopscope.answers.rates import study_rates
-    from loopscope.dynamics.eigenvalues.leading import leading_eigenvalues
+    from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
     from loopscope.dynamics.trajectories.judge import judge
     from loopscope.errors import LoopscopeError
     from loopscope.experiments.damping import Control, control
@@ -57,7 +57,7 @@ _HOMES = {
     "hook": "models.hooks.wrap",
     "inspect_model": "models.inspection.inspecting",
     "judge": "dynamics.trajectories.judge",
-    "leading_eigenvalues": "dynamics.eigenvalues.leading",
+    "leading_eigenvalues": "dynamics.eigenvalues.of_model",
     "load": "models.loading",
     "quick_answers": "answers.quick",
     "study_rates": "answers.rates",

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.sites import STAGES, Site, Stage
+from loopscope._util.wording import layout_text
 from loopscope.errors import StudyError
 
 MANIFEST = "manifest.json"
@@ -190,9 +192,7 @@ class StudyView:
     @property
     def layout(self) -> str:
         """(p, k ⊗ R, c), or the number of layers of a feed-forward model."""
-        if not self.looped:
-            return f"{self.prelude + self.coda} layers, feed-forward"
-        return f"({self.prelude}, {self.recurrent} ⊗ R, {self.coda})"
+        return layout_text(self.prelude, self.recurrent, self.coda)
 
     def variable(self, name: str) -> xr.DataArray:
         """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
@@ -220,7 +220,7 @@ def view_study(study: Study) -> StudyView:
     try:
         model = manifest["model"]
         looped = model["kind"] == "looped"
-        prelude, recurrent, coda = (int(model["layout"][name]) for name in ("prelude", "recurrent", "coda"))
+        prelude, recurrent, coda = (int(model["layout"][name]) for name in STAGES)
         injection = str(model["injection"] or "unknown") if looped else "none"
         dtype = str(manifest["settings"]["dtype"])
         horizon = int(manifest["settings"]["horizon"]) if looped else 0
@@ -286,38 +286,10 @@ def positive(values: NDArray[np.floating]) -> NDArray[np.float32]:
     return np.where(values > 0, values, np.nan).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where a visit stands."""
-
-    stage: str
-    layer: int
-    recurrence: int
-    """From 0; 0 in prelude and coda."""
-
-    @property
-    def label(self) -> str:
-        suffix = f"@{self.recurrence}" if self.stage == "recurrent" else ""
-        return f"{self.stage}.{self.layer}{suffix}"
-
-
-def sites_of(dataset: xr.Dataset) -> list[Site]:
-    """The visits of the dimension `depth`, in order."""
-    columns = (dataset[f"depth_{name}"].values for name in ("stage", "layer", "recurrence"))
-    return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
-
-
-def stage_name(label: str) -> str:
-    """Of a visit's label: `prelude`, the recurrence counted from 1, or `coda`."""
-    stage, _, place = label.partition(".")
-    _, at, recurrence = place.partition("@")
-    return str(int(recurrence) + 1) if at else stage
-
-
-def stage_starts(labels: Sequence[str]) -> list[int]:
-    """Of visits in order: where a stage or a recurrence begins."""
-    names = [stage_name(label) for label in labels]
-    return [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
+def sites_of(dataset: xr.Dataset, dim: str = "depth") -> list[Site]:
+    """The visits of the dimension `depth`, or of those whose maps are kept (`map`), in order."""
+    columns = (dataset[f"{dim}_{name}"].values for name in Site._fields)
+    return [Site(cast(Stage, str(stage)), int(layer), int(place)) for stage, layer, place in zip(*columns, strict=True)]
 
 
 def powers_of_two(total: int) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -73,14 +74,50 @@ def held_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_no_others(folder: Path, first: str) -> None:
-    """Raises `StudyError` for a folder that holds anything before its `first` file is written.
+FolderT = TypeVar("FolderT", bound="ClaimedFolder")
 
-    A process that was killed meanwhile leaves half of that under a temporary name, which is none of the others.
+
+class ClaimedFolder(ABC):
+    """A folder that holds one thing and that one process writes to: a context manager that holds its lock.
+
+    The file `first` says what the folder holds, and is the first that is written. Entering a folder that holds anything
+    before that file is there raises `StudyError`. A process that was killed meanwhile leaves half of it under a
+    temporary name, which is no other file.
     """
-    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith((_LOCK, f".{first}.")))
-    if others:
-        raise StudyError(f"{folder} already holds other files ({others[0]}); choose a new or empty folder for --out.")
+
+    def __init__(self, folder: Path, first: str) -> None:
+        self.folder = folder
+        self.first = folder / first
+
+    @abstractmethod
+    def check(self) -> None:
+        """The file is there. Raises `StudyError` if it is of something else."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Write it, and what has to be there from the start."""
+
+    def __enter__(self: FolderT) -> FolderT:
+        with ExitStack() as stack:
+            stack.enter_context(held_folder(self.folder))
+            if self.first.exists():
+                self.check()
+            else:
+                self._check_empty()
+                self.begin()
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _check_empty(self) -> None:
+        own = (_LOCK, f".{self.first.name}.")
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(own))
+        if others:
+            raise StudyError(
+                f"{self.folder} already holds other files ({others[0]}); choose a new or empty folder for --out."
+            )
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -39,6 +39,13 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
+def layout_text(prelude: int, recurrent: int, coda: int, recurrences: int | str | None = "R") -> str:
+    """In the paper's notation, (p, k ⊗ R, c), or the number of layers of a feed-forward model."""
+    if not recurrent:
+        return f"{prelude + coda} layers, feed-forward"
+    return f"({prelude}, {recurrent} ⊗ {recurrences}, {coda})"
+
+
 def spans(indices: Sequence[int]) -> str:
     """Sorted indices with runs drawn together: `0–3, 5`."""
     runs: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.errors import ConfigError, PromptError
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
-from loopscope.models.loading import as_subject, load
+from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import intervene
 from loopscope.models.subject import Subject
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
@@ -54,10 +54,9 @@ def analyze(
         torch.set_num_threads(settings.threads)
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
-    if isinstance(model, str | Path):
-        subject: Subject = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
-    else:
-        subject = as_subject(model)
+    subject = subject_of(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    source = model if isinstance(model, str | Path) else None
+    if source is None:
         settings = _settings_of(subject, settings)
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
@@ -66,7 +65,6 @@ def analyze(
     tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
-    source = model if isinstance(model, str | Path) else None
     job = Job(subject, tokenized, settings, progress or SilentProgress(), source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
 

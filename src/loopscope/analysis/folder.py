@@ -6,7 +6,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from loopscope._util.config_json import differences
-from loopscope._util.files import atomic_file, check_no_others, held_folder, write_atomically
+from loopscope._util.files import ClaimedFolder, atomic_file, write_atomically
 from loopscope._util.map_codes import UNKNOWN
 from loopscope.errors import StudyError
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
@@ -25,33 +24,22 @@ _FILLED = {"f": np.nan, "i": -1, "u": UNKNOWN}
 _SHARDS = "shards"
 
 
-class StudyFolder:
-    """Opens, resumes and finishes one study folder; a context manager that holds the folder's lock.
+class StudyFolder(ClaimedFolder):
+    """Opens, resumes and finishes one study folder.
 
     `identity` is the part of the manifest that the numbers depend on. A folder whose study has another identity is
-    refused, with what differs; one with the same identity is gone on with.
+    refused, with what differs; one with the same identity is resumed.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]]) -> None:
-        self.folder = folder
+        super().__init__(folder, MANIFEST)
         self.manifest = manifest
         self.tokens = tokens
 
-    def __enter__(self) -> StudyFolder:
-        with ExitStack() as stack:
-            stack.enter_context(held_folder(self.folder))
-            self._claim()
-            self._held = stack.pop_all()
-        return self
+    def check(self) -> None:
+        _check_same(self.folder, read_manifest(self.folder), self.manifest)
 
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def _claim(self) -> None:
-        if (self.folder / MANIFEST).exists():
-            _check_same(self.folder, read_manifest(self.folder), self.manifest)
-            return
-        check_no_others(self.folder, MANIFEST)
+    def begin(self) -> None:
         # The manifest first: from then on the folder is known to be this study's.
         write_manifest(self.folder, {**self.manifest, "status": "running"})
         write_atomically(self.folder / TOKENS, tokens_file(self.tokens))

@@ -13,21 +13,20 @@ import numpy as np
 import torch
 import xarray as xr
 
+from loopscope._util.sites import STAGES, Site
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.observed_rate import RateSettings
 from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.measures.base import Plan, depth_sites
+from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import CHANGES
 from loopscope.measures.convergence import LEVELS
 from loopscope.measures.maps import map_sites
 from loopscope.measures.registry import declared_variables
-from loopscope.measures.similarity import visit_labels
 from loopscope.measures.stability import RATE_REASONS, study_criterion
 from loopscope.models.subject import Subject, SubjectInfo
-from loopscope.models.visits import visit_label
 from loopscope.prompts.load import PADDING, padding_record
 from loopscope.prompts.prompt import TokenizedPrompt, prompts_digest
 
@@ -40,11 +39,9 @@ _GRIDS = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
 def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, Any]:
     """Of every dimension that the arrays have, and what stands beside some of them."""
     lengths = {str(dim): size for dim, size in arrays.sizes.items()}
-    visits = visit_labels(info.prelude, info.recurrent, info.coda, min(plan.cycle_recurrences, plan.recurrences))
+    visits = [site.label for site in info.sites(range(min(plan.cycle_recurrences, plan.recurrences)))]
     values: dict[str, Any] = {
-        "unique_layer": [
-            f"{stage}.{layer}" for stage in ("prelude", "recurrent", "coda") for layer in range(getattr(info, stage))
-        ],
+        "unique_layer": [f"{stage}.{layer}" for stage in STAGES for layer in range(getattr(info, stage))],
         "quantile": list(LEVELS),
         "site": ["last_layer", "loop_state"],
         "horizon": ["first", "second"],
@@ -65,13 +62,13 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
     }
     found = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
     if "depth" in lengths:
-        sites = depth_sites(info, plan.recurrences)
-        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+        sites = info.sites(range(plan.recurrences))
+        for name, column in zip(Site._fields, zip(*sites, strict=True), strict=True):
             found[f"depth_{name}"] = ("depth", list(column))
     if "mapped" in lengths and plan.maps is not None:
         sites = map_sites(info, plan.maps.recurrences)
-        found["map_visit"] = ("map_visit", [visit_label(*site) for site in sites])
-        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True):
+        found["map_visit"] = ("map_visit", [site.label for site in sites])
+        for name, column in zip(Site._fields, zip(*sites, strict=True), strict=True):
             found[f"map_{name}"] = ("map_visit", list(column))
         found["mapped_prompt"] = ("mapped", list(plan.maps.prompts))
     if "tracked" in lengths:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
 from loopscope.models.interventions.kinds import Intervention
@@ -51,7 +52,7 @@ class AnalyzeSettings:
     """Prompts given right here, instead of --prompts."""
     whole_file: bool = False
     """Take a text file as one prompt."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """Take a text file as running text, and cut it into prompts of so many tokens each."""
     limit: int | None = None
     """Use so many prompts: the first ones, or a random subset with --sample-seed."""
@@ -65,14 +66,14 @@ class AnalyzeSettings:
     truncate: int | None = None
     """Keep only the first so many tokens of each prompt."""
 
-    recurrences: int = 64
+    recurrences: Count = 64
     """How many recurrences to measure."""
-    horizon: int = 128
+    horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
     """Recurrences after which the state stands in for the fixed point; twice as many are run, to check it."""
     horizon_method: HorizonMethod = "auto"
     """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The
     numbers are the same. auto keeps them while they fit into --keep-limit."""
-    keep_limit: int = 32
+    keep_limit: Annotated[int, Range(0)] = 32
     """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not
     depend on the number of recurrences."""
 
@@ -85,15 +86,15 @@ class AnalyzeSettings:
     seed: int = 0
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts that are run, and saved, together."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
     given."""
     engine: EngineName = "serial"
     """Where batches of prompts are run: in this process (serial), in worker processes of this machine (processes), or
     on a Ray cluster (ray). Each worker loads the model. See docs/engines.md."""
-    workers: int | None = None
+    workers: Count | None = None
     """How many work side by side; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
@@ -103,90 +104,60 @@ class AnalyzeSettings:
     damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
     or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
 
-    cycle_recurrences: int = 8
+    cycle_recurrences: Count = 8
     """Recurrences in the cycle similarity; memory grows with it."""
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
     """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative,
     from the end."""
-    components: int = 3
+    components: Count = 3
     """Principal components to keep."""
-    readout: tuple[int, ...] = ()
+    readout: tuple[Count, ...] = ()
     """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
     given."""
-    exit_recurrences: int | None = None
+    exit_recurrences: Annotated[int, Range(0)] | None = None
     """Recurrences of a full run, of which an exit rule might save some: the state is decoded after each of them,
     besides --readout. The trained number unless given; 0 leaves exit rules out."""
-    head_stable: float = 0.01
+    head_stable: Annotated[float, Range(above=0, infinite=True)] = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
     that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
-    eigenvalue_products: int = 40
+    eigenvalue_products: Count = 40
     """Products with the Jacobian of one recurrence, a token, from which its leading eigenvalues are found; each takes
     about one and a half recurrences of a batch."""
-    eigenvalue_search: int = 200
+    eigenvalue_search: Annotated[int, Range(0)] = 200
     """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
     --horizon; 0 takes the state as it is."""
     hooked_eigenvalues: bool = False
     """Take eigenvalues of a hooked model too. Each product then takes as many copies of a prompt as it has tokens."""
-    map_prompts: tuple[int, ...] = (0,)
+    map_prompts: tuple[Annotated[int, Range(0, why="since prompts count from 0")], ...] = (0,)
     """Prompts whose attention maps are kept, counted from 0; every head of every layer."""
-    map_recurrences: tuple[int, ...] = ()
+    map_recurrences: tuple[Count, ...] = ()
     """Numbers of recurrences whose maps are kept; the first four, powers of two, the trained number and the last unless
     given."""
-    map_tokens: int = 64
+    map_tokens: Count = 64
     """Of a longer prompt, the maps of the first so many tokens are kept: with more, a pixel of a figure is less than
     an entry."""
-    map_limit: int = 8
+    map_limit: Count = 8
     """MiB that all these maps together may take, a byte an entry; fewer tokens are kept where they would not fit. With
     8 a report is at most about twice as large as one without."""
-    neuron_limit: float = 1.0
+    neuron_limit: Annotated[float, Range(0, infinite=True)] = 1.0
     """Prediction and suppression neurons are counted if that takes at most so many tera floating-point operations: for
     small models; minutes on a GPU where it is a hundred."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
 
     def __post_init__(self) -> None:
-        for name in ("recurrences", "horizon", "batch_size", "components", "cycle_recurrences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.horizon < 2:
-            raise ConfigError("--horizon must be at least 2, so that there is a step into it.")
-        if self.exit_recurrences is not None and self.exit_recurrences < 0:
-            raise ConfigError(f"--exit-recurrences must not be negative, got {self.exit_recurrences}.")
-        if not self.head_stable > 0:
-            raise ConfigError(f"--head-stable must be positive, got {self.head_stable}.")
-        for name in ("map_tokens", "map_limit"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        for name, least in (("eigenvalue_products", 1), ("eigenvalue_search", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}.")
-        if any(prompt < 0 for prompt in self.map_prompts):
-            raise ConfigError(f"--map-prompts counts prompts from 0, got {min(self.map_prompts)}.")
-        if any(count < 1 for count in self.map_recurrences):
-            raise ConfigError(
-                f"--map-recurrences needs numbers of recurrences from 1, got {min(self.map_recurrences)}."
-            )
-        if self.neuron_limit < 0:
-            raise ConfigError(f"--neuron-limit must not be negative, got {self.neuron_limit}.")
-        if self.keep_limit < 0:
-            raise ConfigError(f"--keep-limit must not be negative, got {self.keep_limit}.")
+        check_ranges(self, "--")
         if self.chunk is not None:
-            if self.chunk < 1:
-                raise ConfigError(f"--chunk must be at least 1, got {self.chunk}.")
             for name in ("system_prompt", "chat", "truncate"):
                 if getattr(self, name):
                     raise ConfigError(
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {self.threads}.")
         check_engine(self.engine, self.workers, self.address)
-        if any(count < 1 for count in self.readout):
-            raise ConfigError(f"--readout needs numbers of recurrences from 1, got {min(self.readout)}.")
         for entry in self.track:
             _parse_tracked(entry)
         # As they are written again, so that 0 and 0.0 make the same study.
@@ -206,8 +177,6 @@ class AnalyzeSettings:
 
 def check_engine(engine: EngineName, workers: int | None, address: str) -> None:
     """Raises `ConfigError` for a setting that another engine would need."""
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {workers}.")
     if workers is not None and engine == "serial":
         raise ConfigError("--workers needs --engine processes or --engine ray: serial is this process alone.")
     if address != "auto" and engine != "ray":

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
+from loopscope._util.ranges import Positive, Range, check_ranges
 from loopscope._util.statistics import Share
 from loopscope._util.wording import plural
-from loopscope.errors import ConfigError
 from loopscope.study import StudyView
 
 
@@ -23,61 +23,48 @@ class Criterion:
     stored with every answer that used them. Raises `ConfigError` for a value outside its range.
     """
 
-    drift_tolerance: float = 0.01
+    drift_tolerance: Positive = 0.01
     """A state is settled if it moves by at most this share of its norm between the two horizons, and in the single
     steps into them. 1 % is far above float32 rounding and far below the moves of models that do not settle (tens of
     percent)."""
-    norm_growth_tolerance: float = 0.01
+    norm_growth_tolerance: Positive = 0.01
     """A norm is settled if it grows by at most this share between the two horizons: as much as the drift may be,
     since a state whose norm grows drifts by at least that much."""
-    direction_tolerance: float = 0.05
+    direction_tolerance: Positive = 0.05
     """A direction is settled if it turns by at most this angle, in radians (2.9 degrees), between the two horizons.
     Looser than the drift: beside a norm that grows linearly, a direction settles no faster than 1/t."""
-    slowing_ratio: float = 0.8
+    slowing_ratio: Annotated[float, Range(above=0, most=1)] = 0.8
     """If the step into the second horizon is below this share of the step into the first, the state is still slowing
     down, and a fixed point farther out is possible. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t), and
     leaves room for what a mean over tokens scatters when nothing changes."""
-    floor_factor: float = 3.0
+    floor_factor: Positive = 3.0
     """Movement within this multiple of the estimated noise floor counts as rounding: the floor is an estimate,
     and two states that both carry rounding differ by 1.4 times as much as one does."""
-    tokens_needed: float = 0.95
+    tokens_needed: Annotated[float, Range(above=0, most=1)] = 0.95
     """"Every token settles" asks for this share of tokens: a mean over tokens can hide a few that keep moving."""
-    prompts_needed: float = 0.9
+    prompts_needed: Annotated[float, Range(above=0, most=1)] = 0.9
     """An answer holds for the model if it holds for this share of the prompts; otherwise it depends on the prompt."""
-    min_prompts: int = 35
+    min_prompts: Annotated[int, Range(above=0)] = 35
     """With fewer prompts every share gets a warning: below 35, even if all prompts agree, the 95 % Wilson interval
     reaches below the 90 % of `prompts_needed`."""
-    degenerate_cosine: float = 0.99
+    degenerate_cosine: Annotated[float, Range(above=0, most=1)] = 0.99
     """Layers share one point if the cosines of their states at the horizon exceed this (8 degrees). Blocks at random
     initialisation show 0.69 to 0.93 where points are distinct, and 1.000 where they are one."""
-    reached_level: float = 0.01
+    reached_level: Positive = 0.01
     """A state has arrived once its distance to the state at the horizon stays within this share of that state's
     norm."""
-    repetition_needed: float = 0.9
+    repetition_needed: Annotated[float, Range(above=0, most=1)] = 0.9
     """A quantity repeats from pass to pass if the layer explains this share of its variance within the loop. Without
     any pattern the share is about one over the number of recurrences."""
-    loss_tolerance: float = 0.01
+    loss_tolerance: Positive = 0.01
     """Differences of the mean loss below this many nats are no difference: 1 % in perplexity."""
-    saving_needed: float = 0.1
+    saving_needed: Annotated[float, Range(above=0, most=1)] = 0.1
     """An exit rule that saves less than this share of the recurrences saves hardly any, and one that takes so little
     less than a fixed number does no better than that: stopping tokens one by one costs something too, and its threshold
     was chosen on the prompts it is judged on."""
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"The criterion {entry.name} must be a positive finite number, got {value}.")
-        for name in (
-            "slowing_ratio",
-            "tokens_needed",
-            "prompts_needed",
-            "degenerate_cosine",
-            "repetition_needed",
-            "saving_needed",
-        ):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"The criterion {name} must be at most 1, got {getattr(self, name)}.")
+        check_ranges(self, "The criterion ")
 
 
 Evidence = dict[str, float | str]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.table import Table
 from loopscope.models.inspection.facts import Dtype
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from loopscope.answers.rates import KindShare
     from loopscope.dynamics.trajectories.calibration import Calibration
     from loopscope.dynamics.verdicts import JudgedFiles
@@ -48,12 +48,13 @@ class JudgeTrajectories:
     """Also write report.html."""
 
     def run(self) -> None:
-        from loopscope.cli.console import RichProgress, say
+        from loopscope._util.progress import ProgressBar
+        from loopscope.cli.console import say
         from loopscope.dynamics.trajectories.files import judge_files
         from loopscope.dynamics.trajectories.settings import parse_settings
         from loopscope.report.page.write import write_behaviour_report
 
-        with RichProgress("tokens") as progress:
+        with ProgressBar("tokens") as progress:
             judged = judge_files(
                 self.states,
                 self.dtype,
@@ -76,7 +77,7 @@ class JudgeTrajectories:
 class Calibrate:
     """Try the methods on trajectories whose truth is known, and show what each one gets right."""
 
-    count: int = 1300
+    count: Count = 1300
     """Trajectories, spread evenly over the cases."""
     dtype: tuple[Dtype, ...] = ("float32", "bfloat16")
     """Dtypes whose noise they carry."""
@@ -84,30 +85,27 @@ class Calibrate:
     """Methods to try."""
     seed: int = 0
     """The same seed makes the same trajectories."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads; torch's choice unless given."""
     json: bool = False
     """Print JSON, for programs."""
 
     def __post_init__(self) -> None:
-        from loopscope.errors import ConfigError
-
-        if self.count < 1 or (self.threads is not None and self.threads < 1):
-            raise ConfigError("--count and --threads must be at least 1.")
+        check_ranges(self, "--")
 
     def run(self) -> None:
         import json
 
         import torch
-        from rich.console import Console
 
-        from loopscope.cli.console import RichProgress
+        from loopscope._util.progress import ProgressBar
+        from loopscope.cli.console import say_table
         from loopscope.dynamics.trajectories.calibration import calibrate
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         tables = []
-        with RichProgress("trajectories") as progress:
+        with ProgressBar("trajectories") as progress:
             progress.start(self.count * len(self.dtype), 0)
             for dtype in self.dtype:
                 tables += calibrate(
@@ -116,34 +114,30 @@ class Calibrate:
         if self.json:
             print(json.dumps([table.to_dict() for table in tables], indent=2))
             return
-        console = Console(highlight=False)
         for table in tables:
-            console.print(_calibration_table(table))
+            say_table(_calibration_table(table), total=True)
 
 
 def _calibration_table(calibration: Calibration) -> Table:
-    from rich.table import Table
-
-    whole = calibration.total
-    table = Table(
-        "case", "right", "of", "undecidable", "taken for", box=None, pad_edge=False, title_justify="left",
-        title=f"{calibration.method}, {calibration.dtype}: {whole.share:.2%} right, false orbits and sliders "
-        f"{calibration.false_alarms} of {calibration.fixed_points} fixed points",
-    )  # fmt: skip
-    for name, score in calibration.cases.items():
-        wrongly = ", ".join(f"{kind} {count}" for kind, count in score.wrongly.most_common())
-        table.add_row(name, str(score.right), str(score.right + score.wrong), str(score.undecidable), wrongly)
-    table.add_row("all", str(whole.right), str(whole.right + whole.wrong), str(whole.undecidable), "", style="bold")
-    return table
+    rows = []
+    for name, score in [*calibration.cases.items(), ("all", calibration.total)]:
+        wrongly = "" if name == "all" else ", ".join(f"{kind} {count}" for kind, count in score.wrongly.most_common())
+        rows.append((name, str(score.right), str(score.right + score.wrong), str(score.undecidable), wrongly))
+    return Table(
+        columns=("case", "right", "of", "undecidable", "taken for"),
+        rows=rows,
+        title=f"{calibration.method}, {calibration.dtype}: {calibration.total.share:.2%} right, false orbits and "
+        f"sliders {calibration.false_alarms} of {calibration.fixed_points} fixed points",
+    )
 
 
 def _say_kinds(judged: JudgedFiles) -> None:
     import numpy as np
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from loopscope.answers.rates import token_shares
+    from loopscope.cli.console import say_table
     from loopscope.dynamics.verdicts import KINDS
 
     console = Console(highlight=False)
@@ -153,11 +147,12 @@ def _say_kinds(judged: JudgedFiles) -> None:
             console.print(f"[bold]{escape(each.label)}[/bold]  {each.verdict.kind}")
             console.print(f"  {escape(each.verdict.reason)}", style="dim")
         return
-    table = Table("kind", "tokens", "share", "95 % interval", box=None, pad_edge=False)
-    for share in token_shares(codes):
-        if share.count:
-            table.add_row(str(share.kind), str(share.count), f"{share.share:.2%}", _interval(share))
-    console.print(table)
+    rows = [
+        (str(share.kind), str(share.count), f"{share.share:.2%}", _interval(share))
+        for share in token_shares(codes)
+        if share.count
+    ]
+    say_table(Table(columns=("kind", "tokens", "share", "95 % interval"), rows=rows))
 
 
 _SHOWN = 12

@@ -43,12 +43,13 @@ class Analyze:
     """Also write report.html."""
 
     def run(self) -> None:
+        from loopscope._util.progress import ProgressBar
         from loopscope.analysis.analyzing import analyze
         from loopscope.answers.quick import quick_answers
-        from loopscope.cli.console import RichProgress, say, say_answers
+        from loopscope.cli.console import say, say_answers
         from loopscope.report.page.write import write_report
 
-        with RichProgress("recurrences") as progress:
+        with ProgressBar("recurrences") as progress:
             study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
         say_answers(quick_answers(study))
         if self.report:

@@ -32,11 +32,12 @@ class ControlTokens:
     """Also write report.html."""
 
     def run(self) -> None:
-        from loopscope.cli.console import RichProgress, say
+        from loopscope._util.progress import ProgressBar
+        from loopscope.cli.console import say
         from loopscope.experiments.damping import CONTROL, control
         from loopscope.report.page.write import write_report
 
-        with RichProgress("recurrences") as progress:
+        with ProgressBar("recurrences") as progress:
             found = control(
                 self.study,
                 out=self.out,

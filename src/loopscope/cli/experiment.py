@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from loopscope._util.ranges import Count, check_ranges
 from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.errors import ConfigError
 from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
@@ -28,12 +29,13 @@ class _GridCommand:
     """Folder for the results, a file a cell; an experiment that was interrupted is resumed."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
-    workers: int | None = None
+    workers: Count | None = None
     """How many work side by side, each on one thread; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "--")
         check_engine(self.engine, self.workers, self.address)
 
     def make_engine(self) -> Engine | None:
@@ -53,21 +55,16 @@ class _RandomModels(_GridCommand):
     """How the prompt enters each recurrence."""
     width: int = 192
     """Of the residual stream."""
-    seeds: int = 3
+    seeds: Count = 3
     """Models of each design."""
     recurrences: int = 128
     """The horizon; twice as many are run."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds must be at least 1, got {self.seeds}.")
-
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
-        from loopscope.cli.console import RichProgress
+        from loopscope._util.progress import ProgressBar
         from loopscope.experiments.run import run_grid
 
-        with RichProgress("cells") as progress:
+        with ProgressBar("cells") as progress:
             return run_grid(cells, kind, self.out, engine=self.make_engine(), progress=progress)
 
 
@@ -122,7 +119,7 @@ class Phase(_RandomModels):
     width: int = 128
     depth: int = 4
     """Recurrent layers."""
-    seeds: int = 2
+    seeds: Count = 2
     """Models of each design and scale."""
     std: tuple[float, ...] = SCALES
     """Standard deviations of the weights."""
@@ -175,11 +172,12 @@ class Training(_GridCommand):
 
         from rich.console import Console
 
-        from loopscope.cli.console import RichProgress, say_answers
+        from loopscope._util.progress import ProgressBar
+        from loopscope.cli.console import say_answers
         from loopscope.experiments.run_sweep import run_sweep
         from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, advice, summaries, training_rows
 
-        with RichProgress("cells") as progress:
+        with ProgressBar("cells") as progress:
             results = run_sweep(
                 sweep,
                 self.out,

@@ -33,7 +33,7 @@ def say_inspection(inspection: Inspection) -> None:
             console.print(f"\n[bold]{escape(title)}[/bold]")
         console.print(Padding(table, (0, 0, 0, 1), expand=False))
     console.print("\n[bold]What loopscope cannot see in this model[/bold]")
-    for spot in inspection.blind_spots or ("Nothing: every state, attention map and loop state is there.",):
+    for spot in inspection.unobservable or ("Nothing: every state, attention map and loop state is there.",):
         console.print(Padding(escape(spot), (0, 0, 0, 1), expand=False))
 
 

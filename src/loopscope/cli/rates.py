@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from loopscope._util.table import Table
 
+if TYPE_CHECKING:
     from loopscope.answers.rates import KindShare, Rates
 
 
@@ -39,6 +39,7 @@ class CountRates:
         from rich.console import Console
 
         from loopscope.answers.rates import study_rates
+        from loopscope.cli.console import say_table
         from loopscope.errors import ConfigError, StudyError
         from loopscope.study import Study
 
@@ -57,8 +58,8 @@ class CountRates:
             entries = [{"study": str(folder), **_plain(each, roles=self.roles)} for folder, each in found.items()]
             print(json.dumps(entries, indent=2))
             return
+        say_table(_table(rates, roles=self.roles))
         console = Console(highlight=False)
-        console.print(_table(rates, roles=self.roles))
         for line in _changed(rates):
             console.print(line, style="dim", markup=False)
 
@@ -71,15 +72,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     """A row each kind that occurs, orbits and sliders always; a column each study."""
-    from rich.markup import escape
-    from rich.table import Table
-
     first = next(iter(rates.values()))
     layers = sorted({each.layer for each in rates.values()})
-    table = Table(
-        "kind", "share of", *map(escape, rates), box=None, pad_edge=False, title_justify="left",
-        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % Clopper-Pearson intervals",
-    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     groups = {
         "tokens": [each.tokens for each in rates.values()],
         "prompts": [each.prompts for each in rates.values()],
@@ -89,10 +84,12 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     for name, columns in groups.items():
         if not any(column[0].total for column in columns):
             continue
-        for row in zip(*columns, strict=True):
-            if _worth_a_row(row):
-                table.add_row(str(row[0].kind), name, *map(_cell, row))
-    return table
+        rows += [(str(row[0].kind), name, *map(_cell, row)) for row in zip(*columns, strict=True) if _worth_a_row(row)]
+    return Table(
+        columns=("kind", "share of", *rates),
+        rows=rows,
+        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % Clopper-Pearson intervals",
+    )
 
 
 def _worth_a_row(row: Sequence[KindShare]) -> bool:

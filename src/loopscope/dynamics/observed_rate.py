@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from loopscope._util.ranges import Range, check_ranges
 from loopscope.errors import ConfigError
 
 Lengths = Float[ndarray, "*shape recurrence"]
@@ -38,35 +39,28 @@ class RateSettings:
     Raises `ConfigError` for a value outside its range.
     """
 
-    above_floor: float = 10.0
+    above_floor: Annotated[float, Range(0)] = 10.0
     """Steps below this many times the noise floor are left out: at ten times, noise adds 0.5 % to a step."""
-    explained: float = 300.0
+    explained: Annotated[float, Range(0)] = 300.0
     """Steps that no longer shrink are a floor if they are within this many unit roundoffs of the state. Loops amplify
     rounding, by a hundred in a trained model; steps that stay larger are an orbit or a slider, and have a rate of 1."""
-    transient: float = 0.5
+    transient: Annotated[float, Range(0)] = 0.5
     """Share of the usable recurrences that is left out at their beginning, where faster eigenvalues are still seen."""
-    least_transient: float = 0.25
+    least_transient: Annotated[float, Range(0)] = 0.25
     """As little as this is left out where more would leave too few steps: in float32 a rate of 0.2 shows eight steps
     above the floor."""
-    least_fall: float = 100.0
+    least_fall: Annotated[float, Range(0)] = 100.0
     """Where steps end at the floor they must have fallen by this factor on their way to it. A bfloat16 floor leaves
     room for a factor of six or so, which shows little but transients: rates from it were off by 0.08 (median)."""
-    fewest: int = 6
+    fewest: Annotated[int, Range(6, why="so that each half of a window has a slope")] = 6
     """Steps that a fit needs. With fewer, the halves of a window, from which its uncertainty comes, have no slope."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{field.name} must be a finite number that is not negative, got {value}.")
+        check_ranges(self)
         if not self.least_transient <= self.transient < 1:
             raise ConfigError(
                 f"transient must be below 1 and no less than least_transient, got {self.transient} and "
                 f"{self.least_transient}."
-            )
-        if self.fewest < 6:
-            raise ConfigError(
-                f"fewest must be at least 6, so that each half of a window has a slope, got {self.fewest}."
             )
 
 

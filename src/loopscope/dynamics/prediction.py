@@ -5,15 +5,15 @@ No torch and no model is needed: the answers and the report read studies with th
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Complex, Float, Inexact, Int
 from numpy import ndarray
 
+from loopscope._util.ranges import Positive, Range, check_ranges
 from loopscope.errors import ConfigError
 
 AnyEigenvalues = Inexact[ndarray, "*shape pair"]
@@ -69,24 +69,19 @@ class StabilityCriterion:
     Raises `ConfigError` for a value outside its range.
     """
 
-    horizon: int = 128
+    horizon: Annotated[int, Range(2)] = 128
     """Recurrences over which trajectories are judged. A modulus within 1 / horizon of 1 changes a distance by less than
     a factor e in that many, and an angle below 2 pi / horizon makes less than one turn: neither can be told from 1, or
     from no angle, by anyone who looks."""
-    visible_turn: float = 0.3
+    visible_turn: Positive = 0.3
     """A fixed point is reached in a rotation if so much of the distance is left after one turn. With less, what comes
     around is lost in what was there before; `demo:injected` keeps 0.1 and shows no turns."""
-    largest_step: float = 0.02
+    largest_step: Positive = 0.02
     """Above this relative step the point is no fixed point. A state that grows in proportion to the recurrences moves
     by 1 / 128 at the horizon, and is a slider."""
 
     def __post_init__(self) -> None:
-        if self.horizon < 2:
-            raise ConfigError(f"The criterion horizon must be at least 2, got {self.horizon}.")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"The criterion {field.name} must be a positive finite number, got {value}.")
+        check_ranges(self, "The criterion ")
 
 
 @dataclass(frozen=True, eq=False)

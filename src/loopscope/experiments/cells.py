@@ -9,19 +9,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from loopscope._util.files import check_no_others, held_folder, write_atomically
+from loopscope._util.files import ClaimedFolder, write_atomically
+from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.designs import InjectionName, NormName
 
 CELLS = "cells"
-MANIFEST = "grid.json"
+GRID_FILE = "grid.json"
 
 
 class CellOutcome(StrEnum):
@@ -54,32 +54,26 @@ class Cell:
 
     norm: NormName
     injection: InjectionName
-    depth: int
+    depth: Count
     """Recurrent layers; there is no prelude and no coda."""
-    seed: int
-    std: float = 0.02
+    seed: Annotated[int, Range(0)]
+    std: Positive = 0.02
     """Of every matrix's entries."""
-    injection_scale: float = 1.0
+    injection_scale: Annotated[float, Range(0)] = 1.0
     """Factor on the injection: on its matrix, or on what is added."""
-    width: int = 192
-    tokens: int = 16
+    width: Annotated[int, Range(32)] = 192
+    tokens: Count = 16
     """Random ones, in each prompt."""
-    prompts: int = 1
-    recurrences: int = 128
+    prompts: Count = 1
+    recurrences: Annotated[int, Range(8)] = 128
     """The horizon; twice as many are run."""
     judged: bool = False
     """Also judge what each token tends to."""
 
     def __post_init__(self) -> None:
-        for name, least in (("depth", 1), ("width", 32), ("tokens", 1), ("prompts", 1), ("recurrences", 8)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        check_ranges(self)
         if self.width % 32:
             raise ConfigError(f"width must be a multiple of 32, the width of a head, got {self.width}.")
-        if self.std <= 0 or self.injection_scale < 0:
-            raise ConfigError("std must be positive and the scale of the injection not negative.")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}.")
 
     @property
     def name(self) -> str:
@@ -177,39 +171,28 @@ class GridResult(Protocol):
 ResultT = TypeVar("ResultT", bound=GridResult)
 
 
-class GridFolder(Generic[ResultT]):
-    """A folder of results, one file a cell, each whole or absent. A context manager that holds the folder's lock.
+class GridFolder(ClaimedFolder, Generic[ResultT]):
+    """A folder of results, one file a cell, each whole or absent.
 
     `from_dict` makes a result of what its `to_dict` gave. Raises `StudyError` for a folder that holds something else,
     `FolderBusyError` if another process writes to it.
     """
 
     def __init__(self, folder: Path, kind: str, from_dict: Callable[[Mapping[str, Any]], ResultT]) -> None:
-        self.folder, self.kind = folder, kind
+        super().__init__(folder, GRID_FILE)
+        self.kind = kind
         self._from_dict = from_dict
 
-    def __enter__(self) -> GridFolder[ResultT]:
-        with ExitStack() as stack:
-            stack.enter_context(held_folder(self.folder))
-            self._claim()
-            self._held = stack.pop_all()
-        return self
+    def check(self) -> None:
+        try:
+            found = json.loads(self.first.read_text(encoding="utf-8")).get("kind")
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if found != self.kind:
+            raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
 
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def _claim(self) -> None:
-        manifest = self.folder / MANIFEST
-        if manifest.exists():
-            try:
-                found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
-            except (OSError, ValueError, AttributeError):
-                found = None
-            if found != self.kind:
-                raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
-            return
-        check_no_others(self.folder, MANIFEST)
-        write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
+    def begin(self) -> None:
+        write_atomically(self.first, (json.dumps({"kind": self.kind}) + "\n").encode())
 
     def read(self, cell: GridCell) -> ResultT | None:
         """None for a cell that is not there, or whose file is damaged."""
@@ -231,7 +214,7 @@ class GridFolder(Generic[ResultT]):
         names = [cell.name for cell in grid if self._path(cell).is_file()]
         about = {"kind": self.kind, "finished": len(names) == len(grid), "cells": names}
         content = json.dumps(about, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST, content.encode())
+        write_atomically(self.first, content.encode())
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"

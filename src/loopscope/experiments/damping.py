@@ -23,7 +23,7 @@ from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES
 from loopscope.errors import ConfigError, StudyError
 from loopscope.measures.behaviour import can_be_judged
 from loopscope.models.interventions.kinds import Damp
-from loopscope.models.loading import load
+from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import NativeSubject, intervene
 from loopscope.models.subject import Subject
 from loopscope.prompts.prompt import TokenizedPrompt
@@ -250,11 +250,12 @@ def _settings(study: Study, eta: float, horizon: int | None) -> AnalyzeSettings:
 
 def _subject(study: Study, model: str | Path | Subject | None, settings: AnalyzeSettings) -> Subject:
     recorded = study.manifest["model"]
-    if model is None or isinstance(model, str | Path):
-        name = recorded["name"] if model is None else model
-        subject: Subject = load(name, revision=settings.revision, dtype=settings.dtype, device=settings.device)
-    else:
-        subject = model
+    subject = subject_of(
+        recorded["name"] if model is None else model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
     if subject.info.weights_sha256 != recorded["weights_sha256"]:
         raise StudyError(
             f"{subject.info.name} has other weights than the model of this study; name the model that was analyzed."

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loopscope._util.config_json import build, read_object
+from loopscope._util.ranges import Count, check_ranges
 from loopscope.errors import ConfigError
-from loopscope.experiments.sweep_cells import ControlName, StudySettings, SweepCell, Task, require
+from loopscope.experiments.sweep_cells import UNRUNNABLE, ControlName, StudySettings, SweepCell, Task, require
 from loopscope.experiments.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -39,14 +40,14 @@ class Sweep:
     """Each: dotted fields of the configuration with the values to try, all combinations of them."""
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named designs: dotted fields with one value each."""
-    seeds: int = 2
+    seeds: Count = 2
     """Models of each design."""
     controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     """Feed-forward models that are trained beside each looped one."""
     study: StudySettings = field(default_factory=StudySettings)
 
     def __post_init__(self) -> None:
-        require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
+        check_ranges(self, UNRUNNABLE)
         decided = [name for name in _DECIDED if name in self.base]
         require(not decided, f"base has a field {decided[:1]}, which the sweep decides; leave it out")
 

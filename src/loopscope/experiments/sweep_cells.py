@@ -11,9 +11,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from loopscope._util.config_json import build
+from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.errors import ConfigError
 from loopscope.experiments.cells import Dynamics
 from loopscope.experiments.training.config import (
@@ -28,9 +29,12 @@ _BYTES = 259
 """Vocabulary of the byte-level tokenizer that has no merges: 256 bytes and three special tokens."""
 
 
+UNRUNNABLE = "This sweep cannot be run: "
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ConfigError(f"This sweep cannot be run: {message}.")
+        raise ConfigError(f"{UNRUNNABLE}{message}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +47,19 @@ class AutomatonTask:
     """
 
     kind: Literal["automaton"] = "automaton"
-    cells: int = 12
+    cells: Annotated[int, Range(2, 48)] = 12
     """In a row."""
-    steps: int = 4
+    steps: Annotated[int, Range(1, 9, why="to be one digit")] = 4
     """The most that are asked for; n is drawn between 1 and it."""
-    documents: int = 20000
+    documents: Count = 20000
     """For training."""
-    test_documents: int = 256
-    seed: int = 0
+    test_documents: Count = 256
+    seed: Annotated[int, Range(0)] = 0
 
     answer_after: ClassVar[str] = ">"
 
     def __post_init__(self) -> None:
-        require(2 <= self.cells <= 48, f"task.cells must lie between 2 and 48, got {self.cells}")
-        require(1 <= self.steps <= 9, f"task.steps must lie between 1 and 9, a digit, got {self.steps}")
-        for name in ("documents", "test_documents"):
-            require(getattr(self, name) >= 1, f"task.{name} must be at least 1, got {getattr(self, name)}")
-        require(self.seed >= 0, f"task.seed must not be negative, got {self.seed}")
+        check_ranges(self, f"{UNRUNNABLE}task.")
 
     @property
     def document_tokens(self) -> int:
@@ -124,15 +124,14 @@ _TASKS: dict[str, type[AutomatonTask] | type[TextTask] | type[Gsm8kTask]] = {
 class StudySettings:
     """How each trained model is analysed, on the first documents of the test text."""
 
-    prompts: int = 8
-    horizon: int = 64
+    prompts: Count = 8
+    horizon: Annotated[int, Range(8)] = 64
     """Twice as many recurrences are run."""
-    beyond: int = 8
+    beyond: Count = 8
     """Losses and stages are taken up to this many times the trained number of recurrences."""
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", 1), ("horizon", 8), ("beyond", 1)):
-            require(getattr(self, name) >= least, f"study.{name} must be at least {least}, got {getattr(self, name)}")
+        check_ranges(self, f"{UNRUNNABLE}study.")
 
 
 @dataclass(frozen=True, kw_only=True)

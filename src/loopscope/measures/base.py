@@ -13,8 +13,8 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope._util.shapes import Logits, States
+from loopscope._util.sites import Stage
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
-from loopscope.models.architecture import Stage
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
 from loopscope.models.visits import AttentionView, Observer
 
@@ -273,12 +273,3 @@ def depth_of(batch: BatchInfo, stage: Stage, layer: int, recurrence: int) -> int
     if stage == "recurrent":
         return info.prelude + recurrence * info.recurrent + layer
     return info.prelude + batch.recurrences * info.recurrent + layer
-
-
-def depth_sites(info: SubjectInfo, recurrences: int) -> list[tuple[Stage, int, int]]:
-    """(stage, layer, recurrence) of every visit, in order; the recurrence is 0 in prelude and coda."""
-    return [
-        *(("prelude", layer, 0) for layer in range(info.prelude)),
-        *(("recurrent", layer, recurrence) for recurrence in range(recurrences) for layer in range(info.recurrent)),
-        *(("coda", layer, 0) for layer in range(info.coda)),
-    ]

@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from loopscope._util.map_codes import UNKNOWN, encode_maps
+from loopscope._util.sites import Site
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.measures.heads import tiles
 from loopscope.measures.readout import readout_grid
-from loopscope.models.architecture import Stage
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import AttentionView, Visit
 
@@ -25,13 +25,9 @@ def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
     return tuple(sorted({*readout_grid(trained, recurrences), *range(1, min(_FIRST, recurrences) + 1)}))
 
 
-def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[tuple[Stage, int, int]]:
-    """(stage, layer, recurrence) of every visit whose maps are kept, in order of realised depth; all from 0."""
-    return [
-        *(("prelude", layer, 0) for layer in range(info.prelude)),
-        *(("recurrent", layer, count - 1) for count in recurrences for layer in range(info.recurrent)),
-        *(("coda", layer, 0) for layer in range(info.coda)),
-    ]
+def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[Site]:
+    """Every visit whose maps are kept, in order of realised depth."""
+    return info.sites(count - 1 for count in recurrences)
 
 
 def map_tokens(most: int, maps: int, limit: int) -> int:
@@ -78,7 +74,7 @@ class AttentionMaps(Measure):
         return bool(_mapped(batch))
 
     def visit(self, visit: Visit) -> None:
-        place = self._places.get((visit.stage, visit.layer, visit.recurrence))
+        place = self._places.get(visit.site)
         view = visit.attention
         if place is None or view is None or view.heads != self._heads:
             return

@@ -17,15 +17,6 @@ _TILE_ENTRIES = 2**21
 """Probabilities, of all visits together, in a tile of rows: 16 MiB in float64."""
 
 
-def visit_labels(prelude: int, recurrent: int, coda: int, recurrences: int) -> list[str]:
-    """Labels of the visits, in order of realised depth: `prelude.0`, `recurrent.2@5`, `coda.1`."""
-    return [
-        *(f"prelude.{layer}" for layer in range(prelude)),
-        *(f"recurrent.{layer}@{recurrence}" for recurrence in range(recurrences) for layer in range(recurrent)),
-        *(f"coda.{layer}" for layer in range(coda)),
-    ]
-
-
 class CycleSimilarity(Measure):
     """Keeps the directions of prelude, the first few recurrences and coda, so memory grows with their number only."""
 

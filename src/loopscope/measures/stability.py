@@ -11,14 +11,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from loopscope.dynamics.eigenvalues.approach import Heading
-from loopscope.dynamics.eigenvalues.hooked import approach_hooked
+from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeApproach
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence
+from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
-from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
 from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
+from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import FreezeInjection, Intervention, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
@@ -132,7 +132,7 @@ class TokenStability(Measure):
         super().__init__(batch)
         self._horizon, self._settings = batch.plan.horizon, batch.plan.eigenvalues
         self._dtype = getattr(torch, batch.info.dtype)
-        self._heading: Heading | None = None
+        self._last_step: LastStep | None = None
         self._lengths: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._found: Stability | None = None
@@ -147,15 +147,15 @@ class TokenStability(Measure):
 
     def start(self, initial_state: Tensor | None) -> None:
         if initial_state is not None:
-            self._heading = Heading(initial_state, self._dtype)
+            self._last_step = LastStep(initial_state, self._dtype)
 
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence >= 2 * self._horizon:
             return
-        if self._heading is None:
-            self._heading = Heading(loop_state.state, self._dtype)
+        if self._last_step is None:
+            self._last_step = LastStep(loop_state.state, self._dtype)
             return
-        length, size = self._heading.follow(loop_state.state)
+        length, size = self._last_step.follow(loop_state.state)
         self._lengths.append(length)
         self._sizes.append(size)
 
@@ -164,8 +164,8 @@ class TokenStability(Measure):
         if settings is None:
             return
         if isinstance(subject, HookedSubject):
-            approach = approach_hooked(subject, self.batch.batch, recurrences=settings.recurrences, seed=settings.seed)
-            self._found = eigenvalues_near(approach, self.batch.batch, settings)
+            hooked = linearise_hooked(subject, self.batch.batch, recurrences=settings.recurrences, seed=settings.seed)
+            self._found = eigenvalues_near(hooked, self.batch.batch, settings)
             return
         assert isinstance(subject, NativeSubject)
         assert isinstance(end.run, NativeRun)
@@ -174,7 +174,7 @@ class TokenStability(Measure):
     def _parts(
         self, subject: NativeSubject, run: NativeRun, settings: EigenvalueSettings, tick: Callable[[], None]
     ) -> Iterator[Stability]:
-        assert self._heading is not None
+        assert self._last_step is not None
         whole = self.batch.batch
         groups = _groups(self.batch, settings)
         for group in groups:
@@ -183,9 +183,9 @@ class TokenStability(Measure):
             if len(groups) > 1:
                 # A run of these prompts alone: the derivative keeps all that the layers compute on them.
                 standing = subject.start(batch, recurrences=0, seed=settings.seed, initial_state=run.state[group])
-            heading = self._heading.steps[group]
-            approach = NativeApproach(standing, batch.mask, settings.recurrences, heading=heading)
-            yield eigenvalues_near(approach, batch, settings, tick)
+            last_step = self._last_step.steps[group]
+            near = NativeRecurrence(standing, batch.mask, settings.recurrences, last_step=last_step)
+            yield eigenvalues_near(near, batch, settings, tick)
 
     def result(self) -> xr.Dataset:
         found = self._observed()

@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from loopscope._util.config_json import build
+from loopscope._util.ranges import Count, Positive, Range, check_ranges
+from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError
 
-Stage = Literal["prelude", "recurrent", "coda"]
 Injection = Literal["none", "linear", "add", "bounded"]
 NormPlacement = Literal["pre", "residual", "branch-in-out", "branch-out"]
 LoopNorm = Literal["none", "recurrence", "loop"]
@@ -25,9 +26,12 @@ Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 StateInit = Literal["embeddings", "normal"]
 
-_LARGEST_SIZE = 10**6
-_MOST_LAYERS = 10**4
-"""Far above any model. A larger number comes from a damaged file, and would fail later, in torch, without its name."""
+# The ends are far above any model: a larger number comes from a damaged file, and would fail later, in torch, without
+# its name.
+_Size = Annotated[int, Range(1, 10**6)]
+_Layers = Annotated[int, Range(0, 10**4)]
+
+_IMPOSSIBLE = "This architecture cannot be built: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,26 +101,26 @@ class Architecture:
     A feed-forward model is the case `recurrent=0`: all of its layers are its prelude (and coda, if it has one).
     """
 
-    vocab_size: int
+    vocab_size: _Size
     """Rows of the embedding, and entries of the logits."""
-    width: int
+    width: _Size
     """D, the width of the residual stream."""
-    heads: int
+    heads: _Size
     """Query heads."""
-    kv_heads: int
+    kv_heads: _Size
     """Key-value heads; `heads` is a multiple of it."""
-    head_dim: int
+    head_dim: _Size
     """Width of one head; `heads * head_dim` need not be D."""
-    mlp_width: int
+    mlp_width: _Size
     """Hidden width of the MLP."""
 
-    prelude: int
+    prelude: _Layers
     """p: layers that run once, before the loop."""
-    recurrent: int
+    recurrent: _Layers
     """k: layers of the recurrent block."""
-    coda: int
+    coda: _Layers
     """c: layers that run once, after the loop."""
-    recurrences: int = 1
+    recurrences: Count = 1
     """R: how often the recurrent block runs unless told otherwise, the (mean) number that the model was trained with.
     """
 
@@ -124,7 +128,7 @@ class Architecture:
     """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, s + e,
     or `sigmoid(a) * s + W e` with a learned a per coordinate (bounded: what was in the state decays, so that its norm
     stays below a bound whatever layers whose branches read normed states add)."""
-    eta: float = 1.0
+    eta: Annotated[float, Range(above=0, most=1)] = 1.0
     """A recurrence hands on `(1 - eta) s + eta F(s)`, F being injection, layers and norm; 1 for F itself."""
     norm_placement: NormPlacement = "pre"
     """Where a layer's norms n1..n4 sit. `pre`: n1 and n3, before each branch. `residual`: n1 and n3 before each
@@ -134,7 +138,7 @@ class Architecture:
     """The final norm is also applied to the state at the end of each recurrence (Ouro), or once after the loop
     (Huginn).
     """
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
 
     qk_norm: QkNorm = "none"
     """RMS norm on queries and keys before the rotation: per head (Qwen3), or over all heads together (OLMo-2)."""
@@ -142,10 +146,10 @@ class Architecture:
     """A learned bias added to queries and keys before the rotation (Huginn)."""
     rotary: Rotary = "halves"
     """Which coordinates of a head are rotated together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`adjacent`)."""
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
     rope_scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
 
-    sliding_window: int | None = None
+    sliding_window: Count | None = None
     """A token looks at itself and at the tokens before it, so many in all (Mistral); None for all of them."""
     full_attention_layers: tuple[int, ...] = ()
     """Layers that look at every earlier token all the same, counted from 0 over prelude, recurrent and coda."""
@@ -155,36 +159,25 @@ class Architecture:
 
     tied_embeddings: bool = False
     """The unembedding is the embedding."""
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
     """Token embeddings are multiplied by it."""
 
     state_init: StateInit = "embeddings"
     """s_0: the prelude's output (the token embeddings where there is no prelude), or noise, from a normal distribution
     cut at three standard deviations."""
-    state_std: float = 1.0
+    state_std: Positive = 1.0
     """Standard deviation of that noise before it is cut."""
 
     exit_gate: bool = False
     """A learned gate, sigmoid(w . s + b), says after each recurrence how likely it is to stop there (Ouro)."""
-    exit_threshold: float = 1.0
+    exit_threshold: Annotated[float, Range()] = 1.0
     """The model answers with the first recurrence at which the cumulated probability to have stopped reaches it."""
 
     max_positions: int | None = None
     """Longest sequence the model was made for, if it says."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width", "recurrences"):
-            self._require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width"):
-            self._require(
-                getattr(self, name) <= _LARGEST_SIZE,
-                f"{name} must be at most {_LARGEST_SIZE}, got {getattr(self, name)}",
-            )
-        for name in ("prelude", "recurrent", "coda"):
-            self._require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-            self._require(
-                getattr(self, name) <= _MOST_LAYERS, f"{name} must be at most {_MOST_LAYERS}, got {getattr(self, name)}"
-            )
+        check_ranges(self, _IMPOSSIBLE)
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             choices = get_args(hints[field.name])
@@ -200,14 +193,8 @@ class Architecture:
             self.rotary == "none" or self.head_dim % 2 == 0,
             f"a rotated head needs an even head_dim, got {self.head_dim}",
         )
-        self._require(0 < self.eta <= 1, f"eta must lie in (0, 1], got {self.eta}")
-        for name in ("norm_eps", "rope_base", "state_std", "embedding_scale"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value > 0, f"{name} must be a positive finite number, got {value}")
-        window = self.sliding_window
-        self._require(window is None or window >= 1, f"sliding_window must be at least 1, got {window}")
         self._require(
-            window is not None or not self.full_attention_layers,
+            self.sliding_window is not None or not self.full_attention_layers,
             "full_attention_layers means nothing without a sliding_window",
         )
         self._require(
@@ -220,9 +207,6 @@ class Architecture:
             "coda",
         )
         self._require(self.exit_gate or self.exit_threshold == 1.0, "exit_threshold means nothing without an exit_gate")
-        self._require(
-            math.isfinite(self.exit_threshold), f"exit_threshold must be a finite number, got {self.exit_threshold}"
-        )
         if self.recurrent == 0:
             for name, neutral in (
                 ("injection", "none"),
@@ -239,7 +223,7 @@ class Architecture:
     @staticmethod
     def _require(condition: bool, message: str) -> None:
         if not condition:
-            raise ConfigError(f"This architecture cannot be built: {message}.")
+            raise ConfigError(f"{_IMPOSSIBLE}{message}.")
 
     @property
     def layers(self) -> int:
@@ -276,10 +260,8 @@ class Architecture:
     @property
     def layout(self) -> str:
         """The paper's notation, with a subscript I for input injection: `(2, 4 (x) 8, 2)_I`."""
-        if not self.is_looped:
-            return f"{self.layers} layers, feed-forward"
         suffix = "" if self.injection == "none" else "_I"
-        return f"({self.prelude}, {self.recurrent} ⊗ {self.recurrences}, {self.coda}){suffix}"
+        return layout_text(self.prelude, self.recurrent, self.coda, self.recurrences) + suffix
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""

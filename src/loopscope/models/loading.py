@@ -77,6 +77,20 @@ def as_subject(model: Subject | nn.Module) -> Subject:
     return model
 
 
+def subject_of(
+    model: str | Path | nn.Module | Subject,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> Subject:
+    """What a function that takes a model was given: a name or folder for `load`, which the other arguments are for, or
+    a model in memory. Raises the errors of `load` and of `as_subject`."""
+    if isinstance(model, str | Path):
+        return load(model, revision=revision, dtype=dtype, device=device)
+    return as_subject(model)
+
+
 def _load_hooked(
     found: FoundCheckpoint, unknown: UnknownFamilyError, name: str, dtype: torch.dtype, device: torch.device
 ) -> HookedSubject:

@@ -8,15 +8,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
+from loopscope._util.sites import Site, sites_in_order
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
+
+InputIds = Tensor | np.ndarray | Sequence[Any]
+"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,10 @@ class SubjectInfo:
     @property
     def is_looped(self) -> bool:
         return self.recurrent > 0
+
+    def sites(self, recurrences: Iterable[int]) -> list[Site]:
+        """Every visit of a run, in order, of these recurrences, from 0."""
+        return sites_in_order(self.prelude, self.recurrent, self.coda, recurrences)
 
     @property
     def carries_raw_output(self) -> bool:
@@ -105,6 +116,55 @@ class Batch:
     def counts(self) -> Tensor:
         """Tokens of each prompt, (batch,)."""
         return self.mask.sum(-1)
+
+
+def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
+    """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
+
+    Raises `ConfigError` for what are no token ids of this model.
+    """
+    batch = _batch(given, mask)
+    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
+        raise ConfigError(
+            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
+        )
+    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
+        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
+    return batch
+
+
+def _batch(given: InputIds, mask: Tensor | None) -> Batch:
+    if not isinstance(given, Tensor | np.ndarray):
+        if mask is not None:
+            raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
+        return Batch.of(_nested(given))
+    ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
+        raise ConfigError(
+            f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
+        )
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    if not bool(mask.any(-1).all()):
+        raise ConfigError("attention_mask hides a whole prompt; a prompt needs at least one token.")
+    return Batch(ids.long(), mask)
+
+
+def _nested(given: Sequence[Any]) -> list[list[int]]:
+    """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
+    if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
+        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
+    plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
+    several = all(isinstance(entry, Sequence) for entry in plain)
+    nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]
+    if not all(isinstance(token, int) for prompt in nested for token in prompt):
+        raise ConfigError(f"input_ids must be lists of whole numbers, got {given!r:.80}.")
+    if not nested or not all(nested):
+        raise ConfigError("input_ids is empty; a prompt needs at least one token.")
+    return nested
 
 
 @runtime_checkable

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError, NonFiniteError
-from loopscope.models.architecture import Stage
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
-from loopscope.models.loading import as_subject, load
+from loopscope.models.loading import subject_of
 from loopscope.models.native.exit import exit_distribution, exit_step
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, Subject, SubjectInfo
+from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch
 from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 
-_Site = tuple[Stage, int, int]
 _Kept = TypeVar("_Kept")
-
-InputIds = Tensor | np.ndarray | Sequence[Any]
-"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
-
-_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Trace:
@@ -47,7 +40,7 @@ class Trace:
         self._recorder = recorder
 
     @property
-    def visits(self) -> list[_Site]:
+    def visits(self) -> list[Site]:
         """(stage, layer, recurrence) of every visit, in order."""
         return list(self._recorder.residuals)
 
@@ -63,7 +56,7 @@ class Trace:
 
     def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
         """A layer's raw output, (batch, token, width). `KeyError` with what there is for a visit that was not made."""
-        return self._look_up(self._recorder.residuals, (stage, layer, recurrence))
+        return self._look_up(self._recorder.residuals, Site(stage, layer, recurrence))
 
     def attention(self, stage: Stage, layer: int, recurrence: int = 0) -> Maps:
         """Post-softmax attention, (batch, head, query, key), float32 or wider; rows and columns of padding are zero.
@@ -77,7 +70,7 @@ class Trace:
         """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
         if not self._recorder.keeps_attention:
             raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
-        site = (stage, layer, recurrence)
+        site = Site(stage, layer, recurrence)
         if site in self._recorder.residuals and site not in self._recorder.attention:
             raise KeyError(f"The attention of layer {layer} in the {stage} of {self._info.name} cannot be seen.")
         return self._look_up(self._recorder.attention, site)
@@ -118,7 +111,7 @@ class Trace:
             raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 0.")
         return recurrence
 
-    def _look_up(self, kept: dict[_Site, _Kept], site: _Site) -> _Kept:
+    def _look_up(self, kept: dict[Site, _Kept], site: Site) -> _Kept:
         if site not in kept:
             stage, layer, recurrence = site
             layers = len({layer for name, layer, _ in kept if name == stage})
@@ -135,17 +128,16 @@ class _Recorder(Observer):
 
     def __init__(self, keeps_attention: bool) -> None:
         self.keeps_attention = keeps_attention
-        self.residuals: dict[_Site, Tensor] = {}
-        self.attention: dict[_Site, AttentionView] = {}
+        self.residuals: dict[Site, Tensor] = {}
+        self.attention: dict[Site, AttentionView] = {}
         self.injections: list[Tensor] = []
         self.loop_states: list[Tensor] = []
         self.gates: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
-        site = (visit.stage, visit.layer, visit.recurrence)
-        self.residuals[site] = visit.residual
+        self.residuals[visit.site] = visit.residual
         if self.keeps_attention and visit.attention is not None:
-            self.attention[site] = visit.attention
+            self.attention[visit.site] = visit.attention
 
     def injected(self, recurrence: int, state: States) -> None:
         self.injections.append(state)
@@ -182,8 +174,7 @@ def capture(
     Memory grows with recurrences; for long runs and many prompts use `analyze`. Raises `ConfigError` for arguments
     that do not fit the model or each other, `NonFiniteError` for an initial state with NaN or infinity.
     """
-    subject = load(model) if isinstance(model, str | Path) else as_subject(model)
-    subject = intervened(subject, intervene)
+    subject = intervened(subject_of(model), intervene)
     info = subject.info
     batch = as_batch(input_ids, attention_mask, info)
     if initial_state is not None:
@@ -200,55 +191,6 @@ def capture(
         return Trace(recorder, batch, info, first, run.answer([recorder]))
     finally:
         run.close()
-
-
-def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
-    """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
-
-    Raises `ConfigError` for what are no token ids of this model.
-    """
-    batch = _batch(given, mask)
-    if info.max_positions is not None and batch.input_ids.shape[1] > info.max_positions:
-        raise ConfigError(
-            f"input_ids has {batch.input_ids.shape[1]} tokens; {info.name} has {info.max_positions} positions."
-        )
-    if bool((batch.input_ids >= info.vocab_size).any()) or bool((batch.input_ids < 0).any()):
-        raise ConfigError(f"input_ids must lie between 0 and {info.vocab_size - 1}, the model's vocabulary.")
-    return batch
-
-
-def _batch(given: InputIds, mask: Tensor | None) -> Batch:
-    if not isinstance(given, Tensor | np.ndarray):
-        if mask is not None:
-            raise ConfigError("attention_mask goes with a tensor of input_ids; lists are padded and masked already.")
-        return Batch.of(_nested(given))
-    ids = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in _WHOLE_NUMBERS:
-        raise ConfigError(
-            f"input_ids must be whole numbers of shape (batch, token), got {ids.dtype} {tuple(ids.shape)}."
-        )
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
-    if not bool(mask.any(-1).all()):
-        raise ConfigError("attention_mask hides a whole prompt; a prompt needs at least one token.")
-    return Batch(ids.long(), mask)
-
-
-def _nested(given: Sequence[Any]) -> list[list[int]]:
-    """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
-    if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
-        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
-    plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
-    several = all(isinstance(entry, Sequence) for entry in plain)
-    nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]
-    if not all(isinstance(token, int) for prompt in nested for token in prompt):
-        raise ConfigError(f"input_ids must be lists of whole numbers, got {given!r:.80}.")
-    if not nested or not all(nested):
-        raise ConfigError("input_ids is empty; a prompt needs at least one token.")
-    return nested
 
 
 def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loopscope._util.shapes import Keys, Maps, Queries, Rows, States, TokenMask
-from loopscope.models.architecture import Stage
+from loopscope._util.sites import Site, Stage
 
 
 class AttentionView(ABC):
@@ -174,14 +174,13 @@ class Visit:
     """None where the layer's attention cannot be seen."""
 
     @property
+    def site(self) -> Site:
+        return Site(self.stage, self.layer, self.recurrence)
+
+    @property
     def label(self) -> str:
         """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`."""
-        return visit_label(self.stage, self.layer, self.recurrence)
-
-
-def visit_label(stage: Stage, layer: int, recurrence: int) -> str:
-    """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`; all from 0."""
-    return f"{stage}.{layer}@{recurrence}" if stage == "recurrent" else f"{stage}.{layer}"
+        return self.site.label
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,7 +194,7 @@ class LoopState:
 
 
 class Observer:
-    """Told of everything that happens in a run, in order. Override what you need."""
+    """Notified of everything that happens in a run, in order. Override what you need."""
 
     def visit(self, visit: Visit) -> None:
         """A layer was applied."""

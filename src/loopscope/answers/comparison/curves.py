@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy.typing import NDArray
 
+from loopscope._util.wording import layout_text
 from loopscope.answers.quantities import STAGE_QUANTITIES
 from loopscope.errors import StudyError
 from loopscope.study import Study, view_study
@@ -75,8 +76,8 @@ def stage_curves(study: Study, name: str) -> StageCurves:
     visits = prelude + recurrent * recurrences + coda
     if view.finite.sizes["depth"] != visits:
         raise StudyError(
-            f"The study {name} has {view.finite.sizes['depth']} visits, but its layout ({prelude}, {recurrent} ⊗ "
-            f"{recurrences}, {coda}) has {visits}; analyze the model again."
+            f"The study {name} has {view.finite.sizes['depth']} visits, but its layout "
+            f"{layout_text(prelude, recurrent, coda, recurrences)} has {visits}; analyze the model again."
         )
     along_depth = np.full((len(MEASURES), visits), np.nan)
     for row, quantity in zip(along_depth, STAGE_QUANTITIES, strict=True):

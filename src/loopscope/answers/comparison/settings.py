@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from loopscope._util.ranges import Range, check_ranges
 from loopscope.errors import ConfigError
 
 
@@ -11,36 +13,26 @@ from loopscope.errors import ConfigError
 class CompareSettings:
     """How curves of studies are compared, and when they count as alike."""
 
-    alpha: float = 0.05
+    alpha: Annotated[float, Range(above=0, below=1)] = 0.05
     """Curves are alike if at most this share of the orders of the layers correlates as well. Curves with so few points
     that no order could be that rare are not judged."""
     shuffles: int = 9999
     """Orders of the layers to try. Where there are no more orders than that, every one is tried."""
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """Seed of the orders that are tried where there are more."""
-    grid: int = 101
+    grid: Annotated[int, Range(3)] = 101
     """Points of the common grid of relative depth, from the first layer to the last."""
 
-    level_tolerance: float = 0.1
+    level_tolerance: Annotated[float, Range(above=0, most=1)] = 0.1
     """Curves have the same level if their root mean square difference is at most this share of the other's root mean
     square. 10 % is what a figure shows at a glance."""
-    kept_similarity: float = 0.9
+    kept_similarity: Annotated[float, Range(above=0, most=1)] = 0.9
     """A pass keeps the stages of the trained one if the curves of its layers correlate at least so well."""
 
     def __post_init__(self) -> None:
-        for name in ("level_tolerance", "kept_similarity"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}."
-                )
-        if not 0 < self.alpha < 1:
-            raise ConfigError(f"--alpha must lie between 0 and 1, got {self.alpha}.")
+        check_ranges(self, "--")
         if self.shuffles < 1 / self.alpha:
             raise ConfigError(
                 f"--shuffles must be at least 1 / alpha = {1 / self.alpha:g}, or nothing could be that rare, got "
                 f"{self.shuffles}."
             )
-        if self.seed < 0:
-            raise ConfigError(f"--seed must not be negative, got {self.seed}.")
-        if self.grid < 3:
-            raise ConfigError(f"--grid must be at least 3, got {self.grid}.")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope._util.shapes import States
-from loopscope.dynamics.eigenvalues.approach import Derivative, Heading, Part, Site
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
+from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.forward import Injected
 from loopscope.models.hooks.hooked import HookedSubject
@@ -28,9 +28,9 @@ _FEWEST = 3
 """Recurrences that have to be run to see one again: the first begins where the model's own state does."""
 
 
-def approach_hooked(
+def linearise_hooked(
     subject: HookedSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
-) -> HookedApproach:
+) -> HookedRecurrence:
     """Run the prompts so many recurrences, or take the state given for what the first layer then receives.
 
     A model that cannot run another number runs its own. Raises `ConfigError` for a model whose recurrence cannot be
@@ -52,12 +52,12 @@ def approach_hooked(
     finally:
         run.close()
     state = inputs.last if state is None else state
-    found = HookedApproach(subject, batch, seed, inputs.at, state, inputs.heading.steps)
+    found = HookedRecurrence(subject, batch, seed, inputs.at, state, inputs.last_step.steps)
     found.check(*inputs.early)
     return found
 
 
-class HookedApproach:
+class HookedRecurrence:
     """The map from what the first recurrent layer receives in one recurrence to what it receives in the next.
 
     Layers and injection follow each other as in the map from loop state to loop state, which begins elsewhere in the
@@ -67,24 +67,24 @@ class HookedApproach:
     which no other state varies.
     """
 
-    site: Site = "block input"
+    site: StateSite = "block input"
 
     def __init__(
-        self, subject: HookedSubject, batch: Batch, seed: int, recurrences: int, state: States, heading: States
+        self, subject: HookedSubject, batch: Batch, seed: int, recurrences: int, state: States, last_step: States
     ) -> None:
         self._subject, self._batch, self._seed = subject, batch, seed
         self.recurrences = recurrences
         self.state: States = state.to(subject.device, subject.facts.dtype)
-        self.heading: States = heading
+        self.last_step: States = last_step
 
-    def recurrence(self, state: States) -> States:
+    def apply(self, state: States) -> States:
         return self._following(self._batch, state, gradients=False)
 
     def check(self, before: States, after: States) -> None:
         """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
         tokens see later ones."""
         mask, name = self._batch.mask, self._subject.info.name
-        again = self.recurrence(before)
+        again = self.apply(before)
         missed = _apart(again[mask], after[mask])
         if not missed <= _SAME:
             raise ConfigError(
@@ -104,7 +104,7 @@ class HookedApproach:
                     "a model in which no token looks ahead."
                 )
 
-    def linearised(self, state: States) -> Iterator[Part]:
+    def linearised(self, state: States) -> Iterator[TokenBlock]:
         for row, length in enumerate(self._batch.counts.tolist()):
             begin = 0
             while begin < length:
@@ -112,7 +112,7 @@ class HookedApproach:
                 tokens = torch.zeros_like(self._batch.mask)
                 tokens[row, begin:end] = True
                 products, derivative = self._products(row, begin, end, state)
-                yield Part(tokens, products, derivative)
+                yield TokenBlock(tokens, products, derivative)
                 begin = end
 
     def _products(self, row: int, begin: int, end: int, state: States) -> tuple[Products, Derivative]:
@@ -159,16 +159,16 @@ class _Inputs(Observer):
         self.at, self._dtype = at, dtype
         self.early: list[States] = []
         """Before the second and the third recurrence."""
-        self.heading: Heading
+        self.last_step: LastStep
         self.last: States
 
     def injected(self, recurrence: int, state: States) -> None:
         if recurrence == 0:
-            self.heading = Heading(state, self._dtype)
+            self.last_step = LastStep(state, self._dtype)
         if recurrence in (1, 2):
             self.early.append(state)
         if recurrence <= self.at:
-            self.heading.follow(state)
+            self.last_step.follow(state)
             self.last = state
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import Keys, Queries, States, TokenMask
-from loopscope.dynamics.eigenvalues.approach import Heading, Part, Site
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
+from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import FreezeInjection, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
@@ -38,9 +38,9 @@ def mix_with_others_frozen(query: Queries, key: Keys, value: Keys, allowed: Tens
     return mixed
 
 
-def approach_native(
+def linearise_native(
     subject: NativeSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
-) -> NativeApproach:
+) -> NativeRecurrence:
     """Run the prompts so many recurrences, or take the state given for that after them.
 
     Raises `ConfigError` for interventions that make the recurrence there unlike those around it.
@@ -48,25 +48,25 @@ def approach_native(
     _check_interventions(subject, recurrences, given=state is not None)
     batch = batch.to(subject.device)
     run = subject.start(batch, recurrences=recurrences, seed=seed, initial_state=state)
-    heading = Heading(run.state, subject.model.dtype)
+    last_step = LastStep(run.state, subject.model.dtype)
     if state is None:
         for _ in range(recurrences):
             run.advance()
-            heading.follow(run.state)
-    return NativeApproach(run, batch.mask, recurrences, state=state, heading=heading.steps)
+            last_step.follow(run.state)
+    return NativeRecurrence(run, batch.mask, recurrences, state=state, last_step=last_step.steps)
 
 
-class NativeApproach:
+class NativeRecurrence:
     """Of a run that stands at a state.
 
     A half-precision model's recurrence is computed in float32, with the weights it has: what is rounded to 8 or 11 bits
     has no useful derivative, and the eigenvalues are those of the exact arithmetic.
     """
 
-    site: Site = "loop state"
+    site: StateSite = "loop state"
 
     def __init__(
-        self, run: NativeRun, mask: TokenMask, recurrence: int, *, state: States | None = None, heading: States
+        self, run: NativeRun, mask: TokenMask, recurrence: int, *, state: States | None = None, last_step: States
     ) -> None:
         """`recurrence` is the one that comes next, whose interventions are in force. A state given takes the place of
         the run's own."""
@@ -75,21 +75,21 @@ class NativeApproach:
         self._run, self._mask = run, mask
         self.recurrences = recurrence
         self.state: States = state.to(mask.device, self._dtype)
-        self.heading: States = heading.to(self._dtype)
+        self.last_step: States = last_step.to(self._dtype)
         self._plain = run.recurrence_map(recurrence=recurrence, dtype=self._dtype)
 
     @torch.no_grad()
-    def recurrence(self, state: States) -> States:
+    def apply(self, state: States) -> States:
         return self._plain(state)
 
-    def linearised(self, state: States) -> Iterator[Part]:
+    def linearised(self, state: States) -> Iterator[TokenBlock]:
         alone = self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix_with_others_frozen)
 
         def own(vectors: TokenVectors) -> TokenVectors:
             following: TokenVectors = alone(state.index_put((self._mask,), vectors))[self._mask]
             return following
 
-        yield Part(self._mask, ExactProducts(own, state[self._mask]), "exact")
+        yield TokenBlock(self._mask, ExactProducts(own, state[self._mask]), "exact")
 
 
 def _check_interventions(subject: NativeSubject, recurrence: int, *, given: bool) -> None:

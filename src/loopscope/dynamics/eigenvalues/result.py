@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import numpy as np
 from jaxtyping import Bool, Complex128, Float, Float64
 from numpy import ndarray
 
-from loopscope.dynamics.eigenvalues.approach import Derivative, Site
+from loopscope._util.ranges import Count, Positive, Range, check_ranges
+from loopscope.dynamics.eigenvalues.recurrence import Derivative, StateSite
 from loopscope.dynamics.prediction import Prediction, StabilityCriterion, predict, predicted_rate, spectral_radius
-from loopscope.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +22,24 @@ class EigenvalueSettings:
     Raises `ConfigError` for a value outside its range.
     """
 
-    recurrences: int = 128
+    recurrences: Count = 128
     """Recurrences before the point: the horizon, whose state stands in for the fixed point."""
-    products: int = 40
+    products: Count = 40
     """Products of the Jacobian with one vector a token; all tokens of a batch share each. At most the width, with
     which every eigenvalue is exact. 40 find a leading eigenvalue that stands 5 % above the others to 1e-4 in nearly all
     tokens of random models of width 128, and 60 in all."""
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """Of the initial state, and of the random part of the first vectors."""
-    random_share: float = 0.03
+    random_share: Positive = 0.03
     """Size of the random part beside the last step, which the recurrences have turned towards the leading
     eigenvectors. With little of it they are found soonest; with none, those that the step lacks never are."""
-    settled: float = 1e-4
+    settled: Positive = 1e-4
     """If a token's relative step at the point is larger, a fixed point is searched from there. An eigenvalue changes by
     about as much as the state, so a smaller step changes no rate in its third decimal."""
-    search: int = 200
+    search: Annotated[int, Range(0)] = 200
     """Recurrences that the search may evaluate; 0 takes the point as it is. Where small random models have a fixed
     point that repels, half of them need up to 40, and one in ten more than 130."""
-    basis_bytes: int = 2**30
+    basis_bytes: Count = 2**30
     """Prompts are taken in groups whose basis vectors fill at most so much memory; one prompt at the least."""
 
     def rows_at_once(self, tokens: int, width: int) -> int:
@@ -50,13 +48,7 @@ class EigenvalueSettings:
         return max(1, self.basis_bytes // bytes_of_one)
 
     def __post_init__(self) -> None:
-        for name, least in (("recurrences", 1), ("products", 1), ("seed", 0), ("search", 0), ("basis_bytes", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{field.name} must be a positive finite number, got {value}.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +74,7 @@ class Stability:
     """x."""
     recurrences: int
     """How many were run before the point, or before the search for it."""
-    site: Site
+    site: StateSite
     derivative: Derivative
     """How products were made: by automatic differentiation, or, where a hooked model does not allow it, by differences.
     """

@@ -3,117 +3,105 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from loopscope._util.ranges import Positive, Range, check_ranges
 from loopscope.errors import ConfigError
 
 Method = Literal["displacement", "cosine"]
+_Share = Annotated[float, Range(above=0, below=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacementSettings:
     """How a trajectory is judged by what its motion within the tail looks like."""
 
-    window: int = 256
+    window: Annotated[int, Range(16)] = 256
     """The tail that is judged: the second half of the trajectory, at most this many recurrences. Slow motion is told
     better by a long one, at a cost that grows with its square."""
-    least_recurrences: int = 16
+    least_recurrences: Annotated[int, Range(16)] = 16
     """Fewer than this give no verdict: a period of 4 would be seen three times in the tail."""
-    rounding_factor: float = 4.0
+    rounding_factor: Positive = 4.0
     """Motion within this multiple of the dtype's own rounding is rest. A recurrence rounds more than once, and
     rounding is not random: states that should rest hop between neighbouring numbers, four roundings apart at
     most in what we made."""
-    floor_factor: float = 30.0
+    floor_factor: Positive = 30.0
     """Shapeless motion within this multiple of the rounding is noise that a model amplifies. Huginn-0125 in bfloat16
     hovers at 6 to 12 times its rounding; a mode with eigenvalue 0.99 amplifies white noise sevenfold."""
-    filling: float = 0.2
+    filling: Positive = 0.2
     """Noise moves in many directions at once. Motion beyond `rounding_factor` counts as noise only if it takes at least
     this share of the directions that white noise would take in the same window (participation ratio of the principal
     components), or stays within two fifths of `floor_factor`."""
-    significance: float = 1e-4
+    significance: _Share = 1e-4
     """Motion has a shape if noise alone would fit one so well with at most this probability, after correction for how
     many were tried. With 10,000 tokens, one is expected to be taken for shaped by chance; what it is called then rests
     on the other thresholds."""
-    margin: float = 3.0
+    margin: Positive = 3.0
     """A slider must be likelier than the best approach to a point by a factor of e to this, 20; below, it does not
     tell. Taking a fixed point for a slider would be worse."""
-    unexplained: float = 0.05
+    unexplained: _Share = 0.05
     """A shape explains the motion if at most this share of its variance is left."""
-    unexplained_noise: float = 0.25
+    unexplained_noise: _Share = 0.25
     """The same for an approach of which no more is left than noise, however small it is."""
-    unexplained_small: float = 0.12
+    unexplained_small: _Share = 0.12
     """The same for other motion, which noise alone may seem to show."""
-    unexplained_structure: float = 0.002
+    unexplained_structure: _Share = 0.002
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""
-    least_periods: float = 2.5
+    least_periods: Positive = 2.5
     """An orbit has to repeat this often within the tail. Twice could be chance; and a slow turn through less than
     that is a way, not a cycle."""
-    growth: float = 1.3
+    growth: Positive = 1.3
     """Steps that lengthen by this factor over the tail, in the shape of an exponential, show an unstable point. Below,
     they are those of a slider within what an arc bends."""
-    norm_growth: float = 1.8
+    norm_growth: Positive = 1.8
     """Steady motion in one direction is divergence rather than sliding if the norm grows by this factor over the tail.
     A norm in proportion to time doubles over the second half of any trajectory; a slider has this growth only if it has
     travelled more than three times its norm."""
-    summable: float = -0.15
+    summable: Annotated[float, Range()] = -0.15
     """Steps that shrink like t^(q-1) add up to a limit if q < 0. Between this and 0 the trajectory does not tell q
     from 0 (logarithmic drift), which is a slider's."""
-    slowing: float = 1.1
+    slowing: Positive = 1.1
     """Steps that follow (t + s)^-a have no limit if a is at most 1; this much is allowed for the fit. Looked at where
     no approach fits exactly, since exponentials come near to a logarithm."""
-    one_way: float = 1.5
+    one_way: Positive = 1.5
     """Exponent that the mean squared displacement of such steps has at least, between lags W/4 and W/2."""
-    ballistic: float = 1.7
+    ballistic: Positive = 1.7
     """A drift that is not quite steady has a mean squared displacement that grows with at least this power of the lag,
     2 without the unsteadiness; a random walk has 1."""
-    unsteady: float = 0.08
+    unsteady: _Share = 0.08
     """And a straight way or an arc leaves at most this share of its variance."""
-    steady: float = 1.3
+    steady: Positive = 1.3
     """Motion in many turns approaches a point, or leaves it, if its steps change steadily by this factor over the tail:
     eight standard errors from none, in both halves."""
-    shrinking: float = 2.5
+    shrinking: Positive = 2.5
     """Steps whose mean square root falls by this factor from the first third of the tail to the last are those of an
     approach, whatever its shape. Steps like 1/t, which have no limit, fall by 1.6 over the second half of a
     trajectory."""
-    shrinking_late: float = 1.15
+    shrinking_late: Positive = 1.15
     """The steps of an approach go on shrinking: within the later half of the tail by this factor at least, unless they
     have come to rest."""
-    nearer: float = 0.6
+    nearer: _Share = 0.6
     """And its motion within the later half is at most this share of that within the tail. It is about 1 for motion that
     goes on as before, half for a straight drift."""
-    spreading: float = 4.0
+    spreading: Positive = 4.0
     """The mean squared displacement still spreads if it grows by this factor from lags about W/16 to lags about W/2. It
     grows eightfold in a random walk and stays level in motion within bounds."""
-    settling: float = 1.05
+    settling: Positive = 1.05
     """An oscillation shrinks if its amplitude does by this factor over the tail and noise cannot explain it. (For it to
     grow takes `growth`: an orbit that is approached from within grows a little.)"""
-    even: float = 1.4
+    even: Positive = 1.4
     """The steps of an orbit have the same root mean square over the first whole periods of the tail as over the last,
     within this factor. Harmonics that recurrences alias to nearly the same turn make a rotation of any changing size; a
     sharp jump once a period may be seen as one step or as two."""
-    visible: float = 7.0
+    visible: Positive = 7.0
     """An orbit, a slider or what diverges moves by at least this many times the rounding. Rounding makes small cycles
     and slow hops of its own, which no data tell from others."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, but=("summable",))
-        if self.least_recurrences < 16:
-            raise ConfigError(f"least_recurrences must be at least 16, got {self.least_recurrences}.")
-        if self.window < 16:
-            raise ConfigError(f"window must be at least 16 recurrences, got {self.window}.")
-        shares = (
-            "significance",
-            "nearer",
-            "unsteady",
-            *(name for name in vars(self) if name.startswith("unexplained")),
-        )
-        for name in shares:
-            if not getattr(self, name) < 1:
-                raise ConfigError(f"The setting {name} is a share: it must be below 1, got {getattr(self, name)}.")
+        check_ranges(self, "The setting ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,25 +109,23 @@ class CosineSettings:
     """The paper's family of criteria: the cosine to the last state. Its algorithm is not public; these are its three
     published numbers, and what had to be chosen besides."""
 
-    tau: float = 0.05
+    tau: Positive = 0.05
     """A state is at its last one if the cosine differs from 1 by at most this (arXiv 2604.11791)."""
-    rho: float = 0.9
+    rho: Positive = 0.9
     """It is a fixed point if that holds for this share of the window (arXiv 2604.11791)."""
-    window: int = 128
+    window: Annotated[int, Range(8)] = 128
     """At most this many last recurrences are looked at; the paper's horizon is 128. The second half of the trajectory,
     if that is shorter."""
-    least_recurrences: int = 16
+    least_recurrences: Annotated[int, Range(8)] = 16
     """Fewer than this give no verdict."""
-    peak: float = 0.5
+    peak: Positive = 0.5
     """One peak of the spectrum dominates if it holds at least this share of the power, its two neighbours included.
     Ours: the paper does not say."""
-    monotone: float = 0.9
+    monotone: Positive = 0.9
     """An approach is monotone if at least this share of the steps go towards the last state. Ours likewise."""
 
     def __post_init__(self) -> None:
-        _check_positive(self)
-        if self.least_recurrences < 8 or self.window < 8:
-            raise ConfigError("The cosine method needs a window of at least 8 recurrences.")
+        check_ranges(self, "The setting ")
 
 
 def method_settings(method: str, changed: dict[str, Any] | None = None) -> DisplacementSettings | CosineSettings:
@@ -169,10 +155,3 @@ def parse_settings(method: str, texts: Sequence[str]) -> DisplacementSettings | 
         except ValueError:
             raise ConfigError(f"A setting is written NAME=VALUE with a number, got {text!r}.") from None
     return method_settings(method, changed)
-
-
-def _check_positive(settings: DisplacementSettings | CosineSettings, but: tuple[str, ...] = ()) -> None:
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if not math.isfinite(value) or (value <= 0 and field.name not in but):
-            raise ConfigError(f"The setting {field.name} must be a positive number, got {value}.")

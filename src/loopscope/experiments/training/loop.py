@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from loopscope._util.progress import ProgressBar
 from loopscope.errors import ConfigError
 from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.data import DataFiles, load_texts
@@ -62,38 +62,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
-
-
-class TrainingBar:
-    """A progress bar over steps with loss and speed. A context manager."""
-
-    def __init__(self, console: Console, *, steps: int, done: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("training", total=steps, completed=done, figures="")
-
-    def __enter__(self) -> TrainingBar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, *, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show `step` finished steps."""
-        self._progress.update(self._task, completed=step, figures=f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s")
-
-    def say(self, sentence: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(sentence, highlight=False, markup=False)
 
 
 @dataclass(frozen=True)
@@ -171,14 +139,14 @@ class _Run:
         """Do the steps that are left, then evaluate."""
         config = self.config
         self._open_log()
-        bar = TrainingBar(console, steps=config.steps, done=self.progress.step)
-        with stop_on_signals() as stop, bar:
+        with stop_on_signals() as stop, ProgressBar("training", console, transient=False) as bar:
+            bar.start(config.steps, self.progress.step)
             for step in range(self.progress.step, config.steps):
                 report = self._step(step)
-                bar.advance(step=step + 1, loss=report.loss, tokens_per_second=self.progress.tokens_per_second)
+                bar.step(f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s")
                 if stop.made:
                     self._save()
-                    bar.say(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
+                    bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
                     return TrainResult(self.folder.path, step + 1, None)
         results = self._finish()
         return TrainResult(self.folder.path, config.steps, results)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loopscope._util.sites import STAGES
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.transformer import LoopedTransformer
 
@@ -22,7 +23,7 @@ ROTATION_TABLES = re.compile(r"(.+\.)?(freqs_cis|rotary_emb\.(inv_freq|cos_cache
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSlice:
     """Rows `start:stop` of the tensor `name`, which must have the given shape."""
 
     name: str
@@ -64,7 +65,7 @@ def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     One layer of each stage is built, without memory for its values, and stands for the others: a config may ask for
     thousands of layers before it turns out that the checkpoint does not hold them.
     """
-    layers = {stage: getattr(architecture, stage) for stage in ("prelude", "recurrent", "coda")}
+    layers = {stage: getattr(architecture, stage) for stage in STAGES}
     fewest = {stage: min(count, 1) for stage, count in layers.items()}
     with torch.device("meta"):
         model = LoopedTransformer(
@@ -95,7 +96,7 @@ class Family:
     """From the names of the tensors."""
     architecture: Callable[[Config], Architecture]
     """Raises `CheckpointError` or `ConfigError` for any setting that the native model does not implement."""
-    parts: Callable[[Architecture, Collection[str]], Mapping[str, Part]]
+    parts: Callable[[Architecture, Collection[str]], Mapping[str, TensorSlice]]
     """Where each of our parameters lies, given the names of the tensors."""
     unused: re.Pattern[str] = ROTATION_TABLES
     """Names of tensors that may be there and are computed rather than read."""

@@ -12,17 +12,17 @@ from typing import Any
 from loopscope.errors import CheckpointError, ConfigError, UnknownFamilyError
 from loopscope.models.architecture import Architecture
 from loopscope.models.checkpoints.families import FAMILIES
-from loopscope.models.checkpoints.family import Family, Part, parameter_shapes
+from loopscope.models.checkpoints.family import Family, TensorSlice, parameter_shapes
 from loopscope.models.checkpoints.store import READABLE, Headers, TensorStore, read_json
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """A checkpoint of a known family in which every tensor is there, is known, and has its shape."""
 
     family: str
     architecture: Architecture
-    parts: Mapping[str, Part]
+    parts: Mapping[str, TensorSlice]
     """Where each of our parameters lies."""
     copies: Mapping[str, str]
     """Tensors that are there and must equal another one."""
@@ -34,7 +34,7 @@ class Layout:
     """Names of the files that hold the tensors."""
 
 
-def read_layout(folder: Path, families: Sequence[Family] = ()) -> Layout:
+def read_layout(folder: Path, families: Sequence[Family] = ()) -> CheckpointLayout:
     """The layout of a checkpoint folder; `families` are asked before loopscope's own.
 
     Raises `CheckpointError` for a folder that is no checkpoint, a family that is not known, a setting that is not
@@ -43,7 +43,9 @@ def read_layout(folder: Path, families: Sequence[Family] = ()) -> Layout:
     return find_layout(read_json(folder / "config.json"), TensorStore(folder).headers, str(folder), families)
 
 
-def find_layout(config: Mapping[str, Any], headers: Headers, where: str, families: Sequence[Family] = ()) -> Layout:
+def find_layout(
+    config: Mapping[str, Any], headers: Headers, where: str, families: Sequence[Family] = ()
+) -> CheckpointLayout:
     """The layout of a checkpoint whose config and headers come from anywhere; `where` names it in messages.
 
     Raises `CheckpointError` as `read_layout` does.
@@ -61,7 +63,7 @@ def find_layout(config: Mapping[str, Any], headers: Headers, where: str, familie
     dtypes: Counter[str] = Counter()
     for name in {part.name for part in parts.values()}:
         dtypes[headers[name].dtype] += headers[name].nbytes
-    return Layout(
+    return CheckpointLayout(
         family=family.name,
         architecture=architecture,
         parts=parts,
@@ -94,7 +96,7 @@ def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, fa
 
 
 def _copies(
-    family: Family, architecture: Architecture, parts: Mapping[str, Part], names: Collection[str]
+    family: Family, architecture: Architecture, parts: Mapping[str, TensorSlice], names: Collection[str]
 ) -> dict[str, str]:
     head = family.tied_head
     if head is None or not architecture.tied_embeddings or head not in names:
@@ -102,7 +104,7 @@ def _copies(
     return {head: parts["embedding.weight"].name}
 
 
-def _check_parts(family: Family, architecture: Architecture, parts: Mapping[str, Part]) -> None:
+def _check_parts(family: Family, architecture: Architecture, parts: Mapping[str, TensorSlice]) -> None:
     """A family has to give every parameter as many values as it has, and to leave no row of a tensor unread."""
     ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, shape in parameter_shapes(architecture).items():
@@ -130,7 +132,7 @@ def _check_parts(family: Family, architecture: Architecture, parts: Mapping[str,
 def _check_names(
     family: Family,
     architecture: Architecture,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TensorSlice],
     copies: Collection[str],
     headers: Headers,
     where: str,
@@ -155,7 +157,7 @@ def _count(names: list[str], noun: str) -> str:
     return f"1 {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
 
 
-def _check_shapes(parts: Mapping[str, Part], copies: Mapping[str, str], headers: Headers) -> None:
+def _check_shapes(parts: Mapping[str, TensorSlice], copies: Mapping[str, str], headers: Headers) -> None:
     wanted = {part.name: part.shape for part in parts.values()}
     wanted |= {copy: wanted[original] for copy, original in copies.items()}
     for name, shape in wanted.items():

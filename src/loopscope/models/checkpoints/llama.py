@@ -7,8 +7,8 @@ from typing import Any
 
 from loopscope.errors import CheckpointError
 from loopscope.models.architecture import Activation, Architecture
-from loopscope.models.checkpoints.family import Config, Family, ParameterName, Part, parameter_shapes, parse_name
-from loopscope.models.checkpoints.fields import BOOKKEEPING, Fields
+from loopscope.models.checkpoints.config_reader import IGNORED_FIELDS, ConfigReader
+from loopscope.models.checkpoints.family import Config, Family, ParameterName, TensorSlice, parameter_shapes, parse_name
 from loopscope.models.checkpoints.positions import read_rope, read_windows
 
 LLAMA_HEAD = "lm_head.weight"
@@ -41,7 +41,7 @@ _NORMS = {"norm_2": "post_attention_layernorm", "norm_4": "post_feedforward_laye
 
 
 def read_llama_like(
-    fields: Fields, *, kv_heads: int | None = None, head_dim: int | None = None, max_positions: int = 2048
+    fields: ConfigReader, *, kv_heads: int | None = None, head_dim: int | None = None, max_positions: int = 2048
 ) -> dict[str, Any]:
     """The settings of the `Architecture` that every family with Llama's names has, but for its layers.
 
@@ -83,7 +83,7 @@ def looks_llama_like(names: Collection[str], *, has: Collection[str] = (), lacks
 
 def llama_like_parts(
     architecture: Architecture, names: Collection[str], norms: Mapping[str, str] = LLAMA_NORMS
-) -> dict[str, Part]:
+) -> dict[str, TensorSlice]:
     """Where each parameter lies; `norms` maps our four norms of a layer to theirs.
 
     All layers are of one stage. Published files have the `model.` before the names of everything but the head, or,
@@ -92,7 +92,7 @@ def llama_like_parts(
     root = _root(names)
     in_layer = {**_IN_LAYER, **norms}
     shapes = parameter_shapes(architecture)
-    return {name: Part(_theirs(parse_name(name), root, in_layer), shape) for name, shape in shapes.items()}
+    return {name: TensorSlice(_theirs(parse_name(name), root, in_layer), shape) for name, shape in shapes.items()}
 
 
 def _theirs(name: ParameterName, root: str, in_layer: Mapping[str, str]) -> str:
@@ -119,11 +119,11 @@ def has_llama_layers(names: Collection[str]) -> bool:
 
 
 def _llama_architecture(config: Config) -> Architecture:
-    fields = Fields(config, "Llama")
+    fields = ConfigReader(config, "Llama")
     architecture = Architecture(
         prelude=fields.integer("num_hidden_layers"), recurrent=0, coda=0, **read_llama_like(fields)
     )
-    fields.close(BOOKKEEPING)
+    fields.close(IGNORED_FIELDS)
     return architecture
 
 
@@ -138,7 +138,7 @@ LLAMA = Family(
 
 
 def _mistral_architecture(config: Config) -> Architecture:
-    fields = Fields(config, "Mistral")
+    fields = ConfigReader(config, "Mistral")
     architecture = Architecture(
         prelude=fields.integer("num_hidden_layers"),
         recurrent=0,
@@ -146,7 +146,7 @@ def _mistral_architecture(config: Config) -> Architecture:
         sliding_window=fields.optional_integer("sliding_window", 4096),
         **read_llama_like(fields, kv_heads=8, max_positions=4096 * 32),
     )
-    fields.close(BOOKKEEPING)
+    fields.close(IGNORED_FIELDS)
     return architecture
 
 
@@ -165,7 +165,7 @@ def _olmo2_recognises(names: Collection[str]) -> bool:
 
 
 def _olmo2_architecture(config: Config) -> Architecture:
-    fields = Fields(config, "OLMo-2")
+    fields = ConfigReader(config, "OLMo-2")
     architecture = Architecture(
         prelude=fields.integer("num_hidden_layers"),
         recurrent=0,
@@ -174,11 +174,11 @@ def _olmo2_architecture(config: Config) -> Architecture:
         qk_norm="full",
         **read_llama_like(fields),
     )
-    fields.close(BOOKKEEPING)
+    fields.close(IGNORED_FIELDS)
     return architecture
 
 
-def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, Part]:
+def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
     return llama_like_parts(architecture, names, _NORMS)
 
 
@@ -199,7 +199,7 @@ def _qwen3_recognises(names: Collection[str]) -> bool:
 
 
 def _qwen3_architecture(config: Config) -> Architecture:
-    fields = Fields(config, "Qwen3")
+    fields = ConfigReader(config, "Qwen3")
     layers = fields.integer("num_hidden_layers")
     architecture = Architecture(
         prelude=layers,
@@ -209,7 +209,7 @@ def _qwen3_architecture(config: Config) -> Architecture:
         **read_windows(fields, layers),
         **read_llama_like(fields, kv_heads=32, head_dim=128, max_positions=32768),
     )
-    fields.close(BOOKKEEPING)
+    fields.close(IGNORED_FIELDS)
     return architecture
 
 

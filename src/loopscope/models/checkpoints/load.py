@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from loopscope.errors import CheckpointError, NonFiniteError
-from loopscope.models.checkpoints.family import Family, Part
-from loopscope.models.checkpoints.layout import Layout, find_layout
+from loopscope.models.checkpoints.family import Family, TensorSlice
+from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout
 from loopscope.models.checkpoints.store import TensorHeader, TensorStore, read_json
 from loopscope.models.native.transformer import LoopedTransformer
 
@@ -123,7 +123,9 @@ def load_checkpoint(
     )
 
 
-def _fill(layout: Layout, store: TensorStore, dtype: torch.dtype, device: torch.device | str) -> LoopedTransformer:
+def _fill(
+    layout: CheckpointLayout, store: TensorStore, dtype: torch.dtype, device: torch.device | str
+) -> LoopedTransformer:
     with torch.device("meta"):
         model = LoopedTransformer(layout.architecture)
     for name, parameter in list(model.named_parameters()):
@@ -134,7 +136,7 @@ def _fill(layout: Layout, store: TensorStore, dtype: torch.dtype, device: torch.
     return model
 
 
-def _read(part: Part, store: TensorStore, values: Tensor) -> None:
+def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:
     """Fill `values` with a part of a stored tensor."""
     start, stop = part.rows
     header = store.headers[part.name]

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from loopscope._util.files import write_atomically
 from loopscope.errors import CheckpointError
 from loopscope.models.architecture import Architecture
-from loopscope.models.checkpoints.family import Config, Family, Part, parameter_shapes
+from loopscope.models.checkpoints.family import Config, Family, TensorSlice, parameter_shapes
 from loopscope.models.native.transformer import LoopedTransformer
 
 _VERSION = 1
@@ -38,8 +38,8 @@ def _architecture(config: Config) -> Architecture:
     return Architecture.from_dict(fields)
 
 
-def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, Part]:
-    return {name: Part(name, shape) for name, shape in parameter_shapes(architecture).items()}
+def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
+    return {name: TensorSlice(name, shape) for name, shape in parameter_shapes(architecture).items()}
 
 
 NATIVE = Family(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loopscope.models.architecture import Architecture
-from loopscope.models.checkpoints.family import Config, Family, Part
-from loopscope.models.checkpoints.fields import BOOKKEEPING, Fields
+from loopscope.models.checkpoints.config_reader import IGNORED_FIELDS, ConfigReader
+from loopscope.models.checkpoints.family import Config, Family, TensorSlice
 from loopscope.models.checkpoints.llama import LLAMA_HEAD, llama_like_parts, looks_llama_like, read_llama_like
 from loopscope.models.checkpoints.positions import read_windows
 
@@ -19,7 +19,7 @@ _NORMS = {
     "norm_3": "post_attention_layernorm",
     "norm_4": "post_attention_layernorm_2",
 }
-_HARMLESS = BOOKKEEPING | {"chunk_size"}
+_HARMLESS = IGNORED_FIELDS | {"chunk_size"}
 """A size for computing in pieces, which the published code does not use."""
 
 
@@ -28,7 +28,7 @@ def _recognises(names: Collection[str]) -> bool:
 
 
 def _architecture(config: Config) -> Architecture:
-    fields = Fields(config, "Ouro")
+    fields = ConfigReader(config, "Ouro")
     layers = fields.integer("num_hidden_layers")
     architecture = Architecture(
         prelude=0,
@@ -46,7 +46,7 @@ def _architecture(config: Config) -> Architecture:
     return architecture
 
 
-def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, Part]:
+def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
     return llama_like_parts(architecture, names, _NORMS)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from loopscope.errors import CheckpointError
 from loopscope.models.architecture import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from loopscope.models.checkpoints.fields import Fields
+from loopscope.models.checkpoints.config_reader import ConfigReader
 
 _DEFAULT_BASE = 10000.0
 _SCALINGS = "default, linear, llama3, yarn and dynamic"
@@ -19,7 +19,7 @@ _SCALINGS = "default, linear, llama3, yarn and dynamic"
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
-def read_rope(fields: Fields, max_positions: int, default_base: float | None = _DEFAULT_BASE) -> dict[str, Any]:
+def read_rope(fields: ConfigReader, max_positions: int, default_base: float | None = _DEFAULT_BASE) -> dict[str, Any]:
     """`rope_base` and `rope_scaling` of the `Architecture`.
 
     `default_base` is what a family takes where the config gives none; None where it has to be given. `max_positions`
@@ -41,7 +41,7 @@ def read_rope(fields: Fields, max_positions: int, default_base: float | None = _
     return settings
 
 
-def _base(fields: Fields, rope: Fields, default: float | None) -> float:
+def _base(fields: ConfigReader, rope: ConfigReader, default: float | None) -> float:
     outer, inner = fields.optional_number("rope_theta"), rope.optional_number("rope_theta")
     if outer is not None and inner is not None and outer != inner:
         raise CheckpointError(
@@ -53,14 +53,14 @@ def _base(fields: Fields, rope: Fields, default: float | None) -> float:
     return given
 
 
-def _kind(rope: Fields) -> str:
+def _kind(rope: ConfigReader) -> str:
     kinds = {rope.text(name) for name in ("rope_type", "type") if rope.has(name)} or {"default"}
     if len(kinds) > 1:
         raise CheckpointError(f"config.json: {rope.prefix}rope_type and {rope.prefix}type differ; keep one of them.")
     return kinds.pop()
 
 
-def _scaling(kind: str, rope: Fields, max_positions: int) -> RopeScaling | None:
+def _scaling(kind: str, rope: ConfigReader, max_positions: int) -> RopeScaling | None:
     match kind:
         case "default":
             return None
@@ -84,7 +84,7 @@ def _scaling(kind: str, rope: Fields, max_positions: int) -> RopeScaling | None:
     )
 
 
-def _yarn(rope: Fields, max_positions: int) -> YarnScaling:
+def _yarn(rope: ConfigReader, max_positions: int) -> YarnScaling:
     original = rope.count("original_max_position_embeddings", max_positions)
     factor = rope.number("factor")
     return YarnScaling(
@@ -97,7 +97,7 @@ def _yarn(rope: Fields, max_positions: int) -> YarnScaling:
     )
 
 
-def _attention_factor(rope: Fields, factor: float) -> float:
+def _attention_factor(rope: ConfigReader, factor: float) -> float:
     """`0.1 ln(factor) + 1` (YaRN, section 3.4) unless given, or as a quotient of two such with weights (DeepSeek)."""
     given = rope.optional_number("attention_factor")
     weight, weight_all = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
@@ -110,7 +110,7 @@ def _attention_factor(rope: Fields, factor: float) -> float:
     return gain(weight) / gain(weight_all) if weight and weight_all else gain(1.0)
 
 
-def read_windows(fields: Fields, layers: int) -> dict[str, Any]:
+def read_windows(fields: ConfigReader, layers: int) -> dict[str, Any]:
     """`sliding_window` and `full_attention_layers` of the `Architecture`.
 
     Without `layer_types`, layers from number `max_window_layers` on have the window. Defaults are those of the
@@ -134,7 +134,7 @@ def read_windows(fields: Fields, layers: int) -> dict[str, Any]:
     return {"sliding_window": window, "full_attention_layers": full}
 
 
-def _layer_types(fields: Fields, layers: int) -> list[str]:
+def _layer_types(fields: ConfigReader, layers: int) -> list[str]:
     kinds = fields.texts("layer_types")
     if len(kinds) != layers:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers.")

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from loopscope.models.architecture import Architecture
-from loopscope.models.checkpoints.family import Config, Family, ParameterName, Part, parameter_shapes, parse_name
-from loopscope.models.checkpoints.fields import RAVEN_BOOKKEEPING, Fields
+from loopscope.models.checkpoints.config_reader import RAVEN_IGNORED_FIELDS, ConfigReader
+from loopscope.models.checkpoints.family import Config, Family, ParameterName, TensorSlice, parameter_shapes, parse_name
 from loopscope.models.checkpoints.positions import read_rope
 
 RAVEN_HEAD = "lm_head.weight"
@@ -49,7 +49,7 @@ _STACKED = {
 
 _NORMS = {f"norm_{number}": f"norm_{number}" for number in (1, 2, 3, 4)}
 
-_HARMLESS = RAVEN_BOOKKEEPING | {"rope_base", "block_size"}
+_HARMLESS = RAVEN_IGNORED_FIELDS | {"rope_base", "block_size"}
 """Left over from Huginn."""
 
 _LLAMA_NORMS = {"norm_1": "norm_1", "norm_3": "norm_2"}
@@ -62,15 +62,15 @@ def looks_like_raven(names: Collection[str]) -> bool:
     return any(name.startswith("transformer.core_block.") for name in names)
 
 
-def raven_fields(config: Mapping[str, object], family: str) -> Fields:
+def raven_fields(config: Mapping[str, object], family: str) -> ConfigReader:
     """The config's fields, after those that have one value in all published files were checked."""
-    fields = Fields(config, family)
+    fields = ConfigReader(config, family)
     for name, value in _FIXED.items():
         fields.require(name, value)
     return fields
 
 
-def raven_parts(architecture: Architecture, norms: Mapping[str, str]) -> dict[str, Part]:
+def raven_parts(architecture: Architecture, norms: Mapping[str, str]) -> dict[str, TensorSlice]:
     """Where each parameter lies; `norms` maps our four norms of a layer to theirs."""
     shapes = parameter_shapes(architecture)
     return {name: _part(parse_name(name), shapes, architecture, {**_IN_LAYER, **norms}) for name in shapes}
@@ -81,21 +81,21 @@ def _part(
     shapes: Mapping[str, tuple[int, ...]],
     architecture: Architecture,
     in_layer: Mapping[str, str],
-) -> Part:
+) -> TensorSlice:
     if not name.stage:
-        return Part(f"{_OUTSIDE[name.module]}.{name.leaf}", shapes[f"{name.module}.{name.leaf}"])
+        return TensorSlice(f"{_OUTSIDE[name.module]}.{name.leaf}", shapes[f"{name.module}.{name.leaf}"])
     ours, theirs = f"{name.stage}.{name.layer}", f"transformer.{_STAGES[name.stage]}.{name.layer}"
     if name.leaf in ("query_bias", "key_bias"):
         both = (2, 1, architecture.heads, architecture.head_dim)
         row = ("query_bias", "key_bias").index(name.leaf)
-        return Part(f"{theirs}.attn.qk_bias", both, row, row + 1)
+        return TensorSlice(f"{theirs}.attn.qk_bias", both, row, row + 1)
     for stack, modules in _STACKED.items():
         if name.module in modules:
             rows = [shapes[f"{ours}.{module}.weight"][0] for module in modules]
             start = sum(rows[: modules.index(name.module)])
             whole = (sum(rows), architecture.width)
-            return Part(f"{theirs}.{stack}.weight", whole, start, start + rows[modules.index(name.module)])
-    return Part(f"{theirs}.{in_layer[name.module]}.{name.leaf}", shapes[f"{ours}.{name.module}.{name.leaf}"])
+            return TensorSlice(f"{theirs}.{stack}.weight", whole, start, start + rows[modules.index(name.module)])
+    return TensorSlice(f"{theirs}.{in_layer[name.module]}.{name.leaf}", shapes[f"{ours}.{name.module}.{name.leaf}"])
 
 
 def _recognises(names: Collection[str]) -> bool:
@@ -135,11 +135,11 @@ def _huginn_architecture(config: Config) -> Architecture:
         state_std=init.number("std") * embedding_scale,
         max_positions=fields.count("block_size"),
     )
-    fields.close(RAVEN_BOOKKEEPING)
+    fields.close(RAVEN_IGNORED_FIELDS)
     return architecture
 
 
-def _huginn_parts(architecture: Architecture, names: Collection[str]) -> dict[str, Part]:
+def _huginn_parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
     return raven_parts(architecture, _NORMS)
 
 
@@ -191,7 +191,7 @@ def _retrofit_architecture(config: Config, *, olmo: bool) -> Architecture:
     return architecture
 
 
-def _retrofit_parts(architecture: Architecture, names: Collection[str], *, olmo: bool) -> dict[str, Part]:
+def _retrofit_parts(architecture: Architecture, names: Collection[str], *, olmo: bool) -> dict[str, TensorSlice]:
     return raven_parts(architecture, _OLMO_NORMS if olmo else _LLAMA_NORMS)
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 from loopscope.models.hooks.attention import AttentionWatch
 from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of, with_other
-from loopscope.models.hooks.layout import Cursor, Layout, Site
-from loopscope.models.hooks.pausing import Borrowed, CallerState, PausedCall, Pauses, Returned
+from loopscope.models.hooks.layout import Cursor, HookLayout
+from loopscope.models.hooks.pausing import CallerState, ForwardContext, Pauses, Returned, SteppedCall
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState, Visit
 
@@ -43,17 +43,17 @@ Event = Ready | Injected | Visit | LoopState
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardSpec:
     """What one forward pass is made of."""
 
     call: ModelCall
-    layout: Layout
+    layout: HookLayout
     batch: Batch
     recurrences: int | None
     """None where the model itself knows and nobody else."""
     extra: Callable[[], Mapping[str, Any]]
     """More keyword arguments for the call, asked for when it begins."""
-    borrowed: Borrowed
+    context: ForwardContext
     blind: frozenset[tuple[Stage, int]]
     """(stage, layer) of the layers whose attention is not to be trusted."""
     copies: bool
@@ -72,31 +72,31 @@ class HookedForward:
     Where nobody is `listening`, only `Ready` and `LoopState` come.
     """
 
-    def __init__(self, one: Pass) -> None:
+    def __init__(self, one: ForwardSpec) -> None:
         self.logits: Logits | None = None
-        self._ear = _Ear()
+        self._listener = _Listener()
         caller = CallerState(one.batch.input_ids.device)
-        worker = _Worker(one, caller, self._ear)
-        self._borrowed = one.borrowed
-        self._call: PausedCall[Event, Logits] = PausedCall(worker.run)
+        worker = _Worker(one, caller, self._listener)
+        self._context = one.context
+        self._call: SteppedCall[Event, Logits] = SteppedCall(worker.run)
 
     @property
     def listening(self) -> bool:
-        return self._ear.listening
+        return self._listener.listening
 
     @listening.setter
     def listening(self, value: bool) -> None:
-        self._ear.listening = value
+        self._listener.listening = value
 
     @property
     def attention_calls(self) -> dict[tuple[Stage, int], int]:
         """Attention computations in the last call of each layer that was listened to."""
-        return self._ear.attention_calls
+        return self._listener.attention_calls
 
     @property
     def drew(self) -> bool:
-        """The forward pass took random numbers, where its `Borrowed` was given a seed."""
-        return self._borrowed.drew
+        """The forward pass took random numbers, where its `ForwardContext` was given a seed."""
+        return self._context.drew
 
     def next(self) -> Event | None:
         """Go on until the next event; None at the end. What the model raises is raised here."""
@@ -117,7 +117,7 @@ class HookedForward:
         self._call.close()
 
 
-class _Ear:
+class _Listener:
     """What the caller lets the running forward pass know, and learns besides its events."""
 
     def __init__(self) -> None:
@@ -128,10 +128,10 @@ class _Ear:
 class _Worker:
     """The side that runs in a thread of its own."""
 
-    def __init__(self, one: Pass, caller: CallerState, ear: _Ear) -> None:
-        self._pass = one
+    def __init__(self, one: ForwardSpec, caller: CallerState, listener: _Listener) -> None:
+        self._spec = one
         self._caller = caller
-        self._ear = ear
+        self._listener = listener
         self._cursor = Cursor(one.layout, one.recurrences)
         self._site: Site | None = None
         self._ends = 0
@@ -146,20 +146,20 @@ class _Worker:
         self._thread = threading.get_ident()
         with ExitStack() as stack:
             self._caller.enter(stack)
-            stack.enter_context(torch.set_grad_enabled(self._pass.gradients))
+            stack.enter_context(torch.set_grad_enabled(self._spec.gradients))
             # Hooks come and go while nobody else computes, who might be looking through them.
-            stack.callback(self._pass.borrowed.give_back)
-            self._pass.borrowed.take()
-            for module in self._pass.layout.modules:
+            stack.callback(self._spec.context.give_back)
+            self._spec.context.take()
+            for module in self._spec.layout.modules:
                 # Other threads run the same modules: another run of the model, or its owner.
                 before = module.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(module.register_forward_hook(self._after).remove)
-            if self._pass.layout.loop_end is not None:
-                end = self._pass.layout.loop_end.module.register_forward_hook(self._after_loop_end)
+            if self._spec.layout.loop_end is not None:
+                end = self._spec.layout.loop_end.module.register_forward_hook(self._after_loop_end)
                 stack.callback(end.remove)
             stack.callback(self._stop_watching)  # where a layer failed
-            logits = self._pass.call(self._pass.batch, self._pass.extra())
+            logits = self._spec.call(self._spec.batch, self._spec.extra())
             self._cursor.finish()
             self._check_end("after the last recurrence", self._ends > 0)
             return logits
@@ -175,23 +175,23 @@ class _Worker:
         changed = None
         if site.stage == "recurrent" and site.layer == 0:
             received = self._find(arguments_of(module, args, kwargs), site, "received")
-            if site.recurrence == 0 and self._pass.begins_with is not None:
-                other = self._pass.begins_with.clone()
+            if site.recurrence == 0 and self._spec.begins_with is not None:
+                other = self._spec.begins_with.clone()
                 changed = with_other(args, kwargs, received, other)
                 received = other
             self._begin_recurrence(site, self._announced(received))
-        if self._ear.listening:
+        if self._listener.listening:
             self._watching = ExitStack()
             self._watching.enter_context(self._watch)
         return changed
 
     def _begin_recurrence(self, site: Site, state: States) -> None:
         if site.recurrence == 0:
-            self._tell(Ready(state))
+            self._announce(Ready(state))
         else:
             self._check_end(f"between recurrence {site.recurrence - 1} and the next", self._ends == 1)
-        if self._ear.listening:
-            self._tell(Injected(site.recurrence, state))
+        if self._listener.listening:
+            self._announce(Injected(site.recurrence, state))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() != self._thread:
@@ -202,20 +202,20 @@ class _Worker:
         if self._watching is not None:
             self._stop_watching()
             attention, calls = self._watch.collect()
-            self._ear.attention_calls[site.stage, site.layer] = calls
-            if (site.stage, site.layer) in self._pass.blind:
+            self._listener.attention_calls[site.stage, site.layer] = calls
+            if (site.stage, site.layer) in self._spec.blind:
                 attention = None
         state = self._announced(self._find(outputs_of(output), site, "put out"))
-        if self._ear.listening:
-            self._tell(Visit(site.stage, site.layer, site.recurrence, state, attention))
+        if self._listener.listening:
+            self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention))
         is_last = self._cursor.leave(site)
-        layout = self._pass.layout
+        layout = self._spec.layout
         if is_last:
             self._ends = 0
             if layout.loop_end is None:
-                self._tell(LoopState(site.recurrence, state))
+                self._announce(LoopState(site.recurrence, state))
         elif not layout.recurrent and self._cursor.done["prelude"] == len(layout.prelude) and site.stage == "prelude":
-            self._tell(Ready(state))
+            self._announce(Ready(state))
 
     def _after_loop_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         done = self._cursor.done
@@ -223,21 +223,21 @@ class _Worker:
             return
         self._ends += 1
         if self._ends == 1:
-            site = Site("recurrent", len(self._pass.layout.recurrent) - 1, self._cursor.recurrences - 1)
+            site = Site("recurrent", len(self._spec.layout.recurrent) - 1, self._cursor.recurrences - 1)
             state = self._announced(self._find(outputs_of(output), site, "was followed by"))
-            self._tell(LoopState(site.recurrence, state))
+            self._announce(LoopState(site.recurrence, state))
 
     def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
         """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
-        batch = tuple(self._pass.batch.input_ids.shape)
+        batch = tuple(self._spec.batch.input_ids.shape)
         found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
-        layer = self._pass.layout.stage(site.stage)[site.layer]
+        layer = self._spec.layout.stage(site.stage)[site.layer]
         if found is None or found.shape[:2] != batch:
             raise ConfigError(
                 f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map "
                 "states to states."
             )
-        width = self._pass.width
+        width = self._spec.width
         if verb != "received" and width is not None and found.shape[2] != width:
             raise ConfigError(
                 f"{layer.path} ({site.label}) {verb} {tuple(found.shape)} for {batch} tokens, where the model's states "
@@ -246,11 +246,11 @@ class _Worker:
         return found
 
     def _announced(self, state: Tensor) -> Tensor:
-        seen = state if self._pass.gradients else state.detach()
-        return seen.clone() if self._pass.copies else seen
+        seen = state if self._spec.gradients else state.detach()
+        return seen.clone() if self._spec.copies else seen
 
     def _check_end(self, where: str, held: bool) -> None:
-        end = self._pass.layout.loop_end
+        end = self._spec.layout.loop_end
         if end is not None and not held:
             raise ConfigError(
                 f"loop_end={end.path!r} was called {self._ends} times {where}; name a module that is called once at "
@@ -262,7 +262,7 @@ class _Worker:
         if watching is not None:
             watching.close()
 
-    def _tell(self, event: Event) -> None:
-        self._pass.borrowed.give_back()
+    def _announce(self, event: Event) -> None:
+        self._spec.context.give_back()
         self._pauses.pause(event)
-        self._pass.borrowed.take()
+        self._spec.context.take()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError, LoopscopeError
-from loopscope.models.hooks.blind_spots import blind_spots
 from loopscope.models.hooks.calls import Forward, ModelCall, is_pretrained
-from loopscope.models.hooks.forward import Event, HookedForward, Injected, Pass, Ready
-from loopscope.models.hooks.layout import Layout
-from loopscope.models.hooks.pausing import Borrowed, Setting
+from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
+from loopscope.models.hooks.layout import HookLayout
+from loopscope.models.hooks.pausing import ForwardContext, Setting
 from loopscope.models.hooks.probe import PROBE_TOKENS, Facts, measure_facts
+from loopscope.models.hooks.unobservable import unobservable
 from loopscope.models.subject import Batch, SubjectInfo, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
 from loopscope.prompts.tokenizer import TextTokenizer
@@ -38,7 +38,7 @@ class HookedSubject:
     def __init__(
         self,
         model: nn.Module,
-        layout: Layout,
+        layout: HookLayout,
         *,
         set_recurrences: SetRecurrences | None = None,
         trained_recurrences: int | None = None,
@@ -73,9 +73,9 @@ class HookedSubject:
         return self._facts
 
     @property
-    def blind_spots(self) -> list[str]:
+    def unobservable(self) -> list[str]:
         """What cannot be seen of this model, in sentences."""
-        return blind_spots(self.layout, self.facts, settable=self.settable, takes_mask=self._call.takes_mask)
+        return unobservable(self.layout, self.facts, settable=self.settable, takes_mask=self._call.takes_mask)
 
     @property
     def settable(self) -> bool:
@@ -129,13 +129,13 @@ class HookedSubject:
     def bare_logits(self, batch: Batch, *, recurrences: int, seed: int = 0) -> Logits:
         """What the module answers, called as a run calls it but with no hook on it, (batch, token, vocabulary)."""
         batch = batch.to(self.device)
-        borrowed = self._borrowed(recurrences, seed)
+        context = self._context(recurrences, seed)
         try:
-            borrowed.take()
+            context.take()
             with torch.no_grad():
                 return self._call(batch, self._extra(recurrences))
         finally:
-            borrowed.give_back()
+            context.give_back()
 
     def forward(
         self,
@@ -152,13 +152,13 @@ class HookedSubject:
         """
         facts = self._facts
         return HookedForward(
-            Pass(
+            ForwardSpec(
                 self._call,
                 self.layout,
                 batch.to(self.device),
                 recurrences,
                 lambda: self._extra(recurrences),
-                self._borrowed(recurrences, seed),
+                self._context(recurrences, seed),
                 blind=frozenset() if facts is None else frozenset(facts.unseen),
                 copies=facts is not None and facts.overwrites,
                 width=None if facts is None else facts.width,
@@ -167,11 +167,11 @@ class HookedSubject:
             )
         )
 
-    def _borrowed(self, recurrences: int | None, seed: int) -> Borrowed:
+    def _context(self, recurrences: int | None, seed: int) -> ForwardContext:
         # A model that draws no random numbers leaves the generators alone, so they need not be saved.
         draws = self._facts is None or self._facts.draws
         setting = self._setting if recurrences and self.layout.recurrent else None
-        return Borrowed(self.model, setting=setting, recurrences=recurrences or 0, seed=seed if draws else None)
+        return ForwardContext(self.model, setting=setting, recurrences=recurrences or 0, seed=seed if draws else None)
 
     def _extra(self, recurrences: int | None) -> Mapping[str, Any]:
         if self._function is None or not recurrences:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
+from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 """A dotted path or a module, or several of them. A list of layers stands for its layers."""
@@ -24,7 +24,7 @@ class HookedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class HookLayout:
     """The layers that are watched, in the order of their calls; a layer may be called more than once."""
 
     prelude: tuple[HookedLayer, ...]
@@ -49,22 +49,10 @@ class Layout:
         return {"prelude": self.prelude, "recurrent": self.recurrent, "coda": self.coda}[stage]
 
 
-class Site(NamedTuple):
-    """A visit's place."""
-
-    stage: Stage
-    layer: int
-    recurrence: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.stage}.{self.layer}" + (f"@{self.recurrence}" if self.stage == "recurrent" else "")
-
-
 class Cursor:
     """Follows the calls of one forward pass. Raises `ConfigError` for a call that the layout does not announce."""
 
-    def __init__(self, layout: Layout, recurrences: int | None) -> None:
+    def __init__(self, layout: HookLayout, recurrences: int | None) -> None:
         self._layout = layout
         self._asked = recurrences
         self.done = {"prelude": 0, "recurrent": 0, "coda": 0}
@@ -191,7 +179,7 @@ def find_module(model: nn.Module, given: str | nn.Module, argument: str) -> Hook
     return HookedLayer(given, reached)
 
 
-def find_layout(model: nn.Module) -> tuple[Layout, str | None]:
+def find_layout(model: nn.Module) -> tuple[HookLayout, str | None]:
     """The layout, and the path of the attribute that holds the number of recurrences, None without a loop.
 
     Raises `ConfigError` for a model whose layers cannot be told.
@@ -199,10 +187,10 @@ def find_layout(model: nn.Module) -> tuple[Layout, str | None]:
     config = model.config
     if hasattr(config, "H_cycles") and hasattr(config, "L_cycles"):
         return _two_stacks(model, config), "config.H_cycles"
-    return Layout(prelude=_decoder_layers(model, config), recurrent=(), coda=()), None
+    return HookLayout(prelude=_decoder_layers(model, config), recurrent=(), coda=()), None
 
 
-def _two_stacks(model: nn.Module, config: Any) -> Layout:
+def _two_stacks(model: nn.Module, config: Any) -> HookLayout:
     """HRM-Text. A recurrence is one high cycle: the L stack, L_cycles times, then the H stack.
 
     Two states go around, z_H and z_L. The loop state is z_H, which the head reads at the end.
@@ -213,7 +201,7 @@ def _two_stacks(model: nn.Module, config: Any) -> Layout:
         for name in ("L_module", "H_module")
     )
     end = find_module(model, f"{base}H_module", "the layout of a two-stack model")
-    return Layout(prelude=(), recurrent=low * config.L_cycles + high, coda=(), loop_end=end)
+    return HookLayout(prelude=(), recurrent=low * config.L_cycles + high, coda=(), loop_end=end)
 
 
 def _base(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""A function call that can be stopped in the middle, from anywhere down its stack, and gone on with."""
+"""What lets a hooked forward pass stand still: settings it takes and gives back, and a call that can be resumed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from loopscope.errors import ConfigError
 
 _COMPUTING = threading.Lock()
-"""What is borrowed, a model's modes and the process's generators, belongs to one computing run at a time, in whatever
-thread of the caller's."""
+"""What a `ForwardContext` takes, a model's modes and the process's generators, belongs to one computing run at a time,
+in whatever thread of the caller's."""
 
 Event = TypeVar("Event")
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class Setting:
         setattr(self.owner, self.name, value)
 
 
-class Borrowed:
+class ForwardContext:
     """Evaluation mode, the number of recurrences, the random generators, and which of torch's ways to compute.
 
     They are taken while the model computes and given back at every pause, so that runs that stand still, another run
@@ -183,13 +183,13 @@ class Pauses(Generic[Event]):
     def __init__(self) -> None:
         # SimpleQueue, since a finalizer may put into it at any moment, also while this thread gets from it.
         self.orders: SimpleQueue[None] = SimpleQueue()
-        self.told: SimpleQueue[Event | Returned[object] | _Raised] = SimpleQueue()
+        self.events: SimpleQueue[Event | Returned[object] | _Raised] = SimpleQueue()
         self.abandoned = False
 
     def pause(self, event: Event) -> None:
-        """Hand over an event; returns when the call is gone on with. Raises `Abandoned` if it never will be."""
+        """Hand over an event; returns when the call is resumed. Raises `Abandoned` if it never will be."""
         self.check()
-        self.told.put(event)
+        self.events.put(event)
         self.orders.get()
         self.check()
 
@@ -199,7 +199,7 @@ class Pauses(Generic[Event]):
             raise Abandoned
 
 
-class PausedCall(Generic[Event, Result]):
+class SteppedCall(Generic[Event, Result]):
     """`function(pauses)` in a thread of its own that runs only while `resume` waits for it: nothing is concurrent.
 
     A generator would do the same if every frame between were one; the frames here are a model's own `forward`.
@@ -226,18 +226,18 @@ class PausedCall(Generic[Event, Result]):
         that was abandoned or has ended: nobody would ever answer.
         """
         if not self._end.alive:
-            raise RuntimeError("The call is over; there is nothing to go on with.")
+            raise RuntimeError("The call is over; there is nothing to resume.")
         try:
             self._pauses.orders.put(None)
-            told = self._pauses.told.get()
+            event = self._pauses.events.get()
         except BaseException:
             self.close()
             raise
-        if isinstance(told, Returned | _Raised):
+        if isinstance(event, Returned | _Raised):
             self.close()
-        if isinstance(told, _Raised):
-            raise told.error
-        return told  # type: ignore[return-value]  # Returned holds what `function` returned
+        if isinstance(event, _Raised):
+            raise event.error
+        return event  # type: ignore[return-value]  # Returned holds what `function` returned
 
     def close(self) -> None:
         """Abandon the call, if it is not over, and wait until it has unwound."""
@@ -254,7 +254,7 @@ def _work(function: Callable[[Pauses[Event]], Result], pauses: Pauses[Event]) ->
         return
     except BaseException as error:
         outcome = _Raised(error)
-    pauses.told.put(outcome)
+    pauses.events.put(outcome)
 
 
 def _abandon(pauses: Pauses[Event], thread: threading.Thread) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import States
+from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 from loopscope.models.hooks.forward import HookedForward, Injected
 from loopscope.models.subject import Batch
 from loopscope.models.visits import AttentionView, LoopState, MapAttention, QueryKeyAttention, Visit

@@ -18,7 +18,7 @@ from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, is_pretrained
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
-from loopscope.models.hooks.layout import Layers, Layout, find_layers, find_layout, find_module
+from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_layout, find_module
 from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -168,7 +168,7 @@ def hook(
         layout, own_path = find_layout(model)
         set_recurrences = set_recurrences or own_path
     else:
-        layout = Layout(
+        layout = HookLayout(
             prelude=find_layers(model, prelude, "prelude"),
             recurrent=find_layers(model, recurrent, "recurrent"),
             coda=find_layers(model, coda, "coda"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopscope.errors import ConfigError
+from loopscope._util.ranges import Count, check_ranges
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -22,19 +22,17 @@ _ALLOCATOR = 2
 class RunSize:
     """How large a run is, for an estimate of its memory."""
 
-    tokens: int = 512
+    tokens: Count = 512
     """Tokens of the longest prompt in a batch."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts that are run together."""
-    recurrences: int = 64
+    recurrences: Count = 64
     """How often the recurrent block runs."""
     dtype: Dtype = "float32"
     """What the model runs in."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "recurrences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_ranges(self, "--")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +190,7 @@ class Inspection:
     max_positions: int | None
     settings: Mapping[str, str]
     """Norms, injection, rotation and the rest, each in words."""
-    blind_spots: tuple[str, ...]
+    unobservable: tuple[str, ...]
     """What loopscope cannot see in this model."""
     tokenizer: TokenizerFacts | None
     memory: MemoryEstimate | None

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from loopscope._util.hub import require
+from loopscope._util.wording import layout_text
 from loopscope.errors import CheckpointError, UnknownFamilyError
-from loopscope.models.checkpoints.peek import Peek
-from loopscope.models.hooks.blind_spots import OF_ALL_LOOPS, OF_ALL_MODELS
-from loopscope.models.hooks.layout import HookedLayer, Layout, find_layout
+from loopscope.models.checkpoints.metadata import Metadata
+from loopscope.models.hooks.layout import HookedLayer, HookLayout, find_layout
+from loopscope.models.hooks.unobservable import OF_ALL_LOOPS, OF_ALL_MODELS
 from loopscope.models.inspection.facts import (
     Inspection,
     MemoryEstimate,
@@ -42,7 +43,7 @@ _MEASURED_OF_A_LOOP = (
 
 def inspect_hooked(
     name: str | Path,
-    peek: Peek,
+    metadata: Metadata,
     unknown: UnknownFamilyError,
     tokenizer: TokenizerFacts | None,
     run: RunSize,
@@ -51,26 +52,26 @@ def inspect_hooked(
     `ConfigError` where its layers cannot be told.
     """
     transformers = require("transformers", f"{unknown} Anything else", "transformers")
-    model = _skeleton(transformers, peek, unknown)
+    model = _skeleton(transformers, metadata, unknown)
     layout, number = find_layout(model)
     config = model.config.get_text_config(decoder=True)
     recurrences: int | None = None if number is None else attrgetter(number)(model)
     parameters = _counts(model, layout)
     return Inspection(
         name=str(name),
-        revision=peek.revision,
+        revision=metadata.revision,
         family=str(model.config.model_type),
         runs="through hooks",
         recognised_by=f"model_type {model.config.model_type!r} of transformers {transformers.__version__}",
-        layout=_notation(layout, recurrences),
+        layout=layout_text(len(layout.prelude), len(layout.recurrent), len(layout.coda), recurrences),
         prelude=len(layout.prelude),
         recurrent=len(layout.recurrent),
         coda=len(layout.coda),
         unique_layers=len(layout.modules),
         trained_recurrences=recurrences,
         parameters=parameters,
-        stored=_stored(peek),
-        files=tuple(sorted({header.file for header in peek.headers.values()})),
+        stored=_stored(metadata),
+        files=tuple(sorted({header.file for header in metadata.headers.values()})),
         width=_number(config, "hidden_size"),
         heads=_number(config, "num_attention_heads"),
         kv_heads=_number(config, "num_key_value_heads"),
@@ -79,22 +80,22 @@ def inspect_hooked(
         vocab_size=_number(config, "vocab_size"),
         max_positions=_number(config, "max_position_embeddings"),
         settings={},
-        blind_spots=_blind_spots(layout),
+        unobservable=_unobservable(layout),
         tokenizer=tokenizer,
         memory=_memory(config, parameters, layout, run),
     )
 
 
-def _blind_spots(layout: Layout) -> tuple[str, ...]:
+def _unobservable(layout: HookLayout) -> tuple[str, ...]:
     """What is known before the model runs; a `HookedSubject` knows more."""
     of_the_loop = (_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()
     return (*OF_ALL_MODELS, _MEASURED, *of_the_loop)
 
 
-def _skeleton(transformers: ModuleType, peek: Peek, unknown: UnknownFamilyError) -> Any:
+def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(
-            str(peek.folder), trust_remote_code=False, local_files_only=True
+            str(metadata.folder), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -107,13 +108,7 @@ def _skeleton(transformers: ModuleType, peek: Peek, unknown: UnknownFamilyError)
         ) from error
 
 
-def _notation(layout: Layout, recurrences: int | None) -> str:
-    if not layout.recurrent:
-        return f"{len(layout.prelude)} layers, feed-forward"
-    return f"({len(layout.prelude)}, {len(layout.recurrent)} ⊗ {recurrences}, {len(layout.coda)})"
-
-
-def _counts(model: Any, layout: Layout) -> ParameterCounts:
+def _counts(model: Any, layout: HookLayout) -> ParameterCounts:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight or bool(getattr(model.config, "tie_word_embeddings", False))
     own_head = 0 if tied or head is None else _size([head])
@@ -139,9 +134,9 @@ def _size(modules: Sequence[nn.Module]) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def _stored(peek: Peek) -> dict[str, int]:
+def _stored(metadata: Metadata) -> dict[str, int]:
     sizes: Counter[str] = Counter()
-    for header in peek.headers.values():
+    for header in metadata.headers.values():
         sizes[header.dtype] += header.nbytes
     return dict(sorted(sizes.items()))
 
@@ -151,7 +146,7 @@ def _number(config: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _memory(config: Any, parameters: ParameterCounts, layout: Layout, run: RunSize) -> MemoryEstimate | None:
+def _memory(config: Any, parameters: ParameterCounts, layout: HookLayout, run: RunSize) -> MemoryEstimate | None:
     """By the same formula as for a native model, with the sizes that the configuration names."""
     width, heads, vocabulary = (_number(config, name) for name in ("hidden_size", "num_attention_heads", "vocab_size"))
     if width is None or heads is None or vocabulary is None:

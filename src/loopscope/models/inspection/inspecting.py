@@ -21,8 +21,8 @@ from loopscope.models.architecture import (
     YarnScaling,
 )
 from loopscope.models.checkpoints.family import Family, parameter_shapes, parse_name
-from loopscope.models.checkpoints.layout import Layout, find_layout
-from loopscope.models.checkpoints.peek import Peek, peek_checkpoint
+from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout
+from loopscope.models.checkpoints.metadata import Metadata, read_metadata
 from loopscope.models.inspection.facts import (
     Inspection,
     ParameterCounts,
@@ -138,15 +138,16 @@ def _scaling(scaling: RopeScaling) -> str:
 
 
 def inspect_native(
-    name: str | Path, peek: Peek, layout: Layout, tokenizer: TokenizerFacts | None, run: RunSize
+    name: str | Path, metadata: Metadata, layout: CheckpointLayout, tokenizer: TokenizerFacts | None, run: RunSize
 ) -> Inspection:
     architecture = layout.architecture
     return Inspection(
         name=str(name),
-        revision=peek.revision,
+        revision=metadata.revision,
         family=layout.family,
         runs="natively",
-        recognised_by=f"model_type {peek.config.get('model_type')!r} and the names of its {len(peek.headers)} tensors",
+        recognised_by=f"model_type {metadata.config.get('model_type')!r} and the names of its {len(metadata.headers)} "
+        "tensors",
         layout=architecture.layout,
         prelude=architecture.prelude,
         recurrent=architecture.recurrent,
@@ -164,13 +165,13 @@ def inspect_native(
         vocab_size=architecture.vocab_size,
         max_positions=architecture.max_positions,
         settings=settings_in_words(architecture),
-        blind_spots=(),
+        unobservable=(),
         tokenizer=tokenizer,
         memory=estimate_memory(Sizes.of(architecture), run),
     )
 
 
-def _counts(layout: Layout) -> ParameterCounts:
+def _counts(layout: CheckpointLayout) -> ParameterCounts:
     counts: Counter[str] = Counter()
     for name, shape in parameter_shapes(layout.architecture).items():
         parsed = parse_name(name)
@@ -205,13 +206,13 @@ def inspect_model(
     load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
     """
     run = run or RunSize()
-    peek = peek_checkpoint(name_or_path, revision)
-    tokenizer = _tokenizer(peek.folder)
+    metadata = read_metadata(name_or_path, revision)
+    tokenizer = _tokenizer(metadata.folder)
     try:
-        layout = find_layout(peek.config, peek.headers, str(name_or_path), families)
+        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
     except UnknownFamilyError as unknown:
-        return inspect_hooked(name_or_path, peek, unknown, tokenizer, run)
-    return inspect_native(name_or_path, peek, layout, tokenizer, run)
+        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
+    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
 
 
 def _tokenizer(folder: Path) -> TokenizerFacts | None:

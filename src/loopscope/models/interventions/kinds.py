@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Stage
 
 Branch = Literal["mlp", "attention"]
 

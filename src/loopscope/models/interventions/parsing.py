@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, get_args
 
+from loopscope._util.sites import STAGES, Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Architecture, Stage
+from loopscope.models.architecture import Architecture
 from loopscope.models.interventions.kinds import (
     Damp,
     FreezeInjection,
@@ -103,7 +104,7 @@ def check_tokens(interventions: Sequence[Intervention], lengths: Sequence[int]) 
 def _check_layer(intervention: ScaleBranch, architecture: Architecture, name: str) -> None:
     layers: int = getattr(architecture, intervention.stage)
     if not layers:
-        there = [stage for stage in ("prelude", "recurrent", "coda") if getattr(architecture, stage)]
+        there = [stage for stage in STAGES if getattr(architecture, stage)]
         raise ConfigError(
             f"The intervention '{intervention}' names the {intervention.stage}, and {name} has no layers there; its "
             f"layers are in {' and '.join(there)}."

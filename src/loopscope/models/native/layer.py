@@ -12,7 +12,7 @@ from torch.nn import functional
 from loopscope._util.shapes import States
 from loopscope.models.architecture import Activation, Architecture, NormPlacement
 from loopscope.models.native.attention import Attention, AttentionContext, RMSNorm
-from loopscope.models.native.edits import UNCHANGED, BranchScale
+from loopscope.models.native.interventions import UNCHANGED, BranchScale
 from loopscope.models.visits import AttentionView
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -17,8 +17,8 @@ from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import Intervention, StartScaled
 from loopscope.models.interventions.parsing import check_fits, parse_interventions
 from loopscope.models.native.attention import AttentionContext, Mix, RotationTable, mix_values
-from loopscope.models.native.edits import Edits, RunEdits, initial_noise
 from loopscope.models.native.exit import ExitRule
+from loopscope.models.native.interventions import AppliedInterventions, RunInterventions, initial_noise
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.native.transformer import Sequence as TokenSequence
 from loopscope.models.subject import Batch, Subject, SubjectInfo, weights_digest
@@ -94,16 +94,16 @@ class NativeSubject:
         observers: Iterable[Observer] = (),
     ) -> NativeRun:
         batch = batch.to(self.device)
-        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), self._edits(batch, seed))
+        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), self._applied(batch, seed))
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
         if not self.info.can_start_elsewhere:
             return None
         batch = batch.to(self.device)
-        edits = self._edits(batch, seed)
+        applied = self._applied(batch, seed)
         # Not the seed that the run itself is told to draw from, or the two would be one.
-        seed = edits.seed(seed) + 1
+        seed = applied.seed(seed) + 1
         scale = next((abs(each.factor) for each in self.interventions if isinstance(each, StartScaled)), 1.0)
         if architecture.state_init == "normal":
             std = architecture.state_std * scale
@@ -111,14 +111,18 @@ class NativeSubject:
             return noise.to(self.device, self.model.dtype)
         noise = initial_noise(batch.input_ids, batch.mask, architecture.width, std=scale, seed=seed).to(self.device)
         with torch.no_grad():
-            encoded = self.model.encode(batch.input_ids, batch.mask, edits=edits).encoded
+            encoded = self.model.encode(batch.input_ids, batch.mask, applied=applied).encoded
         # As large as the state that it replaces, prompt by prompt: what else is in the batch must not matter.
         square = torch.where(batch.mask, encoded.double().square().mean(-1), 0.0).sum(-1) / batch.counts
         noise = noise * square.sqrt()[:, None, None]
         return noise.to(self.device, self.model.dtype)
 
-    def _edits(self, batch: Batch, seed: int) -> Edits:
-        return RunEdits(self.interventions, batch.input_ids, batch.mask, seed) if self.interventions else Edits()
+    def _applied(self, batch: Batch, seed: int) -> AppliedInterventions:
+        return (
+            RunInterventions(self.interventions, batch.input_ids, batch.mask, seed)
+            if self.interventions
+            else AppliedInterventions()
+        )
 
 
 class NativeRun:
@@ -131,12 +135,12 @@ class NativeRun:
         seed: int,
         initial_state: States | None,
         observers: tuple[Observer, ...],
-        edits: Edits,
+        applied: AppliedInterventions,
     ) -> None:
         self._model = model
         self._recurrence = 0
         with torch.no_grad():
-            self._sequence = model.encode(batch.input_ids, batch.mask, observers, edits)
+            self._sequence = model.encode(batch.input_ids, batch.mask, observers, applied)
             if initial_state is None:
                 initial_state = model.initial_state(self._sequence, seed)
         self.state: States = initial_state.to(model.device, model.dtype)
@@ -196,8 +200,8 @@ class NativeRun:
             self._sequence,
             encoded=self._sequence.encoded.to(dtype),
             context=dataclasses.replace(_context_in(self._sequence.context, dtype), mix=mix),
-            # Edits may remember what they see, and this is no part of the run.
-            edits=copy.copy(self._sequence.edits),
+            # AppliedInterventions may remember what they see, and this is no part of the run.
+            applied=copy.copy(self._sequence.applied),
         )
         if dtype == self._model.dtype and not any(weight.requires_grad for weight in self._model.parameters()):
             return lambda state: self._model.recur(state, sequence, at)
@@ -220,9 +224,9 @@ class NativeRun:
         def call(module: torch.nn.Module, *arguments: Any) -> Any:
             return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, arguments)
 
-        context, edits = _context_in(self._sequence.context, dtype), self._sequence.edits
-        frozen, injection = edits.frozen(self._recurrence), self._model.injection
-        state = edits.received(self.state, self._recurrence).to(dtype)
+        context, applied = _context_in(self._sequence.context, dtype), self._sequence.applied
+        frozen, injection = applied.frozen(self._recurrence), self._model.injection
+        state = applied.received(self.state, self._recurrence).to(dtype)
         encoded = self._sequence.encoded.to(dtype)
         if frozen is not None:
             state = frozen.to(dtype)
@@ -232,7 +236,7 @@ class NativeRun:
             state = self._model.inject(state, encoded)
         outputs = []
         for index, layer in enumerate(self._model.recurrent):
-            state, _ = call(layer, state, context, edits.scale("recurrent", index, self._recurrence))
+            state, _ = call(layer, state, context, applied.scale("recurrent", index, self._recurrence))
             outputs.append(state)
         return outputs
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
+from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
-from loopscope.models.architecture import Architecture, Stage
+from loopscope.models.architecture import Architecture
 from loopscope.models.native.attention import AttentionContext, RMSNorm, rotation_table
-from loopscope.models.native.edits import Edits, initial_noise
 from loopscope.models.native.exit import ExitRule
+from loopscope.models.native.interventions import AppliedInterventions, initial_noise
 from loopscope.models.native.layer import BoundedInjection, Layer
 from loopscope.models.visits import LoopState, Observer, Visit
 
@@ -27,7 +28,7 @@ class Sequence:
     encoded: States
     """e, the prelude's output."""
     context: AttentionContext
-    edits: Edits = field(default_factory=Edits)
+    applied: AppliedInterventions = field(default_factory=AppliedInterventions)
     """What interventions change in the model's computation."""
 
 
@@ -144,13 +145,13 @@ class LoopedTransformer(nn.Module):
         input_ids: TokenIds,
         attention_mask: TokenMask | None = None,
         observers: Iterable[Observer] = (),
-        edits: Edits | None = None,
+        applied: AppliedInterventions | None = None,
     ) -> Sequence:
-        """Embed the tokens and run the prelude. The edits hold for all that is done with the sequence."""
-        context, edits = self._context(input_ids, attention_mask), edits or Edits()
+        """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence."""
+        context, applied = self._context(input_ids, attention_mask), applied or AppliedInterventions()
         embedded = self.embed(input_ids)
-        encoded = self._stage("prelude", self.prelude, embedded, 0, context, edits, observers)
-        return Sequence(input_ids, encoded, context, edits)
+        encoded = self._stage("prelude", self.prelude, embedded, 0, context, applied, observers)
+        return Sequence(input_ids, encoded, context, applied)
 
     def embed(self, input_ids: TokenIds) -> States:
         """Token embeddings times the embedding scale, as the first layer receives them."""
@@ -160,7 +161,7 @@ class LoopedTransformer(nn.Module):
 
     def initial_state(self, sequence: Sequence, seed: int) -> States:
         """s_0 as the architecture says."""
-        return sequence.edits.started(self._own_initial_state(sequence, seed), sequence.encoded)
+        return sequence.applied.started(self._own_initial_state(sequence, seed), sequence.encoded)
 
     def _own_initial_state(self, sequence: Sequence, seed: int) -> States:
         if self.architecture.state_init == "embeddings":
@@ -170,24 +171,24 @@ class LoopedTransformer(nn.Module):
             sequence.context.mask,
             self.architecture.width,
             std=self.architecture.state_std,
-            seed=sequence.edits.seed(seed),
+            seed=sequence.applied.seed(seed),
         )
         return noise.to(self.device, self.dtype)
 
     def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
         """One pass through the recurrent block: injection, layers, the norm at its end if there is one, damping."""
         observers = tuple(observers)
-        edits = sequence.edits
-        received = edits.received(state, recurrence)
+        applied = sequence.applied
+        received = applied.received(state, recurrence)
         state = self._input(received, sequence, recurrence)
         for observer in observers:
             observer.injected(recurrence, state)
-        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, edits, observers)
+        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, applied, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
         if self.architecture.eta != 1.0:
             state = (1.0 - self.architecture.eta) * received + self.architecture.eta * state
-        state = edits.carried(received, state)
+        state = applied.carried(received, state)
         gate = self.gate(state) if self.exit_gate is not None and observers else None
         for observer in observers:
             observer.loop_state(LoopState(recurrence, state, gate))
@@ -195,11 +196,11 @@ class LoopedTransformer(nn.Module):
 
     def _input(self, state: States, sequence: Sequence, recurrence: int) -> States:
         """What the recurrent block receives: the mixed state, or, where the injection is frozen, an earlier one."""
-        frozen = sequence.edits.frozen(recurrence)
+        frozen = sequence.applied.frozen(recurrence)
         if frozen is not None:
             return frozen.to(state.dtype)
         mixed = self.inject(state, sequence.encoded)
-        sequence.edits.mixed(mixed, recurrence)
+        sequence.applied.mixed(mixed, recurrence)
         return mixed
 
     def gate(self, state: States) -> TokenValues:
@@ -220,7 +221,7 @@ class LoopedTransformer(nn.Module):
         """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
         if self.architecture.loop_norm == "loop":
             state = self.norm(state)
-        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.edits, observers)
+        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.applied, observers)
         return self.unembed(hidden if self._is_normed else self.norm(hidden))
 
     def unembed(self, hidden: States) -> Logits:
@@ -240,11 +241,11 @@ class LoopedTransformer(nn.Module):
         state: States,
         recurrence: int,
         context: AttentionContext,
-        edits: Edits,
+        applied: AppliedInterventions,
         observers: Iterable[Observer],
     ) -> States:
         for index, layer in enumerate(layers):
-            state, view = layer(state, context, edits.scale(stage, index, recurrence))
+            state, view = layer(state, context, applied.scale(stage, index, recurrence))
             for observer in observers:
                 observer.visit(Visit(stage, index, recurrence, state, view))
         return state

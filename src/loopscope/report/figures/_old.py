@@ -15,6 +15,7 @@ import xarray
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from loopscope._util.sites import Site
 from loopscope._util.wording import significant, visible
 from loopscope.report.figures.look import (
     CATEGORIES,
@@ -28,7 +29,7 @@ from loopscope.report.figures.look import (
 )
 from loopscope.report.figures.plot import script_text
 from loopscope.report.settings import ReportSettings
-from loopscope.study import Readings, Site, Study, median_over_prompts, positive, powers_of_two, read_study
+from loopscope.study import Readings, Study, median_over_prompts, positive, powers_of_two, read_study
 
 
 @dataclass(frozen=True, kw_only=True)

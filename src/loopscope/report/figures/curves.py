@@ -12,13 +12,14 @@ import xarray
 from jaxtyping import Float64
 from numpy.typing import NDArray
 
+from loopscope._util.sites import stage_starts
 from loopscope._util.wording import plural, significant
 from loopscope.answers.final import final_from
 from loopscope.answers.quantities import StageQuantity
 from loopscope.report.figures.look import CATEGORIES, MUTED, layer_colours, named_in_legend, ordered_colours
 from loopscope.report.figures.plot import Axis, Band, Line, Mark, Panel, Rule, Scale, Shade
 from loopscope.report.settings import ReportSettings
-from loopscope.study import StudyView, median_over_prompts, powers_of_two, quantile_over, sites_of, stage_starts
+from loopscope.study import StudyView, median_over_prompts, powers_of_two, quantile_over, sites_of
 
 Layout = Literal["by layer", "by recurrence", "by depth"]
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
+from loopscope._util.sites import Site
 from loopscope._util.wording import visible
 from loopscope.answers.limits import sinks_by_chance
 from loopscope.report.figures.look import SEQUENTIAL
 from loopscope.report.figures.plot import packed
-from loopscope.study import Site, StudyView, sites_of
+from loopscope.study import StudyView, sites_of
 
 _NUMBERS = ("sink_score", "strongest_sink", "strongest_sink_position", "mixing_score")
 
@@ -108,9 +109,7 @@ def mapped_prompts(view: StudyView) -> list[int]:
 
 
 def mapped_sites(view: StudyView) -> list[Site]:
-    data = view.dataset
-    columns = (data[f"map_{name}"].values for name in ("stage", "layer", "recurrence"))
-    return [Site(str(stage), int(layer), int(recurrence)) for stage, layer, recurrence in zip(*columns, strict=True)]
+    return sites_of(view.dataset, "map")
 
 
 def pass_name(site: Site, looped: bool) -> str:

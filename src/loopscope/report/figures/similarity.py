@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from loopscope._util.sites import stage_name, stage_starts
 from loopscope.report.figures.convergence import PER_ROW
 from loopscope.report.figures.curves import FEW
 from loopscope.report.figures.plot import Axis, FigureType, HeatMap, Number, Panel, Plot, Section, on_page
 from loopscope.report.settings import ReportSettings
-from loopscope.study import StudyView, stage_name, stage_starts
+from loopscope.study import StudyView
 
 _MOST_NUMBERS = 8
 """Layers whose cosines are written into the map."""

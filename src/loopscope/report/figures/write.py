@@ -17,8 +17,7 @@ from loopscope._util.files import write_atomically
 from loopscope._util.hub import require
 from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
-from loopscope.answers.comparison.result import MANIFEST as COMPARISON_MANIFEST
-from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
 from loopscope.errors import ConfigError, StudyError
 from loopscope.report.figures._old_paper import OLD_COMPARISON, OLD_STUDY, OldPlot, old_types
 from loopscope.report.figures.convergence import CONVERGENCE
@@ -197,7 +196,7 @@ def _load(source: Source) -> Study | Comparison:
     if isinstance(source, Study | Comparison):
         return source
     folder = Path(source)
-    return Comparison.load(folder) if (folder / COMPARISON_MANIFEST).is_file() else Study.load(folder)
+    return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
 def _folder_names(sources: Sequence[Study | Comparison]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loopscope._util.wording import percent
+from loopscope._util.table import Table
+from loopscope._util.wording import layout_text, percent
 from loopscope.answers.comparison.findings import Finding, comparison_answers, finding_of, p_text
 from loopscope.answers.comparison.result import Comparison
 from loopscope.report.figures.comparison import comparison_sections
 from loopscope.report.page.facts import provenance, thresholds
 from loopscope.report.page.html import render_template
-from loopscope.report.page.table import Table
 
 _WHAT = {
     "models": "Models compared",
@@ -69,8 +69,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     for label in ordered:
         study = comparison.studies[label]
         layout, prompts = study["layout"], study["prompts"]
-        shape = f"({layout['prelude']}, {layout['recurrent']} ⊗ R, {layout['coda']})"
-        text = shape if layout["recurrent"] else f"{sum(layout.values())} layers, feed-forward"
+        text = layout_text(layout["prelude"], layout["recurrent"], layout["coda"])
         if study["judged_at"]:
             text += f", judged at recurrence {study['judged_at']} of {study['recurrences']}"
         text += f"; {prompts['count']} prompts" if prompts["count"] else ""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from loopscope._util.table import Table
 from loopscope._util.wording import plural
 from loopscope.answers.answer import Answer
 from loopscope.experiments.cells import CellResult
 from loopscope.experiments.load import Experiment
-from loopscope.report.figures._old import Figure
 from loopscope.experiments.random_findings import (
     ARCHITECTURE_COLUMNS,
     architecture_answers,
@@ -22,10 +22,10 @@ from loopscope.experiments.random_findings import (
     phase_rows,
 )
 from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, DesignSummary, advice, summaries, training_rows
+from loopscope.report.figures._old import Figure
 from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
 from loopscope.report.figures.plot import Section
 from loopscope.report.page.html import render_template
-from loopscope.report.page.table import Table
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loopscope._util.table import Table
 from loopscope._util.wording import listed, plural, significant, visible
 from loopscope.answers.behaviour import judged_answer
 from loopscope.answers.rates import token_shares
@@ -17,7 +18,6 @@ from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, 
 from loopscope.report.figures.verdicts import Extreme, ShareSeries, extremes, shares_figure
 from loopscope.report.page.facts import provenance
 from loopscope.report.page.html import render_template
-from loopscope.report.page.table import Table
 
 _MOST_ROWS = 200
 """Trajectories that the table lists; verdicts.jsonl has all of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loopscope._util.wording import plural, visible
+from loopscope._util.wording import layout_text, plural, visible
 from loopscope.answers.comparison.result import Comparison
 from loopscope.report.paper.layouts import MOST_JOINED, Layout
 from loopscope.study import Readings
@@ -86,8 +86,7 @@ def _prompts(readings: Readings) -> str:
 
 def _study(label: str, study: Mapping[str, Any], *, reference: bool) -> str:
     layout, prompts = study["layout"], study["prompts"]
-    shape = f"({layout['prelude']}, {layout['recurrent']} ⊗ R, {layout['coda']})"
-    facts = [shape if study["recurrences"] else f"{sum(layout.values())} layers, feed-forward"]
+    facts = [layout_text(layout["prelude"], layout["recurrent"], layout["coda"])]
     if study["judged_at"]:
         facts.append(f"judged at recurrence {study['judged_at']} of {study['recurrences']}")
     facts.append(f"run in {study['dtype']}")

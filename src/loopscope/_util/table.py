@@ -1,4 +1,4 @@
-"""A table of texts as the page holds it."""
+"""A table of texts, which the page and the terminal draw each in its way."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class Table:
     """Rows under named columns; the first cell of a row names it."""
 
-    anchor: str
-    """Unique on the page; answers link to it."""
-    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
     lead: str = ""
     """How to read it."""
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    anchor: str = ""
+    """Unique on a page, whose answers link to it."""

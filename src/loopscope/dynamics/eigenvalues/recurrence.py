@@ -12,7 +12,7 @@ from torch import Tensor
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import Products
 
-Site = Literal["loop state", "block input"]
+StateSite = Literal["loop state", "block input"]
 """Where the state is taken: as one recurrence hands it on, or as the first recurrent layer receives it. The two maps
 are the same layers begun at different places, so their Jacobians at the fixed point have the same eigenvalues."""
 
@@ -23,7 +23,7 @@ _DROWNED = 1e3
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenBlock:
     """Some of a batch's tokens with the derivative of their recurrence."""
 
     tokens: TokenMask
@@ -33,25 +33,25 @@ class Part:
 
 
 @runtime_checkable
-class Approach(Protocol):
+class LinearisedRecurrence(Protocol):
     """What eigenvalues need of a subject that has run some prompts to the horizon."""
 
     state: States
     """Where the run stands, in the arithmetic of the derivatives."""
-    heading: States
+    last_step: States
     """Where each token's state last went before rounding drowned its steps; zero where nothing is known."""
     recurrences: int
     """How many were run before the state."""
-    site: Site
+    site: StateSite
 
-    def recurrence(self, state: States) -> States:
+    def apply(self, state: States) -> States:
         """One recurrence of all prompts, without gradients."""
 
-    def linearised(self, state: States) -> Iterator[Part]:
-        """The recurrence's derivative at these states, in parts that hold every token once."""
+    def linearised(self, state: States) -> Iterator[TokenBlock]:
+        """The recurrence's derivative at these states, in blocks that hold every token once."""
 
 
-class Heading:
+class LastStep:
     """Keeps each token's last step that is above rounding.
 
     The steps of a half-precision model are taken in float32: their own rounding would come on top of that of states.

@@ -10,7 +10,7 @@ from typing import Any
 from loopscope.errors import CheckpointError
 
 # fmt: off
-BOOKKEEPING = frozenset({
+IGNORED_FIELDS = frozenset({
     # Where the file comes from, and which code and tokenizer go with it.
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "name_or_path",
     "_name_or_path", "_commit_hash", "tokenizer_class", "task_specific_params", "finetuning_task",
@@ -34,7 +34,7 @@ BOOKKEEPING = frozenset({
     "suppress_tokens", "begin_suppress_tokens",
 })
 
-RAVEN_BOOKKEEPING = BOOKKEEPING | {
+RAVEN_IGNORED_FIELDS = IGNORED_FIELDS | {
     "activation_checkpoint_impl", "architecture_class_name", "effective_expected_depth", "init_orthogonal",
     "init_strategy", "mean_backprop_depth", "n_layers", "padding_multiple", "sampling_scheme", "test_time_noise_type",
     "vocab_size",
@@ -45,7 +45,7 @@ RAVEN_BOOKKEEPING = BOOKKEEPING | {
 _LEFT_OUT = object()
 
 
-class Fields:
+class ConfigReader:
     """Typed access to the fields of a family's config, which remembers what was read."""
 
     def __init__(self, config: Mapping[str, Any], family: str, prefix: str = "") -> None:
@@ -103,11 +103,11 @@ class Fields:
             raise self._wrong(name, "a string", value)
         return value
 
-    def mapping(self, name: str) -> Fields:
+    def mapping(self, name: str) -> ConfigReader:
         value = self._get(name)
         if not isinstance(value, Mapping):
             raise self._wrong(name, "an object", value)
-        return Fields(value, self.family, f"{self.prefix}{name}.")
+        return ConfigReader(value, self.family, f"{self.prefix}{name}.")
 
     def texts(self, name: str) -> list[str]:
         value = self._get(name)
@@ -127,7 +127,7 @@ class Fields:
         return self.number(name) if self.has(name) else None
 
     def close(self, harmless: Collection[str] = ()) -> None:
-        """Refuse the first field that is set, was not read, and is not known to be harmless (see `bookkeeping`)."""
+        """Refuse the first field that is set, was not read, and is not known to be harmless (see `IGNORED_FIELDS`)."""
         if self.has("quantization_config") and not self.prefix:
             raise CheckpointError(
                 "config.json has a quantization_config; weights are read as floating-point numbers only: give the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loopscope.models.hooks.layout import Layout
+from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.probe import Facts
 
 OF_ALL_MODELS = ("Norms: where they stand within a layer.",)
@@ -13,7 +13,7 @@ OF_ALL_LOOPS = (
 )
 
 
-def blind_spots(layout: Layout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
+def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
     if layout.recurrent:
@@ -60,7 +60,7 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
     return [*found, *OF_ALL_LOOPS]
 
 
-def _of_attention(layout: Layout, facts: Facts) -> list[str]:
+def _of_attention(layout: HookLayout, facts: Facts) -> list[str]:
     found = []
     for (stage, layer), calls in facts.unseen.items():
         path = layout.stage(stage)[layer].path

@@ -14,7 +14,7 @@ from loopscope.models.checkpoints.store import Headers, TensorHeader, TensorStor
 
 
 @dataclass(frozen=True)
-class Peek:
+class Metadata:
     """What is known of a checkpoint before any weight is read or downloaded."""
 
     folder: Path
@@ -25,7 +25,7 @@ class Peek:
     headers: Headers
 
 
-def peek_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Peek:
+def read_metadata(name_or_path: str | Path, revision: str | None = None) -> Metadata:
     """Read config.json and the headers of the safetensors files.
 
     Of a model on the Hugging Face hub that is not in the cache, only these small files and the headers are downloaded.
@@ -33,13 +33,13 @@ def peek_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pe
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and is_hub_name(name) and not Path(name).expanduser().exists():
-        return _peek_hub(name, revision)
+        return _hub_metadata(name, revision)
     found = find_checkpoint(name_or_path, revision)
     config = read_json(found.folder / "config.json")
-    return Peek(found.folder, found.revision, config, TensorStore(found.folder).headers)
+    return Metadata(found.folder, found.revision, config, TensorStore(found.folder).headers)
 
 
-def _peek_hub(name: str, revision: str | None) -> Peek:
+def _hub_metadata(name: str, revision: str | None) -> Metadata:
     hub = require("huggingface_hub", f"{name!r} is no folder, and to look for it on the Hugging Face hub loopscope")
     with downloading(
         repr(name),
@@ -59,7 +59,7 @@ def _peek_hub(name: str, revision: str | None) -> Peek:
             headers: Headers = TensorStore(folder).headers
         except CheckpointError:  # the weights are not in the cache, or not all of them
             headers = _remote_headers(name, folder.name)
-    return Peek(folder, folder.name, config, headers)
+    return Metadata(folder, folder.name, config, headers)
 
 
 def _remote_headers(name: str, commit: str) -> Headers:

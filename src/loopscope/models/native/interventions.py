@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import Noise, States, TokenIds, TokenMask
-from loopscope.models.architecture import Stage
+from loopscope._util.sites import Stage
 from loopscope.models.interventions.kinds import (
     Damp,
     FreezeInjection,
@@ -66,7 +66,7 @@ class BranchScale:
 UNCHANGED = BranchScale()
 
 
-class Edits:
+class AppliedInterventions:
     """No interventions: every answer leaves the computation as it is, bit for bit."""
 
     def scale(self, stage: Stage, layer: int, recurrence: int) -> BranchScale:
@@ -97,7 +97,7 @@ class Edits:
         return state
 
 
-class RunEdits(Edits):
+class RunInterventions(AppliedInterventions):
     """The interventions of one run, which may remember something of it.
 
     Everything is a function of the prompt, the run's seed and the interventions, prompt by prompt, so that neither

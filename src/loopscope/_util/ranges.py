@@ -1,0 +1,82 @@
+"""Ranges of settings, declared beside the fields: `steps: Annotated[int, Range(1)]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+from loopscope.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a number may be; of an optional number, what it may be where it is given; of a tuple, each of its entries.
+
+    Infinity and NaN are in no range that is not told otherwise.
+    """
+
+    least: int | float | None = None
+    most: int | float | None = None
+    _: KW_ONLY
+    above: int | float | None = None
+    below: int | float | None = None
+    infinite: bool = False
+    """Infinity may be given, for no limit."""
+    why: str = ""
+    """Goes on behind a comma: `so that ...`."""
+
+    def broken_by(self, value: int | float) -> str | None:
+        """What the value must be and is not; None for a value within the range. NaN is within none."""
+        if self.above is not None and not (value > self.above and self._may_be(value)):
+            if self.above == 0:
+                return "be positive" if self.infinite else "be a positive finite number"
+            return f"be above {self.above}"
+        if self.least is not None and not value >= self.least:
+            return "not be negative" if self.least == 0 else f"be at least {self.least}"
+        if self.most is not None and not value <= self.most:
+            return f"be at most {self.most}"
+        if self.below is not None and not value < self.below:
+            return f"be below {self.below}"
+        return None if self._may_be(value) else "be a finite number"
+
+    def _may_be(self, value: int | float) -> bool:
+        return math.isfinite(value) or (self.infinite and not math.isnan(value))
+
+
+Count = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(above=0)]
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Raises `ConfigError` for the first field of a dataclass that is outside its declared range.
+
+    The message begins with `prefix` and the field's name, which `--` makes a flag: `--map-tokens must be at least 1`.
+    """
+    cls: type = type(settings)
+    for name, allowed in _ranges(cls):
+        given = getattr(settings, name)
+        for value in given if isinstance(given, tuple) else [given]:
+            broken = None if value is None else allowed.broken_by(value)
+            if broken:
+                shown = name.replace("_", "-") if prefix == "--" else name
+                why = f", {allowed.why}" if allowed.why else ""
+                raise ConfigError(f"{prefix}{shown} must {broken}{why}, got {value}.")
+
+
+@cache
+def _ranges(cls: type) -> list[tuple[str, Range]]:
+    """Of the fields that have one."""
+    hints = get_type_hints(cls, include_extras=True)
+    return [(field.name, found) for field in dataclasses.fields(cls) for found in _declared(hints[field.name])]
+
+
+def _declared(hint: Any) -> Iterator[Range]:
+    """In an annotation, wherever it stands: `Count`, `Count | None`, `tuple[Count, ...]`."""
+    if isinstance(hint, Range):
+        yield hint
+    for part in get_args(hint):
+        yield from _declared(part)
