@@ -13,7 +13,6 @@ from loopscope.models.inspection.facts import Dtype
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from loopscope.answers.rates import KindShare
     from loopscope.dynamics.trajectories.calibration import Calibration
     from loopscope.dynamics.verdicts import JudgedFiles
 
@@ -156,14 +155,10 @@ def _say_kinds(judged: JudgedFiles) -> None:
     table = Table("kind", "tokens", "share", "95 % interval", box=None, pad_edge=False)
     for share in token_shares(codes):
         if share.count:
-            table.add_row(str(share.kind), str(share.count), f"{share.share:.2%}", _interval(share))
+            low, high = share.interval
+            table.add_row(str(share.kind), str(share.count), f"{share.share:.2%}", f"{low:.2%} to {high:.2%}")
     console.print(table)
 
 
 _SHOWN = 12
 """Trajectories that are listed one by one; more are counted."""
-
-
-def _interval(share: KindShare) -> str:
-    low, high = share.interval
-    return f"{low:.2%} to {high:.2%}"
