@@ -107,7 +107,7 @@ def significance(fit: Fit, parts: Components) -> Tensor:
     rest = (parts.window - 1 - ours).clamp_min(1.0)
     explained = (parts.energy - fit.left).clamp_min(0.0)
     ratio = (explained / ours.clamp_min(1.0)) / (fit.left / rest).clamp_min(1e-300)
-    # fdtrc(a, b, x) is the upper tail of the F distribution. A column has a coefficient in each direction that the noise
+    # fdtrc(a, b, x) is the upper tail of the F distribution. A column has a coefficient in each direction that noise
     # takes, hence the degrees of freedom.
     tail = special.fdtrc((ours * directions).numpy(), (rest * directions).numpy(), ratio.clamp(max=1e200).numpy())
     return (torch.from_numpy(tail) * fit.tried).clamp(max=1.0)
