@@ -21,7 +21,7 @@ from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.designs import InjectionName, NormName
 
 CELLS = "cells"
-MANIFEST = "grid.json"
+GRID_MANIFEST = "grid.json"
 
 
 class CellOutcome(StrEnum):
@@ -199,7 +199,7 @@ class GridFolder(Generic[ResultT]):
         self._held.close()
 
     def _claim(self) -> None:
-        manifest = self.folder / MANIFEST
+        manifest = self.folder / GRID_MANIFEST
         if manifest.exists():
             try:
                 found = json.loads(manifest.read_text(encoding="utf-8")).get("kind")
@@ -208,7 +208,7 @@ class GridFolder(Generic[ResultT]):
             if found != self.kind:
                 raise StudyError(f"{self.folder} holds another experiment ({found}); choose another --out.")
             return
-        check_no_others(self.folder, MANIFEST)
+        check_no_others(self.folder, GRID_MANIFEST)
         write_atomically(manifest, (json.dumps({"kind": self.kind}) + "\n").encode())
 
     def read(self, cell: GridCell) -> ResultT | None:
@@ -231,7 +231,7 @@ class GridFolder(Generic[ResultT]):
         names = [cell.name for cell in grid if self._path(cell).is_file()]
         about = {"kind": self.kind, "finished": len(names) == len(grid), "cells": names}
         content = json.dumps(about, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST, content.encode())
+        write_atomically(self.folder / GRID_MANIFEST, content.encode())
 
     def _path(self, cell: GridCell) -> Path:
         return self.folder / CELLS / f"{cell.name}.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from loopscope.errors import ConfigError, StudyError
-from loopscope.experiments.cells import CELLS, MANIFEST, CellResult
+from loopscope.experiments.cells import CELLS, GRID_MANIFEST, CellResult
 from loopscope.experiments.sweep_cells import SweepResult
 
 ExperimentKind = Literal["architectures", "phase", "training"]
@@ -35,12 +35,13 @@ def load_experiment(folder: str | Path) -> Experiment:
     Raises `StudyError` for a folder that holds none, or damaged files.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not (folder / GRID_MANIFEST).is_file():
         raise StudyError(
-            f"{folder} is not an experiment (it has no {MANIFEST}); give the --out folder of `loopscope experiment`."
+            f"{folder} is not an experiment (it has no {GRID_MANIFEST}); give the --out folder of "
+            "`loopscope experiment`."
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / GRID_MANIFEST).read_text(encoding="utf-8"))
         kind = manifest["kind"]
         names = manifest.get("cells")
         if kind not in get_args(ExperimentKind):

@@ -32,7 +32,7 @@ from loopscope.experiments.training.loop import TrainResult, train
 from loopscope.experiments.training.run_folder import RunFolder
 from loopscope.study import Study
 
-Rows = NDArray[np.int64]
+BitRows = NDArray[np.int64]
 """(row, cell), bits."""
 KIND = "training"
 RUNS = "runs"
@@ -110,14 +110,14 @@ def automaton_documents(task: AutomatonTask) -> tuple[list[str], list[str]]:
     return train, test
 
 
-def automaton_row(rows: Rows, steps: int) -> Rows:
+def automaton_row(rows: BitRows, steps: int) -> BitRows:
     """The rows after `steps` steps of rule 60: each cell becomes `cell xor left neighbour`."""
     for _ in range(steps):
         rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
     return rows
 
 
-def _draw(generator: np.random.Generator, task: AutomatonTask, key: Rows, *, held_out: bool) -> list[str]:
+def _draw(generator: np.random.Generator, task: AutomatonTask, key: BitRows, *, held_out: bool) -> list[str]:
     wanted = task.test_documents if held_out else task.documents
     found: list[str] = []
     while len(found) < wanted:

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from loopscope._util.files import write_atomically
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
-from loopscope.study import MANIFEST as STUDY_MANIFEST
-from loopscope.study import netcdf, read_arrays
+from loopscope.study import MANIFEST, netcdf, read_arrays
 
-MANIFEST = "comparison.json"
-ARRAYS = "comparison.nc"
+COMPARISON_MANIFEST = "comparison.json"
+_ARRAYS = "comparison.nc"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +60,18 @@ class Comparison:
     def load(cls, folder: str | Path) -> Comparison:
         """Read a saved comparison. Raises `StudyError` for a folder that holds none, or damaged files."""
         folder = Path(folder)
-        for name in (MANIFEST, ARRAYS):
+        for name in (COMPARISON_MANIFEST, _ARRAYS):
             if not (folder / name).is_file():
                 raise StudyError(
                     f"{folder} is not a comparison (it has no {name}); give the --out folder of `loopscope compare`."
                 )
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            dataset = read_arrays(folder / ARRAYS)
+            manifest = json.loads((folder / COMPARISON_MANIFEST).read_text(encoding="utf-8"))
+            dataset = read_arrays(folder / _ARRAYS)
             found = cls(dataset, manifest, folder)
             _ = found.settings  # which raises for entries that are none
             if found.labels != list(found.studies) or found.reference not in found.labels:
-                raise ValueError(f"{MANIFEST} and {ARRAYS} name different studies")
+                raise ValueError(f"{COMPARISON_MANIFEST} and {_ARRAYS} name different studies")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError(f"The comparison in {folder} is damaged ({error}); compare the studies again.") from None
         return found
@@ -83,9 +82,9 @@ class Comparison:
         Raises `StudyError` for the folder of a study, whose report would be replaced too, and `StorageError`.
         """
         folder = Path(folder)
-        if (folder / STUDY_MANIFEST).exists():
+        if (folder / MANIFEST).exists():
             raise StudyError(f"{folder} holds a study; choose another folder for the comparison.")
-        write_atomically(folder / ARRAYS, netcdf(self.dataset))
+        write_atomically(folder / _ARRAYS, netcdf(self.dataset))
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / MANIFEST, text.encode())
+        write_atomically(folder / COMPARISON_MANIFEST, text.encode())
         return Comparison(self.dataset, self.manifest, folder)

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from loopscope._util.files import write_atomically
 from loopscope.answers.comparison.comparing import compare
-from loopscope.answers.comparison.result import MANIFEST as COMPARISON_MANIFEST
-from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.comparison.result import COMPARISON_MANIFEST, Comparison
 from loopscope.errors import ConfigError, StudyError
 from loopscope.report.paper.captions import comparison_subject, study_subject
 from loopscope.report.paper.kinds import FigureType, S
