@@ -1,4 +1,5 @@
-"""Does this model reach a fixed point?"""
+"""Does this model reach a fixed point? What the state of every layer and prompt does between the horizons, what prompts
+have in common, and the answer."""
 
 from __future__ import annotations
 
@@ -53,6 +54,50 @@ _VERDICTS = {
 }
 
 
+def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
+    """Judge by both horizons."""
+    ranks = settling(view, criterion)
+    kinds = prompt_settling(ranks)
+    common = common_settling(view, criterion)
+    settles = common is not None and common.settles
+    share = Share(sum(kind.settles if settles else kind is common for kind in kinds), view.prompts)
+    evidence = _evidence(view)
+    tokens = _settled_tokens(view, criterion)
+    if math.isfinite(tokens):
+        evidence["share_of_tokens_settled"] = tokens
+
+    limits = few_prompts(view, criterion) + diverged_prompts(view)
+    if common is Settling.NO_FIXED_POINT:
+        limits.append("An approach too slow for these horizons to show cannot be excluded.")
+    if common is None:
+        outcome, verdict, sentence = Outcome.PARTLY, "depends on the prompt", _mixed_sentence(kinds)
+    else:
+        outcome, verdict = _VERDICTS[common]
+        sentence = _sentence(common, view, criterion, share, evidence)
+        low, high = share.interval
+        evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
+    if settles and tokens < criterion.tokens_needed:
+        outcome, verdict = Outcome.PARTLY, "on average, not every token"
+        sentence += f" But only {percent(tokens)} of the tokens settle one by one."
+    in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
+    evidence |= settling_by_layer(ranks, criterion)
+    return FIXED_POINT.says(outcome, verdict, sentence, evidence, limits, figure="norm-growth" if in_the_norm else None)
+
+
+def common_settling(view: StudyView, criterion: Criterion) -> Settling | None:
+    """What enough of the prompts have in common, or None if it depends on the prompt.
+
+    Prompts that are at the floor and prompts that settle above it agree on the matter: together they count as at
+    the floor.
+    """
+    kinds = prompt_settling(settling(view, criterion))
+    needed = criterion.prompts_needed * len(kinds)
+    kind, count = Counter(kinds).most_common(1)[0]
+    if count >= needed:
+        return kind
+    return Settling.AT_FLOOR if sum(one.settles for one in kinds) >= needed else None
+
+
 def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     """The `Settling` of every layer and prompt, as an array of its integer rank, dimensions (layer, prompt).
 
@@ -100,13 +145,6 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     return xarray.DataArray(ranks, dims=("layer", "prompt"), coords={"layer": data["layer"]}, name="settling")
 
 
-def step_ratio(data: xarray.Dataset) -> xarray.DataArray:
-    """Length of the step into 2H over that of the step into H, dimensions (layer, prompt)."""
-    length = data["horizon_relative_step"] * data["horizon_residual_norm"]
-    with np.errstate(divide="ignore", invalid="ignore"):  # a state that is exactly fixed makes steps of length 0
-        return length.sel(horizon="second", drop=True) / length.sel(horizon="first", drop=True)
-
-
 def prompt_settling(ranks: xarray.DataArray) -> list[Settling]:
     """The settling of each prompt: that of its worst layer."""
     return [_ORDER[rank] for rank in ranks.max("layer").values]
@@ -132,48 +170,11 @@ def settling_by_layer(ranks: xarray.DataArray, criterion: Criterion) -> dict[str
     return described
 
 
-def common_settling(view: StudyView, criterion: Criterion) -> Settling | None:
-    """What enough of the prompts have in common, or None if it depends on the prompt.
-
-    Prompts that are at the floor and prompts that settle above it agree on the matter: together they count as at
-    the floor.
-    """
-    kinds = prompt_settling(settling(view, criterion))
-    needed = criterion.prompts_needed * len(kinds)
-    kind, count = Counter(kinds).most_common(1)[0]
-    if count >= needed:
-        return kind
-    return Settling.AT_FLOOR if sum(one.settles for one in kinds) >= needed else None
-
-
-def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Judge by both horizons."""
-    ranks = settling(view, criterion)
-    kinds = prompt_settling(ranks)
-    common = common_settling(view, criterion)
-    settles = common is not None and common.settles
-    share = Share(sum(kind.settles if settles else kind is common for kind in kinds), view.prompts)
-    evidence = _evidence(view)
-    tokens = _settled_tokens(view, criterion)
-    if math.isfinite(tokens):
-        evidence["share_of_tokens_settled"] = tokens
-
-    limits = few_prompts(view, criterion) + diverged_prompts(view)
-    if common is Settling.NO_FIXED_POINT:
-        limits.append("An approach too slow for these horizons to show cannot be excluded.")
-    if common is None:
-        outcome, verdict, sentence = Outcome.PARTLY, "depends on the prompt", _mixed_sentence(kinds)
-    else:
-        outcome, verdict = _VERDICTS[common]
-        sentence = _sentence(common, view, criterion, share, evidence)
-        low, high = share.interval
-        evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
-    if settles and tokens < criterion.tokens_needed:
-        outcome, verdict = Outcome.PARTLY, "on average, not every token"
-        sentence += f" But only {percent(tokens)} of the tokens settle one by one."
-    in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
-    evidence |= settling_by_layer(ranks, criterion)
-    return FIXED_POINT.says(outcome, verdict, sentence, evidence, limits, figure="norm-growth" if in_the_norm else None)
+def step_ratio(data: xarray.Dataset) -> xarray.DataArray:
+    """Length of the step into 2H over that of the step into H, dimensions (layer, prompt)."""
+    length = data["horizon_relative_step"] * data["horizon_residual_norm"]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a state that is exactly fixed makes steps of length 0
+        return length.sel(horizon="second", drop=True) / length.sel(horizon="first", drop=True)
 
 
 def _evidence(view: StudyView) -> Evidence:

@@ -1,4 +1,5 @@
-"""What a verdict is: a class, the sentence that says why, and the numbers behind it."""
+"""What a verdict is: a kind, the sentence that says why, and the numbers behind it; and the files that hold verdicts on
+trajectories of other tools."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loopscope._util.files import write_atomically
+
+_VERDICTS = "verdicts.jsonl"
+_MANIFEST = "manifest.json"
 
 
 class Kind(StrEnum):
@@ -91,18 +95,6 @@ class Verdict:
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-_VERDICTS = "verdicts.jsonl"
-_MANIFEST = "manifest.json"
-
-
 @dataclass(frozen=True, kw_only=True)
 class JudgedTrajectory:
     """One token of one file."""
@@ -146,3 +138,11 @@ class JudgedFiles:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(folder / _VERDICTS, text.encode())
         write_atomically(folder / _MANIFEST, (json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

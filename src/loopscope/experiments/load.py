@@ -45,7 +45,11 @@ def load_experiment(folder: str | Path) -> Experiment:
         names = manifest.get("cells")
         if kind not in get_args(ExperimentKind):
             raise ValueError(f"an experiment named {kind!r} is not known")
-        paths = sorted((folder / CELLS).glob("*.json")) if names is None else [_path(folder, name) for name in names]
+        if names is None:
+            paths = sorted((folder / CELLS).glob("*.json"))
+        else:
+            # The last part alone: a name in a manifest leads to no other folder.
+            paths = [folder / CELLS / f"{Path(name).name}.json" for name in names]
         entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         found: dict[str, Any] = (
             {"trained": tuple(SweepResult.from_dict(entry) for entry in entries)}
@@ -57,7 +61,3 @@ def load_experiment(folder: str | Path) -> Experiment:
     if not entries:
         raise StudyError(f"The experiment in {folder} has no finished cell yet; wait for it, or run it again.")
     return Experiment(folder=folder, kind=cast(ExperimentKind, kind), finished=bool(manifest.get("finished")), **found)
-
-
-def _path(folder: Path, name: str) -> Path:
-    return folder / CELLS / f"{Path(name).name}.json"

@@ -25,13 +25,10 @@ PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
     ("ouro", "none"): CellOutcome.NONE,
 }
 """The six outcomes of Figure 6."""
-
 ARCHITECTURE_COLUMNS = ("design", "outcome (models)", "least cosine", "norm at 2H over H", "predicted rate")
 """Of `architecture_rows`."""
-
 _NEEDED = 2 / 3
 """Share of a design's cells, over depths and seeds, that have to agree with the paper: most of three seeds."""
-
 _REPRODUCTION = Question(key="reproduction", text="Are the paper's outcomes reproduced?", figure="architectures-table")
 _RATES = Question(key="rates", text="Do eigenvalues tell how fast a random model settles?")
 _BOUNDARY = Question(
@@ -90,6 +87,60 @@ def reproduction(results: Sequence[CellResult]) -> list[Reproduction]:
                 paper=paper,
                 found=dict(outcomes.most_common()),
                 reproduced=outcomes[str(paper)] >= _NEEDED * total if total else None,
+            )
+        )
+    return rows
+
+
+def architecture_answers(results: Sequence[CellResult]) -> list[Answer]:
+    """Were the paper's outcomes reproduced, and what makes a fixed point?"""
+    rows = reproduction(results)
+    run = [row for row in rows if row.reproduced is not None]
+    yes = sum(row.reproduced is True for row in run)
+    failed = [f"{row.norm} with injection {row.injection}" for row in run if not row.reproduced]
+    outcome = Outcome.NOT_APPLICABLE if not run else Outcome.YES if yes == len(rows) else Outcome.PARTLY
+    sentence = f"{yes} of the {len(rows)} outcomes of arXiv 2604.11791, Figure 6, were found again"
+    sentence += f"; not those of {', '.join(failed)}." if failed else "."
+    if len(run) < len(rows):
+        sentence += f" {len(rows) - len(run)} of them were not run."
+    found = [
+        _REPRODUCTION.says(
+            outcome,
+            f"{yes} of {len(rows)}",
+            sentence,
+            {f"{row.norm}, {row.injection} (paper: {row.paper})": row.found_text for row in rows},
+        )
+    ]
+    gaps = [
+        abs(each.radius_median - each.observed_rate)
+        for each in results
+        if each.outcome.settles and each.radius_median is not None and each.observed_rate is not None
+    ]
+    if gaps:
+        found.append(
+            _RATES.says(
+                Outcome.YES if median(gaps) < 0.05 else Outcome.PARTLY,
+                f"to within {median(gaps):.3f}",
+                f"In {len(gaps)} models that settle and show a rate, the one predicted by eigenvalues and the "
+                f"one observed differ by {median(gaps):.3f} (median), at most {max(gaps):.3f}.",
+                {"median difference": median(gaps), "largest difference": max(gaps)},
+            )
+        )
+    return found
+
+
+def architecture_rows(results: Sequence[CellResult]) -> list[tuple[str, ...]]:
+    """A row of a table a design, with ranges over seeds; the columns are `ARCHITECTURE_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
+        outcomes = Counter(str(each.outcome) for each in group)
+        rows.append(
+            (
+                f"{norm}, {injection}, {depth} layers",
+                ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
+                spread([each.degeneracy for each in group]),
+                spread([each.norm_growth for each in group], 2),
+                spread([each.radius for each in group], 2),
             )
         )
     return rows
@@ -165,21 +216,43 @@ def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
     return found
 
 
-def architecture_rows(results: Sequence[CellResult]) -> list[tuple[str, ...]]:
-    """A row of a table a design, with ranges over seeds; the columns are `ARCHITECTURE_COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for (norm, injection, depth), group in by_design(results, lambda cell: (cell.norm, cell.injection, cell.depth)):
-        outcomes = Counter(str(each.outcome) for each in group)
-        rows.append(
-            (
-                f"{norm}, {injection}, {depth} layers",
-                ", ".join(f"{outcome} ({count})" for outcome, count in outcomes.items()),
-                spread([each.degeneracy for each in group]),
-                spread([each.norm_growth for each in group], 2),
-                spread([each.radius for each in group], 2),
-            )
+def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
+    """Do eigenvalues say where stability is lost as weights grow?"""
+    found = boundaries(results)
+    both = [each for each in found if each.predicted is not None and each.observed is not None]
+    never = [f"{each.norm}, {each.injection}" for each in found if max(each.settles) < 0.5]
+    if not both:
+        sentence = "In no design were both the scale at which the predicted rate crosses 1 and the one at which tokens "
+        sentence += "stop settling within the scales that were run."
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
+    else:
+        pairs = [
+            f"{each.norm} with {each.injection} injection: {each.predicted:.3f}, and {each.observed:.3f}"
+            for each in both
+        ]
+        ratios = [max(each.predicted / each.observed, each.observed / each.predicted) for each in both
+                  if each.predicted and each.observed]  # fmt: skip
+        close = max(ratios) < 1.1
+        outcome, verdict = (Outcome.YES, "yes") if close else (Outcome.PARTLY, "roughly")
+        sentence = (
+            "Standard deviation of the weights at which the predicted rate crosses 1, and at which half of the tokens "
+            f"stop settling: {'; '.join(pairs)}."
         )
-    return rows
+    if never:
+        sentence += f" At no scale do most tokens settle in: {'; '.join(never)}."
+    return [
+        _BOUNDARY.says(
+            outcome,
+            verdict,
+            sentence,
+            {
+                f"{each.norm}, {each.injection} x {each.injection_scale:g}": f"predicted {_scale(each.predicted)}, "
+                f"observed {_scale(each.observed)}"
+                for each in found
+            },
+            ["A crossing is interpolated between two scales by their logarithm."],
+        )
+    ]
 
 
 def phase_rows(
@@ -220,82 +293,6 @@ def _commonest(cells: Sequence[CellResult]) -> Kind:
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
-
-
-def architecture_answers(results: Sequence[CellResult]) -> list[Answer]:
-    """Were the paper's outcomes reproduced, and what makes a fixed point?"""
-    rows = reproduction(results)
-    run = [row for row in rows if row.reproduced is not None]
-    yes = sum(row.reproduced is True for row in run)
-    failed = [f"{row.norm} with injection {row.injection}" for row in run if not row.reproduced]
-    outcome = Outcome.NOT_APPLICABLE if not run else Outcome.YES if yes == len(rows) else Outcome.PARTLY
-    sentence = f"{yes} of the {len(rows)} outcomes of arXiv 2604.11791, Figure 6, were found again"
-    sentence += f"; not those of {', '.join(failed)}." if failed else "."
-    if len(run) < len(rows):
-        sentence += f" {len(rows) - len(run)} of them were not run."
-    found = [
-        _REPRODUCTION.says(
-            outcome,
-            f"{yes} of {len(rows)}",
-            sentence,
-            {f"{row.norm}, {row.injection} (paper: {row.paper})": row.found_text for row in rows},
-        )
-    ]
-    gaps = [
-        abs(each.radius_median - each.observed_rate)
-        for each in results
-        if each.outcome.settles and each.radius_median is not None and each.observed_rate is not None
-    ]
-    if gaps:
-        found.append(
-            _RATES.says(
-                Outcome.YES if median(gaps) < 0.05 else Outcome.PARTLY,
-                f"to within {median(gaps):.3f}",
-                f"In {len(gaps)} models that settle and show a rate, the one predicted by eigenvalues and the "
-                f"one observed differ by {median(gaps):.3f} (median), at most {max(gaps):.3f}.",
-                {"median difference": median(gaps), "largest difference": max(gaps)},
-            )
-        )
-    return found
-
-
-def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
-    """Do eigenvalues say where stability is lost as weights grow?"""
-    found = boundaries(results)
-    both = [each for each in found if each.predicted is not None and each.observed is not None]
-    never = [f"{each.norm}, {each.injection}" for each in found if max(each.settles) < 0.5]
-    if not both:
-        sentence = "In no design were both the scale at which the predicted rate crosses 1 and the one at which tokens "
-        sentence += "stop settling within the scales that were run."
-        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
-    else:
-        pairs = [
-            f"{each.norm} with {each.injection} injection: {each.predicted:.3f}, and {each.observed:.3f}"
-            for each in both
-        ]
-        ratios = [max(each.predicted / each.observed, each.observed / each.predicted) for each in both
-                  if each.predicted and each.observed]  # fmt: skip
-        close = max(ratios) < 1.1
-        outcome, verdict = (Outcome.YES, "yes") if close else (Outcome.PARTLY, "roughly")
-        sentence = (
-            "Standard deviation of the weights at which the predicted rate crosses 1, and at which half of the tokens "
-            f"stop settling: {'; '.join(pairs)}."
-        )
-    if never:
-        sentence += f" At no scale do most tokens settle in: {'; '.join(never)}."
-    return [
-        _BOUNDARY.says(
-            outcome,
-            verdict,
-            sentence,
-            {
-                f"{each.norm}, {each.injection} x {each.injection_scale:g}": f"predicted {_scale(each.predicted)}, "
-                f"observed {_scale(each.observed)}"
-                for each in found
-            },
-            ["A crossing is interpolated between two scales by their logarithm."],
-        )
-    ]
 
 
 def _scale(value: float | None) -> str:

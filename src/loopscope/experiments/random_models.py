@@ -23,8 +23,6 @@ from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.study import Study, view_study
 
-_CURVE_POINTS = 24
-
 _VOCABULARY = 256
 _HEAD = 32
 _MLP_RATIO = 4
@@ -35,12 +33,58 @@ _NORMS: dict[NormName, dict[str, Any]] = {
     "olmo2": {"norm_placement": "branch-out"},
 }
 _KEEP_MIB = 256
-_ONE_POINT = 0.999
-"""Layers share a point or a direction if the least cosine between them is above. Where nothing is trained a layer adds
-little to what is injected: 4 to 16 layers with a point each show 0.65 to 0.998, and those that share one 0.99998."""
 _SEARCH, _LONG_SEARCH = 40, 200
 """Recurrences for finding a fixed point that the run does not come to: half of those that repel are found with the
 first; with the second, for cells whose tokens are judged, nearly all that are found at all."""
+_ONE_POINT = 0.999
+"""Layers share a point or a direction if the least cosine between them is above. Where nothing is trained a layer adds
+little to what is injected: 4 to 16 layers with a point each show 0.65 to 0.998, and those that share one 0.99998."""
+_CURVE_POINTS = 24
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Analyse the cell's model; a function of the cell alone, so that any process may do it."""
+    started = time.monotonic()
+    skip: tuple[str, ...] = _PARTS if cell.judged else (*_PARTS, "behaviour")
+    study = analyze(
+        _model(cell),
+        _prompts(cell),
+        recurrences=cell.recurrences,
+        horizon=cell.recurrences,
+        horizon_method="keep",
+        keep_limit=_KEEP_MIB,
+        batch_size=cell.prompts,
+        seed=cell.seed,
+        judged_layers="last",
+        eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
+        track=(),
+        skip=skip,
+    )
+    found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
+    return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))
+
+
+def architecture_of(cell: Cell) -> Architecture:
+    """(0, depth (x) R, 0), with heads of 32 and an MLP four times as wide; Huginn's random initial state where the
+    prompt is injected, else the embeddings themselves."""
+    return Architecture(
+        vocab_size=_VOCABULARY,
+        width=cell.width,
+        heads=cell.width // _HEAD,
+        kv_heads=cell.width // _HEAD,
+        head_dim=_HEAD,
+        mlp_width=_MLP_RATIO * cell.width,
+        prelude=0,
+        recurrent=cell.depth,
+        coda=0,
+        recurrences=cell.recurrences,
+        injection=cell.injection,
+        # Entries of size 1, as large as those of a random state, however small the weights: what is injected has to be
+        # seen beside what the layers add.
+        embedding_scale=1 / cell.std,
+        state_init="embeddings" if cell.injection == "none" else "normal",
+        **_NORMS[cell.norm],
+    )
 
 
 def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
@@ -94,51 +138,6 @@ def _median(values: np.ndarray) -> float | None:
 def _counted(codes: np.ndarray, names: list[str]) -> dict[str, int]:
     counts = Counter(codes[codes >= 0].ravel().tolist())
     return {name: counts[place] for place, name in enumerate(names) if counts[place]}
-
-
-def architecture_of(cell: Cell) -> Architecture:
-    """(0, depth (x) R, 0), with heads of 32 and an MLP four times as wide; Huginn's random initial state where the
-    prompt is injected, else the embeddings themselves."""
-    return Architecture(
-        vocab_size=_VOCABULARY,
-        width=cell.width,
-        heads=cell.width // _HEAD,
-        kv_heads=cell.width // _HEAD,
-        head_dim=_HEAD,
-        mlp_width=_MLP_RATIO * cell.width,
-        prelude=0,
-        recurrent=cell.depth,
-        coda=0,
-        recurrences=cell.recurrences,
-        injection=cell.injection,
-        # Entries of size 1, as large as those of a random state, however small the weights: what is injected has to be
-        # seen beside what the layers add.
-        embedding_scale=1 / cell.std,
-        state_init="embeddings" if cell.injection == "none" else "normal",
-        **_NORMS[cell.norm],
-    )
-
-
-def run_cell(cell: Cell) -> CellResult:
-    """Analyse the cell's model; a function of the cell alone, so that any process may do it."""
-    started = time.monotonic()
-    kept: tuple[Part, ...] = ("noise-floor", "stability", "behaviour") if cell.judged else ("noise-floor", "stability")
-    study = analyze(
-        _model(cell),
-        _prompts(cell),
-        recurrences=cell.recurrences,
-        horizon=cell.recurrences,
-        horizon_method="keep",
-        keep_limit=_KEEP_MIB,
-        batch_size=cell.prompts,
-        seed=cell.seed,
-        judged_layers="last",
-        eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
-        track=(),
-        skip=parts_except(*kept),
-    )
-    found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
-    return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))
 
 
 def _model(cell: Cell) -> NativeSubject:

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 
 from loopscope.analysis.engine.run import Engine, run_items
 from loopscope.analysis.job import Progress, SilentProgress
-from loopscope.experiments.cells import Cell, CellResult, GridCell, GridFolder, GridResult
+from loopscope.experiments.cells import Cell, CellResult, GridCell, GridFolder, ResultT
 from loopscope.experiments.random_models import run_cell
 
 CellT = TypeVar("CellT", bound=GridCell)
-ResultT = TypeVar("ResultT", bound=GridResult)
 
 
 def run_grid(

@@ -1,4 +1,4 @@
-"""Sweeps over trained models: every cell is trained, then analysed."""
+"""Sweeps over trained models: every cell is trained, on a text that may be made here, then analysed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,8 @@ from loopscope.experiments.training.loop import TrainResult, train
 from loopscope.experiments.training.run_folder import RunFolder
 from loopscope.study import Study
 
-_HELD_OUT = 8
-"""One row in this many is kept for the test text."""
-
-Rows = NDArray[np.int64]
+BitRows = NDArray[np.int64]
 """(row, cell), bits."""
-
 KIND = "training"
 RUNS = "runs"
 _STUDY = "study"
@@ -49,46 +45,8 @@ _SEARCH = 60
 """Recurrences for finding a fixed point that the run does not come to."""
 _CURVE_POINTS = 40
 """Of the training loss, each the mean of the logged steps around it."""
-
-
-def automaton_row(rows: Rows, steps: int) -> Rows:
-    """The rows after `steps` steps of rule 60: each cell becomes `cell xor left neighbour`."""
-    for _ in range(steps):
-        rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
-    return rows
-
-
-def automaton_documents(task: AutomatonTask) -> tuple[list[str], list[str]]:
-    """Documents for training and for the test, a function of the task alone."""
-    generator = np.random.default_rng(task.seed)
-    # Whether a row is kept for the test is a function of the row: a random sum over its bits, modulo.
-    key = generator.integers(1, 2**31, task.cells)
-    train, test = _draw(generator, task, key, held_out=False), _draw(generator, task, key, held_out=True)
-    return train, test
-
-
-def write_automaton(task: AutomatonTask, folder: Path) -> None:
-    """Write `train.txt` and `test.txt`, each whole or not at all; those that are there stay. Raises `StorageError`."""
-    paths = [folder / "train.txt", folder / "test.txt"]
-    if all(path.is_file() for path in paths):
-        return
-    for path, documents in zip(paths, automaton_documents(task), strict=True):
-        write_atomically(path, ("\n\n".join(documents) + "\n").encode())
-
-
-def _draw(generator: np.random.Generator, task: AutomatonTask, key: Rows, *, held_out: bool) -> list[str]:
-    wanted = task.test_documents if held_out else task.documents
-    found: list[str] = []
-    while len(found) < wanted:
-        rows = generator.integers(0, 2, (4 * _HELD_OUT * wanted if held_out else 2 * wanted, task.cells))
-        rows = rows[((rows @ key) % 2**31 % _HELD_OUT == 0) == held_out][: wanted - len(found)]
-        steps = generator.integers(1, task.steps + 1, len(rows))
-        after = np.stack([automaton_row(rows, number) for number in range(task.steps + 1)])[steps, np.arange(len(rows))]
-        found += [
-            f"{number}{''.join(map(str, row))}>{''.join(map(str, answer))}"
-            for number, row, answer in zip(steps, rows, after, strict=True)
-        ]
-    return found
+_HELD_OUT = 8
+"""One row in this many is kept for the test text."""
 
 
 def run_sweep(
@@ -134,6 +92,46 @@ def run_sweep_cell(cell: SweepCell, *, out: Path, base: Path) -> SweepResult:
         raise KeyboardInterrupt
     study = _study(cell, folder, data)
     return _result(cell, trained, study, time.monotonic() - started)
+
+
+def write_automaton(task: AutomatonTask, folder: Path) -> None:
+    """Write `train.txt` and `test.txt`, each whole or not at all; those that are there stay. Raises `StorageError`."""
+    paths = [folder / "train.txt", folder / "test.txt"]
+    if all(path.is_file() for path in paths):
+        return
+    for path, documents in zip(paths, automaton_documents(task), strict=True):
+        write_atomically(path, ("\n\n".join(documents) + "\n").encode())
+
+
+def automaton_documents(task: AutomatonTask) -> tuple[list[str], list[str]]:
+    """Documents for training and for the test, a function of the task alone."""
+    generator = np.random.default_rng(task.seed)
+    # Whether a row is kept for the test is a function of the row: a random sum over its bits, modulo.
+    key = generator.integers(1, 2**31, task.cells)
+    train, test = _draw(generator, task, key, held_out=False), _draw(generator, task, key, held_out=True)
+    return train, test
+
+
+def automaton_row(rows: BitRows, steps: int) -> BitRows:
+    """The rows after `steps` steps of rule 60: each cell becomes `cell xor left neighbour`."""
+    for _ in range(steps):
+        rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
+    return rows
+
+
+def _draw(generator: np.random.Generator, task: AutomatonTask, key: BitRows, *, held_out: bool) -> list[str]:
+    wanted = task.test_documents if held_out else task.documents
+    found: list[str] = []
+    while len(found) < wanted:
+        rows = generator.integers(0, 2, (4 * _HELD_OUT * wanted if held_out else 2 * wanted, task.cells))
+        rows = rows[((rows @ key) % 2**31 % _HELD_OUT == 0) == held_out][: wanted - len(found)]
+        steps = generator.integers(1, task.steps + 1, len(rows))
+        after = np.stack([automaton_row(rows, number) for number in range(task.steps + 1)])[steps, np.arange(len(rows))]
+        found += [
+            f"{number}{''.join(map(str, row))}>{''.join(map(str, answer))}"
+            for number, row, answer in zip(steps, rows, after, strict=True)
+        ]
+    return found
 
 
 def _text_sha256(sweep: Sweep, base: Path) -> str:

@@ -19,6 +19,19 @@ KEPT = 0.01
 """A loss is as good as another if it is at most this much larger, as a share."""
 KEPT_NATS = 0.01
 """A loss is kept if it is as good, or at most this many nats larger: a share of a loss near 0 is below what matters."""
+TRAINING_COLUMNS = (
+    "design",
+    "layout",
+    "parameters",
+    "loss",
+    "loss beyond",
+    "kept",
+    "accuracy",
+    "settled",
+    "rate",
+    "stages repeat",
+)
+"""Of `training_rows`."""
 _LEVEL = 0.95
 _MOST_NAMES = 4
 """In a sentence."""
@@ -68,19 +81,22 @@ class DesignSummary:
     """Mean over measures and seeds of the share of variance that goes with the layer: 1 where every pass is alike."""
 
 
-TRAINING_COLUMNS = (
-    "design",
-    "layout",
-    "parameters",
-    "loss",
-    "loss beyond",
-    "kept",
-    "accuracy",
-    "settled",
-    "rate",
-    "stages repeat",
-)
-"""Of `training_rows`."""
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of some values with Student's interval."""
+    mean, count = fmean(values), len(values)
+    if count < 2:
+        return Interval(mean=mean, low=-math.inf, high=math.inf, count=count)
+    half = float(special.stdtrit(count - 1, 0.5 + _LEVEL / 2)) * stdev(values) / math.sqrt(count)
+    return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
+
+
+def summaries(results: Sequence[SweepResult]) -> list[DesignSummary]:
+    """Designs by their mean loss at the trained number of recurrences, the best first; controls among them."""
+    groups: dict[tuple[str, ControlName | None], list[SweepResult]] = {}
+    for result in results:
+        groups.setdefault((result.cell.design, result.cell.control), []).append(result)
+    found = [_summary(name, control, group) for (name, control), group in groups.items()]
+    return sorted(found, key=lambda each: each.loss.mean)
 
 
 def training_rows(found: Sequence[DesignSummary]) -> list[tuple[str, ...]]:
@@ -100,24 +116,6 @@ def training_rows(found: Sequence[DesignSummary]) -> list[tuple[str, ...]]:
         )
         for each in found
     ]
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of some values with Student's interval."""
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return Interval(mean=mean, low=-math.inf, high=math.inf, count=count)
-    half = float(special.stdtrit(count - 1, 0.5 + _LEVEL / 2)) * stdev(values) / math.sqrt(count)
-    return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
-
-
-def summaries(results: Sequence[SweepResult]) -> list[DesignSummary]:
-    """Designs by their mean loss at the trained number of recurrences, the best first; controls among them."""
-    groups: dict[tuple[str, ControlName | None], list[SweepResult]] = {}
-    for result in results:
-        groups.setdefault((result.cell.design, result.cell.control), []).append(result)
-    found = [_summary(name, control, group) for (name, control), group in groups.items()]
-    return sorted(found, key=lambda each: each.loss.mean)
 
 
 def control_results(results: Sequence[SweepResult], of: SweepResult, control: ControlName) -> SweepResult | None:

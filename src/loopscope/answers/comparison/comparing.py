@@ -65,7 +65,7 @@ def compare(
     entries = []
     for index, (study, own) in enumerate(zip(loaded, curves, strict=True)):
         alike = same_model(study, loaded[chosen])
-        entry = _shown(own) | _own(own)
+        entry = {"curve": own.values, "depth_percent": relative_depth(own.values.shape[2])} | _own(own)
         if index != chosen:
             entry |= _against(own, curves[chosen], settings, by_recurrence=alike)
         entries.append(entry)
@@ -81,10 +81,6 @@ def compare(
         "versions": {name: version(name) for name in ("loopscope", "numpy", "xarray")},
     }
     return Comparison(_dataset(labels, curves, entries), manifest)
-
-
-def _shown(curves: StageCurves) -> _Arrays:
-    return {"curve": curves.values, "depth_percent": relative_depth(curves.values.shape[2])}
 
 
 def _own(curves: StageCurves) -> _Arrays:

@@ -1,4 +1,5 @@
-"""Correlation of two curves over depth, and what it would be if the layers stood in another order."""
+"""How alike two curves over depth are: their correlation, what it would be if the layers stood in another order, and
+how far their levels are apart."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from loopscope.answers.comparison.curves import StageCurves, correlated, relativ
 from loopscope.answers.comparison.settings import CompareSettings
 
 NULL_LEVELS = (0.05, 0.5, 0.95)
-
 _FLAT = 1e-6
 """A curve whose spread is below this share of its size does not vary: float32 makes 1e-7 of nothing."""
 _TIE = 1e-9
@@ -33,20 +33,6 @@ class Likeness:
     """Share of the orders of the layers, the true one included, that correlate at least as well."""
     null: Float64[np.ndarray, "level entry"]
     """Quantiles of the correlation over those orders, at `NULL_LEVELS`."""
-
-
-def fewest_points(alpha: float) -> int:
-    """The number of points from which on an order can be as rare as `alpha`: n! >= 1 / alpha (4 for 0.05)."""
-    return next(points for points in itertools.count(2) if math.factorial(points) * alpha >= 1)
-
-
-def layer_orders(points: int, settings: CompareSettings) -> Int64[np.ndarray, "order point"]:
-    """Orders of that many layers, the true one first: all of them, or a sample with `settings.shuffles` others."""
-    if points <= 1 or math.factorial(points) <= settings.shuffles:
-        return np.array(list(itertools.permutations(range(points))), dtype=np.int64)
-    rng = np.random.default_rng(settings.seed)
-    shuffled = rng.permuted(np.tile(np.arange(points), (settings.shuffles, 1)), axis=1)
-    return np.concatenate([np.arange(points)[None], shuffled]).astype(np.int64)
 
 
 def curve_similarity(
@@ -88,6 +74,62 @@ def curve_similarity(
     )
 
 
+def layer_orders(points: int, settings: CompareSettings) -> Int64[np.ndarray, "order point"]:
+    """Orders of that many layers, the true one first: all of them, or a sample with `settings.shuffles` others."""
+    if points <= 1 or math.factorial(points) <= settings.shuffles:
+        return np.array(list(itertools.permutations(range(points))), dtype=np.int64)
+    rng = np.random.default_rng(settings.seed)
+    shuffled = rng.permuted(np.tile(np.arange(points), (settings.shuffles, 1)), axis=1)
+    return np.concatenate([np.arange(points)[None], shuffled]).astype(np.int64)
+
+
+def fewest_points(alpha: float) -> int:
+    """The number of points from which on an order can be as rare as `alpha`: n! >= 1 / alpha (4 for 0.05)."""
+    return next(points for points in itertools.count(2) if math.factorial(points) * alpha >= 1)
+
+
+def own_similarity(curves: StageCurves) -> Float64[np.ndarray, "measure recurrence"]:
+    """Pearson correlation of each pass through the block with the pass at `home`.
+
+    They are the same layers, so that it takes no grid and no null. NaN where a curve does not vary.
+    """
+    block = correlated(curves.block)
+    centred = block - block.mean(axis=2, keepdims=True)
+    home = centred[:, curves.home, None]
+    known = varies(block) & varies(block[:, curves.home, None])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (centred * home).sum(axis=2) / (np.linalg.norm(centred, axis=2) * np.linalg.norm(home, axis=2))
+    return np.where(known, found, np.nan)
+
+
+def drift(curves: StageCurves) -> Float64[np.ndarray, "measure recurrence"]:
+    """Root mean square difference of each pass through the block from the pass at `home`, over the root mean square of
+    that."""
+    home = curves.block[:, curves.home, None]
+    return _over(curves.block - home, home)
+
+
+def level_difference(
+    curves: Float64[np.ndarray, "measure point"], reference: Float64[np.ndarray, "measure reference_point"], grid: int
+) -> Float64[np.ndarray, " measure"]:
+    """Root mean square difference on the common grid, over the root mean square of the reference.
+
+    A correlation is blind to level and scale: two curves of the same shape may lie a factor of ten apart.
+    """
+    where = np.linspace(0, 100, grid)
+    here, there = (
+        np.stack([np.interp(where, relative_depth(rows.shape[1]), row) for row in rows]) for rows in (curves, reference)
+    )
+    return _over(here - there, there)
+
+
+def varies(curves: Float64[np.ndarray, "*rest point"]) -> Bool[np.ndarray, "*rest"]:
+    """Whether each curve is finite and not flat."""
+    finite = np.isfinite(curves).all(axis=-1)
+    known = np.where(finite[..., None], curves, 0.0)
+    return np.asarray(finite & (np.ptp(known, axis=-1) > _FLAT * np.abs(known).max(axis=-1)))
+
+
 class _Correlation:
     """Pearson correlation with a reference on the grid, as a function of the values at a curve's own points.
 
@@ -115,13 +157,6 @@ def _interpolation(points: int, grid: int) -> Float64[np.ndarray, "grid point"]:
     return np.stack([np.interp(where, at, unit) for unit in np.eye(points)], axis=1)
 
 
-def varies(curves: Float64[np.ndarray, "*rest point"]) -> Bool[np.ndarray, "*rest"]:
-    """Whether each curve is finite and not flat."""
-    finite = np.isfinite(curves).all(axis=-1)
-    known = np.where(finite[..., None], curves, 0.0)
-    return np.asarray(finite & (np.ptp(known, axis=-1) > _FLAT * np.abs(known).max(axis=-1)))
-
-
 def _standard(curves: Float64[np.ndarray, "measure point"]) -> Float64[np.ndarray, "measure point"]:
     """Without mean and with unit norm, which changes no correlation and keeps magnitudes from swamping digits."""
     centred = curves - curves.mean(axis=1, keepdims=True)
@@ -141,41 +176,6 @@ def _spread(
     spread = np.full(measures + 1, np.nan)
     spread[place] = values
     return spread
-
-
-def level_difference(
-    curves: Float64[np.ndarray, "measure point"], reference: Float64[np.ndarray, "measure reference_point"], grid: int
-) -> Float64[np.ndarray, " measure"]:
-    """Root mean square difference on the common grid, over the root mean square of the reference.
-
-    A correlation is blind to level and scale: two curves of the same shape may lie a factor of ten apart.
-    """
-    where = np.linspace(0, 100, grid)
-    here, there = (
-        np.stack([np.interp(where, relative_depth(rows.shape[1]), row) for row in rows]) for rows in (curves, reference)
-    )
-    return _over(here - there, there)
-
-
-def drift(curves: StageCurves) -> Float64[np.ndarray, "measure recurrence"]:
-    """Root mean square difference of each pass through the block from the pass at `home`, over the root mean square of
-    that."""
-    home = curves.block[:, curves.home, None]
-    return _over(curves.block - home, home)
-
-
-def own_similarity(curves: StageCurves) -> Float64[np.ndarray, "measure recurrence"]:
-    """Pearson correlation of each pass through the block with the pass at `home`.
-
-    They are the same layers, so that it takes no grid and no null. NaN where a curve does not vary.
-    """
-    block = correlated(curves.block)
-    centred = block - block.mean(axis=2, keepdims=True)
-    home = centred[:, curves.home, None]
-    known = varies(block) & varies(block[:, curves.home, None])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = (centred * home).sum(axis=2) / (np.linalg.norm(centred, axis=2) * np.linalg.norm(home, axis=2))
-    return np.where(known, found, np.nan)
 
 
 def _over(

@@ -1,4 +1,5 @@
-"""Leading eigenvalues of many matrices at once, from products with them: Arnoldi's method, batched over tokens."""
+"""Leading eigenvalues of many matrices at once, from products with them: how products with a derivative are made, and
+Arnoldi's method, batched over tokens."""
 
 from __future__ import annotations
 
@@ -11,18 +12,13 @@ from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
 TokenVectors = Float[Tensor, "token width"]
-
 OwnMap = Callable[[TokenVectors], TokenVectors]
 """States of some tokens to their states one recurrence later, each by its own alone, as far as derivatives go."""
-
-
+Hessenberg = Float64[Tensor, "token rows columns"]
+"""Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
 _ROUNDINGS = 20.0
 """Of which the error of a product is made up: in four layers, products in float32 and float64 differ by 1 to 12.
 """
-
-Hessenberg = Float64[Tensor, "token rows columns"]
-"""Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
-
 _INVARIANT = 100.0
 """A product of which less than this many roundings of its size is new adds nothing to the space."""
 
@@ -39,19 +35,6 @@ class Products(Protocol):
 
     def __call__(self, vectors: TokenVectors) -> TokenVectors:
         """`J_i v_i` for every token i."""
-
-
-def transposed_products(image: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """`J^T u` for a u of zeros, and that u, where J is the derivative of `image` by `point`.
-
-    `J v` is the gradient of the first by the second along v, the transpose of `u -> J^T u`, which is linear in u: the
-    backward pass is recorded once, with all that the map computed on its way, and differentiated backwards for each
-    product. That takes the place of a forward-mode product, whose value it is, and costs about a fourth of
-    `torch.func.jvp`, which computes the map anew each time.
-    """
-    cotangent = torch.zeros_like(image, requires_grad=True)
-    (pulled,) = torch.autograd.grad(image, point, cotangent, create_graph=True, materialize_grads=True)
-    return pulled, cotangent
 
 
 class ExactProducts:
@@ -91,6 +74,7 @@ class DifferenceProducts:
 
     def __call__(self, vectors: TokenVectors) -> TokenVectors:
         length = torch.linalg.vector_norm(vectors, dim=-1)
+        # The step is relative to the point, whatever the length of the vector, which rounding would else drown.
         step = torch.where(length > 0, self._size / length, 0.0)[:, None]
         ahead, behind = (self._value(self.point + sign * step * vectors) for sign in (1, -1))
         return torch.where(step > 0, (ahead - behind) / (2 * step), 0.0)
@@ -98,6 +82,19 @@ class DifferenceProducts:
     def _value(self, point: TokenVectors) -> TokenVectors:
         with torch.no_grad():
             return self._own(point)
+
+
+def transposed_products(image: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """`J^T u` for a u of zeros, and that u, where J is the derivative of `image` by `point`.
+
+    `J v` is the gradient of the first by the second along v, the transpose of `u -> J^T u`, which is linear in u: the
+    backward pass is recorded once, with all that the map computed on its way, and differentiated backwards for each
+    product. That takes the place of a forward-mode product, whose value it is, and costs about a fourth of
+    `torch.func.jvp`, which computes the map anew each time.
+    """
+    cotangent = torch.zeros_like(image, requires_grad=True)
+    (pulled,) = torch.autograd.grad(image, point, cotangent, create_graph=True, materialize_grads=True)
+    return pulled, cotangent
 
 
 @dataclass(frozen=True)
@@ -131,12 +128,15 @@ def arnoldi(
     """
     tokens, width = start.shape
     basis = start.new_empty(products, tokens, width)
+    # A few numbers a token, on the CPU in float64: their eigenvalues are taken there, and would lose digits in float32.
     coefficients = torch.zeros(tokens, products + 1, products, dtype=torch.float64)
     basis[0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     largest = torch.zeros(tokens, dtype=start.dtype, device=start.device)
     roundoff = _INVARIANT * torch.finfo(start.dtype).eps
     for column in range(products):
         image = product(basis[column])
+        # Rounding is relative to the map, not to this image, which may be small: so what is new is held against the
+        # largest image so far.
         largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=-1))
         rest, along = _orthogonal(basis[: column + 1], image)
         length = torch.linalg.vector_norm(rest, dim=-1)
@@ -145,6 +145,8 @@ def arnoldi(
         coefficients[:, column + 1, column] = length.masked_fill(closed, 0.0).double().cpu()
         if column + 1 < products:
             if bool(closed.any()):
+                # What is left is rounding, and so is its direction. Rolled, one spare vector a token is another one
+                # each time.
                 other, _ = _orthogonal(basis[: column + 1], spare.roll(column, dims=-1))
                 rest = torch.where(closed[:, None], other, rest)
                 length = torch.linalg.vector_norm(rest, dim=-1)
@@ -152,26 +154,18 @@ def arnoldi(
     return coefficients
 
 
-def _orthogonal(basis: Tensor, vectors: TokenVectors) -> tuple[TokenVectors, Tensor]:
-    """What of the vectors is orthogonal to the basis, (column, token, width), and their coefficients in it."""
-    along = torch.zeros(basis.shape[:2], dtype=vectors.dtype, device=vectors.device)
-    for _ in range(2):
-        again = torch.einsum("ktd,td->kt", basis, vectors)
-        vectors = vectors - torch.einsum("ktd,kt->td", basis, again)
-        along = along + again
-    return vectors, along
-
-
 def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
     """Eigenvalues of the square part, with residual `h_(m+1,m) |y_m|` for the eigenvector y of length one.
 
     `accuracy` is the relative error of the products. NaN where a coefficient is not finite.
     """
+    # The eigenvalues of all tokens are taken in one call, which refuses them all for one NaN.
     known = torch.isfinite(coefficients).all(-1).all(-1)[:, None]
     coefficients = coefficients.where(known[..., None], 0.0)
     values, vectors = torch.linalg.eig(coefficients[:, :-1])
     residuals = coefficients[:, -1, -1, None] * vectors[:, -1].abs()
-    # Rows of the inverse are the left eigenvectors that make a product of one with the right ones.
+    # Rows of the inverse are the left eigenvectors that make a product of one with the right ones. Where eigenvectors
+    # coincide there is no inverse, which `inv` would end everything for.
     left, _ = torch.linalg.inv_ex(vectors)
     conditions = torch.linalg.vector_norm(left, dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     # 0 times infinity: in a space that is closed, an eigenvalue is exact however ill-conditioned it is.
@@ -184,3 +178,14 @@ def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
         each.gather(-1, order).masked_fill(~known, torch.nan) for each in (values, residuals, errors)
     )
     return RitzValues(values, residuals, errors)
+
+
+def _orthogonal(basis: Tensor, vectors: TokenVectors) -> tuple[TokenVectors, Tensor]:
+    """What of the vectors is orthogonal to the basis, (column, token, width), and their coefficients in it."""
+    along = torch.zeros(basis.shape[:2], dtype=vectors.dtype, device=vectors.device)
+    # Once is not enough where most of a vector lies in the basis: what is left then has the rounding of what was taken.
+    for _ in range(2):
+        again = torch.einsum("ktd,td->kt", basis, vectors)
+        vectors = vectors - torch.einsum("ktd,kt->td", basis, again)
+        along = along + again
+    return vectors, along

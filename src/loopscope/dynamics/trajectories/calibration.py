@@ -1,4 +1,4 @@
-"""How often each method is right on trajectories whose truth is known."""
+"""How often each method is right on trajectories whose truth is known, and how its kinds depend on two settings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.models.inspection.facts import Dtype
 
 _SHAPED = (Kind.ORBIT, Kind.SLIDER)
-
-
 _GENERATION_BYTES = 2**28
 
 
@@ -146,35 +144,6 @@ def calibrate(
     ]
 
 
-def _batches(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
-    waiting: dict[tuple[int, ...], list[Trajectory]] = defaultdict(list)
-    held = 0
-    for each in trajectories:
-        waiting[each.states.shape].append(each)
-        held += each.states.nbytes
-        if held >= _GENERATION_BYTES:
-            yield from waiting.values()
-            waiting.clear()
-            held = 0
-    yield from waiting.values()
-
-
-def _count(score: CaseScore, trajectory: Trajectory, kind: Kind) -> None:
-    if not trajectory.decidable:
-        score.undecidable += 1
-        return
-    score.said[kind] += 1
-    if kind in trajectory.truth:
-        score.right += 1
-    else:
-        score.wrong += 1
-        score.wrongly[kind] += 1
-
-
-def _is_fixed(trajectory: Trajectory) -> bool:
-    return trajectory.decidable and Kind.FIXED_POINT in trajectory.truth
-
-
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Two settings of a method and the values that they are given; the defaults lie in the middle."""
@@ -202,6 +171,35 @@ def sensitivity(
         for column, each in enumerate(settings_row):
             found[:, row, column] = [KINDS.index(kind) for kind in decide(each)]
     return found
+
+
+def _batches(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+    waiting: dict[tuple[int, ...], list[Trajectory]] = defaultdict(list)
+    held = 0
+    for each in trajectories:
+        waiting[each.states.shape].append(each)
+        held += each.states.nbytes
+        if held >= _GENERATION_BYTES:
+            yield from waiting.values()
+            waiting.clear()
+            held = 0
+    yield from waiting.values()
+
+
+def _count(score: CaseScore, trajectory: Trajectory, kind: Kind) -> None:
+    if not trajectory.decidable:
+        score.undecidable += 1
+        return
+    score.said[kind] += 1
+    if kind in trajectory.truth:
+        score.right += 1
+    else:
+        score.wrong += 1
+        score.wrongly[kind] += 1
+
+
+def _is_fixed(trajectory: Trajectory) -> bool:
+    return trajectory.decidable and Kind.FIXED_POINT in trajectory.truth
 
 
 def _decider(

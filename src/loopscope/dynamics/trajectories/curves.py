@@ -1,4 +1,5 @@
-"""Approaches in several modes at once, as a linear map makes them: exponentials, flips and turns that shrink."""
+"""The two expensive searches for a shape, of motions that nothing simple explains: closed curves of any form, and
+approaches in several modes at once, as a linear map makes them."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from loopscope.dynamics.trajectories.shapes import (
 )
 from loopscope.dynamics.trajectories.tail import Components
 
+_CHUNK_ENTRIES = 2**21
+"""Of distances that are gathered at a time: 16 MiB."""
 _HARMONICS = (6, 9, 13, 18, 25, 32, 38)
 """Of closed curves of any form; a relaxation oscillation of period 20 takes about 25."""
 _MOST_COLUMNS = 0.6
@@ -32,8 +35,6 @@ _SCATTERED = 0.25
 """Mean squared distance of neighbours in phase, over twice the variance, from which on there is no curve."""
 _PHASE = 0.03
 """By how much of a period neighbours on the grid differ over the whole window."""
-_CHUNK_ENTRIES = 2**21
-"""Of distances that are gathered at a time: 16 MiB."""
 _STEPS = 6
 """Slow motion has its neighbours in phase this many recurrences on, at most, if it almost repeats; that is no
 orbit."""
@@ -41,9 +42,7 @@ _GAP, _JUMP = 3, 2.0
 """A harmonic has at most this many times the energy of the strongest of this many before it: a curve may have odd
 harmonics alone. Those of relaxation oscillations have 0.1 to 1 times; of two rotations that nearly close, one has
 thousands."""
-
 SINGLE_MODES = ("exponential", "alternating", "spiral")
-
 _MOST = 3
 _FAR = 3.0
 """What is left to go at the end of the tail, over the root mean square of the motion within it: 2 for one exponential
@@ -53,7 +52,6 @@ _MOST_NUMBERS = 0.4
 """Columns and numbers per recurrence of the window."""
 _ITERATIONS = 30
 """Numbers of modes that are alike are found slowly."""
-
 _Kinds = tuple[str, ...]
 _Groups = dict[_Kinds, tuple[Tensor, Tensor]]
 """By the kinds of their modes, the motions (row,) and their numbers (row, number)."""
@@ -78,6 +76,7 @@ def fit_curves(parts: Components, rows: Int[Tensor, " row"], least_periods: floa
         scores, energy = parts.scores[rows], parts.energy[rows]
         numbers = narrow(family, parts.times, scores[..., -family.columns - SPARE :], turns)
         left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
+        # Enough harmonics follow anything: what is no smooth curve counts as not explained at all.
         left = torch.where(gradual(shape_coefficients(family, numbers, parts.times, scores)), left, energy)
         found.append(
             Fit(
@@ -104,6 +103,7 @@ def shortest_turns(
     window = gram.shape[-1]
     turns, pairs = _phase_neighbours(window, least_periods)
     squares = gram.diagonal(dim1=-2, dim2=-1)
+    # All distances once; every turn on the grid then only says which of them to add up.
     distances = (squares[:, :, None] + squares[:, None, :] - 2 * gram).flatten(1)
     best, place = [], []
     for some in distances.split(max(1, _CHUNK_ENTRIES // len(pairs))):
@@ -120,6 +120,7 @@ def _phase_neighbours(window: int, least_periods: float) -> tuple[Tensor, Tensor
     slowest = 2 * math.pi * least_periods / window
     turns = torch.arange(slowest, math.pi, 2 * math.pi * _PHASE / window, dtype=torch.float64)
     turns = turns[without_trends(turns, _STEPS, slowest)]
+    # In the order of the phase, each with the next and the last with the first: the way is closed.
     order = (turns[:, None] / (2 * math.pi) * torch.arange(window)).remainder(1.0).argsort(-1)
     return turns, (order * window + order.roll(-1, -1)).flatten()
 
@@ -151,6 +152,7 @@ def fit_modes(parts: Components, rows: Int[Tensor, " row"], fits: Sequence[Fit],
     for place, name in enumerate(names):
         some = rows[first == place]
         if len(some):
+            # Its own fit may turn more slowly than modes are allowed to.
             groups[(name,)] = some, singles[name].numbers[some].clamp(known[name].low, known[name].high)
     found = []
     for _ in range(1, _MOST):
@@ -176,6 +178,8 @@ def _with_one_more(groups: _Groups, known: Mapping[str, ShapeFamily], parts: Com
     longer: dict[_Kinds, list[tuple[Tensor, Tensor]]] = {}
     for kinds, (rows, numbers) in groups.items():
         scores = parts.scores[rows]
+        # The next mode is looked for in what the others leave: a grid of all of them together would have too many
+        # points.
         basis = shape_columns(together(tuple(known[kind] for kind in kinds)), numbers, parts.times)
         rest = scores - basis @ (basis.mT @ scores)
         starts = {name: best_on_grid(family, parts.times, rest) for name, family in known.items()}
@@ -191,6 +195,7 @@ def _with_one_more(groups: _Groups, known: Mapping[str, ShapeFamily], parts: Com
         family = together(tuple(known[kind] for kind in kinds))
         rows, numbers = (torch.cat([piece[place] for piece in pieces]) for place in (0, 1))
         scores = parts.scores[rows][..., -family.columns - SPARE :]
+        # Then all together, since what the first explained alone was partly the new one's.
         found[kinds] = rows, narrow(family, parts.times, scores, numbers, _ITERATIONS)
     return found
 
@@ -208,6 +213,7 @@ def _as_fit(
     rates, scores, energy = numbers[:, ends], parts.scores[rows], parts.energy[rows]
     left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
     coefficients = shape_coefficients(family, numbers, parts.times, scores)
+    # Columns that shrink tend to 0, so their sum at the end of the tail is what is still to go.
     at_end = family.design(numbers, parts.times)[:, -1:]
     ahead = torch.linalg.vector_norm((at_end @ coefficients)[:, 0], dim=-1)
     shrinking: Bool[Tensor, " row"] = (rates <= -least_rate).all(-1)

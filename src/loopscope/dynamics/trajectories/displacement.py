@@ -25,8 +25,6 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
-_OFTEN = 6.0
-"""Periods within the tail from which on its thirds are alike."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
 """What rounding alone can look like, so that such motion has to be `visible` to count: small cycles, and slow hops one
 way. `BOUNDED` is left out on purpose: several rotations without a common period are neither."""
@@ -56,6 +54,7 @@ def displacement_verdicts(
     unstable.
     """
     verdicts = []
+    # All tokens are measured together, since shapes are fitted in batches, and decided one by one.
     for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window):
         verdict = _verdict(_decide(motions.whole, motions.later, settings))
         if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
@@ -87,6 +86,7 @@ def measure_tails(
             return {}
         return dict(zip(rows, measure_motions(tails.last(length, torch.tensor(rows)), dtype, settings), strict=True))
 
+    # Halves cost as much again, so they are measured only where some settings would look at them.
     moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
     unsettled = [
         token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
@@ -98,6 +98,11 @@ def measure_tails(
 def decide_kind(motions: TokenMotions, settings: DisplacementSettings) -> Kind:
     """The kind alone, by the settings or one of the others that the motions were measured for."""
     return _decide(motions.whole, motions.later, settings).kind
+
+
+def same_limit(one: Kind, other: Kind) -> bool:
+    """Whether two kinds say the same of the limit: rest is rest, seen or hidden by noise."""
+    return one == other or (one.settles and other.settles)
 
 
 class _Finding(NamedTuple):
@@ -126,11 +131,6 @@ def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
     return later if later.settled and ends else whole
 
 
-def same_limit(one: Kind, other: Kind) -> bool:
-    """Whether two kinds say the same of the limit: rest is rest, seen or hidden by noise."""
-    return one == other or (one.settles and other.settles)
-
-
 def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     rest = settings.rounding_factor * motion.rounding
     times = motion.level / motion.rounding
@@ -139,10 +139,12 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     if motion.shape is None:
         reason = f"It rests: it moves by {motion.level:.2g} of its norm, {times:.2g} times what one rounding does."
         return _Finding(Kind.FIXED_POINT, reason, motion)
+    # From the surest to the vaguest: a shape that explains the motion, then the lengths of its steps, then its size.
     approaches = _approaches(motion, settings, rest)
     kind = limit_of(motion.shape, settings)
     if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
+    # Steps that shrink contradict a motion that goes on, and those of an orbit are as long at the end as at the start.
     contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
         not 1 / settings.even <= motion.evenness <= settings.even
     )
@@ -195,6 +197,7 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
     """The best shape is no chance, and what it leaves is noise, or little."""
     if motion.p_value > settings.significance:
         return False
+    # How little has to be left depends on what it can be: rounding, amplified rounding, or nothing but other motion.
     left = motion.noise / motion.rounding
     noisy = settings.unexplained_noise if kind == Kind.FIXED_POINT else settings.unexplained_small
     if left <= settings.rounding_factor:

@@ -1,4 +1,4 @@
-"""Which shape explains a motion best."""
+"""The best member of every family of shapes for each motion, and what it leaves."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from loopscope.dynamics.trajectories.shapes import (
 )
 from loopscope.dynamics.trajectories.tail import Components
 
+SPARE = 2
+"""Components beside as many as a shape has columns that its numbers are fitted to."""
 _PROMISING = 0.5
 """Motions of which a grid point explains this share have their fits narrowed. What explains less can gain little, and
 decides nothing."""
 _NEARLY = 0.8
 """Of which few harmonics explain less than about this share is no closed curve."""
-SPARE = 2
-"""Components beside as many as a shape has columns that its numbers are fitted to."""
 _LONGEST_CYCLE = 64
 
 
@@ -64,14 +64,66 @@ def fit_shapes(parts: Components, least_periods: float, unresolved: Float[Tensor
     return found if cycles is None else [*found, cycles]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Residuals:
+    """What one fit of each motion leaves."""
+
+    directions: Float[Tensor, " token"]
+    """How many it takes: participation ratio of its principal components."""
+    independent: Float[Tensor, " token"]
+    """Share of the recurrences that count as independent, from the correlation of neighbouring ones. What rounding
+    makes of a slow motion is the same for many recurrences on end."""
+
+
+def residuals(
+    fits: Sequence[Fit], chosen: Int[Tensor, " token"], parts: Components, unresolved: Float[Tensor, " token"]
+) -> Residuals:
+    """What each motion's chosen fit leaves; `unresolved` as in `fit_shapes`."""
+    directions, correlation = torch.empty_like(parts.energy), torch.empty_like(parts.energy)
+    for place in chosen.unique().tolist():
+        rows = (chosen == place).nonzero()[:, 0]
+        basis = _fitted_basis(fits[place], rows, parts)
+        scores, gram = parts.scores[rows], parts.gram[rows]
+        # The components that were left out take part by their sums of squares: they are what noise fills.
+        rest = scores - basis @ (basis.mT @ scores)
+        inner = rest.mT @ rest
+        energy = _trace(inner) + parts.rest_energy[rows]
+        square = inner.square().sum((-1, -2)) + parts.rest_square[rows]
+        directions[rows] = energy.square() / square.clamp_min(1e-300)
+        # (1 - P) G (1 - P), the projection P = B B^T never formed: products of what is left at any two times.
+        half = gram - basis @ (basis.mT @ gram)
+        whole = half - (half @ basis) @ basis.mT
+        neighbours = whole.diagonal(1, dim1=-2, dim2=-1).sum(-1)
+        # What cannot be told from 0 counts as uncorrelated, or the digits that an exact fit leaves would decide.
+        correlation[rows] = (neighbours / (_trace(whole) + unresolved[rows])).clamp(0.0, 0.999)
+    # The effective number of observations of a first-order autoregression, over their number.
+    return Residuals(directions, (1 - correlation) / (1 + correlation))
+
+
+def significance(fit: Fit, parts: Components) -> Tensor:
+    """Probability that noise would be explained so well, corrected for the members tried,
+    (token,): an F test."""
+    ours, directions = fit.columns, parts.noise_directions
+    rest = (parts.window - 1 - ours).clamp_min(1.0)
+    explained = (parts.energy - fit.left).clamp_min(0.0)
+    ratio = (explained / ours.clamp_min(1.0)) / (fit.left / rest).clamp_min(1e-300)
+    # fdtrc(a, b, x) is the upper tail of the F distribution. A column has a coefficient in each direction that noise
+    # takes, hence the degrees of freedom.
+    tail = special.fdtrc((ours * directions).numpy(), (rest * directions).numpy(), ratio.clamp(max=1e200).numpy())
+    return (torch.from_numpy(tail) * fit.tried).clamp(max=1.0)
+
+
 def _add_rotations(found: list[Fit], single: Fit, parts: Components, least_periods: float) -> None:
     """Two and three rotations of unrelated periods: the strongest one, then the strongest in what that leaves."""
     assert single.family is not None
     family, numbers, tried = single.family, single.numbers, single.tried
     for count in (2, 3):
+        # With a column for fewer than two or three recurrences a shape follows noise as well.
         if 2 * count + 1 > 0.4 * parts.window:
             break
         basis = shape_columns(family, numbers, parts.times)
+        # A grid over two or three turns would have their product of points; one at a time it has their sum, and all of
+        # them are narrowed together afterwards.
         rest = parts.scores - basis @ (basis.mT @ parts.scores)
         numbers = torch.cat((numbers, best_on_grid(single.family, parts.times, rest)), dim=-1)
         family, tried = rotations(count, parts.window, least_periods), tried * single.tried
@@ -105,7 +157,7 @@ def _fit_from(
     value = explained_energy(family, numbers, parts.times, parts.scores)
     rows = (value >= promising * parts.energy).nonzero()[:, 0]
     if len(rows):
-        # What such a shape explains is in few components.
+        # What such a shape explains is in few components; the others would only cost time.
         scores = parts.scores[rows]
         least = torch.stack([parts.energy, *(fit.left for fit in others)]).amin(0)[rows]
         found = narrow(family, parts.times, scores[..., -family.columns - SPARE :], numbers[rows], rivals=least)
@@ -113,38 +165,6 @@ def _fit_from(
         value = value.index_copy(0, rows, explained_energy(family, found, parts.times, scores))
     columns = torch.full_like(value, float(family.columns))
     return Fit(family.name, family, (parts.energy - value).clamp_min(0.0), numbers, columns, tried)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Residuals:
-    """What one fit of each motion leaves."""
-
-    directions: Float[Tensor, " token"]
-    """How many it takes: participation ratio of its principal components."""
-    independent: Float[Tensor, " token"]
-    """Share of the recurrences that count as independent, from the correlation of neighbouring ones. What rounding
-    makes of a slow motion is the same for many recurrences on end."""
-
-
-def residuals(
-    fits: Sequence[Fit], chosen: Int[Tensor, " token"], parts: Components, unresolved: Float[Tensor, " token"]
-) -> Residuals:
-    """What each motion's chosen fit leaves; `unresolved` as in `fit_shapes`."""
-    directions, correlation = torch.empty_like(parts.energy), torch.empty_like(parts.energy)
-    for place in chosen.unique().tolist():
-        rows = (chosen == place).nonzero()[:, 0]
-        basis = _fitted_basis(fits[place], rows, parts)
-        scores, gram = parts.scores[rows], parts.gram[rows]
-        rest = scores - basis @ (basis.mT @ scores)
-        inner = rest.mT @ rest
-        energy = _trace(inner) + parts.rest_energy[rows]
-        square = inner.square().sum((-1, -2)) + parts.rest_square[rows]
-        directions[rows] = energy.square() / square.clamp_min(1e-300)
-        half = gram - basis @ (basis.mT @ gram)
-        whole = half - (half @ basis) @ basis.mT
-        neighbours = whole.diagonal(1, dim1=-2, dim2=-1).sum(-1)
-        correlation[rows] = (neighbours / (_trace(whole) + unresolved[rows])).clamp(0.0, 0.999)
-    return Residuals(directions, (1 - correlation) / (1 + correlation))
 
 
 def _trace(squares: Tensor) -> Tensor:
@@ -168,6 +188,7 @@ def _fit_cycles(parts: Components, least_periods: float, unresolved: Tensor) -> 
     longest = min(_LONGEST_CYCLE, int(parts.window / least_periods))
     if longest < 2:
         return None
+    # tr(P G) for the projections of all periods at once; G has every direction, as the points of a cycle may have.
     explained = parts.gram.flatten(1) @ _cycle_projections(parts.window, longest)
     rest = (parts.energy[:, None] - explained).clamp_min(0.0)
     # The longer of two periods must pay for its points.
@@ -186,15 +207,3 @@ def _cycle_projections(window: int, longest: int) -> Float[Tensor, "entry period
 
 def _phases(times: Tensor, period: int) -> Float[Tensor, "time phase"]:
     return torch.nn.functional.one_hot(times.long() % period, period).double()
-
-
-def significance(fit: Fit, parts: Components) -> Tensor:
-    """Probability that noise would be explained so well, corrected for the members tried,
-    (token,): an F test."""
-    ours, directions = fit.columns, parts.noise_directions
-    rest = (parts.window - 1 - ours).clamp_min(1.0)
-    explained = (parts.energy - fit.left).clamp_min(0.0)
-    ratio = (explained / ours.clamp_min(1.0)) / (fit.left / rest).clamp_min(1e-300)
-    # fdtrc(a, b, x) is the upper tail of the F distribution.
-    tail = special.fdtrc((ours * directions).numpy(), (rest * directions).numpy(), ratio.clamp(max=1e200).numpy())
-    return (torch.from_numpy(tail) * fit.tried).clamp(max=1.0)

@@ -48,13 +48,13 @@ def judge(
     """What each token's state tends to.
 
     `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
-    as the output of the last recurrent layer, one a recurrence. `dtype` is that of the *model*,
-    whatever the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding,
-    below which no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the
-    index of the first state, if the beginning was cut off. `settings` are those of the method, its defaults unless
-    given. `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that
-    these do not share; it takes most of the same time again. `progress` receives how many tokens were judged since the
-    last time.
+    as the output of the last recurrent layer, one a recurrence. `dtype` is the one that the *model* ran in, whatever
+    the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding, below which
+    no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the index of the
+    first state, if the beginning was cut off. `settings` are those of the method, its defaults unless given.
+    `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that these do
+    not share; it takes most of the same time again. `progress` receives how many tokens were judged since the last
+    time.
 
     The list has one `Verdict` a token. A token whose states are not all finite is `diverging` if they grew before, else
     `unknown`. Raises `ConfigError` for an array that is no trajectory: other axes, other numbers, too few recurrences,

@@ -76,6 +76,7 @@ def best_shapes(parts: Components, rounding: float, settings: DisplacementSettin
         shape = _shape(fits[best], row, parts, settings)
         kind = limit_of(shape, settings)
         rival, rival_kind = math.inf, kind
+        # The margin is between limits, not between shapes: a logarithm and a power may tend to the same.
         for other in others:
             rival_kind = limit_of(_shape(fits[other], row, parts, settings), settings)
             if rival_kind != kind:
@@ -106,6 +107,7 @@ def _compared(
     unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
     everywhere = torch.ones_like(parts.energy)
     fits = fit_shapes(parts, settings.least_periods, unresolved)
+    # At first every recurrence counts as independent: how many do depends on the shape that is taken out.
     first = _costs(fits, parts, unresolved, everywhere).argmin(0)
     mixed = _may_be_modes(fits, first, parts, rounding, settings)
     if len(mixed):
@@ -175,6 +177,7 @@ def _evenness(steps: Tensor, period: float) -> float:
 def _left_over(fits: list[Fit], parts: Components, settings: DisplacementSettings) -> tuple[Tensor, Tensor]:
     """(shape, token): whether nearly nothing is left, and the step of noise of the size of what is left."""
     left, columns = torch.stack([fit.left for fit in fits]), torch.stack([fit.columns for fit in fits])
+    # Two states that differ by noise are apart by twice its variance; each column takes a degree of freedom.
     step = (2 * left / (parts.window - 1 - columns).clamp_min(1.0)).sqrt()
     return left <= settings.unexplained_structure * parts.energy, step
 
@@ -194,6 +197,7 @@ def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings
 def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
     """(shape, token): the Bayesian information criterion for noise in as many directions as the noise takes, in each of
     which every column has a coefficient: twice the negative log likelihood, and the price of the coefficients."""
+    # Below what is resolved all fits are equal, or the logarithm would choose between them by their last digits.
     left = torch.stack([torch.maximum(fit.left * _PENALTY.get(fit.name, 1.0), unresolved) for fit in fits])
     for place, fit in enumerate(fits):
         if fit.name.endswith("rotations"):

@@ -1,4 +1,5 @@
-"""Trajectories as they are handed in: turned into one tensor, or refused with a sentence."""
+"""Trajectories and the dtype of their model as they are given: turned into one tensor and a rounding, or refused with a
+sentence."""
 
 from __future__ import annotations
 
@@ -16,10 +17,7 @@ from loopscope.models.inspection.facts import Dtype
 
 _SIGNIFICAND_BITS: dict[Dtype, int] = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 """With the implicit one."""
-
-
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
-
 _FEW = 64
 """Tokens that the check of the axes looks at."""
 _FROM = 16
@@ -44,6 +42,11 @@ def known_dtype(dtype: object, otherwise: Dtype) -> Dtype:
         return check_dtype(dtype)
     except ConfigError:
         return otherwise
+
+
+def stored_dtype(states: Tensor) -> str:
+    """Of an array, as it was handed in."""
+    return str(states.dtype).removeprefix("torch.")
 
 
 def rounding_step(dtype: Dtype) -> float:
@@ -85,30 +88,6 @@ def as_states(states: NDArray[Any] | Tensor | Sequence[Any]) -> Tensor:
     return (tensor[None] if tensor.dim() == 2 else tensor).detach().cpu()
 
 
-def _stacked(trajectories: list[Any]) -> Tensor:
-    if not trajectories:
-        raise ConfigError("There are no trajectories to judge: the sequence is empty.")
-    shapes = sorted({tuple(each.shape) for each in trajectories})
-    if len(shapes) > 1:
-        raise ConfigError(
-            f"All trajectories that are judged together have one shape (recurrence, width); there are {len(shapes)}, "
-            f"such as {shapes[0]} and {shapes[-1]}. Judge those of one length together, or cut them to the shortest."
-        )
-    return torch.stack([each if isinstance(each, Tensor) else _as_tensor(each) for each in trajectories])
-
-
-def _as_tensor(array: NDArray[Any]) -> Tensor:
-    if array.dtype.kind != "f":
-        raise ConfigError(f"States are floating-point numbers; the array holds {array.dtype}.")
-    # A copy, for arrays that are mapped read-only or of another byte order.
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-
-
-def stored_dtype(states: Tensor) -> str:
-    """Of an array, as it was handed in."""
-    return str(states.dtype).removeprefix("torch.")
-
-
 def check_axes(states: Tensor) -> None:
     """Refuse states whose recurrences run along another axis, where that can be seen.
 
@@ -128,6 +107,25 @@ def check_axes(states: Tensor) -> None:
         f"The array of shape {(tokens, recurrences, width)} should be (token, recurrence, width) but looks like "
         f"{order}: along that axis the states settle. Pass {right}, or check_order=False if it is right as it is."
     )
+
+
+def _stacked(trajectories: list[Any]) -> Tensor:
+    if not trajectories:
+        raise ConfigError("There are no trajectories to judge: the sequence is empty.")
+    shapes = sorted({tuple(each.shape) for each in trajectories})
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"All trajectories that are judged together have one shape (recurrence, width); there are {len(shapes)}, "
+            f"such as {shapes[0]} and {shapes[-1]}. Judge those of one length together, or cut them to the shortest."
+        )
+    return torch.stack([each if isinstance(each, Tensor) else _as_tensor(each) for each in trajectories])
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    if array.dtype.kind != "f":
+        raise ConfigError(f"States are floating-point numbers; the array holds {array.dtype}.")
+    # A copy, for arrays that are mapped read-only or of another byte order.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def _settles(states: Tensor) -> bool | None:

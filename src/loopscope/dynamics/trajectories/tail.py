@@ -11,7 +11,6 @@ from torch import Tensor
 COMPONENTS = 16
 """Principal components of the motion that shapes are fitted to: twice what a curve of four harmonics needs. What the
 others hold counts as unexplained, but for cycles, which are fitted to the whole Gram matrix."""
-
 _SMALLEST_TAIL = 24
 """Recurrences: half of a short trajectory would be too few to see a period in."""
 
@@ -149,19 +148,6 @@ def decompose(tails: Tails) -> Components:
     )
 
 
-def _participation(values: Tensor) -> Tensor:
-    return values.sum(-1).square() / values.square().sum(-1).clamp_min(1e-300)
-
-
-def _noise_directions(rest: Tensor, width: int) -> Tensor:
-    """White noise in D directions, seen n times, has a participation ratio of 1 / (1/D + 1/n)."""
-    seen = rest.shape[-1]
-    if seen < 3:
-        return torch.ones(rest.shape[0], dtype=rest.dtype)
-    apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
-    return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
-
-
 def tail_paths(
     states: Float[Tensor, "token recurrence width"], first_recurrence: int = 0, window: int = 256
 ) -> Float[Tensor, "token time 2"]:
@@ -185,3 +171,16 @@ def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[T
     distances = (squares[:, :, None] + squares[:, None, :] - 2 * gram).clamp_min(0.0)
     lags = range(1, max(2, 3 * window // 4 + 1))
     return torch.stack([distances.diagonal(lag, dim1=-2, dim2=-1).mean(-1) for lag in lags], dim=-1)
+
+
+def _participation(values: Tensor) -> Tensor:
+    return values.sum(-1).square() / values.square().sum(-1).clamp_min(1e-300)
+
+
+def _noise_directions(rest: Tensor, width: int) -> Tensor:
+    """White noise in D directions, seen n times, has a participation ratio of 1 / (1/D + 1/n)."""
+    seen = rest.shape[-1]
+    if seen < 3:
+        return torch.ones(rest.shape[0], dtype=rest.dtype)
+    apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
+    return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)

@@ -23,11 +23,11 @@ from loopscope.prompts.tokenizer import read_tokenizer
 BEGIN = "<|begin|>"
 END = "<|end|>"
 PAD = "<|pad|>"
-
+Tokens = NDArray[np.int64]
+"""Token ids, one after the other or in windows."""
 Scored = NDArray[np.bool_]
 """Which tokens count."""
-
-# Separate streams of random numbers under one seed; the values only have to differ (see recurrence.py).
+# Separate streams of random numbers under one seed; the values only have to differ (see step.py).
 _ORDER = 0
 
 
@@ -79,10 +79,6 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
                 "leave `data.tokenizer` out to have one trained."
             )
     return tokenizer
-
-
-Tokens = NDArray[np.int64]
-"""Token ids, one after the other or in windows."""
 
 
 @dataclass(frozen=True)
