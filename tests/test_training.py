@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_and_killed_ends_with_the_same_bits(
 ) -> None:
     out = tmp_path / "run"
     status, said = start_and_signal(texts, out, signal.SIGINT, after_step=3)
-    assert "the same command goes on from there" in said
+    assert "the same command resumes it" in said
     assert status == 3
 
     status, _ = start_and_signal(texts, out, signal.SIGKILL, after_step=12)

@@ -175,7 +175,7 @@ def _measure_once(runs: _Runs, plan: Plan, frame: Frame) -> Arrays:
 
 
 def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) -> Logits:
-    """Logits after so many recurrences of the measured run, whose state was this; of another run if it takes none."""
+    """Logits after that many recurrences of the measured run, whose state was this; of another run if it takes none."""
     if runs.subject.info.state_can_be_set:
         return measured.decode(state=state)
     run = runs.start(recurrences)
@@ -263,7 +263,7 @@ class _Live:
         return [measure for measure in measures if measure is not None]
 
     def after(self, recurrences: int, run: Run, tick: Tick) -> None:
-        """So many recurrences of the measured run are done."""
+        """That many recurrences of the measured run are done."""
         if self.path is not None:
             tails = [] if self.other_tails is None else [self.other_tails]
             self._other.advance([self.path.second, *tails])
@@ -320,7 +320,7 @@ class _Both(Observer):
 
 
 class _OutsideTheLoop(Observer):
-    """Tells an observer of prelude and coda only; it will be told of the loop when the horizon is known."""
+    """Tells an observer of prelude and coda only; it will be notified of the loop when the horizon is known."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

@@ -87,7 +87,7 @@ class Plan:
     components: int
     readout: tuple[int, ...]
     exits: int
-    """Every state up to so many recurrences is decoded and compared with the one before; 0 for none."""
+    """Every state up to that many recurrences is decoded and compared with the one before; 0 for none."""
     head_stable: float
     """Root mean square change of a row below which a head is stable."""
     judged_layers: tuple[int, ...]

@@ -31,7 +31,7 @@ class Behaviour:
     states: tyro.conf.Positional[tuple[Path, ...]]
     """Files of states."""
     dtype: _Dtype
-    """The number type that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
+    """The dtype that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
     out: Path
     """Folder for the verdicts."""
     method: _Method = "displacement"
@@ -80,7 +80,7 @@ class Calibrate:
     count: Count = 1300
     """Trajectories, spread evenly over the cases."""
     dtype: tuple[_Dtype, ...] = ("float32", "bfloat16")
-    """Number types whose noise they carry."""
+    """Dtypes whose noise they carry."""
     method: tuple[_Method, ...] = ("displacement", "cosine")
     """Methods to try."""
     seed: int = 0
@@ -156,7 +156,7 @@ def _say_kinds(judged: JudgedFiles) -> None:
 
 
 _SHOWN = 12
-"""Trajectories that are told one by one; more are counted."""
+"""Trajectories that are named one by one; more are counted."""
 
 
 def _interval(share: KindShare) -> str:

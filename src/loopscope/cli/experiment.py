@@ -31,7 +31,7 @@ class _Run:
     """What every experiment takes."""
 
     out: Path
-    """Folder for the results, a file a cell; an experiment that was interrupted goes on."""
+    """Folder for the results, a file a cell; an experiment that was interrupted is resumed."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
     workers: Count | None = None
@@ -155,7 +155,7 @@ class Training(_Run):
     """Train the models of a sweep, analyse each, and say which designs do well and keep it beyond the trained depth.
 
     Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
-    feed-forward controls. A sweep that was interrupted goes on, within a cell too. See docs/experiments.md.
+    feed-forward controls. A sweep that was interrupted is resumed, within a cell too. See docs/experiments.md.
     """
 
     sweep: tyro.conf.Positional[Path]

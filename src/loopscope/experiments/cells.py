@@ -96,7 +96,7 @@ class Dynamics:
     counts: tuple[int, ...]
     """Recurrences at which the curves are given."""
     distance: tuple[float | None, ...]
-    """Relative distance to the state at the horizon after so many, of the layer that is farthest."""
+    """Relative distance to the state at the horizon after that many, of the layer that is farthest."""
     norm: tuple[float | None, ...]
     """Norm of the last layer's state over that after the first recurrence."""
     radius: float | None

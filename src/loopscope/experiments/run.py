@@ -1,4 +1,4 @@
-"""Runs the cells of a grid, by any engine, into a folder that can be gone on with."""
+"""Runs the cells of a grid, by any engine, into a folder that can be resumed."""
 
 from __future__ import annotations
 

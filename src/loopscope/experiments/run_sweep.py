@@ -49,7 +49,7 @@ _CURVE_POINTS = 40
 
 
 def automaton_row(rows: Rows, steps: int) -> Rows:
-    """The rows after so many steps of rule 60: each cell becomes `cell xor left neighbour`."""
+    """The rows after that many steps of rule 60: each cell becomes `cell xor left neighbour`."""
     for _ in range(steps):
         rows = rows ^ np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
     return rows
@@ -98,7 +98,7 @@ def run_sweep(
     progress: Progress | None = None,
 ) -> list[SweepResult]:
     """Train and analyse every cell, in its own folder below `out/runs`; finished cells are not done again, and the
-    training of one that was interrupted is gone on with.
+    training of one that was interrupted is resumed.
 
     `base` is the folder that the sweep's paths are relative to. `only` names designs, instead of all; results are then
     those of these designs. With an engine on several machines, `out` has to be on

@@ -58,7 +58,7 @@ class SubjectInfo:
     revision: str | None = None
     """Commit of the repository on the hub that the checkpoint came from."""
     eta: float = 1.0
-    """A recurrence hands on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
+    """A recurrence passes on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
     interventions: tuple[str, ...] = ()
     """What every run changes in the model's computation; see docs/interventions.md."""
 

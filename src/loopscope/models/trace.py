@@ -124,7 +124,7 @@ class Trace:
 
 
 class _Recorder(Observer):
-    """Keeps everything it is told."""
+    """Keeps everything it is notified of."""
 
     def __init__(self, keeps_attention: bool) -> None:
         self.keeps_attention = keeps_attention

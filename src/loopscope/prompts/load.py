@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loopscope.errors import PromptError
-from loopscope.prompts.prompt import Prompt, draw
+from loopscope.prompts.prompt import Prompt, subsample
 from loopscope.prompts.sources import (
     TEXT_FIELD,
     Record,
@@ -24,8 +24,8 @@ from loopscope.prompts.sources import (
 )
 from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer
 
-SHIPPED_CONDITIONS: Mapping[str, str] = MappingProxyType(
-    {"persona": "conditions/persona.txt", "maths": "conditions/maths.txt"}
+SHIPPED_SYSTEM_PROMPTS: Mapping[str, str] = MappingProxyType(
+    {"persona": "system_prompts/persona.txt", "maths": "system_prompts/maths.txt"}
 )
 """Files of the package."""
 PADDING = "padding"
@@ -36,25 +36,25 @@ NO_LINES = {".json": "JSON", ".csv": "a table", ".tsv": "a table"}
 """What must not be read line by line: headings, quotation marks and brackets would become part of the prompts."""
 
 
-def condition_names() -> list[str]:
+def system_prompt_names() -> list[str]:
     """Every name that --system-prompt takes."""
-    return [*SHIPPED_CONDITIONS, PADDING]
+    return [*SHIPPED_SYSTEM_PROMPTS, PADDING]
 
 
 def read_system_prompt(source: Path) -> str | None:
-    """The text of a condition or of a file; None for `padding`, which needs a tokenizer (see `pad_prompts`).
+    """The text of a shipped system prompt or a file; None for `padding`, which needs a tokenizer (see `pad_prompts`).
 
     A name goes before a file that is called the same. Raises `PromptError` for a file that is missing or empty.
     """
     name = str(source)
     if name == PADDING:
         return None
-    if name in SHIPPED_CONDITIONS:
+    if name in SHIPPED_SYSTEM_PROMPTS:
         return _shipped(name)
     if not source.exists() and len(source.parts) == 1 and not source.suffix:
         raise PromptError(
             f"{name!r} is neither a file nor the name of a system prompt; give the path of a file, or one of "
-            f"{', '.join(condition_names())}."
+            f"{', '.join(system_prompt_names())}."
         )
     text = read_text(source).strip()
     if not text:
@@ -86,7 +86,7 @@ def padding_record(tokenizer: TextTokenizer) -> dict[str, Any]:
 
 
 def _shipped(name: str) -> str:
-    file = resources.files("loopscope.prompts").joinpath(SHIPPED_CONDITIONS[name])
+    file = resources.files("loopscope.prompts").joinpath(SHIPPED_SYSTEM_PROMPTS[name])
     return file.read_text(encoding="utf-8").strip()
 
 
@@ -151,7 +151,7 @@ def load_prompts(
         whole = "--whole-file" if whole_file else None if chunk is None else "--chunk"
         records, field = _read(prompts, field, whole)
     system = None if system_prompt is None else read_system_prompt(system_prompt)
-    drawn = records if chunk is not None else draw(records, limit=limit, seed=sample_seed)
+    drawn = records if chunk is not None else subsample(records, limit=limit, seed=sample_seed)
     return [_prompt(record, field, system) for record in drawn]
 
 

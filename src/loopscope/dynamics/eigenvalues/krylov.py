@@ -24,7 +24,7 @@ Hessenberg = Float64[Tensor, "token rows columns"]
 """Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
 
 _INVARIANT = 100.0
-"""A product of which less than so many roundings of its size is new adds nothing to the space."""
+"""A product of which less than that many roundings of its size is new adds nothing to the space."""
 
 
 @runtime_checkable
@@ -116,7 +116,7 @@ class RitzValues:
 def arnoldi(
     product: Callable[[TokenVectors], TokenVectors], start: TokenVectors, spare: TokenVectors, products: int
 ) -> Hessenberg:
-    """Run so many steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
+    """Run that many steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
     section 6.2).
 
     **Arguments**

@@ -17,8 +17,8 @@ half as many again."""
 _DAMPING = 0.5
 """Share of the mapped state in a guess. With 1, guesses near a fixed point that repels overshoot."""
 _REACH = 10.0
-"""A fixed point that is farther away than so many lengths of the state is none that the run has to do with. So far out
-a state that only creeps moves by less than it is rounded."""
+"""A fixed point that is farther away than this many lengths of the state is none that the run has to do with. So far
+out a state that only creeps moves by less than it is rounded."""
 _RIDGE = 1e-12
 """Relative size of what keeps the least squares solvable where the earlier states lie in one line."""
 
@@ -38,7 +38,7 @@ def find_fixed_point(
 
     Anderson's mixing (1965; Walker and Ni 2011) of each token's states by itself. It solves `F(x) = x` rather than
     following F, so that it reaches fixed points that repel, as that within an orbit. Prompts for which none is found
-    in so many evaluations of F, or that run away, keep their state. Steps are relative to the state given and not to
+    in that many evaluations of F, or that run away, keep their state. Steps are relative to the state given and not to
     where the search has gone.
     """
     begin, kept, size = state, state.clone(), torch.linalg.vector_norm(state, dim=-1)

@@ -76,7 +76,7 @@ class TrainResult:
 
     @property
     def finished(self) -> bool:
-        """False after Ctrl-C; the same call goes on from there."""
+        """False after Ctrl-C; the same call resumes it."""
         return self.results is not None
 
 
@@ -89,7 +89,7 @@ def train(
     device: str = "cpu",
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a model into the folder `out`, or go on with the run that is there.
+    """Train a model into the folder `out`, or resume the run that is there.
 
     A run that was interrupted at any moment, killed included, and started again ends with the same weights, bit for
     bit, as one that was not, on the same machine with the same number of threads.
@@ -103,7 +103,7 @@ def train(
 
     Raises `ConfigError` for unusable text or tokenizer, a device that is not there, and a folder that holds another
     run; `FolderBusyError` if another process trains there; `NonFiniteError` when the loss stops being a number;
-    `StorageError` if a file cannot be written; `CheckpointError` if the state to go on from is damaged.
+    `StorageError` if a file cannot be written; `CheckpointError` if the state to resume from is damaged.
     """
     console = console or Console(stderr=True)
     place = find_device(device)
@@ -146,7 +146,7 @@ class _Run:
                 bar.step(f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s")
                 if stop.made:
                     self._save()
-                    bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command goes on from there.")
+                    bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
                     return TrainResult(self.folder.path, step + 1, None)
         results = self._finish()
         return TrainResult(self.folder.path, config.steps, results)
@@ -171,7 +171,7 @@ class _Run:
         return report
 
     def _scores(self, sequences: int | None) -> dict[int, Score]:
-        """On the first so many windows of the test text, by number of recurrences."""
+        """On the first windows of the test text, that many, by number of recurrences."""
         test = self.texts.test[:sequences]
         return scores_by_recurrences(
             self.model,
@@ -239,7 +239,7 @@ def _by_number(scores: dict[int, Score]) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Run torch on so many threads, and give it back its own number afterwards."""
+    """Run torch on that many threads, and give it back its own number afterwards."""
     if number is not None and number < 1:
         raise ConfigError(f"threads must be at least 1, got {number}.")
     before = torch.get_num_threads()

@@ -88,7 +88,7 @@ def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, fa
             f"{' or '.join(family.name for family in by_names)}; one of the two belongs to another model."
         )
     if len(by_type) == 1:
-        return by_type[0]  # the names that do not fit are told one by one
+        return by_type[0]  # the names that do not fit are named one by one
     raise UnknownFamilyError(
         f"{where} is of no known family, by its model_type {model_type!r} and the names of its "
         f"tensors; known families are {', '.join(family.name for family in families)}."

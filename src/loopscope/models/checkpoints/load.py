@@ -40,7 +40,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `CheckpointError` where so many weights alone need more than there is."""
+    """Raise `CheckpointError` where that many weights alone need more than there is."""
     available = available_memory(device)
     needed = parameters * dtype.itemsize
     if needed <= available:

@@ -89,7 +89,7 @@ def _of_the_loop(architecture: Architecture) -> dict[str, str]:
         words["initial state"] = f"normal noise, standard deviation {architecture.state_std:.4g}, cut at 3 of them"
     if architecture.eta != 1.0:
         words["damping"] = (
-            f"a recurrence hands on {1 - architecture.eta:g} of its state and {architecture.eta:g} of the new"
+            f"a recurrence passes on {1 - architecture.eta:g} of its state and {architecture.eta:g} of the new"
         )
     if architecture.exit_gate:
         words["exit gate"] = f"a token stops at a cumulated probability of {architecture.exit_threshold:g}"
