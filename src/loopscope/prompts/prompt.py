@@ -1,4 +1,4 @@
-"""What a prompt is, before and after the tokenizer."""
+"""What a prompt is, before and after the tokenizer; what identifies a list of them, and a subsample of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to token ids that fit the model, with a readable piece for each."""
+"""From text to token ids that fit the model, with a readable piece for each: whole prompts, or a text in chunks."""
 
 from __future__ import annotations
 

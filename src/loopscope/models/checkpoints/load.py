@@ -1,7 +1,7 @@
 """Loading a checkpoint, strictly: every tensor is known, has its shape, and is finite, or is named in an error.
 
 Weights go from the file to their place in blocks of rows, so that beside the model there is never more than a few
-blocks in memory, whatever the dtypes and the size of the largest tensor.
+blocks in memory, whatever the dtypes and the size of the largest tensor. A model that cannot fit is refused before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What there is to know about a model before it is loaded."""
+"""What there is to know about a model before it is loaded, and what memory a run of it takes."""
 
 from __future__ import annotations
 

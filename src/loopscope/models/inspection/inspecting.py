@@ -1,4 +1,4 @@
-"""`loopscope.inspect_model`."""
+"""`loopscope.inspect_model`: what a config and headers say of a model, with its settings in words."""
 
 from __future__ import annotations
 
@@ -62,6 +62,97 @@ _ROTARY: dict[Rotary, str] = {
     "halves": "rotary, coordinates i and i + d/2",
     "adjacent": "rotary, coordinates 2i and 2i + 1",
 }
+
+
+def inspect_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    run: RunSize | None = None,
+    families: Sequence[Family] = (),
+) -> Inspection:
+    """What a model is and what running it would take, without loading a weight.
+
+    Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
+    its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
+    own.
+
+    Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
+    load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
+    """
+    run = run or RunSize()
+    metadata = read_metadata(name_or_path, revision)
+    tokenizer = _tokenizer(metadata.folder)
+    try:
+        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
+    except UnknownFamilyError as unknown:
+        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
+    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
+
+
+def _tokenizer(folder: Path) -> TokenizerFacts | None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    return TokenizerFacts(
+        tokens=tokenizer.vocab_size,
+        before=tuple(token.text for token in tokenizer.before),
+        after=tuple(token.text for token in tokenizer.after),
+        chat_template=tokenizer.chat_template is not None,
+        notes=tuple(tokenizer.notes),
+    )
+
+
+def inspect_native(
+    name: str | Path, metadata: Metadata, layout: CheckpointLayout, tokenizer: TokenizerFacts | None, run: RunSize
+) -> Inspection:
+    architecture = layout.architecture
+    return Inspection(
+        name=str(name),
+        revision=metadata.revision,
+        family=layout.family,
+        runs="natively",
+        recognised_by=f"model_type {metadata.config.get('model_type')!r} and the names of its {len(metadata.headers)} "
+        "tensors",
+        layout=architecture.layout,
+        prelude=architecture.prelude,
+        recurrent=architecture.recurrent,
+        coda=architecture.coda,
+        unique_layers=architecture.layers,
+        trained_recurrences=architecture.recurrences if architecture.is_looped else None,
+        parameters=_counts(layout),
+        stored=layout.dtypes,
+        files=layout.files,
+        width=architecture.width,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        mlp_width=architecture.mlp_width,
+        vocab_size=architecture.vocab_size,
+        max_positions=architecture.max_positions,
+        settings=settings_in_words(architecture),
+        unobservable=(),
+        tokenizer=tokenizer,
+        memory=estimate_memory(Sizes.of(architecture), run),
+    )
+
+
+def _counts(layout: CheckpointLayout) -> ParameterCounts:
+    counts: Counter[str] = Counter()
+    for name, shape in parameter_shapes(layout.architecture).items():
+        parsed = parse_name(name)
+        place = parsed.stage or {"injection": "recurrent"}.get(parsed.module, parsed.module)
+        size = math.prod(shape)
+        counts[place] += size
+        counts["total"] += size
+    return ParameterCounts(
+        total=counts["total"],
+        embedding=counts["embedding"],
+        unembedding=counts["head"],
+        prelude=counts["prelude"],
+        recurrent=counts["recurrent"],
+        coda=counts["coda"],
+    )
 
 
 def settings_in_words(architecture: Architecture) -> dict[str, str]:
@@ -135,94 +226,3 @@ def _scaling(scaling: RopeScaling) -> str:
             return f"stretched {scaling.factor:g} times"
         case Llama3Scaling() | YarnScaling():
             return f"{scaling.kind} scaling {scaling.factor:g} times from {scaling.original_max_positions:,} tokens"
-
-
-def inspect_native(
-    name: str | Path, metadata: Metadata, layout: CheckpointLayout, tokenizer: TokenizerFacts | None, run: RunSize
-) -> Inspection:
-    architecture = layout.architecture
-    return Inspection(
-        name=str(name),
-        revision=metadata.revision,
-        family=layout.family,
-        runs="natively",
-        recognised_by=f"model_type {metadata.config.get('model_type')!r} and the names of its {len(metadata.headers)} "
-        "tensors",
-        layout=architecture.layout,
-        prelude=architecture.prelude,
-        recurrent=architecture.recurrent,
-        coda=architecture.coda,
-        unique_layers=architecture.layers,
-        trained_recurrences=architecture.recurrences if architecture.is_looped else None,
-        parameters=_counts(layout),
-        stored=layout.dtypes,
-        files=layout.files,
-        width=architecture.width,
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        mlp_width=architecture.mlp_width,
-        vocab_size=architecture.vocab_size,
-        max_positions=architecture.max_positions,
-        settings=settings_in_words(architecture),
-        unobservable=(),
-        tokenizer=tokenizer,
-        memory=estimate_memory(Sizes.of(architecture), run),
-    )
-
-
-def _counts(layout: CheckpointLayout) -> ParameterCounts:
-    counts: Counter[str] = Counter()
-    for name, shape in parameter_shapes(layout.architecture).items():
-        parsed = parse_name(name)
-        place = parsed.stage or {"injection": "recurrent"}.get(parsed.module, parsed.module)
-        size = math.prod(shape)
-        counts[place] += size
-        counts["total"] += size
-    return ParameterCounts(
-        total=counts["total"],
-        embedding=counts["embedding"],
-        unembedding=counts["head"],
-        prelude=counts["prelude"],
-        recurrent=counts["recurrent"],
-        coda=counts["coda"],
-    )
-
-
-def inspect_model(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    run: RunSize | None = None,
-    families: Sequence[Family] = (),
-) -> Inspection:
-    """What a model is and what running it would take, without loading a weight.
-
-    Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
-    its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
-    own.
-
-    Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
-    load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
-    """
-    run = run or RunSize()
-    metadata = read_metadata(name_or_path, revision)
-    tokenizer = _tokenizer(metadata.folder)
-    try:
-        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
-    except UnknownFamilyError as unknown:
-        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
-    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
-
-
-def _tokenizer(folder: Path) -> TokenizerFacts | None:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return None
-    return TokenizerFacts(
-        tokens=tokenizer.vocab_size,
-        before=tuple(token.text for token in tokenizer.before),
-        after=tuple(token.text for token in tokenizer.after),
-        chat_template=tokenizer.chat_template is not None,
-        notes=tuple(tokenizer.notes),
-    )
