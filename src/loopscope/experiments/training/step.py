@@ -62,15 +62,12 @@ def penalty(
     total = torch.zeros((), device=model.device)
     # After a single recurrence there is a step too, but from the initial state, which need not be near.
     if config.last_step and states.before is not None and states.last is not None:
-        total = total + config.last_step * _last_step(states.before, states.last)
+        step = (states.last - states.before).square().sum(-1) / states.last.square().sum(-1)
+        total = total + config.last_step * step.mean()
     if config.eigenvalue and states.last is not None:
         factors = stretching(model, model.encode(input_ids), states.last, config.eigenvalue_products, seed)
         total = total + config.eigenvalue * (factors - config.eigenvalue_target).relu().square().mean()
     return total
-
-
-def _last_step(before: States, last: States) -> Tensor:
-    return ((last - before).square().sum(-1) / last.square().sum(-1)).mean()
 
 
 def stretching(model: LoopedTransformer, sequence: Sequence, state: States, products: int, seed: int) -> Tensor:
