@@ -32,6 +32,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(loopscope)
 
 
+def test_the_package_lists_its_public_names_alone() -> None:
+    assert dir(loopscope) == sorted(loopscope.__all__)
+
+
 def test_no_module_takes_the_place_of_a_public_name() -> None:
     # Importing a submodule sets it as an attribute of the package, whatever else has that name.
     script = """

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from loopscope.errors import LoopscopeError, MissingDependencyError, PromptError
 from loopscope.prompts.load import load_prompts
-from loopscope.prompts.prompt import draw
+from loopscope.prompts.prompt import subsample
 from loopscope.prompts.sources import HUB_PRESETS, find_preset, preset_names
 
 
@@ -128,8 +128,8 @@ def test_real_questions(shared_dir: Path) -> None:
 )
 def test_a_smaller_draw_is_part_of_every_larger_one(total: int, smaller: int, more: int, seed: int | None) -> None:
     items = list(range(total))
-    few = draw(items, limit=smaller, seed=seed)
-    many = draw(items, limit=smaller + more, seed=seed)
+    few = subsample(items, limit=smaller, seed=seed)
+    many = subsample(items, limit=smaller + more, seed=seed)
     assert len(few) == min(smaller, total)
     assert few == sorted(set(few))
     assert set(few) <= set(many)
@@ -138,7 +138,7 @@ def test_a_smaller_draw_is_part_of_every_larger_one(total: int, smaller: int, mo
 
 
 def test_seeds_draw_different_subsets() -> None:
-    draws = {tuple(draw(range(1000), limit=20, seed=seed)) for seed in range(50)}
+    draws = {tuple(subsample(range(1000), limit=20, seed=seed)) for seed in range(50)}
     assert len(draws) == 50
     # Every item has the same chance: 50 draws of 20 from 1000 have a mean index of 499.5 with standard error 9.
     assert abs(sum(map(sum, draws)) / 1000 - 499.5) < 45
@@ -147,8 +147,8 @@ def test_seeds_draw_different_subsets() -> None:
 def test_a_draw_is_the_same_on_every_machine() -> None:
     """Neither hash seeds nor Python's version take part, and last year's studies keep their prompts."""
     known = [15, 20, 36, 44, 46]  # the smallest of `printf 0:$i | sha256sum`
-    assert draw(range(64), limit=5, seed=0) == known
-    command = "from loopscope.prompts.prompt import draw; print(draw(range(64), limit=5, seed=0))"
+    assert subsample(range(64), limit=5, seed=0) == known
+    command = "from loopscope.prompts.prompt import subsample; print(subsample(range(64), limit=5, seed=0))"
     for hash_seed in ("1", "2"):
         output = subprocess.run(
             [sys.executable, "-c", command],

@@ -16,7 +16,7 @@ from loopscope.errors import ConfigError
 class Range:
     """What a number may be; of an optional number, what it may be where it is given; of a tuple, each of its entries.
 
-    Infinity and NaN are in no range that is not told otherwise.
+    NaN is in no range, infinity in those that say so.
     """
 
     least: int | float | None = None

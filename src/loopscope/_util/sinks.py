@@ -14,5 +14,5 @@ def uniform_causal_sink(tokens: int) -> float:
 
 
 def sink_by_chance(tokens: int, threshold: float = SINK_THRESHOLD) -> bool:
-    """Whether even uniform causal attention over so many tokens counts as a sink: up to 9 tokens at 0.3."""
+    """Whether even uniform causal attention over that many tokens counts as a sink: up to 9 tokens at 0.3."""
     return uniform_causal_sink(tokens) >= threshold

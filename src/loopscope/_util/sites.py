@@ -25,7 +25,7 @@ class Site(NamedTuple):
 
 
 def sites_in_order(prelude: int, recurrent: int, coda: int, recurrences: Iterable[int]) -> list[Site]:
-    """Every visit of a run to so many layers of each stage, in order, with the recurrences named."""
+    """Every visit of a run to that many layers of each stage, in order, with the recurrences named."""
     return [
         *(Site("prelude", layer) for layer in range(prelude)),
         *(Site("recurrent", layer, recurrence) for recurrence in recurrences for layer in range(recurrent)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def significant(value: float, digits: int = 2) -> str:
-    """To so many significant digits, without an exponent where the number is of ordinary size: 0.012, 350,
+    """To that many significant digits, without an exponent where the number is of ordinary size: 0.012, 350,
     1.3e-7."""
     if not math.isfinite(value):
         return str(value)

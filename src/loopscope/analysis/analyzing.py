@@ -19,7 +19,7 @@ from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import intervene
 from loopscope.models.subject import Subject
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
-from loopscope.prompts.prompt import Prompt, TokenizedPrompt, draw
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokens import cut_text, encode_prompts
 from loopscope.study import Study
 
@@ -41,7 +41,7 @@ def analyze(
 
     - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
     - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
-    - `out`: folder for the study; a run that was interrupted is gone on with. Nothing is written without it.
+    - `out`: folder for the study; a run that was interrupted is resumed. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
       `intervene=["damp=0.5"]`.
 
@@ -88,7 +88,7 @@ def _read(prompts: Prompts | None, settings: AnalyzeSettings) -> list[Prompt]:
         if name not in ("limit", "sample_seed") and getattr(settings, name):
             raise PromptError(f"{name} means nothing for prompts that are lists of token ids; leave it out.")
     given = [_from_ids(index, prompt) for index, prompt in enumerate(prompts)]
-    return draw(given, limit=settings.limit, seed=settings.sample_seed)
+    return subsample(given, limit=settings.limit, seed=settings.sample_seed)
 
 
 def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSettings) -> list[TokenizedPrompt]:

@@ -1,4 +1,4 @@
-"""One analysis, shard by shard, in a folder that can be gone on with."""
+"""One analysis, shard by shard, in a folder that can be resumed."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from loopscope.study import Study
 
 @runtime_checkable
 class Progress(Protocol):
-    """Told how an analysis gets on."""
+    """Notified of how an analysis gets on."""
 
     def start(self, steps: int, done: int) -> None:
-        """So many steps in all, of which so many were done by an earlier run of the same command."""
+        """How many steps there are in all, and how many were done by an earlier run of the same command."""
 
     def step(self) -> None:
         """One more step."""
@@ -89,7 +89,7 @@ class Job:
         return len(self._batches)
 
     def run_in(self, folder: Path) -> Study:
-        """In a folder, going on with what is there."""
+        """In a folder, resuming what is there."""
         started = time.monotonic()
         with StudyFolder(folder, self._manifest(), self._tokens()) as study:
             if study.is_complete:

@@ -138,7 +138,7 @@ def manifest(
             **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
         },
         "threads": torch.get_num_threads(),
-        # All that the numbers depend on: a folder is gone on with only if this is the same.
+        # All that the numbers depend on: a folder is resumed only if this is the same.
         "identity": {
             "model": {name: value for name, value in info.to_dict().items() if name != "name"},
             "settings": {name: value for name, value in plain.items() if name not in free},

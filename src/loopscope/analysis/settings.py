@@ -53,9 +53,9 @@ class AnalyzeSettings:
     whole_file: bool = False
     """Take a text file as one prompt."""
     chunk: Count | None = None
-    """Take a text file as running text, and cut it into prompts of so many tokens each."""
+    """Take a text file as running text, and cut it into prompts of that many tokens each."""
     limit: int | None = None
-    """Use so many prompts: the first ones, or a random subset with --sample-seed."""
+    """Use that many prompts: the first ones, or a random subset with --sample-seed."""
     sample_seed: int | None = None
     """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
     system_prompt: Path | None = None
@@ -64,7 +64,7 @@ class AnalyzeSettings:
     chat: bool = False
     """Make each prompt the user's turn of a chat, written by the model's chat template."""
     truncate: int | None = None
-    """Keep only the first so many tokens of each prompt."""
+    """Keep only the first tokens of each prompt, that many of them."""
 
     recurrences: Count = 64
     """How many recurrences to measure."""
@@ -137,14 +137,14 @@ class AnalyzeSettings:
     """Numbers of recurrences whose maps are kept; the first four, powers of two, the trained number and the last unless
     given."""
     map_tokens: Count = 64
-    """Of a longer prompt, the maps of the first so many tokens are kept: with more, a pixel of a figure is less than
+    """Of a longer prompt, that many tokens from the start keep their maps: with more, a pixel of a figure is less than
     an entry."""
     map_limit: Count = 8
     """MiB that all these maps together may take, a byte an entry; fewer tokens are kept where they would not fit. With
     8 a report is at most about twice as large as one without."""
     neuron_limit: Annotated[float, Range(0, infinite=True)] = 1.0
-    """Prediction and suppression neurons are counted if that takes at most so many tera floating-point operations: for
-    small models; minutes on a GPU where it is a hundred."""
+    """Prediction and suppression neurons are counted if that takes at most this many tera floating-point operations:
+    for small models; minutes on a GPU where it is a hundred."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
 

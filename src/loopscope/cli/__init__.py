@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"loopscope: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("loopscope: interrupted; what was finished is kept, the same command goes on with it.", file=sys.stderr)
+        print("loopscope: interrupted; what was finished is kept, the same command resumes it.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `loopscope models | head -1`.

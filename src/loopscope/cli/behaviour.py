@@ -156,4 +156,9 @@ def _say_kinds(judged: JudgedFiles) -> None:
 
 
 _SHOWN = 12
-"""Trajectories that are listed one by one; more are counted."""
+"""Trajectories that are named one by one; more are counted."""
+
+
+def _interval(share: KindShare) -> str:
+    low, high = share.interval
+    return f"{low:.2%} to {high:.2%}"

@@ -30,7 +30,7 @@ class Analyze:
     """Run prompts through a model and measure how each layer's state settles.
 
     Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was
-    interrupted goes on when the same command is given again.
+    interrupted is resumed when the same command is given again.
     """
 
     model: tyro.conf.Positional[str]
@@ -125,8 +125,8 @@ class Figures:
     width: Literal["auto", "single", "double"] | float = "auto"
     """A column (3.25 inches), two (6.75), inches, or what the panels of each figure need."""
     only: tuple[str, ...] = ()
-    """Names of figures, such as step-by-layer, instead of all; docs/figures.md lists them, and so does the answer to a
-    name that there is not."""
+    """Names of figures, such as step-by-layer, instead of all; docs/figures.md lists them, and so does the answer to an
+    unknown name."""
 
     def run(self) -> None:
         # First, so that a missing matplotlib is said before torch is imported.
@@ -143,7 +143,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model from a configuration; the same command goes on with a run that was interrupted."""
+    """Train a model from a configuration; the same command resumes a run that was interrupted."""
 
     config: tyro.conf.Positional[Path]
     """A JSON file: architecture, data, optimiser, recurrences. The shipped models' are in loopscope/demo/configs."""

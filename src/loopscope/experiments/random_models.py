@@ -45,7 +45,7 @@ _CURVE_POINTS = 24
 def run_cell(cell: Cell) -> CellResult:
     """Analyse the cell's model; a function of the cell alone, so that any process may do it."""
     started = time.monotonic()
-    skip: tuple[str, ...] = _PARTS if cell.judged else (*_PARTS, "behaviour")
+    kept: tuple[Part, ...] = ("noise-floor", "stability", "behaviour") if cell.judged else ("noise-floor", "stability")
     study = analyze(
         _model(cell),
         _prompts(cell),
@@ -58,7 +58,7 @@ def run_cell(cell: Cell) -> CellResult:
         judged_layers="last",
         eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
         track=(),
-        skip=skip,
+        skip=parts_except(*kept),
     )
     found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
     return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))

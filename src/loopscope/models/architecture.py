@@ -129,7 +129,7 @@ class Architecture:
     or `sigmoid(a) * s + W e` with a learned a per coordinate (bounded: what was in the state decays, so that its norm
     stays below a bound whatever layers whose branches read normed states add)."""
     eta: Annotated[float, Range(above=0, most=1)] = 1.0
-    """A recurrence hands on `(1 - eta) s + eta F(s)`, F being injection, layers and norm; 1 for F itself."""
+    """A recurrence passes on `(1 - eta) s + eta F(s)`, F being injection, layers and norm; 1 for F itself."""
     norm_placement: NormPlacement = "pre"
     """Where a layer's norms n1..n4 sit. `pre`: n1 and n3, before each branch. `residual`: n1 and n3 before each
     branch, n2 and n4 on the residual stream after it (Huginn). `branch-in-out`: n1 and n3 before each branch, n2 and
@@ -150,7 +150,7 @@ class Architecture:
     rope_scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
 
     sliding_window: Count | None = None
-    """A token looks at itself and at the tokens before it, so many in all (Mistral); None for all of them."""
+    """A token looks at itself and at the tokens before it, that many in all (Mistral); None for all of them."""
     full_attention_layers: tuple[int, ...] = ()
     """Layers that look at every earlier token all the same, counted from 0 over prelude, recurrent and coda."""
 

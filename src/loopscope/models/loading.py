@@ -11,7 +11,7 @@ from torch import nn
 
 from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
 from loopscope.models.checkpoints.family import Family
-from loopscope.models.checkpoints.find import FoundCheckpoint, find_checkpoint
+from loopscope.models.checkpoints.find import find_checkpoint
 from loopscope.models.checkpoints.load import load_checkpoint
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.hooks.wrap import load_hooked
@@ -53,8 +53,13 @@ def load(
     place = find_device(device)
     try:
         checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=place, families=families)
-    except UnknownFamilyError as error:
-        return _load_hooked(found, error, str(name_or_path), _DTYPES[dtype], place)
+    except UnknownFamilyError as unknown:
+        name = str(name_or_path)
+        try:
+            return load_hooked(found.folder, dtype=_DTYPES[dtype], device=place, name=name, revision=found.revision)
+        except MissingDependencyError as error:
+            # What is unknown, and the command that installs what may know it.
+            raise MissingDependencyError(f"{unknown} {error}") from None
     return NativeSubject(
         checkpoint.model,
         name=str(name_or_path),
@@ -89,13 +94,3 @@ def subject_of(
     if isinstance(model, str | Path):
         return load(model, revision=revision, dtype=dtype, device=device)
     return as_subject(model)
-
-
-def _load_hooked(
-    found: FoundCheckpoint, unknown: UnknownFamilyError, name: str, dtype: torch.dtype, device: torch.device
-) -> HookedSubject:
-    """By way of transformers; without it, what is unknown and the command that installs it."""
-    try:
-        return load_hooked(found.folder, dtype=dtype, device=device, name=name, revision=found.revision)
-    except MissingDependencyError as error:
-        raise MissingDependencyError(f"{unknown} {error}") from None

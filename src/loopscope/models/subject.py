@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
 from loopscope._util.sites import Site, sites_in_order
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, NonFiniteError
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
@@ -58,7 +58,7 @@ class SubjectInfo:
     revision: str | None = None
     """Commit of the repository on the hub that the checkpoint came from."""
     eta: float = 1.0
-    """A recurrence hands on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
+    """A recurrence passes on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
     interventions: tuple[str, ...] = ()
     """What every run changes in the model's computation; see docs/interventions.md."""
 
@@ -165,6 +165,14 @@ def _nested(given: Sequence[Any]) -> list[list[int]]:
     if not nested or not all(nested):
         raise ConfigError("input_ids is empty; a prompt needs at least one token.")
     return nested
+
+
+def check_state(state: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Raises `ConfigError` for a state of another shape, and `NonFiniteError` for one with NaN or infinity."""
+    if state.shape != shape:
+        raise ConfigError(f"{name} has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
+    if not bool(torch.isfinite(state).all()):
+        raise NonFiniteError(f"{name} holds NaN or infinity; give a finite state.")
 
 
 @runtime_checkable

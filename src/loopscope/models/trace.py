@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope._util.sites import Site, Stage
-from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.exit import exit_distribution, exit_step
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch
+from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch, check_state
 from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 
 _Kept = TypeVar("_Kept")
@@ -124,7 +123,7 @@ class Trace:
 
 
 class _Recorder(Observer):
-    """Keeps everything it is told."""
+    """Keeps everything it is notified of."""
 
     def __init__(self, keeps_attention: bool) -> None:
         self.keeps_attention = keeps_attention
@@ -178,8 +177,12 @@ def capture(
     info = subject.info
     batch = as_batch(input_ids, attention_mask, info)
     if initial_state is not None:
-        _check_initial_state(initial_state, (*batch.input_ids.shape, info.width), info)
-        _check_one_start(info)
+        if not info.is_looped:
+            raise ConfigError(f"{info.name} has no recurrent layers, so initial_state means nothing.")
+        check_state(initial_state, (*batch.input_ids.shape, info.width), "initial_state")
+        started = [each for each in info.interventions if each.startswith("start=")]
+        if started:
+            raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
     count = _recurrences(subject, recurrences)
     check_recurrences(parse_interventions(info.interventions), count)
     recorder = _Recorder(attention)
@@ -191,21 +194,6 @@ def capture(
         return Trace(recorder, batch, info, first, run.answer([recorder]))
     finally:
         run.close()
-
-
-def _check_initial_state(state: Tensor, shape: tuple[int, ...], info: SubjectInfo) -> None:
-    if not info.is_looped:
-        raise ConfigError(f"{info.name} has no recurrent layers, so initial_state means nothing.")
-    if state.shape != shape:
-        raise ConfigError(f"initial_state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
-    if not bool(torch.isfinite(state).all()):
-        raise NonFiniteError("initial_state holds NaN or infinity; give a finite state.")
-
-
-def _check_one_start(info: SubjectInfo) -> None:
-    started = [each for each in info.interventions if each.startswith("start=")]
-    if started:
-        raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
 
 
 def _recurrences(subject: Subject, asked: int | None) -> int:

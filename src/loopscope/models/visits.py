@@ -69,7 +69,7 @@ class QueryKeyAttention(AttentionView):
     mask: TokenMask | None
     """True for tokens, False for padding; None where there is no padding."""
     window: int | None = None
-    """A query looks at itself and the keys before it, so many in all; None for no limit."""
+    """A query looks at itself and the keys before it, that many in all; None for no limit."""
     causal: bool = True
     """A query looks at no later key."""
     added: Tensor | None = None

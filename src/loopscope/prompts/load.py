@@ -1,4 +1,4 @@
-"""From what the user gave to prompts."""
+"""From what the user gave to prompts, with the system prompt that stands before each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loopscope.errors import PromptError
-from loopscope.prompts.prompt import Prompt, draw
+from loopscope.prompts.prompt import Prompt, subsample
 from loopscope.prompts.sources import (
     TEXT_FIELD,
     Record,
@@ -24,8 +24,8 @@ from loopscope.prompts.sources import (
 )
 from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer
 
-SHIPPED_CONDITIONS: Mapping[str, str] = MappingProxyType(
-    {"persona": "conditions/persona.txt", "maths": "conditions/maths.txt"}
+SHIPPED_SYSTEM_PROMPTS: Mapping[str, str] = MappingProxyType(
+    {"persona": "system_prompts/persona.txt", "maths": "system_prompts/maths.txt"}
 )
 """Files of the package."""
 PADDING = "padding"
@@ -34,79 +34,6 @@ JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 NO_LINES = {".json": "JSON", ".csv": "a table", ".tsv": "a table"}
 """What must not be read line by line: headings, quotation marks and brackets would become part of the prompts."""
-
-
-def condition_names() -> list[str]:
-    """Every name that --system-prompt takes."""
-    return [*SHIPPED_CONDITIONS, PADDING]
-
-
-def read_system_prompt(source: Path) -> str | None:
-    """The text of a condition or of a file; None for `padding`, which needs a tokenizer (see `pad_prompts`).
-
-    A name goes before a file that is called the same. Raises `PromptError` for a file that is missing or empty.
-    """
-    name = str(source)
-    if name == PADDING:
-        return None
-    if name in SHIPPED_CONDITIONS:
-        return _shipped(name)
-    if not source.exists() and len(source.parts) == 1 and not source.suffix:
-        raise PromptError(
-            f"{name!r} is neither a file nor the name of a system prompt; give the path of a file, or one of "
-            f"{', '.join(condition_names())}."
-        )
-    text = read_text(source).strip()
-    if not text:
-        raise PromptError(f"The system prompt {source} is empty; write one into it, or leave --system-prompt out.")
-    return text
-
-
-def pad_prompts(prompts: Sequence[Prompt], tokenizer: TextTokenizer | None) -> list[Prompt]:
-    """The prompts with padding tokens for a system prompt, as many as the persona's text has.
-
-    The padding token is the one that the tokenizer's files declare, else a special token that is called so, else the
-    same of the token that ends a text (EOS).
-
-    Raises `PromptError` without a tokenizer, for one that has neither token, and for prompts that are token ids.
-    """
-    if tokenizer is None:
-        raise PromptError(
-            "--system-prompt padding takes a padding token from the tokenizer, and the model has none; begin each list "
-            "of token ids with the padding yourself."
-        )
-    token = _padding_token(tokenizer)
-    text = token.text * _persona_length(tokenizer)
-    return [dataclasses.replace(prompt, system=text) for prompt in prompts]
-
-
-def padding_record(tokenizer: TextTokenizer) -> dict[str, Any]:
-    """For the manifest: which token, and how many of it."""
-    return {**dataclasses.asdict(_padding_token(tokenizer)), "tokens": _persona_length(tokenizer)}
-
-
-def _shipped(name: str) -> str:
-    file = resources.files("loopscope.prompts").joinpath(SHIPPED_CONDITIONS[name])
-    return file.read_text(encoding="utf-8").strip()
-
-
-def _persona_length(tokenizer: TextTokenizer) -> int:
-    return len(tokenizer.encode(_shipped("persona"), add_special_tokens=False).ids)
-
-
-def _padding_token(tokenizer: TextTokenizer) -> SpecialToken:
-    token = tokenizer.padding
-    if token is None:
-        raise PromptError(
-            "--system-prompt padding needs a padding or an end-of-text token, and the model's tokenizer has neither; "
-            "name one as pad_token in tokenizer_config.json, or give a file."
-        )
-    if tokenizer.encode(token.text * 2, add_special_tokens=False).ids != [token.id] * 2:
-        raise PromptError(
-            f"--system-prompt padding cannot be written: the tokenizer reads {token.text!r} twice in a row as other "
-            "tokens; give a file."
-        )
-    return token
 
 
 def load_prompts(
@@ -151,7 +78,7 @@ def load_prompts(
         whole = "--whole-file" if whole_file else None if chunk is None else "--chunk"
         records, field = _read(prompts, field, whole)
     system = None if system_prompt is None else read_system_prompt(system_prompt)
-    drawn = records if chunk is not None else draw(records, limit=limit, seed=sample_seed)
+    drawn = records if chunk is not None else subsample(records, limit=limit, seed=sample_seed)
     return [_prompt(record, field, system) for record in drawn]
 
 
@@ -244,6 +171,79 @@ def _check_text(text: str, where: str) -> None:
             f"{where} holds half of a character (a lone surrogate, character {error.start}), which is no valid text; "
             "write the character itself."
         ) from error
+
+
+def system_prompt_names() -> list[str]:
+    """Every name that --system-prompt takes."""
+    return [*SHIPPED_SYSTEM_PROMPTS, PADDING]
+
+
+def read_system_prompt(source: Path) -> str | None:
+    """The text of a shipped system prompt or a file; None for `padding`, which needs a tokenizer (see `pad_prompts`).
+
+    A name goes before a file that is called the same. Raises `PromptError` for a file that is missing or empty.
+    """
+    name = str(source)
+    if name == PADDING:
+        return None
+    if name in SHIPPED_SYSTEM_PROMPTS:
+        return _shipped(name)
+    if not source.exists() and len(source.parts) == 1 and not source.suffix:
+        raise PromptError(
+            f"{name!r} is neither a file nor the name of a system prompt; give the path of a file, or one of "
+            f"{', '.join(system_prompt_names())}."
+        )
+    text = read_text(source).strip()
+    if not text:
+        raise PromptError(f"The system prompt {source} is empty; write one into it, or leave --system-prompt out.")
+    return text
+
+
+def pad_prompts(prompts: Sequence[Prompt], tokenizer: TextTokenizer | None) -> list[Prompt]:
+    """The prompts with padding tokens for a system prompt, as many as the persona's text has.
+
+    The padding token is the one that the tokenizer's files declare, else a special token that is called so, else the
+    same of the token that ends a text (EOS).
+
+    Raises `PromptError` without a tokenizer, for one that has neither token, and for prompts that are token ids.
+    """
+    if tokenizer is None:
+        raise PromptError(
+            "--system-prompt padding takes a padding token from the tokenizer, and the model has none; begin each list "
+            "of token ids with the padding yourself."
+        )
+    token = _padding_token(tokenizer)
+    text = token.text * _persona_length(tokenizer)
+    return [dataclasses.replace(prompt, system=text) for prompt in prompts]
+
+
+def padding_record(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """For the manifest: which token, and how many of it."""
+    return {**dataclasses.asdict(_padding_token(tokenizer)), "tokens": _persona_length(tokenizer)}
+
+
+def _shipped(name: str) -> str:
+    file = resources.files("loopscope.prompts").joinpath(SHIPPED_SYSTEM_PROMPTS[name])
+    return file.read_text(encoding="utf-8").strip()
+
+
+def _persona_length(tokenizer: TextTokenizer) -> int:
+    return len(tokenizer.encode(_shipped("persona"), add_special_tokens=False).ids)
+
+
+def _padding_token(tokenizer: TextTokenizer) -> SpecialToken:
+    token = tokenizer.padding
+    if token is None:
+        raise PromptError(
+            "--system-prompt padding needs a padding or an end-of-text token, and the model's tokenizer has neither; "
+            "name one as pad_token in tokenizer_config.json, or give a file."
+        )
+    if tokenizer.encode(token.text * 2, add_special_tokens=False).ids != [token.id] * 2:
+        raise PromptError(
+            f"--system-prompt padding cannot be written: the tokenizer reads {token.text!r} twice in a row as other "
+            "tokens; give a file."
+        )
+    return token
 
 
 def _abridged(value: object, length: int = 40) -> str:

@@ -1,4 +1,4 @@
-"""What a prompt is, before and after the tokenizer."""
+"""What a prompt is, before and after the tokenizer; what identifies a list of them, and a subsample of one."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class TokenizedPrompt:
     token_strings: tuple[str, ...]
     """One readable piece for each token."""
     system_tokens: int
-    """So many leading tokens come before the prompt's text: the system prompt, or what a chat template writes there,
+    """This many leading tokens come before the prompt's text: the system prompt, or what a chat template writes there,
     with the special tokens and the blank line around it. 0 without either, even where a text begins with BOS."""
     suffix_tokens: int = 0
-    """So many trailing tokens come after the prompt's text: what a chat template writes there (the end of the turn, the
-    beginning of an answer), or the EOS of a tokenizer that adds one. The prompt itself is
+    """This many trailing tokens come after the prompt's text: what a chat template writes there (the end of the turn,
+    the beginning of an answer), or the EOS of a tokenizer that adds one. The prompt itself is
     `token_ids[system_tokens : len(token_ids) - suffix_tokens]`."""
     special_in_text: tuple[str, ...] = ()
     """Special tokens that the prompt's own text or the system prompt spells out, such as `<s>`: they were read as those
@@ -69,7 +69,7 @@ def prompts_digest(prompts: Iterable[TokenizedPrompt]) -> str:
     return digest.hexdigest()
 
 
-def draw(items: Sequence[T], *, limit: int | None, seed: int | None) -> list[T]:
+def subsample(items: Sequence[T], *, limit: int | None, seed: int | None) -> list[T]:
     """Choose `limit` of the items and keep their order; all of them where there are fewer, or without a limit.
 
     Without a seed they are the first ones. With one, item i (from 0) has the rank SHA-256(f"{seed}:{i}") and those with

@@ -1,4 +1,4 @@
-"""From text to token ids that fit the model, with a readable piece for each."""
+"""From text to token ids that fit the model, with a readable piece for each: whole prompts, or a text in chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import Encoding
 
 from loopscope.errors import PromptError
 from loopscope.prompts.chat import RenderedChat
-from loopscope.prompts.prompt import Prompt, TokenizedPrompt, draw
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer
 
 BETWEEN = "\n\n"
@@ -243,7 +243,7 @@ def cut_text(
             "with --whole-file."
         )
     limits = Limits(vocab_size, max_positions, None, tokenizer.vocab_size)
-    starts = draw(range(0, len(ids) - own + 1, own), limit=limit, seed=seed)
+    starts = subsample(range(0, len(ids) - own + 1, own), limit=limit, seed=seed)
     return [
         limits.applied(
             _chunk(start // own + 1, prompt.text, ids[start : start + own], tokens[start : start + own], tokenizer)

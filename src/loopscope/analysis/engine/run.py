@@ -58,8 +58,8 @@ def run_items(
 ) -> None:
     """Do every item, and tell `done(index, result)` of each, here and one at a time, as it is finished.
 
-    `lost` is told, in a sentence, of workers that died. Raises what the work raises for an item, after which no other
-    is begun, and `WorkerError` for an item with which three workers have died.
+    `lost` is notified, in a sentence, of workers that died. Raises what the work raises for an item, after which no
+    other is begun, and `WorkerError` for an item with which three workers have died.
     """
     if engine is None or not engine.workers:
         for index, item in enumerate(items):

@@ -31,7 +31,7 @@ _FEWEST = 3
 def linearise_hooked(
     subject: HookedSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
 ) -> HookedRecurrence:
-    """Run the prompts so many recurrences, or take the state given for what the first layer then receives.
+    """Run the prompts that many recurrences, or take the state given for what the first layer then receives.
 
     A model that cannot run another number runs its own. Raises `ConfigError` for a model whose recurrence cannot be
     entered: not causal, in half precision, run fewer than three times, or not a function of its first layer's input.

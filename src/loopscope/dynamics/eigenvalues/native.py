@@ -41,7 +41,7 @@ def mix_with_others_frozen(query: Queries, key: Keys, value: Keys, allowed: Tens
 def linearise_native(
     subject: NativeSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
 ) -> NativeRecurrence:
-    """Run the prompts so many recurrences, or take the state given for that after them.
+    """Run the prompts that many recurrences, or take the state given for that after them.
 
     Raises `ConfigError` for interventions that make the recurrence there unlike those around it.
     """

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loopscope._util.shapes import States
@@ -16,14 +15,14 @@ from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
 from loopscope.dynamics.eigenvalues.native import linearise_native
 from loopscope.dynamics.eigenvalues.recurrence import LinearisedRecurrence
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
-from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.errors import ConfigError
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch
+from loopscope.models.subject import Batch, InputIds, Subject, as_batch, check_state
 
 
 def leading_eigenvalues(
@@ -45,7 +44,7 @@ def leading_eigenvalues(
 
     - `model`, `input_ids`, `attention_mask`, `intervene`: as for `loopscope.capture`. F is the recurrence after so many
       as the settings say, under the interventions that act there: with `damp=0.5` it is the damped one.
-    - `state`: x, (batch, token, width), instead of the state after so many recurrences. For a hooked model, what the
+    - `state`: x, (batch, token, width), instead of the state after that many recurrences. For a hooked model, what the
       first recurrent layer receives.
     - `settings`, `changes`: `EigenvalueSettings`, and fields of it to change, e.g. `recurrences=64, products=20`.
 
@@ -58,11 +57,14 @@ def leading_eigenvalues(
     """
     settings = dataclasses.replace(settings or EigenvalueSettings(), **changes)
     subject = intervened(subject_of(model), intervene)
-    _check_looped(subject.info)
+    if not subject.info.is_looped:
+        raise ConfigError(
+            f"{subject.info.name} has no recurrent layers, so that no recurrence has eigenvalues; take a looped model."
+        )
     batch = input_ids if isinstance(input_ids, Batch) else as_batch(input_ids, attention_mask, subject.info)
     check_recurrences(parse_interventions(subject.info.interventions), settings.recurrences + 1)
     if state is not None:
-        _check_state(state, (*batch.input_ids.shape, subject.info.width))
+        check_state(state, (*batch.input_ids.shape, subject.info.width), "state")
     rows = settings.rows_at_once(batch.input_ids.shape[1], subject.info.width)
     groups = [slice(begin, begin + rows) for begin in range(0, len(batch.input_ids), rows)]
     found = []
@@ -84,17 +86,3 @@ def _linearise(
         f"{subject.info.name} is of the type {type(subject).__name__}, of which loopscope knows no derivative; take a "
         "native model, or hook its module."
     )
-
-
-def _check_looped(info: SubjectInfo) -> None:
-    if not info.is_looped:
-        raise ConfigError(
-            f"{info.name} has no recurrent layers, so that no recurrence has eigenvalues; take a looped model."
-        )
-
-
-def _check_state(state: Tensor, shape: tuple[int, ...]) -> None:
-    if state.shape != shape:
-        raise ConfigError(f"state has shape {tuple(state.shape)}; these tokens and this model need {shape}.")
-    if not bool(torch.isfinite(state).all()):
-        raise NonFiniteError("state holds NaN or infinity; give a finite state.")

@@ -19,7 +19,7 @@ are the same layers begun at different places, so their Jacobians at the fixed p
 Derivative = Literal["exact", "differences"]
 
 _DROWNED = 1e3
-"""A step of less than so many roundings of the state points where rounding does."""
+"""A step of less than that many roundings of the state points where rounding does."""
 
 
 @dataclass(frozen=True)

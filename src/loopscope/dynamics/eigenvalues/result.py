@@ -43,7 +43,7 @@ class EigenvalueSettings:
     """Prompts are taken in groups whose basis vectors fill at most so much memory; one prompt at the least."""
 
     def rows_at_once(self, tokens: int, width: int) -> int:
-        """Prompts of so many tokens in one group."""
+        """Prompts of that many tokens in one group."""
         bytes_of_one = min(self.products, width) * tokens * width * 8
         return max(1, self.basis_bytes // bytes_of_one)
 

@@ -61,7 +61,7 @@ def download_model(name: str, revision: str | None = None) -> tuple[Path, str]:
     """Folder in the hub's cache, and the commit that it holds. What is cached is not downloaded again.
 
     `revision` is a branch, a tag or a commit; the repository's main branch unless given. Without a network the cached
-    commit of that branch is taken. A download that was interrupted goes on with the files that are missing.
+    commit of that branch is taken. A download that was interrupted is resumed with the files that are missing.
 
     Raises `MissingDependencyError` without the extra `hub`, `StorageError` for a full disk, `CheckpointError` for
     everything else that stands in the way.

@@ -57,7 +57,10 @@ def find_layout(
         raise CheckpointError(f"{where}/config.json: {error}") from None
     parts = family.parts(architecture, headers.keys())
     _check_parts(family, architecture, parts)
-    copies = _copies(family, architecture, parts, headers)
+    head = family.tied_head
+    copies = {}
+    if head is not None and architecture.tied_embeddings and head in headers:
+        copies[head] = parts["embedding.weight"].name
     _check_names(family, architecture, parts, copies, headers, where)
     _check_shapes(parts, copies, headers)
     dtypes: Counter[str] = Counter()
@@ -88,20 +91,11 @@ def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, fa
             f"{' or '.join(family.name for family in by_names)}; one of the two belongs to another model."
         )
     if len(by_type) == 1:
-        return by_type[0]  # the names that do not fit are told one by one
+        return by_type[0]  # the names that do not fit are named one by one
     raise UnknownFamilyError(
         f"{where} is of no known family, by its model_type {model_type!r} and the names of its "
         f"tensors; known families are {', '.join(family.name for family in families)}."
     )
-
-
-def _copies(
-    family: Family, architecture: Architecture, parts: Mapping[str, TensorSlice], names: Collection[str]
-) -> dict[str, str]:
-    head = family.tied_head
-    if head is None or not architecture.tied_embeddings or head not in names:
-        return {}
-    return {head: parts["embedding.weight"].name}
 
 
 def _check_parts(family: Family, architecture: Architecture, parts: Mapping[str, TensorSlice]) -> None:

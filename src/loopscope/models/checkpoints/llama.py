@@ -1,4 +1,4 @@
-"""What the families with Llama's names share: their config's sizes and their tensors' names."""
+"""The families with Llama's names, Llama, Mistral, OLMo-2 and Qwen3: what they share, and what each one adds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Loading a checkpoint, strictly: every tensor is known, has its shape, and is finite, or is named in an error.
 
 Weights go from the file to their place in blocks of rows, so that beside the model there is never more than a few
-blocks in memory, whatever the dtypes and the size of the largest tensor.
+blocks in memory, whatever the dtypes and the size of the largest tensor. A model that cannot fit is refused before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `CheckpointError` where so many weights alone need more than there is."""
+    """Raise `CheckpointError` where that many weights alone need more than there is."""
     available = available_memory(device)
     needed = parameters * dtype.itemsize
     if needed <= available:

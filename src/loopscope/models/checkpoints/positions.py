@@ -1,4 +1,4 @@
-"""Rotary settings of published configs, in the old spelling and in the one that transformers writes since version 5.
+"""Rotary settings and sliding windows of published configs, in the old spelling and in that of transformers since 5.
 
 Old: `rope_theta` beside `rope_scaling`, which is null or an object with `type` or `rope_type`. New: `rope_parameters`,
 an object with `rope_type`, `rope_theta` and what belongs to the type.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loopscope.models.contract.bench import Bench
-from loopscope.models.contract.recording import Event, Recording
+from loopscope.models.contract.recording import Announcement, Recording
 from loopscope.models.contract.results import CheckFailed, CheckSkipped
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import AttentionView, MapAttention
@@ -44,13 +44,13 @@ def require_visits(recording: Recording, info: SubjectInfo) -> None:
             )
 
 
-def _expected_events(info: SubjectInfo, recurrences: int) -> list[Event]:
-    events = [Event("start", f"prelude.{layer}") for layer in range(info.prelude)]
+def _expected_events(info: SubjectInfo, recurrences: int) -> list[Announcement]:
+    events = [Announcement("start", f"prelude.{layer}") for layer in range(info.prelude)]
     for recurrence in range(recurrences):
-        events.append(Event("advance", f"injected@{recurrence}"))
-        events += [Event("advance", f"recurrent.{layer}@{recurrence}") for layer in range(info.recurrent)]
-        events.append(Event("advance", f"loop state@{recurrence}"))
-    return [*events, *(Event("answer", f"coda.{layer}") for layer in range(info.coda))]
+        events.append(Announcement("advance", f"injected@{recurrence}"))
+        events += [Announcement("advance", f"recurrent.{layer}@{recurrence}") for layer in range(info.recurrent)]
+        events.append(Announcement("advance", f"loop state@{recurrence}"))
+    return [*events, *(Announcement("answer", f"coda.{layer}") for layer in range(info.coda))]
 
 
 def _count(info: SubjectInfo, recurrences: int) -> str:

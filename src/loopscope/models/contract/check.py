@@ -39,7 +39,7 @@ _CHECKS = (
     _Check(
         "decoding", "logits on the way, or of a given state, leave the run as it was", runs.decoding_disturbs_nothing
     ),
-    _Check("rounding", "the rounding error is told and changes nothing", runs.rounding_error_is_told),
+    _Check("rounding", "the rounding error is given and changes nothing", runs.rounding_error_is_given),
     _Check("turns", "two runs can be advanced in turn", runs.runs_take_turns),
     _Check("abandoned", "a run closed on the way leaves nothing behind", runs.abandoned_runs_leave_nothing),
 )

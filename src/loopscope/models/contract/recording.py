@@ -78,7 +78,7 @@ def _difference(label: str, got: Tensor, expected: Tensor, places: Sequence[Plac
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Announcement:
     """Something announced to an observer."""
 
     phase: Phase
@@ -100,7 +100,7 @@ class Recording:
 
     batch: Batch
     recurrences: int
-    events: list[Event] = field(default_factory=list)
+    events: list[Announcement] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class _Recorder(Observer):
             self.recording.keep(f"gate@{loop_state.recurrence}", loop_state.gate)
 
     def _announced(self, label: str, tensor: Tensor) -> None:
-        self.recording.events.append(Event(self.phase, label))
+        self.recording.events.append(Announcement(self.phase, label))
         self.recording.keep(label, tensor)
 
 

@@ -202,7 +202,7 @@ def _decoded_shorter(bench: Bench, decoded: Tensor) -> None:
     )
 
 
-def rounding_error_is_told(bench: Bench) -> str:
+def rounding_error_is_given(bench: Bench) -> str:
     """The estimate has its shape, is finite at real tokens, and leaves the run as it was."""
     info = bench.info
     if not info.is_looped:

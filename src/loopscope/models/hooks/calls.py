@@ -73,7 +73,7 @@ class ModelCall:
         """Whether padding can be hidden from the model."""
         self._needs_mask = mask is not None and mask.default is inspect.Parameter.empty
         takes_rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        # A wrapper of such a model hands on what it does not know, and shows the model's configuration as its own.
+        # A wrapper of such a model passes on what it does not know, and shows the model's configuration as its own.
         has_cache = self._pretrained or hasattr(getattr(model, "config", None), "use_cache")
         self._takes_use_cache = has_cache and ("use_cache" in parameters or takes_rest)
 

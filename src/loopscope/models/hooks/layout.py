@@ -1,4 +1,4 @@
-"""Which layers of a module are watched, and the order in which a forward pass has to call them."""
+"""Which layers of a module are watched, how they are found, and the order in which a forward pass has to call them."""
 
 from __future__ import annotations
 

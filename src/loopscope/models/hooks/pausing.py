@@ -22,8 +22,8 @@ _COMPUTING = threading.Lock()
 """What a `ForwardContext` takes, a model's modes and the process's generators, belongs to one computing run at a time,
 in whatever thread of the caller's."""
 
-Event = TypeVar("Event")
-Result = TypeVar("Result")
+EventT = TypeVar("EventT")
+ResultT = TypeVar("ResultT")
 
 # An abandoned call ends at its next pause. Waiting for that has a limit: a layer that hangs must not hang the caller.
 _PATIENCE = 30.0
@@ -166,10 +166,10 @@ class Abandoned(BaseException):
 
 
 @dataclass(frozen=True, slots=True)
-class Returned(Generic[Result]):
+class Returned(Generic[ResultT]):
     """The call is over."""
 
-    value: Result
+    value: ResultT
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +177,16 @@ class _Raised:
     error: BaseException
 
 
-class Pauses(Generic[Event]):
+class Pauses(Generic[EventT]):
     """The side of the call: what it holds to hand something over and wait until it is wanted again."""
 
     def __init__(self) -> None:
         # SimpleQueue, since a finalizer may put into it at any moment, also while this thread gets from it.
         self.orders: SimpleQueue[None] = SimpleQueue()
-        self.events: SimpleQueue[Event | Returned[object] | _Raised] = SimpleQueue()
+        self.events: SimpleQueue[EventT | Returned[object] | _Raised] = SimpleQueue()
         self.abandoned = False
 
-    def pause(self, event: Event) -> None:
+    def pause(self, event: EventT) -> None:
         """Hand over an event; returns when the call is resumed. Raises `Abandoned` if it never will be."""
         self.check()
         self.events.put(event)
@@ -199,7 +199,7 @@ class Pauses(Generic[Event]):
             raise Abandoned
 
 
-class SteppedCall(Generic[Event, Result]):
+class SteppedCall(Generic[EventT, ResultT]):
     """`function(pauses)` in a thread of its own that runs only while `resume` waits for it: nothing is concurrent.
 
     A generator would do the same if every frame between were one; the frames here are a model's own `forward`.
@@ -208,8 +208,8 @@ class SteppedCall(Generic[Event, Result]):
     where it stands, and what it has on its stack is unwound.
     """
 
-    def __init__(self, function: Callable[[Pauses[Event]], Result]) -> None:
-        self._pauses: Pauses[Event] = Pauses()
+    def __init__(self, function: Callable[[Pauses[EventT]], ResultT]) -> None:
+        self._pauses: Pauses[EventT] = Pauses()
         context = contextvars.copy_context()
         # The thread knows nothing of this object, which could never become garbage otherwise. A daemon, since the
         # interpreter joins other threads before it calls finalizers.
@@ -219,7 +219,7 @@ class SteppedCall(Generic[Event, Result]):
         self._end = weakref.finalize(self, _abandon, self._pauses, self._thread)
         self._thread.start()
 
-    def resume(self) -> Event | Returned[Result]:
+    def resume(self) -> EventT | Returned[ResultT]:
         """Go on until the next event or the end. What the function raises is raised here.
 
         An exception that arrives while waiting, such as Ctrl-C, abandons the call. Raises `RuntimeError` for a call
@@ -244,7 +244,7 @@ class SteppedCall(Generic[Event, Result]):
         self._end()
 
 
-def _work(function: Callable[[Pauses[Event]], Result], pauses: Pauses[Event]) -> None:
+def _work(function: Callable[[Pauses[EventT]], ResultT], pauses: Pauses[EventT]) -> None:
     outcome: Returned[object] | _Raised
     try:
         pauses.orders.get()
@@ -257,7 +257,7 @@ def _work(function: Callable[[Pauses[Event]], Result], pauses: Pauses[Event]) ->
     pauses.events.put(outcome)
 
 
-def _abandon(pauses: Pauses[Event], thread: threading.Thread) -> None:
+def _abandon(pauses: Pauses[EventT], thread: threading.Thread) -> None:
     pauses.abandoned = True
     pauses.orders.put(None)
     if thread is not threading.current_thread():

@@ -20,7 +20,7 @@ PROBE_TOKENS = 11
 """A length that no other size of a model is likely to be taken for."""
 
 _SHORTER = 4
-"""So many tokens less has the second prompt of a padded batch."""
+"""The second prompt of a padded batch has this many tokens less."""
 
 _ROUNDING = 1e-2
 _ROUNDING_IN_HALF = 0.3

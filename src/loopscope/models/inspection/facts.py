@@ -1,4 +1,4 @@
-"""What there is to know about a model before it is loaded."""
+"""What there is to know about a model before it is loaded, and what memory a run of it takes."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class Inspection:
         return self.depth(self.trained_recurrences or 0)
 
     def depth(self, recurrences: int) -> int:
-        """Realised depth with so many recurrences."""
+        """Realised depth with that many recurrences."""
         return self.prelude + self.recurrent * recurrences + self.coda
 
     def to_dict(self) -> dict[str, Any]:

@@ -80,16 +80,15 @@ def inspect_hooked(
         vocab_size=_number(config, "vocab_size"),
         max_positions=_number(config, "max_position_embeddings"),
         settings={},
-        unobservable=_unobservable(layout),
+        # What is known before the model runs; a `HookedSubject` knows more.
+        unobservable=(
+            *OF_ALL_MODELS,
+            _MEASURED,
+            *((_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()),
+        ),
         tokenizer=tokenizer,
         memory=_memory(config, parameters, layout, run),
     )
-
-
-def _unobservable(layout: HookLayout) -> tuple[str, ...]:
-    """What is known before the model runs; a `HookedSubject` knows more."""
-    of_the_loop = (_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()
-    return (*OF_ALL_MODELS, _MEASURED, *of_the_loop)
 
 
 def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError) -> Any:

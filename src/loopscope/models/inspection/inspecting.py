@@ -1,4 +1,4 @@
-"""`loopscope.inspect_model`."""
+"""`loopscope.inspect_model`: what a config and headers say of a model, with its settings in words."""
 
 from __future__ import annotations
 
@@ -64,77 +64,43 @@ _ROTARY: dict[Rotary, str] = {
 }
 
 
-def settings_in_words(architecture: Architecture) -> dict[str, str]:
-    """A sentence for each setting that this architecture has, by its name."""
-    words = {
-        "norms": _norms(architecture),
-        "attention": _attention(architecture),
-        "MLP": f"{architecture.mlp}, {architecture.activation}",
-        "positions": _positions(architecture),
-        "unembedding": "tied to the embedding" if architecture.tied_embeddings else "a matrix of its own",
-    }
-    if architecture.embedding_scale != 1.0:
-        words["embedding"] = f"scaled by {architecture.embedding_scale:.6g}"
-    return words | (_of_the_loop(architecture) if architecture.is_looped else {})
+def inspect_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    run: RunSize | None = None,
+    families: Sequence[Family] = (),
+) -> Inspection:
+    """What a model is and what running it would take, without loading a weight.
+
+    Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
+    its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
+    own.
+
+    Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
+    load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
+    """
+    run = run or RunSize()
+    metadata = read_metadata(name_or_path, revision)
+    tokenizer = _tokenizer(metadata.folder)
+    try:
+        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
+    except UnknownFamilyError as unknown:
+        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
+    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
 
 
-def _of_the_loop(architecture: Architecture) -> dict[str, str]:
-    words = {
-        "injection": _INJECTION[architecture.injection],
-        "loop norm": _LOOP_NORM[architecture.loop_norm],
-        "initial state": "the prelude's output" if architecture.prelude else "the token embeddings",
-        "exit gate": "none",
-    }
-    if architecture.state_init == "normal":
-        words["initial state"] = f"normal noise, standard deviation {architecture.state_std:.4g}, cut at 3 of them"
-    if architecture.eta != 1.0:
-        words["damping"] = (
-            f"a recurrence hands on {1 - architecture.eta:g} of its state and {architecture.eta:g} of the new"
-        )
-    if architecture.exit_gate:
-        words["exit gate"] = f"a token stops at a cumulated probability of {architecture.exit_threshold:g}"
-    return words
-
-
-def _norms(architecture: Architecture) -> str:
-    parts = [_NORMS[architecture.norm_placement], _QK_NORM[architecture.qk_norm], f"eps {architecture.norm_eps:g}"]
-    return "; ".join(part for part in parts if part)
-
-
-def _attention(architecture: Architecture) -> str:
-    heads, groups = architecture.heads, architecture.kv_heads
-    parts = [f"{heads} heads of {architecture.head_dim}"]
-    if groups != heads:
-        parts.append(f"{groups} for keys and values")
-    if architecture.qk_bias:
-        parts.append("bias on queries and keys")
-    if architecture.sliding_window is not None:
-        parts.append(_window(architecture, architecture.sliding_window))
-    return ", ".join(parts)
-
-
-def _window(architecture: Architecture, window: int) -> str:
-    everywhere = len(architecture.full_attention_layers)
-    within = "all layers" if not everywhere else f"{architecture.layers - everywhere} of {architecture.layers} layers"
-    return f"the last {window:,} tokens in {within}"
-
-
-def _positions(architecture: Architecture) -> str:
-    parts = [_ROTARY[architecture.rotary]]
-    if architecture.rotary != "none":
-        parts.append(f"base {architecture.rope_base:g}")
-        if architecture.rope_scaling is not None:
-            parts.append(_scaling(architecture.rope_scaling))
-    longest = architecture.max_positions
-    return ", ".join(parts) + (f"; up to {longest:,} tokens" if longest is not None else "; no stated limit")
-
-
-def _scaling(scaling: RopeScaling) -> str:
-    match scaling:
-        case LinearScaling():
-            return f"stretched {scaling.factor:g} times"
-        case Llama3Scaling() | YarnScaling():
-            return f"{scaling.kind} scaling {scaling.factor:g} times from {scaling.original_max_positions:,} tokens"
+def _tokenizer(folder: Path) -> TokenizerFacts | None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    return TokenizerFacts(
+        tokens=tokenizer.vocab_size,
+        before=tuple(token.text for token in tokenizer.before),
+        after=tuple(token.text for token in tokenizer.after),
+        chat_template=tokenizer.chat_template is not None,
+        notes=tuple(tokenizer.notes),
+    )
 
 
 def inspect_native(
@@ -189,40 +155,74 @@ def _counts(layout: CheckpointLayout) -> ParameterCounts:
     )
 
 
-def inspect_model(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    run: RunSize | None = None,
-    families: Sequence[Family] = (),
-) -> Inspection:
-    """What a model is and what running it would take, without loading a weight.
-
-    Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
-    its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
-    own.
-
-    Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
-    load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
-    """
-    run = run or RunSize()
-    metadata = read_metadata(name_or_path, revision)
-    tokenizer = _tokenizer(metadata.folder)
-    try:
-        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
-    except UnknownFamilyError as unknown:
-        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
-    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
+def settings_in_words(architecture: Architecture) -> dict[str, str]:
+    """A sentence for each setting that this architecture has, by its name."""
+    words = {
+        "norms": _norms(architecture),
+        "attention": _attention(architecture),
+        "MLP": f"{architecture.mlp}, {architecture.activation}",
+        "positions": _positions(architecture),
+        "unembedding": "tied to the embedding" if architecture.tied_embeddings else "a matrix of its own",
+    }
+    if architecture.embedding_scale != 1.0:
+        words["embedding"] = f"scaled by {architecture.embedding_scale:.6g}"
+    return words | (_of_the_loop(architecture) if architecture.is_looped else {})
 
 
-def _tokenizer(folder: Path) -> TokenizerFacts | None:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return None
-    return TokenizerFacts(
-        tokens=tokenizer.vocab_size,
-        before=tuple(token.text for token in tokenizer.before),
-        after=tuple(token.text for token in tokenizer.after),
-        chat_template=tokenizer.chat_template is not None,
-        notes=tuple(tokenizer.notes),
-    )
+def _of_the_loop(architecture: Architecture) -> dict[str, str]:
+    words = {
+        "injection": _INJECTION[architecture.injection],
+        "loop norm": _LOOP_NORM[architecture.loop_norm],
+        "initial state": "the prelude's output" if architecture.prelude else "the token embeddings",
+        "exit gate": "none",
+    }
+    if architecture.state_init == "normal":
+        words["initial state"] = f"normal noise, standard deviation {architecture.state_std:.4g}, cut at 3 of them"
+    if architecture.eta != 1.0:
+        words["damping"] = (
+            f"a recurrence passes on {1 - architecture.eta:g} of its state and {architecture.eta:g} of the new"
+        )
+    if architecture.exit_gate:
+        words["exit gate"] = f"a token stops at a cumulated probability of {architecture.exit_threshold:g}"
+    return words
+
+
+def _norms(architecture: Architecture) -> str:
+    parts = [_NORMS[architecture.norm_placement], _QK_NORM[architecture.qk_norm], f"eps {architecture.norm_eps:g}"]
+    return "; ".join(part for part in parts if part)
+
+
+def _attention(architecture: Architecture) -> str:
+    heads, groups = architecture.heads, architecture.kv_heads
+    parts = [f"{heads} heads of {architecture.head_dim}"]
+    if groups != heads:
+        parts.append(f"{groups} for keys and values")
+    if architecture.qk_bias:
+        parts.append("bias on queries and keys")
+    if architecture.sliding_window is not None:
+        parts.append(_window(architecture, architecture.sliding_window))
+    return ", ".join(parts)
+
+
+def _window(architecture: Architecture, window: int) -> str:
+    everywhere = len(architecture.full_attention_layers)
+    within = "all layers" if not everywhere else f"{architecture.layers - everywhere} of {architecture.layers} layers"
+    return f"the last {window:,} tokens in {within}"
+
+
+def _positions(architecture: Architecture) -> str:
+    parts = [_ROTARY[architecture.rotary]]
+    if architecture.rotary != "none":
+        parts.append(f"base {architecture.rope_base:g}")
+        if architecture.rope_scaling is not None:
+            parts.append(_scaling(architecture.rope_scaling))
+    longest = architecture.max_positions
+    return ", ".join(parts) + (f"; up to {longest:,} tokens" if longest is not None else "; no stated limit")
+
+
+def _scaling(scaling: RopeScaling) -> str:
+    match scaling:
+        case LinearScaling():
+            return f"stretched {scaling.factor:g} times"
+        case Llama3Scaling() | YarnScaling():
+            return f"{scaling.kind} scaling {scaling.factor:g} times from {scaling.original_max_positions:,} tokens"

@@ -1,4 +1,4 @@
-"""Interventions from their text on the command line."""
+"""Interventions from their text on the command line, and whether they fit a model, a run and its prompts."""
 
 from __future__ import annotations
 
@@ -35,6 +35,107 @@ _INJECT = re.compile(r"inject(?:@(\d+))?=frozen", re.ASCII)
 _DAMP = re.compile(r"damp=(.+)", re.ASCII)
 _START = re.compile(r"start=(?:(zeros|prelude)|seed:(-?\d+)|scale:(.+))", re.ASCII)
 _TOKEN = re.compile(r"token:(-?\d+)@(\d+)=(?:(zeros|noise)|token:(-?\d+))", re.ASCII)
+
+
+def parse_interventions(texts: str | Sequence[str | Intervention]) -> tuple[Intervention, ...]:
+    """Each text as `parse_intervention` reads it; what is an intervention already stays. A single text is one.
+
+    Raises `ConfigError` for a text that is none, and for two that cannot both hold.
+    """
+    texts = (texts,) if isinstance(texts, str) else texts
+    found = tuple(parse_intervention(each) if isinstance(each, str) else each for each in texts)
+    for first, second in combinations(found, 2):
+        if _conflict(first, second):
+            raise ConfigError(f"The interventions '{first}' and '{second}' contradict each other; keep one of them.")
+    return found
+
+
+def parse_intervention(text: str) -> Intervention:
+    """One intervention, in the grammar of docs/interventions.md. Raises `ConfigError` with the form that it should
+    have.
+    """
+    kind = re.split(r"[:@=]", text, maxsplit=1)[0]
+    if kind not in _FORMS:
+        raise ConfigError(f"'{text}' is no intervention; write one of {', '.join(_FORMS.values())}.")
+    found = {"inject": _inject, "damp": _damp, "start": _start, "token": _token}.get(kind, _branch)(text)
+    if found is None:
+        raise ConfigError(f"The intervention '{text}' cannot be read; write {_FORMS[kind]}{_hint(kind)}.")
+    return found
+
+
+def _hint(kind: str) -> str:
+    if kind not in ("mlp", "attention"):
+        return ""
+    return f", with STAGE one of {', '.join(get_args(Stage))}, a LAYER or *, and RECURRENCES like 3, 2-5 or 4-"
+
+
+def _branch(text: str) -> Intervention | None:
+    found = _BRANCH.fullmatch(text)
+    factor = None if found is None else _number(found[7])
+    if found is None or factor is None or found[2] not in get_args(Stage):
+        return None
+    branch: Any = found[1]
+    stage: Any = found[2]
+    return ScaleBranch(branch, stage, None if found[3] == "*" else int(found[3]), factor, _recurrences(found))
+
+
+def _recurrences(found: re.Match[str]) -> Recurrences | None:
+    if found[4] is None:
+        return None
+    first = int(found[4])
+    if found[5] is None:
+        return Recurrences(first, first)
+    return Recurrences(first, None if found[6] is None else int(found[6]))
+
+
+def _inject(text: str) -> Intervention | None:
+    found = _INJECT.fullmatch(text)
+    return None if found is None else FreezeInjection(int(found[1] or 0))
+
+
+def _damp(text: str) -> Intervention | None:
+    found = _DAMP.fullmatch(text)
+    eta = None if found is None else _number(found[1])
+    return None if eta is None else Damp(eta)
+
+
+def _start(text: str) -> Intervention | None:
+    found = _START.fullmatch(text)
+    if found is None:
+        return None
+    if found[1] is not None:
+        state: Any = found[1]
+        return StartFrom(state)
+    if found[2] is not None:
+        return StartSeed(int(found[2]))
+    factor = _number(found[3])
+    return None if factor is None else StartScaled(factor)
+
+
+def _token(text: str) -> Intervention | None:
+    found = _TOKEN.fullmatch(text)
+    if found is None:
+        return None
+    by: Any = found[3] if found[3] is not None else int(found[4])
+    return ReplaceToken(int(found[1]), int(found[2]), by)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _conflict(first: Intervention, second: Intervention) -> bool:
+    if isinstance(first, ScaleBranch) or isinstance(second, ScaleBranch):
+        return isinstance(first, ScaleBranch) and isinstance(second, ScaleBranch) and first.meets(second)
+    if isinstance(first, ReplaceToken) or isinstance(second, ReplaceToken):
+        # The same token named from the front and from the end is found out when the prompts are known.
+        both = isinstance(first, ReplaceToken) and isinstance(second, ReplaceToken)
+        return both and str(first).partition("=")[0] == str(second).partition("=")[0]
+    starts = (StartFrom, StartSeed, StartScaled)
+    return type(first) is type(second) or (isinstance(first, starts) and isinstance(second, starts))
 
 
 def check_fits(interventions: Sequence[Intervention], architecture: Architecture, name: str) -> None:
@@ -137,104 +238,3 @@ def _last_named(intervention: Intervention) -> int | None:
         last = intervention.recurrences.last
         return intervention.recurrences.first if last is None else last
     return None
-
-
-def parse_interventions(texts: str | Sequence[str | Intervention]) -> tuple[Intervention, ...]:
-    """Each text as `parse_intervention` reads it; what is an intervention already stays. A single text is one.
-
-    Raises `ConfigError` for a text that is none, and for two that cannot both hold.
-    """
-    texts = (texts,) if isinstance(texts, str) else texts
-    found = tuple(parse_intervention(each) if isinstance(each, str) else each for each in texts)
-    for first, second in combinations(found, 2):
-        if _conflict(first, second):
-            raise ConfigError(f"The interventions '{first}' and '{second}' contradict each other; keep one of them.")
-    return found
-
-
-def parse_intervention(text: str) -> Intervention:
-    """One intervention, in the grammar of docs/interventions.md. Raises `ConfigError` with the form that it should
-    have.
-    """
-    kind = re.split(r"[:@=]", text, maxsplit=1)[0]
-    if kind not in _FORMS:
-        raise ConfigError(f"'{text}' is no intervention; write one of {', '.join(_FORMS.values())}.")
-    found = {"inject": _inject, "damp": _damp, "start": _start, "token": _token}.get(kind, _branch)(text)
-    if found is None:
-        raise ConfigError(f"The intervention '{text}' cannot be read; write {_FORMS[kind]}{_hint(kind)}.")
-    return found
-
-
-def _hint(kind: str) -> str:
-    if kind not in ("mlp", "attention"):
-        return ""
-    return f", with STAGE one of {', '.join(get_args(Stage))}, a LAYER or *, and RECURRENCES like 3, 2-5 or 4-"
-
-
-def _branch(text: str) -> Intervention | None:
-    found = _BRANCH.fullmatch(text)
-    factor = None if found is None else _number(found[7])
-    if found is None or factor is None or found[2] not in get_args(Stage):
-        return None
-    branch: Any = found[1]
-    stage: Any = found[2]
-    return ScaleBranch(branch, stage, None if found[3] == "*" else int(found[3]), factor, _recurrences(found))
-
-
-def _recurrences(found: re.Match[str]) -> Recurrences | None:
-    if found[4] is None:
-        return None
-    first = int(found[4])
-    if found[5] is None:
-        return Recurrences(first, first)
-    return Recurrences(first, None if found[6] is None else int(found[6]))
-
-
-def _inject(text: str) -> Intervention | None:
-    found = _INJECT.fullmatch(text)
-    return None if found is None else FreezeInjection(int(found[1] or 0))
-
-
-def _damp(text: str) -> Intervention | None:
-    found = _DAMP.fullmatch(text)
-    eta = None if found is None else _number(found[1])
-    return None if eta is None else Damp(eta)
-
-
-def _start(text: str) -> Intervention | None:
-    found = _START.fullmatch(text)
-    if found is None:
-        return None
-    if found[1] is not None:
-        state: Any = found[1]
-        return StartFrom(state)
-    if found[2] is not None:
-        return StartSeed(int(found[2]))
-    factor = _number(found[3])
-    return None if factor is None else StartScaled(factor)
-
-
-def _token(text: str) -> Intervention | None:
-    found = _TOKEN.fullmatch(text)
-    if found is None:
-        return None
-    by: Any = found[3] if found[3] is not None else int(found[4])
-    return ReplaceToken(int(found[1]), int(found[2]), by)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _conflict(first: Intervention, second: Intervention) -> bool:
-    if isinstance(first, ScaleBranch) or isinstance(second, ScaleBranch):
-        return isinstance(first, ScaleBranch) and isinstance(second, ScaleBranch) and first.meets(second)
-    if isinstance(first, ReplaceToken) or isinstance(second, ReplaceToken):
-        # The same token named from the front and from the end is found out when the prompts are known.
-        both = isinstance(first, ReplaceToken) and isinstance(second, ReplaceToken)
-        return both and str(first).partition("=")[0] == str(second).partition("=")[0]
-    starts = (StartFrom, StartSeed, StartScaled)
-    return type(first) is type(second) or (isinstance(first, starts) and isinstance(second, starts))

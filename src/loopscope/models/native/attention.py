@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped heads."""
+"""Causal self-attention with grouped heads, the rotation of its positions, and the norm that every layer uses."""
 
 from __future__ import annotations
 

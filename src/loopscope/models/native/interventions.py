@@ -1,4 +1,5 @@
-"""Interventions at work: what one run of the model changes, asked for at the points where it may change something."""
+"""Interventions at work: what one run of the model changes, asked for at the points where it may change something; and
+the noise that initial states and replaced tokens are drawn from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One transformer layer, with its norms where the architecture puts them."""
+"""One transformer layer, with its norms where the architecture puts them, and the injection that bounds the state."""
 
 from __future__ import annotations
 

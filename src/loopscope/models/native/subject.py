@@ -1,4 +1,4 @@
-"""The native model as a subject: its runs, advanced recurrence by recurrence."""
+"""The native model as a subject, its runs, advanced recurrence by recurrence, and the same under interventions."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class LoopedTransformer(nn.Module):
         - `initial_state`: s_0, (batch, token, width); drawn or taken from the embeddings unless given.
         - `attention_mask`: True for tokens, False for padding, on either side.
         - `seed`: of the random initial state, if the architecture has one.
-        - `backprop_last`: gradients flow through the last so many recurrences only (truncated backpropagation).
-        - `observers`: told of every visit.
+        - `backprop_last`: gradients flow through the last that many recurrences only (truncated backpropagation).
+        - `observers`: notified of every visit.
 
         With an exit gate each token is answered from the recurrence at which it stops (see `ExitRule`).
 

@@ -12,7 +12,7 @@ from loopscope import analyze
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.errors import ConfigError, PromptError
 from loopscope.prompts.load import load_prompts
-from loopscope.prompts.prompt import Prompt, TokenizedPrompt, draw
+from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokenizer import TextTokenizer
 from loopscope.prompts.tokens import cut_text
 from small_models import byte_tokenizer, checkpoint
@@ -68,8 +68,8 @@ def test_chunks_are_drawn_and_not_the_file(tmp_path: Path) -> None:
     text = "abcdefghijklmnopqrst"
     assert [each.text for each in cut(text, 4, limit=2)] == ["abcd", "efgh"]
     drawn = cut(text, 4, limit=3, seed=5)
-    assert [each.text for each in drawn] == [text[4 * at : 4 * at + 4] for at in draw(range(5), limit=3, seed=5)]
-    assert [each.id for each in drawn] == [f"chunk-{at + 1}" for at in draw(range(5), limit=3, seed=5)]
+    assert [each.text for each in drawn] == [text[4 * at : 4 * at + 4] for at in subsample(range(5), limit=3, seed=5)]
+    assert [each.id for each in drawn] == [f"chunk-{at + 1}" for at in subsample(range(5), limit=3, seed=5)]
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (whole,) = load_prompts(prompts=str(tmp_path / "a.txt"), chunk=2, limit=5, sample_seed=0)
     assert whole.text == "one\n\ntwo"
