@@ -44,7 +44,13 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
 
     @property
+    def anchors(self) -> set[str]:
+        """Of figures and of their panels."""
+        return self.ids("figure") | self.ids("div")
+
+    @property
     def figures(self) -> dict[str, Any]:
+        """Every chart: by the anchor of its figure or panel, or that of its figure and a letter."""
         return {
             str(attributes["id"]).removeprefix("data-"): json.loads(content)
             for attributes, content in self.scripts

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from loopscope import compare
-from loopscope.report.figures import stages
+from loopscope.report.figures import in_matplotlib, in_plotly, stages
 from loopscope.report.figures.look import decade, decade_ticks, number, ordered_colours
-from loopscope.report.figures.write import draw_figure
+from loopscope.report.figures.write import STUDY_FIGURES, draw_figure
+from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, view_study
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
@@ -407,6 +408,26 @@ def test_a_study_of_one_recurrence_has_points() -> None:
     axes = panels(draw_figure(single, "norm-by-layer"))[0]
     (drawn,) = [line for line in axes.lines if line.get_label() == "0"]
     assert drawn.get_marker() == "o"
+
+
+@pytest.mark.parametrize(
+    "name", ["distance-by-layer", "direction-by-recurrence", "stages-by-depth", "head-change", "horizons"]
+)
+def test_page_and_paper_show_the_same(study: Study, name: str) -> None:
+    (kind,) = [kind for kind in STUDY_FIGURES if kind.name == name]
+    plot = kind.draw(view_study(study), ReportSettings())
+    for panel, axes in zip(plot.panels, panels(in_matplotlib.draw(plot)), strict=True):
+        chart = in_plotly.draw(plot, panel)
+        assert (chart.layout.yaxis.type == "log") == (axes.get_yscale() == "log")
+        traces = [trace for trace in chart.data if trace.type == "scatter" and trace.hoverinfo != "skip"]
+        drawn = [one for one in axes.lines if one.get_gid() != "mark" and not str(one.get_label()).startswith("_")]
+        for trace in traces:
+            if trace.name in {str(one.get_label()) for one in drawn}:
+                one = next(one for one in drawn if one.get_label() == trace.name)
+                np.testing.assert_allclose(trace.y, np.asarray(one.get_ydata(), dtype=np.float64), rtol=1e-6)
+        assert {trace.name for trace in traces} >= {str(one.get_label()) for one in drawn}
+        for heat in (trace for trace in chart.data if trace.type == "heatmap"):
+            np.testing.assert_allclose(heat.z, image(axes), rtol=1e-6)
 
 
 LOOPED = staged_study([SHAPE, OTHER, SHAPE, OTHER], (2, 4, 2), model="looped", trained=2)

@@ -72,9 +72,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 
 def test_every_figure_is_there_and_every_answer_links_to_one(page: Page) -> None:
-    assert set(page.figures) >= LOOPED_FIGURES
+    assert page.anchors >= LOOPED_FIGURES
     links = {str(attributes.get("href")) for tag, attributes in page.elements if tag == "a"}
-    targets = {f"#{name}" for tag in ("figure", "section") for name in page.ids(tag)}
+    targets = {f"#{name}" for name in page.anchors | page.ids("section")}
     assert links <= targets
     assert {"#horizon-drift", "#layer-cosine", "#distance", "#step", "#path-independence", "#loss", "#limits"} <= links
 
@@ -89,8 +89,11 @@ def test_answers_come_first_and_word_for_word(page: Page) -> None:
 def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
     tags = [tag for tag, _ in page.elements]
     maps = {"head-maps", "floorplan"}
-    assert page.ids("figure") == page.figures.keys() | maps
-    assert tags.count("figure") == tags.count("figcaption") == len(page.figures) + len(maps)
+    charts = {key.removesuffix(f"-{letter}") for key in page.figures for letter in "abcdef"} | maps
+    assert page.anchors >= maps
+    # Of these every panel has an anchor of its own.
+    assert page.ids("figure") <= charts | {"stages-by-recurrence", "stages-by-depth", "trajectories"}
+    assert tags.count("figure") == tags.count("figcaption") == len(page.ids("figure"))
     for anchor, plot in page.figures.items():
         layout = plot["layout"]
         axes = [layout["scene"][f"{name}axis"] for name in "xyz"] if "scene" in layout else [layout["xaxis"]]
@@ -142,8 +145,8 @@ def test_text_from_outside_stays_text(hostile_study: Study, tmp_path: Path, page
 def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
     found = page_of(feed_forward_study(), tmp_path)
     quantities = ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
-    alone = {"cycle-similarity", "attention-cycle", "head-sinks", "neurons"}
-    assert set(found.figures) == alone | {f"{quantity}-by-depth" for quantity in quantities}
+    alone = {"cycle-similarity", "attention-cycle", "head-sinks", "neurons", "stages-by-depth", "massive-places"}
+    assert found.anchors - {"head-maps", "floorplan"} == alone | {f"{quantity}-by-depth" for quantity in quantities}
     assert "This model is feed-forward" in found.words
     assert "4 layers, feed-forward" in found.words
 
@@ -195,9 +198,9 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
         "head-change",
         "magnitude-by-depth",
     }
-    assert not found.figures.keys() & left_out
+    assert not found.anchors & left_out
     assert not found.ids("figure") & {"head-maps", "floorplan"}
-    assert "distance" in found.figures
+    assert "distance" in found.anchors
 
 
 def test_prompts_can_be_chosen(tmp_path: Path) -> None:
@@ -234,8 +237,9 @@ def test_large_study_stays_a_small_file(tmp_path: Path) -> None:
 
 
 def test_lines_are_medians_over_prompts(page: Page) -> None:
-    lines = [trace for trace in page.figures["distance"]["data"] if str(trace.get("name", "")).startswith("layer")]
-    assert [line["name"] for line in lines] == ["layer 0", "layer 1", "layer 2"]
+    lines = [trace for trace in page.figures["distance-b"]["data"] if str(trace.get("name", "")).isdigit()]
+    assert [line["name"] for line in lines] == ["0", "1", "2"]
+    assert [line["hovertemplate"].partition(":")[0] for line in lines] == ["layer 0", "layer 1", "layer 2"]
     study = looped_study(contracting())
     expected = np.median(study.dataset["relative_distance"].sel(layer=1).values, axis=-1)
     np.testing.assert_allclose(decoded(lines[1]["y"]), expected, rtol=1e-6)

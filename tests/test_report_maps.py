@@ -114,7 +114,7 @@ def test_short_prompts_are_warned_of_where_sinks_are_shown(tmp_path: Path) -> No
     """In the limits, and beside each figure of sinks."""
     warning = "40 of 40 prompts have so few tokens (9 at most)"
     looped, plain = looped_study(contracting(), tokens=9), feed_forward_study(tokens=9)
-    for study, readings in ((looped, ["% of their attention. "]), (plain, ["% of their attention. ", "maps below. "])):
+    for study, readings in ((looped, ["% of their attention. "]), (plain, ["% of their attention. ", "from 0.3 on. "])):
         words = page_of(study, tmp_path).words
         for reading in readings:
             assert reading + warning in words

@@ -179,10 +179,11 @@ HEADS: tuple[FigureType[StudyView], ...] = (
 def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     """Change, stabilisation and sinks of the heads."""
     maps = head_maps(view)
-    plots = {plot.name: plot for plot in on_page((*HEADS, *SIMILARITY, *CONVERGENCE), view, settings)}
     # Two beside each other, then the maps that a click into them shows, then the others.
     first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
     others = ("cycle-attention", "cycle-attention-long", "heads-stable", "attention-by-layer")
+    types = [each for each in (*HEADS, *SIMILARITY, *CONVERGENCE) if each.name in (*first, *others)]
+    plots = {plot.name: plot for plot in on_page(types, view, settings)}
     figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]
     figures += [maps] if maps is not None else []
     figures += [plots[name] for name in others if name in plots]

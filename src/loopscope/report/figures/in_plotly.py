@@ -26,6 +26,7 @@ from loopscope.report.figures.plot import (
     HeatMap,
     Line,
     Mark,
+    Number,
     Panel,
     Plot,
     Rule,
@@ -286,13 +287,13 @@ class _Drawing:
         with np.errstate(invalid="ignore"):
             return np.where(shown > 0, shown, np.float32("nan")) if self._plot.logarithmic(self._panel) else shown
 
-    def _reach(self) -> tuple[float, float]:
+    def _reach(self) -> tuple[Number, Number]:
         """Of what is drawn, along x."""
         found = [np.asarray(mark.x, dtype=np.float64) for mark in self._panel.marks if isinstance(mark, Line | Dots)]
         joined = np.concatenate(found or [np.zeros(1)])
         return float(np.nanmin(joined)), float(np.nanmax(joined))
 
-    def _across(self, which: str, place: float, line: Mapping[str, Any]) -> None:
+    def _across(self, which: str, place: Number, line: Mapping[str, Any]) -> None:
         """A line from edge to edge; plotly's own `add_vline` looks through everything that the figure has."""
         other = "y" if which == "x" else "x"
         ends = {
@@ -304,7 +305,7 @@ class _Drawing:
         }
         self._shapes.append({"type": "line", "line": dict(line), **ends})
 
-    def _note_above(self, place: float, words: str) -> None:
+    def _note_above(self, place: Number, words: str) -> None:
         spot = {"x": place, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
         self._notes.append({"text": _text(words), "font": _SMALL, **spot})
 

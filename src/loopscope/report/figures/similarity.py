@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,10 +59,10 @@ def _cycle_residual(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 def _cycle_residual_long(view: StudyView, settings: ReportSettings) -> Plot:
-    return _residual(view, math.inf)
+    return _residual(view, None)
 
 
-def _residual(view: StudyView, recurrences: float) -> Plot:
+def _residual(view: StudyView, recurrences: int | None) -> Plot:
     if view.looped:
         question = "Does every pass through the block repeat the last one?"
         reading = (
@@ -88,10 +87,10 @@ def _cycle_attention(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 def _cycle_attention_long(view: StudyView, settings: ReportSettings) -> Plot:
-    return _attention(view, math.inf)
+    return _attention(view, None)
 
 
-def _attention(view: StudyView, recurrences: float) -> Plot:
+def _attention(view: StudyView, recurrences: int | None) -> Plot:
     values, labels = _part(view, "attention_cycle_distance", recurrences)
     repeats = " Dark diagonals: each layer attends as it did one pass before." if view.looped else ""
     return Plot(
@@ -108,25 +107,27 @@ def _lowest(cosine: NDArray[np.float64]) -> float:
     return min(0.0, float(np.nanmin(cosine)))
 
 
-def _labels(view: StudyView, recurrences: float) -> list[str]:
+def _labels(view: StudyView, recurrences: int | None) -> list[str]:
     """The visits of a cycle's matrix up to a recurrence, or all of them.
 
     The coda, which runs after the last recurrence of all, is left out of a part.
     """
     labels = [str(label) for label in view.shown["visit"].values]
     held = sum(stage_name(label).isdigit() for label in labels) // max(1, view.recurrent)
-    return labels if held <= recurrences else labels[: view.prelude + view.recurrent * int(recurrences)]
+    if recurrences is None or held <= recurrences:
+        return labels
+    return labels[: view.prelude + view.recurrent * recurrences]
 
 
-def _part(view: StudyView, name: str, recurrences: float) -> tuple[NDArray[np.float64], list[str]]:
+def _part(view: StudyView, name: str, recurrences: int | None) -> tuple[NDArray[np.float64], list[str]]:
     values, labels = view.variable(name).values.astype(np.float64), _labels(view, recurrences)
     return values[: len(labels), : len(labels)], labels
 
 
-def _visits(view: StudyView, recurrences: float) -> str:
+def _visits(view: StudyView, recurrences: int | None) -> str:
     if not view.looped:
         return "layers"
-    if recurrences > FEW:
+    if recurrences is None:
         return "visits of all the recurrences kept"
     return f"visits of the first {min(FEW, view.recurrences)} recurrences"
 
@@ -165,7 +166,7 @@ def _visits_map(values: NDArray[np.float64], labels: Sequence[str], what: str, *
 
 
 def _no_longer(view: StudyView) -> str | None:
-    if len(_labels(view, math.inf)) > len(_labels(view, FEW)):
+    if len(_labels(view, None)) > len(_labels(view, FEW)):
         return None
     return f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
 

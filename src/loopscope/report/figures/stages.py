@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,7 +165,7 @@ def _massive_places(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
-def _most_common(row: NDArray[np.integer]) -> float:
+def _most_common(row: NDArray[Any]) -> float:
     """Share of the entries of a row that have its most frequent value."""
     return float(np.unique(row, return_counts=True)[1].max() / len(row))
 
