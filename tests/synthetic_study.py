@@ -1,30 +1,37 @@
-"""Studies with a known story, computed from closed-form trajectories by the formulas of docs/study.md.
+"""Studies with a known story: the real measures, of a subject whose states are closed-form trajectories.
 
-Nothing here uses loopscope's measures: the answers are tested against states whose fate is known, in plain numpy.
+What the states do not decide (attention, readouts, losses) is given as numbers of a plausible size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import xarray
+import torch
 from numpy.typing import NDArray
 
+from loopscope import Study, analyze
+from loopscope._util.shapes import Logits, States
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.stages import STAGE_NAMES
-from loopscope.study import Study
+from loopscope.models.architecture import Injection, Stage
+from loopscope.models.subject import Batch, SubjectInfo
+from loopscope.models.visits import LoopState, Observer, Visit
 
 Array = NDArray[np.float64]
 Trajectory = Callable[[Array, Array, np.random.Generator], Array]
 """From times t = 1 .. 2H, shape (time, 1, 1, 1), and points, shape (layer, token, width), to states (time, layer,
 token, width)."""
 
-LAYERS, WIDTH, FLOOR = 3, 8, 1e-7
-LEVELS = [0.05, 0.25, 0.5, 0.75, 0.95]
+LAYERS, WIDTH, HEADS, FLOOR = 3, 8, 2, 1e-7
+GIVEN = ("readout", "heads", "maps", "behaviour", "stability")
+"""Parts that are not measured."""
 
 
 def _unit(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -32,6 +39,7 @@ def _unit(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
 
+@functools.cache  # the same trajectory is the same object, so that its study is measured once
 def contracting(rate: float = 0.6, noise: float = FLOOR, start: float = 1.0) -> Trajectory:
     """Towards one distinct point per layer, geometrically, down to rounding noise."""
 
@@ -62,6 +70,68 @@ def overflowing(time: Array, points: Array, rng: np.random.Generator) -> Array:
     return np.where(time >= 5, np.nan, states)
 
 
+class ScriptedSubject:
+    """A subject whose residual streams are given; it has no attention and no readout to be seen."""
+
+    tokenizer, device = None, torch.device("cpu")
+
+    def __init__(self, info: SubjectInfo, *runs: Array, floor: float = 0.0) -> None:
+        """`runs`: states (time, layer, prompt, token, width) of a run, and of one from another initial state. A
+        feed-forward model's are those of its prelude, at one time."""
+        self.info = info
+        self.runs = [torch.from_numpy(states) for states in runs]
+        self.floor = floor
+
+    def start(
+        self,
+        batch: Batch,
+        *,
+        recurrences: int,
+        seed: int = 0,
+        initial_state: States | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> ScriptedRun:
+        return ScriptedRun(self, self.runs[0 if initial_state is None else 1], observers)
+
+    def other_initial_state(self, batch: Batch, seed: int) -> States:
+        return torch.zeros(*batch.mask.shape, WIDTH)
+
+
+class ScriptedRun:
+    """A looped model's prelude puts out half of what its loop begins with, and its coda more than what that ends with."""
+
+    state = None
+
+    def __init__(self, subject: ScriptedSubject, states: torch.Tensor, observers: Iterable[Observer]) -> None:
+        self._subject, self._states, self._done = subject, states, 0
+        self._announce("prelude", states[0, :1] * 0.5 if subject.info.is_looped else states[0], observers)
+
+    def advance(self, observers: Iterable[Observer] = ()) -> None:
+        self._announce("recurrent", self._states[self._done], observers)
+        for observer in observers:
+            observer.loop_state(LoopState(self._done, self._states[self._done, -1]))
+        self._done += 1
+
+    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
+        if self._subject.info.coda:
+            self._announce("coda", self._states[self._done - 1, -1:] * 1.5, observers)
+        return self._states[0, 0]
+
+    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
+        return self.decode(observers)
+
+    def close(self) -> None: ...
+
+    def rounding_error(self) -> torch.Tensor:
+        return torch.full(self._states.shape[1:4], self._subject.floor / np.sqrt(2))
+
+    def _announce(self, stage: Stage, states: torch.Tensor, observers: Iterable[Observer]) -> None:
+        for layer, state in enumerate(states):
+            visit = Visit(stage, layer, self._done if stage == "recurrent" else 0, state, None)
+            for observer in observers:
+                observer.visit(visit)
+
+
 def looped_study(
     fate: Trajectory | list[Trajectory],
     *,
@@ -70,7 +140,7 @@ def looped_study(
     recurrences: int = 24,
     horizon: int = 32,
     trained: int | None = 4,
-    injection: str = "linear",
+    injection: Injection = "linear",
     loss: Callable[[Array], Array] = lambda count: 3 + 0.8**count,
     text: str = "Two apples cost three coins .",
     floor: float = FLOOR,
@@ -78,51 +148,105 @@ def looped_study(
     seed: int = 0,
 ) -> Study:
     """A study of a (1, 3 (x) R, 1) model. A list of fates is dealt out to the prompts in turn."""
-    rng = np.random.default_rng(seed)
-    fates = fate if isinstance(fate, list) else [fate]
-    time = np.arange(1, 2 * horizon + 1, dtype=np.float64).reshape(-1, 1, 1, 1)
-    points = [_unit((LAYERS, tokens, WIDTH), rng) for _ in range(prompts)]
-    # (time, layer, prompt, token, width), of the run and of one from another initial state
-    states, others = (
-        np.stack([fates[i % len(fates)](time, points[i], rng) for i in range(prompts)], axis=2) for _ in range(2)
-    )
-    with np.errstate(invalid="ignore"):
-        dataset = _convergence(states, recurrences, horizon)
-        dataset |= _horizons(states, horizon)
-        dataset |= _path(states[:recurrences], others[:recurrences])
-    dataset |= _visits(states, min(recurrences, 4))
-    dataset |= _stages_and_heads(*_all_visits(states, recurrences))
-    dataset |= attention_maps(_all_visits(states, recurrences)[1], tokens, kept=(1, 2, 4, recurrences))
-    dataset |= _head_changes(recurrences, prompts, tokens)
-    dataset |= _trajectories(states[:recurrences])
+    info = _info(1, LAYERS, 1, trained_recurrences=trained, injection=injection, dtype=dtype)
+    fates = tuple(fate) if isinstance(fate, list) else (fate,)
+    measured, rng = _measured_loop(info, fates, (prompts, tokens, recurrences, horizon), floor, seed)
+    rng = copy.deepcopy(rng)
+    sites = [
+        ("prelude", 0, 0),
+        *(("recurrent", layer, t) for t in range(recurrences) for layer in range(LAYERS)),
+        ("coda", 0, 0),
+    ]
     full = min(trained or 8, recurrences)
     powers = {2**power for power in range(recurrences.bit_length()) if 2**power <= recurrences}
     readouts = np.array(sorted(powers | set(range(1, full + 1))))
-    finite = np.isfinite(states).all(axis=(1, 3, 4))
     scatter = rng.normal(scale=0.3, size=prompts)
     losses = loss(readouts.astype(float))[:, None] + scatter + rng.normal(scale=1e-3, size=(len(readouts), prompts))
-    dataset["loss"] = ("readout_recurrence", "prompt"), np.where(finite.all(axis=0), losses, np.nan)
-    dataset |= _readouts(readouts, prompts, tokens)
-    dataset |= _exits(full, prompts, tokens)
-    dataset["noise_floor"] = ("layer", "prompt"), np.full((LAYERS, prompts), floor)
-    dataset["diverged_at"] = "prompt", np.where(finite.all(axis=0), -1, finite.argmin(axis=0))
-    dataset["token_count"] = "prompt", np.full(prompts, tokens)
-    coordinates = {
-        "layer": np.arange(LAYERS),
-        "recurrence": np.arange(recurrences),
-        "prompt": np.arange(prompts),
-        "token": np.arange(tokens),
-        "quantile": LEVELS,
-        "site": ["last_layer", "loop_state"],
-        "horizon": ["first", "second"],
+    given: dict[str, Any] = {
+        "loss": (("readout_recurrence", "prompt"), np.where(measured.dataset["diverged_at"] < 0, losses, np.nan)),
         "readout_recurrence": readouts,
         "exit_recurrence": np.arange(1, full + 1),
-        "tracked_prompt": ("tracked", np.array([0])),
-        "tracked_token": ("tracked", np.array([tokens - 1])),
     }
-    manifest = _manifest(looped=True, trained=trained, injection=injection, prompts=prompts, dtype=dtype)
-    manifest["settings"] |= {"recurrences": recurrences, "horizon": horizon, "horizon_method": "second-pass"}
-    return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, text))
+    given |= _stages_and_heads(sites, prompts, tokens)
+    given |= attention_maps(sites, tokens, kept=(1, 2, 4, recurrences))
+    given |= _head_changes(recurrences, prompts, tokens)
+    given |= _readouts(readouts, prompts, tokens)
+    given |= _exits(full, prompts, tokens)
+    return _with(measured, given, text)
+
+
+def feed_forward_study(prompts: int = 40, tokens: int = 10, seed: int = 0) -> Study:
+    """A study of a feed-forward model of four layers."""
+    rng = np.random.default_rng(seed)
+    states = np.cumsum(rng.normal(size=(4, prompts, tokens, WIDTH)), axis=0)
+    info = _info(4, 0, 0, trained_recurrences=None, injection="none", dtype="float32")
+    sites = [("prelude", layer, 0) for layer in range(4)]
+    given = _stages_and_heads(sites, prompts, tokens) | attention_maps(sites, tokens)
+    given["loss"] = ("readout_recurrence", "prompt"), 2.5 + 0.1 * rng.normal(size=(1, prompts))
+    given["readout_recurrence"] = [1]
+    return _with(_measure(ScriptedSubject(info, states[None]), 1, 2), given, "Two apples")
+
+
+@functools.lru_cache(maxsize=8)
+def _measured_loop(
+    info: SubjectInfo, fates: tuple[Trajectory, ...], sizes: tuple[int, int, int, int], floor: float, seed: int
+) -> tuple[Study, np.random.Generator]:
+    """The study, and the generator as it stands after the states were drawn."""
+    prompts, tokens, recurrences, horizon = sizes
+    rng = np.random.default_rng(seed)
+    time = np.arange(1, 2 * horizon + 1, dtype=np.float64).reshape(-1, 1, 1, 1)
+    points = [_unit((LAYERS, tokens, WIDTH), rng) for _ in range(prompts)]
+    runs = [np.stack([fates[i % len(fates)](time, points[i], rng) for i in range(prompts)], axis=2) for _ in range(2)]
+    return _measure(ScriptedSubject(info, *runs, floor=floor), recurrences, horizon), rng
+
+
+def _measure(subject: ScriptedSubject, recurrences: int, horizon: int) -> Study:
+    _, _, prompts, tokens, _ = subject.runs[0].shape
+    return analyze(
+        subject,
+        [list(range(tokens))] * prompts,
+        recurrences=recurrences,
+        horizon=horizon,
+        batch_size=prompts,
+        cycle_recurrences=4,
+        track=("0:-1",),
+        skip=GIVEN,
+    )
+
+
+def _with(study: Study, given: dict[str, Any], text: str) -> Study:
+    """The study with what is given, and prompts of these words."""
+    similarity = study.dataset["cycle_similarity"]
+    dataset = study.dataset.copy(deep=True).assign(given | {"attention_cycle_distance": 1 - similarity})
+    beside = [name for name in given if str(name).startswith("map_")]
+    manifest = copy.deepcopy(dict(study.manifest))
+    manifest["created"] = "2026-01-02T03:04:05+00:00"
+    manifest["prompts"]["source"] = "synthetic"
+    count = len(study.tokens[0]["token_ids"])
+    words = (text.split(" ") * count)[:count]
+    tokens = [{**record, "text": text, "token_strings": words} for record in study.tokens]
+    return Study(dataset.set_coords(beside), manifest, tokens)
+
+
+def _info(prelude: int, recurrent: int, coda: int, **others: Any) -> SubjectInfo:
+    return SubjectInfo(
+        name="synthetic",
+        family="synthetic",
+        prelude=prelude,
+        recurrent=recurrent,
+        coda=coda,
+        norm_placement="pre",
+        loop_norm="none",
+        state_init="normal",
+        width=WIDTH,
+        heads=HEADS,
+        vocab_size=1024,
+        max_positions=None,
+        parameters=12345,
+        device="cpu",
+        weights_sha256="0" * 64,
+        **others,
+    )
 
 
 def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study:
@@ -174,133 +298,21 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
     return Study(study.dataset.assign(found).assign_coords(coordinates), manifest, study.tokens)
 
 
-def feed_forward_study(prompts: int = 40, tokens: int = 10, seed: int = 0) -> Study:
-    """A study of a feed-forward model of four layers."""
-    rng = np.random.default_rng(seed)
-    states = np.cumsum(rng.normal(size=(4, prompts, tokens, WIDTH)), axis=0)
-    labels = [f"prelude.{layer}" for layer in range(4)]
-    dataset = _similarity(states, labels) | _stages_and_heads(states, [("prelude", layer, 0) for layer in range(4)])
-    dataset |= attention_maps([("prelude", layer, 0) for layer in range(4)], tokens)
-    dataset["loss"] = ("readout_recurrence", "prompt"), 2.5 + 0.1 * rng.normal(size=(1, prompts))
-    dataset["token_count"] = "prompt", np.full(prompts, tokens)
-    dataset["diverged_at"] = "prompt", np.full(prompts, -1)
-    coordinates = {"prompt": np.arange(prompts), "readout_recurrence": [1]}
-    manifest = _manifest(looped=False, trained=None, injection="none", prompts=prompts, dtype="float32")
-    manifest["model"]["layout"] = {"prelude": 4, "recurrent": 0, "coda": 0}
-    return Study(xarray.Dataset(dataset, coordinates), manifest, _tokens(prompts, tokens, "Two apples"))
-
-
-def _norm(states: Array) -> Array:
-    return np.asarray(np.linalg.norm(states, axis=-1))
-
-
-def _cosine(x: Array, y: Array) -> Array:
-    return np.asarray((x * y).sum(-1) / (_norm(x) * _norm(y)))
-
-
-def _convergence(states: Array, recurrences: int, horizon: int) -> dict[str, Any]:
-    """All values per token (recurrence, layer, prompt, token), then their means and quantiles."""
-    window = states[:recurrences]
-    before = np.concatenate([np.full_like(states[:1], np.nan), window[:-1]])
-    first, second = states[horizon - 1], states[2 * horizon - 1]
-    values = {
-        "successive_difference": _norm(window - before),
-        "relative_step": _norm(window - before) / _norm(window),
-        "cosine_to_previous": _cosine(window, before),
-        "distance_to_horizon": _norm(window - first),
-        "relative_distance": _norm(window - first) / _norm(first),
-        "cosine_to_horizon": _cosine(window, np.broadcast_to(first, window.shape)),
-        "distance_to_second_horizon": _norm(window - second),
-        "relative_distance_second_horizon": _norm(window - second) / _norm(second),
-        "cosine_to_second_horizon": _cosine(window, np.broadcast_to(second, window.shape)),
-        "residual_norm": _norm(window),
-    }
-    dims = ("layer", "recurrence", "prompt")
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        by_layer = value.swapaxes(0, 1)
-        found[name] = dims, by_layer.mean(-1)
-        found[f"{name}_quantile"] = ("quantile", *dims), np.quantile(by_layer, LEVELS, axis=-1)
-        if "second" not in name or name.startswith("relative"):
-            found[f"token_{name}"] = ("site", "recurrence", "prompt", "token"), np.stack([by_layer[-1]] * 2)
-    norm = found["residual_norm"][1]
-    found["norm_growth"] = dims, norm / norm[:, :1]
-    return found
-
-
-def _horizons(states: Array, horizon: int) -> dict[str, Any]:
-    first, second = states[horizon - 1], states[2 * horizon - 1]
-    drift = _norm(second - first) / _norm(second)
-    steps = [_norm(states[at - 1] - states[at - 2]) / _norm(states[at - 1]) for at in (horizon, 2 * horizon)]
-    pairwise = _cosine(first[:, None], first[None])
-    return {
-        "horizon_drift": (("layer", "prompt"), drift.mean(-1)),
-        "horizon_drift_cosine": (("layer", "prompt"), _cosine(second, first).mean(-1)),
-        "horizon_norm_growth": (("layer", "prompt"), (_norm(second) / _norm(first)).mean(-1)),
-        "horizon_relative_step": (("horizon", "layer", "prompt"), np.stack(steps).mean(-1)),
-        "horizon_residual_norm": (("horizon", "layer", "prompt"), np.stack([_norm(first), _norm(second)]).mean(-1)),
-        "token_horizon_drift": (("site", "prompt", "token"), np.stack([drift[-1]] * 2)),
-        "layer_cosine": (("layer", "layer_other", "prompt"), pairwise.mean(-1)),
-        "degeneracy": ("prompt", pairwise[0, 1:].min(0).mean(-1)),
-    }
-
-
-def _path(states: Array, others: Array) -> dict[str, Any]:
-    dims = ("layer", "recurrence", "prompt")
-    apart = _norm(states - others) / ((_norm(states) + _norm(others)) / 2)
-    return {
-        "path_distance": (dims, apart.mean(-1).swapaxes(0, 1)),
-        "path_cosine": (dims, _cosine(states, others).mean(-1).swapaxes(0, 1)),
-    }
-
-
-def _all_visits(states: Array, recurrences: int) -> tuple[Array, list[tuple[str, int, int]]]:
-    """(visit, prompt, token, width), and (stage, layer, recurrence) of each."""
-    loop = states[:recurrences].reshape(-1, *states.shape[2:])
-    sites = [
-        ("prelude", 0, 0),
-        *(("recurrent", layer, t) for t in range(recurrences) for layer in range(LAYERS)),
-        ("coda", 0, 0),
-    ]
-    return np.concatenate([loop[:1] * 0.5, loop, loop[-1:] * 1.5]), sites
-
-
-def _visits(states: Array, recurrences: int) -> dict[str, Any]:
-    visits, sites = _all_visits(states, recurrences)
-    labels = [f"{stage}.{layer}" + (f"@{t}" if stage == "recurrent" else "") for stage, layer, t in sites]
-    return _similarity(visits, labels)
-
-
-def _similarity(visits: Array, labels: list[str]) -> dict[str, Any]:
-    """Of visits (visit, prompt, token, width)."""
-    cosine = _cosine(visits[:, None], visits[None])
-    finite = np.isfinite(cosine)
-    mean = np.where(finite, cosine, 0).sum((-1, -2)) / np.maximum(finite.sum((-1, -2)), 1)
-    return {
-        "cycle_similarity": (("visit", "visit_other"), mean),
-        "attention_cycle_distance": (("visit", "visit_other"), 1 - mean),
-        "visit": ("visit", labels),
-        "visit_other": ("visit_other", labels),
-    }
-
-
-def _stages_and_heads(visits: Array, sites: list[tuple[str, int, int]], heads: int = 2) -> dict[str, Any]:
-    """Numbers of a plausible size for visits (visit, prompt, token, width), not those of any attention."""
+def _stages_and_heads(sites: list[tuple[str, int, int]], prompts: int, tokens: int) -> dict[str, Any]:
+    """Numbers of a plausible size, not those of any attention."""
     rng = np.random.default_rng(0)
-    shape = (len(visits), heads, visits.shape[1])
-    found: dict[str, Any] = {
-        f"depth_{name}": ("depth", list(column))
-        for name, column in zip(("stage", "layer", "recurrence"), zip(*sites, strict=True), strict=True)
-    }
+    shape = (len(sites), HEADS, prompts)
+    found: dict[str, Any] = {}
     for name in HEAD_NAMES:
         found[name] = ("depth", "head", "prompt"), rng.uniform(0, 0.6, size=shape).astype(np.float32)
     found["strongest_sink_position"] = (
         ("depth", "head", "prompt"),
-        rng.integers(visits.shape[2], size=shape).astype(np.float32),
+        rng.integers(tokens, size=shape).astype(np.float32),
     )
     for name in STAGE_NAMES:
-        found[name] = ("depth", "prompt"), rng.uniform(0.2, 0.8, size=(len(visits), visits.shape[1]))
-    found["mean_token_norm"] = ("depth", "prompt"), _norm(visits).mean(-1)
+        values = rng.uniform(0.2, 0.8, size=(len(sites), prompts))
+        if name != "mean_token_norm":
+            found[name] = ("depth", "prompt"), values
     layers = sorted({f"{stage}.{layer}" for stage, layer, _ in sites})
     found["unique_layer"] = "unique_layer", layers
     for name in ("prediction_neurons", "suppression_neurons"):
@@ -368,58 +380,3 @@ def _exits(full: int, prompts: int, tokens: int) -> dict[str, Any]:
     step = away.copy()
     step[0] = np.nan
     return {"token_kl_to_previous": (dims, step), "token_kl_to_full": (dims, away - away[-1])}
-
-
-def _trajectories(states: Array) -> dict[str, Any]:
-    token = states[:, :, 0, -1].swapaxes(0, 1)
-    flat = token.reshape(-1, WIDTH)
-    if not np.isfinite(flat).all():
-        return {
-            "trajectory": (("tracked", "layer", "recurrence", "component"), np.full((1, *token.shape[:2], 3), np.nan)),
-            "trajectory_variance": (("tracked", "component"), np.full((1, 3), np.nan)),
-        }
-    left, singular, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    scores = (left * singular)[:, :3].reshape(1, *token.shape[:2], 3)
-    return {
-        "trajectory": (("tracked", "layer", "recurrence", "component"), scores),
-        "trajectory_variance": (("tracked", "component"), (singular**2 / (singular**2).sum())[None, :3]),
-    }
-
-
-def _manifest(*, looped: bool, trained: int | None, injection: str, prompts: int, dtype: str) -> dict[str, Any]:
-    return {
-        "status": "complete",
-        "created": "2026-01-02T03:04:05+00:00",
-        "model": {
-            "name": "synthetic",
-            "kind": "looped" if looped else "feed-forward",
-            "layout": {"prelude": 1, "recurrent": LAYERS, "coda": 1},
-            "trained_recurrences": trained,
-            "injection": injection,
-            "norm_placement": "pre",
-            "loop_norm": "none",
-            "state_init": "normal",
-            "parameters": 12345,
-            "dtype": dtype,
-            "weights_sha256": "0" * 64,
-            "width": WIDTH,
-            "heads": 2,
-        },
-        "settings": {"dtype": dtype, "seed": 0, "horizon": 32, "head_stable": 0.01},
-        "prompts": {"source": "synthetic", "count": prompts, "sha256": "1" * 64, "system_prompt": None},
-        "versions": {"loopscope": "0.1.0", "numpy": np.__version__},
-    }
-
-
-def _tokens(prompts: int, tokens: int, text: str) -> list[dict[str, Any]]:
-    words = (text.split(" ") * tokens)[:tokens]
-    return [
-        {
-            "id": str(index),
-            "text": text,
-            "token_ids": list(range(tokens)),
-            "token_strings": words,
-            "system_tokens": 0,
-        }
-        for index in range(prompts)
-    ]

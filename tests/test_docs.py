@@ -1,15 +1,24 @@
 """The commands of README.md and docs/*.md work, and the tool that runs them sees what it should."""
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from run_doc_commands import CHECKOUT, Block, DocumentError, default_documents, find_blocks, make_scratch, run_block
+from warm_python import WarmPython
 
 SHARED = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
 ALL_BLOCKS = [block for document in default_documents() for block in find_blocks(document)]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    with closing(WarmPython(tmp_path_factory.mktemp("warm"))) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +37,12 @@ def scratch_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pat
 
 # In order, and in one worker: a later command of a document may use an earlier one's output.
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids=str)
-def test_commands_of_the_documentation(block: Block, scratch_of: Callable[[Path], Path]) -> None:
+def test_commands_of_the_documentation(block: Block, scratch_of: Callable[[Path], Path], warm: WarmPython) -> None:
     if block.not_run is not None:
         pytest.skip(f"the document says: {block.not_run}")
     if block.needs_shared_data and not SHARED.is_dir():
         pytest.skip(f"no shared data: {SHARED} does not exist (LOOPSCOPE_SHARED may name another folder)")
-    result = run_block(block, scratch_of(block.document))
+    result = run_block(block, scratch_of(block.document), warm)
     assert result.returncode == 0, result.stdout
 
 
@@ -51,9 +60,9 @@ def test_console_blocks_hold_commands_and_output(tmp_path: Path) -> None:
     assert block.not_run is None
 
 
-def test_a_python_block_is_a_script(tmp_path: Path) -> None:
+def test_a_python_block_is_a_script(tmp_path: Path, warm: WarmPython) -> None:
     (block,) = find_blocks(write(tmp_path, "```python\nwords = 'it''s'\nprint(words, '$HOME')\n```\n"))
-    result = run_block(block, make_scratch(tmp_path / "scratch", None))
+    result = run_block(block, make_scratch(tmp_path / "scratch", None), warm)
     assert result.returncode == 0
     assert "its $HOME" in result.stdout
 
@@ -75,21 +84,62 @@ def test_a_console_block_without_a_command_is_an_error(tmp_path: Path) -> None:
         find_blocks(write(tmp_path, "```console\nloopscope models\n```\n"))
 
 
-def test_a_failing_command_fails_its_block_and_is_named(tmp_path: Path) -> None:
+def test_a_failing_command_fails_its_block_and_is_named(tmp_path: Path, warm: WarmPython) -> None:
     (block,) = find_blocks(write(tmp_path, "```bash\ntrue\nls missing-file\necho never\n```\n"))
-    result = run_block(block, make_scratch(tmp_path / "scratch", None))
+    result = run_block(block, make_scratch(tmp_path / "scratch", None), warm)
     assert result.returncode != 0
     assert "+ ls missing-file" in result.stdout
     assert "never" not in result.stdout
 
 
-def test_later_blocks_see_earlier_files_and_the_checkout_stays_clean(tmp_path: Path) -> None:
+def test_later_blocks_see_earlier_files_and_the_checkout_stays_clean(tmp_path: Path, warm: WarmPython) -> None:
     project, shared = tmp_path / "project", tmp_path / "data"
     (project / "out").mkdir(parents=True)
     (project / "pyproject.toml").touch()
     shared.mkdir()
     page = "```bash\nmkdir -p out && date > out/now\n```\n\n```bash\ncat out/now\nls pyproject.toml ../shared\n```\n"
     scratch = make_scratch(tmp_path / "scratch", shared, checkout=project)
-    results = [run_block(block, scratch) for block in find_blocks(write(tmp_path, page))]
+    results = [run_block(block, scratch, warm) for block in find_blocks(write(tmp_path, page))]
     assert [result.returncode for result in results] == [0, 0], results
     assert list((project / "out").iterdir()) == []
+
+
+def test_a_warm_command_is_a_process_of_its_own(tmp_path: Path, warm: WarmPython) -> None:
+    leave = "import os, sys, torch\ntorch.set_num_threads(7)\nos.environ['HERE'] = '1'\nos.chdir('/')\nsys.exit(3)\n"
+    look = "import os, torch\nprint(torch.get_num_threads() == 7, os.getcwd())\n"
+    look += "print([os.environ.get(name) for name in ('HERE', 'THERE')])\n"
+    script = f"python - <<'END' || echo status $?\n{leave}END\nexport THERE=2\npython - <<'END'\n{look}END\n"
+    found = warm.run(script, tmp_path, 60)
+    assert found.returncode == 0, found.stdout
+    assert "\nstatus 3\n" in found.stdout
+    assert f"\nFalse {tmp_path}\n[None, '2']\n" in found.stdout
+
+
+def test_a_warm_script_finds_only_what_it_imports(tmp_path: Path, warm: WarmPython) -> None:
+    found = warm.run("python - <<'END'\nimport loopscope\nloopscope.measures\nEND\n", tmp_path, 60)
+    assert found.returncode == 1
+    assert "AttributeError" in found.stdout
+
+
+def test_a_warm_command_that_is_killed_fails_its_script(tmp_path: Path, warm: WarmPython) -> None:
+    found = warm.run("python - <<'END'\nimport os\nos.kill(os.getpid(), 9)\nEND\necho never\n", tmp_path, 60)
+    assert found.returncode == 137
+    assert "\nnever" not in found.stdout
+
+
+def test_what_a_shell_does_with_an_output_is_done(tmp_path: Path, warm: WarmPython) -> None:
+    script = (
+        "loopscope models\nloopscope models > kept\nloopscope models | cat > piped\nloopscope reports 2> said || true\n"
+    )
+    found = warm.run(script, tmp_path, 60)
+    assert found.returncode == 0, found.stdout
+    assert (tmp_path / "kept").read_text() == (tmp_path / "piped").read_text()
+    assert found.stdout.count("demo:injected") == 1
+    assert "demo:injected" in (tmp_path / "kept").read_text()
+    assert "reports" in (tmp_path / "said").read_text()
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path: Path, warm: WarmPython) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        warm.run("python - <<'END'\nimport time\ntime.sleep(60)\nEND\n", tmp_path, 2)
+    assert warm.run("true", tmp_path, 60).returncode == 0

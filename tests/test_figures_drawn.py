@@ -383,7 +383,8 @@ def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
     for axes, prompt in zip(panels(figure), (order[PROMPTS // 2], order[-1]), strict=True):
         assert axes.get_title() == f"prompt {prompt}"
         wanted = study.dataset["token_relative_distance"].sel(site="last_layer").isel(prompt=int(prompt))
-        np.testing.assert_allclose(image(axes), np.log10(wanted.transpose("token", "recurrence").values))
+        wanted = wanted.transpose("token", "recurrence").astype(np.float64)
+        np.testing.assert_allclose(image(axes), np.log10(wanted.values))
         names = [tick.get_text() for tick in axes.get_yticklabels()]
         assert names[:7] == ["Two", "apples", "cost", "three", "coins", ".", "Two"]
     # One range of colours for both.

@@ -16,10 +16,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+
+from warm_python import WarmPython
 
 __all__ = ["Block", "default_documents", "find_blocks", "make_scratch", "run_block"]
 
@@ -115,21 +118,9 @@ def make_scratch(folder: Path, shared: Path | None, checkout: Path = CHECKOUT) -
     return scratch
 
 
-def run_block(block: Block, scratch: Path) -> subprocess.CompletedProcess[str]:
+def run_block(block: Block, scratch: Path, warm: WarmPython) -> subprocess.CompletedProcess[str]:
     """Run a block in `scratch`; what it printed, its own trace of commands included, is in `stdout`."""
-    # The environment that runs this script is the one whose `loopscope` and `python` the commands mean.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", block.script],
-        cwd=scratch,
-        env=os.environ | {"PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=TIMEOUT,
-    )
+    return warm.run(block.script, scratch, TIMEOUT)
 
 
 def main(arguments: list[str]) -> int:
@@ -137,7 +128,7 @@ def main(arguments: list[str]) -> int:
     shared = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
     failures = 0
     for document in [Path(name) for name in arguments] or default_documents():
-        with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder:
+        with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder, closing(WarmPython(Path(folder))) as warm:
             scratch = make_scratch(Path(folder), shared if shared.is_dir() else None)
             for block in find_blocks(document):
                 if block.not_run is not None:
@@ -145,7 +136,7 @@ def main(arguments: list[str]) -> int:
                 elif block.needs_shared_data and not shared.is_dir():
                     print(f"{block}: not run: {shared} does not exist")
                 else:
-                    result = run_block(block, scratch)
+                    result = run_block(block, scratch, warm)
                     print(f"{block}: exit status {result.returncode}\n{result.stdout}", flush=True)
                     failures += result.returncode != 0
     return 1 if failures else 0
