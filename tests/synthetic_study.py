@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from loopscope import Study, analyze
 from loopscope._util.shapes import Logits, States
+from loopscope._util.sites import Stage
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.stages import STAGE_NAMES
-from loopscope.models.architecture import Injection, Stage
+from loopscope.models.architecture import Injection
 from loopscope.models.subject import Batch, SubjectInfo
 from loopscope.models.visits import LoopState, Observer, Visit
 
@@ -98,7 +99,7 @@ class ScriptedSubject:
 
 
 class ScriptedRun:
-    """A looped model's prelude puts out half of what its loop begins with, and its coda more than what that ends with."""
+    """A looped model's prelude puts out half of what its loop begins with, its coda more than what that ends with."""
 
     state = None
 
