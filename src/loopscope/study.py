@@ -195,10 +195,21 @@ class StudyView:
         return layout_text(self.prelude, self.recurrent, self.coda)
 
     def variable(self, name: str) -> xr.DataArray:
-        """Of the prompts shown. Raises `StudyError` where the study has none of that name."""
+        """Of the prompts shown. Raises `StudyError`, which says why, where the study has none of that name."""
         if name not in self.shown:
-            raise StudyError(f"The study has no variable {name}, from which this is drawn; docs/study.md says why.")
+            raise StudyError(f"{name}, from which this is drawn, is not in the study: {self.why_absent(name)}.")
         return self.shown[name]
+
+    def why_absent(self, name: str) -> str | None:
+        """Why the study has no such variable, or no finite number of it; None if it has."""
+        if name in self.shown:
+            values = self.shown[name].values
+            nothing = values.dtype.kind == "f" and not np.isfinite(values).any()
+            return f"{name} is nowhere finite in this study" if nothing else None
+        skipped = ", ".join(self.manifest["settings"].get("skip", ()))
+        # An older study does not say why it lacks what it lacks.
+        otherwise = f"the study has no variable {name}" + (f" (--skip {skipped})" if skipped else "")
+        return str(self.manifest.get("left_out", {}).get(name, otherwise))
 
     def median(self, name: str, level: float = 0.5) -> xr.DataArray:
         """Median over the prompts shown, or another quantile, of what is finite in a variable."""

@@ -380,7 +380,7 @@ class FigureType(Generic[S]):
         if isinstance(source, StudyView):
             if self.loops and not source.looped:
                 return "a feed-forward model has no recurrences"
-            reasons = [why_absent(source, variable) for variable in self.variables]
+            reasons = [source.why_absent(variable) for variable in self.variables]
             lacking = [reason for reason in reasons if reason]
             if lacking and (len(lacking) == len(reasons) or not self.one_is_enough):
                 return lacking[0]
@@ -391,44 +391,6 @@ def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings)
     """Those for a page that can be drawn and have something to show."""
     plots = [each.draw(source, settings) for each in types if each.anchor and each.absent(source) is None]
     return [plot for plot in plots if plot.has_data]
-
-
-_PARTS: Mapping[str, tuple[str, ...]] = {
-    "path-independence": ("path_distance", "path_cosine"),
-    "cycle-similarity": ("cycle_similarity", "attention_cycle_distance"),
-    "trajectories": ("trajectory",),
-    "readout": ("loss", "token_top1", "token_kl_to_last"),
-    "heads": (
-        "attention_change",
-        "attention_distance_to_horizon",
-        "attention_cycle_distance",
-        "head_stable_from",
-        "colsum_concentration",
-        "sink_score",
-    ),
-    "stages": ("mean_token_norm", "massive_token", "massive_dimension"),
-    "neurons": ("prediction_neurons", "suppression_neurons"),
-}
-"""Variables by the part of an analysis that measures them, as `--skip` names it."""
-
-_OTHERWISE = {
-    "exit_probability": "the model has no exit gate",
-    "path_distance": "the model cannot be started from another initial state",
-    "prediction_neurons": "neurons were not counted (a model watched from outside, or a count over --neuron-limit)",
-}
-
-
-def why_absent(view: StudyView, variable: str) -> str | None:
-    """Why a study cannot give a figure a variable; None if it can."""
-    if variable not in view.shown:
-        for part in view.manifest["settings"].get("skip", ()):
-            if variable in _PARTS.get(part, ()):
-                return f"the analysis was told to leave it out (--skip {part})"
-        return _OTHERWISE.get(variable, f"the study has no variable {variable}")
-    values = view.shown[variable].values
-    if values.dtype.kind == "f" and not np.isfinite(values).any():
-        return f"{variable} is nowhere finite in this study"
-    return None
 
 
 def script_json(value: Any) -> Markup:

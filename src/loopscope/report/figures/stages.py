@@ -22,7 +22,7 @@ from loopscope.report.figures.curves import (
     visit_curve,
 )
 from loopscope.report.figures.look import CATEGORIES
-from loopscope.report.figures.plot import Axis, Bars, FigureType, Line, Panel, Plot, Section, never, on_page, why_absent
+from loopscope.report.figures.plot import Axis, Bars, FigureType, Line, Panel, Plot, Section, never, on_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, sites_of
 
@@ -98,7 +98,7 @@ class _Stages:
         )
 
     def draw(self, view: StudyView, settings: ReportSettings) -> Plot:
-        quantities = [quantity for quantity in self.quantities if why_absent(view, quantity.variable) is None]
+        quantities = [quantity for quantity in self.quantities if view.why_absent(quantity.variable) is None]
         curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], self.lines(view)
         letters = [f"({letter}) " for letter in "abcdef"] if len(quantities) > 1 else [""]
         said = [
