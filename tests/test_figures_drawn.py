@@ -253,7 +253,7 @@ def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
     np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
     # Stable from index 6 on, so after 7 recurrences; one after 4, one never.
     of = 2 * PROMPTS
-    wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) * 100 / of
+    wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) / of
     np.testing.assert_allclose(y, wanted)
 
 
@@ -340,17 +340,18 @@ def test_neurons_are_bars_in_per_cent(study: Study) -> None:
     (axes,) = panels(draw_figure(study, "neurons"))
     for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
         heights = [bar.get_height() for bar in container]
-        np.testing.assert_allclose(heights, 100 * study.dataset[name].values)
+        np.testing.assert_allclose(heights, study.dataset[name].values)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
+    assert axes.yaxis.get_major_formatter()(0.02).endswith("%")
 
 
 def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> None:
     (axes,) = panels(draw_figure(study, "massive-places"))
     token = study.dataset["massive_token"].values[: 1 + 8 * LAYERS]
-    np.testing.assert_allclose(line(axes, "on the first token")[1], 100 * (token == 0).mean(axis=1))
+    np.testing.assert_allclose(line(axes, "on the first token")[1], (token == 0).mean(axis=1))
     place = study.dataset["massive_dimension"].values[: 1 + 8 * LAYERS]
     most = [max(list(row).count(value) for value in row) / PROMPTS for row in place.tolist()]
-    np.testing.assert_allclose(line(axes, "in the most common coordinate")[1], 100 * np.array(most))
+    np.testing.assert_allclose(line(axes, "in the most common coordinate")[1], most)
 
 
 def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:

@@ -59,6 +59,7 @@ from loopscope.report.figures.plot import (
     Shade,
     begins_at_zero,
     log_ticks,
+    upright,
 )
 
 Format = Literal["pdf", "svg", "png"]
@@ -328,7 +329,8 @@ class _Drawing:
             return
         is_map = any(isinstance(mark, HeatMap) for mark in panel.marks)
         axes.set_xlabel(_words(panel.x.title))
-        axes.set_ylabel("\n".join(textwrap.wrap(_words(panel.y.title), _Y_CHARACTERS)))
+        title = _words(panel.y.title)
+        axes.set_ylabel(title if is_map else "\n".join(textwrap.wrap(title, _Y_CHARACTERS)))
         if not is_map:
             self._finish_values(panel.y)
             axes.grid(visible=panel.y.grid is not False, axis="y")
@@ -337,7 +339,7 @@ class _Drawing:
                 axes.set_aspect("equal", adjustable="datalim")
         elif axes.name != "3d" and panel.x.ticks:
             axes.tick_params(length=0)
-            axes.tick_params(axis="x", rotation=90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+            axes.tick_params(axis="x", rotation=90 if upright(panel) else 0)
         _finish_axis(axes, "x", panel.x)
         _finish_axis(axes, "y", panel.y)
 

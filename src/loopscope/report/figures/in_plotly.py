@@ -34,6 +34,7 @@ from loopscope.report.figures.plot import (
     begins_at_zero,
     log_ticks,
     script_text,
+    upright,
 )
 
 _SMALL = {"size": 11, "color": MUTED}
@@ -135,6 +136,7 @@ class _Drawing:
         self.figure = go.Figure(layout=_layout("x unified" if together else "closest"))
         self.figure.layout.template = None  # plotly's own, which it fills in unless told otherwise
         self._log_x = panel.x.scale == "log"
+        self._listed: set[str] = set()
         self._shapes: list[dict[str, Any]] = []
         self._notes: list[dict[str, Any]] = []
         for mark in panel.marks:
@@ -197,10 +199,15 @@ class _Drawing:
 
     @_add.register
     def _(self, mark: Bars) -> None:
+        beside = sum(isinstance(each, Bars) for each in self._panel.marks)
         self.figure.add_bar(
-            x=_array(mark.x), y=_array(mark.y), width=mark.width, marker={"color": mark.colour},
+            x=_array(mark.x),
+            y=_array(mark.y),
+            width=mark.width / beside,
+            marker={"color": mark.colour},
+            textposition="none",  # the labels are those of tooltips
             **self._named(mark, "{y:.3g}"),
-        )  # fmt: skip
+        )
 
     @_add.register
     def _(self, mark: HeatMap) -> None:
@@ -271,10 +278,11 @@ class _Drawing:
         plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
         named: dict[str, Any] = {
             "name": _text(mark.name),
-            "showlegend": bool(mark.name) and mark.listed,
+            "showlegend": bool(mark.name) and mark.listed and mark.name not in self._listed,
             "legendrank": 1 if mark.name.isdigit() else 1000,  # numbers before words
             "hovertemplate": _template(html.escape(mark.tip, quote=False) or plain) + "<extra></extra>",
         }
+        self._listed.add(mark.name)
         if len(mark.labels):
             named["text"] = _texts(mark.labels)
         if mark.data is not None:
@@ -325,7 +333,7 @@ class _Drawing:
             layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
             layout.xaxis.update({"constrain": "domain"} if is_map else {})
         if is_map and panel.x.ticks:
-            layout.xaxis.update(ticks="", tickangle=-90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+            layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else 0)
 
     def _values_axis(self, axis: Axis) -> dict[str, Any]:
         values = self._plot.values(self._panel)

@@ -293,6 +293,12 @@ def begins_at_zero(axis: Axis, values: NDArray[np.float64]) -> bool:
     return bool(0 <= values.min() < values.max() / _CLOSE) or not values.any()
 
 
+def upright(panel: Panel) -> bool:
+    """Whether the names of a map's columns have room only along them."""
+    ticks = panel.x.ticks
+    return panel.equal and isinstance(ticks, Mapping) and len(ticks) > 6 and max(map(len, ticks.values())) > 3
+
+
 def log_ticks(low: float, high: float) -> dict[float, str]:
     """From `low` to `high`: within a decade 1, 2, 3, 4, 5 and 7, within two 1, 2 and 5, beyond that powers of ten."""
     if high / low > 100:

@@ -64,9 +64,9 @@ def _sections(study: Study, material: Material) -> list[Section]:
     if view.looped:
         sections = [
             convergence_section(view, settings),
-            norms_section(view, settings),
             behaviour_section(study, material),
             stability_section(material),
+            norms_section(view, settings),
             similarity_section(view, settings),
         ]
         if "trajectory" in view.dataset:
