@@ -380,7 +380,7 @@ def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
     end = study.dataset["relative_distance_second_horizon"].values[-1, -1]
     order = np.argsort(end)
     for axes, prompt in zip(panels(figure), (order[PROMPTS // 2], order[-1]), strict=True):
-        assert axes.get_title() == f"prompt {prompt}"
+        assert axes.get_title().startswith(f"Prompt {prompt}, ")
         wanted = study.dataset["token_relative_distance"].sel(site="last_layer").isel(prompt=int(prompt))
         np.testing.assert_allclose(image(axes), np.log10(wanted.transpose("token", "recurrence").values))
         names = [tick.get_text() for tick in axes.get_yticklabels()]

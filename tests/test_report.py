@@ -230,7 +230,7 @@ def test_large_study_stays_a_small_file(tmp_path: Path) -> None:
     assert plotted < 1_000_000
     tokens = next(plot for name, plot in found.figures.items() if name.startswith("tokens"))
     assert len(tokens["layout"]["yaxis"]["ticktext"]) == 60
-    assert "Only the last 60 of its 80 tokens are drawn" in found.words
+    assert "only the last 60 of its 80 tokens are drawn" in found.words
 
 
 def test_lines_are_medians_over_prompts(page: Page) -> None:

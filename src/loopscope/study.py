@@ -206,6 +206,10 @@ class StudyView:
             self._medians[name, level] = median_over_prompts(self.variable(name), level)
         return self._medians[name, level]
 
+    def strings(self, prompt: int) -> list[str]:
+        """The tokens of a prompt, as text."""
+        return [str(token) for token in self.study.tokens[prompt]["token_strings"]]
+
     def depth_percent(self, layer: int) -> float:
         """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
         return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)

@@ -300,7 +300,11 @@ class _Drawing:
             for which, axis in zip("xyz", (self._panel.x, self._panel.y, z), strict=True)
         }  # fmt: skip
         self.figure.update_layout(
-            scene={**axes, "aspectmode": "cube", "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}}},
+            scene={
+                **axes,
+                "aspectmode": "cube",
+                "camera": {"eye": {"x": 1.8, "y": 1.8, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.1}},
+            },
             margin={"l": 0, "r": 0, "t": 0, "b": 0},
         )
 

@@ -67,14 +67,13 @@ def _sections(study: Study, material: Material) -> list[Section]:
             stability_section(material),
             similarity_section(material),
         ]
-        if "trajectory" in material.view.dataset:
-            sections.append(trajectories_section(material))
         sections += [
+            trajectories_section(material.view, material.settings),
             readout_section(material),
             heads_section(material),
             floorplan_section(material),
             stages_section(material),
-            tokens_section(material),
+            tokens_section(material.view, material.settings),
             norms_section(material.view, material.settings),
         ]
     else:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from loopscope._util.sinks import SINK_THRESHOLD
-from loopscope.report.paper import components, heads, maps, prompt_map, readout
+from loopscope.report.paper import heads, maps, readout
 from loopscope.report.paper.captions import PER_ROW
 from loopscope.report.paper.inference import FEW, judged_at
 from loopscope.report.paper.kinds import FigureType, one_recurrence, study_type
 from loopscope.report.paper.of_stages import STAGE_FIGURES
 from loopscope.study import Readings
-
-_COMPONENTS = (
-    "principal components of the residual streams of single tokens, over all recurrent layers and recurrences, with "
-    "their shares of the variance. One line per layer; a circle is the first recurrence, a diamond the last."
-)
 
 
 def _cycle_no_longer(readings: Readings) -> str | None:
@@ -24,18 +19,9 @@ def _cycle_no_longer(readings: Readings) -> str | None:
     return f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
 
 
-def _no_trajectory(count: int, readings: Readings) -> str | None:
-    found = components.tracked(readings, count)
-    return None if found else f"no tracked token has {count} finite components"
-
-
 def _one_readout(readings: Readings) -> str | None:
     read = readings.shown.sizes.get("readout_recurrence", 0)
     return None if read > 1 else "the model was read out at one number of recurrences only"
-
-
-def _no_finite_prompt(readings: Readings) -> str | None:
-    return None if prompt_map.chosen_prompts(readings) else "all prompts diverged"
 
 
 def _maps_words(visits: str) -> str:
@@ -52,13 +38,6 @@ def _visits(readings: Readings) -> str:
     return f"visits of the first {min(FEW, readings.view.recurrences)} recurrences"
 
 
-def _prompts_shown(readings: Readings) -> str:
-    ordinary, *slowest = prompt_map.chosen_prompts(readings)
-    if not slowest:
-        return f"Prompt {ordinary}."
-    return f"(a) Prompt {ordinary}, in the middle by its distance at the end, (b) prompt {slowest[0]}, the farthest."
-
-
 STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
     study_type(
         "layer-cosine",
@@ -66,24 +45,6 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         "Cosine between the residual streams of the recurrent layers at the horizon H, median over prompts of means "
         "over tokens. All near 1: the layers share one point, and the cycle is no cycle.",
         ("layer_cosine",),
-    ),
-    study_type(
-        "trajectories",
-        components.trajectories,
-        lambda readings: f"First two {_COMPONENTS} {components.token_words(readings, 2)}",
-        ("trajectory",),
-        (5, 26, 27, 28),
-        unless=partial(_no_trajectory, 2),
-    ),
-    study_type(
-        "trajectories-3d",
-        components.trajectories_3d,
-        lambda readings: (
-            f"First three {_COMPONENTS} Each axis has a scale of its own. {components.token_words(readings, 3)}"
-        ),
-        ("trajectory",),
-        (5, 26, 27, 28),
-        unless=partial(_no_trajectory, 3),
     ),
     study_type(
         "cycle-attention",
@@ -181,15 +142,5 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         "Probability, by the model's exit gate, to stop after each recurrence; mean over tokens and prompts. The "
         "last recurrence measured takes all that is left.",
         ("exit_probability",),
-    ),
-    study_type(
-        "tokens",
-        prompt_map.tokens,
-        lambda readings: (
-            "Distance of every token's state after the last recurrent layer to its state at the horizon H, over the "
-            f"norm there. {_prompts_shown(readings)} Of longer prompts the last {prompt_map.MOST_TOKENS} tokens."
-        ),
-        ("token_relative_distance", "relative_distance_second_horizon"),
-        unless=_no_finite_prompt,
     ),
 )
