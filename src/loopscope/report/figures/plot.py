@@ -397,7 +397,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "path-independence": ("path_distance", "path_cosine"),
     "cycle-similarity": ("cycle_similarity", "attention_cycle_distance"),
     "trajectories": ("trajectory",),
-    "readout": ("loss", "token_top1", "token_kl_to_last"),
+    "readout": ("loss", "token_top1", "token_kl_to_last", "token_kl_to_full"),
     "heads": (
         "attention_change",
         "attention_distance_to_horizon",

@@ -69,7 +69,7 @@ def _sections(study: Study, material: Material) -> list[Section]:
         ]
         sections += [
             trajectories_section(material.view, material.settings),
-            readout_section(material),
+            readout_section(material.view, material.settings),
             heads_section(material),
             floorplan_section(material),
             stages_section(material),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from loopscope._util.sinks import SINK_THRESHOLD
-from loopscope.report.paper import heads, maps, readout
+from loopscope.report.paper import heads, maps
 from loopscope.report.paper.captions import PER_ROW
 from loopscope.report.paper.inference import FEW, judged_at
 from loopscope.report.paper.kinds import FigureType, one_recurrence, study_type
@@ -17,11 +17,6 @@ def _cycle_no_longer(readings: Readings) -> str | None:
     if len(maps.cycle_labels(readings, None)) > len(maps.cycle_labels(readings, FEW)):
         return None
     return f"the study holds no more than the first {FEW} recurrences (--cycle-recurrences)"
-
-
-def _one_readout(readings: Readings) -> str | None:
-    read = readings.shown.sizes.get("readout_recurrence", 0)
-    return None if read > 1 else "the model was read out at one number of recurrences only"
 
 
 def _maps_words(visits: str) -> str:
@@ -113,34 +108,4 @@ STUDY_FIGURES: tuple[FigureType[Readings], ...] = (
         loops=False,
     ),
     *STAGE_FIGURES,
-    study_type(
-        "loss",
-        readout.loss,
-        lambda readings: (
-            "Mean next-token loss on the prompts' own tokens, decoded after so many recurrences; mean over prompts."
-            + (
-                " The band holds 90 % of the prompts: it shows how much they differ, not how sure the mean is."
-                if readings.shown.sizes["prompt"] > 1
-                else ""
-            )
-        ),
-        ("loss",),
-        unless=_one_readout,
-    ),
-    study_type(
-        "prediction",
-        readout.prediction,
-        "(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
-        "there. (b) KL divergence of the prediction from the last one: mean over tokens, and the bound that 95 % "
-        "stay below.",
-        ("token_top1", "token_kl_to_last"),
-        unless=_one_readout,
-    ),
-    study_type(
-        "exit-gate",
-        readout.exit_gate,
-        "Probability, by the model's exit gate, to stop after each recurrence; mean over tokens and prompts. The "
-        "last recurrence measured takes all that is left.",
-        ("exit_probability",),
-    ),
 )
