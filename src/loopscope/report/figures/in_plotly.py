@@ -158,6 +158,9 @@ class _Drawing:
     def _(self, mark: HeatMap) -> None:
         named = self._named(mark, "{z:.3g}")
         del named["showlegend"], named["legendrank"]
+        if len(mark.texts) and "text" in named:  # a cell has one text, which is what is written into it
+            named["customdata"] = named.pop("text")
+            named["hovertemplate"] = named["hovertemplate"].replace("%{text}", "%{customdata}")
         shown = np.asarray(mark.z, dtype=np.float32)
         steps = [(place + end) / len(mark.palette) for place in range(len(mark.palette)) for end in (0, 1)]
         low, high = (-0.5, len(mark.palette) - 0.5) if mark.palette else (mark.low, mark.high)
@@ -169,15 +172,13 @@ class _Drawing:
             zmax=high,
             colorscale=[[at, mark.palette[place // 2]] for place, at in enumerate(steps)] or SEQUENTIAL,
             showscale=bool(mark.bar),
-            colorbar=_bar(mark, above=self._panel.height > 700),
+            colorbar=_bar(mark, above=self._bar_above(mark)),
             xgap=2 if mark.gaps else 0,
             ygap=2 if mark.gaps else 0,
             **named,
         )
         if len(mark.texts):
             texts = [[_text(words) for words in row] for row in mark.texts]
-            if "text" in named:
-                raise ValueError("a map has either texts in its cells or labels for tooltips")
             self.figure.update_traces(text=texts, texttemplate="%{text}", textfont={"size": 11.5})
         for which, places in (("x", mark.parted_x), ("y", mark.parted_y)):
             for place in places:
@@ -213,6 +214,10 @@ class _Drawing:
     def _(self, mark: Frame) -> None:
         corners = {"x0": mark.x - 0.47, "x1": mark.x + 0.47, "y0": mark.y - 0.47, "y1": mark.y + 0.47}
         self._shapes.append({"type": "rect", "line": {"color": EMPHASIS, "width": 2.5}, **corners})
+
+    def _bar_above(self, mark: Mark) -> bool:
+        """Of a high map, as its middle may be out of sight; and of one that needs all the width for its texts."""
+        return isinstance(mark, HeatMap) and bool(mark.bar) and (self._panel.height > 700 or len(mark.texts) > 0)
 
     def _named(self, mark: Any, value: str) -> dict[str, Any]:
         """Name, and what the tooltips say."""
@@ -271,11 +276,15 @@ class _Drawing:
             drawn.update(update)
         if is_map and panel.y.span is None:
             layout.yaxis.update(autorange="reversed")
+        if any(map(self._bar_above, panel.marks)):
+            # Plotly forgets the labels of a map when it makes room for such a bar, and would write across them.
+            names = panel.x.ticks.values() if isinstance(panel.x.ticks, Mapping) else [""]
+            layout.xaxis.title.standoff = 16 + 15 * max(name.count("\n") + 1 for name in names)
         if panel.equal:
             layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
             layout.xaxis.update({"constrain": "domain"} if is_map else {})
         if is_map and panel.x.ticks:
-            layout.xaxis.update(ticks="", tickangle=-90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+            layout.xaxis.update(ticks="", tickangle=-90 if panel.equal and len(panel.x.ticks) > 6 else None)
 
     def _values_axis(self, axis: Axis) -> dict[str, Any]:
         values = self._plot.values(self._panel)
@@ -328,7 +337,7 @@ def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
 
 
 def _bar(mark: HeatMap, *, above: bool) -> dict[str, Any]:
-    """What the colours mean: beside a map, or above a high one, whose middle may be out of sight."""
+    """What the colours mean: beside or above a map."""
     ticks = {"tickvals": list(mark.bar_ticks), "ticktext": list(mark.bar_ticks.values())} if mark.bar_ticks else {}
     place = {"orientation": "h", "y": 1.0, "yref": "paper", "yanchor": "bottom", "xpad": 0} if above else {"len": 0.9}
     title = {"text": _text(mark.bar), "side": "top" if above else "right", "font": {"size": 12}}

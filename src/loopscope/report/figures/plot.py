@@ -21,16 +21,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from loopscope.answers.comparison.result import Comparison
-from loopscope.report.figures.look import decade, decade_ticks, number
+from loopscope.report.figures.look import Symbol, decade, decade_ticks, number
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
 Number = float | int
 Values = Sequence[Number] | NDArray[Any]
 Dash = Literal["solid", "dot", "dash", "dashdot", "longdash"]
-Symbol = Literal[
-    "circle", "square", "diamond", "triangle-right", "triangle-up", "triangle-left", "pentagon", "x", "bar", "star"
-]
 Scale = Literal["auto", "linear", "log", "free"]
 
 _LINEAR = 5.0
@@ -394,6 +391,8 @@ def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings)
 
 
 _PARTS: Mapping[str, tuple[str, ...]] = {
+    "behaviour": ("verdict", "tail_path"),
+    "stability": ("predicted_kind", "predicted_rate", "observed_rate", "eigenvalue_real"),
     "path-independence": ("path_distance", "path_cosine"),
     "cycle-similarity": ("cycle_similarity", "attention_cycle_distance"),
     "trajectories": ("trajectory",),

@@ -22,10 +22,12 @@ from loopscope.answers.comparison.result import Comparison
 from loopscope.errors import ConfigError, StudyError
 from loopscope.report.figures._old_paper import OLD_COMPARISON, OLD_STUDY, OldPlot, old_types
 from loopscope.report.figures.convergence import CONVERGENCE
+from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.plot import FigureType, Plot, S
 from loopscope.report.figures.readout import READOUT
 from loopscope.report.figures.tokens import TOKENS
 from loopscope.report.figures.trajectories import TRAJECTORIES
+from loopscope.report.figures.verdicts import VERDICTS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, StudyView, view_study
 
@@ -38,7 +40,7 @@ CAPTIONS = "figures.json"
 
 Source = Study | Comparison | str | Path
 
-_STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *TRAJECTORIES, *READOUT, TOKENS)
+_STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *VERDICTS, *STABILITY, *TRAJECTORIES, *READOUT, TOKENS)
 _COMPARISON: tuple[FigureType[Comparison], ...] = ()
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (*_STUDY, *old_types(OLD_STUDY, _STUDY))
 COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (*_COMPARISON, *old_types(OLD_COMPARISON, _COMPARISON))

@@ -63,8 +63,8 @@ def _sections(study: Study, material: Material) -> list[Section]:
     if material.view.looped:
         sections = [
             convergence_section(material.view, material.settings),
-            behaviour_section(study, material),
-            stability_section(material),
+            behaviour_section(material.view, material.settings),
+            stability_section(material.view, material.settings),
             similarity_section(material),
         ]
         sections += [
