@@ -8,7 +8,6 @@ from typing import Any
 
 import loopscope.report.paper._installed  # noqa: F401 - first, so that what is missing is said in a sentence
 from loopscope.report.figures.plot import FigureType, Plot
-from loopscope.report.paper.of_comparison import COMPARISON_FIGURES
 from loopscope.report.paper.of_study import STUDY_FIGURES
 from loopscope.study import StudyView, read_study
 
@@ -51,4 +50,4 @@ def old_types(kinds: Sequence[Any], new: Sequence[FigureType[Any]]) -> list[Figu
     return [_old_type(kind) for kind in kinds if kind.name not in names]
 
 
-OLD_STUDY, OLD_COMPARISON = STUDY_FIGURES, COMPARISON_FIGURES
+OLD_STUDY = STUDY_FIGURES

@@ -190,7 +190,9 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
         if count > 1:
             axes.set_title(plot.letter(panel), loc="left", fontweight="bold")
         if panel.title:
-            axes.set_title(_fitted(_words(panel.title), total / beside - _SIDES))
+            named_above = any(isinstance(mark, Rule) and mark.above for mark in panel.marks)
+            pad = 6 + (SMALL_SIZE + 3 if named_above else 0)
+            axes.set_title(_fitted(_words(panel.title), total / beside - _SIDES), pad=pad)
         found.append(axes)
     return figure, found
 
@@ -356,7 +358,7 @@ class _Drawing:
             return
         if not self._log:
             if begins_at_zero(axis, values) or self._bars:
-                axes.set_ylim(bottom=0, top=None if values.any() else 1)
+                axes.set_ylim(bottom=0, top=1.05 * values.max() if values.any() else 1)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
             return

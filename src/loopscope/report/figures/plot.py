@@ -247,9 +247,9 @@ class Plot:
         return any(panel.has_data for panel in self.panels)
 
     def letter(self, panel: Panel) -> str:
-        """Of one among several panels, by which the reading calls it."""
+        """Of one among several panels, by which the reading calls it; of more than there are letters none has one."""
         place = next(place for place, each in enumerate(self.panels) if each is panel)
-        return ascii_lowercase[place % 26] if len(self.panels) > 1 else ""
+        return ascii_lowercase[place] if 1 < len(self.panels) <= len(ascii_lowercase) else ""
 
     def called(self, mark: Named) -> str:
         """What a tooltip calls a line: `layer 3`, where the legend has a title and the number."""

@@ -20,7 +20,8 @@ from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import MANIFEST as COMPARISON_MANIFEST
 from loopscope.answers.comparison.result import Comparison
 from loopscope.errors import ConfigError, StudyError
-from loopscope.report.figures._old_paper import OLD_COMPARISON, OLD_STUDY, OldPlot, old_types
+from loopscope.report.figures._old_paper import OLD_STUDY, OldPlot, old_types
+from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.plot import FigureType, Plot, S
@@ -41,9 +42,8 @@ CAPTIONS = "figures.json"
 Source = Study | Comparison | str | Path
 
 _STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *VERDICTS, *STABILITY, *TRAJECTORIES, *READOUT, TOKENS)
-_COMPARISON: tuple[FigureType[Comparison], ...] = ()
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (*_STUDY, *old_types(OLD_STUDY, _STUDY))
-COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (*_COMPARISON, *old_types(OLD_COMPARISON, _COMPARISON))
+COMPARISON_FIGURES = COMPARED
 
 _LONGEST = 80
 """Characters of a name from outside."""
