@@ -418,12 +418,12 @@ def test_compared_passes_and_their_reference() -> None:
     comparison = compare([LOOPED, LONGER, PLAIN])
     figure = draw_figure(comparison, "compared-concentration")
     first, second = panels(figure)
-    assert labels(first) == ["1", "2", "plain"]
-    assert labels(second) == ["1", "2", "3", "4", "plain"]
+    assert labels(first) == ["1", "2", "plain (reference)"]
+    assert labels(second) == ["1", "2", "3", "4", "plain (reference)"]
     x, y = line(first, "2")
     np.testing.assert_allclose(x, np.linspace(0, 100, 8), rtol=1e-6)
     np.testing.assert_allclose(y, np.concatenate([SHAPE[:2], OTHER[2:6], SHAPE[6:]]), rtol=1e-6)
-    (reference,) = [line for line in first.lines if line.get_label() == "plain"]
+    (reference,) = [line for line in first.lines if line.get_label() == "plain (reference)"]
     assert reference.get_linestyle() == "--"
     np.testing.assert_allclose(np.asarray(reference.get_ydata()), SHAPE, rtol=1e-6)
 
@@ -434,7 +434,7 @@ def test_a_recurrence_has_one_colour_in_all_panels_of_a_comparison() -> None:
     for axes in panels(figure):
         for drawn in axes.lines:
             colours.setdefault(str(drawn.get_label()), set()).add(drawn.get_color())
-    assert set(colours) == {"1", "2", "3", "4", "plain"}
+    assert set(colours) == {"1", "2", "3", "4", "plain (reference)"}
     assert all(len(found) == 1 for found in colours.values())
 
 

@@ -157,10 +157,9 @@ def _passes_panel(
 
 
 def _panel(quantity: StageQuantity, marks: Sequence[Mark], *, title: str = "", anchor: str = "") -> Panel:
-    scale = "auto" if quantity.logarithmic else "linear"
     return Panel(
         x=Axis(title="relative depth (%)", span=(-2.0, 102.0)),
-        y=Axis(title=quantity.y_title, scale=scale),
+        y=Axis(title=quantity.y_title, scale="auto" if quantity.logarithmic else "linear"),
         marks=marks,
         title=title,
         anchor=anchor,

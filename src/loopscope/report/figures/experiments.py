@@ -15,6 +15,7 @@ from loopscope.experiments.sweep_cells import Control, SweepResult
 from loopscope.experiments.sweep_findings import DesignSummary, control_results, summaries
 from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, kind_label, ordered_colours
 from loopscope.report.figures.plot import Axis, Dash, Dots, HeatMap, Line, Mark, Panel, Plot, Rule, Section
+from loopscope.study import powers_of_two
 
 _OUTCOMES: dict[CellOutcome, tuple[str, Dash]] = {
     CellOutcome.FIXED_POINT: (CATEGORIES[0], "solid"),
@@ -85,7 +86,7 @@ def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Panel:
     outcomes = [str(each.outcome) for each in group]
     found = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
     return Panel(
-        x=Axis(title="recurrences", scale="log"),
+        x=Axis(title="recurrences", scale="log", ticks=powers_of_two(max(each.counts[-1] for each in group))),
         y=Axis(title="relative distance", scale="log", span=(_FLOOR / 1.6, 5.0)),
         marks=marks,
         title=f"{norm}, injection {injection}: {found}",

@@ -290,10 +290,10 @@ class _Drawing:
         values = self._plot.values(self._panel)
         if self._plot.logarithmic(self._panel):
             positive = values[values > 0]
-            if axis.span or not positive.size:
-                return {"type": "log", "dtick": 2 if axis.span and axis.span[1] / axis.span[0] > 1e4 else 1}
-            margin = (positive.max() / positive.min()) ** 0.05
-            low, high = float(positive.min() / margin), float(positive.max() * margin)
+            if axis.span is None and not positive.size:
+                return {"type": "log", "dtick": 1}
+            margin = (positive.max() / positive.min()) ** 0.05 if axis.span is None else 1.0
+            low, high = axis.span or (float(positive.min() / margin), float(positive.max() * margin))
             ticks = log_ticks(low, high)
             texts = {"tickvals": list(ticks), "ticktext": list(ticks.values())} if ticks else {}
             return {"type": "log", "range": [math.log10(low), math.log10(high)], **texts}

@@ -231,8 +231,12 @@ def _kind_map(
 
 
 def _kinds_axis(kinds: Sequence[Kind], title: str = "", *, grid: bool | None = None) -> Axis:
-    names = {row: kind_label(kind) for row, kind in enumerate(kinds)}
-    return Axis(title=title, ticks=names, span=(len(kinds) - 0.5, -0.5), grid=grid)
+    return Axis(
+        title=title,
+        ticks={row: kind_label(kind) for row, kind in enumerate(kinds)},
+        span=(len(kinds) - 0.5, -0.5),
+        grid=grid,
+    )
 
 
 def _sensitivity(view: StudyView, settings: ReportSettings) -> Plot:

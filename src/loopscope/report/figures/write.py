@@ -41,7 +41,7 @@ CAPTIONS = "figures.json"
 
 Source = Study | Comparison | str | Path
 
-_STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *VERDICTS, *STABILITY, *TRAJECTORIES, *READOUT, TOKENS)
+_STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *TRAJECTORIES, *READOUT, TOKENS, *VERDICTS, *STABILITY)
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (*_STUDY, *old_types(OLD_STUDY, _STUDY))
 COMPARISON_FIGURES = COMPARED
 
