@@ -1,4 +1,4 @@
-"""What every test has: shape checks switched on, steady settings, and the data that may lie beside the checkout."""
+"""What every test has: steady settings, checks of shapes on request, and data that may lie beside the checkout."""
 
 import os
 from collections.abc import Callable
@@ -15,14 +15,20 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# Every annotation of loopscope, shapes included, is checked at run time from here on.
-install_import_hook("loopscope", "beartype.beartype")
-
 # How long an example takes depends on the machine's other load, and says nothing about loopscope. `make test` tries the
 # same examples everywhere, so that a failure is the change's own; `pytest --hypothesis-profile=explore` tries others.
 settings.register_profile("loopscope", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("loopscope")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shapes", action="store_true", help="check every annotation of loopscope, shapes included")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("shapes"):
+        install_import_hook("loopscope", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loopscope.report.page.write import write_report
 from loopscope.report.settings import ReportSettings
@@ -63,3 +66,9 @@ class Page(HTMLParser):
 
 def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
     return Page(write_report(study, folder / "report.html", settings=settings))
+
+
+def decoded(array: object) -> np.ndarray:
+    """Plotly's form of a typed array."""
+    assert isinstance(array, dict)
+    return np.frombuffer(base64.b64decode(array["bdata"]), dtype=array["dtype"])

@@ -99,7 +99,7 @@ class ScriptedSubject:
 
 
 class ScriptedRun:
-    """A looped model's prelude puts out half of what its loop begins with, its coda more than what that ends with."""
+    """A looped model's prelude puts out half of what its loop begins with, and its coda more than that ends with."""
 
     state = None
 

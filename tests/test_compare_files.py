@@ -174,7 +174,7 @@ def test_the_command_says_what_is_wrong_in_a_sentence(
 def test_every_answer_leads_to_something_on_the_page(folders: list[Path], tmp_path: Path) -> None:
     comparison = compare([*folders, staged_study(OTHER, model="third")])
     page = write_comparison(comparison, tmp_path / "report.html").read_text(encoding="utf-8")
-    anchors = set(re.findall(r'<(?:figure|article|section)[^>]* id="([^"]+)"', page))
+    anchors = set(re.findall(r'<(?:figure|article|section|div)[^>]* id="([^"]+)"', page))
     assert {answer.figure for answer in comparison_answers(comparison)} <= anchors
     assert {f"curves-{name}" for name in ("concentration", "mixing", "entropy", "magnitude", "massive")} <= anchors
     assert {"passes-1-entropy", "likeness-1-block", "likeness-1-pass", "drift-0", "own-0", "table-1-pass"} <= anchors

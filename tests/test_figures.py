@@ -158,9 +158,6 @@ def test_missing_parts_are_left_out_with_the_reason_that_the_study_gives(
         ([], "the study has no variable layer_cosine"),
         (["heads"], "the study has no variable layer_cosine (--skip heads)"),
     ],
-        ([], "the study has no variable layer_cosine"),
-        (["heads"], "the study has no variable layer_cosine (--skip heads)"),
-    ],
 )
 def test_a_study_that_does_not_say_why_it_lacks_something(
     study: Study, tmp_path: Path, skip: list[str], reason: str

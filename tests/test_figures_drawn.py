@@ -253,7 +253,7 @@ def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
     np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
     # Stable from index 6 on, so after 7 recurrences; one after 4, one never.
     of = 2 * PROMPTS
-    wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) * 100 / of
+    wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) / of
     np.testing.assert_allclose(y, wanted)
 
 
@@ -340,17 +340,18 @@ def test_neurons_are_bars_in_per_cent(study: Study) -> None:
     (axes,) = panels(draw_figure(study, "neurons"))
     for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
         heights = [bar.get_height() for bar in container]
-        np.testing.assert_allclose(heights, 100 * study.dataset[name].values)
+        np.testing.assert_allclose(heights, study.dataset[name].values)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
+    assert axes.yaxis.get_major_formatter()(0.02).endswith("%")
 
 
 def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> None:
     (axes,) = panels(draw_figure(study, "massive-places"))
     token = study.dataset["massive_token"].values[: 1 + 8 * LAYERS]
-    np.testing.assert_allclose(line(axes, "on the first token")[1], 100 * (token == 0).mean(axis=1))
+    np.testing.assert_allclose(line(axes, "on the first token")[1], (token == 0).mean(axis=1))
     place = study.dataset["massive_dimension"].values[: 1 + 8 * LAYERS]
     most = [max(list(row).count(value) for value in row) / PROMPTS for row in place.tolist()]
-    np.testing.assert_allclose(line(axes, "in the most common coordinate")[1], 100 * np.array(most))
+    np.testing.assert_allclose(line(axes, "in the most common coordinate")[1], most)
 
 
 def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
@@ -364,7 +365,7 @@ def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
 def test_predictions_are_compared_with_the_last(study: Study) -> None:
     shares, distances = panels(draw_figure(study, "prediction"))
     # The top token is the last one's from 4 recurrences on, and the divergence halves.
-    np.testing.assert_allclose(line(shares, "and it stays")[1], [0, 0, 0, 100, 100, 100])
+    np.testing.assert_allclose(line(shares, "and it stays")[1], [0, 0, 0, 1, 1, 1])
     x, y = line(distances, "mean over tokens")
     np.testing.assert_array_equal(x, [1, 2, 3, 4, 8])
     np.testing.assert_allclose(y, 0.5 ** np.array([1, 2, 3, 4, 8]))
@@ -381,7 +382,7 @@ def test_tokens_of_an_ordinary_prompt_and_of_the_farthest(study: Study) -> None:
     end = study.dataset["relative_distance_second_horizon"].values[-1, -1]
     order = np.argsort(end)
     for axes, prompt in zip(panels(figure), (order[PROMPTS // 2], order[-1]), strict=True):
-        assert axes.get_title() == f"prompt {prompt}"
+        assert axes.get_title().startswith(f"Prompt {prompt}, ")
         wanted = study.dataset["token_relative_distance"].sel(site="last_layer").isel(prompt=int(prompt))
         wanted = wanted.transpose("token", "recurrence").astype(np.float64)
         np.testing.assert_allclose(image(axes), np.log10(wanted.values))
@@ -440,12 +441,12 @@ def test_compared_passes_and_their_reference() -> None:
     comparison = compare([LOOPED, LONGER, PLAIN])
     figure = draw_figure(comparison, "compared-concentration")
     first, second = panels(figure)
-    assert labels(first) == ["1", "2", "plain"]
-    assert labels(second) == ["1", "2", "3", "4", "plain"]
+    assert labels(first) == ["1", "2", "plain (reference)"]
+    assert labels(second) == ["1", "2", "3", "4", "plain (reference)"]
     x, y = line(first, "2")
     np.testing.assert_allclose(x, np.linspace(0, 100, 8), rtol=1e-6)
     np.testing.assert_allclose(y, np.concatenate([SHAPE[:2], OTHER[2:6], SHAPE[6:]]), rtol=1e-6)
-    (reference,) = [line for line in first.lines if line.get_label() == "plain"]
+    (reference,) = [line for line in first.lines if line.get_label() == "plain (reference)"]
     assert reference.get_linestyle() == "--"
     np.testing.assert_allclose(np.asarray(reference.get_ydata()), SHAPE, rtol=1e-6)
 
@@ -456,7 +457,7 @@ def test_a_recurrence_has_one_colour_in_all_panels_of_a_comparison() -> None:
     for axes in panels(figure):
         for drawn in axes.lines:
             colours.setdefault(str(drawn.get_label()), set()).add(drawn.get_color())
-    assert set(colours) == {"1", "2", "3", "4", "plain"}
+    assert set(colours) == {"1", "2", "3", "4", "plain (reference)"}
     assert all(len(found) == 1 for found in colours.values())
 
 

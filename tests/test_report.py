@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import re
@@ -20,7 +19,7 @@ from loopscope.measures.stages import STAGE_NAMES
 from loopscope.report.page.write import write_report
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
-from report_page import Page, page_of
+from report_page import Page, decoded, page_of
 from synthetic_study import (
     contracting,
     feed_forward_study,
@@ -233,7 +232,7 @@ def test_large_study_stays_a_small_file(tmp_path: Path) -> None:
     assert plotted < 1_000_000
     tokens = next(plot for name, plot in found.figures.items() if name.startswith("tokens"))
     assert len(tokens["layout"]["yaxis"]["ticktext"]) == 60
-    assert "Only the last 60 of its 80 tokens are drawn" in found.words
+    assert "only the last 60 of its 80 tokens are drawn" in found.words
 
 
 def test_lines_are_medians_over_prompts(page: Page) -> None:
@@ -243,12 +242,6 @@ def test_lines_are_medians_over_prompts(page: Page) -> None:
     study = looped_study(contracting())
     expected = np.median(study.dataset["relative_distance"].sel(layer=1).values, axis=-1)
     np.testing.assert_allclose(decoded(lines[1]["y"]), expected, rtol=1e-6)
-
-
-def decoded(array: object) -> np.ndarray:
-    """Plotly's form of a typed array."""
-    assert isinstance(array, dict)
-    return np.frombuffer(base64.b64decode(array["bdata"]), dtype=array["dtype"])
 
 
 def test_study_that_was_saved_gives_the_same_report(tmp_path: Path) -> None:

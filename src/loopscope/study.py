@@ -217,6 +217,10 @@ class StudyView:
             self._medians[name, level] = median_over_prompts(self.variable(name), level)
         return self._medians[name, level]
 
+    def strings(self, prompt: int) -> list[str]:
+        """The tokens of a prompt, as text."""
+        return [str(token) for token in self.study.tokens[prompt]["token_strings"]]
+
     def depth_percent(self, layer: int) -> float:
         """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
         return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
@@ -261,22 +265,6 @@ def view_study(study: Study) -> StudyView:
         dtype=dtype,
         interventions=tuple(manifest["settings"].get("intervene", ())),
     )
-
-
-class Readings(StudyView):
-    """Until every figure is drawn from a `Plot`."""
-
-    @property
-    def view(self) -> StudyView:
-        return view_study(self.study)
-
-    @property
-    def tokens(self) -> Any:
-        return self.study.tokens
-
-
-def read_study(study: Study) -> Readings:
-    return Readings(**{name: value for name, value in vars(view_study(study)).items() if name != "_medians"})
 
 
 def median_over_prompts(array: xr.DataArray, level: float = 0.5) -> xr.DataArray:

@@ -1,233 +1,404 @@
-"""Figures of a comparison: curves on relative depth, likeness by recurrence, drift."""
+"""Studies beside each other: curves on relative depth, likeness by recurrence, drift."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-import xarray
 
+from loopscope._util.wording import visible
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
-from loopscope.report.figures._old import Figure, base_figure, mark_vertical, plot_text, scale_y
-from loopscope.report.figures.look import CATEGORIES, GRID, INK, MUTED, layer_colours, ordered_colours
-from loopscope.report.figures.plot import Section
+from loopscope.report.figures.curves import count_axis, passes
+from loopscope.report.figures.look import CATEGORIES, INK, MUTED, layer_colours, ordered_colours
+from loopscope.report.figures.plot import (
+    Axis,
+    Band,
+    FigureType,
+    Line,
+    Mark,
+    Panel,
+    Plot,
+    Rule,
+    Section,
+    Shade,
+    on_page,
+)
+from loopscope.report.settings import ReportSettings
 from loopscope.study import powers_of_two
 
-_DEPTH = "relative depth (%: first layer 0, last layer 100)"
-_SPANS = {"block": "the block alone", "pass": "prelude, block and coda"}
+_MOST_COLUMNS = 3
+"""Looped studies beside each other on a page of a paper."""
+_PASSES = (
+    "A line per recurrence between prelude and coda (shaded), which run once; later ones lighter. Dashed: the "
+    "reference, of a looped one at the recurrence it is judged at. The first layer lies at 0 %, the last at 100 %."
+)
+_TIP = "{label}, {x:.0f} %: {y:.3g}"
+_DRIFTS = {
+    "drift": ("drift", Axis(title="RMS difference / RMS", scale="auto")),
+    "own_similarity": ("own", Axis(title="correlation with own pass")),
+}
+"""Anchor and y axis, by variable."""
 
 
-def comparison_sections(comparison: Comparison) -> list[Section]:
-    """In the order of the questions, without figures that have nothing to show."""
-    looped = [label for label in comparison.labels if comparison.studies[label]["recurrences"]]
-    sections = [
-        _curves(comparison),
-        *(_passes(comparison, label) for label in looped),
-        _likeness(comparison, looped),
-        _drift(comparison, looped),
-    ]
-    shown = [
-        dataclasses.replace(section, figures=[figure for figure in section.figures if figure.has_data])
-        for section in sections
-    ]
-    return [section for section in shown if section.figures]
+def looped(comparison: Comparison) -> list[str]:
+    """The labels of the looped studies."""
+    return [label for label in comparison.labels if comparison.studies[label]["recurrences"]]
 
 
-def _curves(comparison: Comparison) -> Section:
-    figures = []
+def _compared(comparison: Comparison) -> list[str]:
+    """Of those, the ones that are compared with the reference."""
+    return [label for label in looped(comparison) if label != comparison.reference]
+
+
+def _shared(comparison: Comparison) -> list[StageQuantity]:
+    """The stage measures that at least one study has."""
+    missing = [set(study["missing"]) for study in comparison.studies.values()]
+    return [quantity for quantity in STAGE_QUANTITIES if not all(quantity.name in names for names in missing)]
+
+
+# ---- curves on relative depth ----
+
+
+def _curves(comparison: Comparison, settings: ReportSettings) -> Plot:
+    """A panel per stage measure: one pass of every study, of a looped one at the recurrence it is judged at."""
+    quantities = _shared(comparison)
     colours = layer_colours(max(1, len(comparison.labels) - 1))
-    for quantity in STAGE_QUANTITIES:
-        figure = base_figure(_DEPTH, quantity.y_title, hovermode="closest")
+    panels = []
+    for quantity in quantities:
         others = iter(colours)
-        for label in comparison.labels:
-            reference = label == comparison.reference
-            at = (comparison.studies[label]["judged_at"] or 1) - 1
-            _add_curve(
-                figure,
-                *comparison.curve(label, quantity.name, at),
-                name=f"{plot_text(label)}{' (reference)' if reference else ''}",
-                colour=INK if reference else next(others),
-                dash="dash" if reference else "solid",
+        marks: list[Mark] = [
+            _reference_line(comparison, quantity, explained=False)
+            if label == comparison.reference
+            else _line(comparison, label, quantity, _home(comparison, label), _named(label), next(others))
+            for label in comparison.labels
+        ]
+        panels.append(_panel(quantity, marks, anchor=f"curves-{quantity.anchor}"))
+    return Plot(
+        question="How do the studies differ along one pass, measure by measure?",
+        reading="Stage measures along one pass of each study, on relative depth: the first layer at 0 %, the last at "
+        "100 %; of a looped study prelude, the block at the recurrence it is judged at, and coda. "
+        f"{_readings(quantities)}",
+        panels=panels,
+    )
+
+
+def _stages(names: Sequence[str], beyond: bool, comparison: Comparison, settings: ReportSettings) -> Plot:
+    """These stage measures, or all, of each looped study: every pass, up to the recurrence that the study is judged at
+    or, `beyond`, to the last one; a row per measure where there are several studies."""
+    quantities = [quantity for quantity in _shared(comparison) if not names or quantity.name in names]
+    labels = [label for label in looped(comparison) if not names or _has(comparison, label, names)]
+    lines = {
+        label: powers_of_two(study["recurrences"]) if beyond else passes(study["judged_at"])
+        for label in labels
+        for study in (comparison.studies[label],)
+    }
+    several = len(labels) > 1
+    return Plot(
+        question="Does each pass go through the stages of the reference?",
+        reading=f"{_readings(quantities, several=several)} {_PASSES}",
+        panels=[
+            _passes_panel(
+                comparison, label, quantity, lines, title=_named(label) if names or (several and row == 0) else ""
             )
-        figures.append(_figure(f"curves-{quantity.anchor}", quantity.title, quantity.reading, figure, quantity))
-    return Section(
-        anchor="curves",
-        short="Curves",
-        title="What does a pass look like beside the reference?",
-        lead="Medians over prompts. Of a looped model: prelude, the block at the recurrence it is judged at, and coda.",
-        columns=3,
-        figures=figures,
+            for row, quantity in enumerate(quantities)
+            for label in labels
+        ],
+        legend="recurrence",
+        columns=len(labels) if several and not names else 0,
+        same_y=bool(names),
     )
 
 
-def _passes(comparison: Comparison, label: str) -> Section:
-    """Every measure of one looped study: a line per recurrence, and the reference."""
-    index, study = comparison.labels.index(label), comparison.studies[label]
-    counts = powers_of_two(study["recurrences"])
-    figures = []
-    for quantity in STAGE_QUANTITIES:
-        figure = base_figure(_DEPTH, quantity.y_title, hovermode="closest")
-        _shade_outer_stages(figure, study["layout"])
-        for count, colour in zip(counts, ordered_colours(len(counts)), strict=True):
-            depth, values = comparison.curve(label, quantity.name, count - 1)
-            _add_curve(figure, depth, values, name=str(count), colour=colour)
-        if label != comparison.reference:
-            at = (comparison.studies[comparison.reference]["judged_at"] or 1) - 1
-            depth, values = comparison.curve(comparison.reference, quantity.name, at)
-            _add_curve(figure, depth, values, name="reference", colour=INK, dash="dash")
-        figures.append(_figure(f"passes-{index}-{quantity.anchor}", quantity.title, quantity.reading, figure, quantity))
-    return Section(
-        anchor=f"passes-{index}",
-        short=f"Passes of {label}",
-        title=f"{label}, pass by pass",
-        lead="A line per recurrence, later ones lighter, between prelude and coda (shaded), which run once.",
-        columns=3,
-        figures=figures,
+def _passes_of(comparison: Comparison, label: str) -> Plot:
+    """For a page: all stage measures of a looped study, every pass."""
+    index, quantities = comparison.labels.index(label), _shared(comparison)
+    lines = {label: powers_of_two(comparison.studies[label]["recurrences"])}
+    return Plot(
+        question="Are its passes alike, and like the reference?",
+        reading=f"{_readings(quantities)} {_PASSES}",
+        panels=[
+            _passes_panel(comparison, label, quantity, lines, anchor=f"passes-{index}-{quantity.anchor}")
+            for quantity in quantities
+        ],
+        legend="recurrence",
+        anchor=f"all-passes-{index}",
     )
 
 
-def _likeness(comparison: Comparison, looped: list[str]) -> Section:
-    figures = []
-    for label in looped:
-        if label == comparison.reference:
-            continue
-        study, index = comparison.studies[label], comparison.labels.index(label)
-        outside = study["layout"]["prelude"] + study["layout"]["coda"]
-        for span, words in _SPANS.items():
-            if span == "block" and not outside:
+def _passes_panel(
+    comparison: Comparison,
+    label: str,
+    quantity: StageQuantity,
+    lines: Mapping[str, Sequence[int]],
+    *,
+    title: str = "",
+    anchor: str = "",
+) -> Panel:
+    layout = comparison.studies[label]["layout"]
+    step = 100 / max(1, sum(layout.values()) - 1)
+    # Half way to the block's first and last layer.
+    start, end = (layout["prelude"] - 0.5) * step, (layout["prelude"] + layout["recurrent"] - 0.5) * step
+    marks: list[Mark] = []
+    if layout["prelude"]:
+        marks.append(Shade(start=0.0, end=start, name="prelude"))
+    if layout["coda"]:
+        marks.append(Shade(start=end, end=100.0, name="coda"))
+    # One colour for a recurrence in all panels, since they share a legend.
+    every = sorted(set().union(*lines.values()))
+    for count, colour in zip(every, ordered_colours(len(every)), strict=True):
+        if count in lines[label]:
+            marks.append(_line(comparison, label, quantity, count - 1, str(count), colour))
+    if label != comparison.reference:
+        marks.append(_reference_line(comparison, quantity, explained=True))
+    return _panel(quantity, marks, title=title, anchor=anchor)
+
+
+def _panel(quantity: StageQuantity, marks: Sequence[Mark], *, title: str = "", anchor: str = "") -> Panel:
+    return Panel(
+        x=Axis(title="relative depth (%)", span=(-2.0, 102.0)),
+        y=Axis(title=quantity.y_title, scale="auto" if quantity.logarithmic else "linear"),
+        marks=marks,
+        title=title,
+        anchor=anchor,
+    )
+
+
+def _line(comparison: Comparison, label: str, quantity: StageQuantity, recurrence: int, name: str, colour: str) -> Line:
+    depth, values = comparison.curve(label, quantity.name, recurrence)
+    called = f"recurrence {name}" if name.isdigit() else name
+    return Line(x=depth, y=values, name=name, colour=colour, points=True, labels=[called] * len(depth), tip=_TIP)
+
+
+def _reference_line(comparison: Comparison, quantity: StageQuantity, *, explained: bool) -> Line:
+    label = comparison.reference
+    depth, values = comparison.curve(label, quantity.name, _home(comparison, label))
+    return Line(
+        x=depth, y=values, name=f"{_named(label)} (reference)", colour=INK, dash="dash", points=True,
+        explained=explained, labels=["reference"] * len(depth), tip=_TIP,
+    )  # fmt: skip
+
+
+def _readings(quantities: Sequence[StageQuantity], *, several: bool = False) -> str:
+    """What the measures are; by the letters of their panels, unless each has several."""
+    lettered = len(quantities) > 1 and not several
+    return " ".join(
+        (f"({'abcdefgh'[place]}) " if lettered else f"{quantity.y_title}: ") + quantity.reading
+        for place, quantity in enumerate(quantities)
+    )
+
+
+def _home(comparison: Comparison, label: str) -> int:
+    """Index of the recurrence that a study is judged at."""
+    return (comparison.studies[label]["judged_at"] or 1) - 1
+
+
+def _named(label: str) -> str:
+    return visible(label, 60)
+
+
+# ---- likeness and drift ----
+
+
+def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
+    """A panel per looped study and span: correlation of each pass with the reference, mean over the measures, beside
+    shuffled orders of the layers and the curve back to front."""
+    panels = []
+    for label in _compared(comparison):
+        study = comparison.studies[label]
+        for span in ("block", "pass"):
+            if span == "block" and not study["layout"]["prelude"] + study["layout"]["coda"]:
                 continue
             data = comparison.dataset.sel(study=label, span=span).isel(recurrence=slice(study["recurrences"]))
-            figures.append(
-                Figure(
-                    anchor=f"likeness-{index}-{span}",
-                    title=f"{label}: {words}" if outside else label,
-                    caption="Grey: the middle 90 % of shuffled orders. Dotted: the curve back to front.",
-                    plot=_likeness_plot(data, study["trained_recurrences"], study["recurrences"]),
+            counts, null = np.arange(1, study["recurrences"] + 1), data["overall_null_quantile"].values
+            panels.append(
+                Panel(
+                    x=count_axis(study["recurrences"]),
+                    y=Axis(title="correlation with reference", span=(-1.05, 1.05)),
+                    marks=[
+                        Band(x=counts, low=null[0], high=null[-1], name="90 % of shuffled orders"),
+                        Line(
+                            x=counts, y=data["overall_reversed_similarity"].values, name="back to front", colour=MUTED,
+                            dash="dot",
+                        ),
+                        Line(
+                            x=counts, y=data["overall_similarity"].values, name="correlation", colour=CATEGORIES[0],
+                        ),
+                        *_trained_mark(study),
+                    ],
+                    title=f"{span}: {_named(label)}",
+                    anchor=f"likeness-{comparison.labels.index(label)}-{span}",
                 )
-            )
-    return Section(
-        anchor="likeness",
-        short="Likeness",
-        title="Is every pass as like the reference?",
-        lead="Correlation with the reference, mean over the measures that can be judged, by recurrence.",
-        figures=figures,
+            )  # fmt: skip
+    return Plot(
+        question="How like the reference is each pass?",
+        reading="Pearson correlation of each pass with the reference, mean over the stage measures that can be judged; "
+        "block: the recurrent block alone on 0 to 100 %, pass: prelude, block and coda. Grey: the middle 90 % of "
+        "shuffled orders of the layers. Dotted: the curve back to front.",
+        panels=panels,
     )
 
 
-def _likeness_plot(data: xarray.Dataset, trained: int | None, measured: int) -> go.Figure:
-    figure = base_figure("recurrences", "correlation")
-    counts = np.arange(1, measured + 1)
-    null = data["overall_null_quantile"].values.astype(np.float32)
-    edge = {"x": counts, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    figure.add_scatter(y=null[0], showlegend=False, **edge)
-    figure.add_scatter(
-        y=null[-1], fill="tonexty", fillcolor="rgba(91,95,102,0.16)", name="90 % of shuffled orders", **edge
-    )
-    shown = "lines" if measured > 1 else "markers"
-    for name, colour, dash, words in (
-        ("overall_reversed_similarity", MUTED, "dot", "back to front"),
-        ("overall_similarity", CATEGORIES[0], "solid", "correlation"),
-    ):
-        figure.add_scatter(
-            x=counts,
-            y=data[name].values.astype(np.float32),
-            mode=shown,
-            name=words,
-            line={"color": colour, "width": 2, "dash": dash},
-            hovertemplate="%{y:.2f}",
-        )
-    figure.update_yaxes(range=[-1.05, 1.05])
-    if trained is not None and trained <= measured:
-        mark_vertical(figure, trained, f"trained: {trained}")
-    return figure
-
-
-def _drift(comparison: Comparison, looped: list[str]) -> Section:
-    figures = []
-    for index, label in enumerate(looped):
+def _drift(comparison: Comparison, settings: ReportSettings) -> Plot:
+    """Two panels per looped study: how far each pass through the block is, in level and in the order of its layers,
+    from the pass at the recurrence that the study is judged at; a line per measure."""
+    panels = []
+    for index, label in enumerate(looped(comparison)):
         study = comparison.studies[label]
         if study["recurrences"] < 2:
             continue
-        for variable, anchor, title, y_title in (
-            ("drift", f"drift-{index}", "how far the level moves", "RMS difference / RMS"),
-            ("own_similarity", f"own-{index}", "whether the layers keep their order", "correlation"),
-        ):
-            figures.append(
-                Figure(
-                    anchor=anchor,
-                    title=f"{label}: {title}",
-                    caption=f"Each pass through the block against that of recurrence {study['judged_at']}.",
-                    plot=_drift_plot(comparison, label, variable, y_title),
+        for variable, (anchor, axis) in _DRIFTS.items():
+            data = comparison.dataset[variable].sel(study=label).isel(recurrence=slice(study["recurrences"]))
+            rows = data.transpose("measure", "recurrence").values
+            counts = np.arange(1, study["recurrences"] + 1)
+            panels.append(
+                Panel(
+                    x=count_axis(study["recurrences"]),
+                    y=axis,
+                    marks=[
+                        *(
+                            Line(x=counts, y=row, name=quantity.name, colour=colour)
+                            for row, quantity, colour in zip(rows, STAGE_QUANTITIES, CATEGORIES, strict=False)
+                            if np.isfinite(row).any()
+                        ),
+                        *_trained_mark(study),
+                    ],
+                    title=f"{_named(label)}, against recurrence {study['judged_at']}",
+                    anchor=f"{anchor}-{index}",
                 )
             )
-    return Section(
-        anchor="drift",
-        short="Drift",
-        title="Do the stages stay beyond the trained recurrences?",
-        lead="A line per measure. Where all layers share one value there is no correlation, and the line ends.",
-        figures=figures,
+    return Plot(
+        question="How far does each pass move from the one that is judged?",
+        reading="Each pass through the block against the study's own pass at the recurrence it is judged at; two "
+        "panels a study: root mean square difference over the root mean square of that pass, and Pearson correlation. "
+        "Where all layers share one value there is no correlation. A line per stage measure.",
+        panels=panels,
+        columns=2,
     )
 
 
-def _drift_plot(comparison: Comparison, label: str, variable: str, y_title: str) -> go.Figure:
-    study = comparison.studies[label]
-    figure = base_figure("recurrences", y_title)
-    data = comparison.dataset[variable].sel(study=label).isel(recurrence=slice(study["recurrences"]))
-    for quantity, colour in zip(STAGE_QUANTITIES, CATEGORIES, strict=False):
-        values = data.sel(measure=quantity.name).values.astype(np.float32)
-        figure.add_scatter(
-            x=np.arange(1, study["recurrences"] + 1),
-            # On a logarithmic axis the pass itself, which has not moved, is a gap; so is what was 0 and is not.
-            y=np.where((values > 0) & np.isfinite(values), values, np.nan) if variable == "drift" else values,
-            mode="lines",
-            name=quantity.name,
-            line={"color": colour, "width": 2},
-            hovertemplate="%{y:.3g}",
-        )
-    if variable == "drift":
-        scale_y(figure)
-    if study["trained_recurrences"] is not None and study["trained_recurrences"] <= study["recurrences"]:
-        mark_vertical(figure, study["trained_recurrences"], f"trained: {study['trained_recurrences']}")
-    return figure
+def _trained_mark(study: Mapping[str, Any]) -> list[Mark]:
+    trained = study["trained_recurrences"]
+    if trained is None or trained > study["recurrences"]:
+        return []
+    return [Rule(x=float(trained), name=f"trained: {trained}", above=True)]
 
 
-def _add_curve(
-    figure: go.Figure, depth: np.ndarray, values: np.ndarray, *, name: str, colour: str, dash: str = "solid"
-) -> None:
-    figure.add_scatter(
-        x=depth,
-        y=values,
+# ---- which there are ----
+
+
+def _no_looped(comparison: Comparison) -> str | None:
+    return None if looped(comparison) else "none of the studies is of a looped model"
+
+
+def _too_many(comparison: Comparison) -> str | None:
+    count = len(looped(comparison))
+    if count > _MOST_COLUMNS:
+        return f"{count} looped studies do not fit beside each other on a page; compare at most {_MOST_COLUMNS}"
+    return _no_looped(comparison)
+
+
+def _has(comparison: Comparison, label: str, names: Sequence[str]) -> bool:
+    return not set(names) & set(comparison.studies[label]["missing"])
+
+
+def _lacks(measure: str, comparison: Comparison) -> str | None:
+    having = [label for label in looped(comparison) if _has(comparison, label, [measure])]
+    return _no_looped(comparison) or (None if having else f"no looped study has {measure}")
+
+
+def _lacks_beyond(measure: str, comparison: Comparison) -> str | None:
+    studies = [comparison.studies[label] for label in looped(comparison)]
+    longer = any(study["recurrences"] > study["judged_at"] for study in studies)
+    return _lacks(measure, comparison) or (
+        None if longer else "no study has recurrences beyond the one that it is judged at"
+    )
+
+
+def _nothing_compared(comparison: Comparison) -> str | None:
+    return None if _compared(comparison) else "no looped study is compared with another one"
+
+
+def _single_passes(comparison: Comparison) -> str | None:
+    counts = [comparison.studies[label]["recurrences"] for label in looped(comparison)]
+    return None if any(count > 1 for count in counts) else "no study has two recurrences"
+
+
+def _stages_type(
+    name: str, measures: Sequence[str], paper: tuple[int, ...], *, beyond: bool = False
+) -> FigureType[Comparison]:
+    lacks = _lacks_beyond if beyond else _lacks
+    return FigureType(
         name=name,
-        mode="lines+markers",
-        line={"color": colour, "width": 2, "dash": dash},
-        marker={"size": 6},
-        hovertemplate=f"{name}, %{{x:.0f}} %: %{{y:.3g}}<extra></extra>",
+        of=partial(_stages, measures, beyond),
+        variables=_CURVES,
+        unless=partial(lacks, measures[0]) if measures else _too_many,
+        paper=paper,
     )
 
 
-def _shade_outer_stages(figure: go.Figure, layout: dict[str, int]) -> None:
-    """Prelude and coda, up to half way to the block's first and last layer."""
-    step = 100 / max(1, sum(layout.values()) - 1)
-    edges = {"prelude": (0, layout["prelude"] - 0.5), "coda": (layout["prelude"] + layout["recurrent"] - 0.5, None)}
-    for stage, (start, end) in edges.items():
-        if layout[stage]:
-            figure.add_vrect(
-                x0=start * step,
-                x1=100 if end is None else end * step,
-                fillcolor=GRID,
-                opacity=0.45,
-                line_width=0,
-                layer="below",
-                annotation={"text": stage, "font": {"size": 11, "color": MUTED}, "yanchor": "bottom", "y": 1.0},
-                annotation_position="top",
+_CURVES = ("curve", "depth_percent")
+COMPARED: tuple[FigureType[Comparison], ...] = (
+    FigureType(name="compared-curves", of=_curves, anchor="all-curves", variables=_CURVES),
+    _stages_type("compared-concentration", ["attention concentration"], (8, 10)),
+    _stages_type("compared-concentration-beyond", ["attention concentration"], (12,), beyond=True),
+    _stages_type("compared-magnitude", ["residual magnitude"], (9,)),
+    _stages_type("compared-stages", [], (*range(35, 47), *range(54, 63))),
+    FigureType(
+        name="compared-likeness",
+        of=_likeness,
+        anchor="all-likeness",
+        variables=("overall_similarity", "overall_reversed_similarity", "overall_null_quantile"),
+        unless=_nothing_compared,
+    ),
+    FigureType(
+        name="compared-drift",
+        of=_drift,
+        anchor="all-drift",
+        variables=("drift", "own_similarity"),
+        unless=_single_passes,
+    ),
+)
+
+
+def comparison_sections(comparison: Comparison, settings: ReportSettings) -> list[Section]:
+    """In the order of the questions, without figures that have nothing to show."""
+    plots = {plot.name: plot for plot in on_page(COMPARED, comparison, settings)}
+    likeness, drift = ([plots[name]] if name in plots else [] for name in ("compared-likeness", "compared-drift"))
+    sections = [
+        Section(
+            anchor="curves",
+            short="Curves",
+            title="What does a pass look like beside the reference?",
+            lead="Medians over prompts. Of a looped model: prelude, the block at the recurrence it is judged at, and "
+            "coda.",
+            figures=[plots["compared-curves"]],
+        ),
+        *(
+            Section(
+                anchor=f"passes-{comparison.labels.index(label)}",
+                short=f"Passes of {label}",
+                title=f"{label}, pass by pass",
+                lead="Every pass that is drawn, measure by measure: medians over prompts.",
+                figures=[plot] if (plot := _passes_of(comparison, label)).has_data else [],
             )
-
-
-def _figure(anchor: str, title: str, reading: str, plot: go.Figure, quantity: StageQuantity) -> Figure:
-    if quantity.logarithmic:
-        scale_y(plot)
-    else:
-        plot.update_yaxes(rangemode="tozero")
-    return Figure(anchor=anchor, title=title, caption=reading, plot=plot)
+            for label in looped(comparison)
+        ),
+        Section(
+            anchor="likeness",
+            short="Likeness",
+            title="Is every pass as like the reference?",
+            lead="Correlation with the reference, mean over the measures that can be judged, by recurrence.",
+            figures=likeness,
+        ),
+        Section(
+            anchor="drift",
+            short="Drift",
+            title="Do the stages stay beyond the trained recurrences?",
+            lead="A line per measure. Where all layers share one value there is no correlation, and the line ends.",
+            figures=drift,
+        ),
+    ]
+    return [section for section in sections if section.figures]

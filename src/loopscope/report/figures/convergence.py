@@ -21,7 +21,7 @@ from loopscope.report.figures.curves import (
     passes,
     state_curve,
 )
-from loopscope.report.figures.look import CATEGORIES, MUTED
+from loopscope.report.figures.look import CATEGORIES, MUTED, Symbol
 from loopscope.report.figures.plot import (
     Axis,
     Dots,
@@ -31,7 +31,6 @@ from loopscope.report.figures.plot import (
     Plot,
     Rule,
     Section,
-    Symbol,
     never,
     on_page,
 )

@@ -294,17 +294,15 @@ def _by_recurrence(view: StudyView, curve: Curve, recurrences: Sequence[int]) ->
         values = curve.block[1, :, count - 1]
         if np.isfinite(values).any():  # a first step there is none, and a last one may be nothing at all
             marks.append(Line(x=block, y=values, name=str(count), colour=colour, points=True, labels=labels))
-    listed = True
     for stage, outer, before in (("prelude", curve.prelude[1], 0.0), ("coda", curve.coda[1], end)):
         if np.isfinite(outer).any():
             marks.append(
                 Line(
                     x=before + step * np.arange(1, len(outer) + 1), y=outer, name="prelude, coda", colour=MUTED,
-                    points=True, listed=listed, explained=True, labels=[f"{stage} {n}" for n in range(len(outer))],
+                    points=True, explained=True, labels=[f"{stage} {n}" for n in range(len(outer))],
                     tip="{label}: {y:.3g}",
                 )
             )  # fmt: skip
-            listed = False
     return Axis(title="relative depth (%)", span=(0, 102)), marks
 
 

@@ -1,123 +1,107 @@
-"""Figures: what exit rules would have saved and cost."""
+"""What exit rules would have saved and cost."""
 
 from __future__ import annotations
 
 import numpy as np
-import plotly.graph_objects as go
-import xarray
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from loopscope._util.wording import significant
 from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
-from loopscope.report.figures._old import Figure, Material, base_figure, scale_y
 from loopscope.report.figures.look import CATEGORIES, INK
+from loopscope.report.figures.plot import Axis, Dots, FigureType, Line, Mark, Panel, Plot
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
 
 _POINTS_BETWEEN = 16
 """Of the line for the same number of recurrences, which bends between whole numbers where the axis is logarithmic."""
 
 
-def exit_rule_figures(material: Material) -> list[Figure]:
-    """Three costs over the mean number of recurrences; none where no full run was read out."""
-    tables = tables_of(material.view, material.shown)
-    if tables is None or tables.recurrences == 1:
-        return []
+def _exit_rules(view: StudyView, settings: ReportSettings) -> Plot:
+    """Three costs over the mean number of recurrences."""
+    tables = tables_of(view, view.shown)
+    assert tables is not None
     full = tables.recurrences
-    changed = _costs(tables, "changed", "share of tokens", "{y:.2%}")
-    changed.update_yaxes(rangemode="tozero", tickformat=".0%")
-    loss = _costs(tables, "loss_difference", "loss difference (nats a token)", "{y:.3g} nats")
     # Where nearly all tokens run to the end, the mean falls to 0. A tenth of what one recurrence less costs is enough.
     least = float(tables.constant["kl"].sel(threshold=full - 1).mean()) / 10
-    divergence = _costs(tables, "kl", "KL divergence (nats)", "{y:.2g} nats", least)
-    scale_y(divergence)
-    return [
-        Figure(
-            anchor="exit-changed",
-            title="How many answers does an exit rule change?",
-            caption=(
-                f"Share of tokens whose most probable next token is not that after a full run of {full} recurrences. A "
-                "line is a rule under all its thresholds: strict at the right, loose at the left. A rule is worth "
-                "something where it lies below the black line: the same number for all tokens, or, between whole "
-                "numbers, one more for tokens drawn at random. Diamonds: the threshold that the model or its "
-                "publishers use, or the setting for stable heads."
-            ),
-            plot=changed,
+    costs = (
+        ("changed", "", Axis(title="share of tokens", percent=True), "{y:.2%}", -np.inf),
+        ("loss_difference", "exit-loss", Axis(title="loss difference (nats a token)"), "{y:.3g} nats", -np.inf),
+        ("kl", "exit-kl", Axis(title="KL divergence (nats)", scale="auto"), "{y:.2g} nats", least),
+    )
+    return Plot(
+        question="What does an exit rule change, and what does it cost?",
+        reading=(
+            f"Predictions at which a token stops beside those after a full run of {full} recurrences: (a) share of "
+            "tokens whose most probable next token is another, (b) mean next-token loss less that after a full run, "
+            "below 0: stopping early does better, (c) KL divergence from the full run's. A line is a rule under all "
+            "its thresholds: strict at the right, loose at the left. A rule is worth something where it lies below the "
+            "black line: the same number for all tokens, or, between whole numbers, one more for tokens drawn at "
+            "random. Diamonds: the threshold that the model or its publishers use, or the setting for stable heads. "
+            "Small differences are chance; the answer gives the interval for the rule that it names."
         ),
-        Figure(
-            anchor="exit-loss",
-            title="What does an exit rule cost in loss?",
-            caption=(
-                f"Mean next-token loss less that after a full run of {full}. Below 0: stopping early does better. "
-                "Small differences are chance; the answer gives the interval for the rule that it names."
-            ),
-            plot=loss,
-        ),
-        Figure(
-            anchor="exit-kl",
-            title="How far are the stopped predictions from those of a full run?",
-            caption=f"KL divergence of the prediction at which a token stops from that after {full} recurrences.",
-            plot=divergence,
-        ),
-    ]
+        panels=[
+            Panel(
+                x=Axis(title="mean recurrences a token", whole=True),
+                y=axis,
+                marks=_costs(tables, name, shown, least),
+                anchor=anchor,
+            )
+            for name, anchor, axis, shown, least in costs
+        ],
+    )
 
 
-def _costs(tables: ExitTables, name: str, y_title: str, shown: str, least: float = -np.inf) -> go.Figure:
+def _costs(tables: ExitTables, name: str, shown: str, least: float) -> list[Mark]:
     """One cost of every rule and of the same number for all tokens, means over prompts, where it is above `least`."""
-    figure = base_figure("mean recurrences a token", y_title, hovermode="closest")
-    constant = tables.constant.mean("prompt")
+    constant = tables.constant.mean("prompt")[name].values
     counts = np.arange(1, tables.recurrences + 1)
     between = np.linspace(1, tables.recurrences, (tables.recurrences - 1) * _POINTS_BETWEEN + 1)
-    shared = {"legendgroup": "constant", "name": "the same number for all", "line": {"color": INK, "width": 2}}
-    line = np.interp(between, counts, constant[name].values)  # as `constant_at`, all at once
-    figure.add_scatter(x=between, y=_above(line, least), mode="lines", hoverinfo="skip", **shared)
-    figure.add_scatter(
-        x=counts,
-        y=_above(constant[name].values, least),
-        mode="markers",
-        marker={"size": 6, "color": INK},
-        showlegend=False,
-        hovertemplate="%{x} for all tokens: %" + shown + "<extra></extra>",
-        **shared,
-    )
+    line = np.interp(between, counts, constant)  # as `constant_at`, all at once
+    tip = "{x:.3g} for all tokens: " + shown
+    marks: list[Mark] = [
+        Line(x=between, y=_above(line, least), name="the same number for all", colour=INK, tip=tip),
+        Dots(x=counts, y=_above(constant, least), colour=INK, size=6, tip=tip),
+    ]
     rules = [rule for rule in EXIT_RULES if rule.key in tables.rules]
     for rule, colour in zip(rules, CATEGORIES, strict=False):
-        _add_rule(figure, rule, tables, name, colour, shown, least)
-    return figure
+        marks += _rule(rule, tables, name, colour, shown, least)
+    return marks
 
 
-def _add_rule(
-    figure: go.Figure, rule: StoppingRule, tables: ExitTables, name: str, colour: str, shown: str, least: float
-) -> None:
+def _rule(rule: StoppingRule, tables: ExitTables, name: str, colour: str, shown: str, least: float) -> list[Mark]:
     table = tables.rules[rule.key].mean("prompt")
-    sign = "≥" if rule.at_least else "≤"
-    hover = f"{rule.name} {sign} %{{text}}<br>%{{x:.2f}} recurrences: %{shown}<extra></extra>"
+    tip = f"{rule.name} {'≥' if rule.at_least else '≤'} {{label}}\n{{x:.2f}} recurrences: {shown}"
     digits = 5 if rule.at_least else 3
-    figure.add_scatter(
-        x=_spread(table),
-        y=_above(table[name].values, least),
-        text=[significant(float(each), digits) for each in table["threshold"].values],
-        name=rule.name,
-        mode="lines",
-        line={"color": colour, "width": 2},
-        hovertemplate=hover,
-    )
+    marks: list[Mark] = [
+        Line(
+            x=table["recurrences"].values, y=_above(table[name].values, least), name=rule.name, colour=colour,
+            labels=[significant(float(each), digits) for each in table["threshold"].values], tip=tip,
+        )
+    ]  # fmt: skip
     if rule.key in tables.usual:
         usual = table.sel(threshold=[tables.usual[rule.key]])
-        figure.add_scatter(
-            x=_spread(usual),
-            y=_above(usual[name].values, least),
-            text=[f"{tables.usual[rule.key]:g}"],
-            mode="markers",
-            marker={"symbol": "diamond", "size": 10, "color": colour, "line": {"color": "white", "width": 1}},
-            showlegend=False,
-            hovertemplate=hover,
-        )
+        marks.append(
+            Dots(
+                x=usual["recurrences"].values, y=_above(usual[name].values, least), colour=colour, symbol="diamond",
+                size=10, labels=[f"{tables.usual[rule.key]:g}"], tip=tip,
+            )
+        )  # fmt: skip
+    return marks
 
 
-def _above(values: ArrayLike, least: float) -> NDArray[np.float32]:
+def _above(values: NDArray[np.floating], least: float) -> NDArray[np.floating]:
     """A gap where a value is not above the least that is drawn."""
-    found = np.asarray(values, dtype=np.float32)
-    return np.where(found > least, found, np.float32(np.nan))
+    return np.where(values > least, values, np.nan)
 
 
-def _spread(table: xarray.Dataset) -> NDArray[np.float32]:
-    return table["recurrences"].values.astype(np.float32)
+def _no_choice(view: StudyView) -> str | None:
+    return None if view.recurrences > 1 else "one recurrence was measured, so there is nothing to save"
+
+
+EXIT_RULES_FIGURE = FigureType(
+    name="exit-rules",
+    of=_exit_rules,
+    anchor="exit-changed",
+    variables=("token_kl_to_full",),
+    unless=_no_choice,
+)

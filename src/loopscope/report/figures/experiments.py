@@ -5,57 +5,63 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import plotly.graph_objects as go
+import numpy as np
 
-from loopscope._util.wording import significant
+from loopscope._util.wording import significant, visible
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import CellOutcome, CellResult, by_design
 from loopscope.experiments.random_findings import Boundary, boundaries
 from loopscope.experiments.sweep_cells import ControlName as Control
 from loopscope.experiments.sweep_cells import SweepResult
 from loopscope.experiments.sweep_findings import DesignSummary, control_results, summaries
-from loopscope.report.figures._old import Figure, base_figure, lines_across, plot_text
 from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, kind_label, ordered_colours
-from loopscope.report.figures.plot import Section
+from loopscope.report.figures.plot import Axis, Dash, Dots, HeatMap, Line, Mark, Panel, Plot, Rule, Section
+from loopscope.study import powers_of_two
 
-_OUTCOMES: dict[CellOutcome, tuple[str, str]] = {
-    CellOutcome.FIXED_POINT: ("#0072B2", "solid"),
-    CellOutcome.DEGENERATE: ("#E69F00", "dash"),
-    CellOutcome.DIRECTION: ("#CC79A7", "dashdot"),
-    CellOutcome.NONE: ("#D55E00", "dot"),
-    CellOutcome.CANNOT_TELL: ("#8A8F98", "longdash"),
+_OUTCOMES: dict[CellOutcome, tuple[str, Dash]] = {
+    CellOutcome.FIXED_POINT: (CATEGORIES[0], "solid"),
+    CellOutcome.DEGENERATE: (CATEGORIES[1], "dash"),
+    CellOutcome.DIRECTION: (CATEGORIES[4], "dashdot"),
+    CellOutcome.NONE: (CATEGORIES[3], "dot"),
+    CellOutcome.CANNOT_TELL: (KIND_LOOKS[Kind.UNKNOWN].colour, "longdash"),
 }
-"""Colour and dash of a curve."""
 _FLOOR = 1e-8
 """Distances below are drawn there: float32 knows no smaller one."""
 _ROW = 34
 """CSS pixels of a design in a ranking or a phase diagram."""
-_CONTROLS: dict[Control, tuple[str, str]] = {
+_CONTROLS: dict[Control, tuple[Dash, str]] = {
     "equal-depth": ("dash", "feed-forward, as deep"),
     "equal-parameters": ("dot", "feed-forward, as large"),
 }
 
 
+# ---- random models ----
+
+
 def architecture_section(cells: Sequence[CellResult]) -> Section:
     """The grid as small multiples: one per norm and injection, a curve a model."""
-    figures = [
-        _distances(norm, injection, group)
-        for (norm, injection), group in by_design(cells, lambda cell: (cell.norm, cell.injection))
-    ]
+    plot = Plot(
+        question="How far are the states from those at the horizon?",
+        reading="Each panel is a design, each curve a randomly initialised model: the distance of its states to those "
+        "at the horizon, over the norm there, of the layer that is farthest. A curve that falls straight to the floor "
+        "settles at a constant rate.",
+        panels=[
+            _distances(norm, injection, group)
+            for (norm, injection), group in by_design(cells, lambda cell: (cell.norm, cell.injection))
+        ],
+        anchor="architectures-distances",
+    )
     return Section(
         anchor="architectures",
         short="Random models",
         title="Which norms and injections make fixed points?",
-        lead="Each panel is a design, each curve a randomly initialised model: the distance of its states to those at "
-        "the horizon, of the layer that is farthest. A curve that falls straight to the floor settles at a constant "
-        "rate.",
-        columns=3,
-        figures=figures,
+        lead="Randomly initialised models of every design, and what becomes of their states.",
+        figures=[plot],
     )
 
 
-def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Figure:
-    figure = base_figure("recurrences", "relative distance", hovermode="closest")
+def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Panel:
+    marks: list[Mark] = []
     named: set[CellOutcome] = set()
     for each in group:
         colour, dash = _OUTCOMES[each.outcome]
@@ -65,109 +71,98 @@ def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Figure
             for count, value in zip(each.counts[:-1], each.distance[:-1], strict=True)
             if value is not None
         ]
-        figure.add_scatter(
-            x=[count for count, _ in points],
-            y=[value for _, value in points],
-            mode="lines",
-            name=str(each.outcome),
-            legendgroup=str(each.outcome),
-            showlegend=each.outcome not in named,
-            line={"color": colour, "dash": dash, "width": 1.6},
-            hovertemplate=f"{each.cell.depth} layers, seed {each.cell.seed}<br>after %{{x}}: %{{y:.2g}}<extra></extra>",
+        marks.append(
+            Line(
+                x=[count for count, _ in points],
+                y=[value for _, value in points],
+                name=str(each.outcome),
+                listed=each.outcome not in named,
+                colour=colour,
+                dash=dash,
+                width=1.6,
+                tip=f"{each.cell.depth} layers, seed {each.cell.seed}\nafter {{x}}: {{y:.2g}}",
+            )
         )
         named.add(each.outcome)
-    figure.update_xaxes(type="log", dtick=1)
-    figure.update_yaxes(type="log", range=[math.log10(_FLOOR) - 0.2, 0.7], dtick=2)
     outcomes = [str(each.outcome) for each in group]
-    title = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
-    return Figure(
+    found = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
+    return Panel(
+        x=Axis(title="recurrences", scale="log", ticks=powers_of_two(max(each.counts[-1] for each in group))),
+        y=Axis(title="relative distance", scale="log", span=(_FLOOR / 1.6, 5.0)),
+        marks=marks,
+        title=f"{norm}, injection {injection}: {found}",
         anchor=f"architectures-{norm}-{injection}",
-        title=f"{norm}, injection {injection}: {title}",
-        caption=f"{len(group)} models.",
-        plot=figure,
-        height=250,
+        height=270,
     )
 
 
 def phase_section(cells: Sequence[CellResult]) -> Section:
     """What tokens tend to over the scale of the weights, and where eigenvalues put the loss of stability."""
     found = boundaries(cells)
-    figures = [_phase_map(found)]
-    for (norm, injection), group in _by_injection_scale(found):
-        figures.append(_two_scales(norm, injection, group))
+    plots = [_phase_map(found), *(_two_scales(group) for group in _by_injection_scale(found))]
     return Section(
         anchor="phase",
         short="Phase diagram",
         title="Up to which scale of the weights does a design settle?",
         lead="Tiles show what most tokens tend to. The black line is where the largest predicted rate crosses 1: to "
         "its left the fixed point attracts, as far as eigenvalues tell.",
-        figures=[figure for figure in figures if figure.has_data],
+        figures=[plot for plot in plots if plot.has_data],
     )
 
 
-def _by_injection_scale(found: Sequence[Boundary]) -> list[tuple[tuple[str, str], list[Boundary]]]:
+def _by_injection_scale(found: Sequence[Boundary]) -> list[list[Boundary]]:
     """Designs that were run at several scales of the injection."""
     groups: dict[tuple[str, str], list[Boundary]] = {}
     for each in found:
         groups.setdefault((each.norm, each.injection), []).append(each)
-    return [
-        (key, sorted(group, key=lambda each: each.injection_scale)) for key, group in groups.items() if len(group) > 1
-    ]
+    return [sorted(group, key=lambda each: each.injection_scale) for group in groups.values() if len(group) > 1]
 
 
-def _phase_map(found: Sequence[Boundary]) -> Figure:
+def _phase_map(found: Sequence[Boundary]) -> Plot:
     rows = [
         f"{each.norm}, {each.injection}" + (f" × {each.injection_scale:g}" if each.injection_scale != 1 else "")
         for each in found
     ]
-    figure = _tiles(found, rows)
-    _crossings(figure, found)
-    return Figure(
-        anchor="phase-map",
-        title="What do tokens tend to, design by design?",
-        caption="Numbers are the largest predicted rate of the tokens whose fixed point is known; no number: none is. "
+    return Plot(
+        question="What do tokens tend to, design by design?",
+        reading="Numbers are the largest predicted rate of the tokens whose fixed point is known; no number: none is. "
         "Black lines: where that rate crosses 1, between two scales by their logarithm. Rings: where half of the "
         "tokens no longer settle.",
-        plot=figure,
-        height=150 + len(found) * _ROW,
+        panels=[_tiles(found, rows, "", joined=False)],
+        anchor="phase-map",
     )
 
 
-def _two_scales(norm: str, injection: str, group: Sequence[Boundary]) -> Figure:
-    figure = _tiles(group, [f"{each.injection_scale:g}" for each in group])
-    figure.update_yaxes(title={"text": "factor on the injection"})
-    _crossings(figure, group, joined=True)
-    return Figure(
-        anchor=f"phase-{norm}-{injection}",
-        title=f"{norm}, injection {injection}: weights against injection",
-        caption="The black curve joins the scales at which the largest predicted rate crosses 1; rings are where half "
+def _two_scales(group: Sequence[Boundary]) -> Plot:
+    norm, injection = group[0].norm, group[0].injection
+    return Plot(
+        question=f"{norm}, injection {injection}: weights against injection",
+        reading="The black curve joins the scales at which the largest predicted rate crosses 1; rings are where half "
         "of the tokens no longer settle.",
-        plot=figure,
-        height=190 + len(group) * _ROW,
+        panels=[_tiles(group, [f"{each.injection_scale:g}" for each in group], "factor on the injection", joined=True)],
+        anchor=f"phase-{norm}-{injection}",
     )
 
 
-def _tiles(found: Sequence[Boundary], rows: Sequence[str]) -> go.Figure:
+def _tiles(found: Sequence[Boundary], rows: Sequence[str], y_title: str, *, joined: bool) -> Panel:
     """A tile for each row and scale, coloured by the commonest kind, with its letter and the predicted rate."""
-    figure = base_figure("standard deviation of the weights", "", hovermode="closest")
     scales = found[0].scales
-    codes = [[KINDS.index(Kind(tends)) for tends in each.tends] for each in found]
-    looks = [KIND_LOOKS[kind] for kind in KINDS]
-    steps = [(place + end) / len(KINDS) for place in range(len(KINDS)) for end in (0, 1)]
-    figure.add_heatmap(
-        x=list(range(len(scales))),
-        y=list(range(len(found))),
-        z=codes,
-        zmin=-0.5,
-        zmax=len(KINDS) - 0.5,
-        colorscale=[[at, looks[place // 2].colour] for place, at in enumerate(steps)],
-        showscale=False,
-        xgap=2,
-        ygap=2,
-        opacity=0.85,
-        customdata=[
+    tiles = HeatMap(
+        z=np.array([[KINDS.index(Kind(tends)) for tends in each.tends] for each in found]),
+        x=range(len(scales)),
+        bar="",
+        palette=[KIND_LOOKS[kind].colour for kind in KINDS],
+        gaps=True,
+        texts=[
             [
-                f"{name}, std {scale:g}<br>{tends}; {100 * settled:.0f} % of tokens settle<br>predicted rate "
+                KIND_LOOKS[Kind(tends)].letter + ("" if radius is None else f" {radius:.2f}")
+                for tends, radius in zip(each.tends, each.radius, strict=True)
+            ]
+            for each in found
+        ],
+        labels=[
+            [
+                f"{name}, std {scale:g}\n{tends}; {100 * settled:.0f} % of tokens settle\npredicted rate "
                 + ("unknown" if radius is None else significant(radius, 3))
                 for scale, tends, settled, radius in zip(
                     each.scales, each.tends, each.settles, each.radius, strict=True
@@ -175,162 +170,141 @@ def _tiles(found: Sequence[Boundary], rows: Sequence[str]) -> go.Figure:
             ]
             for name, each in zip(rows, found, strict=True)
         ],
-        hovertemplate="%{customdata}<extra></extra>",
+        tip="{label}",
     )
-    for row, each in enumerate(found):
-        for place, (tends, radius) in enumerate(zip(each.tends, each.radius, strict=True)):
-            look = KIND_LOOKS[Kind(tends)]
-            figure.add_annotation(
-                x=place,
-                y=row,
-                text=look.letter if radius is None else f"{look.letter} {radius:.2f}",
-                showarrow=False,
-                font={"color": look.on_colour, "size": 11.5},
-            )
-    for kind in dict.fromkeys(Kind(tends) for each in found for tends in each.tends):
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name=kind_label(kind),
-            marker={"symbol": "square", "size": 11, "color": KIND_LOOKS[kind].colour},
-        )  # fmt: skip
-    figure.update_xaxes(
-        tickvals=list(range(len(scales))),
-        ticktext=[f"{scale:g}" for scale in scales],
-        range=[-0.5, len(scales) - 0.5],
+    kinds = dict.fromkeys(Kind(tends) for each in found for tends in each.tends)
+    return Panel(
+        x=Axis(
+            title="standard deviation of the weights",
+            ticks={place: f"{scale:g}" for place, scale in enumerate(scales)},
+            span=(-0.5, len(scales) - 0.5),
+        ),
+        y=Axis(title=y_title, ticks=dict(enumerate(rows)), span=(len(rows) - 0.5, -0.5)),
+        marks=[
+            tiles,
+            *(
+                Dots(x=[np.nan], y=[np.nan], name=kind_label(kind), colour=KIND_LOOKS[kind].colour, symbol="square")
+                for kind in kinds
+            ),
+            *_crossings(found, joined=joined),
+        ],
+        height=(190 if joined else 150) + len(found) * _ROW,
     )
-    figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=list(rows), range=[len(rows) - 0.5, -0.5], ticks="", showgrid=False
-    )
-    return figure
 
 
-def _crossings(figure: go.Figure, found: Sequence[Boundary], *, joined: bool = False) -> None:
+def _crossings(found: Sequence[Boundary], *, joined: bool) -> list[Mark]:
     """Where predicted rates cross 1, as a line, and where tokens stop settling, as rings."""
-    places = [_place(each.scales, each.predicted) for each in found]
-    if joined:
-        x: list[float | None] = list(places)
-        y: list[float | None] = [float(row) for row in range(len(found))]
-    else:
-        x, y = [], []
-        for row, place in enumerate(places):
-            x += [place, place, None]
-            y += [row - 0.5, row + 0.5, None]
-    if any(place is not None for place in places):
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="lines+markers" if joined else "lines",
-            line={"color": INK, "width": 3.5},
-            marker={"size": 7, "color": INK},
-            name="predicted rate crosses 1",
-            hoverinfo="skip",
-        )
-    observed = [_place(each.scales, each.observed) for each in found]
-    if any(place is not None for place in observed):
-        figure.add_scatter(
-            x=observed,
-            y=list(range(len(found))),
-            mode="markers",
-            marker={
-                "symbol": "circle-open",
-                "size": 13,
-                "color": INK,
-                "line": {"width": 2.5},
-            },
-            name="half of the tokens no longer settle",
-            hovertemplate="half of the tokens no longer settle<extra></extra>",
-        )
+    marks: list[Mark] = []
+    rows = np.arange(len(found), dtype=np.float64)
+    places = np.array([_place(each.scales, each.predicted) for each in found])
+    if np.isfinite(places).any():
+        # Unless they are joined, a line of its own through each row.
+        x = places if joined else np.stack([places, places, np.full_like(places, np.nan)], axis=1).ravel()
+        y = rows if joined else np.stack([rows - 0.5, rows + 0.5, rows], axis=1).ravel()
+        name = "predicted rate crosses 1"
+        marks.append(Line(x=x, y=y, name=name, colour=INK, width=3.5, points=joined, tip=name))
+    observed = np.array([_place(each.scales, each.observed) for each in found])
+    if np.isfinite(observed).any():
+        name = "half of the tokens no longer settle"
+        marks.append(Dots(x=observed, y=rows, name=name, colour=INK, hollow=True, size=13, tip=name))
+    return marks
 
 
-def _place(scales: Sequence[float], value: float | None) -> float | None:
-    """Of a scale among the columns, by its logarithm."""
-    if value is None:
-        return None
-    for place in range(len(scales) - 1):
+def _place(scales: Sequence[float], value: float | None) -> float:
+    """Of a scale among the columns, by its logarithm; NaN where it is not known."""
+    for place in range(len(scales) - 1 if value is not None else 0):
+        assert value is not None
         if scales[place] <= value <= scales[place + 1]:
             return place + math.log(value / scales[place]) / math.log(scales[place + 1] / scales[place])
-    return None
+    return math.nan
+
+
+# ---- trained models ----
 
 
 def training_sections(results: Sequence[SweepResult]) -> list[Section]:
     """The ranking, and loss against recurrences as small multiples."""
     found = summaries(results)
     looped = [each for each in found if each.control is None]
-    ranking = Section(
-        anchor="training",
-        short="Ranking",
-        title="Which trained designs do best, and keep it?",
-        lead="Filled marks are losses at the trained number of recurrences, open ones at the largest number; a line "
-        "joins the two means. Designs are in the order of the first.",
-        figures=[_ranking(found, accuracy=False), _ranking(found, accuracy=True)],
+    ranking = Plot(
+        question="Which loss and accuracy, and what becomes of them?",
+        reading="(a) Test loss, on a logarithmic axis, (b) share of tokens that are the likeliest one, where earlier "
+        "tokens are given. A mark is a seed: filled ones at the trained number of recurrences, open ones at the "
+        "largest number; a line joins the two means.",
+        panels=[_ranking(found, accuracy=False), _ranking(found, accuracy=True)],
+        anchor="training-ranking",
     )
-    curves = Section(
-        anchor="training-curves",
-        short="Loss by recurrences",
-        title="What do more recurrences than in training do?",
-        lead="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as deep) "
-        "and dotted (as large). The vertical line is the trained number of recurrences.",
-        columns=3,
-        figures=[_loss_curves(each, results, index) for index, each in enumerate(looped)],
+    curves = Plot(
+        question="Which loss after each number of recurrences?",
+        reading="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as "
+        "deep) and dotted (as large). The vertical line is the trained number of recurrences. Kept: the loss at the "
+        "largest number is about that at the trained one.",
+        panels=[_loss_curves(each, results, index) for index, each in enumerate(looped)],
+        anchor="training-losses",
     )
-    return [ranking, curves]
+    return [
+        Section(
+            anchor="training",
+            short="Ranking",
+            title="Which trained designs do best, and keep it?",
+            lead="Designs are in the order of their loss at the trained number of recurrences.",
+            figures=[ranking],
+        ),
+        Section(
+            anchor="training-curves",
+            short="Loss by recurrences",
+            title="What do more recurrences than in training do?",
+            lead="Test loss of every trained design, at fewer and at more recurrences than it was trained with.",
+            figures=[curves] if curves.has_data else [],
+        ),
+    ]
 
 
-def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Figure:
+def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Panel:
     what = "accuracy" if accuracy else "loss"
-    title = "accuracy" if accuracy else "test loss (nats)"
-    figure = base_figure(title, "", hovermode="closest")
+    marks: list[Mark] = []
     for row, each in enumerate(found):
         colour = MUTED if each.control else CATEGORIES[0]
         here = [_value(one, one.trained, accuracy=accuracy) for one in each.results]
         there = [_value(one, max(one.loss), accuracy=accuracy) for one in each.results]
         if each.control is None:
-            figure.add_scatter(
-                x=[sum(here) / len(here), sum(there) / len(there)], y=[row, row], mode="lines",
-                line={"color": colour, "width": 1.5}, opacity=0.6, showlegend=False, hoverinfo="skip",
-            )  # fmt: skip
-            _marks(figure, there, row, each, colour, "-open", f"{what} at the largest number of recurrences")
-        _marks(figure, here, row, each, colour, "", f"{what} at the trained number of recurrences")
-    for name, symbol, colour in (
-        ("looped, trained recurrences", "circle", CATEGORIES[0]),
-        ("looped, largest number", "circle-open", CATEGORIES[0]),
-        ("feed-forward control", "square", MUTED),
-    ):
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name=name, marker={"symbol": symbol, "size": 9, "color": colour}
-        )
-    if not accuracy:
-        figure.update_xaxes(type="log")
-    figure.update_xaxes(showgrid=True)
-    figure.update_yaxes(
-        tickvals=list(range(len(found))),
-        ticktext=[plot_text(each.name, 44) for each in found],
-        range=[len(found) - 0.5, -0.5],
-        ticks="",
-        showgrid=False,
-        tickfont={"size": 11.5},
-    )
-    return Figure(
-        anchor="training-accuracy" if accuracy else "training-ranking",
-        title="How accurate?" if accuracy else "Which loss, and what becomes of it?",
-        caption="A mark is a seed."
-        + (" Share of tokens that are the likeliest one; earlier tokens are given." if accuracy else " Logarithmic."),
-        plot=figure,
+            means = [float(np.mean(here)), float(np.mean(there))]
+            names = [visible(each.name, 60)] * 2
+            marks.append(Line(x=means, y=[row, row], colour=colour, width=1, labels=names, tip="{label}"))
+            marks.append(_seeds(there, row, each, colour, f"{what} at the largest number of recurrences", hollow=True))
+        marks.append(_seeds(here, row, each, colour, f"{what} at the trained number of recurrences"))
+    nowhere = [math.nan]
+    marks += [
+        Dots(x=nowhere, y=nowhere, name="looped, trained recurrences", colour=CATEGORIES[0]),
+        Dots(x=nowhere, y=nowhere, name="looped, largest number", colour=CATEGORIES[0], hollow=True),
+        Dots(x=nowhere, y=nowhere, name="feed-forward control", colour=MUTED, symbol="square"),
+    ]
+    return Panel(
+        x=Axis(title="accuracy", grid=True) if accuracy else Axis(title="test loss (nats)", scale="log", grid=True),
+        y=Axis(
+            title="",
+            ticks={row: visible(each.name, 44) for row, each in enumerate(found)},
+            span=(len(found) - 0.5, -0.5),
+            grid=False,
+        ),
+        marks=marks,
+        anchor="training-accuracy" if accuracy else "",
         height=150 + 24 * len(found),
     )
 
 
-def _marks(
-    figure: go.Figure, values: Sequence[float], row: int, design: DesignSummary, colour: str, form: str, what: str
-) -> None:
-    symbol = ("square" if design.control else "circle") + form
-    figure.add_scatter(
-        x=list(values),
+def _seeds(
+    values: Sequence[float], row: int, design: DesignSummary, colour: str, what: str, *, hollow: bool = False
+) -> Dots:
+    return Dots(
+        x=values,
         y=[row] * len(values),
-        mode="markers",
-        marker={"symbol": symbol, "size": 8, "color": colour},
-        showlegend=False,
-        text=[f"seed {one.cell.seed}" for one in design.results],
-        hovertemplate=f"{plot_text(design.name)}, %{{text}}<br>{what}: %{{x:.4g}}<extra></extra>",
+        colour=colour,
+        symbol="square" if design.control else "circle",
+        hollow=hollow,
+        size=8,
+        labels=[f"{visible(design.name, 60)}, seed {one.cell.seed}" for one in design.results],
+        tip=f"{{label}}\n{what}: {{x:.4g}}",
     )
 
 
@@ -338,38 +312,32 @@ def _value(result: SweepResult, recurrences: int, *, accuracy: bool) -> float:
     return (result.accuracy if accuracy else result.loss)[recurrences]
 
 
-def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: int) -> Figure:
-    figure = base_figure("recurrences", "loss (nats)", hovermode="closest")
+def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: int) -> Panel:
     first = design.results[0]
     numbers = sorted(first.loss)
+    marks: list[Mark] = []
     for each, colour in zip(design.results, ordered_colours(len(design.results) + 1), strict=False):
-        figure.add_scatter(
-            x=sorted(each.loss),
-            y=[each.loss[number] for number in sorted(each.loss)],
-            mode="lines+markers",
-            name=f"seed {each.cell.seed}",
-            line={"color": colour, "width": 2},
-            marker={"size": 5},
-            hovertemplate="after %{x}: %{y:.4g} nats<extra></extra>",
-        )
+        counts = sorted(each.loss)
+        marks.append(
+            Line(
+                x=counts, y=[each.loss[number] for number in counts], name=f"seed {each.cell.seed}", colour=colour,
+                points=True, tip="after {x}: {y:.4g} nats",
+            )
+        )  # fmt: skip
     for control, (dash, name) in _CONTROLS.items():
         other = control_results(results, first, control)
         if other is not None:
-            figure.add_scatter(
-                x=[numbers[0], numbers[-1]],
-                y=[other.loss_at_trained] * 2,
-                mode="lines",
-                name=name,
-                line={"color": MUTED, "dash": dash, "width": 1.5},
-                hovertemplate=f"{name}: %{{y:.4g}} nats<extra></extra>",
-            )
-    lines_across(figure, {"color": MUTED, "width": 1}, x=[first.trained])
-    figure.update_xaxes(type="log", tickvals=numbers, ticktext=[str(number) for number in numbers])
-    verdict = f"kept in {design.kept} of {len(design.results)} seeds"
-    return Figure(
+            marks.append(
+                Line(
+                    x=[numbers[0], numbers[-1]], y=[other.loss_at_trained] * 2, name=name, colour=MUTED, dash=dash,
+                    width=1.5, tip=f"{name}: {{y:.4g}} nats",
+                )
+            )  # fmt: skip
+    return Panel(
+        x=Axis(title="recurrences", scale="log", ticks=numbers),
+        y=Axis(title="loss (nats)"),
+        marks=[*marks, Rule(x=float(first.trained), dash="solid")],
+        title=f"{visible(design.name, 60)}: kept in {design.kept} of {len(design.results)} seeds",
         anchor=f"training-curve-{index}",
-        title=f"{design.name}: {verdict}",
-        caption=f"{first.layout}, {first.parameters:,} parameters.",
-        plot=figure,
-        height=260,
+        height=280,
     )

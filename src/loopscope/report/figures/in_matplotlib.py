@@ -59,6 +59,7 @@ from loopscope.report.figures.plot import (
     Shade,
     begins_at_zero,
     log_ticks,
+    upright,
 )
 
 Format = Literal["pdf", "svg", "png"]
@@ -190,7 +191,9 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
         if count > 1:
             axes.set_title(plot.letter(panel), loc="left", fontweight="bold")
         if panel.title:
-            axes.set_title(_fitted(_words(panel.title), total / beside - _SIDES))
+            named_above = any(isinstance(mark, Rule) and mark.above for mark in panel.marks)
+            pad = 6 + (SMALL_SIZE + 3 if named_above else 0)
+            axes.set_title(_fitted(_words(panel.title), total / beside - _SIDES), pad=pad)
         found.append(axes)
     return figure, found
 
@@ -237,7 +240,7 @@ class _Drawing:
     def _(self, mark: Dots) -> None:
         style: dict[str, Any] = {
             "linestyle": "none", "marker": _SYMBOLS[mark.symbol], "markersize": 0.45 * mark.size, "color": mark.colour,
-            "markerfacecolor": "none" if mark.hollow else mark.colour, "alpha": mark.opacity, "label": _label(mark),
+            "markerfacecolor": PAPER if mark.hollow else mark.colour, "alpha": mark.opacity, "label": _label(mark),
         }  # fmt: skip
         if mark.z is not None:
             self._axes.plot(np.asarray(mark.x), np.asarray(mark.y), np.asarray(mark.z), **style)
@@ -283,7 +286,7 @@ class _Drawing:
                     red, green, blue, _ = image.cmap(image.norm(shown[row, column]))
                     colour = PAPER if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
                     self._axes.text(x[column], row, _words(words), ha="center", va="center", color=colour, fontsize=6)
-        if mark.bar:
+        if mark.bar and not self._explained_later(mark):
             _add_colour_bar(self._figure, image, self._axes, mark)
 
     @_add.register
@@ -313,6 +316,14 @@ class _Drawing:
         corner = (mark.x - 0.47, mark.y - 0.47)
         self._axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=EMPHASIS, linewidth=1.2))
 
+    def _explained_later(self, mark: HeatMap) -> bool:
+        """Whether the bar of a later panel says what the colours of this map are."""
+        place = next(place for place, panel in enumerate(self._plot.panels) if panel is self._panel)
+        later = [each for panel in self._plot.panels[place + 1 :] for each in panel.marks if isinstance(each, HeatMap)]
+        return any((each.bar, each.low, each.high) == (mark.bar, mark.low, mark.high) for each in later) and (
+            mark.low is not None
+        )
+
     def _drawable(self, values: Any) -> NDArray[np.float64]:
         """Gaps for what has no place on the y axis: what is not finite, and on a logarithmic one what is not
         positive."""
@@ -328,7 +339,8 @@ class _Drawing:
             return
         is_map = any(isinstance(mark, HeatMap) for mark in panel.marks)
         axes.set_xlabel(_words(panel.x.title))
-        axes.set_ylabel("\n".join(textwrap.wrap(_words(panel.y.title), _Y_CHARACTERS)))
+        title = _words(panel.y.title)
+        axes.set_ylabel(title if is_map else "\n".join(textwrap.wrap(title, _Y_CHARACTERS)))
         if not is_map:
             self._finish_values(panel.y)
             axes.grid(visible=panel.y.grid is not False, axis="y")
@@ -337,7 +349,7 @@ class _Drawing:
                 axes.set_aspect("equal", adjustable="datalim")
         elif axes.name != "3d" and panel.x.ticks:
             axes.tick_params(length=0)
-            axes.tick_params(axis="x", rotation=90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+            axes.tick_params(axis="x", rotation=90 if upright(panel) else 0)
         _finish_axis(axes, "x", panel.x)
         _finish_axis(axes, "y", panel.y)
 
@@ -348,7 +360,7 @@ class _Drawing:
             return
         if not self._log:
             if begins_at_zero(axis, values) or self._bars:
-                axes.set_ylim(bottom=0, top=None if values.any() else 1)
+                axes.set_ylim(bottom=0, top=1.05 * values.max() if values.any() else 1)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
             return

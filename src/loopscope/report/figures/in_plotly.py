@@ -34,6 +34,7 @@ from loopscope.report.figures.plot import (
     begins_at_zero,
     log_ticks,
     script_text,
+    upright,
 )
 
 _SMALL = {"size": 11, "color": MUTED}
@@ -135,6 +136,7 @@ class _Drawing:
         self.figure = go.Figure(layout=_layout("x unified" if together else "closest"))
         self.figure.layout.template = None  # plotly's own, which it fills in unless told otherwise
         self._log_x = panel.x.scale == "log"
+        self._listed: set[str] = set()
         self._shapes: list[dict[str, Any]] = []
         self._notes: list[dict[str, Any]] = []
         for mark in panel.marks:
@@ -197,15 +199,23 @@ class _Drawing:
 
     @_add.register
     def _(self, mark: Bars) -> None:
+        beside = sum(isinstance(each, Bars) for each in self._panel.marks)
         self.figure.add_bar(
-            x=_array(mark.x), y=_array(mark.y), width=mark.width, marker={"color": mark.colour},
+            x=_array(mark.x),
+            y=_array(mark.y),
+            width=mark.width / beside,
+            marker={"color": mark.colour},
+            textposition="none",  # the labels are those of tooltips
             **self._named(mark, "{y:.3g}"),
-        )  # fmt: skip
+        )
 
     @_add.register
     def _(self, mark: HeatMap) -> None:
         named = self._named(mark, "{z:.3g}")
         del named["showlegend"], named["legendrank"]
+        if len(mark.texts) and "text" in named:  # a cell has one text, which is what is written into it
+            named["customdata"] = named.pop("text")
+            named["hovertemplate"] = named["hovertemplate"].replace("%{text}", "%{customdata}")
         shown = np.asarray(mark.z, dtype=np.float32)
         steps = [(place + end) / len(mark.palette) for place in range(len(mark.palette)) for end in (0, 1)]
         low, high = (-0.5, len(mark.palette) - 0.5) if mark.palette else (mark.low, mark.high)
@@ -217,15 +227,13 @@ class _Drawing:
             zmax=high,
             colorscale=[[at, mark.palette[place // 2]] for place, at in enumerate(steps)] or SEQUENTIAL,
             showscale=bool(mark.bar),
-            colorbar=_bar(mark, above=self._panel.height > 700),
+            colorbar=_bar(mark, above=self._bar_above(mark)),
             xgap=2 if mark.gaps else 0,
             ygap=2 if mark.gaps else 0,
             **named,
         )
         if len(mark.texts):
             texts = [[_text(words) for words in row] for row in mark.texts]
-            if "text" in named:
-                raise ValueError("a map has either texts in its cells or labels for tooltips")
             self.figure.update_traces(text=texts, texttemplate="%{text}", textfont={"size": 11.5})
         for which, places in (("x", mark.parted_x), ("y", mark.parted_y)):
             for place in places:
@@ -262,6 +270,10 @@ class _Drawing:
         corners = {"x0": mark.x - 0.47, "x1": mark.x + 0.47, "y0": mark.y - 0.47, "y1": mark.y + 0.47}
         self._shapes.append({"type": "rect", "line": {"color": EMPHASIS, "width": 2.5}, **corners})
 
+    def _bar_above(self, mark: Mark) -> bool:
+        """Of a high map, as its middle may be out of sight; and of one that needs all the width for its texts."""
+        return isinstance(mark, HeatMap) and bool(mark.bar) and (self._panel.height > 700 or len(mark.texts) > 0)
+
     def _named(self, mark: Any, value: str) -> dict[str, Any]:
         """Name, and what the tooltips say."""
         called = _text(self._plot.called(mark))
@@ -271,10 +283,11 @@ class _Drawing:
         plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
         named: dict[str, Any] = {
             "name": _text(mark.name),
-            "showlegend": bool(mark.name) and mark.listed,
+            "showlegend": bool(mark.name) and mark.listed and mark.name not in self._listed,
             "legendrank": 1 if mark.name.isdigit() else 1000,  # numbers before words
             "hovertemplate": _template(html.escape(mark.tip, quote=False) or plain) + "<extra></extra>",
         }
+        self._listed.add(mark.name)
         if len(mark.labels):
             named["text"] = _texts(mark.labels)
         if mark.data is not None:
@@ -321,20 +334,24 @@ class _Drawing:
             drawn.update(update)
         if is_map and panel.y.span is None:
             layout.yaxis.update(autorange="reversed")
+        if any(map(self._bar_above, panel.marks)):
+            # Plotly forgets the labels of a map when it makes room for such a bar, and would write across them.
+            names = panel.x.ticks.values() if isinstance(panel.x.ticks, Mapping) else [""]
+            layout.xaxis.title.standoff = 16 + 15 * max(name.count("\n") + 1 for name in names)
         if panel.equal:
             layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
             layout.xaxis.update({"constrain": "domain"} if is_map else {})
         if is_map and panel.x.ticks:
-            layout.xaxis.update(ticks="", tickangle=-90 if panel.equal and len(panel.x.ticks) > 6 else 0)
+            layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else 0)
 
     def _values_axis(self, axis: Axis) -> dict[str, Any]:
         values = self._plot.values(self._panel)
         if self._plot.logarithmic(self._panel):
             positive = values[values > 0]
-            if axis.span or not positive.size:
-                return {"type": "log", "dtick": 2 if axis.span and axis.span[1] / axis.span[0] > 1e4 else 1}
-            margin = (positive.max() / positive.min()) ** 0.05
-            low, high = float(positive.min() / margin), float(positive.max() * margin)
+            if axis.span is None and not positive.size:
+                return {"type": "log", "dtick": 1}
+            margin = (positive.max() / positive.min()) ** 0.05 if axis.span is None else 1.0
+            low, high = axis.span or (float(positive.min() / margin), float(positive.max() * margin))
             ticks = log_ticks(low, high)
             texts = {"tickvals": list(ticks), "ticktext": list(ticks.values())} if ticks else {}
             return {"type": "log", "range": [math.log10(low), math.log10(high)], **texts}
@@ -350,7 +367,11 @@ class _Drawing:
             for which, axis in zip("xyz", (self._panel.x, self._panel.y, z), strict=True)
         }  # fmt: skip
         self.figure.update_layout(
-            scene={**axes, "aspectmode": "cube", "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}}},
+            scene={
+                **axes,
+                "aspectmode": "cube",
+                "camera": {"eye": {"x": 1.8, "y": 1.8, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.1}},
+            },
             margin={"l": 0, "r": 0, "t": 0, "b": 0},
         )
 
@@ -374,7 +395,7 @@ def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
 
 
 def _bar(mark: HeatMap, *, above: bool) -> dict[str, Any]:
-    """What the colours mean: beside a map, or above a high one, whose middle may be out of sight."""
+    """What the colours mean: beside or above a map."""
     ticks = {"tickvals": list(mark.bar_ticks), "ticktext": list(mark.bar_ticks.values())} if mark.bar_ticks else {}
     place = {"orientation": "h", "y": 1.0, "yref": "paper", "yanchor": "bottom", "xpad": 0} if above else {"len": 0.9}
     title = {"text": _text(mark.bar), "side": "top" if above else "right", "font": {"size": 12}}

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
 
+Symbol = Literal[
+    "circle", "square", "diamond", "triangle-right", "triangle-up", "triangle-left", "pentagon", "x", "bar", "star"
+]
 CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#1C1D21")
 INK, MUTED, GRID, AXIS, PAPER = "#1C1D21", "#5B5F66", "#E6E8EB", "#B9BDC4", "#FFFFFF"
 EMPHASIS = CATEGORIES[3]
@@ -60,8 +63,7 @@ class KindLook:
     on_colour: str
     """Of a letter on that colour."""
     letter: str
-    symbol: str
-    """Plotly's name of a marker; its open form is `<symbol>-open`."""
+    symbol: Symbol
     meaning: str
     """In a few words, for legends."""
 
@@ -96,17 +98,17 @@ def looks_for_script() -> list[dict[str, str]]:
     ]
 
 
-PREDICTED_LOOKS: dict[Predicted, tuple[str, str]] = {
+PREDICTED_LOOKS: dict[Predicted, tuple[str, Symbol]] = {
     Predicted.FIXED_POINT: (KIND_LOOKS[Kind.FIXED_POINT].colour, "circle"),
     Predicted.DAMPED_ROTATION: (KIND_LOOKS[Kind.AT_FLOOR].colour, "circle"),
     Predicted.SLIDER: (KIND_LOOKS[Kind.SLIDER].colour, "triangle-right"),
     Predicted.ORBIT: (KIND_LOOKS[Kind.ORBIT].colour, "diamond"),
     Predicted.PERIOD_TWO: (KIND_LOOKS[Kind.BOUNDED].colour, "diamond"),
     Predicted.UNSTABLE: (KIND_LOOKS[Kind.DIVERGING].colour, "triangle-up"),
-    Predicted.FAR: (KIND_LOOKS[Kind.UNKNOWN].colour, "x-thin-open"),
+    Predicted.FAR: (KIND_LOOKS[Kind.UNKNOWN].colour, "bar"),
     Predicted.UNRESOLVED: (KIND_LOOKS[Kind.UNKNOWN].colour, "x"),
 }
-"""Colour, and plotly's name of a marker."""
+"""Colour and symbol."""
 
 PAPER_FONT = "DejaVu Sans"
 """Comes with matplotlib, so it is the same on every machine."""

@@ -21,16 +21,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from loopscope.answers.comparison.result import Comparison
-from loopscope.report.figures.look import decade, decade_ticks, number
+from loopscope.report.figures.look import Symbol, decade, decade_ticks, number
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
 Number = float | int
 Values = Sequence[Number] | NDArray[Any]
 Dash = Literal["solid", "dot", "dash", "dashdot", "longdash"]
-Symbol = Literal[
-    "circle", "square", "diamond", "triangle-right", "triangle-up", "triangle-left", "pentagon", "x", "bar", "star"
-]
 Scale = Literal["auto", "linear", "log", "free"]
 
 _LINEAR = 5.0
@@ -250,9 +247,9 @@ class Plot:
         return any(panel.has_data for panel in self.panels)
 
     def letter(self, panel: Panel) -> str:
-        """Of one among several panels, by which the reading calls it."""
+        """Of one among several panels, by which the reading calls it; of more than there are letters none has one."""
         place = next(place for place, each in enumerate(self.panels) if each is panel)
-        return ascii_lowercase[place % 26] if len(self.panels) > 1 else ""
+        return ascii_lowercase[place] if 1 < len(self.panels) <= len(ascii_lowercase) else ""
 
     def called(self, mark: Named) -> str:
         """What a tooltip calls a line: `layer 3`, where the legend has a title and the number."""
@@ -291,6 +288,12 @@ def begins_at_zero(axis: Axis, values: NDArray[np.float64]) -> bool:
     if axis.scale == "free" or not values.size:
         return False
     return bool(0 <= values.min() < values.max() / _CLOSE) or not values.any()
+
+
+def upright(panel: Panel) -> bool:
+    """Whether the names of a map's columns have room only along them."""
+    ticks = panel.x.ticks
+    return panel.equal and isinstance(ticks, Mapping) and len(ticks) > 6 and max(map(len, ticks.values())) > 3
 
 
 def log_ticks(low: float, high: float) -> dict[float, str]:

@@ -1,4 +1,4 @@
-"""A study's tokens for the panel: which prompts are shown, what is said of each token, and the extreme ones."""
+"""A study's tokens for the panel: which prompts are shown, and what is said of each token."""
 
 from __future__ import annotations
 
@@ -9,23 +9,14 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope._util.wording import listed, percent, significant, visible
-from loopscope.answers.rates import co_occurrence, study_rates, token_shares
 from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.report.figures._old import Figure, Material
-from loopscope.report.figures.plot import Drawn, Section
+from loopscope.report.figures.plot import Drawn, Section, on_page
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
-from loopscope.report.figures.verdicts import (
-    Extreme,
-    ShareSeries,
-    co_occurrence_map,
-    extremes,
-    sensitivity_map,
-    share_map,
-    shares_figure,
-)
-from loopscope.study import Study
+from loopscope.report.figures.verdicts import VERDICTS
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
 
 _PROMPTS = 4
 """Prompts in the page unless the settings name some: with 200 tokens each they take half a MB."""
@@ -33,16 +24,15 @@ _TOKENS = 200
 """Of a longer prompt, the last so many."""
 _MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
 _TURNING = (Predicted.DAMPED_ROTATION, Predicted.ORBIT, Predicted.PERIOD_TWO)
-_SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
-def prompts_panel(material: Material) -> list[TokenPanel]:
+def prompts_panel(view: StudyView, settings: ReportSettings) -> list[TokenPanel]:
     """The tokens of some prompts, after the last recurrent layer."""
-    data = _last_layer(material)
-    chosen = list(material.settings.prompts) or _interesting(data)
+    data = _last_layer(view)
+    chosen = list(settings.prompts) or _interesting(data)
     if not chosen:
         return []
-    groups = [_group(material, data, prompt) for prompt in chosen]
+    groups = [_group(view, data, prompt) for prompt in chosen]
     return [
         token_panel(
             groups,
@@ -55,28 +45,6 @@ def prompts_panel(material: Material) -> list[TokenPanel]:
             choose="Prompt",
         )
     ]
-
-
-def extreme_figures(material: Material) -> list[Figure]:
-    """The widest orbit and the fastest slider of the last layer."""
-    data = _last_layer(material)
-    if "tail_path" not in data:
-        return []
-    codes = data["verdict"].values
-    candidates = []
-    for kind, name in _SIZE.items():
-        for prompt, token in np.argwhere(codes == KINDS.index(kind)):
-            place = {"prompt": int(prompt), "token": int(token)}
-            candidates.append(
-                Extreme(
-                    label=f"Prompt {prompt}, token {token} “{_strings(material, int(prompt))[token]}”",
-                    kind=kind,
-                    size=float(data[name].isel(place)),
-                    period=float(data["verdict_period"].isel(place)),
-                    path=_path(data, place),
-                )
-            )
-    return extremes(candidates)
 
 
 def verdict_line(kind: Kind, numbers: dict[str, float]) -> str:
@@ -104,8 +72,8 @@ def _said(sentence: str, value: float, shown: object = significant) -> str:
     return sentence.format(shown(value)) if math.isfinite(value) else ""
 
 
-def _last_layer(material: Material) -> xarray.Dataset:
-    data = material.view.dataset.isel(judged_layer=-1)
+def _last_layer(view: StudyView) -> xarray.Dataset:
+    data = view.dataset.isel(judged_layer=-1)
     return data.transpose(..., "prompt", "token", missing_dims="ignore")
 
 
@@ -118,12 +86,12 @@ def _interesting(data: xarray.Dataset) -> list[int]:
     return list(dict.fromkeys([*found, *range(codes.shape[0])]))[:_PROMPTS]
 
 
-def _group(material: Material, data: xarray.Dataset, prompt: int) -> PanelGroup:
-    strings = _strings(material, prompt)
+def _group(view: StudyView, data: xarray.Dataset, prompt: int) -> PanelGroup:
+    strings = view.strings(prompt)
     first = max(0, len(strings) - _TOKENS)
     here = data.isel(prompt=prompt)
     tokens = [_token(here, place, strings[place]) for place in range(first, len(strings))]
-    entry = material.tokens[prompt]
+    entry = view.study.tokens[prompt]
     text = str(entry["text"] or "".join(strings))
     return PanelGroup(
         name=f"Prompt {prompt}: {visible(text, 70)}",
@@ -207,106 +175,19 @@ def _path(data: xarray.Dataset, place: dict[str, int]) -> NDArray[np.floating]:
     return path
 
 
-def _strings(material: Material, prompt: int) -> list[str]:
-    return [str(token) for token in material.tokens[prompt]["token_strings"]]
-
-
-def behaviour_section(study: Study, material: Material) -> Section:
+def behaviour_section(view: StudyView, settings: ReportSettings) -> Section:
     """Of a study with verdicts; without them a section that has no figures."""
-    data = material.view.dataset
-    figures: list[Drawn] = []
-    if "verdict" in data and data.sizes["prompt"]:
-        figures = [
-            _shares(study),
-            *_by_layer(data),
-            _by_role(study),
-            *_sensitivities(study),
-            *_layers_together(study),
-            *extreme_figures(material),
-            *prompts_panel(material),
-        ]
-    horizon = material.view.horizon
+    figures: list[Drawn] = [*on_page(VERDICTS, view, settings)]
+    if "verdict" in view.dataset and view.prompts:
+        figures += prompts_panel(view, settings)
     return Section(
         anchor="behaviour",
         short="Behaviour",
         title="What do the tokens tend to?",
         lead=(
-            f"Each token's last states of {2 * horizon} recurrences, judged by the shape of their motion "
+            f"Each token's last states of {2 * view.horizon} recurrences, judged by the shape of their motion "
             "(displacement) and by their cosine to the last state (cosine). The cosine is blind to the norm and to "
             "small motion. Lengths are relative to the norm of the state."
         ),
         figures=figures,
     )
-
-
-def _shares(study: Study) -> Figure:
-    found = {method: study_rates(study, method=method) for method in ("displacement", "cosine")}
-    series = [
-        ShareSeries(name=f"{things}, {method}", shares=shares, square=things == "prompts", hollow=method == "cosine")
-        for things in ("tokens", "prompts")
-        for method, rates in found.items()
-        for shares in (rates.tokens if things == "tokens" else rates.prompts,)
-    ]
-    layer = found["displacement"].layer
-    return shares_figure(
-        series,
-        f"After recurrent layer {layer}. Bars are 95 % Clopper-Pearson intervals; a triangle stands at the highest "
-        "share that the interval leaves possible where none was found. A prompt counts for every kind that one of its "
-        "tokens has. The tokens of a prompt depend on each other, so their intervals are too narrow; those of prompts "
-        "are not.",
-    )
-
-
-def _by_layer(data: xarray.Dataset) -> list[Figure]:
-    layers = [int(layer) for layer in data["judged_layer"].values]
-    if len(layers) < 2:
-        return []
-    codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
-    return [
-        share_map(
-            {str(layer): token_shares(one[one >= 0]) for layer, one in zip(layers, codes, strict=True)},
-            anchor="behaviour-layers",
-            title="Is it the same at every layer?",
-            caption="Percent of the tokens, by displacement; the colours are even in the square root. Point at a cell "
-            "for the count and its interval.",
-            x_title="recurrent layer",
-        )
-    ]
-
-
-def _by_role(study: Study) -> Figure:
-    rates = study_rates(study)
-    return share_map(
-        {name: shares for name, shares in rates.roles.items() if shares[0].total},
-        anchor="behaviour-roles",
-        title="Does it depend on what the token is?",
-        caption=f"Percent of the tokens of each role after recurrent layer {rates.layer}, by displacement. A token can "
-        "have several roles: the question is what lies between a system prompt and what a chat template adds.",
-        x_title="",
-    )
-
-
-def _sensitivities(study: Study) -> list[Figure]:
-    """Maps of both methods, all prompts together."""
-    data, record = study.dataset, study.manifest.get("behaviour") or {}
-    figures = []
-    for method in ("displacement", "cosine"):
-        name = f"{method}_sensitivity"
-        if name not in data or method not in record:
-            continue
-        names = [str(each) for each in record["sensitivity"][method]]
-        counts = data[name].sum("prompt").transpose(f"{method}_setting", f"{method}_setting_other", "kind")
-        if counts.values.sum():
-            figures.append(sensitivity_map(counts, names, [float(record[method][each]) for each in names], method))
-    return figures
-
-
-def _layers_together(study: Study) -> list[Figure]:
-    if study.dataset.sizes["judged_layer"] < 2:
-        return []
-    figure = co_occurrence_map(
-        co_occurrence(study),
-        "Of the tokens that show the kind of a row at some layer, the share that shows the kind of the column at some "
-        "layer. The row of a rare kind tells what other layers show of the tokens that have it.",
-    )
-    return [] if figure is None else [figure]

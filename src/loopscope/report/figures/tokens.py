@@ -1,104 +1,99 @@
-"""Figures: single prompts, token by token."""
+"""Single prompts, token by token: which tokens settle late?"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loopscope._util.wording import visible
 from loopscope.errors import ConfigError
-from loopscope.report.figures._old import Figure, Material, base_figure, plot_text
-from loopscope.report.figures.look import SEQUENTIAL
-from loopscope.report.figures.plot import Section
+from loopscope.report.figures.look import decade, decade_ticks
+from loopscope.report.figures.plot import Axis, FigureType, HeatMap, Panel, Plot, Section, on_page
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
 
 _COLUMNS = 64
 _NAME = "token_relative_distance"
 
 
-def tokens_section(material: Material) -> Section:
-    """Heat maps of the prompts asked for, or of an ordinary and the slowest one.
-
-    Raises `ConfigError` for a prompt that the study does not have.
-    """
-    asked = material.settings.prompts
-    missing = [prompt for prompt in asked if prompt >= material.view.prompts]
-    if missing:
-        raise ConfigError(
-            f"Prompt {missing[0]} cannot be drawn: the study has prompts 0 to {material.view.prompts - 1}."
-        )
-    chosen = dict.fromkeys(asked, "") or _ordinary_and_slowest(material)
-    # One range of colours, so that the prompts can be compared.
-    distances = material.view.dataset[_NAME].sel(site="last_layer").isel(prompt=list(chosen)).values
-    colours = _range(_powers(distances))
-    return Section(
-        anchor="tokens",
-        short="Tokens",
-        title="Token by token",
-        lead="State after the last recurrent layer: distance to its state at the horizon, for every token.",
-        figures=[_heat_map(material, prompt, why, colours) for prompt, why in chosen.items()],
-    )
-
-
-def _ordinary_and_slowest(material: Material) -> dict[int, str]:
+def _ordinary_and_farthest(view: StudyView) -> dict[int, str]:
     """Prompts by their mean relative distance at the end: the middle one and the largest; none if all diverged."""
-    end = material.view.finite["relative_distance_second_horizon"].isel(layer=-1, recurrence=-1)
+    end = view.finite["relative_distance_second_horizon"].isel(layer=-1, recurrence=-1)
     order = end["prompt"].values[np.argsort(end.values, kind="stable")]
     if not order.size:
         return {}
-    ordinary, slowest = int(order[(len(order) - 1) // 2]), int(order[-1])
-    return {ordinary: "an ordinary prompt"} | ({slowest: "the prompt farthest out"} if slowest != ordinary else {})
+    ordinary, farthest = int(order[(len(order) - 1) // 2]), int(order[-1])
+    return {ordinary: ", an ordinary one"} | ({farthest: ", the farthest out"} if farthest != ordinary else {})
 
 
-def _heat_map(material: Material, prompt: int, why: str, colours: tuple[float, float]) -> Figure:
-    entry = material.tokens[prompt]
-    strings = [str(token) for token in entry["token_strings"]]
-    first = max(0, len(strings) - material.settings.most_tokens)
-    columns = _columns(material.view.recurrences)
-    values = material.view.dataset[_NAME].sel(site="last_layer").isel(prompt=prompt)
-    shown = values.transpose("token", "recurrence").values[first : len(strings), columns - 1]
-    rows = len(shown)
-    powers = _powers(shown)
-    low, high = colours
+def _all_diverged(view: StudyView) -> str | None:
+    return None if view.finite.sizes["prompt"] else "all prompts diverged"
 
-    figure = base_figure("recurrences", "", hovermode="closest")
-    places = np.arange(len(columns))
-    names = [plot_text(token, 18) for token in strings[first:]]
-    figure.add_heatmap(
-        z=powers,
-        x=places,
-        y=np.arange(rows),
-        customdata=np.stack(np.broadcast_arrays(shown.astype(np.float32), columns[None].astype(np.float32)), axis=-1),
-        text=[[name] * len(columns) for name in names],
-        colorscale=SEQUENTIAL,
-        zmin=low,
-        zmax=high,
-        colorbar={
-            "title": {"text": "distance / norm", "side": "top", "font": {"size": 12}},
-            "orientation": "h",
-            "y": 1.0,
-            "yref": "paper",
-            "yanchor": "bottom",
-            "xpad": 0,
-            "tickvals": list(range(int(low), int(high) + 1)),
-            "ticktext": [f"10<sup>{power}</sup>" for power in range(int(low), int(high) + 1)],
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
-        hovertemplate="%{text}<br>recurrence %{customdata[1]:.0f}: %{customdata[0]:.2g}<extra></extra>",
-    )
-    ticks = places[:: max(1, len(columns) // 7)]
-    figure.update_xaxes(tickvals=ticks, ticktext=[str(columns[place]) for place in ticks], tickangle=0)
-    figure.update_yaxes(
-        tickvals=np.arange(rows), ticktext=names, autorange="reversed", showgrid=False, ticks="", tickfont={"size": 11}
-    )
-    cut = f" Only the last {rows} of its {len(strings)} tokens are drawn." if first else ""
-    return Figure(
-        anchor=f"tokens-{prompt}",
-        title=f"Which tokens settle late? Prompt {prompt}" + (f", {why}" if why else ""),
-        caption=(
-            f"Dark: close to the state at recurrence {material.view.horizon}. Rows that stay bright are tokens "
-            f"that keep moving; a token sees only those above it.{cut}"
+
+def _tokens(view: StudyView, settings: ReportSettings) -> Plot:
+    """Of the prompts that the settings name, or of an ordinary one and the one farthest out.
+
+    Raises `ConfigError` for a prompt that the study does not have.
+    """
+    missing = [prompt for prompt in settings.prompts if prompt >= view.prompts]
+    if missing:
+        raise ConfigError(f"Prompt {missing[0]} cannot be drawn: the study has prompts 0 to {view.prompts - 1}.")
+    chosen = dict.fromkeys(settings.prompts, "") or _ordinary_and_farthest(view)
+    columns = _columns(view.recurrences)
+    values = view.dataset[_NAME].sel(site="last_layer").transpose("prompt", "token", "recurrence").values
+    shown, cut = {}, []
+    for prompt in chosen:
+        count = len(view.strings(prompt))
+        shown[prompt] = values[prompt, max(0, count - settings.most_tokens) : count][:, columns - 1].astype(np.float64)
+        if count > settings.most_tokens:
+            cut.append(f" Of prompt {prompt} only the last {settings.most_tokens} of its {count} tokens are drawn.")
+    # One range of colours, so that the prompts can be compared.
+    ends = _decades(list(shown.values()))
+    return Plot(
+        question="Which tokens settle late?",
+        reading=(
+            "Distance of every token's state after the last recurrent layer to its state at the horizon H = "
+            f"{view.horizon}, over the norm there. Dark: close to it. Rows that stay bright are tokens that keep "
+            f"moving; a token sees only those above it.{''.join(cut)}"
         ),
-        plot=figure,
+        panels=[
+            _panel(view, prompt, f"Prompt {prompt}{why}", shown[prompt], columns, ends)
+            for prompt, why in chosen.items()
+        ],
+    )
+
+
+def _panel(
+    view: StudyView,
+    prompt: int,
+    title: str,
+    shown: NDArray[np.float64],
+    columns: NDArray[np.int64],
+    ends: tuple[float, float],
+) -> Panel:
+    rows, places = len(shown), np.arange(len(columns))
+    strings = view.strings(prompt)
+    names = [visible(token, 18) for token in strings[len(strings) - rows :]]
+    with np.errstate(divide="ignore"):  # a distance of exactly 0 has no logarithm, and no colour
+        powers = np.where(shown > 0, np.log10(shown), np.nan)
+    return Panel(
+        x=Axis(title="recurrence", ticks={int(at): str(columns[at]) for at in places[:: max(1, len(columns) // 7)]}),
+        y=Axis(title="", ticks=dict(enumerate(names)), span=(rows - 0.5, -0.5)),
+        marks=[
+            HeatMap(
+                z=powers,
+                x=places,
+                bar="distance / norm at H",
+                low=ends[0],
+                high=ends[1],
+                bar_ticks={power: decade(power) for power in decade_ticks(*ends)},
+                labels=[[name] * len(columns) for name in names],
+                data=np.stack(np.broadcast_arrays(shown, columns[None]), axis=-1).astype(np.float32),
+                tip="{label}\nrecurrence {1:.0f}: {0:.2g}",
+            )
+        ],
+        title=title,
+        anchor=f"tokens-{prompt}",
         height=17 * rows + 160,
     )
 
@@ -110,15 +105,32 @@ def _columns(recurrences: int) -> NDArray[np.int64]:
     return np.unique(np.geomspace(1, recurrences, _COLUMNS).round().astype(np.int64))
 
 
-def _powers(distances: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Logarithms to base 10; a distance of exactly 0 has none."""
-    return np.log10(np.where(distances > 0, distances, np.nan)).astype(np.float32)
-
-
-def _range(powers: NDArray[np.float32]) -> tuple[float, float]:
-    """Whole powers of ten around what is drawn."""
-    finite = powers[np.isfinite(powers)]
-    if not finite.size:
+def _decades(distances: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """Whole powers of ten below and above all distances."""
+    positive = np.concatenate([values[values > 0] for values in distances] or [np.empty(0)])
+    positive = positive[np.isfinite(positive)]
+    if not positive.size:
         return -1.0, 0.0
-    low, high = float(np.floor(finite.min())), float(np.ceil(finite.max()))
-    return (low, high) if high > low else (low - 1, high)
+    low = float(np.floor(np.log10(positive.min())))
+    return low, max(low + 1, float(np.ceil(np.log10(positive.max()))))
+
+
+TOKENS = FigureType(
+    name="tokens",
+    of=_tokens,
+    anchor="token-distances",
+    variables=(_NAME, "relative_distance_second_horizon"),
+    unless=_all_diverged,
+)
+
+
+def tokens_section(view: StudyView, settings: ReportSettings) -> Section:
+    """Heat maps of single prompts. Raises `ConfigError` for a prompt that the study does not have."""
+    return Section(
+        anchor="tokens",
+        short="Tokens",
+        title="Token by token",
+        lead="State after the last recurrent layer: distance to its state at the horizon, for every token.",
+        # Prompts that were asked for are drawn up to where they diverge.
+        figures=[TOKENS.draw(view, settings)] if settings.prompts else on_page((TOKENS,), view, settings),
+    )

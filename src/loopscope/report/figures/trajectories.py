@@ -1,152 +1,117 @@
-"""Figures: the way of single tokens, on their principal components."""
+"""Where single tokens go, on the principal components of their states."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loopscope.report.figures._old import Figure, Material, base_figure, plot_text
-from loopscope.report.figures.look import GRID, INK, MUTED, layer_colours, named_in_legend
-from loopscope.report.figures.plot import Section
+from loopscope._util.wording import visible
+from loopscope.report.figures.curves import drawn_recurrences
+from loopscope.report.figures.look import layer_colours, named_in_legend
+from loopscope.report.figures.plot import Axis, Dots, FigureType, Line, Mark, Panel, Plot, Section, on_page
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
 
 _MOST_TOKENS = 3
-"""Each token takes a 3-D scene, and browsers limit how many of those a page may hold."""
+"""Each takes a scene in space, of which browsers limit how many a page may hold."""
 
 
-def trajectories_section(material: Material) -> Section:
-    """A flat and a spatial view of each tracked token; tokens of prompts that diverged are left out."""
-    figures: list[Figure] = []
-    number = 0
-    data = material.view.dataset
-    for index in range(data.sizes["tracked"]):
-        scores = data["trajectory"].isel(tracked=index).transpose("layer", "recurrence", "component").values
-        if not np.isfinite(scores[..., :2]).all() or scores.shape[-1] < 2:
-            continue
-        share = data["trajectory_variance"].isel(tracked=index).values
-        prompt, token = (int(data[name].values[index]) for name in ("tracked_prompt", "tracked_token"))
-        strings = material.tokens[prompt]["token_strings"]
-        where = f"token {token} (“{_shown(strings[token])}”) of prompt {prompt}"
-        drawn = scores[:, material.counts - 1]
-        figures.append(_flat(material, drawn, share, where, number))
-        if scores.shape[-1] > 2 and np.isfinite(scores[..., 2]).all():
-            figures.append(_spatial(material, drawn, share, where, number))
-        number += 1
-        if number == _MOST_TOKENS:
-            break
+def _tracked(view: StudyView, components: int) -> list[int]:
+    """The first tracked tokens with that many components that are all finite."""
+    scores = view.dataset["trajectory"].transpose("tracked", "layer", "recurrence", "component").values
+    if scores.shape[-1] < components:
+        return []
+    finite = np.isfinite(scores[..., :components]).all(axis=(1, 2, 3))
+    return [int(index) for index in np.flatnonzero(finite)[:_MOST_TOKENS]]
+
+
+def _none_finite(components: int, view: StudyView) -> str | None:
+    return None if _tracked(view, components) else f"no tracked token has {components} finite components"
+
+
+def _trajectories(components: int, view: StudyView, settings: ReportSettings) -> Plot:
+    counts = drawn_recurrences(view.recurrences, settings)
+    panels = []
+    for number, index in enumerate(_tracked(view, components)):
+        data = view.dataset.isel(tracked=index)
+        prompt, token = int(data["tracked_prompt"]), int(data["tracked_token"])
+        string = view.strings(prompt)[token]
+        scores = data["trajectory"].transpose("layer", "recurrence", "component").values.astype(np.float64)
+        axes = [
+            Axis(title=f"PC {place + 1}" + (f" ({100 * share:.0f} %)" if np.isfinite(share) else ""), grid=True)
+            for place, share in enumerate(data["trajectory_variance"].values[:components])
+        ]
+        panels.append(
+            Panel(
+                x=axes[0],
+                y=axes[1],
+                z=axes[2] if components == 3 else None,
+                marks=_paths(scores[:, counts - 1, :components], counts),
+                title=f"Prompt {prompt}, token {token} “{visible(string.strip() or string, 20)}”",
+                anchor=f"trajectory-{components}d-{number}",
+                height=440 if components == 2 else 370,
+            )
+        )
+    return Plot(
+        question="Where does a token go?" if components == 2 else "Where does a token go, in three dimensions?",
+        reading=f"First {'two' if components == 2 else 'three'} principal components of the residual streams of single "
+        "tokens, over all recurrent layers and recurrences, with their shares of the variance. One line per layer; a "
+        "circle is the first recurrence, a diamond the last. "
+        + (
+            "A spiral or a straight run into the diamond is convergence; a ring that stays open is an orbit; a run "
+            "that goes on is drift."
+            if components == 2
+            else "Each axis has a scale of its own."
+        ),
+        panels=panels,
+        legend="layer",
+    )
+
+
+def _paths(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Mark]:
+    """A line a layer, with marks where it begins and ends; `scores` are (layer, recurrence, component)."""
+    marks: list[Mark] = []
+    space = scores.shape[-1] == 3
+    for layer, (path, colour) in enumerate(zip(scores, layer_colours(len(scores)), strict=True)):
+        shown = {name: path[:, place] for place, name in enumerate("xyz"[: path.shape[-1]])}
+        tip, labels = f"layer {layer}, recurrence {{label}}", [str(count) for count in counts]
+        marks.append(
+            Line(
+                **shown, name=str(layer), colour=colour, width=1.5, points=not space, labels=labels, tip=tip,
+                listed=named_in_legend(layer, len(scores)),
+            )
+        )  # fmt: skip
+        for end, hollow in ((slice(0, 1), True), (slice(-1, None), False)):
+            marks.append(
+                Dots(
+                    **{name: values[end] for name, values in shown.items()}, colour=colour, hollow=hollow,
+                    symbol="circle" if hollow else "diamond", size=5 if space else 10, labels=labels[end], tip=tip,
+                )
+            )  # fmt: skip
+    return marks
+
+
+TRAJECTORIES = tuple(
+    FigureType(
+        name=name,
+        of=partial(_trajectories, components),
+        anchor=f"trajectories-{components}d",
+        variables=("trajectory",),
+        unless=partial(_none_finite, components),
+        paper=(5, 26, 27, 28),
+    )
+    for name, components in (("trajectories", 2), ("trajectories-3d", 3))
+)
+
+
+def trajectories_section(view: StudyView, settings: ReportSettings) -> Section:
+    """Tracked tokens, flat and in space; those of prompts that diverged are left out."""
     return Section(
         anchor="trajectories",
         short="Trajectories",
         title="Where does a token go?",
-        lead="Principal components of one token's states over all recurrent layers and recurrences. "
-        "One colour per layer; a circle marks the first recurrence, a diamond the last.",
-        figures=figures,
+        lead="Principal components of one token's states over all recurrent layers and recurrences.",
+        figures=on_page(TRAJECTORIES, view, settings),
     )
-
-
-def _flat(
-    material: Material, scores: NDArray[np.floating], share: NDArray[np.floating], where: str, number: int
-) -> Figure:
-    figure = base_figure(_axis(0, share), _axis(1, share), hovermode="closest")
-    for layer, colour in enumerate(layer_colours(material.recurrent)):
-        x, y = scores[layer, :, 0].astype(np.float32), scores[layer, :, 1].astype(np.float32)
-        figure.add_scatter(
-            x=x,
-            y=y,
-            customdata=material.counts,
-            name=f"layer {layer}",
-            legendgroup=str(layer),
-            showlegend=named_in_legend(layer, material.recurrent),
-            mode="lines+markers",
-            line={"color": colour, "width": 1.5},
-            marker={"size": 4, "color": colour},
-            hovertemplate=f"layer {layer}, recurrence %{{customdata}}<extra></extra>",
-        )
-        figure.add_scatter(
-            x=x[[0, -1]],
-            y=y[[0, -1]],
-            legendgroup=str(layer),
-            showlegend=False,
-            mode="markers",
-            marker={
-                "size": [10, 11],
-                "symbol": ["circle-open", "diamond"],
-                "color": colour,
-                "line": {"width": 2, "color": colour},
-            },
-            hoverinfo="skip",
-        )
-    figure.update_xaxes(showgrid=True)
-    return Figure(
-        anchor=f"trajectory-2d-{number}",
-        title=f"In two dimensions: {where}",
-        caption=(
-            "A spiral or a straight run into the diamond is convergence; a ring that stays open is an orbit; a "
-            "run that goes on is drift."
-        ),
-        plot=figure,
-        height=440,
-    )
-
-
-def _spatial(
-    material: Material, scores: NDArray[np.floating], share: NDArray[np.floating], where: str, number: int
-) -> Figure:
-    figure = base_figure("", "", hovermode="closest")
-    for layer, colour in enumerate(layer_colours(material.recurrent)):
-        x, y, z = scores[layer, :, :3].astype(np.float32).T
-        figure.add_scatter3d(
-            x=x,
-            y=y,
-            z=z,
-            customdata=material.counts,
-            name=f"layer {layer}",
-            legendgroup=str(layer),
-            showlegend=named_in_legend(layer, material.recurrent),
-            mode="lines",
-            line={"color": colour, "width": 4},
-            hovertemplate=f"layer {layer}, recurrence %{{customdata}}<extra></extra>",
-        )
-        figure.add_scatter3d(
-            x=x[[0, -1]],
-            y=y[[0, -1]],
-            z=z[[0, -1]],
-            legendgroup=str(layer),
-            showlegend=False,
-            mode="markers",
-            marker={"size": [5, 8], "symbol": ["circle", "diamond"], "color": colour},
-            hoverinfo="skip",
-        )
-    axes = {
-        f"{name}axis": {
-            "title": {"text": _axis(component, share, short=True), "font": {"size": 11}},
-            "gridcolor": GRID,
-            "backgroundcolor": "rgba(0,0,0,0)",
-            "color": INK,
-            "zerolinecolor": GRID,
-            "tickfont": {"size": 10, "color": MUTED},
-            "nticks": 5,
-        }
-        for component, name in enumerate("xyz")
-    }
-    figure.update_layout(
-        scene={**axes, "aspectmode": "cube", "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}}},
-        margin={"l": 0, "r": 0, "t": 0, "b": 0},
-        legend={"y": 0.0},
-    )
-    return Figure(
-        anchor=f"trajectory-3d-{number}",
-        title=f"In three dimensions: {where}",
-        caption="Drag to turn it. A ball marks the first recurrence, a diamond the last; each axis has its own scale.",
-        plot=figure,
-        height=440,
-    )
-
-
-def _axis(component: int, share: NDArray[np.floating], *, short: bool = False) -> str:
-    part = share[component]
-    variance = f"{100 * part:.0f} %" + ("" if short else " of variance") if np.isfinite(part) else "share unknown"
-    return f"PC {component + 1} ({variance})"
-
-
-def _shown(token: str) -> str:
-    return plot_text(token.strip() or token, 20)

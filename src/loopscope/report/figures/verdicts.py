@@ -1,4 +1,5 @@
-"""Figures: shares of the kinds as maps, by layer, by token role, over two settings, and of one kind given another."""
+"""Shares of the kinds: by method, layer and role of the token, over two settings, and of one kind given another; and
+the most extreme of those that move."""
 
 from __future__ import annotations
 
@@ -7,27 +8,319 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import plotly.graph_objects as go
 import xarray
 from numpy.typing import NDArray
 
 from loopscope._util.wording import percent, significant, visible
-from loopscope.answers.rates import KindShare
+from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
 from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.report.figures._old import Figure, base_figure
-from loopscope.report.figures.look import KIND_LOOKS, MUTED, SEQUENTIAL, kind_label
+from loopscope.report.figures.look import AXIS, KIND_LOOKS, MUTED, Symbol, kind_label
+from loopscope.report.figures.plot import Axis, Dots, FigureType, Frame, HeatMap, Line, Mark, Panel, Plot
+from loopscope.report.settings import ReportSettings
+from loopscope.study import StudyView
 
 _LEAST = 2e-5
 """Left end of the axis unless an interval reaches further: 1 token in 50,000."""
-_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1)
+_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _ROW = 46
 """CSS pixels of a kind."""
-
 _MOST_TEXTS = 12
 """Columns in whose cells there is room for a number."""
-_QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _IN_CELL = 3
 """Kinds named in a cell of a sensitivity map."""
+_METHODS = ("displacement", "cosine")
+_SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
+
+
+# ---- shares with their intervals ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareSeries:
+    """Shares of all kinds among one sort of thing, by one method."""
+
+    name: str
+    shares: Sequence[KindShare]
+    square: bool = False
+    """Drawn as squares rather than circles."""
+    hollow: bool = False
+
+
+def shares_plot(series: Sequence[ShareSeries], reading: str, things: str = "tokens") -> Plot:
+    """Shares of the kinds that any series has, with their intervals, on a logarithmic axis."""
+    kinds = [share.kind for share in series[0].shares]
+    there = [kind for place, kind in enumerate(kinds) if any(each.shares[place].count for each in series)] or kinds[:1]
+    lows = [_LEAST, *(0.7 * share.interval[0] for each in series for share in each.shares if share.count)]
+    low = min(value for value in lows if value > 0)
+    marks: list[Mark] = []
+    for place, each in enumerate(series):
+        shift = 0.18 * (place - (len(series) - 1) / 2)
+        marks += _share_dots(each, [each.shares[kinds.index(kind)] for kind in there], shift)
+    return Plot(
+        question=f"How many {things} tend to what?",
+        reading=f"{reading} Bars are 95 % Clopper-Pearson intervals; a triangle stands at the highest share that the "
+        "interval leaves possible where none was found.",
+        panels=[
+            Panel(
+                x=Axis(
+                    title="share (logarithmic)",
+                    scale="log",
+                    span=(low, 1.4),
+                    ticks={tick: f"{100 * tick:g} %" for tick in _TICKS if tick >= low},
+                    grid=True,
+                ),
+                y=_kinds_axis(there, grid=False),
+                marks=marks,
+                height=150 + max(2, len(there)) * _ROW,
+            )
+        ],
+        anchor="behaviour-shares",
+    )
+
+
+def share_label(share: KindShare) -> str:
+    """`12 of 4,000, 0.30 % (0.16 % to 0.52 %)`."""
+    low, high = share.interval
+    return f"{share.count:,} of {share.total:,}, {percent(share.share)} ({percent(low)} to {percent(high)})"
+
+
+def _share_dots(series: ShareSeries, shares: Sequence[KindShare], shift: float) -> list[Mark]:
+    """One a kind; of a kind that none has, the highest share that the interval allows, as an arrow. The last is for the
+    legend alone."""
+    symbol: Symbol = "square" if series.square else "circle"
+    marks: list[Mark] = []
+    for row, share in enumerate(shares):
+        if not share.total:
+            continue
+        low, high = share.interval
+        at = share.share if share.count else high
+        marks.append(
+            Dots(
+                x=[at], y=[row + shift], left=[low if share.count else at], right=[high],
+                colour=KIND_LOOKS[share.kind].colour, symbol=symbol if share.count else "triangle-left",
+                hollow=series.hollow, tip=f"{series.name}, {share.kind}: {share_label(share)}",
+            )
+        )  # fmt: skip
+    return [*marks, Dots(x=[np.nan], y=[np.nan], name=series.name, colour=MUTED, symbol=symbol, hollow=series.hollow)]
+
+
+def _shares(view: StudyView, settings: ReportSettings) -> Plot:
+    found = {method: study_rates(view.study, method=method) for method in _METHODS}
+    series = [
+        ShareSeries(name=f"{things}, {method}", shares=shares, square=things == "prompts", hollow=method == "cosine")
+        for things in ("tokens", "prompts")
+        for method, rates in found.items()
+        for shares in (rates.tokens if things == "tokens" else rates.prompts,)
+    ]
+    return shares_plot(
+        series,
+        f"After recurrent layer {found['displacement'].layer}. A prompt counts for every kind that one of its tokens "
+        "has. The tokens of a prompt depend on each other, so their intervals are too narrow; those of prompts are "
+        "not.",
+    )
+
+
+# ---- maps ----
+
+
+def _layers(view: StudyView, settings: ReportSettings) -> Plot:
+    data = view.dataset
+    codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
+    layers = [int(layer) for layer in data["judged_layer"].values]
+    return Plot(
+        question="Is it the same at every layer?",
+        reading="Percent of the tokens, by displacement; the colours are even in the square root.",
+        panels=[
+            _share_map(
+                {str(layer): token_shares(one[one >= 0]) for layer, one in zip(layers, codes, strict=True)},
+                "recurrent layer",
+            )
+        ],
+    )
+
+
+def _roles(view: StudyView, settings: ReportSettings) -> Plot:
+    rates = study_rates(view.study)
+    return Plot(
+        question="Does it depend on what the token is?",
+        reading=f"Percent of the tokens of each role after recurrent layer {rates.layer}, by displacement; the colours "
+        "are even in the square root. A token can have several roles: the question is what lies between a system "
+        "prompt and what a chat template adds.",
+        panels=[
+            _share_map(
+                {name.replace(" ", "\n"): shares for name, shares in rates.roles.items() if shares[0].total},
+                "role of the token",
+            )
+        ],
+    )
+
+
+def _share_map(columns: Mapping[str, Sequence[KindShare]], x_title: str) -> Panel:
+    """Shares of the kinds that occur, a column each group."""
+    there = [place for place in range(len(KINDS)) if any(shares[place].count for shares in columns.values())] or [0]
+    shares = [[column[place] for column in columns.values()] for place in there]
+    return _kind_map(
+        np.array([[share.share for share in row] for row in shares], dtype=np.float64),
+        [KINDS[place] for place in there],
+        list(columns),
+        [[share_label(share) if share.total else "no such token" for share in row] for row in shares],
+        x_title,
+    )
+
+
+def _together(view: StudyView, settings: ReportSettings) -> Plot:
+    values, there = _kinds_together(view)
+    shown = values[np.ix_(there, there)]
+    kinds = [KINDS[place] for place in there]
+    tips = [
+        [
+            f"of the tokens with {mine} at some layer, {percent(value)} have {its} at some layer"
+            for its, value in zip(kinds, row, strict=True)
+        ]
+        for mine, row in zip(kinds, shown, strict=True)
+    ]
+    return Plot(
+        question="Which kinds do different layers show of the same token?",
+        reading="Of the tokens that show the kind of a row at some layer, the share that shows the kind of the column "
+        "at some layer; the colours are even in the square root. The row of a rare kind tells what other layers show "
+        "of the tokens that have it.",
+        panels=[
+            _kind_map(
+                shown, kinds, [KIND_LOOKS[kind].letter for kind in kinds], tips, "also at some layer", "at some layer"
+            )
+        ],
+    )
+
+
+def _kinds_together(view: StudyView) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """P(column at some layer | row at some layer) of one token, and the kinds that occur."""
+    values = co_occurrence(view.study)
+    return values, np.flatnonzero(np.isfinite(values).any(1))
+
+
+def _kind_map(
+    values: NDArray[np.float64],
+    kinds: Sequence[Kind],
+    columns: Sequence[str],
+    tips: Sequence[Sequence[str]],
+    x_title: str,
+    y_title: str = "",
+) -> Panel:
+    """A row a kind. The colours are even in the square root, as rare kinds are what is looked for."""
+    texts = [[significant(100 * value) if np.isfinite(value) else "" for value in row] for row in values.tolist()]
+    every = max(1, len(columns) // 16)
+    return Panel(
+        x=Axis(title=x_title, ticks={place: columns[place] for place in range(0, len(columns), every)}),
+        y=_kinds_axis(kinds, y_title),
+        marks=[
+            HeatMap(
+                z=np.sqrt(values),
+                x=range(len(columns)),
+                bar="share of tokens (%)",
+                low=0,
+                high=1,
+                bar_ticks={share**0.5: f"{100 * share:g}" for share in (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)},
+                texts=texts if len(columns) <= _MOST_TEXTS else (),
+                gaps=True,
+                labels=tips,
+                tip="{label}",
+            )
+        ],
+        height=max(240, min(460, 180 + 40 * len(kinds))),
+    )
+
+
+def _kinds_axis(kinds: Sequence[Kind], title: str = "", *, grid: bool | None = None) -> Axis:
+    return Axis(
+        title=title,
+        ticks={row: kind_label(kind) for row, kind in enumerate(kinds)},
+        span=(len(kinds) - 0.5, -0.5),
+        grid=grid,
+    )
+
+
+def _sensitivity(view: StudyView, settings: ReportSettings) -> Plot:
+    record = view.manifest["behaviour"]
+    panels = []
+    for method in _tried(view):
+        counts = view.dataset[f"{method}_sensitivity"].sum("prompt")
+        names = [str(each) for each in record["sensitivity"][method]]
+        chosen = [float(record[method][each]) for each in names]
+        panels.append(
+            _sensitivity_map(
+                counts.transpose(f"{method}_setting", f"{method}_setting_other", "kind"), names, chosen, method
+            )
+        )
+    return Plot(
+        question="How much hangs on the thresholds of the methods?",
+        reading=(
+            "Every token judged again with other values of two settings of the method. A cell gives the commonest "
+            "kinds by their letters, in percent, the colour the share of the one that is commonest with the values "
+            "that were used, which the frame marks. Cells alike around the frame: the verdicts do not hang on the "
+            "choice."
+        ),
+        panels=panels,
+    )
+
+
+def _tried(view: StudyView) -> list[str]:
+    """Methods whose verdicts were tried under other settings, all prompts together."""
+    record = view.manifest.get("behaviour") or {}
+    named = [method for method in _METHODS if f"{method}_sensitivity" in view.dataset and method in record]
+    return [method for method in named if view.dataset[f"{method}_sensitivity"].values.sum()]
+
+
+def _sensitivity_map(counts: xarray.DataArray, names: Sequence[str], chosen: Sequence[float], method: str) -> Panel:
+    """Shares over a grid of two settings, `counts` with dimensions (setting, setting_other, kind)."""
+    shares = counts.values / np.maximum(counts.values.sum(-1, keepdims=True), 1)
+    values = [[float(value) for value in counts[dim].values] for dim in counts.dims[:2]]
+    row, column = (
+        int(np.abs(np.array(along) - value).argmin()) for along, value in zip(values, chosen, strict=True)
+    )  # fmt: skip
+    common = int(shares[row, column].argmax())
+    axes = [
+        Axis(
+            title=name.replace("_", " "),
+            ticks={place: f"{value:g}" for place, value in enumerate(along)},
+            span=(-0.5, len(along) - 0.5),
+        )
+        for name, along in zip(names, values, strict=True)
+    ]
+    return Panel(
+        x=axes[1],
+        y=axes[0],
+        marks=[
+            HeatMap(
+                z=shares[..., common],
+                x=range(len(values[1])),
+                bar=f"share of {KINDS[common]} (%)",
+                low=0,
+                high=1,
+                bar_ticks={share: f"{100 * share:g}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)},
+                texts=[[_cell(cell) for cell in cells] for cells in shares],
+                gaps=True,
+                labels=[[_all(cell) for cell in cells] for cells in shares],
+                tip="{label}",
+            ),
+            Frame(x=column, y=row),
+        ],
+        title=f"method {method}",
+        anchor=f"sensitivity-{method}",
+        height=420,
+    )
+
+
+def _cell(shares: NDArray[np.float64]) -> str:
+    """`F 98` and so on, in percent, the commonest kinds first."""
+    order = [place for place in np.argsort(-shares, kind="stable")[:_IN_CELL] if shares[place] > 0]
+    return "\n".join(f"{KIND_LOOKS[KINDS[place]].letter} {significant(100 * float(shares[place]))}" for place in order)
+
+
+def _all(shares: NDArray[np.float64]) -> str:
+    return "\n".join(f"{kind}: {percent(float(share))}" for kind, share in zip(KINDS, shares, strict=True) if share > 0)
+
+
+# ---- the extreme ones ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,316 +336,110 @@ class Extreme:
     """(time, 2), relative to the norm."""
 
 
-def extremes(candidates: Sequence[Extreme]) -> list[Figure]:
+def extremes_plot(candidates: Sequence[Extreme]) -> Plot | None:
     """The widest orbit and the fastest slider, as far as there are some."""
-    figures = []
+    panels, said = [], []
     for kind in (Kind.ORBIT, Kind.SLIDER):
         there = [each for each in candidates if each.kind is kind and math.isfinite(each.size)]
         if there:
-            figures.append(_drawn(max(there, key=lambda each: each.size), len(there)))
-    return figures
+            extreme = max(there, key=lambda each: each.size)
+            panels.append(_path(extreme))
+            said.append(_said(extreme, len(there)))
+    if not panels:
+        return None
+    if len(panels) > 1:
+        said = [f"({letter}) {words}" for letter, words in zip("ab", said, strict=True)]
+    return Plot(
+        question="Which tokens move most?",
+        reading=f"{' '.join(said)} Each point is a state of the tail, in the plane in which it moves most; the star is "
+        "the last one.",
+        panels=panels,
+        anchor="behaviour-extremes",
+    )
 
 
-def _drawn(extreme: Extreme, among: int) -> Figure:
-    x, y = extreme.path.astype(np.float32).T
-    colour = KIND_LOOKS[extreme.kind].colour
-    figure = base_figure("1st component / norm", "2nd component / norm", hovermode="closest", showlegend=False)
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="lines+markers",
-        line={"color": "#B9BDC4", "width": 1},
-        marker={"color": colour, "size": 5},
-        text=[f"{len(x) - 1 - time} before the end" for time in range(len(x))],
-        hovertemplate="recurrence %{text}<extra></extra>",
-    )
-    figure.add_scatter(
-        x=x[-1:], y=y[-1:], mode="markers", marker={"color": colour, "size": 12, "symbol": "star"}, hoverinfo="skip"
-    )
-    figure.update_yaxes(scaleanchor="x")
-    orbit = extreme.kind is Kind.ORBIT
-    if orbit:
+def _said(extreme: Extreme, among: int) -> str:
+    if extreme.kind is Kind.ORBIT:
         numbers = f"amplitude {percent(extreme.size)} of the norm, period {significant(extreme.period, 3)} recurrences"
     else:
         numbers = f"{percent(extreme.size)} of the norm per recurrence"
     rank = f"the most of {among:,}" if among > 1 else "the only one"
-    return Figure(
+    return f"{visible(extreme.label, 80)}: {numbers}; {rank}."
+
+
+def _path(extreme: Extreme) -> Panel:
+    x, y = extreme.path.astype(np.float64).T
+    colour = KIND_LOOKS[extreme.kind].colour
+    labels, tip = [str(len(x) - 1 - time) for time in range(len(x))], "recurrence {label} before the end"
+    return Panel(
+        x=Axis(title="1st component / norm", grid=True),
+        y=Axis(title="2nd component / norm"),
+        marks=[
+            Line(x=x, y=y, colour=AXIS, width=1, labels=labels, tip=tip),
+            Dots(x=x, y=y, colour=colour, size=5, labels=labels, tip=tip),
+            Dots(x=x[-1:], y=y[-1:], colour=colour, symbol="star", size=13, labels=labels[-1:], tip="the last one"),
+        ],
+        title="the widest orbit" if extreme.kind is Kind.ORBIT else "the fastest slider",
         anchor=f"extreme-{extreme.kind}",
-        title="The widest orbit" if orbit else "The fastest slider",
-        caption=f"{visible(extreme.label, 80)}: {numbers}; {rank}. Each point is a state of the "
-        "tail, in the plane in which it moves most; the star is the last one.",
-        plot=figure,
+        equal=True,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShareSeries:
-    """Shares of all kinds among one sort of thing, by one method."""
-
-    name: str
-    shares: Sequence[KindShare]
-    square: bool = False
-    """Drawn as squares rather than circles."""
-    hollow: bool = False
+def _extremes(view: StudyView, settings: ReportSettings) -> Plot:
+    plot = extremes_plot(_candidates(view))
+    assert plot is not None
+    return plot
 
 
-def shares_figure(series: Sequence[ShareSeries], caption: str, things: str = "tokens") -> Figure:
-    """Shares of the kinds that any series has, with their intervals, on a logarithmic axis."""
-    kinds = [share.kind for share in series[0].shares]
-    there = [kind for place, kind in enumerate(kinds) if any(each.shares[place].count for each in series)] or kinds[:1]
-    figure = base_figure("share (logarithmic)", "", hovermode="closest")
-    for place, each in enumerate(series):
-        _add(figure, each, [kinds.index(kind) for kind in there], 0.18 * ((len(series) - 1) / 2 - place))
-    lows = [_LEAST, *(0.7 * share.interval[0] for each in series for share in each.shares if share.count)]
-    low = min(value for value in lows if value > 0)
-    ticks = [tick for tick in _TICKS if tick >= low]
-    figure.update_xaxes(
-        type="log",
-        tickvals=ticks,
-        ticktext=[f"{100 * tick:g} %" for tick in ticks],
-        range=[math.log10(low), 0.15],
-        showgrid=True,
-    )
-    figure.update_yaxes(
-        tickvals=list(range(len(there))),
-        ticktext=[kind_label(kind) for kind in there],
-        range=[len(there) - 0.5, -0.5],
-        ticks="",
-        showgrid=False,
-    )
-    return Figure(
-        anchor="behaviour-shares",
-        title=f"How many {things} tend to what?",
-        caption=caption,
-        plot=figure,
-        height=150 + max(2, len(there)) * _ROW,
-    )
-
-
-def share_label(share: KindShare) -> str:
-    """`12 of 4,000, 0.30 % (0.16 % to 0.52 %)`."""
-    low, high = share.interval
-    return f"{share.count:,} of {share.total:,}, {percent(share.share)} ({percent(low)} to {percent(high)})"
-
-
-def _add(figure: go.Figure, series: ShareSeries, places: list[int], shift: float) -> None:
-    """One marker a kind; of a kind that none has, the highest share that the interval allows, as an arrow."""
-    symbol = "square" if series.square else "circle"
-    for row, place in enumerate(places):
-        share = series.shares[place]
-        if not share.total:
-            continue
-        low, high = share.interval
-        at = share.share if share.count else high
-        colour = KIND_LOOKS[share.kind].colour
-        figure.add_scatter(
-            x=[at],
-            y=[row - shift],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [high - at],
-                "arrayminus": [at - low if share.count else 0],
-                "thickness": 1.5,
-                "width": 3,
-            },
-            mode="markers",
-            marker={
-                "symbol": (symbol if share.count else "triangle-left") + ("-open" if series.hollow else ""),
-                "size": 9,
-                "color": colour,
-                "line": {"width": 2, "color": colour},
-            },
-            showlegend=False,
-            hovertemplate=f"{series.name}, {share.kind}: {share_label(share)}<extra></extra>",
+def _candidates(view: StudyView) -> list[Extreme]:
+    """Of the last layer."""
+    data = view.dataset.isel(judged_layer=-1).transpose(..., "prompt", "token", missing_dims="ignore")
+    return [
+        Extreme(
+            label=f"Prompt {prompt}, token {token} “{view.strings(int(prompt))[token]}”",
+            kind=kind,
+            size=float(data[name].values[prompt, token]),
+            period=float(data["verdict_period"].values[prompt, token]),
+            path=data["tail_path"].isel(prompt=prompt, token=token).transpose("tail", "plane").values,
         )
-    figure.add_scatter(
-        x=[None],
-        y=[None],
-        name=series.name,
-        mode="markers",
-        marker={
-            "symbol": symbol + ("-open" if series.hollow else ""),
-            "size": 9,
-            "color": MUTED,
-            "line": {"width": 2, "color": MUTED},
-        },
-    )
-
-
-def share_map(
-    columns: Mapping[str, Sequence[KindShare]], *, anchor: str, title: str, caption: str, x_title: str
-) -> Figure:
-    """Shares of the kinds that occur, a column each group; the colours are even in the square root, as rare kinds are
-    what is looked for."""
-    there = [place for place in range(len(KINDS)) if any(shares[place].count for shares in columns.values())] or [0]
-    shares = [[column[place] for column in columns.values()] for place in there]
-    values = np.array([[share.share for share in row] for row in shares], dtype=np.float64)
-    return _map(
-        values,
-        list(columns),
-        [KINDS[place] for place in there],
-        [[share_label(share) if share.total else "no such token" for share in row] for row in shares],
-        anchor=anchor,
-        title=title,
-        caption=caption,
-        x_title=x_title,
-    )
-
-
-def co_occurrence_map(values: NDArray[np.float64], caption: str) -> Figure | None:
-    """P(column at some layer | row at some layer) of one token; None where there is but one kind to speak of."""
-    there = np.flatnonzero(np.isfinite(values).any(1))
-    if len(there) < 2:
-        return None
-    shown = values[np.ix_(there, there)]
-    kinds = [KINDS[place] for place in there]
-    texts = [
-        [f"of the tokens with {mine} at some layer, {percent(value)} have {its} at some layer" for its, value in pairs]
-        for mine, pairs in ((kind, list(zip(kinds, row, strict=True))) for kind, row in zip(kinds, shown, strict=True))
+        for kind, name in _SIZE.items()
+        for prompt, token in np.argwhere(data["verdict"].values == KINDS.index(kind))
     ]
-    return _map(
-        shown,
-        [KIND_LOOKS[kind].letter for kind in kinds],
-        kinds,
-        texts,
+
+
+def _one_layer(view: StudyView) -> str | None:
+    return None if view.dataset.sizes["judged_layer"] > 1 else "one layer was judged, so there is nothing to compare"
+
+
+def _one_kind(view: StudyView) -> str | None:
+    several = len(_kinds_together(view)[1]) > 1
+    return _one_layer(view) or (None if several else "all tokens show the same kind at every layer")
+
+
+VERDICTS = (
+    FigureType(name="verdict-shares", of=_shares, anchor="behaviour-shares", variables=("verdict", "verdict_cosine")),
+    FigureType(name="verdict-layers", of=_layers, anchor="behaviour-layers", variables=("verdict",), unless=_one_layer),
+    FigureType(name="verdict-roles", of=_roles, anchor="behaviour-roles", variables=("verdict",)),
+    FigureType(
+        name="verdict-sensitivity",
+        of=_sensitivity,
+        anchor="behaviour-sensitivity",
+        variables=("displacement_sensitivity", "cosine_sensitivity"),
+        one_is_enough=True,
+        unless=lambda view: None if _tried(view) else "no verdict was tried with other settings",
+    ),
+    FigureType(
+        name="verdict-co-occurrence",
+        of=_together,
         anchor="behaviour-co-occurrence",
-        title="Which kinds do different layers show of the same token?",
-        caption=caption,
-        x_title="also at some layer",
-        y_title="at some layer",
-    )
-
-
-def sensitivity_map(counts: xarray.DataArray, names: Sequence[str], chosen: Sequence[float], method: str) -> Figure:
-    """Shares over a grid of two settings, `counts` with dimensions (setting, setting_other, kind)."""
-    first, second = (str(dim) for dim in counts.dims[:2])
-    total = counts.values.sum(-1, keepdims=True)
-    shares = counts.values / np.maximum(total, 1)
-    at = [_nearest(counts[dim].values, value) for dim, value in zip((first, second), chosen, strict=True)]
-    common = int(shares[at[0], at[1]].argmax())
-    figure = base_figure(names[1].replace("_", " "), names[0].replace("_", " "), hovermode="closest")
-    figure.add_heatmap(
-        z=shares[..., common],
-        zmin=0,
-        zmax=1,
-        text=[[_cell(shares[row, column]) for column in range(shares.shape[1])] for row in range(shares.shape[0])],
-        texttemplate="%{text}",
-        textfont={"size": 11},
-        customdata=[[_all(shares[row, column]) for column in range(shares.shape[1])] for row in range(shares.shape[0])],
-        hovertemplate="%{customdata}<extra></extra>",
-        colorscale=SEQUENTIAL,
-        colorbar=_bar(str(KINDS[common]), _QUARTERS, _QUARTERS),
-        xgap=2,
-        ygap=2,
-    )
-    figure.add_shape(
-        type="rect",
-        x0=at[1] - 0.48,
-        x1=at[1] + 0.48,
-        y0=at[0] - 0.48,
-        y1=at[0] + 0.48,
-        line={"color": KIND_LOOKS[Kind.ORBIT].colour, "width": 3},
-    )
-    for axis, dim in ((figure.update_xaxes, second), (figure.update_yaxes, first)):
-        values = [float(value) for value in counts[dim].values]
-        axis(tickvals=list(range(len(values))), ticktext=[f"{value:g}" for value in values], ticks="", showgrid=False)
-    return Figure(
-        anchor=f"sensitivity-{method}",
-        title=f"How much hangs on the thresholds of the method {method}?",
-        caption=(
-            f"Every token judged again with other values of two settings. The colour is the share of {KINDS[common]}, "
-            "a cell gives the commonest kinds by their letters, in percent, and the frame marks the values that were "
-            "used. Cells alike around the frame: the verdicts do not hang on the choice."
-        ),
-        plot=figure,
-        height=420,
-    )
-
-
-def _map(
-    values: NDArray[np.float64],
-    columns: Sequence[str],
-    kinds: Sequence[Kind],
-    texts: Sequence[Sequence[str]],
-    *,
-    anchor: str,
-    title: str,
-    caption: str,
-    x_title: str,
-    y_title: str = "",
-) -> Figure:
-    figure = base_figure(x_title, y_title, hovermode="closest")
-    wide = len(columns) > _MOST_TEXTS
-    ticks = [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
-    figure.add_heatmap(
-        z=np.sqrt(values),
-        zmin=0,
-        zmax=1,
-        x=list(range(len(columns))),
-        y=list(range(len(kinds))),
-        text=None if wide else [[_short(value) for value in row] for row in values],
-        texttemplate=None if wide else "%{text}",
-        textfont={"size": 11},
-        customdata=texts,
-        hovertemplate="%{customdata}<extra></extra>",
-        colorscale=SEQUENTIAL,
-        colorbar=_bar("tokens", [tick**0.5 for tick in ticks], ticks),
-        xgap=1,
-        ygap=1,
-    )
-    every = max(1, len(columns) // 16)
-    figure.update_xaxes(
-        tickvals=list(range(0, len(columns), every)),
-        ticktext=list(columns)[::every],
-        ticks="",
-        showgrid=False,
-        # Plotly forgets the labels of so low a map when it makes room for its colours, and would write across them.
-        title={"standoff": 36},
-    )
-    figure.update_yaxes(
-        tickvals=list(range(len(kinds))),
-        ticktext=[kind_label(kind) for kind in kinds],
-        autorange="reversed",
-        ticks="",
-        showgrid=False,
-    )
-    return Figure(
-        anchor=anchor, title=title, caption=caption, plot=figure, height=max(240, min(460, 180 + 40 * len(kinds)))
-    )
-
-
-def _bar(title: str, places: Sequence[float], values: Sequence[float]) -> dict[str, object]:
-    return {
-        "title": {"text": f"share of {title}, percent", "side": "top", "font": {"size": 12}},
-        "orientation": "h",
-        "y": 1.0,
-        "yref": "paper",
-        "yanchor": "bottom",
-        "xpad": 0,
-        "thickness": 12,
-        "outlinewidth": 0,
-        "tickvals": list(places),
-        "ticktext": [f"{100 * value:g}" for value in values],
-    }
-
-
-def _short(share: float) -> str:
-    """Percent, without the sign: there is little room in a cell."""
-    return significant(100 * share) if np.isfinite(share) else ""
-
-
-def _cell(shares: NDArray[np.float64]) -> str:
-    """`F 98` and so on, in percent, the commonest kinds first."""
-    order = [place for place in np.argsort(-shares, kind="stable")[:_IN_CELL] if shares[place] > 0]
-    return "<br>".join(f"{KIND_LOOKS[KINDS[place]].letter} {_short(float(shares[place]))}" for place in order)
-
-
-def _all(shares: NDArray[np.float64]) -> str:
-    return "<br>".join(
-        f"{kind}: {percent(float(share))}" for kind, share in zip(KINDS, shares, strict=True) if share > 0
-    )
-
-
-def _nearest(values: NDArray[np.floating], value: float) -> int:
-    return int(np.abs(values - value).argmin())
+        variables=("verdict",),
+        unless=_one_kind,
+    ),
+    FigureType(
+        name="verdict-extremes",
+        of=_extremes,
+        anchor="behaviour-extremes",
+        variables=("verdict", "tail_path"),
+        unless=lambda view: None if extremes_plot(_candidates(view)) else "no token orbits or slides",
+    ),
+)

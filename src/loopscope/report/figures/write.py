@@ -19,12 +19,17 @@ from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
 from loopscope.errors import ConfigError, StudyError
-from loopscope.report.figures._old_paper import OLD_COMPARISON, OLD_STUDY, OldPlot, old_types
+from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.convergence import CONVERGENCE
+from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.heads import HEADS
 from loopscope.report.figures.plot import FigureType, Plot, S
+from loopscope.report.figures.readout import READOUT
 from loopscope.report.figures.similarity import SIMILARITY
 from loopscope.report.figures.stages import STAGES
+from loopscope.report.figures.tokens import TOKENS
+from loopscope.report.figures.trajectories import TRAJECTORIES
+from loopscope.report.figures.verdicts import VERDICTS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, StudyView, view_study
 
@@ -37,10 +42,18 @@ CAPTIONS = "figures.json"
 
 Source = Study | Comparison | str | Path
 
-_STUDY: tuple[FigureType[StudyView], ...] = (*CONVERGENCE, *SIMILARITY, *HEADS, *STAGES)
-_COMPARISON: tuple[FigureType[Comparison], ...] = ()
-STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (*_STUDY, *old_types(OLD_STUDY, _STUDY))
-COMPARISON_FIGURES: tuple[FigureType[Comparison], ...] = (*_COMPARISON, *old_types(OLD_COMPARISON, _COMPARISON))
+STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
+    *CONVERGENCE,
+    *SIMILARITY,
+    *TRAJECTORIES,
+    *HEADS,
+    *STAGES,
+    *READOUT,
+    TOKENS,
+    *VERDICTS,
+    *STABILITY,
+)
+COMPARISON_FIGURES = COMPARED
 
 _LONGEST = 80
 """Characters of a name from outside."""
@@ -75,7 +88,7 @@ def draw_figure(source: Source, name: str, width: Width = "auto", settings: Repo
     if name not in plan.drawings:
         raise StudyError(f"The figure {name} cannot be drawn: {plan.left_out[name]}.")
     plot = plan.drawings[name]()
-    figure: Figure = plot.draw(width) if isinstance(plot, OldPlot) else renderer.draw(plot, width)
+    figure: Figure = renderer.draw(plot, width)
     return figure
 
 
@@ -281,7 +294,7 @@ def _write(plan: _Plan, formats: tuple[Format, ...], width: Width) -> FigureSet:
     renderer, files, entries = _renderer(), {}, []
     for name, drawn in plan.drawings.items():
         plot = drawn()
-        figure = plot.draw(width) if isinstance(plot, OldPlot) else renderer.draw(plot, width)
+        figure = renderer.draw(plot, width)
         files[name] = tuple(plan.folder / f"{name}.{format}" for format in formats)
         for path, format in zip(files[name], formats, strict=True):
             write_atomically(path, renderer.file_of(figure, format))

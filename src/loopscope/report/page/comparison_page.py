@@ -12,6 +12,7 @@ from loopscope.answers.comparison.result import Comparison
 from loopscope.report.figures.comparison import comparison_sections
 from loopscope.report.page.facts import provenance, thresholds
 from loopscope.report.page.html import render_template
+from loopscope.report.settings import ReportSettings
 
 _WHAT = {
     "models": "Models compared",
@@ -33,7 +34,7 @@ _COLUMNS = (
 def render_comparison(comparison: Comparison) -> str:
     """The whole report of a comparison as HTML."""
     answers = comparison_answers(comparison)
-    sections = comparison_sections(comparison)
+    sections = comparison_sections(comparison, ReportSettings())
     tables = [table for label in comparison.labels for table in _tables(comparison, label)]
     anchors = set().union(*(section.anchors for section in sections))
     settings, kind = comparison.settings, str(comparison.manifest["kind"])

@@ -22,9 +22,8 @@ from loopscope.experiments.random_findings import (
     phase_rows,
 )
 from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, DesignSummary, advice, summaries, training_rows
-from loopscope.report.figures._old import Figure
 from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
-from loopscope.report.figures.plot import Section
+from loopscope.report.figures.plot import Drawn, Plot, Section
 from loopscope.report.page.html import render_template
 
 
@@ -89,17 +88,19 @@ def _part(experiment: Experiment, suffix: str, which: str) -> _Part:
                 anchor=section.anchor + suffix,
                 short=section.short + which,
                 title=section.title + which,
-                figures=[
-                    dataclasses.replace(figure, anchor=figure.anchor + suffix)
-                    for figure in section.figures
-                    if isinstance(figure, Figure)
-                ],
+                figures=[_suffixed(figure, suffix) for figure in section.figures],
             )
             for section in part.sections
         ],
         facts=part.facts,
         settings=part.settings,
     )
+
+
+def _suffixed(figure: Drawn, suffix: str) -> Plot:
+    assert isinstance(figure, Plot)
+    panels = [dataclasses.replace(panel, anchor=panel.anchor and panel.anchor + suffix) for panel in figure.panels]
+    return dataclasses.replace(figure, anchor=figure.anchor + suffix, panels=panels)
 
 
 def _random(experiment: Experiment, which: str) -> _Part:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer
 from loopscope.answers.quick import quick_answers
-from loopscope.report.figures._old import Material, gather_material
 from loopscope.report.figures.convergence import convergence_section, norms_section
 from loopscope.report.figures.eigenvalues import stability_section
 from loopscope.report.figures.heads import heads_section
@@ -24,7 +23,7 @@ from loopscope.report.figures.trajectories import trajectories_section
 from loopscope.report.page.facts import header_facts, provenance, thresholds
 from loopscope.report.page.html import render_template
 from loopscope.report.settings import ReportSettings
-from loopscope.study import Study
+from loopscope.study import Study, StudyView, view_study
 
 _DECISIVE: dict[str, tuple[str, Callable[[float], str]]] = {
     "drift_between_horizons": ("Drift from H to 2H", significant),
@@ -38,15 +37,15 @@ _MOST_LAYER_ROWS = 4
 
 def render_page(study: Study, settings: ReportSettings) -> str:
     """The whole report as HTML."""
-    material = gather_material(study, settings)
+    view = view_study(study)
     answers = quick_answers(study, settings.criterion)
-    sections = _sections(study, material)
+    sections = _sections(view, settings)
     return render_template(
         "report.html",
         model=str(study.manifest["model"]["name"]),
         created=str(study.manifest.get("created", ""))[:16].replace("T", " "),  # to the minute
         version=str(study.manifest.get("versions", {}).get("loopscope", "")),
-        facts=header_facts(material.view),
+        facts=header_facts(view),
         answers=answers,
         highlights=_highlights(answers[0]),
         limits=_limits(answers),
@@ -57,26 +56,22 @@ def render_page(study: Study, settings: ReportSettings) -> str:
     )
 
 
-def _sections(study: Study, material: Material) -> list[Section]:
+def _sections(view: StudyView, settings: ReportSettings) -> list[Section]:
     """In the order of the questions, without figures that have nothing to show. A feed-forward model has those that
     need no recurrence."""
-    view, settings = material.view, material.settings
     if view.looped:
         sections = [
             convergence_section(view, settings),
-            norms_section(view, settings),
-            behaviour_section(study, material),
-            stability_section(material),
+            behaviour_section(view, settings),
+            stability_section(view, settings),
             similarity_section(view, settings),
-        ]
-        if "trajectory" in view.dataset:
-            sections.append(trajectories_section(material))
-        sections += [
-            readout_section(material),
+            trajectories_section(view, settings),
+            readout_section(view, settings),
             heads_section(view, settings),
             floorplan_section(view),
             stages_section(view, settings),
-            tokens_section(material),
+            tokens_section(view, settings),
+            norms_section(view, settings),
         ]
     else:
         sections = [

@@ -15,7 +15,7 @@ from loopscope.answers.rates import token_shares
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind
 from loopscope.report.figures.plot import Drawn, Section
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
-from loopscope.report.figures.verdicts import Extreme, ShareSeries, extremes, shares_figure
+from loopscope.report.figures.verdicts import Extreme, ShareSeries, extremes_plot, shares_plot
 from loopscope.report.page.facts import provenance
 from loopscope.report.page.html import render_template
 
@@ -60,14 +60,12 @@ def _provenance(judged: JudgedFiles) -> list[tuple[str, list[tuple[str, str]]]]:
 def _sections(judged: JudgedFiles) -> list[Section]:
     trajectories = judged.trajectories
     codes = np.array([KINDS.index(each.verdict.kind) for each in trajectories], dtype=np.int64)
-    shares = shares_figure(
+    shares = shares_plot(
         [ShareSeries(name=str(judged.manifest["method"]), shares=token_shares(codes))],
-        "Points are shares of the trajectories, bars 95 % Clopper-Pearson intervals; a triangle stands at the highest "
-        "share that the interval leaves possible where none was found. Trajectories of one run depend on each other, "
-        "which makes the intervals too narrow.",
+        "Shares of the trajectories. Those of one run depend on each other, which makes the intervals too narrow.",
         things="trajectories",
     )
-    drawn = extremes(
+    extremes = extremes_plot(
         [
             Extreme(
                 label=each.label,
@@ -80,7 +78,7 @@ def _sections(judged: JudgedFiles) -> list[Section]:
             if each.path
         ]
     )
-    figures: list[Drawn] = [shares, *drawn, _panel(trajectories)]
+    figures: list[Drawn] = [shares, *filter(None, [extremes]), _panel(trajectories)]
     return [
         Section(
             anchor="behaviour",

@@ -1,1 +1,0 @@
-"""The paper figures that are not yet a `Plot`."""
