@@ -391,7 +391,7 @@ def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings)
 
 
 _PARTS: Mapping[str, tuple[str, ...]] = {
-    "behaviour": ("verdict", "tail_path"),
+    "behaviour": ("verdict", "verdict_cosine", "tail_path", "displacement_sensitivity", "cosine_sensitivity"),
     "stability": ("predicted_kind", "predicted_rate", "observed_rate", "eigenvalue_real"),
     "path-independence": ("path_distance", "path_cosine"),
     "cycle-similarity": ("cycle_similarity", "attention_cycle_distance"),
@@ -410,7 +410,10 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """Variables by the part of an analysis that measures them, as `--skip` names it."""
 
+_NO_EIGENVALUES = "no eigenvalues were taken (a model watched from outside)"
 _OTHERWISE = {
+    **dict.fromkeys(("predicted_kind", "predicted_rate", "eigenvalue_real"), _NO_EIGENVALUES),
+    **dict.fromkeys(("verdict", "displacement_sensitivity"), "the horizon is too short for verdicts"),
     "exit_probability": "the model has no exit gate",
     "path_distance": "the model cannot be started from another initial state",
     "prediction_neurons": "neurons were not counted (a model watched from outside, or a count over --neuron-limit)",
