@@ -40,14 +40,17 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, view_study
 from small_models import FEED_FORWARD, GATED, PROMPTS, subject
 from staged_study import OTHER, SHAPE, staged_study
-from synthetic_study import contracting, feed_forward_study, looped_study, overflowing
+from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 OF_STUDY = [kind.name for kind in STUDY_FIGURES]
 OF_COMPARISON = [kind.name for kind in COMPARISON_FIGURES]
-NOT_SYNTHETIC = {"exit-gate", "cycle-attention-long", "cycle-residual-long"}
-"""What the synthetic studies lack: an exit gate, and more than four recurrences in the cycle similarity."""
+JUDGED = {name for name in OF_STUDY if name.startswith("verdict-")}
+PREDICTED = {name for name in OF_STUDY if name.startswith("stability-")}
+NOT_SYNTHETIC = {"exit-gate", "cycle-attention-long", "cycle-residual-long", *JUDGED, *PREDICTED}
+"""What the synthetic studies lack: an exit gate, more than four recurrences in the cycle similarity, and, unless they
+are given some, verdicts and eigenvalues."""
 SIMPLE = ["norm-by-layer"]
 VARIED = ["step-by-depth", "cycle-attention", "trajectories-3d", "tokens"]
 """Lines, a map, a figure in space, names of tokens."""
@@ -237,13 +240,24 @@ def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
     left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(view)}
     gated = shape.exit_gate
     if gated:
-        assert left_out == {"path-independence-by-layer"}
+        # Verdicts need a longer horizon; where nothing settles, eigenvalues have a place in the plane alone.
+        assert left_out == {"path-independence-by-layer", *JUDGED, *PREDICTED} - {"stability-spectrum"}
     for kind in STUDY_FIGURES:
         if kind.name not in left_out:
             assert has_data(draw_figure(view.study, kind.name)), kind.name
     wanted = "exit-gate" if gated else "stages-by-depth"
     (found,) = write_figures(ran, tmp_path, formats=("svg",), only=[wanted])
     assert names(found) == {wanted}
+
+
+def test_verdicts_of_all_kinds_are_drawn() -> None:
+    view = view_study(with_behaviour(looped_study(contracting(), prompts=3)))
+    kinds = [kind for kind in STUDY_FIGURES if kind.name in JUDGED]
+    assert not [kind.name for kind in kinds if kind.absent(view)]
+    for kind in kinds:
+        figure = draw_figure(view.study, kind.name)
+        assert has_data(figure), kind.name
+        assert_inside(figure, kind.name)
 
 
 def has_data(figure: Figure) -> bool:
@@ -383,7 +397,7 @@ def test_text_from_outside_is_no_markup(tmp_path: Path) -> None:
         assert "<script" not in path.read_text(encoding="utf-8")
     shown = [tick.get_text() for tick in draw_figure(study, "tokens").axes[0].get_yticklabels()]
     assert shown[:2] == ["$x_1$", "$\\frac{1"]
-    assert shown[2] == "<script>ale…"
+    assert shown[2] == "<script>alert(1)<…"
     # The font has no such letters; white space and controls are made visible.
     assert shown[-1] == "··⏎▯▯"
     assert f"Model {hostile}," in captions(tmp_path)["figures"][0]["caption"]

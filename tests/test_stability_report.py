@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.container import ErrorbarContainer
 
 from loopscope import AnalyzeSettings, Study, analyze, quick_answers
 from loopscope.answers.answer import Answer, Outcome
@@ -17,6 +18,7 @@ from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.dynamics.verdicts import Kind as Verdict
 from loopscope.errors import StudyError
+from loopscope.report.figures.write import draw_figure
 from report_page import page_of
 from small_models import PROMPTS, linear_loop, relaxation
 from test_stability_study import rotation
@@ -112,6 +114,17 @@ def test_the_section_shows_a_point_for_each_token(settles: Study, turns: Study, 
     circle, orbits = spectrum[0], next(trace for trace in spectrum if trace["name"] == "orbit")
     assert circle["name"] == "modulus 1"
     assert len(orbits["text"]) == 2 * TOKENS  # with the conjugates
+
+
+def test_papers_get_the_same_figures(settles: Study) -> None:
+    (axes,) = draw_figure(settles, "stability-rates").axes
+    pairs = rate_pairs(settles.dataset)
+    (points,) = axes.containers
+    assert isinstance(points, ErrorbarContainer)
+    np.testing.assert_allclose(np.asarray(points.lines[0].get_xdata()), pairs.predicted)
+    np.testing.assert_allclose(np.asarray(points.lines[0].get_ydata()), pairs.observed)
+    for name in ("spectrum", "agreement", "radii", "damping"):
+        assert len(draw_figure(settles, f"stability-{name}").axes) == 1
 
 
 def test_a_token_of_the_panel_has_its_eigenvalues(turns: Study, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def _home(comparison: Comparison, label: str) -> int:
 
 
 def _named(label: str) -> str:
-    return visible(label, 60)
+    return visible(label, 44)
 
 
 # ---- likeness and drift ----

@@ -341,6 +341,8 @@ class _Drawing:
         if panel.equal:
             layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
             layout.xaxis.update({"constrain": "domain"} if is_map else {})
+        if is_map and panel.y.ticks:
+            layout.yaxis.update(ticks="")
         if is_map and panel.x.ticks:
             layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else 0)
 
