@@ -86,3 +86,7 @@ STAGE_QUANTITIES = (
         logarithmic=True,
     ),
 )
+"""Those of the paper, by which stages are judged and compared."""
+
+VISIT_QUANTITIES = (*STAGE_QUANTITIES,)
+"""All that figures show of every visit."""

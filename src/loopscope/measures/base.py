@@ -15,8 +15,9 @@ from torch import Tensor
 from loopscope._util.shapes import Logits, States
 from loopscope._util.sites import Stage
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
+from loopscope.measures.functions import squared_singular_values
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
-from loopscope.models.visits import AttentionView, Observer
+from loopscope.models.visits import AttentionView, Observer, Visit
 
 
 @runtime_checkable
@@ -139,6 +140,7 @@ class BatchInfo:
     """Whether there is a run from another initial state."""
     horizon: HorizonStates | None = None
     """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
+    _spectrum: tuple[Visit, Tensor] | None = None
 
     @classmethod
     def of(cls, subject: Subject, batch: Batch, plan: Plan, **more: Any) -> BatchInfo:
@@ -170,6 +172,13 @@ class BatchInfo:
     @property
     def tokens(self) -> int:
         return self.mask.shape[1]
+
+    def squared_singular_values(self, visit: Visit) -> Tensor:
+        """Of each prompt's states, (batch, value); the padding adds zeros. Measures of one visit share them."""
+        if self._spectrum is None or self._spectrum[0] is not visit:
+            states = visit.residual.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+            self._spectrum = visit, squared_singular_values(states).cpu()
+        return self._spectrum[1]
 
     def row(self, prompt: int) -> int | None:
         """Of the batch, in which a prompt of the study is, if it is there."""

@@ -84,3 +84,17 @@ def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) ->
     found = (below + (above - below) * (place - low)).movedim(-1, 0)
     finite = (torch.isfinite(values) | ~counted).all(-1)
     return found.masked_fill(~finite, torch.nan)
+
+
+def squared_singular_values(states: Float[Tensor, "*shape token width"]) -> Float[Tensor, "*shape value"]:
+    """Of (token, width) matrices, in float64, as eigenvalues of the smaller Gram matrix: a zero for each row of zeros,
+    at least 0, and all NaN for a matrix with an entry that is not finite.
+    """
+    wide = states.double()
+    tokens, width = wide.shape[-2:]
+    gram = wide @ wide.mT if tokens <= width else wide.mT @ wide
+    # A matrix with an entry that is not finite has such a square on the diagonal too.
+    finite = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None]
+    # One matrix that is not finite would fail the whole batch.
+    squares = torch.linalg.eigvalsh(torch.where(finite[..., None], gram, 0.0)).clamp(min=0)
+    return torch.where(finite, squares, torch.nan)

@@ -20,7 +20,7 @@ from loopscope.measures.base import (
     on_arrays,
     variable,
 )
-from loopscope.measures.functions import residual_norm, widen
+from loopscope.measures.functions import residual_norm, squared_singular_values, widen
 from loopscope.models.visits import Visit
 
 TokenStates = Float[Tensor, "*shape token width"]
@@ -31,17 +31,14 @@ Values = Float[Tensor, "*shape"]
 def residual_entropy(states: TokenStates) -> Values:
     """`-sum_j p_j log p_j` with `p_j = s_j^2 / sum s^2`, s the singular values of the (token, width) matrix, in nats.
 
-    From the smaller Gram matrix, in float64. Rows are not normalised: massive activations must count.
+    Rows are not normalised: massive activations must count.
     """
-    wide = states.double()
-    tokens, width = wide.shape[-2:]
-    gram = wide @ wide.mT if tokens <= width else wide.mT @ wide
-    # A matrix with an entry that is not finite has such a square on the diagonal too.
-    finite = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))
-    # One matrix that is not finite would fail the whole batch.
-    squares = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0)).clamp(min=0)
-    shares = squares / squares.sum(-1, keepdim=True)
-    return torch.where(finite, torch.special.entr(shares).sum(-1), torch.nan)
+    return _entropy(squared_singular_values(states))
+
+
+def _entropy(squares: Float[Tensor, "*shape value"]) -> Values:
+    entropy: Tensor = torch.special.entr(squares / squares.sum(-1, keepdim=True)).sum(-1)
+    return entropy
 
 
 @on_arrays
@@ -104,8 +101,7 @@ class StageMeasures(Measure):
     def visit(self, visit: Visit) -> None:
         depth = depth_of(self.batch, visit.stage, visit.layer, visit.recurrence)
         states = visit.residual.masked_fill(~self.batch.mask.unsqueeze(-1), 0.0)
-        # Rows of zeros, the padding, add nothing to a Gram matrix but eigenvalues of zero.
-        entropy = residual_entropy(states).cpu()
+        entropy = _entropy(self.batch.squared_singular_values(visit))
         norms = residual_norm(states)
         massive, places = [], []
         for prompt, length in enumerate(self._lengths):

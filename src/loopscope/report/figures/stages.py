@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loopscope.answers.limits import short_prompts
-from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
+from loopscope.answers.quantities import VISIT_QUANTITIES, StageQuantity
 from loopscope.report.figures.curves import (
     FEW,
     Layout,
@@ -75,7 +76,7 @@ class _Stages:
 
     @property
     def quantities(self) -> list[StageQuantity]:
-        return [quantity for quantity in STAGE_QUANTITIES if self.only in ("", quantity.anchor)]
+        return [quantity for quantity in VISIT_QUANTITIES if self.only in ("", quantity.anchor)]
 
     def type(
         self,
@@ -100,7 +101,7 @@ class _Stages:
     def draw(self, view: StudyView, settings: ReportSettings) -> Plot:
         quantities = [quantity for quantity in self.quantities if view.why_absent(quantity.variable) is None]
         curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], self.lines(view)
-        letters = [f"({letter}) " for letter in "abcdef"] if len(quantities) > 1 else [""]
+        letters = [f"({letter}) " for letter in ascii_lowercase] if len(quantities) > 1 else [""]
         said = [
             " ".join([f"{letter}{quantity.name}. {quantity.reading}", *_limits(view, quantity)])
             for letter, quantity in zip(letters, quantities, strict=False)
