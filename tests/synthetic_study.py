@@ -25,6 +25,7 @@ from loopscope.models.architecture import Injection
 from loopscope.models.subject import Batch, SubjectInfo
 from loopscope.models.visits import LoopState, Observer, Visit
 
+GATE = ("exit_probability", "token_exit_probability", "token_exit_cumulated")
 Array = NDArray[np.float64]
 Trajectory = Callable[[Array, Array, np.random.Generator], Array]
 """From times t = 1 .. 2H, shape (time, 1, 1, 1), and points, shape (layer, token, width), to states (time, layer,
@@ -223,6 +224,7 @@ def _with(study: Study, given: dict[str, Any], text: str) -> Study:
     manifest = copy.deepcopy(dict(study.manifest))
     manifest["created"] = "2026-01-02T03:04:05+00:00"
     manifest["prompts"]["source"] = "synthetic"
+    manifest["left_out"] = dict.fromkeys(GATE, "the model has no exit gate")
     count = len(study.tokens[0]["token_ids"])
     words = (text.split(" ") * count)[:count]
     tokens = [{**record, "text": text, "token_strings": words} for record in study.tokens]

@@ -47,7 +47,7 @@ def test_each_kind_of_file_is_judged_and_reported_on(suffix: str, states: NDArra
     assert lines[1]["period"] == pytest.approx(2 * np.pi / 0.9, rel=0.02)
     assert lines[1]["array"] == ("" if suffix == ".npy" else "h")
     page = Page(tmp_path / "out" / "report.html")
-    assert {"behaviour-shares", "extreme-orbit", "behaviour-tokens"} <= page.ids("figure")
+    assert {"behaviour-shares", "extreme-orbit", "behaviour-tokens"} <= page.anchors
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["dtype"] == "float32"
 
 

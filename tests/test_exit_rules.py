@@ -392,7 +392,7 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         analyze(subject(), PROMPTS, settings=SETTINGS, exit_recurrences=7)
     with pytest.raises(ConfigError, match="--exit-recurrences must not be negative, got -1"):
         AnalyzeSettings(exit_recurrences=-1)
-    with pytest.raises(ConfigError, match="no exit rule 'entropy'; the rules are step, kl, attention, gate"):
+    with pytest.raises(ConfigError, match="Unknown exit rule 'entropy'; the rules are step, kl, attention, gate"):
         exit_tables(looped_study(contracting()), {"entropy": [0.1]})
 
 

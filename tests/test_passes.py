@@ -21,8 +21,8 @@ from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
+from loopscope.measures.registry import DECLARED
 from loopscope.measures.stability import EIGENVALUE_NAMES, RATE_NAMES
-from loopscope.measures.stages import STAGE_NAMES
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
@@ -127,7 +127,7 @@ PARTS: Mapping[Part, set[str]] = {
     "noise-floor": {"noise_floor"},
     "maps": {"attention_map"},
     "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "token_attention_change", "attention_cycle_distance"},
-    "stages": set(STAGE_NAMES),
+    "stages": {name for kind in DECLARED if kind.part == "stages" for name in kind.variables},
     "behaviour": {
         "verdict",
         "verdict_cosine",

@@ -6,16 +6,18 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
 
 from loopscope.answers.answer import Criterion
+from loopscope.answers.quantities import VISIT_QUANTITIES
 from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError, StorageError, StudyError
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
-from loopscope.measures.stages import STAGE_NAMES
+from loopscope.measures.registry import DECLARED
 from loopscope.report.page.write import write_report
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
@@ -88,10 +90,11 @@ def test_answers_come_first_and_word_for_word(page: Page) -> None:
 def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
     tags = [tag for tag, _ in page.elements]
     maps = {"head-maps", "floorplan"}
-    charts = {key.removesuffix(f"-{letter}") for key in page.figures for letter in "abcdef"} | maps
+    charts = {key.removesuffix(f"-{letter}") for key in page.figures for letter in ascii_lowercase} | maps
     assert page.anchors >= maps
     # Of these every panel has an anchor of its own.
-    assert page.ids("figure") <= charts | {"stages-by-recurrence", "stages-by-depth", "trajectories"}
+    whole = {"stages-by-recurrence", "stages-by-depth", "trajectories-2d", "trajectories-3d", "token-distances"}
+    assert page.ids("figure") <= charts | whole
     assert tags.count("figure") == tags.count("figcaption") == len(page.ids("figure"))
     for anchor, plot in page.figures.items():
         layout = plot["layout"]
@@ -143,7 +146,7 @@ def test_text_from_outside_stays_text(hostile_study: Study, tmp_path: Path, page
 
 def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
     found = page_of(feed_forward_study(), tmp_path)
-    quantities = ("concentration", "sinks", "mixing", "entropy", "magnitude", "massive")
+    quantities = [quantity.anchor for quantity in VISIT_QUANTITIES]
     alone = {"cycle-similarity", "attention-cycle", "head-sinks", "neurons", "stages-by-depth", "massive-places"}
     assert found.anchors - {"head-maps", "floorplan"} == alone | {f"{quantity}-by-depth" for quantity in quantities}
     assert "This model is feed-forward" in found.words
@@ -182,7 +185,7 @@ def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
         *HEAD_NAMES,
         *CHANGE_NAMES,
         "head_stable_from",
-        *STAGE_NAMES,
+        *(name for kind in DECLARED if kind.part == "stages" for name in kind.variables),
         "attention_map",
         "mapped_prompt",
     ]
