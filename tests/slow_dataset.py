@@ -248,7 +248,8 @@ def _most_change(trace: Trace, layer: int, recurrence: int) -> list[float]:
 
 def _stage(states: Array) -> dict[str, float]:
     """Of one visit's states, (token, width)."""
-    square = np.linalg.svd(states, compute_uv=False) ** 2
+    values = np.linalg.svd(states, compute_uv=False)
+    square = values**2
     share = square / square.sum()
     entropy = float(-sum(p * np.log(p) for p in share if p > 0))
     most = np.log(min(states.shape))
@@ -262,6 +263,7 @@ def _stage(states: Array) -> dict[str, float]:
         "massive_activation": float(size.max() / np.sort(size.ravel())[(size.size - 1) // 2]),
         "massive_token": float(token),
         "massive_dimension": float(dimension),
+        "effective_rank": float(np.exp(-sum(p * np.log(p) for p in values / values.sum() if p > 0))),
     }
 
 
