@@ -168,7 +168,8 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
     count = len(plot.panels)
     total = inches(width, count)
     beside = max(1, min(count, int(total / _PANEL)))
-    if plot.columns and (plot.columns != 2 or total >= 2 * _PANEL):
+    # Two go under each other where there is no room beside, unless that would be more than a page.
+    if plot.columns and (plot.columns != 2 or total >= 2 * _PANEL or count * _LOWEST > _PAGE):
         beside = min(plot.columns, count)
     elif plot.columns:
         beside = 1
