@@ -112,7 +112,7 @@ def _serve(folder: Path) -> None:
     for module in pkgutil.walk_packages(loopscope.__path__, "loopscope."):
         if not module.name.endswith(("__main__", ".worker")):
             import_module(module.name)
-    # Forks do not look for garbage in what they share, not even at their end: that is most of what a short one would take.
+    # Forks look for no garbage in what they share, not even when they end, which would be most of a short one's time.
     gc.collect()
     gc.freeze()
     print("ready", flush=True)
