@@ -6,6 +6,7 @@ the import of torch and the like, which is most of what a short command takes, i
 
 from __future__ import annotations
 
+import gc
 import os
 import pkgutil
 import runpy
@@ -111,6 +112,9 @@ def _serve(folder: Path) -> None:
     for module in pkgutil.walk_packages(loopscope.__path__, "loopscope."):
         if not module.name.endswith(("__main__", ".worker")):
             import_module(module.name)
+    # Forks look for no garbage in what they share, not even when they end, which would be most of a short one's time.
+    gc.collect()
+    gc.freeze()
     print("ready", flush=True)
     # Opened for writing too, so that it never ends.
     with (folder / "ask").open("r+b", buffering=0) as questions:
