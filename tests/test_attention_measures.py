@@ -14,6 +14,7 @@ from loopscope.analysis.job import SilentProgress
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures, change_bound
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.neurons import KURTOSIS
+from loopscope.measures.rank import EffectiveRank, effective_rank
 from loopscope.measures.stages import STAGE_NAMES, StageMeasures
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
@@ -286,9 +287,9 @@ def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
     batch, recurrences = Batch.of(prompts), 3
     trace = loopscope.capture(subject, prompts, recurrences=recurrences)
     info = batch_info(subject, batch, recurrences=recurrences)
-    stages = StageMeasures(info)
-    watched([stages], info)
-    found = stages.result()
+    stages, rank = StageMeasures(info), EffectiveRank(info)
+    watched([stages, rank], info)
+    found = stages.result().merge(rank.result())
     for prompt, length in enumerate(LENGTHS):
         for depth, visit in enumerate(trace.visits):
             states = trace.residual(*visit)[prompt, :length]
@@ -301,10 +302,25 @@ def test_stages_of_padded_prompts_are_those_of_the_prompts_alone() -> None:
                 "massive_activation": measures.massive_activation(states),
                 "massive_token": measures.massive_activation_place(states)[0],
                 "massive_dimension": measures.massive_activation_place(states)[1],
+                "effective_rank": effective_rank(states),
             }
-            assert set(expected) == set(STAGE_NAMES)
+            assert set(expected) == {*STAGE_NAMES, "effective_rank"}
             for name, value in expected.items():
                 np.testing.assert_allclose(found[name].values[depth, prompt], value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("states", "rank"),
+    [
+        (torch.ones(5, 3, dtype=torch.float64), 1.0),
+        (3 * torch.eye(4, 7, dtype=torch.float64), 4.0),
+        # Singular values 3 and 1: shares 3/4 and 1/4, and an entropy of 0.5623.
+        (torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)), 4 / 3**0.75),
+    ],
+)
+def test_the_effective_rank_of_matrices_worked_out_by_hand(states: torch.Tensor, rank: float) -> None:
+    # 1e-6: the roots of eigenvalues that rounding left at 1e-16 instead of 0.
+    assert float(effective_rank(states)) == pytest.approx(rank, rel=1e-6)
 
 
 def test_a_state_that_is_not_finite_has_no_entropy_and_spoils_no_other() -> None:

@@ -43,6 +43,7 @@ FEED_FORWARD_VARIABLES = {
     *TOKEN_READOUTS,
     *HEAD_NAMES,
     *STAGE_NAMES,
+    "effective_rank",
 }
 
 

@@ -88,5 +88,16 @@ STAGE_QUANTITIES = (
 )
 """Those of the paper, by which stages are judged and compared."""
 
-VISIT_QUANTITIES = (*STAGE_QUANTITIES,)
+VISIT_QUANTITIES = (
+    *STAGE_QUANTITIES,
+    StageQuantity(
+        anchor="rank",
+        name="effective rank",
+        variable="effective_rank",
+        of_prompt=lambda data: data["effective_rank"],
+        title="Over how many directions do the states of a prompt spread?",
+        y_title="effective rank",
+        reading="exp of the entropy of the normalised singular values, between 1 and min(T, D).",
+    ),
+)
 """All that figures show of every visit."""

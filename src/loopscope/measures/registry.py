@@ -12,6 +12,7 @@ from loopscope.measures.horizon import Horizons, NoiseFloor
 from loopscope.measures.maps import AttentionMaps
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.path import PathIndependence
+from loopscope.measures.rank import EffectiveRank
 from loopscope.measures.readout import Readout
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
 from loopscope.measures.stability import TokenStability
@@ -29,6 +30,7 @@ MEASURES: tuple[type[Measure], ...] = (
     HeadMeasures,
     AttentionMaps,
     StageMeasures,
+    EffectiveRank,
     Readout,
     Behaviour,
     TokenStability,
