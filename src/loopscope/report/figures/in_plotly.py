@@ -344,7 +344,7 @@ class _Drawing:
         if is_map and panel.y.ticks:
             layout.yaxis.update(ticks="")
         if is_map and panel.x.ticks:
-            layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else 0)
+            layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else None)
 
     def _values_axis(self, axis: Axis) -> dict[str, Any]:
         values = self._plot.values(self._panel)

@@ -45,9 +45,9 @@ Source = Study | Comparison | str | Path
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
     *SIMILARITY,
-    *TRAJECTORIES,
     *HEADS,
     *STAGES,
+    *TRAJECTORIES,
     *READOUT,
     TOKENS,
     *VERDICTS,
