@@ -181,6 +181,18 @@ def test_a_token_is_picked_by_mouse_and_keyboard(looped: Opened) -> None:
     assert looped.problems == []
 
 
+def test_a_name_of_a_shared_legend_hides_and_shows_its_lines_in_all_charts(looped: Opened) -> None:
+    shown = """() => [...document.querySelectorAll("#distance [data-plot]")].map((place) =>
+        place.data.filter((trace) => trace.name === "1" && trace.visible !== false).length)"""
+    button = looped.page.locator("#distance .legend button", has_text="1").first
+    assert looped.page.evaluate(shown) == [1, 1, 1]
+    button.click()
+    assert looped.page.evaluate(shown) == [0, 0, 0]
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    assert looped.page.evaluate(shown) == [1, 1, 1]
+
+
 def test_no_button_sends_data_away(looped: Opened) -> None:
     titles = looped.page.locator(".modebar-btn").evaluate_all(
         "(buttons) => buttons.map((one) => one.dataset.title || one.getAttribute('aria-label') || '')"

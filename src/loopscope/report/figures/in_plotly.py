@@ -81,6 +81,11 @@ class Entry:
     glyph: str = ""
     """Of points, bars and bands."""
 
+    @property
+    def trace(self) -> str:
+        """What plotly calls that which has it."""
+        return _text(self.name)
+
 
 def legend(plot: Plot) -> list[Entry]:
     """Every name once, numbers before words; a single chart has its own."""

@@ -119,6 +119,7 @@ class _Stages:
                     quantity.y_title,
                     recurrences,
                     scale="auto" if quantity.logarithmic else "linear",
+                    title=quantity.name.capitalize() if len(quantities) > 1 else "",
                     anchor=f"{quantity.anchor}-{self.layout.replace(' ', '-')}" if self.anchored else "",
                 )
                 for quantity, curve in zip(quantities, curves, strict=True)

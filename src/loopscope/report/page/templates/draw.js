@@ -14,6 +14,18 @@
     });
   }
 
+  // A click on a name of a legend that charts share hides what has it in all of them, or shows it again.
+  document.addEventListener("click", ({ target }) => {
+    const button = target.closest(".legend button");
+    if (!button) return;
+    const visible = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(visible));
+    for (const place of button.closest("figure").querySelectorAll("[data-plot]")) {
+      const named = (place.data ?? []).flatMap((trace, index) => (trace.name === button.dataset.trace ? [index] : []));
+      if (named.length) Plotly.restyle(place, { visible }, named);
+    }
+  });
+
   for (const place of document.querySelectorAll("[data-plot]")) {
     try {
       const plot = read(place.dataset.plot);
