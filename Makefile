@@ -3,6 +3,13 @@
 PYTHON ?= python3
 WORKERS ?= 2
 
+# Tests in which annotations are checked at run time, shapes included: they are quick, and reach nearly every function
+# that has shapes. Checking takes as long as the tests themselves, so the others run without.
+SHAPES := architecture attention_measures behaviour behaviour_command checkpoints chunking system_prompts families hooked_families \
+	hooks_attention initial_state interventions measures model model_settings prompt_tokens prompts rates \
+	spectra stability_hooked tokenizer trace training training_config training_data training_evaluate training_penalties \
+	training_schedule
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -45,7 +52,8 @@ lint: $(TEST_STAMP) ## Style, types, and the direction of imports
 	$(BIN)/lint-imports --no-cache --no-logo
 
 test: lint ## Everything that must hold: lint, then the tests, the documentation's commands among them
-	$(BIN)/pytest --numprocesses=$(WORKERS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --shapes $(SHAPES:%=tests/test_%.py)
+	$(BIN)/pytest --numprocesses=$(WORKERS) $(SHAPES:%=--ignore=tests/test_%.py)
 
 format: $(TEST_STAMP) ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix-only --quiet
