@@ -167,7 +167,7 @@ def test_a_token_is_picked_by_mouse_and_keyboard(looped: Opened) -> None:
     orbit.click()
     assert orbit.get_attribute("aria-selected") == "true"
     assert "orbit" in picked.locator("h4").inner_text()
-    assert "It comes round every 5.5 recurrences" in picked.inner_text()
+    assert "It is periodic, with 5.5 recurrences a turn" in picked.inner_text()
     # Its way and its displacement are drawn, the floor in the second.
     plots = page.locator("[data-small-plots] .plot")
     assert [plots.nth(place).locator(".trace").count() for place in range(plots.count())] == [1, 2]

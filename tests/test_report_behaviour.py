@@ -131,8 +131,8 @@ def test_the_tokens_of_the_page_are_those_of_the_study(page: Page, study: Study)
     way = np.array(orbit["path"]) / panel["finest"] * orbit["reach"]
     np.testing.assert_allclose(np.hypot(*way), 0.3, rtol=1e-3)
     assert orbit["line"] == (
-        "It comes round every 5.5 recurrences, at 30 % of its norm from the centre; it still moves by 20 % of its "
-        "norm, 200 times the noise floor."
+        "It is periodic, with 5.5 recurrences a turn, at 30 % of its norm from the centre; it still moves by 20 % of "
+        "its norm, 200 times the noise floor."
     )
     facts = dict(orbit["facts"])
     assert facts["period (recurrences)"] == "5.5"

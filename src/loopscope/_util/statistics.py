@@ -30,7 +30,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Share:
-    """So many of so many prompts."""
+    """That many of the prompts."""
 
     count: int
     total: int

@@ -117,7 +117,7 @@ class Job:
         return self.assemble([found[index] for index in range(self.shards)], started)
 
     def _run_all(self, shards: Sequence[int], done: Callable[[int, xr.Dataset], None]) -> None:
-        """Some shards, by the engine that the settings name; `done` is told of each as it is finished."""
+        """Some shards, by the engine that the settings name; `done` receives each as it is finished."""
         settings = self.settings
         gpus = 1.0 if self.subject.device.type == "cuda" else 0.0
         engine = make_engine(settings.engine, settings.workers, settings.address, gpus)

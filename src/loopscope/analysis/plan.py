@@ -59,7 +59,7 @@ def choose_maps(
 ) -> tuple[MapChoice | None, list[str]]:
     """What an analysis of prompts of these lengths keeps, its rows being prompts of the study, and what to say of it.
 
-    None where no map is kept. Raises `ConfigError` for a prompt or a recurrence that there is not.
+    None where no map is kept. Raises `ConfigError` for an unknown prompt or recurrence.
     """
     prompts, recurrences = _prompts(len(lengths), settings), _recurrences(info, settings)
     if "maps" in settings.skip or not prompts:

@@ -17,7 +17,7 @@ from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import AttentionView, Visit
 
 _FIRST = 4
-"""So many recurrences from the start are kept one by one: where heads settle, most of it happens there."""
+"""That many recurrences from the start are kept one by one: where heads settle, most of it happens there."""
 
 
 def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[Site]:
 
 
 def map_tokens(most: int, maps: int, limit: int) -> int:
-    """Tokens of which maps can be kept: `most`, or fewer so that so many maps fit into `limit` bytes; 0 if none do."""
+    """Tokens of which maps can be kept: `most`, or as many as `limit` bytes have room for; 0 if none."""
     return min(most, math.isqrt(limit // maps))
 
 

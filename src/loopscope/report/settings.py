@@ -19,10 +19,10 @@ class ReportSettings:
     """Prompts drawn token by token, counted from 0. Unless given: the most ordinary one, and the one farthest from
     its horizon state at the end."""
     most_tokens: Annotated[int, Range(2)] = 60
-    """Of a longer prompt, the last so many tokens are drawn: more rows than fit on a screen cannot be compared by
+    """Of a longer prompt, the last that many tokens are drawn: more rows than fit on a screen cannot be compared by
     eye."""
     most_recurrences: Annotated[int, Range(2)] = 200
-    """Curves over more recurrences are drawn from so many of them, denser at the start, to keep the file small."""
+    """Curves over more recurrences are drawn from that many of them, denser at the start, to keep the file small."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "The report setting ")

@@ -42,8 +42,8 @@ def leading_eigenvalues(
 
     **Arguments**
 
-    - `model`, `input_ids`, `attention_mask`, `intervene`: as for `loopscope.capture`. F is the recurrence after so many
-      as the settings say, under the interventions that act there: with `damp=0.5` it is the damped one.
+    - `model`, `input_ids`, `attention_mask`, `intervene`: as for `loopscope.capture`. F is the recurrence after
+      that many as the settings say, under the interventions that act there: with `damp=0.5` it is the damped one.
     - `state`: x, (batch, token, width), instead of the state after that many recurrences. For a hooked model, what the
       first recurrent layer receives.
     - `settings`, `changes`: `EigenvalueSettings`, and fields of it to change, e.g. `recurrences=64, products=20`.

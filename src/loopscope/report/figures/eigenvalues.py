@@ -132,7 +132,7 @@ def _spectrum(view: StudyView, settings: ReportSettings) -> Plot:
         question="Where do the leading eigenvalues lie?",
         reading=(
             "Each token's own eigenvalue of largest modulus, with its conjugate. Inside the circle the point attracts; "
-            "to the right of it, the state moves away in one direction, to the left it jumps to and fro, elsewhere "
+            "to the right of it, the state moves away in one direction, to the left it alternates, elsewhere "
             "it turns. The colour is what is predicted, which is that of the slowest token up to it."
             + _drawn_note(eigenvalues.size)
         ),
@@ -184,7 +184,7 @@ def _agreement(view: StudyView, settings: ReportSettings) -> Plot:
     ]
     found = agreement(table)
     return Plot(
-        question="Do the verdicts bear the predictions out?",
+        question="Do the verdicts confirm the predictions?",
         reading=(
             "Tokens by what their eigenvalue predicts and what their trajectory was judged to do. Framed cells "
             f"agree: {found.agree:,} tokens; {found.disagree:,} disagree, and of {found.open:,} one of the two "

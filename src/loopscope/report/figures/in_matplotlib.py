@@ -150,7 +150,7 @@ def file_of(figure: Figure, format: Format) -> bytes:
 
 
 def inches(width: Width, panels: int) -> float:
-    """Of a figure with so many panels: one column for one panel, both for more, unless told otherwise.
+    """Of a figure with that many panels: one column for one panel, both for more, unless told otherwise.
 
     Raises `ConfigError` for a width that no figure can have.
     """

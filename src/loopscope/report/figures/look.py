@@ -49,7 +49,7 @@ def ordered_colours(count: int) -> list[str]:
 
 
 def _sampled(stops: Sequence[tuple[int, int, int]], count: int) -> list[str]:
-    """So many colours evenly along straight lines between the stops, as #RRGGBB."""
+    """That many colours evenly along straight lines between the stops, as #RRGGBB."""
     at = np.linspace(0, len(stops) - 1, count) if count > 1 else np.zeros(count)
     channels = [np.interp(at, range(len(stops)), [stop[channel] for stop in stops]).round() for channel in range(3)]
     return [f"#{int(red):02X}{int(green):02X}{int(blue):02X}" for red, green, blue in zip(*channels, strict=True)]

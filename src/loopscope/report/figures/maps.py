@@ -153,7 +153,7 @@ def floorplan_section(view: StudyView) -> Section:
 
 
 def _pixels(layers: list[int], heads: int) -> int:
-    """Of a map: the most with which blocks of so many layers, as many side by side as fit, are no higher than they may
+    """Of a map: the most with which blocks of these layers, as many side by side as fit, are no higher than they may
     be."""
     (width, height), (beside, above) = _PLAN, _AROUND
     for pixels in range(_LARGEST, _SMALLEST, -1):

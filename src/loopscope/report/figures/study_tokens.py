@@ -21,7 +21,7 @@ from loopscope.study import StudyView
 _PROMPTS = 4
 """Prompts in the page unless the settings name some: with 200 tokens each they take half a MB."""
 _TOKENS = 200
-"""Of a longer prompt, the last so many."""
+"""Of a longer prompt, the last that many."""
 _MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
 _TURNING = (Predicted.DAMPED_ROTATION, Predicted.ORBIT, Predicted.PERIOD_TWO)
 
@@ -54,7 +54,7 @@ def verdict_line(kind: Kind, numbers: dict[str, float]) -> str:
     if moves and floor > 0:
         moves += f", {significant(level / floor)} times the noise floor"
     special = {
-        Kind.ORBIT: _said("It comes round every {} recurrences", numbers["period"])
+        Kind.ORBIT: _said("It is periodic, with {} recurrences a turn", numbers["period"])
         + _said(", at {} of its norm from the centre", numbers["amplitude"], percent),
         Kind.SLIDER: _said("It moves on by {} of its norm per recurrence", numbers["speed"], percent),
         Kind.FIXED_POINT: _said("Its distance to the limit shrinks by a factor of {} per recurrence", numbers["rate"]),

@@ -143,7 +143,7 @@
 
   const PLOTS = [
     ["Its way, in the plane in which it moves most", way, "Its way was not kept."],
-    ["How far apart are states so many recurrences apart?", displacement, "It does not move, or this was not kept."],
+    ["How far apart are states that many recurrences apart?", displacement, "It does not move, or this was not kept."],
     ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, and the circle of modulus 1", eigenvalues, "None were taken of this token."]] : []),
   ].map(([title, drawing, otherwise]) => {
     const place = make("div", { class: "plot", role: "img", "aria-label": title });
