@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import xarray
 from matplotlib.axes import Axes
@@ -419,7 +421,7 @@ def test_page_and_paper_show_the_same(study: Study, name: str) -> None:
     (kind,) = [kind for kind in STUDY_FIGURES if kind.name == name]
     plot = kind.draw(view_study(study), ReportSettings())
     for panel, axes in zip(plot.panels, panels(in_matplotlib.draw(plot)), strict=True):
-        chart = in_plotly.draw(plot, panel)
+        chart = go.Figure(in_plotly.draw(plot, panel))
         assert (chart.layout.yaxis.type == "log") == (axes.get_yscale() == "log")
         traces = [trace for trace in chart.data if trace.type == "scatter" and trace.hoverinfo != "skip"]
         drawn = [one for one in axes.lines if one.get_gid() != "mark" and not str(one.get_label()).startswith("_")]
@@ -430,6 +432,14 @@ def test_page_and_paper_show_the_same(study: Study, name: str) -> None:
         assert {trace.name for trace in traces} >= {str(one.get_label()) for one in drawn}
         for heat in (trace for trace in chart.data if trace.type == "heatmap"):
             np.testing.assert_allclose(heat.z, image(axes), rtol=1e-6)
+
+
+def test_plotly_knows_every_name_in_the_charts(study: Study) -> None:
+    view = view_study(study)
+    plots = [kind.draw(view, ReportSettings()) for kind in STUDY_FIGURES if not kind.absent(view)]
+    charts = [json.loads(chart.json) for plot in plots for chart in in_plotly.charts(plot)]
+    found = {trace.type for chart in charts for trace in go.Figure(chart).data}  # which raises for an unknown name
+    assert found == {"scatter", "bar", "heatmap", "scatter3d"}
 
 
 LOOPED = staged_study([SHAPE, OTHER, SHAPE, OTHER], (2, 4, 2), model="looped", trained=2)

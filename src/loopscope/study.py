@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -274,10 +273,19 @@ def median_over_prompts(array: xr.DataArray, level: float = 0.5) -> xr.DataArray
 
 def quantile_over(array: xr.DataArray, level: float, dim: str) -> xr.DataArray:
     """Quantile, along a dimension, of what is finite; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of slices without a finite value
-        found = array.where(np.isfinite(array)).quantile(level, dim)
-    return found.drop_vars("quantile")
+
+    def quantile(values: NDArray[Any], axis: int) -> NDArray[np.floating]:
+        values = np.where(np.isfinite(values), values, np.nan)
+        levels = np.asarray([level])  # as an array, it makes the result one of doubles
+        found = np.asarray(np.quantile(values, levels, axis)[0])
+        empty, gaps = np.isnan(values).all(axis), np.isnan(values).any(axis)
+        if (some := gaps & ~empty).any():
+            # One slice after another, which is slow: only of those that need it.
+            found[some] = np.nanquantile(np.moveaxis(values, axis, -1)[some], levels, -1)[0]
+        # `nanquantile` of everything would give the dtype of the first slice's result.
+        return found.astype(values.dtype) if np.ravel(empty)[0] else found
+
+    return array.reduce(quantile, dim)
 
 
 def positive(values: NDArray[np.floating]) -> NDArray[np.float32]:

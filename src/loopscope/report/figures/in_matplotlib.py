@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font, LoadFlags
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
@@ -163,6 +164,17 @@ def inches(width: Width, panels: int) -> float:
     return float(width)
 
 
+class _Figure(Figure):
+    """Matplotlib draws what it saves twice, the first time for the layout's sake; here it is only laid out then."""
+
+    def draw(self, renderer: Any) -> None:
+        engine = self.get_layout_engine()
+        if isinstance(engine, ConstrainedLayoutEngine) and self.canvas.is_saving():
+            engine.execute(self)
+        else:
+            super().draw(renderer)
+
+
 def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
     """A figure with a place for each panel, as many beside each other as its width has room for."""
     count = len(plot.panels)
@@ -181,7 +193,7 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
     highest = max(panel.height for panel in plot.panels)
     if not square and highest > _ORDINARY:
         each = max(each, highest / _PIXELS)
-    figure = Figure(figsize=(total, min(rows * each, _PAGE) + _LEGEND), layout="constrained")
+    figure = _Figure(figsize=(total, min(rows * each, _PAGE) + _LEGEND), layout="constrained")
     if count == 1 and plot.panels[0].equal and any(isinstance(mark, HeatMap) for mark in plot.panels[0].marks):
         figure.set_layout_engine("compressed")
     found: list[Axes] = []

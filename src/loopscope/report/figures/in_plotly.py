@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import json
 import math
 import re
 import textwrap
@@ -12,9 +14,9 @@ from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
 from numpy.typing import NDArray
+from plotly.colors import sequential
 
 from loopscope.report.figures.look import AXIS, BAND, EMPHASIS, GRID, INK, MUTED, PAGE_FONT, PAPER, SEQUENTIAL
 from loopscope.report.figures.plot import (
@@ -53,7 +55,10 @@ _Y_CHARACTERS = 32
 _LEGEND = 50
 """CSS pixels of a chart's own legend."""
 _FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
+_SEQUENTIAL: list[str] = getattr(sequential, SEQUENTIAL)
 _PLACES = {"label": "text"}
+_TYPED = ("i1", "i2", "i4", "u1", "u2", "u4", "f4", "f8")
+"""Kinds and bytes of the arrays that plotly reads as base64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +123,16 @@ def charts(plot: Plot) -> list[Chart]:
             heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
             height=panel.height - (_LEGEND if len(shown) > 1 else 0),
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
-            json=script_text(str(draw(plot, panel).to_json())),
+            json=script_text(json.dumps(_plain(draw(plot, panel)), separators=(",", ":"))),
         )
         for panel in shown
     ]
 
 
-def draw(plot: Plot, panel: Panel) -> go.Figure:
-    """One panel as a plotly figure."""
-    return _Drawing(plot, panel).figure
+def draw(plot: Plot, panel: Panel) -> dict[str, Any]:
+    """One panel as data and layout for plotly: dictionaries, since plotly's own objects take most of a page's time."""
+    drawing = _Drawing(plot, panel)
+    return {"data": drawing.traces, "layout": drawing.layout}
 
 
 class _Drawing:
@@ -138,8 +144,8 @@ class _Drawing:
         together = all(isinstance(mark, Line | Band | Rule | Shade) for mark in panel.marks) and not any(
             isinstance(mark, Line) and (mark.tip or len(mark.labels) or mark.z is not None) for mark in panel.marks
         )
-        self.figure = go.Figure(layout=_layout("x unified" if together else "closest"))
-        self.figure.layout.template = None  # plotly's own, which it fills in unless told otherwise
+        self.layout = _layout("x unified" if together else "closest")
+        self.traces: list[dict[str, Any]] = []
         self._log_x = panel.x.scale == "log"
         self._listed: set[str] = set()
         self._shapes: list[dict[str, Any]] = []
@@ -150,11 +156,11 @@ class _Drawing:
             self._finish_axes()
         else:
             self._finish_space(panel.z)
-        if plot.legend and any(_text(trace.name or "").isdigit() for trace in self.figure.data):
-            self.figure.update_layout(legend_title={"text": plot.legend, "font": {"size": 12}})
+        if plot.legend and any(trace.get("name", "").isdigit() for trace in self.traces):
+            self.layout["legend"]["title"] = {"text": plot.legend, "font": {"size": 12}}
         if len([each for each in plot.panels if each.has_data]) > 1:
-            self.figure.update_layout(showlegend=False)
-        self.figure.update_layout(shapes=self._shapes, annotations=self._notes)
+            self.layout["showlegend"] = False
+        self.layout |= {"shapes": self._shapes or None, "annotations": self._notes or None}
 
     @singledispatchmethod
     def _add(self, mark: Mark) -> None:
@@ -167,10 +173,10 @@ class _Drawing:
         shared["line"] = {"color": mark.colour, "width": mark.width, "dash": mark.dash}
         if mark.z is not None:
             shared["line"]["width"] *= 2
-            self.figure.add_scatter3d(y=_array(mark.y), z=_array(mark.z), **shared)
+            self._trace("scatter3d", y=_array(mark.y), z=_array(mark.z), **shared)
             return
         shared["line"]["shape"] = "hv" if mark.steps else "linear"
-        self.figure.add_scatter(y=self._drawable(mark.y), marker={"size": 6, "color": mark.colour}, **shared)
+        self._trace("scatter", y=self._drawable(mark.y), marker={"size": 6, "color": mark.colour}, **shared)
 
     @_add.register
     def _(self, mark: Band) -> None:
@@ -179,11 +185,10 @@ class _Drawing:
         if not there.any():
             return
         edge: dict[str, Any] = {"x": x[there], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-        self.figure.add_scatter(y=low[there], showlegend=False, **edge)
+        self._trace("scatter", y=low[there], showlegend=False, **edge)
         colour = f"rgba({', '.join(str(int(MUTED[at : at + 2], 16)) for at in (1, 3, 5))}, {BAND})"
-        self.figure.add_scatter(
-            y=high[there], fill="tonexty", fillcolor=colour, name=_text(mark.name), showlegend=mark.listed, **edge
-        )
+        filled = {"fill": "tonexty", "fillcolor": colour}
+        self._trace("scatter", y=high[there], name=_text(mark.name), showlegend=mark.listed, **filled, **edge)
 
     @_add.register
     def _(self, mark: Dots) -> None:
@@ -194,18 +199,19 @@ class _Drawing:
             "line": {"width": 2 if mark.hollow or mark.symbol == "bar" else 0, "color": mark.colour},
         }  # fmt: skip
         if mark.z is not None:
-            self.figure.add_scatter3d(y=_array(mark.y), z=_array(mark.z), **shared)
+            self._trace("scatter3d", y=_array(mark.y), z=_array(mark.z), **shared)
             return
         for which, middle, low, high in (("y", mark.y, mark.low, mark.high), ("x", mark.x, mark.left, mark.right)):
             if low is not None and high is not None:
                 ends = {"array": _array(high) - _array(middle), "arrayminus": _array(middle) - _array(low)}
                 shared[f"error_{which}"] = {"type": "data", "symmetric": False, "width": 3, "thickness": 1.2, **ends}
-        self.figure.add_scatter(y=self._drawable(mark.y), **shared)
+        self._trace("scatter", y=self._drawable(mark.y), **shared)
 
     @_add.register
     def _(self, mark: Bars) -> None:
         beside = sum(isinstance(each, Bars) for each in self._panel.marks)
-        self.figure.add_bar(
+        self._trace(
+            "bar",
             x=_array(mark.x),
             y=_array(mark.y),
             width=mark.width / beside,
@@ -224,13 +230,15 @@ class _Drawing:
         shown = np.asarray(mark.z, dtype=np.float32)
         steps = [(place + end) / len(mark.palette) for place in range(len(mark.palette)) for end in (0, 1)]
         low, high = (-0.5, len(mark.palette) - 0.5) if mark.palette else (mark.low, mark.high)
-        self.figure.add_heatmap(
+        self._trace(
+            "heatmap",
             z=shown,
             x=_array(mark.x),
             y=np.arange(len(shown)),
             zmin=low,
             zmax=high,
-            colorscale=[[at, mark.palette[place // 2]] for place, at in enumerate(steps)] or SEQUENTIAL,
+            colorscale=[[at, mark.palette[place // 2]] for place, at in enumerate(steps)]
+            or [[place / (len(_SEQUENTIAL) - 1), colour] for place, colour in enumerate(_SEQUENTIAL)],
             showscale=bool(mark.bar),
             colorbar=_bar(mark, above=self._bar_above(mark)),
             xgap=2 if mark.gaps else 0,
@@ -239,7 +247,7 @@ class _Drawing:
         )
         if len(mark.texts):
             texts = [[_text(words) for words in row] for row in mark.texts]
-            self.figure.update_traces(text=texts, texttemplate="%{text}", textfont={"size": 11.5})
+            self.traces[-1] |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11.5}}
         for which, places in (("x", mark.parted_x), ("y", mark.parted_y)):
             for place in places:
                 self._across(which, place, {"color": PAPER, "width": 1.5})
@@ -255,12 +263,10 @@ class _Drawing:
         if mark.y is not None:
             ends = self._panel.x.span or self._reach()
             tip = f"{_text(mark.name)}: %{{y:.2g}}<extra></extra>"
-            self.figure.add_scatter(
-                x=list(ends), y=[mark.y] * 2, mode="lines", line=line, name=_text(mark.name),
-                showlegend=bool(mark.name), hovertemplate=tip,
-            )  # fmt: skip
+            named = {"name": _text(mark.name), "showlegend": bool(mark.name), "hovertemplate": tip}
+            self._trace("scatter", x=list(ends), y=[mark.y] * 2, mode="lines", line=line, **named)
         elif mark.name:
-            self.figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=_text(mark.name))
+            self._trace("scatter", x=[None], y=[None], mode="lines", line=line, name=_text(mark.name))
 
     @_add.register
     def _(self, mark: Shade) -> None:
@@ -275,6 +281,9 @@ class _Drawing:
         corners = {"x0": mark.x - 0.47, "x1": mark.x + 0.47, "y0": mark.y - 0.47, "y1": mark.y + 0.47}
         self._shapes.append({"type": "rect", "line": {"color": EMPHASIS, "width": 2.5}, **corners})
 
+    def _trace(self, kind: str, **properties: Any) -> None:
+        self.traces.append({"type": kind, **properties})
+
     def _bar_above(self, mark: Mark) -> bool:
         """Of a high map, as its middle may be out of sight; and of one that needs all the width for its texts."""
         return isinstance(mark, HeatMap) and bool(mark.bar) and (self._panel.height > 700 or len(mark.texts) > 0)
@@ -282,7 +291,7 @@ class _Drawing:
     def _named(self, mark: Any, value: str) -> dict[str, Any]:
         """Name, and what the tooltips say."""
         called = _text(self._plot.called(mark))
-        what = "{label}" if len(mark.labels) else "" if self.figure.layout.hovermode == "x unified" else "{x}"
+        what = "{label}" if len(mark.labels) else "" if self.layout["hovermode"] == "x unified" else "{x}"
         if self._panel.y.percent and not isinstance(mark, HeatMap):
             value = value.replace(".3g", ".1%")
         plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
@@ -328,9 +337,9 @@ class _Drawing:
         self._notes.append({"text": _text(words), "font": _SMALL, **spot})
 
     def _finish_axes(self) -> None:
-        panel, layout = self._panel, self.figure.layout
+        panel, x, y = self._panel, self.layout["xaxis"], self.layout["yaxis"]
         is_map = any(isinstance(mark, HeatMap) for mark in panel.marks)
-        for which, axis, drawn in (("x", panel.x, layout.xaxis), ("y", panel.y, layout.yaxis)):
+        for which, axis, drawn in (("x", panel.x, x), ("y", panel.y, y)):
             update = _axis(axis, grid=which == "y" and not is_map)
             if which == "y":
                 update["title"]["text"] = "<br>".join(map(_text, textwrap.wrap(axis.title, _Y_CHARACTERS)))
@@ -338,18 +347,19 @@ class _Drawing:
                 update |= self._values_axis(axis)
             drawn.update(update)
         if is_map and panel.y.span is None:
-            layout.yaxis.update(autorange="reversed")
+            y["autorange"] = "reversed"
         if any(map(self._bar_above, panel.marks)):
             # Plotly forgets the labels of a map when it makes room for such a bar, and would write across them.
             names = panel.x.ticks.values() if isinstance(panel.x.ticks, Mapping) else [""]
-            layout.xaxis.title.standoff = 16 + 15 * max(name.count("\n") + 1 for name in names)
+            x["title"]["standoff"] = 16 + 15 * max(name.count("\n") + 1 for name in names)
         if panel.equal:
-            layout.yaxis.update(scaleanchor="x", **({"constrain": "domain"} if is_map else {}))
-            layout.xaxis.update({"constrain": "domain"} if is_map else {})
+            y["scaleanchor"] = "x"
+            if is_map:
+                x["constrain"] = y["constrain"] = "domain"
         if is_map and panel.y.ticks:
-            layout.yaxis.update(ticks="")
+            y["ticks"] = ""
         if is_map and panel.x.ticks:
-            layout.xaxis.update(ticks="", tickangle=-90 if upright(panel) else None)
+            x |= {"ticks": "", "tickangle": -90 if upright(panel) else None}
 
     def _values_axis(self, axis: Axis) -> dict[str, Any]:
         values = self._plot.values(self._panel)
@@ -373,14 +383,9 @@ class _Drawing:
             }
             for which, axis in zip("xyz", (self._panel.x, self._panel.y, z), strict=True)
         }  # fmt: skip
-        self.figure.update_layout(
-            scene={
-                **axes,
-                "aspectmode": "cube",
-                "camera": {"eye": {"x": 1.8, "y": 1.8, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.1}},
-            },
-            margin={"l": 0, "r": 0, "t": 0, "b": 0},
-        )
+        camera = {"eye": {"x": 1.8, "y": 1.8, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.1}}
+        self.layout["scene"] = {**axes, "aspectmode": "cube", "camera": camera}
+        self.layout["margin"] = {"l": 0, "r": 0, "t": 0, "b": 0}
 
 
 def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
@@ -424,6 +429,25 @@ def _array(values: Any) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
+def _plain(value: Any) -> Any:
+    """For JSON: numbers of arrays as plotly's typed arrays, what is not finite elsewhere as null, without what is None
+    in a dictionary."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, np.ndarray):
+        if value.dtype == np.int64 and value.size:  # the narrowest that holds them all
+            value = value.astype(np.min_scalar_type(-1 - max(int(value.max()), -1 - int(value.min()))))
+        if value.size and (kind := f"{value.dtype.kind}{value.dtype.itemsize}") in _TYPED:
+            coded = base64.b64encode(value.tobytes()).decode()
+            shape = {"shape": ", ".join(map(str, value.shape))} if value.ndim > 1 else {}
+            return {"dtype": kind, "bdata": coded, **shape}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text(words: str) -> str:
     """For plotly, which reads a little HTML, and templates."""
     return html.escape(words, quote=False).replace("\n", "<br>").replace("{", "&#123;")
@@ -452,8 +476,8 @@ def _layout(hovermode: str) -> dict[str, Any]:
         "paper_bgcolor": _CLEAR,
         "plot_bgcolor": _CLEAR,
         "margin": {"l": 8, "r": 12, "t": 18, "b": 8},
-        "xaxis": axis,
-        "yaxis": axis,
+        "xaxis": dict(axis),
+        "yaxis": dict(axis),
         "legend": {**legend, "font": {"size": 12}},
         "hovermode": hovermode,
         "hoverlabel": {"bgcolor": PAPER, "bordercolor": AXIS, "font": {"family": PAGE_FONT, "size": 12}},
