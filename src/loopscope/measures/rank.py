@@ -25,9 +25,9 @@ def effective_rank(states: Float[Tensor, "*shape token width"]) -> Float[Tensor,
 
 
 def _of_squares(squares: Float[Tensor, "*shape value"]) -> Float[Tensor, "*shape"]:
-    # Eigenvalues of a Gram matrix carry errors of some 1e-16 of the largest, and their roots of 1e-8: what cannot be told
-    # from 0 is 0, or a matrix of lower rank would seem to have a little more. A true value below that is lost, which
-    # lowers the rank by a share of 1e-7 at most.
+    # Eigenvalues of a Gram matrix carry errors of some 1e-16 of the largest, and their roots of 1e-8: what may be noise
+    # is taken for 0, or a matrix of lower rank would seem to have a little more. A true value below that is lost,
+    # which lowers the rank by a share of 1e-7 at most.
     noise = squares.shape[-1] * torch.finfo(squares.dtype).eps * squares.amax(-1, keepdim=True)
     values = torch.where(squares > noise, squares, 0.0).sqrt()
     rank: Tensor = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
