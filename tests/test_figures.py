@@ -313,6 +313,16 @@ def assert_inside(figure: Figure, name: str) -> None:
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01, (name, box.extents, width, height)
 
 
+def test_an_experiment_has_the_figures_of_its_page(tmp_path: Path) -> None:
+    (found,) = write_figures(CHECKOUT / "results" / "recipes", tmp_path, formats=("svg",))
+    assert names(found) == {"training-ranking", "training-losses"}
+    assert captions(tmp_path)["drawn_from"] == {"kind": "experiment", "experiment": "training", "models": 39}
+    for name in names(found):
+        assert_inside(draw_figure(CHECKOUT / "results" / "recipes", name), name)
+    with pytest.raises(ConfigError, match=r"There is no figure 'training-rank'; there are .*, training-ranking"):
+        write_figures(CHECKOUT / "results" / "recipes", tmp_path, only=["training-rank"])
+
+
 def test_vector_files_hold_their_fonts_and_no_date(study: Study, tmp_path: Path) -> None:
     write_figures(study, tmp_path, formats=("pdf", "svg"), only=VARIED)
     for name in VARIED:

@@ -10,6 +10,7 @@ import numpy as np
 from loopscope._util.wording import significant, visible
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import CellOutcome, CellResult, by_design
+from loopscope.experiments.load import Experiment
 from loopscope.experiments.random_findings import Boundary, boundaries
 from loopscope.experiments.sweep_cells import ControlName as Control
 from loopscope.experiments.sweep_cells import SweepResult
@@ -33,6 +34,14 @@ _CONTROLS: dict[Control, tuple[Dash, str]] = {
     "equal-depth": ("dash", "feed-forward, as deep"),
     "equal-parameters": ("dot", "feed-forward, as large"),
 }
+
+
+def experiment_sections(experiment: Experiment) -> list[Section]:
+    """All figures of an experiment; names of files are their anchors."""
+    if experiment.kind == "training":
+        return training_sections(experiment.trained)
+    section = architecture_section if experiment.kind == "architectures" else phase_section
+    return [section(experiment.cells)]
 
 
 # ---- random models ----

@@ -1,4 +1,5 @@
-"""From studies and comparisons to files: every figure that can be drawn, and figures.json with their captions."""
+"""From studies, comparisons and experiments to files: every figure that can be drawn, and figures.json with their
+captions."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
 from loopscope.errors import ConfigError, StudyError
+from loopscope.experiments.cells import GRID_FILE
+from loopscope.experiments.load import Experiment, load_experiment
 from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.eigenvalues import STABILITY
+from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.heads import HEADS
 from loopscope.report.figures.plot import FigureType, Plot, S
 from loopscope.report.figures.readout import READOUT
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = "figures.json"
 
-Source = Study | Comparison | str | Path
+Source = Study | Comparison | Experiment | str | Path
 
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
@@ -54,6 +58,8 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *STABILITY,
 )
 COMPARISON_FIGURES = COMPARED
+
+_Loaded = Study | Comparison | Experiment
 
 _LONGEST = 80
 """Characters of a name from outside."""
@@ -71,19 +77,18 @@ class FigureSet:
 
 
 def figure_names() -> list[str]:
-    """The names of all types of figures."""
+    """The names of all types of figures, but for those of experiments, which depend on what was run."""
     return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES)]
 
 
 def draw_figure(source: Source, name: str, width: Width = "auto", settings: ReportSettings | None = None) -> Figure:
-    """One figure of a study, a comparison or the folder of one, as a matplotlib figure to adjust by hand; `file_of`
-    gives the content of its file.
+    """One figure of a study, a comparison, an experiment or the folder of one, as a matplotlib figure to adjust by
+    hand; `file_of` gives the content of its file.
 
     Raises `ConfigError` for an unknown name or width, `StudyError` where the figure cannot be drawn from the source.
     """
     renderer, loaded = _renderer(), _load(source)
-    if name not in figure_names():
-        raise ConfigError(f"There is no figure {name!r}; there are {', '.join(figure_names())}.")
+    _check_names([name], [loaded])
     plan = _plan(loaded, Path(), {name}, settings or ReportSettings(), alone=True)
     if name not in plan.drawings:
         raise StudyError(f"The figure {name} cannot be drawn: {plan.left_out[name]}.")
@@ -112,20 +117,22 @@ def write_figures(
 ) -> list[FigureSet]:
     """Draw every figure that the sources can support, or those that `only` names, and write them to `out`.
 
-    A source is a study, a comparison, or the folder of one. Of several, each gets a folder of its own inside `out`, and
-    what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds their captions, what
-    they were drawn from, and what was left out for which reason. `width` is `single` or `double` (the columns of a
-    paper), inches, or what each figure needs; `settings` are those of a report. Files that exist are replaced, each
-    whole or not at all; the same study gives the same bytes.
+    A source is a study, a comparison, an experiment, or the folder of one. Of several, each gets a folder of its own
+    inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds
+    their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or `double`
+    (the columns of a paper), inches, or what each figure needs; `settings` are those of a report. Files that exist are
+    replaced, each whole or not at all; the same study gives the same bytes.
 
     Raises `ConfigError` for an unknown name, format or width, `StudyError` for a folder that cannot be used and where
     nothing could be drawn at all, `StorageError` if a file cannot be written.
     """
-    _check(formats, width, only)
-    given = [sources] if isinstance(sources, Study | Comparison | str | Path) else list(sources)
+    _check(formats, width)
+    given = [sources] if isinstance(sources, Study | Comparison | Experiment | str | Path) else list(sources)
     if not given:
-        raise StudyError("There is nothing to draw; give the folder of a study or of a comparison.")
-    plans = _plans([_load(source) for source in given], Path(out), set(only), settings or ReportSettings())
+        raise StudyError("There is nothing to draw; give the folder of a study, a comparison or an experiment.")
+    loaded = [_load(source) for source in given]
+    _check_names(only, loaded)
+    plans = _plans(loaded, Path(out), set(only), settings or ReportSettings())
     if not any(plan.drawings for plan in plans):
         reasons = sorted({f"{name}: {reason}" for plan in plans for name, reason in plan.left_out.items()})
         raise StudyError(f"None of the figures can be drawn ({'; '.join(reasons)}).")
@@ -193,11 +200,16 @@ def _names(types: Sequence[FigureType[S]]) -> list[str]:
     return [each.name for each in types]
 
 
-def _check(formats: Sequence[Format], width: Width, only: Sequence[str]) -> None:
-    renderer = _renderer()
-    unknown = [name for name in only if name not in figure_names()]
+def _check_names(only: Sequence[str], sources: Sequence[_Loaded]) -> None:
+    experiments = [each for each in sources if isinstance(each, Experiment)]
+    known = [*figure_names(), *(name for each in experiments for name in _of_experiment(each))]
+    unknown = [name for name in only if name not in known]
     if unknown:
-        raise ConfigError(f"There is no figure {unknown[0]!r}; there are {', '.join(figure_names())}.")
+        raise ConfigError(f"There is no figure {unknown[0]!r}; there are {', '.join(known)}.")
+
+
+def _check(formats: Sequence[Format], width: Width) -> None:
+    renderer = _renderer()
     strange = [name for name in formats if name not in renderer.FORMATS]
     if strange or not formats:
         found = repr(strange[0]) if strange else "none"
@@ -205,14 +217,21 @@ def _check(formats: Sequence[Format], width: Width, only: Sequence[str]) -> None
     renderer.inches(width, 1)
 
 
-def _load(source: Source) -> Study | Comparison:
-    if isinstance(source, Study | Comparison):
+def _load(source: Source) -> _Loaded:
+    if isinstance(source, Study | Comparison | Experiment):
         return source
     folder = Path(source)
+    if (folder / GRID_FILE).is_file():
+        return load_experiment(folder)
     return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
-def _folder_names(sources: Sequence[Study | Comparison]) -> list[str]:
+def _of_experiment(experiment: Experiment) -> dict[str, Plot]:
+    figures = [figure for section in experiment_sections(experiment) for figure in section.figures]
+    return {figure.anchor: figure for figure in figures if isinstance(figure, Plot) and figure.has_data}
+
+
+def _folder_names(sources: Sequence[_Loaded]) -> list[str]:
     """A name for each, of its folder or model, with characters that every file system takes; repeats are numbered."""
     names: list[str] = []
     for source in sources:
@@ -236,7 +255,7 @@ class _Plan:
     left_out: Mapping[str, str]
 
 
-def _plans(sources: Sequence[Study | Comparison], out: Path, only: set[str], settings: ReportSettings) -> list[_Plan]:
+def _plans(sources: Sequence[_Loaded], out: Path, only: set[str], settings: ReportSettings) -> list[_Plan]:
     """A folder for each source, or `out` for the only one, and `out` for several studies side by side."""
     alone = len(sources) == 1
     folders = [out] if alone else [out / name for name in _folder_names(sources)]
@@ -249,8 +268,17 @@ def _plans(sources: Sequence[Study | Comparison], out: Path, only: set[str], set
     return plans
 
 
-def _plan(source: Study | Comparison, folder: Path, only: set[str], settings: ReportSettings, *, alone: bool) -> _Plan:
-    if isinstance(source, Comparison):
+def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSettings, *, alone: bool) -> _Plan:
+    if isinstance(source, Experiment):
+        models = len(source.cells) + len(source.trained)
+        about: dict[str, Any] = {"kind": "experiment", "experiment": source.kind, "models": models}
+        subject = f"{plural(models, 'model')} of the experiment {source.kind}."
+        found = _of_experiment(source)
+        asked = [name for name in found if not only or name in only]
+        drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
+        left_out: dict[str, str] = {}
+        elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
+    elif isinstance(source, Comparison):
         about = {"kind": "comparison", "studies": source.labels, "reference": source.reference}
         subject = comparison_subject(source)
         drawings, left_out = _drawings(COMPARISON_FIGURES, source, only, settings)

@@ -22,7 +22,7 @@ from loopscope.experiments.random_findings import (
     phase_rows,
 )
 from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, DesignSummary, advice, summaries, training_rows
-from loopscope.report.figures.experiments import architecture_section, phase_section, training_sections
+from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.plot import Drawn, Plot, Section
 from loopscope.report.page.html import render_template
 
@@ -117,14 +117,14 @@ def _random(experiment: Experiment, which: str) -> _Part:
         return _Part(
             answers=architecture_answers(cells),
             tables=[_architecture_table(cells)],
-            sections=[architecture_section(cells)],
+            sections=experiment_sections(experiment),
             facts=("architectures", _unfinished(f"{len(cells)} random models", experiment)),
             settings=settings,
         )
     return _Part(
         answers=phase_answers(cells),
         tables=[_phase_table(cells)],
-        sections=[phase_section(cells)],
+        sections=experiment_sections(experiment),
         facts=("phase diagram", _unfinished(f"{len(cells)} random models", experiment)),
         settings=settings,
     )
@@ -138,7 +138,7 @@ def _trained(experiment: Experiment, which: str) -> _Part:
     return _Part(
         answers=advice(results),
         tables=[_training_table(found)],
-        sections=training_sections(results),
+        sections=experiment_sections(experiment),
         facts=(
             f"training{which}",
             _unfinished(f"{looped} looped models and {len(results) - looped} feed-forward controls", experiment),
