@@ -1,7 +1,8 @@
 # Two commands set everything up: `make demo` and `make test`. `make help` lists the rest.
 
 PYTHON ?= python3
-WORKERS ?= 2
+# One more than two cores: some tests wait for processes that they started.
+WORKERS ?= 3
 
 # Tests in which annotations are checked at run time, shapes included: they are quick, and reach nearly every function
 # that has shapes. Checking takes as long as the tests themselves, so the others run without.

@@ -173,7 +173,7 @@ def test_a_study_that_does_not_say_why_it_lacks_something(
 
 def test_one_stage_measure_is_enough_for_the_stages(study: Study, tmp_path: Path) -> None:
     attention = ["colsum_concentration", "sink_score", "relative_mixing_score"]
-    lacking = without(study, *attention, skip=["heads"])
+    lacking = without(study, *attention, why="the analysis was told to leave it out (--skip heads)")
     wanted = ["stages-by-layer", "concentration-by-depth"]
     (found,) = write_figures(lacking, tmp_path, formats=("svg",), only=wanted)
     assert names(found) == {"stages-by-layer"}
