@@ -27,11 +27,14 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# SwiftShader draws the 3-D figures without a graphics card; the rest keeps the browser from talking to its maker.
+# SwiftShader draws the 3-D figures without a graphics card, and only those: the page is drawn faster without it. The rest
+# keeps the browser from talking to its maker.
 FLAGS = [
     "--no-sandbox",
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
+    "--disable-gpu-rasterization",
+    "--disable-gpu-compositing",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",

@@ -53,7 +53,7 @@ class ExactProducts:
         if self._recorded is None or not self._recorded[0].requires_grad:
             return torch.zeros_like(vectors)
         pulled, cotangent = self._recorded
-        (product,) = torch.autograd.grad(pulled, cotangent, vectors, retain_graph=True, materialize_grads=True)
+        (product,) = torch.autograd.grad((pulled * vectors).sum(), cotangent, retain_graph=True, materialize_grads=True)
         return product.detach()
 
 
@@ -93,7 +93,9 @@ def transposed_products(image: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     `torch.func.jvp`, which computes the map anew each time.
     """
     cotangent = torch.zeros_like(image, requires_grad=True)
-    (pulled,) = torch.autograd.grad(image, point, cotangent, create_graph=True, materialize_grads=True)
+    # The gradient of a weighted sum is that along the weights. Given as weights they would have torch import its
+    # symbolic shapes, which takes as long as many products.
+    (pulled,) = torch.autograd.grad((image * cotangent).sum(), point, create_graph=True, materialize_grads=True)
     return pulled, cotangent
 
 
