@@ -206,7 +206,7 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
         if panel.title:
             named_above = any(isinstance(mark, Rule) and mark.above for mark in panel.marks)
             pad = 6 + (SMALL_SIZE + 3 if named_above else 0)
-            axes.set_title(_fitted(_words(panel.title), total / beside - _SIDES), pad=pad)
+            axes.set_title(_on_two_lines(_words(panel.title), total / beside - _SIDES), pad=pad)
         found.append(axes)
     return figure, found
 
@@ -488,6 +488,17 @@ def _words(outside: str, longest: int = 60) -> str:
     known = _characters()
     lines = [visible(line, longest) if line.strip() else line for line in outside.split("\n")]
     return "\n".join("".join(char if ord(char) in known else "▯" for char in line) for line in lines)
+
+
+def _on_two_lines(words: str, width: float) -> str:
+    """Words on as many lines of a width in inches as they need, two at most, of which the last is cut."""
+    parts = words.split()
+    fitting = (
+        count for count in range(len(parts), 1, -1) if _text_inches(" ".join(parts[:count]), LABEL_SIZE) <= width
+    )
+    count = next(fitting, 1)
+    lines = (" ".join(parts[:count]), " ".join(parts[count:]))
+    return "\n".join(_fitted(line, width) for line in lines if line)
 
 
 def _fitted(words: str, width: float, size: float = LABEL_SIZE) -> str:
