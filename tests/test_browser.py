@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# SwiftShader draws the 3-D figures without a graphics card, and only those: the page is drawn faster without it. The rest
-# keeps the browser from talking to its maker.
+# SwiftShader draws the 3-D figures without a graphics card, and only those: the page is drawn faster without it. The
+# rest keeps the browser from talking to its maker.
 FLAGS = [
     "--no-sandbox",
     "--use-angle=swiftshader",
