@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from loopscope.errors import NonFiniteError
 from loopscope.measures.base import BatchInfo, Measure, Plan, RunEnd
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.registry import MEASURES, asked_for, why_absent
-from loopscope.models.subject import Batch, Run, Subject
+from loopscope.measures.twin import Nudges
+from loopscope.models.subject import Batch, NudgedRun, Run, Subject
 from loopscope.models.visits import LoopState, Observer, Visit
 
 Tick = Callable[[], None]
@@ -28,8 +30,15 @@ def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> int:
     """Recurrences of all runs of a batch, and what its measures announce: how often `tick` is called."""
     if not subject.info.is_looped:
         return 0
-    asked = BatchInfo.of(subject, batch, plan, second_run=_has_second_run(subject, plan))
-    other = (plan.recurrences if asked.second_run else 0) + sum(kind.steps(asked) for kind in asked_for(asked))
+    asked = BatchInfo.of(
+        subject,
+        batch,
+        plan,
+        second_run=_asked(subject, plan, "second_run"),
+        has_twin=_asked(subject, plan, "twin"),
+    )
+    other = (plan.recurrences if asked.second_run else 0) + (2 * plan.horizon if asked.has_twin else 0)
+    other += sum(kind.steps(asked) for kind in asked_for(asked))
     if keep:
         return max(plan.recurrences, 2 * plan.horizon) + other
     return plan.recurrences + 2 * plan.horizon + other
@@ -58,9 +67,9 @@ def measure_batch(
         return arrays.assign(diverged_at=("prompt", _diverged_at(arrays, info, horizon)))
 
 
-def _has_second_run(subject: Subject, plan: Plan) -> bool:
-    """Whether a measure asks for a run from another initial state, and the model has one."""
-    return any(kind.needs.second_run and why_absent(kind, subject.info, plan) is None for kind in MEASURES)
+def _asked(subject: Subject, plan: Plan, need: Literal["second_run", "twin"]) -> bool:
+    """Whether a measure asks for such a run, and the model has one."""
+    return any(getattr(kind.needs, need) and why_absent(kind, subject.info, plan) is None for kind in MEASURES)
 
 
 class _Runs:
@@ -84,12 +93,19 @@ class _Runs:
         other = self.subject.other_initial_state(self.batch, self.seed)
         return None if other is None else self.start(recurrences, initial_state=other)
 
+    def start_twin(self, recurrences: int) -> NudgedRun | None:
+        """One that can be nudged, of a subject whose runs can."""
+        run = self.start(recurrences)
+        return run if isinstance(run, NudgedRun) else None
+
 
 def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> tuple[list[Measure], Horizons]:
     """To the second horizon and through the measured recurrences: in two runs, or in one whose states are kept."""
     plan = batch.plan
-    other = runs.start_elsewhere(plan.recurrences) if _has_second_run(runs.subject, plan) else None
-    batch.second_run = other is not None
+    end = 2 * plan.horizon
+    other = runs.start_elsewhere(plan.recurrences) if _asked(runs.subject, plan, "second_run") else None
+    twin = runs.start_twin(end) if _asked(runs.subject, plan, "twin") else None
+    batch.second_run, batch.has_twin = other is not None, twin is not None
     batch.horizon = horizon = Horizons(batch)
     measures = [horizon if kind is Horizons else kind(batch) for kind in asked_for(batch)]
     far = [each for each in measures if each.needs.long_run]
@@ -97,11 +113,17 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     live = [each for each in measures if not (each.needs.long_run or each.needs.horizon)]
     now: list[Observer]
     beside = [each.second for each in measures if each.second is not None]
+    nudged = [each.nudged for each in measures if each.nudged is not None]
+    nudges = None if twin is None else Nudges(batch)
 
     def advance(run: Run, first: int, last: int, observers: Sequence[Observer], *, measured: bool, long: bool) -> None:
         for recurrence in range(first, last):
             run.advance(observers)
             tick()
+            if long and twin is not None and nudges is not None:
+                twin.nudge(nudges.factors(recurrence))
+                twin.advance(nudged)
+                tick()
             if measured and other is not None:
                 other.advance(beside)
                 tick()
@@ -111,7 +133,6 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
                 _end(far, run, tick, runs)
 
     guard = _FiniteGuard(batch)
-    end = 2 * plan.horizon
     if keep:
         kept = _Keeper(attention=any(each.needs.attention for each in waiting))
         now = [*live, *(_OutsideTheLoop(each) for each in waiting)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopscope._util.shapes import Logits, States
 from loopscope._util.sites import Stage
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.measures.functions import squared_singular_values
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
 from loopscope.models.visits import AttentionView, Observer, Visit
@@ -81,6 +82,8 @@ class Needs:
     """Queries and keys, or maps, of every visit."""
     second_run: bool = False
     """A run from another initial state is advanced beside the measured one."""
+    twin: bool = False
+    """A run that is nudged by one rounding at every recurrence is advanced beside the one to the second horizon."""
     also: tuple[str, ...] = ()
     """Other parts of the analysis without which it is left out."""
 
@@ -138,8 +141,12 @@ class BatchInfo:
     """Number in the study of the batch's first prompt."""
     second_run: bool = False
     """Whether there is a run from another initial state."""
+    has_twin: bool = False
+    """Whether a nudged run is advanced beside the one to the second horizon."""
     horizon: HorizonStates | None = None
     """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
+    twin: TwinDistances | None = None
+    """How far the nudged run is, where there is one; filled likewise."""
     _spectrum: tuple[Visit, Tensor] | None = None
 
     @classmethod
@@ -199,6 +206,13 @@ class HorizonStates(Protocol):
         """The attention of a layer at the first horizon; None where it cannot be seen."""
 
 
+class TwinDistances(Protocol):
+    """How far a run that is nudged by one rounding at every recurrence is from the one that is not."""
+
+    def noise(self, layer: int, first: int, stop: int) -> Noise:
+        """What it says of each token within recurrences [first, stop) at a layer; tokens of all prompts in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunEnd:
     """A run that has ended, and what can still be asked of it."""
@@ -239,6 +253,8 @@ class Measure(Declared, Observer):
 
     second: Observer | None = None
     """Watches the run from another initial state, if there is one."""
+    nudged: Observer | None = None
+    """Watches the run that is nudged, one recurrence behind the one that is not."""
 
     def __init__(self, batch: BatchInfo) -> None:
         self.batch = batch

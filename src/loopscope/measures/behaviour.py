@@ -14,6 +14,7 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID, sensitivity
 from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
@@ -167,16 +168,16 @@ class Behaviour(Measure):
         arrays: dict[str, np.ndarray] = {}
         for place, layer in enumerate(layers):
             states = self._tails.trajectories(layer, self._second)
-            verdicts = self._judge(states, self._second)
+            verdicts = self._judge(layer, states, self._second)
             kinds[place][mask] = _codes(verdicts)
-            cosine[place][mask] = _codes(self._judge(states, self._second, cosine=True))
+            cosine[place][mask] = _codes(self._judge(layer, states, self._second, cosine=True))
             for index, name in enumerate(VERDICT_NUMBERS):
                 numbers[index, place][mask] = [getattr(verdict, name) for verdict in verdicts]
             for index, found in enumerate(self._changes(layer, verdicts)):
                 if found is not None:
                     changed[index, place][mask] = found
             if layer == self.batch.info.recurrent - 1:
-                self._last_layer(arrays, states, verdicts, mask)
+                self._last_layer(layer, arrays, states, verdicts, mask)
             self._tails.drop(layer)
             if self._other is not None:
                 self._other.drop(layer)
@@ -184,7 +185,14 @@ class Behaviour(Measure):
         arrays |= {f"verdict_{name}": numbers[index] for index, name in enumerate(VERDICT_NUMBERS)}
         return self.dataset(arrays)
 
-    def _judge(self, states: Tensor, span: Span, *, cosine: bool = False, trial: bool = False) -> list[Verdict]:
+    def _noise(self, layer: int, span: Span) -> Noise:
+        """What the twin says of a layer's tokens within a span; without a twin, nothing."""
+        twin, tokens = self.batch.twin, int(self.batch.counts.sum())
+        return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer, *span)
+
+    def _judge(
+        self, layer: int, states: Tensor, span: Span, *, cosine: bool = False, trial: bool = False
+    ) -> list[Verdict]:
         """States that are no longer finite have diverged in the loop: broken ones were refused before it."""
         finite = states.isfinite().all(-1).all(-1)
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
@@ -198,6 +206,7 @@ class Behaviour(Measure):
                 settings=self._cosine if cosine else self._settings,
                 first_recurrence=span[0],
                 check_order=False,
+                noise=self._noise(layer, span).take(rows),
                 # A trial is held against a verdict, and not tried itself.
                 try_window=not trial,
             )
@@ -210,15 +219,20 @@ class Behaviour(Measure):
         found: list[list[bool] | None] = [["window" in verdict.unstable for verdict in verdicts], None, None]
         if self._first is not None:
             found[1] = _differ(
-                verdicts, self._judge(self._tails.trajectories(layer, self._first), self._first, trial=True)
+                verdicts, self._judge(layer, self._tails.trajectories(layer, self._first), self._first, trial=True)
             )
         if self._seed is not None and self._other is not None:
             runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
-            found[2] = _differ(*(self._judge(states, self._seed, trial=True) for states in runs))
+            found[2] = _differ(*(self._judge(layer, states, self._seed, trial=True) for states in runs))
         return found
 
     def _last_layer(
-        self, arrays: dict[str, np.ndarray], states: Tensor, verdicts: list[Verdict], mask: NDArray[np.bool_]
+        self,
+        layer: int,
+        arrays: dict[str, np.ndarray],
+        states: Tensor,
+        verdicts: list[Verdict],
+        mask: NDArray[np.bool_],
     ) -> None:
         """Displacement curves, and how the kinds depend on the thresholds."""
         lags = max(len(verdict.displacement) for verdict in verdicts)
@@ -238,7 +252,8 @@ class Behaviour(Measure):
             grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
             counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)
             if bool(rows.any()):
-                places = sensitivity(states[rows], self._dtype, settings, self._second[0])
+                noise = self._noise(layer, self._second).take(rows.nonzero()[:, 0])
+                places = sensitivity(states[rows], self._dtype, settings, self._second[0], noise)
                 for kind in range(len(KINDS)):
                     np.add.at(counts[..., kind], prompts, places == kind)
             arrays[f"{name}_sensitivity"] = counts

@@ -18,12 +18,14 @@ from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
 from loopscope.measures.stability import TokenStability
 from loopscope.measures.stages import StageMeasures
 from loopscope.measures.trajectories import Trajectories
+from loopscope.measures.twin import Twin
 from loopscope.models.subject import SubjectInfo
 
 MEASURES: tuple[type[Measure], ...] = (
     Convergence,
     Horizons,
     NoiseFloor,
+    Twin,
     PathIndependence,
     CycleSimilarity,
     AttentionCycle,
@@ -77,7 +79,7 @@ def why_absent(kind: type[Declared], info: SubjectInfo, plan: Plan) -> str | Non
 def asked_for(batch: BatchInfo) -> Iterator[type[Measure]]:
     """The measures that have something to do in a batch."""
     for kind in MEASURES:
-        missing = kind.needs.second_run and not batch.second_run
+        missing = (kind.needs.second_run and not batch.second_run) or (kind.needs.twin and not batch.has_twin)
         if not missing and why_absent(kind, batch.info, batch.plan) is None and kind.applies(batch):
             yield kind
 

@@ -210,6 +210,14 @@ class Run(Protocol):
 
 
 @runtime_checkable
+class NudgedRun(Run, Protocol):
+    """A run whose loop state can be disturbed on its way, which a measured noise floor takes."""
+
+    def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:
+        """Multiply what the next recurrence receives of the one before by these, which are near 1."""
+
+
+@runtime_checkable
 class Subject(Protocol):
     """A model that announces its visits."""
 

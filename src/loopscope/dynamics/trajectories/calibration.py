@@ -16,6 +16,7 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.cosine import cosine_kinds, measure_turns
 from loopscope.dynamics.trajectories.displacement import decide_kind, measure_tails
 from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method
 from loopscope.dynamics.trajectories.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate
 from loopscope.dynamics.verdicts import KINDS, Kind
@@ -159,14 +160,18 @@ COSINE_GRID = Grid(("tau", "rho"), ((0.005, 0.02, 0.05, 0.1, 0.2), (0.5, 0.75, 0
 
 
 def sensitivity(
-    states: Tensor, dtype: Dtype, settings: DisplacementSettings | CosineSettings, first_recurrence: int = 0
+    states: Tensor,
+    dtype: Dtype,
+    settings: DisplacementSettings | CosineSettings,
+    first_recurrence: int = 0,
+    noise: Noise | None = None,
 ) -> Int64[np.ndarray, "token first second"]:
     """The kind of each of some finite trajectories (token, recurrence, width), as its place in `KINDS`, for every pair
     of values of the method's grid. All other settings are as given."""
     grid = COSINE_GRID if isinstance(settings, CosineSettings) else DISPLACEMENT_GRID
     changed = [[_changed(settings, grid, (first, second)) for second in grid.values[1]] for first in grid.values[0]]
     found = np.empty((len(states), len(grid.values[0]), len(grid.values[1])), dtype=np.int64)
-    decide = _decider(states, dtype, settings, [each for row in changed for each in row], first_recurrence)
+    decide = _decider(states, dtype, settings, [each for row in changed for each in row], first_recurrence, noise)
     for row, settings_row in enumerate(changed):
         for column, each in enumerate(settings_row):
             found[:, row, column] = [KINDS.index(kind) for kind in decide(each)]
@@ -208,11 +213,12 @@ def _decider(
     settings: DisplacementSettings | CosineSettings,
     others: list[Any],
     first_recurrence: int,
+    noise: Noise | None,
 ) -> Callable[[Any], list[Kind]]:
     """From settings to kinds; what does not depend on the thresholds is measured once."""
     if isinstance(settings, CosineSettings):
         return partial(cosine_kinds, measure_turns(states, settings))
-    motions = measure_tails(states, dtype, settings, first_recurrence, others=others)
+    motions = measure_tails(states, dtype, settings, first_recurrence, others=others, noise=noise)
     return lambda changed: [decide_kind(motion, changed) for motion in motions]
 
 

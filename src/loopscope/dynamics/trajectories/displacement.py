@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.limits import limit_of
 from loopscope.dynamics.trajectories.motion import Motion, measure_motions
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
 from loopscope.dynamics.verdicts import Kind, Verdict
@@ -25,6 +26,8 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_LOUD = 0.05
+"""Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
 """What rounding alone can look like, so that such motion has to be `visible` to count: small cycles, and slow hops one
 way. `BOUNDED` is left out on purpose: several rotations without a common period are neither."""
@@ -46,8 +49,9 @@ def displacement_verdicts(
     first_recurrence: int = 0,
     *,
     try_window: bool = True,
+    noise: Noise | None = None,
 ) -> list[Verdict]:
-    """A verdict for each of some finite trajectories of one length, on their tails.
+    """A verdict for each of some finite trajectories of one length, on their tails; `noise` is what was measured of it.
 
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
     a clear answer. With `try_window`, a verdict that the last two thirds of the tail do not share is marked as
@@ -55,7 +59,7 @@ def displacement_verdicts(
     """
     verdicts = []
     # All tokens are measured together, since shapes are fitted in batches, and decided one by one.
-    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window):
+    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window, noise=noise):
         verdict = _verdict(_decide(motions.whole, motions.later, settings))
         if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
             verdict = dataclasses.replace(verdict, unstable=("window",))
@@ -71,6 +75,7 @@ def measure_tails(
     *,
     others: Sequence[DisplacementSettings] = (),
     shorter: bool = False,
+    noise: Noise | None = None,
 ) -> list[TokenMotions]:
     """All that a verdict needs of finite trajectories, by these settings or by `others`, which may have other
     thresholds.
@@ -79,12 +84,14 @@ def measure_tails(
     """
     window = tail_length(states.shape[1], settings.window, first_recurrence)
     tails = take_tails(states, window, first_recurrence)
-    whole = measure_motions(tails, dtype, settings)
+    noise = noise or Noise.of(dtype, len(states))
+    whole = measure_motions(tails, noise, settings)
 
     def within(length: int, rows: list[int]) -> dict[int, Motion]:
         if not rows or length < _SHORTEST_HALF:
             return {}
-        return dict(zip(rows, measure_motions(tails.last(length, torch.tensor(rows)), dtype, settings), strict=True))
+        some = torch.tensor(rows)
+        return dict(zip(rows, measure_motions(tails.last(length, some), noise.take(some), settings), strict=True))
 
     # Halves cost as much again, so they are measured only where some settings would look at them.
     moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
@@ -132,13 +139,13 @@ def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
 
 
 def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    rest = settings.rounding_factor * motion.rounding
-    times = motion.level / motion.rounding
+    rest = motion.rest(settings)
     if motion.level == 0:
         return _Finding(Kind.FIXED_POINT, f"Its last {motion.window} states are the same.", motion)
     if motion.shape is None:
-        reason = f"It rests: it moves by {motion.level:.2g} of its norm, {times:.2g} times what one rounding does."
-        return _Finding(Kind.FIXED_POINT, reason, motion)
+        return _resting(motion, settings)
+    if motion.parted:
+        return _parted(motion, settings)
     # From the surest to the vaguest: a shape that explains the motion, then the lengths of its steps, then its size.
     approaches = _approaches(motion, settings, rest)
     kind = limit_of(motion.shape, settings)
@@ -160,15 +167,48 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
             f"It moves on, not quite steadily: {motion.shape.words} leaves {motion.unexplained:.2g} of its variance."
         )
         return _Finding(Kind.SLIDER, reason, motion)
-    if motion.noise > settings.floor_factor * motion.rounding and motion.trend <= 1 / settings.steady:
+    seems = _amplified(motion, settings)
+    if motion.noise > motion.amplified(settings) and motion.trend <= 1 / settings.steady:
         reason = f"It approaches a point, in many turns: its steps shrink steadily, {1 / motion.trend:.3g}-fold."
         return _Finding(Kind.FIXED_POINT, reason, motion)
-    if motion.noise > settings.floor_factor * motion.rounding and motion.trend >= settings.steady:
+    if motion.noise > motion.amplified(settings) and motion.trend >= settings.steady and not seems:
         reason = f"It moves away, in many turns: its steps lengthen steadily, {motion.trend:.3g}-fold."
         return _Finding(Kind.DIVERGING, reason, motion)
-    if motion.shrinking <= 1 / settings.shrinking and motion.spreading >= settings.spreading:
+    if motion.shrinking <= 1 / settings.shrinking and motion.spreading >= settings.spreading and not seems:
         return _Finding(Kind.DIVERGING, f"Its steps lengthen {1 / motion.shrinking:.3g}-fold within the tail.", motion)
-    return _shapeless(motion, settings, times)
+    return _shapeless(motion, settings)
+
+
+def _resting(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    size = f"it moves by {motion.level:.2g} of its norm, {_times(motion)}"
+    if motion.level <= settings.rounding_factor * motion.rounding:
+        return _Finding(Kind.FIXED_POINT, f"It rests: {size}.", motion)
+    if motion.floor >= _LOUD:
+        reason = (
+            f"Rounding alone moves it by {motion.floor:.2g} of its norm; only a finer dtype tells whether that is "
+            "noise or chaos."
+        )
+        return _Finding(Kind.UNKNOWN, reason, motion)
+    return _Finding(Kind.AT_FLOOR, f"It hovers: {size}.", motion)
+
+
+def _parted(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    """Rounding grows without end: a point, a closed curve and a drift are what it cannot be."""
+    assert motion.shape is not None
+    away = f"runs of it that differ by rounding alone part, to {motion.floor:.2g} of its norm"
+    if motion.norm_growth >= settings.norm_growth:
+        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, and {away}."
+        return _Finding(Kind.DIVERGING, reason, motion)
+    if limit_of(motion.shape, settings) == Kind.DIVERGING and _is_explained(motion, Kind.DIVERGING, settings):
+        return _shaped(motion, Kind.DIVERGING, settings)
+    reason = f"It keeps moving by {motion.level:.2g} of its norm, and {away}: it is chaotic."
+    return _Finding(Kind.BOUNDED, reason, motion)
+
+
+def _times(motion: Motion) -> str:
+    if motion.measured:
+        return f"{motion.level / motion.unit:.2g} times the measured noise floor"
+    return f"{motion.level / motion.unit:.2g} times what one rounding does"
 
 
 def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> bool:
@@ -180,7 +220,7 @@ def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> 
 
 def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:
     """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
-    exact = motion.noise <= settings.floor_factor * motion.rounding
+    exact = motion.noise <= motion.amplified(settings)
     one_way = motion.unexplained <= settings.unsteady and motion.ballistic >= settings.one_way
     return not exact and one_way and motion.slowing <= settings.slowing
 
@@ -198,11 +238,10 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
     if motion.p_value > settings.significance:
         return False
     # How little has to be left depends on what it can be: rounding, amplified rounding, or nothing but other motion.
-    left = motion.noise / motion.rounding
     noisy = settings.unexplained_noise if kind == Kind.FIXED_POINT else settings.unexplained_small
-    if left <= settings.rounding_factor:
+    if motion.noise <= motion.rest(settings):
         return motion.unexplained <= noisy
-    if left <= settings.floor_factor:
+    if motion.noise <= motion.amplified(settings):
         fills = motion.residual_filling >= settings.filling
         return motion.unexplained <= (noisy if fills else settings.unexplained)
     return motion.unexplained <= settings.unexplained_structure
@@ -210,10 +249,18 @@ def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) ->
 
 def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
     assert motion.shape is not None
-    if kind in _MADE_BY_ROUNDING and motion.level < settings.visible * motion.rounding:
-        reason = f"It hovers: its motion is {motion.level / motion.rounding:.2g} times what one rounding does."
+    least = settings.rest if motion.measured else settings.visible
+    if kind in _MADE_BY_ROUNDING and motion.level < least * motion.unit:
+        reason = f"It hovers: its motion is {_times(motion)}."
         return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
-    words, left = motion.shape.words, f"which leaves {motion.unexplained:.2g} of its variance"
+    words = motion.shape.words
+    if kind in _MADE_BY_ROUNDING and _seems(motion, kind, settings):
+        reason = (
+            f"It follows {words}, but rounding that a slow mode amplifies would seem to as well: it is "
+            f"{_times(motion)}, of which {motion.innovation / motion.unit:.2g} are new in each recurrence."
+        )
+        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
+    left = f"which leaves {motion.unexplained:.2g} of its variance"
     if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
         reason = f"It moves slowly: {words} and an approach to a point explain it about as well."
         return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
@@ -230,29 +277,49 @@ def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Find
     return _Finding(kind, f"{begins[kind]}: it follows {words}, {left}.", motion, shaped=True)
 
 
-def _shapeless(motion: Motion, settings: DisplacementSettings, times: float) -> _Finding:
+def _amplified(motion: Motion, settings: DisplacementSettings) -> bool:
+    """It may be rounding that the recurrence amplifies: what is new in a recurrence is that of a few roundings."""
+    small = motion.level <= settings.gain * motion.rounding
+    new = settings.least_new <= motion.innovation / motion.rounding <= settings.new
+    return not motion.measured and small and new
+
+
+def _seems(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
+    """Amplified rounding would seem to have such a shape: over a window that is no longer than its memory, a mode that
+    noise drives turns, drifts or grows, but leaves more than a true one does."""
+    most = settings.unexplained_mode * motion.window / 64 * (2 if kind == Kind.SLIDER else 1)
+    left = motion.unexplained > most or motion.noise > settings.memory * motion.innovation
+    return _amplified(motion, settings) and left
+
+
+def _shapeless(motion: Motion, settings: DisplacementSettings) -> _Finding:
+    moves = f"its motion of {motion.level:.2g} of its norm has no shape and is {_times(motion)}"
+    # Of motion that does not spread, not the largest lag: in a short tail, one of many is far above the others.
+    spreads = motion.spreading >= settings.spreading
+    size = motion.level if spreads else statistics.median(motion.displacement)
+    new = f"what is new in a recurrence is {motion.innovation / motion.rounding:.2g} times that"
+    if _amplified(motion, settings):
+        if size <= _LOUD:
+            reason = f"It hovers: {moves}, but {new}: rounding, which a contraction has amplified."
+            return _Finding(Kind.AT_FLOOR, reason, motion)
+        reason = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
     if motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
         return _Finding(Kind.DIVERGING, reason, motion)
-    # Of motion that does not spread, not the largest lag: in a short tail, one of many is far above the others.
-    spreads = motion.spreading >= settings.spreading
-    size = times if spreads else statistics.median(motion.displacement) / motion.rounding
-    if size <= settings.floor_factor * (1.0 if motion.filling >= settings.filling else _IN_FEW_DIRECTIONS):
-        reason = (
-            f"It hovers: its motion of {motion.level:.2g} of its norm has no shape and is {times:.2g} times what one "
-            "rounding does."
-        )
-        return _Finding(Kind.AT_FLOOR, reason, motion)
+    filled = motion.measured or motion.filling >= settings.filling
+    if size <= motion.amplified(settings) * (1.0 if filled else _IN_FEW_DIRECTIONS):
+        return _Finding(Kind.AT_FLOOR, f"It hovers: {moves}.", motion)
     if spreads:
         reason = (
             f"It wanders: its squared displacement still grows {motion.spreading:.2g}-fold from short lags to long "
             "ones, in no direction of its own."
         )
         return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
-    reason = (
-        f"It keeps moving by {motion.level:.2g} of its norm, {times:.2g} times what one rounding does, in no shape."
-    )
-    return _Finding(Kind.BOUNDED, reason, motion, settled=False)
+    if motion.measured:
+        reason = f"It moves: {moves}; but a twin stays beside it, so that it is neither noise nor chaos."
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
+    return _Finding(Kind.BOUNDED, f"It keeps moving: {moves}.", motion, settled=False)
 
 
 def _floor(finding: _Finding) -> float:
@@ -260,8 +327,8 @@ def _floor(finding: _Finding) -> float:
     least that of one rounding."""
     motion = finding.motion
     if finding.kind == Kind.AT_FLOOR:
-        return max(motion.displacement[0], motion.rounding)
-    return max(motion.noise, motion.rounding) if finding.shaped else motion.rounding
+        return max(motion.displacement[0], motion.unit)
+    return max(motion.noise, motion.unit) if finding.shaped else motion.unit
 
 
 def _verdict(finding: _Finding) -> Verdict:
@@ -282,6 +349,8 @@ def _verdict(finding: _Finding) -> Verdict:
         p_value=motion.p_value,
         evidence={
             "rounding": motion.rounding,
+            "measured_floor": motion.floor,
+            "innovation": motion.innovation,
             "window": float(motion.window),
             "unexplained": motion.unexplained,
             "margin": motion.margin,

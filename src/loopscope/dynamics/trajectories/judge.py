@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.cosine import cosine_verdicts
 from loopscope.dynamics.trajectories.displacement import displacement_verdicts
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
 from loopscope.dynamics.trajectories.states import (
     as_states,
@@ -43,6 +44,7 @@ def judge(
     first_recurrence: int = 0,
     check_order: bool = True,
     try_window: bool = True,
+    noise: Noise | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Verdict]:
     """What each token's state tends to.
@@ -86,9 +88,9 @@ def judge(
         verdicts[token] = _not_finite(tensor[token], finite[token], method)
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
-        for token, verdict in zip(
-            rows.tolist(), _judge(tensor[rows], coarse, chosen, first_recurrence, try_window), strict=True
-        ):
+        measured = None if noise is None else noise.take(rows)
+        found = _judge(tensor[rows], coarse, chosen, first_recurrence, try_window, measured)
+        for token, verdict in zip(rows.tolist(), found, strict=True):
             verdicts[token] = verdict
         progress(len(rows))
     return [verdict for verdict in verdicts if verdict is not None]
@@ -100,12 +102,13 @@ def _judge(
     settings: DisplacementSettings | CosineSettings,
     first_recurrence: int,
     try_window: bool,
+    noise: Noise | None,
 ) -> list[Verdict]:
     zero = (states == 0).all(-1).all(-1)
     if isinstance(settings, CosineSettings):
         found = cosine_verdicts(states, dtype, settings)
     else:
-        found = displacement_verdicts(states, dtype, settings, first_recurrence, try_window=try_window)
+        found = displacement_verdicts(states, dtype, settings, first_recurrence, try_window=try_window, noise=noise)
     return [
         dataclasses.replace(
             verdict, kind=Kind.UNKNOWN, reason="Every number is 0: this may be padding, or nothing ran."

@@ -10,12 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.limits import Shape
+from loopscope.dynamics.trajectories.noise import Noise, innovation_step
 from loopscope.dynamics.trajectories.selection import BestShape, best_shapes
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
-from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.tail import Tails, decompose
 from loopscope.dynamics.verdicts import Kind
-from loopscope.models.inspection.facts import Dtype
 
 _SHIFTS = 24
 _STEADY = 8.0
@@ -34,6 +33,13 @@ class Motion:
     """Of the tail, counted from 1."""
     rounding: float
     """Step that one rounding makes."""
+    floor: float
+    """Step that noise makes, where it was measured; NaN where it was not."""
+    parted: bool
+    """A run that differs by rounding alone has parted from it."""
+    innovation: float
+    """Step of what a linear map of the leading components does not foresee, one recurrence ahead; NaN where there is
+    nothing to fit one to."""
     level: float
     """Root mean square displacement at the lag where it is largest."""
     later_level: float
@@ -77,17 +83,37 @@ class Motion:
     displacement: tuple[float, ...]
     """Root mean square, by lag."""
 
+    @property
+    def measured(self) -> bool:
+        """Its noise was measured, and is noise."""
+        return not (math.isnan(self.floor) or self.parted)
 
-def measure_motions(tails: Tails, dtype: Dtype, settings: DisplacementSettings) -> list[Motion]:
-    """One motion a token. Shapes are fitted where it moves by more than rounding."""
-    rounding = rounding_step(dtype)
+    @property
+    def unit(self) -> float:
+        """The step that noise makes: the measured one, or that of one rounding."""
+        return max(self.rounding, self.floor) if self.measured else self.rounding
+
+    def rest(self, settings: DisplacementSettings) -> float:
+        """Motion up to this is rest."""
+        least = settings.rounding_factor * self.rounding
+        return max(least, settings.rest * self.floor) if self.measured else least
+
+    def amplified(self, settings: DisplacementSettings) -> float:
+        """What a shape leaves of a motion is noise up to this."""
+        return self.rest(settings) if self.measured else settings.floor_factor * self.rounding
+
+
+def measure_motions(tails: Tails, noise: Noise, settings: DisplacementSettings) -> list[Motion]:
+    """One motion a token. Shapes are fitted where it moves by more than noise."""
     displacement = tails.displacement()
     level = displacement.amax(-1).sqrt()
-    moving = (level > settings.rounding_factor * rounding).nonzero()[:, 0]
+    moving = (level > noise.rest(settings)).nonzero()[:, 0]
     best: dict[int, BestShape] = {}
+    innovation = torch.full_like(level, math.nan)
     if len(moving):
         parts = decompose(tails.last(tails.window, moving))
-        best = dict(zip(moving.tolist(), best_shapes(parts, rounding, settings), strict=True))
+        best = dict(zip(moving.tolist(), best_shapes(parts, noise.take(moving), settings), strict=True))
+        innovation[moving] = innovation_step(parts)
     energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
     numbers = {
         "level": level,
@@ -96,12 +122,14 @@ def measure_motions(tails: Tails, dtype: Dtype, settings: DisplacementSettings) 
         "spreading": _spreading(displacement, tails.window),
         "ballistic": _ballistic(displacement, tails.window),
         "norm_growth": tails.norm_growth,
+        "floor": noise.floor,
+        "innovation": innovation,
         **_step_numbers(tails),
     }
     rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
     curves = displacement.sqrt().tolist()
     return [
-        _motion(tails, rounding, best.get(token), dict(zip(numbers, row, strict=True)), curves[token])
+        _motion(tails, noise, token, best.get(token), dict(zip(numbers, row, strict=True)), curves[token])
         for token, row in enumerate(rows)
     ]
 
@@ -159,14 +187,15 @@ def _slope(logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _motion(
-    tails: Tails, rounding: float, its: BestShape | None, numbers: dict[str, float], curve: list[float]
+    tails: Tails, noise: Noise, token: int, its: BestShape | None, numbers: dict[str, float], curve: list[float]
 ) -> Motion:
     energy = numbers.pop("energy")
     left, columns = (energy, 0.0) if its is None else (its.left, its.columns)
     return Motion(
         window=tails.window,
         last_recurrence=int(tails.times[-1]),
-        rounding=rounding,
+        rounding=noise.rounding,
+        parted=bool(noise.parted[token]),
         noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
         shape=None if its is None else its.shape,
         unexplained=left / energy if energy > 0 else 1.0,

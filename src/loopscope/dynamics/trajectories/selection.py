@@ -12,6 +12,7 @@ from torch import Tensor
 from loopscope.dynamics.trajectories.curves import SINGLE_MODES, fit_curves, fit_modes
 from loopscope.dynamics.trajectories.fitting import Fit, fit_shapes, residuals, significance
 from loopscope.dynamics.trajectories.limits import Shape, closed_period, limit_of, separate
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import Components
 from loopscope.dynamics.verdicts import Kind
@@ -66,9 +67,9 @@ class BestShape:
     """Of periodic motion: step in the first whole periods of the tail over that in the last as many; else 1."""
 
 
-def best_shapes(parts: Components, rounding: float, settings: DisplacementSettings) -> list[BestShape]:
+def best_shapes(parts: Components, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
     """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else."""
-    fits, cost, directions = _compared(parts, rounding, settings)
+    fits, cost, directions = _compared(parts, noise, settings)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
     speeds, steps = _speeds(parts).tolist(), _squared_steps(parts)
     found = []
@@ -100,16 +101,16 @@ def best_shapes(parts: Components, rounding: float, settings: DisplacementSettin
 
 
 def _compared(
-    parts: Components, rounding: float, settings: DisplacementSettings
+    parts: Components, noise: Noise, settings: DisplacementSettings
 ) -> tuple[list[Fit], Float[Tensor, "shape token"], Float[Tensor, " token"]]:
     """All fits, their costs, and how many directions the one of least cost leaves. Expensive shapes are fitted where
     cheaper ones do not explain a motion."""
-    unresolved = parts.window * (_UNRESOLVED * rounding) ** 2 / 2 + _EXACT * parts.energy
+    unresolved = parts.window * (_UNRESOLVED * noise.rounding) ** 2 / 2 + _EXACT * parts.energy
     everywhere = torch.ones_like(parts.energy)
     fits = fit_shapes(parts, settings.least_periods, unresolved)
     # At first every recurrence counts as independent: how many do depends on the shape that is taken out.
     first = _costs(fits, parts, unresolved, everywhere).argmin(0)
-    mixed = _may_be_modes(fits, first, parts, rounding, settings)
+    mixed = _may_be_modes(fits, first, parts, noise, settings)
     if len(mixed):
         fits += fit_modes(parts, mixed, fits, math.log(settings.growth))
         first = _costs(fits, parts, unresolved, everywhere).argmin(0)
@@ -122,14 +123,14 @@ def _compared(
     exact = torch.stack([fit.left for fit in fits]).gather(0, best[None])[0] <= unresolved
     # A cycle of many points may be a curve that nearly closes after several rounds.
     explained = small.gather(0, best[None])[0] & torch.tensor([fit.name != "cycle" for fit in fits])[best]
-    unexplained = ~explained & ~exact & (step.gather(0, best[None])[0] > settings.floor_factor * rounding)
+    unexplained = ~explained & ~exact & (step.gather(0, best[None])[0] > noise.amplified(settings))
     if bool(unexplained.any()):
         usual = len(fits)
         fits += fit_curves(parts, unexplained.nonzero()[:, 0], settings.least_periods, settings.unexplained_structure)
         cost = _costs(fits, parts, unresolved, rest.independent)
         small, step = _left_over(fits, parts, settings)
         closed = torch.tensor([[fit.name == "cycle" or fit.name.startswith("orbit")] for fit in fits])
-        closed = closed & (small | (step <= settings.rounding_factor * rounding))
+        closed = closed & (small | (step <= noise.rest(settings)))
         # The closed curve that leaves least of a motion is better than a likelier shape that does not explain it; and
         # one of many harmonics has to explain it.
         by_what_is_left = torch.where(closed, step.clamp_min(1e-300).log(), math.inf)
@@ -141,12 +142,12 @@ def _compared(
 
 
 def _may_be_modes(
-    fits: list[Fit], first: Tensor, parts: Components, rounding: float, settings: DisplacementSettings
+    fits: list[Fit], first: Tensor, parts: Components, noise: Noise, settings: DisplacementSettings
 ) -> Tensor:
     """Motions that shrink and that one mode explains in part, but that nothing simple explains."""
     left = torch.stack([fit.left for fit in fits]).gather(0, first[None])[0]
     simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
-    simple = simple & ((2 * left / parts.window).sqrt() <= settings.rounding_factor * rounding)
+    simple = simple & ((2 * left / parts.window).sqrt() <= noise.rest(settings))
     one = torch.stack([fit.left for fit in fits if fit.name in SINGLE_MODES]).amin(0)
     steps = _squared_steps(parts)
     third = steps.shape[-1] // 3

@@ -27,9 +27,20 @@ class DisplacementSettings:
     """Motion within this multiple of the dtype's own rounding is rest. A recurrence rounds more than once, and
     rounding is not random: states that should rest hop between neighbouring numbers, four roundings apart at
     most in what we made."""
+    rest: Positive = 2.0
+    """Motion within this multiple of the measured noise floor, the distance of a twin, is rest. At a fixed point the
+    largest displacement is 1.0 to 1.4 times that distance, of an approach that is not over at least five times (random
+    models of five designs, float32)."""
     floor_factor: Positive = 30.0
     """Shapeless motion within this multiple of the rounding is noise that a model amplifies. Huginn-0125 in bfloat16
     hovers at 6 to 12 times its rounding; a mode with eigenvalue 0.99 amplifies white noise sevenfold."""
+    gain: Positive = 10_000.0
+    """Rounding that a contraction amplifies makes motion of up to this multiple of it."""
+    new: Positive = 12.0
+    """Such motion has no more new in a recurrence, that the last one does not foretell, than this multiple of the
+    rounding: a recurrence rounds more than once, but not a hundred times."""
+    least_new: Positive = 0.8
+    """And no less than this: what rounding drives has at least one rounding in each recurrence."""
     filling: Positive = 0.2
     """Noise moves in many directions at once. Motion beyond `rounding_factor` counts as noise only if it takes at least
     this share of the directions that white noise would take in the same window (participation ratio of the principal
@@ -47,6 +58,11 @@ class DisplacementSettings:
     """The same for an approach of which no more is left than noise, however small it is."""
     unexplained_small: _Share = 0.12
     """The same for other motion, which noise alone may seem to show."""
+    unexplained_mode: _Share = 0.03
+    """The same for an orbit or divergence, and twice as much for a slider, of which no more is new in a recurrence than
+    rounding makes, in a window of 64; in proportion to it in others: what noise drives forgets."""
+    memory: Positive = 4.0
+    """And what such a motion leaves is at most this multiple of what is new in a recurrence."""
     unexplained_structure: _Share = 0.002
     """The same where what is left is more than amplified rounding, so that it must be motion of another shape: a
     second rotation of a tenth of the first one's size is seen."""

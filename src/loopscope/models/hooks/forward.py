@@ -88,6 +88,10 @@ class HookedForward:
     def listening(self, value: bool) -> None:
         self._listener.listening = value
 
+    def nudge(self, factors: Tensor) -> None:
+        """Multiply what the first recurrent layer receives next by these."""
+        self._listener.nudge = factors
+
     @property
     def attention_calls(self) -> dict[tuple[Stage, int], int]:
         """Attention computations in the last call of each layer that was listened to."""
@@ -122,6 +126,8 @@ class _Listener:
 
     def __init__(self) -> None:
         self.listening = True
+        self.nudge: Tensor | None = None
+        """By which the state that the next recurrence receives is multiplied."""
         self.attention_calls: dict[tuple[Stage, int], int] = {}
 
 
@@ -177,6 +183,11 @@ class _Worker:
             received = self._find(arguments_of(module, args, kwargs), site, "received")
             if site.recurrence == 0 and self._spec.begins_with is not None:
                 other = self._spec.begins_with.clone()
+                changed = with_other(args, kwargs, received, other)
+                received = other
+            factors, self._listener.nudge = self._listener.nudge, None
+            if factors is not None:
+                other = (received * factors).to(received.dtype)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             self._begin_recurrence(site, self._announced(received))

@@ -267,6 +267,10 @@ class HookedRun:
         self.state = self._run_to(LoopState, tuple(observers)).state
         self._done += 1
 
+    def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:
+        """What the model adds between two recurrences, such as the prompt, is nudged with the state."""
+        self._forward.nudge(factors)
+
     def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         self._check_open()
         if state is not None:

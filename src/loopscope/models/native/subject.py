@@ -154,6 +154,10 @@ class NativeRun:
             self._exits.after(self.state, self._model.gate(self.state))
         self._recurrence += 1
 
+    def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:
+        # In the wider of the two dtypes: near 1, a factor of a narrow one would be 1.
+        self.state = (self.state * factors).to(self._model.dtype)
+
     @torch.no_grad()
     def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         return self._model.decode(self.state if state is None else state, self._sequence, observers)

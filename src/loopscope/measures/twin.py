@@ -1,0 +1,173 @@
+"""The twin: the same prompts, nudged by one rounding at every recurrence, beside the run that is not nudged.
+
+At a fixed point both runs are the same stationary noise, independent of each other, so that their distance is the step
+that noise makes there: a noise floor of this model in this dtype, whatever the colour of the noise and however
+non-normal the recurrence. Where the loop is chaotic the two part. On a stable orbit, and on a drift, they stay beside
+each other while both move.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.dynamics.trajectories.noise import Noise
+from loopscope.dynamics.trajectories.states import known_dtype, rounding_step
+from loopscope.dynamics.trajectories.tail import tail_length
+from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
+from loopscope.measures.functions import distance, residual_norm
+from loopscope.models.native.interventions import initial_noise
+from loopscope.models.visits import Observer, Visit
+
+PARTED = 0.1
+"""Distance of the twins, over the norm, from which on a run's numbers are those of its rounding, and no longer of the
+model alone."""
+_TAIL = 256
+"""The floor is that of the tail that verdicts are made on, at most this many recurrences."""
+_MOST_GAIN = 10_000.0
+"""Of rounding: no contraction that anybody trains amplifies it further."""
+_GREW = 30.0
+"""Factor by which the distance must have grown for the growth to be a rate, rather than noise that adds up."""
+
+
+class Nudges:
+    """Factors 1 + e by which the loop state is multiplied, e normal and of the size of one rounding, independent from
+    recurrence to recurrence.
+
+    Each prompt's depend on its token ids and the seed alone. One draw serves all recurrences: rolled along the width it
+    is uncorrelated with itself.
+    """
+
+    def __init__(self, batch: BatchInfo) -> None:
+        self._batch = batch
+        dtype = known_dtype(batch.info.dtype, otherwise="float32")
+        # Two states that differ by one rounding each are `rounding_step` apart.
+        size = rounding_step(dtype) / math.sqrt(2)
+        tokens, mask = batch.batch.input_ids, batch.mask
+        noise = initial_noise(tokens, mask, batch.info.width, std=1.0, seed=batch.plan.seed + 2)
+        self._noise = size * noise.to(batch.mask.device, torch.float64 if dtype == "float64" else torch.float32)
+
+    def factors(self, recurrence: int) -> Float[Tensor, "batch token width"]:
+        return 1 + self._noise.roll(recurrence, -1)
+
+
+class Twin(Measure):
+    """How far the nudged run is: the measured noise floor, how fast the two part, and until when they have not."""
+
+    part = "twin"
+    variables: ClassVar[dict[str, Variable]] = {
+        "twin_distance": variable(
+            "layer long_recurrence prompt",
+            "distance of the run from its twin, nudged by one rounding at every recurrence, over the norm: root "
+            "mean square over tokens",
+        ),
+        "twin_floor": variable(
+            "layer prompt token",
+            "measured noise floor: the same of one token, root mean square over the tail that is judged",
+        ),
+        "twin_growth": variable(
+            "prompt token",
+            "finite-time Lyapunov exponent: slope of the logarithm of the distance at the last recurrent layer, until "
+            "that is a tenth of what it becomes",
+            "e-folds per recurrence",
+        ),
+        "twin_growth_error": variable("prompt token", "its standard error", "e-folds per recurrence"),
+        "twin_parted": variable(
+            "prompt token",
+            "recurrences after which the twins are a tenth of the norm apart at the last recurrent layer, so that what "
+            "follows is made by rounding; -1 if they never are",
+            "recurrences",
+        ),
+    }
+    needs = Needs(loop=True, long_run=True, twin=True)
+    otherwise = "the runs of this model cannot be nudged"
+
+    def __init__(self, batch: BatchInfo) -> None:
+        super().__init__(batch)
+        batch.twin = self
+        self.nudged: Observer = _Nudged(self)
+        layers, self._end = batch.info.recurrent, 2 * batch.plan.horizon
+        self._first: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        size = (layers, self._end, *batch.mask.shape)
+        self._distance = torch.full(size, torch.nan, device=batch.mask.device)
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage == "recurrent":
+            self._first[visit.layer] = (visit.residual, residual_norm(visit.residual))
+
+    def compare(self, visit: Visit) -> None:
+        """The same visit of the nudged run."""
+        first = self._first[visit.layer]
+        assert first is not None  # the run itself was advanced before
+        self._distance[visit.layer, visit.recurrence] = distance(visit.residual, first[0]) / first[1]
+        self._first[visit.layer] = None
+
+    def noise(self, layer: int, first: int, stop: int) -> Noise:
+        """What it says of each token within recurrences [first, stop) at a layer; tokens of all prompts in order.
+
+        A twin has parted whose distance grew, beyond what noise adds up to, to where no amplified rounding reaches.
+        """
+        floor = self._distance[layer, first:stop].double().square().mean(0).sqrt()
+        growth, error = growth_of(self._distance[layer, :stop].double())
+        dtype = known_dtype(self.batch.info.dtype, otherwise="float32")
+        far = floor >= min(PARTED, _MOST_GAIN * rounding_step(dtype))
+        parted = far & (growth >= 3 * error) & (growth * stop >= math.log(_GREW))
+        mask = self.batch.mask
+        return Noise(rounding_step(dtype), floor[mask].cpu(), parted[mask].cpu())
+
+    def result(self) -> xr.Dataset:
+        mask, last = self.batch.mask, self._distance[-1].double()
+        tail = tail_length(self._end, _TAIL)
+        floor = self._distance[:, -tail:].double().square().mean(1).sqrt().masked_fill(~mask, torch.nan)
+        over_tokens = masked_mean(self._distance.double().square(), mask).sqrt()
+        growth, error = growth_of(last)
+        far = last >= PARTED
+        parted = torch.where(far.any(0), far.int().argmax(0) + 1, -1).masked_fill(~mask, -1)
+        arrays = {
+            "twin_distance": over_tokens.float(),
+            "twin_floor": floor.float(),
+            "twin_growth": growth.masked_fill(~mask, torch.nan).float(),
+            "twin_growth_error": error.masked_fill(~mask, torch.nan).float(),
+            "twin_parted": parted,
+        }
+        return self.dataset({name: values.cpu().numpy() for name, values in arrays.items()})
+
+
+class _Nudged(Observer):
+    def __init__(self, owner: Twin) -> None:
+        self._owner = owner
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage == "recurrent":
+            self._owner.compare(visit)
+
+
+def growth_of(distance: Float[Tensor, "time batch token"]) -> tuple[Tensor, Tensor]:
+    """Slope of the logarithm of a distance over the recurrences that it grows in, and its standard error, (batch,
+    token).
+
+    It grows until it is a tenth of what it is in the end. Where that is little more than it began with, nothing grows
+    but what the nudges add up to, and the slope is that of the second half of the run, about 0. Errors of least squares
+    for residuals with the correlation of a first-order autoregression.
+    """
+    logs = distance.clamp_min(1e-300).log()
+    time = torch.arange(len(logs), dtype=logs.dtype, device=logs.device)[:, None, None]
+    end = distance[-max(1, len(logs) // 4) :].square().mean(0).sqrt()
+    until = (distance >= end / 10).int().argmax(0)
+    grew = end >= 10 * _GREW * distance[0]
+    taken = torch.where(grew, time < until.clamp_min(3), time >= len(logs) // 2)
+    count = taken.sum(0).clamp_min(1)
+    time = torch.where(taken, time - (time * taken).sum(0) / count, 0.0)
+    logs = torch.where(taken, logs - torch.where(taken, logs, 0.0).sum(0) / count, 0.0)
+    square = time.square().sum(0).clamp_min(1e-300)
+    slope = (time * logs).sum(0) / square
+    rest = logs - slope * time
+    energy = rest.square().sum(0)
+    correlation = ((rest[1:] * rest[:-1]).sum(0) / energy.clamp_min(1e-300)).clamp(0.0, 0.99)
+    variance = energy / (count - 2).clamp_min(1) / square * (1 + correlation) / (1 - correlation)
+    return slope, variance.sqrt()
