@@ -23,6 +23,7 @@ from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
 from loopscope.measures.registry import DECLARED
 from loopscope.measures.stability import EIGENVALUE_NAMES, RATE_NAMES
+from loopscope.measures.twin import Twin
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
@@ -61,8 +62,8 @@ def dataset_of(model: NativeSubject, prompts: list[list[int]] = PROMPTS, **chang
 
 def steady(data: xarray.Dataset) -> xarray.Dataset:
     """Without the eigenvalues inside the spectrum and the place where a search for a fixed point ends, which rounding
-    moves further than other numbers. What follows from them is left."""
-    return data.drop_vars([name for name in data if str(name).startswith(("eigenvalue_", "point_step"))])
+    moves further than other numbers, and the twin, which shows what rounding does. What follows from them is left."""
+    return data.drop_vars([name for name in data if str(name).startswith(("eigenvalue_", "point_step", "twin_"))])
 
 
 HORIZONS = [(INJECTED, count) for count in (3, 4, 8, 11)] + [(shape, 6) for shape in LOOPED.values()]
@@ -125,6 +126,7 @@ PARTS: Mapping[Part, set[str]] = {
     "trajectories": {"trajectory", "trajectory_variance"},
     "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
     "noise-floor": {"noise_floor"},
+    "twin": set(Twin.variables),
     "maps": {"attention_map"},
     "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "token_attention_change", "attention_cycle_distance"},
     "stages": {name for kind in DECLARED if kind.part == "stages" for name in kind.variables},
@@ -206,10 +208,10 @@ def plan(**changes: Any) -> Plan:
 
 def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
     batch = Batch.of(PROMPTS)
-    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10
-    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8
-    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence"})), keep=True) == 40
-    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10
+    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10 + 8
+    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8 + 8
+    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence", "twin"})), keep=True) == 40
+    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10 + 8
     assert steps_of(subject(FEED_FORWARD), batch, plan(), keep=True) == 0
 
 
@@ -224,7 +226,7 @@ def test_states_are_kept_while_they_fit() -> None:
     assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
 
 
-@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 16), (1, 8 + 6 + 16)])
+@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 8 + 16), (1, 8 + 6 + 8 + 16)])
 def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps: int) -> None:
     progress = Counting()
     changes: dict[str, Any] = {"keep_limit": limit, "track": ()}  # and 16 products

@@ -51,6 +51,7 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
         "judged_layer": list(plan.judged_layers),
         "change": list(CHANGES),
         "kind": [str(kind) for kind in KINDS],
+        "long_recurrence": np.arange(1, lengths.get("long_recurrence", 0) + 1),
         "lag": np.arange(1, lengths.get("lag", 0) + 1),
         "tail": np.arange(2 * plan.horizon - lengths.get("tail", 0), 2 * plan.horizon),
         **{

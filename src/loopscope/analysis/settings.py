@@ -24,6 +24,7 @@ Part = Literal[
     "trajectories",
     "readout",
     "noise-floor",
+    "twin",
     "heads",
     "maps",
     "stages",
