@@ -173,9 +173,7 @@ class Behaviour(Measure):
             cosine[place][mask] = _codes(self._judge(layer, states, self._second, cosine=True))
             for index, name in enumerate(VERDICT_NUMBERS):
                 numbers[index, place][mask] = [getattr(verdict, name) for verdict in verdicts]
-            for index, found in enumerate(self._changes(layer, verdicts)):
-                if found is not None:
-                    changed[index, place][mask] = found
+            changed[:, place][:, mask] = self._changes(layer, verdicts)
             if layer == self.batch.info.recurrent - 1:
                 self._last_layer(layer, arrays, states, verdicts, mask)
             self._tails.drop(layer)
@@ -191,40 +189,51 @@ class Behaviour(Measure):
         return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer, *span)
 
     def _judge(
-        self, layer: int, states: Tensor, span: Span, *, cosine: bool = False, trial: bool = False
+        self,
+        layer: int,
+        states: Tensor,
+        span: Span,
+        rows: Tensor | None = None,
+        *,
+        cosine: bool = False,
+        trial: bool = False,
     ) -> list[Verdict]:
-        """States that are no longer finite have diverged in the loop: broken ones were refused before it."""
-        finite = states.isfinite().all(-1).all(-1)
+        """Of all tokens, or of some. A trial is held against a verdict, and not tried itself. States that are no longer
+        finite have diverged in the loop: broken ones were refused before it."""
+        rows = torch.arange(len(states)) if rows is None else rows
+        finite = states[rows].isfinite().all(-1).all(-1)
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
-        verdicts = [gone] * len(states)
-        rows = finite.nonzero()[:, 0]
-        if len(rows):
+        verdicts = [gone] * len(rows)
+        if bool(finite.any()):
             found = judge(
-                states[rows],
+                states[rows[finite]],
                 self._dtype,
                 "cosine" if cosine else "displacement",
                 settings=self._cosine if cosine else self._settings,
                 first_recurrence=span[0],
                 check_order=False,
-                noise=self._noise(layer, span).take(rows),
-                # A trial is held against a verdict, and not tried itself.
+                noise=self._noise(layer, span).take(rows[finite]),
                 try_window=not trial,
             )
-            for row, verdict in zip(rows.tolist(), found, strict=True):
-                verdicts[row] = verdict
+            for place, verdict in zip(finite.nonzero()[:, 0].tolist(), found, strict=True):
+                verdicts[place] = verdict
         return verdicts
 
-    def _changes(self, layer: int, verdicts: list[Verdict]) -> list[list[bool] | None]:
-        """By what a verdict is tried against: whether it changes; None where it could not be tried."""
-        found: list[list[bool] | None] = [["window" in verdict.unstable for verdict in verdicts], None, None]
-        if self._first is not None:
-            found[1] = _differ(
-                verdicts, self._judge(layer, self._tails.trajectories(layer, self._first), self._first, trial=True)
-            )
-        if self._seed is not None and self._other is not None:
+    def _changes(self, layer: int, verdicts: list[Verdict]) -> NDArray[np.int8]:
+        """By what a verdict is tried against, whether it changes, (change, token): 1 or 0, and -1 where that could not
+        be tried, or there is nothing to try since the trajectory did not tell."""
+        changed = np.full((len(CHANGES), len(verdicts)), -1, dtype=np.int8)
+        told = np.array([verdict.kind is not Kind.UNKNOWN for verdict in verdicts])
+        rows = torch.from_numpy(told.nonzero()[0])
+        known = [verdicts[row] for row in rows.tolist()]
+        changed[0, told] = ["window" in verdict.unstable for verdict in known]
+        if self._first is not None and known:
+            states = self._tails.trajectories(layer, self._first)
+            changed[1, told] = _differ(known, self._judge(layer, states, self._first, rows, trial=True))
+        if self._seed is not None and self._other is not None and known:
             runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
-            found[2] = _differ(*(self._judge(layer, states, self._seed, trial=True) for states in runs))
-        return found
+            changed[2, told] = _differ(*(self._judge(layer, run, self._seed, rows, trial=True) for run in runs))
+        return changed
 
     def _last_layer(
         self,

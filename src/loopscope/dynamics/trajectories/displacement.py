@@ -59,7 +59,9 @@ def displacement_verdicts(
     """
     verdicts = []
     # All tokens are measured together, since shapes are fitted in batches, and decided one by one.
-    for motions in measure_tails(states, dtype, settings, first_recurrence, shorter=try_window, noise=noise):
+    for motions in measure_tails(
+        states, dtype, settings, first_recurrence, shorter=try_window, kinds_only=not try_window, noise=noise
+    ):
         verdict = _verdict(_decide(motions.whole, motions.later, settings))
         if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
             verdict = dataclasses.replace(verdict, unstable=("window",))
@@ -75,30 +77,36 @@ def measure_tails(
     *,
     others: Sequence[DisplacementSettings] = (),
     shorter: bool = False,
+    kinds_only: bool = False,
     noise: Noise | None = None,
 ) -> list[TokenMotions]:
     """All that a verdict needs of finite trajectories, by these settings or by `others`, which may have other
     thresholds.
 
-    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window.
+    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window;
+    `kinds_only` leaves out what decides no kind.
     """
     window = tail_length(states.shape[1], settings.window, first_recurrence)
     tails = take_tails(states, window, first_recurrence)
     noise = noise or Noise.of(dtype, len(states))
-    whole = measure_motions(tails, noise, settings)
+    whole = measure_motions(tails, noise, settings, kinds_only=kinds_only)
 
-    def within(length: int, rows: list[int]) -> dict[int, Motion]:
+    def within(length: int, rows: list[int], *, kinds_only: bool = kinds_only) -> dict[int, Motion]:
         if not rows or length < _SHORTEST_HALF:
             return {}
         some = torch.tensor(rows)
-        return dict(zip(rows, measure_motions(tails.last(length, some), noise.take(some), settings), strict=True))
+        motions = measure_motions(tails.last(length, some), noise.take(some), settings, kinds_only=kinds_only)
+        return dict(zip(rows, motions, strict=True))
 
     # Halves cost as much again, so they are measured only where some settings would look at them.
     moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
     unsettled = [
         token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
     ]
-    half, third = within(window // 2, unsettled), within(2 * window // 3, moving) if shorter else {}
+    half = within(window // 2, unsettled)
+    # Nothing is held against what could not be told.
+    told = [token for token in moving if _decide(whole[token], half.get(token), settings).kind != Kind.UNKNOWN]
+    third = within(2 * window // 3, told, kinds_only=True) if shorter else {}
     return [TokenMotions(motion, half.get(token), third.get(token)) for token, motion in enumerate(whole)]
 
 
@@ -142,6 +150,8 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     rest = motion.rest(settings)
     if motion.level == 0:
         return _Finding(Kind.FIXED_POINT, f"Its last {motion.window} states are the same.", motion)
+    if motion.shape is None and motion.level > rest:
+        return _Finding(Kind.FIXED_POINT, f"Its steps shrink {motion.shrinking:.3g}-fold within the tail.", motion)
     if motion.shape is None:
         return _resting(motion, settings)
     if motion.parted:

@@ -16,6 +16,9 @@ from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import Tails, decompose
 from loopscope.dynamics.verdicts import Kind
 
+_PLAIN, _PLAIN_LATE = 30.0, 3.0
+"""Steps that shrink by these factors, within the tail and, unless they have come to rest, within its later half, are
+those of an approach."""
 _SHIFTS = 24
 _STEADY = 8.0
 """Standard errors by which the slope of the logarithm of the steps must differ from 0, in each half of the tail by half
@@ -103,11 +106,20 @@ class Motion:
         return self.rest(settings) if self.measured else settings.floor_factor * self.rounding
 
 
-def measure_motions(tails: Tails, noise: Noise, settings: DisplacementSettings) -> list[Motion]:
-    """One motion a token. Shapes are fitted where it moves by more than noise."""
+def measure_motions(
+    tails: Tails, noise: Noise, settings: DisplacementSettings, *, kinds_only: bool = False
+) -> list[Motion]:
+    """One motion a token. Shapes are fitted where it moves by more than noise; for `kinds_only`, not where its steps
+    shrink so fast that it plainly approaches a point, on whatever way."""
     displacement = tails.displacement()
     level = displacement.amax(-1).sqrt()
-    moving = (level > noise.rest(settings)).nonzero()[:, 0]
+    steps = _step_numbers(tails)
+    rest = noise.rest(settings)
+    moves = level > rest
+    if kinds_only:
+        still = (steps["shrinking_late"] >= _PLAIN_LATE) | (steps["late_step"] <= rest)
+        moves &= ~((steps["shrinking"] >= _PLAIN) & still)
+    moving = moves.nonzero()[:, 0]
     best: dict[int, BestShape] = {}
     innovation = torch.full_like(level, math.nan)
     if len(moving):
@@ -124,7 +136,7 @@ def measure_motions(tails: Tails, noise: Noise, settings: DisplacementSettings) 
         "norm_growth": tails.norm_growth,
         "floor": noise.floor,
         "innovation": innovation,
-        **_step_numbers(tails),
+        **steps,
     }
     rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
     curves = displacement.sqrt().tolist()
