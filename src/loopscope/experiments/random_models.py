@@ -13,7 +13,7 @@ from loopscope._util.statistics import finite_or_none, median
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
-from loopscope.answers.fixed_point import Settling, common_settling
+from loopscope.answers.settling import Settling, common_settling
 from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
