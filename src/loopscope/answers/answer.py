@@ -25,8 +25,8 @@ class Criterion:
 
     drift_tolerance: Positive = 0.01
     """A state is settled if it moves by at most this share of its norm between the two horizons and in the single
-    steps into them, which have to be down to rounding or to shrink faster than 1/t. 1 % is far above float32 rounding and far below the moves of models that do not settle (tens of
-    percent)."""
+    steps into them, which have to be down to rounding or to shrink faster than 1/t. 1 % is far above float32 rounding
+    and far below the moves of models that do not settle (tens of percent)."""
     norm_growth_tolerance: Positive = 0.01
     """A norm is settled if it grows by at most this share between the two horizons: as much as the drift may be,
     since a state whose norm grows drifts by at least that much."""
@@ -35,8 +35,8 @@ class Criterion:
     Looser than the drift: beside a norm that grows linearly, a direction settles no faster than 1/t."""
     slowing_ratio: Annotated[float, Range(above=0, most=1)] = 0.8
     """If the step into the second horizon is below this share of the step into the first, the state is still slowing
-    down, and a fixed point farther out is not excluded. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t), and
-    leaves room for what a mean over tokens scatters when nothing changes."""
+    down, and a fixed point farther out is not excluded. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t),
+    and leaves room for what a mean over tokens scatters when nothing changes."""
     floor_factor: Positive = 3.0
     """Movement within this multiple of the estimated noise floor counts as rounding: the floor is an estimate,
     and two states that both carry rounding differ by 1.4 times as much as one does."""

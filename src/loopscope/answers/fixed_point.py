@@ -10,7 +10,16 @@ import xarray
 
 from loopscope._util.statistics import Share, median
 from loopscope._util.wording import listed, percent, plural, significant
-from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
+from loopscope.answers.answer import (
+    Answer,
+    Claim,
+    Criterion,
+    Evidence,
+    Outcome,
+    Question,
+    diverged_prompts,
+    few_prompts,
+)
 from loopscope.answers.settling import (
     Settling,
     common_settling,
@@ -43,8 +52,9 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     undecided = 0 if common is None or not common.decided else sum(not kind.decided for kind in kinds)
     share = Share(sum(alike), view.prompts, undecided)
     chosen = np.flatnonzero(alike if common is not None else np.ones(len(kinds), dtype=bool))
-    evidence = _evidence(view.dataset.isel(prompt=chosen))
-    tokens = _settled_tokens(view, criterion)
+    data = view.dataset.isel(prompt=chosen)
+    evidence = _evidence(data)
+    tokens = _settled_tokens(data, view.horizon, criterion)
     if math.isfinite(tokens):
         evidence["share_of_tokens_settled"] = tokens
 
@@ -120,14 +130,14 @@ def _evidence(data: xarray.Dataset) -> Evidence:
     }
 
 
-def _settled_tokens(view: StudyView, criterion: Criterion) -> float:
-    """Share of the finite prompts' tokens whose state after the last layer drifts within the tolerance, or as
+def _settled_tokens(data: xarray.Dataset, horizon: int, criterion: Criterion) -> float:
+    """Share of the prompts' tokens whose state after the last layer drifts within the tolerance, or as
     rounding does."""
-    if "token_horizon_drift" not in view.finite:
+    if "token_horizon_drift" not in data:
         return math.nan
-    drift = view.finite["token_horizon_drift"].sel(site="last_layer").transpose("prompt", "token").values
-    floor = noise_floor(view.finite).isel(layer=-1).fillna(0).values[:, None]
-    allowed = np.maximum(criterion.drift_tolerance, np.sqrt(view.horizon) * criterion.floor_factor * floor)
+    drift = data["token_horizon_drift"].sel(site="last_layer").transpose("prompt", "token").values
+    floor = noise_floor(data).isel(layer=-1).fillna(0).values[:, None]
+    allowed = np.maximum(criterion.drift_tolerance, np.sqrt(horizon) * criterion.floor_factor * floor)
     present = np.isfinite(drift)
     return float((drift <= allowed)[present].mean()) if present.any() else math.nan
 

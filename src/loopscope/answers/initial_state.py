@@ -62,7 +62,7 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
         outcome, verdict = Outcome.PARTLY, "depends on the prompt"
         sentence = f"It depends on the prompt: the runs meet in {together}. {apart}"
     elif median(end) < criterion.slowing_ratio * median(half):
-        outcome, verdict = Outcome.CANNOT_TELL, "not yet"
+        outcome, verdict = Outcome.NOT_YET, "not yet"
         sentence = f"Not within the recurrences measured, but the runs still draw closer. {apart}"
         limits.insert(0, "Measure more recurrences to see whether the runs meet.")
     else:

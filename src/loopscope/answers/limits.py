@@ -95,7 +95,7 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
         found.append(
             (
                 "the horizon",
-                f"Of {unsettled} of {view.prompts} prompts recurrence {2 * view.horizon} does not tell whether they settle; "
+                f"{unsettled} of {view.prompts} prompts cannot be told by recurrence {2 * view.horizon}; "
                 "a longer horizon may decide them.",
             )
         )

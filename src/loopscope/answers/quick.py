@@ -47,7 +47,8 @@ _LOOPED: tuple[tuple[Question, Callable[[StudyView, Criterion], Answer]], ...] =
 def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answer]:
     """What a study says about its model, the main question first and what limits the answers last.
 
-    Answers that contradict each other are withdrawn (see `consistent`). A feed-forward model has no loop to ask about: it gets the first question, declined, its loss and the limits.
+    Answers that contradict each other are withdrawn (see `consistent`). A feed-forward model has no loop to ask about:
+    it gets the first question, declined, its loss and the limits.
     Every number in a sentence is computed from the study; `criterion` holds every threshold, the defaults of
     `Criterion` unless given.
 

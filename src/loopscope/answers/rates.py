@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +124,22 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
     )
 
 
+def by_cluster(codes: Sequence[int], clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Verdicts of things that come from clusters, such as trajectories from files, as (cluster, thing), -1 beyond."""
+    rows: dict[Hashable, list[int]] = {}
+    for code, cluster in zip(codes, clusters, strict=True):
+        rows.setdefault(cluster, []).append(code)
+    found = np.full((len(rows), max(map(len, rows.values()), default=0)), -1, dtype=np.int64)
+    for row, of_cluster in enumerate(rows.values()):
+        found[row, : len(of_cluster)] = of_cluster
+    return found
+
+
 def token_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares among tokens, from their places in `KINDS`, (prompt, token); below 0 none. Intervals are those of tokens
     that depend on each other within a prompt (see `cluster_interval`)."""
-    counts = np.stack([(codes == index).sum(-1) for index in range(len(KINDS))])
-    return _shares(counts, counts.sum(0), cluster_interval)
+    counts = np.stack([(codes == index).astype(np.int64).sum(-1) for index in range(len(KINDS))])
+    return _shares(counts, (codes >= 0).astype(np.int64).sum(-1), cluster_interval)
 
 
 def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
@@ -139,8 +150,8 @@ def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
 
 
 def driver_shares(codes: NDArray[np.integer], drivers: NDArray[np.integer]) -> list[KindShare]:
-    """Shares of drivers: a token whose own eigenvalue sets its rate, with all later tokens that follow it. It counts for
-    each kind that one of them has, and is undecided about a kind as a prompt is.
+    """Shares of drivers: a token whose own eigenvalue sets its rate, with all later tokens that follow it. It counts
+    for each kind that one of them has, and is undecided about a kind as a prompt is.
 
     `drivers`, (prompt, token), is the place of the token that drives each (see `token_drivers`), -1 where it is not
     known: such tokens of a prompt count as driven by one.
@@ -223,9 +234,9 @@ def co_occurrence(study: Study, method: str = "displacement") -> NDArray[np.floa
 def token_roles(
     tokens: Sequence[Mapping[str, Any]], longest: int, bos: int | None = None
 ) -> dict[str, NDArray[np.bool_]]:
-    """Which tokens have which role, (prompt, token) each, from the lines of `tokens.jsonl`; `bos` is the id of the token
-    with which a text begins. Without a system prompt it would stand in the question, which then compares other tokens
-    than that of a study with one."""
+    """Which tokens have which role, (prompt, token) each, from the lines of `tokens.jsonl`; `bos` is the id of the
+    token with which a text begins. Without a system prompt it would stand in the question, which would then have other
+    tokens than that of a study with one."""
     roles = {name: np.zeros((len(tokens), longest), dtype=np.bool_) for name in ROLES}
     for row, prompt in enumerate(tokens):
         count = len(prompt["token_ids"])

@@ -38,10 +38,12 @@ TRAINED_DEPTH = Question(
 
 
 def points_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Judge by the least similar layer, of the prompts that settle: the smallest cosine of its state at the horizon with
-    that of layer 0. A prompt of which only the direction settles has directions to compare."""
+    """Judge by the least similar layer, of the prompts that settle: the smallest cosine of its state at the horizon
+    with that of layer 0. A prompt of which only the direction settles has directions to compare."""
     if view.recurrent == 1:
-        return POINTS.unanswered("only one layer", "The recurrent block has a single layer, so there is only one point.")
+        return POINTS.unanswered(
+            "only one layer", "The recurrent block has a single layer, so there is only one point."
+        )
     kinds = prompt_settling(view, criterion)
     has_points = np.array([kind.settles or kind is Settling.DIRECTION_ONLY for kind in kinds])
     undecided = sum(not kind.decided for kind in kinds)
@@ -53,7 +55,9 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         there = f"{there}prompts)." if math.isfinite(anywhere) else ""
         evidence: Evidence = {"smallest_cosine_to_layer_0": anywhere} if there else {}
         if undecided:
-            open_ = f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
+            open_ = (
+                f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
+            )
             return POINTS.says(Outcome.CANNOT_TELL, "not settled yet", open_ + there, evidence)
         none = "Without a fixed point the layers have no points to compare."
         return POINTS.says(Outcome.NOT_APPLICABLE, "no points", none + there, evidence)
@@ -97,8 +101,8 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
 
 
 def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Count to the slowest layer, and take the median over the prompts that settle. Asked only where there is a point to
-    arrive at."""
+    """Count to the slowest layer, and take the median over the prompts that settle. Asked only where there is a point
+    to arrive at."""
     settled = common_settling(view, criterion)
     if settled is None or not settled.settles:
         reasons: dict[Settling | None, str] = {

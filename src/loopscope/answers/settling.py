@@ -77,24 +77,21 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     growth = data["horizon_norm_growth"]
     movement = np.maximum(drift, steps.max("horizon", skipna=False))
     # Without a measured floor, rounding of the state itself is what there is at least.
-    rounding = criterion.floor_factor * noise_floor(data).fillna(_UNIT_ROUNDOFF.get(view.dtype, 0.0))
+    noise = noise_floor(data).fillna(_UNIT_ROUNDOFF.get(view.dtype, 0.0))
     turned = np.arccos(data["horizon_drift_cosine"].clip(-1, 1))
     ratio = step_ratio(data)
 
     shrinks = ratio < SUMMABLE_RATIO
-    # Rounding errors that nothing pulls back add up like a random walk: to sqrt(H) times one of them.
-    floor = (last <= rounding) & (drift <= np.sqrt(view.horizon) * rounding)
+    # Errors that nothing pulls back add up like a random walk, to sqrt(H) times one of them, and no more than twice
+    # that by chance; steps that lead on in one direction go farther.
+    aimless = drift <= 2 * np.sqrt(view.horizon) * np.maximum(last, noise)
+    floor = (last <= criterion.floor_factor * noise) & aimless
     norm_settled = abs(growth - 1) <= criterion.norm_growth_tolerance
     small = (movement <= criterion.drift_tolerance) & norm_settled
     outwards = turned * growth < growth - 1  # as shares of the norm at H: way around against way out
     direction = (
-        (growth > 1 + criterion.norm_growth_tolerance)
-        & (turned <= criterion.direction_tolerance)
-        & outwards
-        & ~shrinks
+        (growth > 1 + criterion.norm_growth_tolerance) & (turned <= criterion.direction_tolerance) & outwards & ~shrinks
     )
-    # Steps that lead on in one direction go farther than a random walk of such steps.
-    aimless = small & (drift <= np.sqrt(view.horizon) * last)
     missing = (data["diverged_at"] >= 0) | ~np.isfinite(movement + growth + turned)
 
     cases = [
@@ -103,7 +100,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
         (direction, Settling.DIRECTION_ONLY),
         (floor, Settling.AT_FLOOR),
         (shrinks, Settling.NOT_YET),
-        ((ratio < criterion.slowing_ratio) | aimless, Settling.CANNOT_TELL),
+        ((ratio < criterion.slowing_ratio) | (small & aimless), Settling.CANNOT_TELL),
     ]
     ranks = np.select(
         [np.broadcast_to(case.transpose("layer", "prompt").values, drift.shape) for case, _ in cases],
@@ -130,7 +127,7 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     kinds = horizon_settling(view, criterion)
     if "verdict" not in view.dataset:
         return kinds
-    all_settle, most_move = _by_verdict(view)
+    all_settle, most_move = prompts_by_verdict(view)
     small = view.dataset["horizon_drift"].max("layer").values <= criterion.drift_tolerance
 
     def agreed(kind: Settling, settle: bool, move: bool, near: bool) -> Settling:
@@ -147,7 +144,7 @@ def horizon_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     return [_ORDER[rank] for rank in settling(view, criterion).max("layer").values]
 
 
-def _by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def prompts_by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Whether all of a prompt's tokens settle after the last layer judged, and whether most are seen to move."""
     codes = view.dataset["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
     there = (codes >= 0).sum(-1)
