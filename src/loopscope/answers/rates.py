@@ -139,14 +139,14 @@ def token_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares among tokens, from their places in `KINDS`, (prompt, token); below 0 none. Intervals are those of tokens
     that depend on each other within a prompt (see `cluster_interval`)."""
     counts = np.stack([(codes == index).astype(np.int64).sum(-1) for index in range(len(KINDS))])
-    return _shares(counts, (codes >= 0).astype(np.int64).sum(-1), cluster_interval)
+    return _shares(counts, counts.sum(0), cluster_interval)
 
 
 def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares of the prompts with at least one such token, likewise; intervals are exact (Clopper and Pearson). A prompt
     is undecided about a kind if none of its tokens has it and one is unknown."""
     has = np.stack([(codes == index).any(-1) for index in range(len(KINDS))]).astype(np.int64)
-    return _shares(has, (codes >= 0).any(-1).astype(np.int64), _exact)
+    return _shares(has, has.any(0).astype(np.int64), _exact)
 
 
 def driver_shares(codes: NDArray[np.integer], drivers: NDArray[np.integer]) -> list[KindShare]:
