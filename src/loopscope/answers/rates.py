@@ -138,7 +138,7 @@ def by_cluster(codes: Sequence[int], clusters: Sequence[Hashable]) -> NDArray[np
 def token_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares among tokens, from their places in `KINDS`, (prompt, token); below 0 none. Intervals are those of tokens
     that depend on each other within a prompt (see `cluster_interval`)."""
-    counts = np.stack([(codes == index).astype(np.int64).sum(-1) for index in range(len(KINDS))])
+    counts = np.stack([(codes == index).sum(-1) for index in range(len(KINDS))])
     return _shares(counts, counts.sum(0), cluster_interval)
 
 
@@ -146,7 +146,7 @@ def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
     """Shares of the prompts with at least one such token, likewise; intervals are exact (Clopper and Pearson). A prompt
     is undecided about a kind if none of its tokens has it and one is unknown."""
     has = np.stack([(codes == index).any(-1) for index in range(len(KINDS))]).astype(np.int64)
-    return _shares(has, has.any(0).astype(np.int64), _exact)
+    return _shares(has, np.max(has, axis=0), _exact)
 
 
 def driver_shares(codes: NDArray[np.integer], drivers: NDArray[np.integer]) -> list[KindShare]:
