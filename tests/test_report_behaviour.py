@@ -194,7 +194,7 @@ def test_a_feed_forward_model_is_not_asked(tmp_path: Path) -> None:
         ([Kind.FIXED_POINT], Outcome.YES, "all: fixed point"),
         ([Kind.ORBIT], Outcome.NO, "all: orbit"),
         ([Kind.UNKNOWN], Outcome.CANNOT_TELL, "cannot tell"),
-        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "all: fixed point; 50 % cannot be told"),
+        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all: fixed point"),
         ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % fixed point, 50 % otherwise"),
     ],
 )

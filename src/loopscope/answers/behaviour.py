@@ -55,8 +55,6 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     evidence: Evidence = {"recurrent_layer": float(rates.layer)}
     for things, shares in (("tokens", rates.tokens), ("drivers", rates.drivers), ("prompts", rates.prompts)):
         evidence |= _evidence(shares, things)
-    if rates.on_the_way:
-        evidence["tokens: fixed point, not there yet"] = float(rates.on_the_way)
     if rates.discoveries is not None:
         evidence |= _by_chance(rates.discoveries)
     answer = _answer(
@@ -71,9 +69,7 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     claims = [Claim.TOKENS_SETTLE] if answer.outcome is Outcome.YES else []
     if 2 * most_move.sum() > view.prompts:
         claims = [Claim.TOKENS_MOVE]
-    way = rates.on_the_way
-    later = f" {way:,} of those that approach a fixed point {'are' if way > 1 else 'is'} not there yet." if way else ""
-    return dataclasses.replace(answer, sentence=answer.sentence + later, claims=claims)
+    return dataclasses.replace(answer, claims=claims)
 
 
 def judged_answer(judged: JudgedFiles) -> Answer:
@@ -127,7 +123,9 @@ def _answer(
         first, told = there[0].kind, " that can be told" if unknown else ""
         share = there[0].count / decided
         verdict = f"all: {first}" if len(there) == 1 else f"{percent(share)} {first}, {percent(1 - share)} otherwise"
-        verdict += f"; {percent(unknown / total)} cannot be told" if unknown else ""
+        if unknown:
+            open_share = f"{percent(unknown / total)} cannot be told"
+            verdict = f"{verdict}; {open_share}" if unknown < decided else f"{open_share}; of the rest {verdict}"
         sentence = f"{where}, of {counted}{told}: {listed(parts)}." + (f" {open_}." if unknown else "")
     return question.says(
         _outcome(settled, unknown, total), verdict, sentence + _rare(shares, many, unknown), evidence, limits

@@ -23,8 +23,6 @@ STRUCTURED = (Kind.ORBIT, Kind.SLIDER)
 FALSE_DISCOVERIES = 0.05
 """Rate to which false ones among the shapes that are found are held."""
 _UNKNOWN = KINDS.index(Kind.UNKNOWN)
-_THERE = 3.0
-"""Times its noise floor that a state moves which is there: both are estimates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +79,11 @@ class Rates:
     tokens: list[KindShare]
     drivers: list[KindShare]
     """The same with tokens that are driven by an earlier one counted with it, for each kind that one of them has; empty
-    for a study without eigenvalues."""
+    where no eigenvalue of a fixed point is known."""
     prompts: list[KindShare]
     """Prompts with at least one such token; they add up to more than 1."""
     roles: dict[str, list[KindShare]]
     """Of the tokens of each role."""
-    on_the_way: int
-    """Tokens that approach a fixed point and are still farther from it than their noise floor."""
     discoveries: Discoveries | None
     """None for a method or a study without p-values."""
     changed: dict[str, tuple[int, int]]
@@ -111,14 +107,14 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
     changes = study.dataset["verdict_changes"].transpose("change", "judged_layer", "prompt", "token")
     displaced = method == "displacement"
     tried = {str(name): changes.sel(change=name).values[place] for name in changes["change"].values if displaced}
+    drivers = token_drivers(study.dataset) if "predicted_kind" in study.dataset else np.full(there.shape, -1)
     return Rates(
         layer=chosen,
         method=method,
         tokens=token_shares(there),
-        drivers=driver_shares(there, token_drivers(study.dataset)) if "predicted_kind" in study.dataset else [],
+        drivers=driver_shares(there, drivers) if (drivers >= 0).any() else [],
         prompts=prompt_shares(there),
         roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
-        on_the_way=_on_the_way(study, place) if displaced else 0,
         discoveries=_discoveries(study, place) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
     )
@@ -196,12 +192,6 @@ def _shares(
             )
         )
     return shares
-
-
-def _on_the_way(study: Study, place: int) -> int:
-    data = study.dataset.isel(judged_layer=place)
-    approaching = data["verdict"].values == KINDS.index(Kind.FIXED_POINT)
-    return int((approaching & (data["verdict_level"].values > _THERE * data["verdict_floor"].values)).sum())
 
 
 def _discoveries(study: Study, place: int) -> Discoveries | None:

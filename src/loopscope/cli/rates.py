@@ -132,8 +132,6 @@ def _by_chance(rates: Mapping[str, Rates]) -> list[str]:
                     else ""
                 )
             )
-        if each.on_the_way:
-            lines.append(f"{name}: {each.on_the_way:,} tokens that approach a fixed point are not there yet")
     return lines
 
 
@@ -155,7 +153,6 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
         "tokens": [_share(share) for share in rates.tokens],
         "drivers": [_share(share) for share in rates.drivers],
         "prompts": [_share(share) for share in rates.prompts],
-        "on_the_way": rates.on_the_way,
         "discoveries": None
         if rates.discoveries is None
         else {

@@ -128,7 +128,12 @@ def _outcome(common: Settling | None, degeneracy: float | None, criterion: Crite
         return CellOutcome.DEGENERATE
     if common.settles:
         return CellOutcome.FIXED_POINT
-    return CellOutcome.DIRECTION if common is Settling.DIRECTION_ONLY else CellOutcome.NONE
+    others = {
+        Settling.NOT_YET: CellOutcome.NOT_YET,
+        Settling.CANNOT_TELL: CellOutcome.CANNOT_TELL,
+        Settling.DIRECTION_ONLY: CellOutcome.DIRECTION,
+    }
+    return others.get(common, CellOutcome.NONE)
 
 
 def _median(values: np.ndarray) -> float | None:
