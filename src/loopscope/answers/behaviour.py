@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopscope._util.wording import listed, percent, significant
+from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.rates import (
     FALSE_DISCOVERIES,
     STRUCTURED,
     Discoveries,
     KindShare,
+    Rates,
     by_cluster,
     study_rates,
     token_shares,
@@ -69,7 +70,18 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     claims = [Claim.TOKENS_SETTLE] if answer.outcome is Outcome.YES else []
     if 2 * most_move.sum() > view.prompts:
         claims = [Claim.TOKENS_MOVE]
-    return dataclasses.replace(answer, claims=claims)
+    return dataclasses.replace(answer, sentence=answer.sentence + driven(rates), claims=claims)
+
+
+def driven(rates: Rates) -> str:
+    """How many drivers make how many tokens move, as a sentence after others; nothing where none is known."""
+    pairs = zip(rates.tokens, rates.drivers, strict=False)
+    said = [
+        f"those of kind {tokens.kind} ({tokens.count:,}) follow {plural(drivers.count, 'driver')}"
+        for tokens, drivers in pairs
+        if tokens.kind.moves and tokens.count
+    ]
+    return f" Of the tokens that move, {listed(said)}." if said else ""
 
 
 def judged_answer(judged: JudgedFiles) -> Answer:

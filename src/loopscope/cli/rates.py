@@ -90,8 +90,7 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     return Table(
         columns=("kind", "share of", *rates),
         rows=rows,
-        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % intervals by prompts, undecided "
-        "ones included",
+        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % intervals by prompts",
     )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope._util.wording import listed, percent, significant, visible
+from loopscope._util.wording import percent, significant, visible
+from loopscope.answers.behaviour import driven
 from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.report.figures.look import AXIS, KIND_LOOKS, MUTED, Symbol, kind_label
@@ -115,22 +116,10 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
         for method, rates in found.items()
         for shares in (rates.tokens if things == "tokens" else rates.prompts,)
     ]
-    displaced = found["displacement"]
-    if displaced.drivers:
-        driven = listed(
-            [
-                f"{tokens.count:,} {tokens.kind} tokens from {drivers.count:,} drivers"
-                for tokens, drivers in zip(displaced.tokens, displaced.drivers, strict=True)
-                if tokens.kind.moves and tokens.count
-            ]
-        )
-    else:
-        driven = ""
     return shares_plot(
         series,
         f"After recurrent layer {found['displacement'].layer}. A prompt counts for every kind that one of its tokens "
-        "has. Intervals of tokens count those of a prompt as dependent on each other."
-        + (f" By displacement, {driven}: a token that sets the rate of later ones drives them." if driven else ""),
+        "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
     )
 
 
