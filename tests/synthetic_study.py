@@ -316,7 +316,7 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
         coordinates |= {names[0]: list(first), names[1]: list(second)}
     manifest = dict(study.manifest)
     manifest["behaviour"] = {
-        "displacement": {"floor_factor": 30.0, "unexplained": 0.05},
+        "displacement": {"floor_factor": 30.0, "unexplained": 0.05, "significance": 1e-4},
         "cosine": {"tau": 0.05, "rho": 0.9},
         "sensitivity": {"displacement": ["floor_factor", "unexplained"], "cosine": ["tau", "rho"]},
     }

@@ -157,6 +157,22 @@ def test_shares_of_tokens_and_of_prompts(study: Study) -> None:
     assert prompt_shares(np.full((2, 3), -1))[0].total == 0
 
 
+def test_what_chance_would_find_stands_beside_the_rates(study: Study) -> None:
+    found = study_rates(study).discoveries
+    assert found is not None
+    assert found.tests == LAYERS * 38  # all layers are looked at, whichever is asked for
+    assert found.expected == pytest.approx(1e-4 * LAYERS * 38)
+    assert found.surviving[Kind.ORBIT] == (1, 1)
+    weak = study.dataset["verdict_p_value"].where(study.dataset["verdict"] != ORBIT, 0.9)
+    few = study.dataset["verdict_p_value"].where(study.dataset["verdict"] == ORBIT, 0.9)
+    for p_values, left in ((weak, 0), (few, 1), (few.where(few > 0.5, 1e-3), 0)):
+        changed = Study(study.dataset.assign(verdict_p_value=p_values), study.manifest, study.tokens)
+        discoveries = study_rates(changed).discoveries
+        assert discoveries is not None
+        assert discoveries.surviving[Kind.ORBIT] == (left, 1)
+    assert study_rates(study, method="cosine").discoveries is None
+
+
 def test_roles_of_the_tokens_of_a_prompt() -> None:
     prompt = {
         "token_ids": [0, 1, 2, 3, 4, 5, 6],

@@ -80,7 +80,8 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
             verdict += ", as far as can be told"
     if common is not None and common.settles and tokens < criterion.tokens_needed:
         outcome, verdict, claim = Outcome.PARTLY, "on average, not every token", None
-        sentence = f"On average over tokens, not for each: only {percent(tokens)} of them settle one by one. {sentence}"
+        sentence = sentence.replace("Yes: every layer's", "On average every layer's")
+        sentence += f" But only {percent(tokens)} of the tokens settle one by one."
     in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
     evidence |= settling_by_layer(settling(view, criterion), criterion)
     return FIXED_POINT.says(
