@@ -59,11 +59,16 @@ def staged_study(
     base = looped_study(contracting(), prompts=3, recurrences=4, horizon=4) if recurrent else feed_forward_study(3)
     if recurrent:
         # What a study of a looped model always has; of no matter here.
-        names = ("relative_step", "relative_distance", *(name for name in base.dataset if "horizon" in str(name)))
+        names = (
+            "relative_step",
+            "relative_distance",
+            *(name for name in base.dataset if str(name).startswith("horizon")),
+        )
         for name in (*names, "degeneracy"):
-            dims = [dim for dim in base.dataset[name].dims if dim in ("layer", "recurrence", "prompt")]
-            sizes = {"layer": recurrent, "recurrence": len(curves), "prompt": 3}
+            dims = [dim for dim in base.dataset[name].dims if dim in ("layer", "recurrence", "prompt", "horizon")]
+            sizes = {"layer": recurrent, "recurrence": len(curves), "prompt": 3, "horizon": 2}
             data[str(name)] = dims, np.zeros([sizes[str(dim)] for dim in dims])
+        data["horizon"] = ["first", "second"]
     manifest = {**base.manifest}
     manifest["model"] = {
         **manifest["model"],

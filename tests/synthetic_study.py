@@ -66,6 +66,28 @@ def orbiting(time: Array, points: Array, rng: np.random.Generator) -> Array:
     return np.asarray(points + 0.42 * (np.cos(phase) * u + np.sin(phase) * v))
 
 
+@functools.cache
+def sliding(speed: float = 5e-5, rate: float = 0.0, slowing: bool = False) -> Trajectory:
+    """On and on in one direction, by that share of the norm a recurrence, or with the logarithm of time; beside an
+    approach at `rate`, if it is not 0."""
+
+    def states(time: Array, points: Array, rng: np.random.Generator) -> Array:
+        way = _unit(points.shape, rng) * speed * (np.log(time) if slowing else time)
+        return np.asarray(points + way + _unit(points.shape, rng) * rate**time)
+
+    return states
+
+
+@functools.cache
+def circling(radius: float = 1e-3) -> Trajectory:
+    """As `orbiting`, but in a circle that is small beside the norm."""
+
+    def states(time: Array, points: Array, rng: np.random.Generator) -> Array:
+        return np.asarray(points + radius * (orbiting(time, points, rng) - points))
+
+    return states
+
+
 def overflowing(time: Array, points: Array, rng: np.random.Generator) -> Array:
     """Not a number from the 5th recurrence on."""
     states = contracting()(time, points, rng)
@@ -294,7 +316,7 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
         coordinates |= {names[0]: list(first), names[1]: list(second)}
     manifest = dict(study.manifest)
     manifest["behaviour"] = {
-        "displacement": {"floor_factor": 30.0, "unexplained": 0.05},
+        "displacement": {"floor_factor": 30.0, "unexplained": 0.05, "significance": 1e-4},
         "cosine": {"tau": 0.05, "rho": 0.9},
         "sensitivity": {"displacement": ["floor_factor", "unexplained"], "cosine": ["tau", "rho"]},
     }

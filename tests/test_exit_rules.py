@@ -521,10 +521,20 @@ def test_the_models_own_gate_is_told() -> None:
     assert "own gate, at its threshold of 1, stops no token before" in answer(study).sentence
 
 
-def test_one_prompt_has_no_interval_and_one_token_no_loss() -> None:
-    single = answer(story(SETTLED, kl=SETTLED, top1=SETTLED.astype(np.int64), prompts=1))
-    assert single.outcome is Outcome.YES
-    assert "interval" not in single.sentence
+def test_what_holds_on_the_prompts_that_a_rule_was_chosen_on_is_judged_on_the_others() -> None:
+    """Of every other prompt, the signal says that the wrong tokens are done."""
+    study = story(SETTLED, kl=SETTLED, top1=SETTLED.astype(np.int64))
+    study.dataset["token_relative_step"][..., 1::2, :] = 1 - study.dataset["token_relative_step"].values[..., 1::2, :]
+    found = answer(study)
+    assert found.outcome is Outcome.PARTLY
+    assert found.evidence["best_tokens_changed"] == pytest.approx(0.2)
+    assert "on the prompts that it was not chosen on it goes beyond" in found.sentence
+    assert "chosen on 20 prompts, and what they take and cost is that of the other 20" in found.sentence
+
+
+def test_few_prompts_judge_no_rule_and_one_token_has_no_loss() -> None:
+    few = answer(story(SETTLED, kl=SETTLED, top1=SETTLED.astype(np.int64), prompts=3))
+    assert (few.outcome, few.verdict) == (Outcome.CANNOT_TELL, "not judged")
     silent = np.full(SETTLED.shape, np.nan)
     found = answer(story(SETTLED, kl=SETTLED, top1=SETTLED.astype(np.int64), loss=silent))
     assert found.outcome is Outcome.YES

@@ -114,7 +114,7 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     assert 0 < len(done) < 12
     finished = run(*arguments)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines()[-1].startswith("reproduced: ")
+    assert finished.stdout.splitlines()[-1].startswith("reproduced by recurrence ")
     assert len(list((out / CELLS).glob("*.json"))) == 12
     assert all((out / CELLS / name).read_bytes() == content for name, content in done.items())
 
@@ -166,7 +166,7 @@ def test_what_was_not_run_is_not_counted(tmp_path: Path) -> None:
     one = ["--norm", "pre", "--injection", "linear", "--depth", "2", "--seeds", "1", "--width", "32"]
     said = run("architectures", "--out", str(tmp_path / "grid"), "--engine", "serial", *one)
     assert said.returncode == 0, said.stderr
-    assert said.stdout.splitlines()[-1] == "reproduced: 1 of 6"
+    assert said.stdout.splitlines()[-1] == "reproduced by recurrence 256: 1 of 6"
     assert said.stdout.count("not run") >= 5
     entry = json.loads(next((tmp_path / "grid" / CELLS).iterdir()).read_text())
     assert entry["outcome"] == "fixed point"

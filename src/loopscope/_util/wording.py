@@ -29,6 +29,11 @@ def percent(fraction: float) -> str:
     return f"{significant(100 * fraction)} %"
 
 
+def p_value_text(p_value: float) -> str:
+    """A p-value, which no model of noise makes meaningful below 1e-12; an en dash where there is none."""
+    return "–" if not math.isfinite(p_value) else "< 1e-12" if p_value < 1e-12 else significant(p_value)
+
+
 def plural(count: int, noun: str) -> str:
     """`1 prompt`, `3 prompts`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -24,9 +24,9 @@ class Criterion:
     """
 
     drift_tolerance: Positive = 0.01
-    """A state is settled if it moves by at most this share of its norm between the two horizons, and in the single
-    steps into them. 1 % is far above float32 rounding and far below the moves of models that do not settle (tens of
-    percent)."""
+    """A state is settled if it moves by at most this share of its norm between the two horizons and in the single
+    steps into them, which have to be down to rounding or to shrink faster than 1/t. 1 % is far above float32 rounding
+    and far below the moves of models that do not settle (tens of percent)."""
     norm_growth_tolerance: Positive = 0.01
     """A norm is settled if it grows by at most this share between the two horizons: as much as the drift may be,
     since a state whose norm grows drifts by at least that much."""
@@ -35,8 +35,8 @@ class Criterion:
     Looser than the drift: beside a norm that grows linearly, a direction settles no faster than 1/t."""
     slowing_ratio: Annotated[float, Range(above=0, most=1)] = 0.8
     """If the step into the second horizon is below this share of the step into the first, the state is still slowing
-    down, and a fixed point farther out is possible. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t), and
-    leaves room for what a mean over tokens scatters when nothing changes."""
+    down, and a fixed point farther out is not excluded. 0.8 lies above the 0.71 of steps that shrink like 1/sqrt(t),
+    and leaves room for what a mean over tokens scatters when nothing changes."""
     floor_factor: Positive = 3.0
     """Movement within this multiple of the estimated noise floor counts as rounding: the floor is an estimate,
     and two states that both carry rounding differ by 1.4 times as much as one does."""
@@ -60,8 +60,7 @@ class Criterion:
     """Differences of the mean loss below this many nats are no difference: 1 % in perplexity."""
     saving_needed: Annotated[float, Range(above=0, most=1)] = 0.1
     """An exit rule that saves less than this share of the recurrences saves hardly any, and one that takes so little
-    less than a fixed number does no better than that: stopping tokens one by one costs something too, and its threshold
-    was chosen on the prompts it is judged on."""
+    less than a fixed number does no better than that: stopping tokens one by one costs something too."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "The criterion ")
@@ -76,8 +75,25 @@ class Outcome(StrEnum):
     YES = "yes"
     NO = "no"
     PARTLY = "partly"
+    NOT_YET = "not yet"
     CANNOT_TELL = "cannot tell"
     NOT_APPLICABLE = "not applicable"
+
+
+class Claim(StrEnum):
+    """What answers say that other answers may contradict; `answers/consistency.py` knows which exclude each other."""
+
+    STOPS = "every layer's state stops"
+    ON_ITS_WAY = "the state is still on its way to a limit"
+    LEFT_OPEN = "whether the state stops cannot be told"
+    GOES_ON = "the state does not stop"
+    TOKENS_SETTLE = "every token settles"
+    TOKENS_MOVE = "most tokens are seen to move on"
+    ATTRACTS = "every token stands at a fixed point that attracts"
+    REPELS = "no token stands at a fixed point that attracts"
+    POINTS = "the layers have points"
+    ARRIVES = "the state arrives at a point"
+    SETTLED_AT_DEPTH = "it has settled at the trained depth"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,8 @@ class Answer:
     """Anchor of the figure in the report that shows it."""
     limits: list[str] = field(default_factory=list)
     """What could make this answer wrong, a sentence each."""
+    claims: list[Claim] = field(default_factory=list)
+    """What it says, where other answers may contradict it."""
     criterion: Criterion = field(default_factory=Criterion)
     """The thresholds used."""
 
@@ -149,6 +167,7 @@ class Question:
         limits: Iterable[str] = (),
         *,
         figure: str | None = None,
+        claims: Iterable[Claim] = (),
     ) -> Answer:
         """An answer with its numbers; `figure` is another one than the question's."""
         return Answer(
@@ -160,6 +179,7 @@ class Question:
             evidence=dict(evidence or {}),
             figure=self.figure if figure is None else figure,
             limits=list(limits),
+            claims=list(claims),
         )
 
     def unanswered(

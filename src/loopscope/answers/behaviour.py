@@ -7,9 +7,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopscope._util.wording import listed, percent, plural
-from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, measured
-from loopscope.answers.rates import KindShare, prompt_shares, token_shares
+from loopscope._util.wording import listed, percent, plural, significant
+from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
+from loopscope.answers.rates import (
+    FALSE_DISCOVERIES,
+    STRUCTURED,
+    Discoveries,
+    KindShare,
+    Rates,
+    by_cluster,
+    study_rates,
+    token_shares,
+)
+from loopscope.answers.settling import prompts_by_verdict
 from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, JudgedFiles, Kind
 from loopscope.study import StudyView
 
@@ -26,13 +36,12 @@ BEHAVIOUR = Question(
 )
 _TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories tend to?")
 _PLURALS = {
-    Kind.FIXED_POINT: "reach a fixed point",
+    Kind.FIXED_POINT: "reach or approach a fixed point",
     Kind.AT_FLOOR: "hover at the noise floor",
     Kind.ORBIT: "orbit",
     Kind.SLIDER: "slide on without a limit",
     Kind.BOUNDED: "keep moving within bounds",
     Kind.DIVERGING: "diverge",
-    Kind.UNKNOWN: "cannot be told",
 }
 _CHANGES = {
     "window": "within a shorter window",
@@ -42,25 +51,43 @@ _CHANGES = {
 
 
 def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Shares of the kinds at the last layer judged, with Clopper-Pearson intervals."""
-    data = view.dataset.isel(judged_layer=-1)
-    codes = data["verdict"].transpose("prompt", "token").values
-    shares = token_shares(codes[codes >= 0])
-    layer = int(data["judged_layer"])
-    return _answer(
+    """Shares of the kinds at the last layer judged, of tokens, of what drives them, and of prompts."""
+    rates = study_rates(view.study)
+    evidence: Evidence = {"recurrent_layer": float(rates.layer)}
+    for things, shares in (("tokens", rates.tokens), ("drivers", rates.drivers), ("prompts", rates.prompts)):
+        evidence |= _evidence(shares, things)
+    if rates.discoveries is not None:
+        evidence |= _by_chance(rates.discoveries)
+    answer = _answer(
         BEHAVIOUR,
-        shares,
+        rates.tokens,
         "token",
-        f"After recurrent layer {layer}, {2 * view.horizon} recurrences on",
-        {"recurrent_layer": float(layer), **_evidence(shares, "tokens"), **_evidence(prompt_shares(codes), "prompts")},
+        f"After recurrent layer {rates.layer}, {2 * view.horizon} recurrences on",
+        evidence,
         [*_changes(view), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )
+    _, most_move = prompts_by_verdict(view)
+    claims = [Claim.TOKENS_SETTLE] if answer.outcome is Outcome.YES else []
+    if 2 * most_move.sum() > view.prompts:
+        claims = [Claim.TOKENS_MOVE]
+    return dataclasses.replace(answer, sentence=answer.sentence + driven(rates), claims=claims)
+
+
+def driven(rates: Rates) -> str:
+    """How many drivers make how many tokens move, as a sentence after others; nothing where none is known."""
+    pairs = zip(rates.tokens, rates.drivers, strict=False)
+    said = [
+        f"those of kind {tokens.kind} ({tokens.count:,}) follow {plural(drivers.count, 'driver')}"
+        for tokens, drivers in pairs
+        if tokens.kind.moves and tokens.count
+    ]
+    return f" Of the tokens that move, {listed(said)}." if said else ""
 
 
 def judged_answer(judged: JudgedFiles) -> Answer:
     """The same of trajectories that another tool captured."""
-    codes = np.array([KINDS.index(each.verdict.kind) for each in judged.trajectories], dtype=np.int64)
-    shares = token_shares(codes)
+    shares = trajectory_shares(judged)
+    total = len(judged.trajectories)
     unstable = sum(bool(each.verdict.unstable) for each in judged.trajectories)
     return _answer(
         _TRAJECTORIES,
@@ -69,11 +96,17 @@ def judged_answer(judged: JudgedFiles) -> Answer:
         f"By the method {judged.manifest['method']}",
         _evidence(shares, "trajectories"),
         [
-            *([f"{_of(unstable, len(codes))} verdicts change within a shorter window."] if unstable else []),
+            *([f"{_of(unstable, total)} verdicts change within a shorter window."] if unstable else []),
             *_rounded(str(judged.manifest["dtype"])),
-            *_dependence(len(judged.manifest["sources"]), "array", "trajectories"),
+            *_dependence(len({(each.file, each.array) for each in judged.trajectories}), "array", "trajectories"),
         ],
     )
+
+
+def trajectory_shares(judged: JudgedFiles) -> list[KindShare]:
+    """Of trajectories of files; those of one array depend on each other."""
+    codes = [KINDS.index(each.verdict.kind) for each in judged.trajectories]
+    return token_shares(by_cluster(codes, [(each.file, each.array) for each in judged.trajectories]))
 
 
 def _answer(
@@ -85,32 +118,37 @@ def _answer(
     limits: list[str],
 ) -> Answer:
     total = shares[0].total
-    there = sorted((share for share in shares if share.count), key=lambda share: -share.count)
-    if not there:
+    if not total:
         return question.unanswered("not measured", "There is no token to judge.")
+    there = sorted((each for each in shares if each.count and each.kind is not Kind.UNKNOWN), key=lambda s: -s.count)
     settled = sum(share.count for share in there if share.kind.settles)
-    unknown = sum(share.count for share in there if share.kind is Kind.UNKNOWN)
+    unknown = total - sum(share.count for share in there)
+    decided = total - unknown
     many = "trajectories" if noun == "trajectory" else f"{noun}s"
-    counted = f"1 {noun}" if total == 1 else f"{total:,} {many}"
+    counted = f"1 {noun}" if decided == 1 else f"{decided:,} {many}"
     # Few are counted, so that a rate of one in thousands does not read as none.
-    parts = [f"{share.count:,} ({percent(share.share)}) {_verb(share.kind, share.count)}" for share in there]
-    first = there[0]
-    commonest = f"{percent(first.share)} {first.kind}, {percent(1 - first.share)} otherwise"
+    parts = [f"{share.count:,} ({percent(share.count / decided)}) {_verb(share.kind, share.count)}" for share in there]
+    open_ = f"{unknown:,} of {total:,} {many} cannot be told"
+    if not decided:
+        verdict, sentence = "cannot tell", f"{where}, {open_}."
+    else:
+        first, told = there[0].kind, " that can be told" if unknown else ""
+        share = there[0].count / decided
+        verdict = f"all: {first}" if len(there) == 1 else f"{percent(share)} {first}, {percent(1 - share)} otherwise"
+        if unknown:
+            open_share = f"{percent(unknown / total)} cannot be told"
+            verdict = f"{verdict}; {open_share}" if unknown < decided else f"{open_share}; of the rest {verdict}"
+        sentence = f"{where}, of {counted}{told}: {listed(parts)}." + (f" {open_}." if unknown else "")
     return question.says(
-        _outcome(settled, unknown, total),
-        f"all: {first.kind}" if first.count == total else commonest,
-        f"{where}, of {counted}: {listed(parts)}." + _rare(shares, many),
-        evidence,
-        limits,
+        _outcome(settled, unknown, total), verdict, sentence + _rare(shares, many, unknown), evidence, limits
     )
 
 
 def _verb(kind: Kind, count: int) -> str:
     verb, _, rest = _PLURALS[kind].partition(" ")
-    if count != 1 or verb == "cannot":
+    if count != 1:
         return _PLURALS[kind]
-    verb = f"{verb}es" if verb == "reach" else f"{verb}s"
-    return f"{verb} {rest}".rstrip()
+    return "reaches or approaches a fixed point" if kind is Kind.FIXED_POINT else f"{verb}s {rest}".rstrip()
 
 
 def _outcome(settled: int, unknown: int, total: int) -> Outcome:
@@ -121,24 +159,39 @@ def _outcome(settled: int, unknown: int, total: int) -> Outcome:
     return Outcome.NO if settled == 0 else Outcome.PARTLY
 
 
-def _rare(shares: Sequence[KindShare], many: str) -> str:
+def _rare(shares: Sequence[KindShare], many: str, unknown: int) -> str:
     """What the absence of orbits and sliders means."""
-    absent = [share for share in shares if share.kind in (Kind.ORBIT, Kind.SLIDER) and not share.count]
+    absent = [share for share in shares if share.kind in STRUCTURED and not share.count]
     if not absent:
         return ""
     names = " or ".join(f"{share.kind}" for share in absent)
-    return f" No {names} was found, which leaves room for up to {percent(absent[0].interval[1])} of {many} (95 %)."
+    counted = "95 %, those that cannot be told counted as such" if unknown else "95 %"
+    return f" No {names} was found, which leaves room for up to {percent(absent[0].interval[1])} of {many} ({counted})."
 
 
 def _evidence(shares: Sequence[KindShare], things: str) -> Evidence:
     found: Evidence = {}
     for share in shares:
-        if share.count or share.kind in (Kind.ORBIT, Kind.SLIDER):
+        if share.count or share.kind in STRUCTURED:
             low, high = share.interval
+            open_ = f", {share.undecided:,} more may be" if share.undecided else ""
             found[f"{things}: {share.kind}"] = (
-                f"{share.count:,} of {share.total:,}, {percent(low)} to {percent(high)} (95 %)"
+                f"{share.count:,} of {share.decided:,}{open_}, {percent(low)} to {percent(high)} (95 %)"
             )
     return found
+
+
+def _by_chance(found: Discoveries) -> Evidence:
+    """What noise would show, and what survives a control of it."""
+    return {
+        "orbits and sliders that noise would show": f"{significant(found.expected)} in {found.tests:,} tests (tokens "
+        "times layers)",
+        **{
+            f"{kind}: left at a false discovery rate of {percent(FALSE_DISCOVERIES)}": _of(*counts)
+            for kind, counts in found.surviving.items()
+            if counts[1]
+        },
+    }
 
 
 def _changes(view: StudyView) -> list[str]:
@@ -154,10 +207,9 @@ def _changes(view: StudyView) -> list[str]:
 
 
 def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list[str]:
-    return [
-        f"The {many} come from {plural(groups, noun)}; those of one {noun} depend on each other, so that the interval "
-        f"of a share of {many} is too narrow."
-    ]
+    if groups > 1:
+        return []
+    return [f"All {many} come from one {noun}, which tells nothing of others: the interval of a share is 0 to 100 %."]
 
 
 def _rounded(dtype: str) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import xarray
 
 from loopscope._util.statistics import PairedDifference, mean, paired_difference
-from loopscope._util.wording import percent, significant
+from loopscope._util.wording import percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, some_finite
 from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, constant_at, tables_of
 from loopscope.study import StudyView
@@ -22,9 +23,9 @@ EXIT_RULE = Question(
 _LIMITS = (
     "Exit rules are judged by the states of a full run: a token that stops does not change what the others read, as it "
     "would if the loop stopped computing it.",
-    "The threshold of an exit rule was chosen on the prompts that it is judged on; on others it may save or cost "
-    "something else.",
 )
+_LEAST = 4
+"""Prompts, two to choose rule and threshold on and two to judge them on: fewer show no scatter."""
 _DECODES = (
     "A rule that compares predictions reads the model out after every recurrence; that work is not counted against "
     "what it saves."
@@ -67,28 +68,61 @@ class _Point:
 
 
 def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """The rule that takes fewest recurrences within tolerance of a full run, against the same number for all tokens."""
+    """The rule that takes fewest recurrences within tolerance of a full run, against the same number for all tokens.
+
+    Rule, threshold and the fixed number are chosen on every other prompt, the first of them included, and judged on the
+    rest.
+    """
     tables = tables_of(view, view.finite)
     if tables is None:
         return EXIT_RULE.unanswered("not measured", "The model was not read out after each recurrence of a full run.")
-    full = tables.recurrences
+    full, prompts = tables.recurrences, tables.constant.sizes["prompt"]
     if full == 1:
         return EXIT_RULE.unanswered("nothing to save", "A full run is one recurrence.")
-    best, cheapest = _best(tables, criterion)
-    constant = _constant_within(tables.constant, criterion)
-    evidence: Evidence = {"full_run": float(full), "constant_recurrences": constant}
+    if prompts < _LEAST:
+        return EXIT_RULE.unanswered(
+            "not judged",
+            f"An exit rule is chosen on one half of the prompts and judged on the other: that takes {_LEAST} prompts, "
+            f"and there {'is' if prompts == 1 else 'are'} {prompts}.",
+            outcome=Outcome.CANNOT_TELL,
+            figure=EXIT_RULE.figure,
+        )
+    choosing, judging = (_some(tables, slice(first, None, 2)) for first in (0, 1))
+    chosen, cheapest = _best(choosing, criterion)
+    best = None
+    if chosen is not None:
+        costs = judging.rules[chosen.rule.key].sel(threshold=chosen.threshold)
+        best = dataclasses.replace(chosen, costs=costs)
+    constant = _constant_within(choosing.constant, criterion)
+    evidence: Evidence = {
+        "full_run": float(full),
+        "constant_recurrences": constant,
+        "prompts_chosen_on": float(choosing.constant.sizes["prompt"]),
+        "prompts_judged_on": float(judging.constant.sizes["prompt"]),
+    }
     evidence |= {f"{key}_recurrences": point.recurrences for key, point in cheapest.items()}
     if best is not None:
         evidence |= best.evidence("best", full)
         evidence["best_saved_of_measured"] = 1 - best.recurrences / view.recurrences
-        evidence |= _over_constant(best, tables)
+        evidence |= _over_constant(best, judging)
     outcome, verdict, sentence = _verdict(best, constant, full, criterion)
+    if best is not None:
+        sentence += (
+            f" Rule and threshold were chosen on {plural(choosing.constant.sizes['prompt'], 'prompt')}, and what they "
+            f"take and cost is that of the other {judging.constant.sizes['prompt']}."
+        )
     gate = _own_gate(tables)
     if gate is not None:
         evidence |= gate.evidence("own_gate", full)
         sentence += _gate_sentence(gate, full)
     decodes = best is not None and best.rule.decodes
     return EXIT_RULE.says(outcome, verdict, sentence, evidence, (*_LIMITS, _DECODES) if decodes else _LIMITS)
+
+
+def _some(tables: ExitTables, prompts: slice) -> ExitTables:
+    """The same thresholds on some of the prompts."""
+    rules = {key: table.isel(prompt=prompts) for key, table in tables.rules.items()}
+    return dataclasses.replace(tables, constant=tables.constant.isel(prompt=prompts), rules=rules)
 
 
 def _verdict(best: _Point | None, constant: float, full: int, criterion: Criterion) -> tuple[Outcome, str, str]:
@@ -105,6 +139,12 @@ def _verdict(best: _Point | None, constant: float, full: int, criterion: Criteri
     saved, fixed = percent(1 - best.recurrences / full), significant(constant, 2)
     takes = f"the best rule takes {significant(best.recurrences, 2)} of the {full} recurrences of a full run on average"
     rule = f"It stops a token once {best.rule.condition(best.threshold)}. Then {_costs(best)}"
+    if not bool((_excess(best.costs, criterion) <= 0).all()):
+        sentence = (
+            f"Not safely: {takes}, chosen so that it stays within what is tolerated, but on the prompts that it was "
+            f"not chosen on it goes beyond. {rule}"
+        )
+        return Outcome.PARTLY, f"{saved}, but beyond what is tolerated", sentence
     if best.recurrences > enough * constant:
         sentence = f"No more than a fixed number: {takes}, and {fixed} for every token would do as well. {rule}"
         return Outcome.PARTLY, "no more than a fixed number", sentence

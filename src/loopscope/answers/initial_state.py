@@ -7,6 +7,7 @@ import numpy as np
 from loopscope._util.statistics import Share, median
 from loopscope._util.wording import percent
 from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, measured, some_finite
+from loopscope.answers.settling import noise_floor
 from loopscope.study import StudyView
 
 INITIAL_STATE = Question(
@@ -41,7 +42,7 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
     distance = view.finite["path_distance"].max("layer").transpose("recurrence", "prompt").values
     # Half way against the end: a distance that has stopped shrinking by then will not vanish later.
     end, half = distance[-1], distance[(len(distance) - 1) // 2]
-    floor = view.finite["noise_floor"].max("layer").fillna(0).values
+    floor = noise_floor(view.finite).max("layer").fillna(0).values
     together = Share(int((end <= np.maximum(criterion.reached_level, criterion.floor_factor * floor)).sum()), len(end))
     evidence: Evidence = {
         "path_distance_at_first": median(distance[0]),
@@ -61,7 +62,7 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
         outcome, verdict = Outcome.PARTLY, "depends on the prompt"
         sentence = f"It depends on the prompt: the runs meet in {together}. {apart}"
     elif median(end) < criterion.slowing_ratio * median(half):
-        outcome, verdict = Outcome.CANNOT_TELL, "not yet"
+        outcome, verdict = Outcome.NOT_YET, "not yet"
         sentence = f"Not within the recurrences measured, but the runs still draw closer. {apart}"
         limits.insert(0, "Measure more recurrences to see whether the runs meet.")
     else:

@@ -9,7 +9,7 @@ from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
-from loopscope.answers.fixed_point import Settling, prompt_settling, settling
+from loopscope.answers.settling import noise_floor, prompt_settling
 from loopscope.study import StudyView
 
 LIMITS = Question(key="limits", text="What limits these answers?", figure="limits")
@@ -80,7 +80,7 @@ def _evidence(view: StudyView) -> Evidence:
             "recurrences_measured": float(view.recurrences),
             "horizon": float(view.horizon),
             "second_horizon": float(2 * view.horizon),
-            "noise_floor": median(view.finite["noise_floor"].values),
+            "noise_floor": median(noise_floor(view.finite).values),
         }
     return evidence
 
@@ -89,14 +89,13 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     if not view.looped:
         return []
     found = []
-    kinds = prompt_settling(settling(view, criterion))
-    unsettled = kinds.count(Settling.STILL_CONVERGING)
+    unsettled = sum(not kind.decided for kind in prompt_settling(view, criterion))
     # A few among many may be scatter of the two steps that are compared.
     if unsettled > (1 - criterion.prompts_needed) * view.prompts:
         found.append(
             (
                 "the horizon",
-                f"{unsettled} of {view.prompts} prompts have not settled by recurrence {2 * view.horizon}; "
+                f"{unsettled} of {view.prompts} prompts cannot be told by recurrence {2 * view.horizon}; "
                 "a longer horizon may decide them.",
             )
         )
@@ -123,7 +122,7 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
 def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     if not view.looped or not view.finite.sizes["prompt"]:
         return []
-    floor = median(view.finite["noise_floor"].max("layer").values)
+    floor = median(noise_floor(view.finite).max("layer").values)
     if math.isnan(floor):
         unknown = "The noise floor was not measured, so small movement may be rounding."
         return [("the unknown noise floor", unknown)]

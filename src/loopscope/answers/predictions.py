@@ -10,7 +10,7 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope.dynamics.observed_rate import RateReason
-from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind
+from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS, PredictedKind, spectral_radius
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
 
@@ -104,6 +104,17 @@ def token_eigenvalues(data: xarray.Dataset) -> NDArray[np.complex128]:
     """Those that a study keeps, (prompt, token, pair). Raises `StudyError` for a study without."""
     real, imaginary = (_of(data, f"eigenvalue_{part}", "pair") for part in ("real", "imag"))
     return np.asarray(real + 1j * imaginary)
+
+
+def token_drivers(data: xarray.Dataset) -> NDArray[np.int64]:
+    """The token whose eigenvalue sets the rate of each, (prompt, token): the one of largest spectral radius among the
+    token itself and those before it; -1 where no eigenvalue of a fixed point is known. Raises `StudyError` for a study
+    without eigenvalues."""
+    known = np.isin(_of(data, "predicted_kind"), KNOWN_CODES)
+    radius = np.where(known, spectral_radius(token_eigenvalues(data)), np.nan)
+    leads = known & (radius >= np.fmax.accumulate(radius, axis=1))
+    source = np.maximum.accumulate(np.where(leads, np.arange(radius.shape[1]), -1), axis=1)
+    return np.where(known, source, -1)
 
 
 def _of(data: xarray.Dataset, name: str, *more: str) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from loopscope.answers.answer import Answer, Criterion, Question
 from loopscope.answers.behaviour import BEHAVIOUR, behaviour_answer
+from loopscope.answers.consistency import consistent
 from loopscope.answers.early_exit import EXIT_RULE, exit_rule_answer
 from loopscope.answers.final import FINAL, final_answer
 from loopscope.answers.fixed_point import FIXED_POINT, fixed_point_answer
@@ -46,7 +47,8 @@ _LOOPED: tuple[tuple[Question, Callable[[StudyView, Criterion], Answer]], ...] =
 def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answer]:
     """What a study says about its model, the main question first and what limits the answers last.
 
-    A feed-forward model has no loop to ask about: it gets the first question, declined, its loss and the limits.
+    Answers that contradict each other are withdrawn (see `consistent`). A feed-forward model has no loop to ask about:
+    it gets the first question, declined, its loss and the limits.
     Every number in a sentence is computed from the study; `criterion` holds every threshold, the defaults of
     `Criterion` unless given.
 
@@ -60,5 +62,6 @@ def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answ
         no_loop = "This model is feed-forward: it has no recurrence, so there is nothing that could settle."
         first = FIXED_POINT.unanswered("no loop", no_loop, figure="cycle-similarity")
         answers = [first, LOSS.declined(view) or loss_answer(view, criterion)]
+    answers = consistent(answers)
     answers.append(limits_answer(view, criterion, answers))
     return [dataclasses.replace(answer, criterion=criterion) for answer in answers]

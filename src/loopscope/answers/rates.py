@@ -1,55 +1,72 @@
-"""How many tokens, and how many prompts, tend to what: shares of a study's verdicts, with their intervals."""
+"""How many tokens, drivers and prompts tend to what: shares of a study's verdicts, with their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
+from loopscope._util.statistics import clopper_pearson, cluster_interval, surviving
+from loopscope.answers.predictions import token_drivers
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
 from loopscope.study import Study
 
-ROLES = ("question", "system prompt", "digits", "punctuation", "last token")
-"""Of tokens; one token can have several. The question is what lies between system prompt and suffix."""
-
-_LEVEL = 0.95
-
-
-def clopper_pearson(successes: int, trials: int, level: float = _LEVEL) -> tuple[float, float]:
-    """The exact interval of a proportion, as fractions (Clopper and Pearson, Biometrika 26, 1934).
-
-    It covers the true share with at least the probability `level`, however rare it is; from no trials, (0, 1).
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else float(special.betaincinv(successes, trials - successes + 1, tail))
-    high = 1.0 if successes == trials else float(special.betaincinv(successes + 1, trials - successes, 1 - tail))
-    return low, high
+ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "last token")
+"""Of tokens; one token can have several, but that of the beginning of text neither is of the question nor of the system
+prompt. The question is what lies between system prompt and suffix."""
+STRUCTURED = (Kind.ORBIT, Kind.SLIDER)
+"""Kinds that are found by their shape, which noise may show by chance."""
+FALSE_DISCOVERIES = 0.05
+"""Rate to which false ones among the shapes that are found are held."""
+_UNKNOWN = KINDS.index(Kind.UNKNOWN)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KindShare:
     """How many of how many tend to this."""
 
     kind: Kind
     count: int
-    total: int
+    decided: int
+    """Those whose kind is known, of which `count` is a share. Of `Kind.UNKNOWN` itself: all."""
+    undecided: int
+    """Others that may have this kind as well."""
+    interval: tuple[float, float]
+    """95 % interval of the share of all, whatever kind the undecided have: its lower end if none of them has this one,
+    its upper end if all of them have."""
+
+    @property
+    def total(self) -> int:
+        return self.decided + self.undecided
 
     @property
     def share(self) -> float:
-        return self.count / self.total if self.total else float("nan")
+        """Of those that are decided."""
+        return self.count / self.decided if self.decided else float("nan")
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Clopper-Pearson interval. Tokens of one prompt depend on each other, so that of a share of tokens is too
-        narrow; that of a share of prompts is not."""
-        return clopper_pearson(self.count, self.total)
+    def bracket(self) -> tuple[float, float]:
+        """Share of all that was found, and that with the undecided."""
+        if not self.total:
+            return float("nan"), float("nan")
+        return self.count / self.total, (self.count + self.undecided) / self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discoveries:
+    """What chance would find among the shapes of a study's tokens."""
+
+    tests: int
+    """Tokens times layers."""
+    expected: float
+    """Shapes that noise alone would show: the significance of one token times the tests."""
+    surviving: Mapping[Kind, tuple[int, int]]
+    """Of each structured kind, at one layer: how many survive a control of the false discovery rate over all tokens and
+    layers, of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +77,15 @@ class Rates:
     """Recurrent layer."""
     method: str
     tokens: list[KindShare]
+    drivers: list[KindShare]
+    """The same with tokens that are driven by an earlier one counted with it, for each kind that one of them has; empty
+    where no eigenvalue of a fixed point is known."""
     prompts: list[KindShare]
     """Prompts with at least one such token; they add up to more than 1."""
     roles: dict[str, list[KindShare]]
     """Of the tokens of each role."""
+    discoveries: Discoveries | None
+    """None for a method or a study without p-values."""
     changed: dict[str, tuple[int, int]]
     """By what a verdict was tried against (window, horizon, seed): how many changed, of how many tried."""
 
@@ -80,32 +102,113 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
         raise StudyError(f"Layer {chosen} was not judged; the study has verdicts of the layers {layers}.")
     place = layers.index(chosen)
     there = codes[place]
-    roles = token_roles(study.tokens, there.shape[1])
+    bos = (study.manifest.get("tokenizer") or {}).get("bos")
+    roles = token_roles(study.tokens, there.shape[1], None if bos is None else int(bos["id"]))
     changes = study.dataset["verdict_changes"].transpose("change", "judged_layer", "prompt", "token")
-    tried = {
-        str(name): changes.sel(change=name).values[place]
-        for name in changes["change"].values
-        if method == "displacement"
-    }
+    displaced = method == "displacement"
+    tried = {str(name): changes.sel(change=name).values[place] for name in changes["change"].values if displaced}
+    drivers = token_drivers(study.dataset) if "predicted_kind" in study.dataset else np.full(there.shape, -1)
     return Rates(
         layer=chosen,
         method=method,
-        tokens=token_shares(there[there >= 0]),
+        tokens=token_shares(there),
+        drivers=driver_shares(there, drivers) if (drivers >= 0).any() else [],
         prompts=prompt_shares(there),
-        roles={name: token_shares(there[mask & (there >= 0)]) for name, mask in roles.items()},
+        roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
+        discoveries=_discoveries(study, place) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
     )
 
 
+def by_cluster(codes: Sequence[int], clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Verdicts of things that come from clusters, such as trajectories from files, as (cluster, thing), -1 beyond."""
+    rows: dict[Hashable, list[int]] = {}
+    for code, cluster in zip(codes, clusters, strict=True):
+        rows.setdefault(cluster, []).append(code)
+    found = np.full((len(rows), max(map(len, rows.values()), default=0)), -1, dtype=np.int64)
+    for row, of_cluster in enumerate(rows.values()):
+        found[row, : len(of_cluster)] = of_cluster
+    return found
+
+
 def token_shares(codes: NDArray[np.integer]) -> list[KindShare]:
-    """Shares among tokens, from their places in `KINDS`."""
-    return [KindShare(kind, int((codes == index).sum()), int(codes.size)) for index, kind in enumerate(KINDS)]
+    """Shares among tokens, from their places in `KINDS`, (prompt, token); below 0 none. Intervals are those of tokens
+    that depend on each other within a prompt (see `cluster_interval`)."""
+    counts = np.stack([(codes == index).sum(-1) for index in range(len(KINDS))])
+    return _shares(counts, counts.sum(0), cluster_interval)
 
 
 def prompt_shares(codes: NDArray[np.integer]) -> list[KindShare]:
-    """Shares of the prompts with at least one such token, from places in `KINDS`, (prompt, token); below 0 none."""
-    total = int((codes >= 0).any(-1).sum())
-    return [KindShare(kind, int((codes == index).any(-1).sum()), total) for index, kind in enumerate(KINDS)]
+    """Shares of the prompts with at least one such token, likewise; intervals are exact (Clopper and Pearson). A prompt
+    is undecided about a kind if none of its tokens has it and one is unknown."""
+    has = np.stack([(codes == index).any(-1) for index in range(len(KINDS))]).astype(np.int64)
+    return _shares(has, np.max(has, axis=0), _exact)
+
+
+def driver_shares(codes: NDArray[np.integer], drivers: NDArray[np.integer]) -> list[KindShare]:
+    """Shares of drivers: a token whose own eigenvalue sets its rate, with all later tokens that follow it. It counts
+    for each kind that one of them has, and is undecided about a kind as a prompt is.
+
+    `drivers`, (prompt, token), is the place of the token that drives each (see `token_drivers`), -1 where it is not
+    known: such tokens of a prompt count as driven by one.
+    """
+    shape = (len(KINDS), len(codes), codes.shape[1] + 1)
+    has = np.zeros(shape, dtype=np.int64)
+    prompt, token = np.nonzero(codes >= 0)
+    has[codes[prompt, token], prompt, drivers[prompt, token]] = 1  # -1 is the place beyond the last token
+    return _shares(has.reshape(len(KINDS), -1), has.any(0).ravel().astype(np.int64), cluster_interval, len(codes))
+
+
+def _exact(found: NDArray[np.integer], total: NDArray[np.integer]) -> tuple[float, float]:
+    return clopper_pearson(int(found.sum()), int(total.sum()))
+
+
+def _shares(
+    counts: NDArray[np.integer],
+    totals: NDArray[np.integer],
+    interval: Callable[[NDArray[np.integer], NDArray[np.integer]], tuple[float, float]],
+    clusters: int | None = None,
+) -> list[KindShare]:
+    """Of `counts`, (kind, cluster), of `totals`, (cluster,); with `clusters`, so many rows of units of one cluster."""
+    shares = []
+    # What is unknown may be of any kind, but not twice of one.
+    may_be = np.minimum(counts + counts[_UNKNOWN], totals) - counts
+    may_be[_UNKNOWN] = 0
+
+    def summed(values: NDArray[np.integer]) -> NDArray[np.integer]:
+        return values if clusters is None else values.reshape(clusters, -1).sum(-1)
+
+    for place, kind in enumerate(KINDS):
+        count, undecided = int(counts[place].sum()), int(may_be[place].sum())
+        lowest, _ = interval(summed(counts[place]), summed(totals))
+        _, highest = interval(summed(counts[place] + may_be[place]), summed(totals))
+        shares.append(
+            KindShare(
+                kind=kind,
+                count=count,
+                decided=int(totals.sum()) - undecided,
+                undecided=undecided,
+                interval=(lowest, highest),
+            )
+        )
+    return shares
+
+
+def _discoveries(study: Study, place: int) -> Discoveries | None:
+    settings = (study.manifest.get("behaviour") or {}).get("displacement") or {}
+    if "verdict_p_value" not in study.dataset or "significance" not in settings:
+        return None
+    dims = ("judged_layer", "prompt", "token")
+    codes, p_values = (study.dataset[name].transpose(*dims).values for name in ("verdict", "verdict_p_value"))
+    tests = int((codes >= 0).sum())
+    survive = np.zeros(codes.shape, dtype=np.bool_)
+    survive[codes >= 0] = surviving(p_values[codes >= 0], FALSE_DISCOVERIES)
+    at = {kind: codes[place] == KINDS.index(kind) for kind in STRUCTURED}
+    return Discoveries(
+        tests=tests,
+        expected=float(settings["significance"]) * tests,
+        surviving={kind: (int((survive[place] & those).sum()), int(those.sum())) for kind, those in at.items()},
+    )
 
 
 def co_occurrence(study: Study, method: str = "displacement") -> NDArray[np.float64]:
@@ -118,8 +221,12 @@ def co_occurrence(study: Study, method: str = "displacement") -> NDArray[np.floa
         return np.asarray(both / np.diagonal(both)[:, None])
 
 
-def token_roles(tokens: Sequence[Mapping[str, Any]], longest: int) -> dict[str, NDArray[np.bool_]]:
-    """Which tokens have which role, (prompt, token) each, from the lines of `tokens.jsonl`."""
+def token_roles(
+    tokens: Sequence[Mapping[str, Any]], longest: int, bos: int | None = None
+) -> dict[str, NDArray[np.bool_]]:
+    """Which tokens have which role, (prompt, token) each, from the lines of `tokens.jsonl`; `bos` is the id of the
+    token with which a text begins. Without a system prompt it would stand in the question, which would then have other
+    tokens than that of a study with one."""
     roles = {name: np.zeros((len(tokens), longest), dtype=np.bool_) for name in ROLES}
     for row, prompt in enumerate(tokens):
         count = len(prompt["token_ids"])
@@ -127,6 +234,9 @@ def token_roles(tokens: Sequence[Mapping[str, Any]], longest: int) -> dict[str, 
         roles["system prompt"][row, :system] = True
         roles["question"][row, system : count - suffix] = True
         roles["last token"][row, count - 1] = True
+        if count and prompt["token_ids"][0] == bos:
+            roles["beginning of text"][row, 0] = True
+            roles["question"][row, 0] = roles["system prompt"][row, 0] = False
         for place, piece in enumerate(prompt.get("token_strings") or ()):
             text = str(piece).strip()
             roles["digits"][row, place] = bool(text) and text.isdigit()

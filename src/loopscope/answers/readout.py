@@ -63,9 +63,15 @@ def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
     elif worsens:
         outcome, verdict = Outcome.NO, "no, it gets worse"
         sentence = f"No: it is lowest, {significant(means[best], 3)} nats, after {at[best]} and rises to {last}."
+    elif max(gain.mean, decline.mean) > criterion.loss_tolerance:
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell: it may be chance"
+        sentence = (
+            f"Cannot tell: {first}, {lowest} and {last} differ by what may be chance in "
+            f"{plural(loss.sizes['prompt'], 'prompt')} (Student's t, 95 %)."
+        )
     else:
         outcome, verdict = Outcome.NO, "no clear difference"
-        sentence = f"No: {first} and {last} differ by no more than {criterion.loss_tolerance:g} nats or by chance."
+        sentence = f"No: {first} and {last} differ by no more than {criterion.loss_tolerance:g} nats."
     limits = ["The loss is on the prompts' own tokens, not on answers to them."]
     if loss.sizes["prompt"] == 1:
         limits.append("With one prompt, nothing says whether a difference is chance.")

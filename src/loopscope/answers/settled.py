@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from loopscope._util.statistics import Share, mean, median
 from loopscope._util.wording import percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, some_finite
-from loopscope.answers.fixed_point import Settling, common_settling
+from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Need, Outcome, Question, some_finite
+from loopscope.answers.settling import Settling, common_settling, noise_floor, prompt_settling
 from loopscope.study import StudyView
 
 POINTS = Question(key="points", text="Does each layer have a point of its own?", figure="layer-cosine")
@@ -38,37 +38,39 @@ TRAINED_DEPTH = Question(
 
 
 def points_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Judge by the least similar layer: the smallest cosine of its state at the horizon with that of layer 0."""
-    settled = common_settling(view, criterion)
-    values = view.finite["degeneracy"].values
-    values = values[np.isfinite(values)]
+    """Judge by the least similar layer, of the prompts that settle: the smallest cosine of its state at the horizon
+    with that of layer 0. A prompt of which only the direction settles has directions to compare."""
+    if view.recurrent == 1:
+        return POINTS.unanswered(
+            "only one layer", "The recurrent block has a single layer, so there is only one point."
+        )
+    kinds = prompt_settling(view, criterion)
+    has_points = np.array([kind.settles or kind is Settling.DIRECTION_ONLY for kind in kinds])
+    undecided = sum(not kind.decided for kind in kinds)
+    cosines = view.dataset["degeneracy"].values
+    values = cosines[has_points]
+    if not len(values):
+        anywhere = median(cosines)
+        there = f" At the horizon itself the least similar layer has cosine {anywhere:.3f} with layer 0 (median over "
+        there = f"{there}prompts)." if math.isfinite(anywhere) else ""
+        evidence: Evidence = {"smallest_cosine_to_layer_0": anywhere} if there else {}
+        if undecided:
+            open_ = (
+                f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
+            )
+            return POINTS.says(Outcome.CANNOT_TELL, "not settled yet", open_ + there, evidence)
+        none = "Without a fixed point the layers have no points to compare."
+        return POINTS.says(Outcome.NOT_APPLICABLE, "no points", none + there, evidence)
+
     same = Share(int((values > criterion.degenerate_cosine).sum()), len(values))
     needed = criterion.prompts_needed
-
-    limits: list[str] = []
-    evidence: Evidence = {}
-    if len(values):
-        evidence = {
-            "smallest_cosine_to_layer_0": median(values),
-            "range_over_prompts": f"{values.min():.3f} to {values.max():.3f}",
-            "prompts_with_one_shared_point": str(same),
-        }
+    evidence = {
+        "smallest_cosine_to_layer_0": median(values),
+        "range_over_prompts": f"{values.min():.3f} to {values.max():.3f}",
+        "prompts_with_one_shared_point": str(same),
+    }
     cosine = f"the least similar layer has cosine {median(values):.3f} with layer 0"
-    if view.recurrent == 1:
-        outcome, verdict = Outcome.NOT_APPLICABLE, "only one layer"
-        sentence = "The recurrent block has a single layer, so there is only one point."
-    elif not len(values) or settled in (Settling.NO_FIXED_POINT, Settling.DIVERGED):
-        outcome, verdict = Outcome.NOT_APPLICABLE, "no points"
-        sentence = "Without a fixed point the layers have no points to compare."
-        if len(values):
-            sentence += f" At the horizon itself {cosine} (median over prompts)."
-    elif settled is Settling.STILL_CONVERGING:
-        outcome, verdict = Outcome.CANNOT_TELL, "not settled yet"
-        sentence = (
-            f"Cannot tell: the layers have not settled by the horizon. There {cosine} (median over prompts; all layers "
-            f"within one direction in {same})."
-        )
-    elif same.value >= needed:
+    if same.value >= needed:
         outcome, verdict = Outcome.NO, "all share the same one"
         sentence = (
             f"The same one: all layers end at one direction, in {same}. At the horizon {cosine} (median over "
@@ -83,31 +85,44 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     else:
         outcome, verdict = Outcome.PARTLY, "depends on the prompt"
         sentence = f"It depends on the prompt: all layers share one point in {same}; {cosine} (median over prompts)."
-    if outcome is not Outcome.NOT_APPLICABLE and settled is Settling.DIRECTION_ONLY:
-        limits.append("Only directions have settled; a cosine does not see that the norms differ.")
-    return POINTS.says(outcome, verdict, sentence, evidence, limits)
+    if len(values) < len(kinds):
+        verdict += ", where it settles"
+        sentence += f" Only these {len(values)} of {len(kinds)} prompts settle" + (
+            f"; {undecided} may do so later." if undecided else "."
+        )
+    limits = []
+    directions = kinds.count(Settling.DIRECTION_ONLY)
+    if directions:
+        limits.append(
+            f"Of {plural(directions, 'prompt')} only directions have settled; a cosine does not see that norms differ."
+        )
+    claims = [Claim.POINTS] if all(kind.settles for kind in kinds) else []
+    return POINTS.says(outcome, verdict, sentence, evidence, limits, claims=claims)
 
 
 def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """Count to the slowest layer, and take the median over prompts. Asked only where there is a point to arrive
-    at."""
+    """Count to the slowest layer, and take the median over the prompts that settle. Asked only where there is a point
+    to arrive at."""
     settled = common_settling(view, criterion)
     if settled is None or not settled.settles:
         reasons: dict[Settling | None, str] = {
-            Settling.STILL_CONVERGING: "It has not settled by the horizon, so there is no known point to arrive at.",
+            Settling.NOT_YET: "It has not settled by the horizon, so there is no known point to arrive at.",
+            Settling.CANNOT_TELL: "Whether it settles is not known, so there is no known point to arrive at.",
             Settling.DIRECTION_ONLY: "Only its direction settles: there is no point at a finite distance to arrive at.",
             None: "Too few prompts reach a fixed point for a common number.",
         }
         return ARRIVAL.unanswered(
-            "not by this horizon" if settled is Settling.STILL_CONVERGING else "no point to reach",
+            "no point to reach" if settled is None or settled.decided else "not by this horizon",
             reasons.get(settled, "There is no fixed point to arrive at."),
             figure=ARRIVAL.figure,
         )
 
-    floor = median(view.finite["noise_floor"].max("layer").values)
+    kinds = prompt_settling(view, criterion)
+    data = view.dataset.isel(prompt=np.flatnonzero([kind.settles for kind in kinds]))
+    floor = median(noise_floor(data).max("layer").values)
     rounding = criterion.floor_factor * floor if np.isfinite(floor) else 0.0
     level = max(criterion.reached_level, rounding)
-    by_layer = arrival(view.finite["relative_distance"], level)
+    by_layer = arrival(data["relative_distance"], level)
     slowest = by_layer.max(axis=0)
     reached = slowest[np.isfinite(slowest)]
     evidence: Evidence = {"level": level, "prompts_reached": f"{len(reached)} of {len(slowest)}"}
@@ -145,7 +160,7 @@ def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
             f"More than the {view.recurrences} measured: by then only {len(reached)} of {len(slowest)} prompts are "
             f"{within}. Measure more recurrences to see it arrive."
         )
-    return ARRIVAL.says(outcome, verdict, sentence, evidence, limits)
+    return ARRIVAL.says(outcome, verdict, sentence, evidence, limits, claims=[Claim.ARRIVES])
 
 
 def arrival(relative_distance: xarray.DataArray, level: float) -> NDArray[np.float64]:
@@ -183,16 +198,28 @@ def trained_depth_answer(view: StudyView, criterion: Criterion) -> Answer:
     if math.isfinite(step[there]):
         state += f", and the last of these recurrences moved it by {percent(step[there])}"
     later = f"; after {view.recurrences} it is {percent(distance[last])} away" if last > there else ""
-    sentence = f"{'No, it is still moving' if far or moving else 'Yes'}. {state}{later}." + _loss_sentence(
-        view, trained, evidence
-    )
+    outcome, verdict, answer = _settled_there(far or moving, common_settling(view, criterion))
+    sentence = f"{answer} {state}{later}." + _loss_sentence(view, trained, evidence)
     limits = []
     if view.horizon <= trained:
         limits.append("The horizon is no deeper than the training was, so it cannot show what happens beyond.")
     if view.recurrences == trained:
         limits.append("Nothing beyond the trained depth was measured but the horizons.")
-    outcome, verdict = (Outcome.NO, "no, still moving") if far or moving else (Outcome.YES, "yes")
-    return TRAINED_DEPTH.says(outcome, verdict, sentence, evidence, limits)
+    claims = [Claim.SETTLED_AT_DEPTH] if outcome is Outcome.YES else []
+    return TRAINED_DEPTH.says(outcome, verdict, sentence, evidence, limits, claims=claims)
+
+
+def _settled_there(moves: bool, settled: Settling | None) -> tuple[Outcome, str, str]:
+    """Outcome, verdict and first words: a state that moves by little has not settled where it never does."""
+    if moves:
+        return Outcome.NO, "no, still moving", "No, it is still moving."
+    if settled is None:
+        return Outcome.PARTLY, "where it settles at all", "As far as it settles at all, which depends on the prompt."
+    if settled.settles:
+        return Outcome.YES, "yes", "Yes."
+    if settled.decided:
+        return Outcome.NO, "no, it moves on", "No: it moves by little there, but it does not settle at all."
+    return Outcome.CANNOT_TELL, "cannot tell", "Cannot tell: it moves by little there, but may go on moving."
 
 
 def _median_by_recurrence(view: StudyView, name: str) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray
 
 from loopscope._util.wording import listed, percent, plural, significant
-from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, measured
+from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.predictions import (
     Agreement,
     RatePairs,
@@ -60,7 +60,20 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
         _evidence(data, counts, total, pairs, found),
         _limits(view, counts, total),
         figure="stability-rates" if pairs.predicted.size else None,
+        claims=_claims(view, outcome),
     )
+
+
+def _claims(view: StudyView, outcome: Outcome) -> list[Claim]:
+    """A point that a search found is not where the run stands, and may attract beside an orbit; and an eigenvalue of
+    about 1 lets a state rest."""
+    data = view.dataset
+    if (data["point_searched"].values == 1).any():
+        return []
+    repels = outcome is Outcome.NO and bool(
+        (_of_known(data, "predicted_rate") - _of_known(data, "predicted_rate_error") > 1).all()
+    )
+    return [Claim.REPELS] if repels else [Claim.ATTRACTS] if outcome is Outcome.YES else []
 
 
 def _outcome(counts: Mapping[PredictedKind, int], total: int) -> tuple[Outcome, str]:

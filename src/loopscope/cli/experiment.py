@@ -105,11 +105,13 @@ class Architectures(_RandomModels):
         console.print(_table(ARCHITECTURE_COLUMNS, architecture_rows(results)))
         rows = reproduction(results)
         for row in rows:
-            verdict = {True: "reproduced", False: "NOT reproduced", None: "not run"}[row.reproduced]
             name = f"{row.norm}, {'with' if row.injection == 'linear' else 'no'} injection"
-            console.print(f"{name:26s} paper: {row.paper:12s} found: {row.found_text:44s} {verdict}", soft_wrap=True)
+            console.print(
+                f"{name:26s} paper: {row.paper:12s} found: {row.found_text:44s} {row.verdict}", soft_wrap=True
+            )
         print(f"report  {report}")
-        print(f"reproduced: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
+        ends = f"by recurrence {2 * self.recurrences}"
+        print(f"reproduced {ends}: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
 
 
 @dataclass(frozen=True, kw_only=True)

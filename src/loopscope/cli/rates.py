@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CountRates:
-    """Count what the tokens of studies tend to: shares with exact 95 % intervals, several studies side by side.
+    """Count what the tokens of studies tend to: shares with 95 % intervals, several studies side by side.
 
-    Shares of tokens, and of prompts that have at least one such token.
+    Shares of the tokens that can be told, of what drives them (a token that sets the rate of those after it counts once
+    with them all), and of prompts that have at least one such token. Tokens that cannot be told widen every interval:
+    it ends where all of them would be of that kind.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
@@ -29,7 +31,7 @@ class CountRates:
     method: Literal["displacement", "cosine"] = "displacement"
     """Whose verdicts are counted."""
     roles: bool = False
-    """Also by the role of the token: question, system prompt, digits, punctuation, last token."""
+    """Also by the role of the token: beginning of text, question, system prompt, digits, punctuation, last token."""
     json: bool = False
     """Print JSON, for programs."""
 
@@ -60,7 +62,7 @@ class CountRates:
             return
         say_table(_table(rates, roles=self.roles))
         console = Console(highlight=False)
-        for line in _changed(rates):
+        for line in [*_by_chance(rates), *_changed(rates)]:
             console.print(line, style="dim", markup=False)
 
 
@@ -75,10 +77,10 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     first = next(iter(rates.values()))
     layers = sorted({each.layer for each in rates.values()})
     rows: list[tuple[str, ...]] = []
-    groups = {
-        "tokens": [each.tokens for each in rates.values()],
-        "prompts": [each.prompts for each in rates.values()],
-    }
+    groups = {"tokens": [each.tokens for each in rates.values()]}
+    if all(each.drivers for each in rates.values()):
+        groups["drivers"] = [each.drivers for each in rates.values()]
+    groups["prompts"] = [each.prompts for each in rates.values()]
     if roles:
         groups |= {f"tokens: {role}": [each.roles[role] for each in rates.values()] for role in first.roles}
     for name, columns in groups.items():
@@ -88,7 +90,7 @@ def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     return Table(
         columns=("kind", "share of", *rates),
         rows=rows,
-        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % Clopper-Pearson intervals",
+        title=f"{first.method}, recurrent layer {', '.join(map(str, layers))}; 95 % intervals by prompts",
     )
 
 
@@ -99,14 +101,37 @@ def _worth_a_row(row: Sequence[KindShare]) -> bool:
 
 
 def _cell(share: KindShare) -> str:
-    """Count and share on one line, the interval on the next."""
+    """Count and share on one line, the interval on the next, then what is undecided."""
     if not share.total:
         return "–"
     low, high = share.interval
-    return (
-        f"{share.count:,} of {share.total:,}: {100 * share.share:.3g}\u00a0%\n"
-        f"({100 * low:.3g} to {100 * high:.3g}\u00a0%)"
-    )
+    shown = f": {100 * share.share:.3g}\u00a0%" if share.decided else ""
+    lines = [f"{share.count:,} of {share.decided:,}{shown}", f"({100 * low:.3g} to {100 * high:.3g}\u00a0%)"]
+    if share.undecided:
+        found, most = share.bracket
+        lines.append(f"with {share.undecided:,} undecided {100 * found:.3g} to {100 * most:.3g}\u00a0%")
+    return "\n".join(lines)
+
+
+def _by_chance(rates: Mapping[str, Rates]) -> list[str]:
+    """What noise would show among the shapes, and how many survive, a line each study."""
+    from loopscope._util.wording import percent, significant
+    from loopscope.answers.rates import FALSE_DISCOVERIES
+
+    lines = []
+    for name, each in rates.items():
+        if each.discoveries is not None:
+            survive = [f"{kind} {left:,} of {of:,}" for kind, (left, of) in each.discoveries.surviving.items() if of]
+            lines.append(
+                f"{name}: noise would show {significant(each.discoveries.expected)} orbits and sliders in "
+                f"{each.discoveries.tests:,} tests (tokens times layers)"
+                + (
+                    f"; at a false discovery rate of {percent(FALSE_DISCOVERIES)} remain {', '.join(survive)}"
+                    if survive
+                    else ""
+                )
+            )
+    return lines
 
 
 def _changed(rates: Mapping[str, Rates]) -> list[str]:
@@ -125,7 +150,17 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
         "layer": rates.layer,
         "method": rates.method,
         "tokens": [_share(share) for share in rates.tokens],
+        "drivers": [_share(share) for share in rates.drivers],
         "prompts": [_share(share) for share in rates.prompts],
+        "discoveries": None
+        if rates.discoveries is None
+        else {
+            "tests": rates.discoveries.tests,
+            "expected": rates.discoveries.expected,
+            "surviving": {
+                str(kind): {"left": left, "found": of} for kind, (left, of) in rates.discoveries.surviving.items()
+            },
+        },
         "changed": {name: {"changed": changed, "tried": of} for name, (changed, of) in rates.changed.items()},
     }
     if roles:
@@ -135,11 +170,15 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
 
 def _share(share: KindShare) -> dict[str, Any]:
     low, high = share.interval
+    least, most = share.bracket
     return {
         "kind": str(share.kind),
         "count": share.count,
-        "total": share.total,
-        "share": share.share if share.total else None,
+        "decided": share.decided,
+        "undecided": share.undecided,
+        "share": share.share if share.decided else None,
+        "least": least if share.total else None,
+        "most": most if share.total else None,
         "low": low,
         "high": high,
     }

@@ -34,10 +34,16 @@ class CellOutcome(StrEnum):
     DIRECTION = "direction only"
     """Layers keep directions of their own while the norm grows."""
     NONE = "none"
-    """The state still moves after the recurrences of the cell (its `settling` says whether it slows down), or
-    overflows."""
+    """The state keeps moving, or overflows."""
+    NOT_YET = "not yet"
+    """The state still moves after twice the recurrences of the cell, in steps that shrink as those of an approach."""
     CANNOT_TELL = "cannot tell"
-    """Prompts disagree."""
+    """Prompts disagree, or the steps shrink too little to tell."""
+
+    @property
+    def decided(self) -> bool:
+        """It speaks for or against an outcome."""
+        return self not in (CellOutcome.NOT_YET, CellOutcome.CANNOT_TELL)
 
     @property
     def settles(self) -> bool:

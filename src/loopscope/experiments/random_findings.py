@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from loopscope._util.wording import listed
 from loopscope.answers.answer import Answer, Outcome, Question
 from loopscope.dynamics.verdicts import Kind
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult, by_design, spread
@@ -64,7 +65,14 @@ class Reproduction:
     found: dict[str, int]
     """Cells by their outcome."""
     reproduced: bool | None
-    """None where no cell has this design."""
+    """None where most cells of this design are undecided, or none was run: those that are not yet there neither confirm
+    nor refute."""
+
+    @property
+    def verdict(self) -> str:
+        if self.reproduced is None:
+            return "undecided" if self.found else "not run"
+        return "reproduced" if self.reproduced else "NOT reproduced"
 
     @property
     def found_text(self) -> str:
@@ -76,17 +84,16 @@ def reproduction(results: Sequence[CellResult]) -> list[Reproduction]:
     """Design by design of the paper, in its order."""
     rows = []
     for (norm, injection), paper in PAPER.items():
-        outcomes = Counter(
-            str(result.outcome) for result in results if (result.cell.norm, result.cell.injection) == (norm, injection)
-        )
-        total = sum(outcomes.values())
+        cells = [each.outcome for each in results if (each.cell.norm, each.cell.injection) == (norm, injection)]
+        outcomes = Counter(map(str, cells))
+        decided = sum(outcome.decided for outcome in cells)
         rows.append(
             Reproduction(
                 norm=norm,
                 injection=injection,
                 paper=paper,
                 found=dict(outcomes.most_common()),
-                reproduced=outcomes[str(paper)] >= _NEEDED * total if total else None,
+                reproduced=outcomes[str(paper)] >= _NEEDED * decided if decided and 2 * decided >= len(cells) else None,
             )
         )
     return rows
@@ -98,15 +105,20 @@ def architecture_answers(results: Sequence[CellResult]) -> list[Answer]:
     run = [row for row in rows if row.reproduced is not None]
     yes = sum(row.reproduced is True for row in run)
     failed = [f"{row.norm} with injection {row.injection}" for row in run if not row.reproduced]
+    ends = sorted({2 * each.cell.recurrences for each in results})
     outcome = Outcome.NOT_APPLICABLE if not run else Outcome.YES if yes == len(rows) else Outcome.PARTLY
-    sentence = f"{yes} of the {len(rows)} outcomes of arXiv 2604.11791, Figure 6, were found again"
+    sentence = (
+        f"{yes} of the {len(rows)} outcomes of arXiv 2604.11791, Figure 6, were found again by recurrence "
+        f"{listed(list(map(str, ends)))}"
+    )
     sentence += f"; not those of {', '.join(failed)}." if failed else "."
-    if len(run) < len(rows):
-        sentence += f" {len(rows) - len(run)} of them were not run."
+    left = Counter(row.verdict for row in rows if row.reproduced is None)
+    if left:
+        sentence += f" Of the others {listed([f'{count} were {verdict}' for verdict, count in left.items()])}."
     found = [
         _REPRODUCTION.says(
             outcome,
-            f"{yes} of {len(rows)}",
+            f"{yes} of {len(rows)} by recurrence {listed(list(map(str, ends)))}" if ends else f"{yes} of {len(rows)}",
             sentence,
             {f"{row.norm}, {row.injection} (paper: {row.paper})": row.found_text for row in rows},
         )

@@ -13,7 +13,7 @@ from loopscope._util.statistics import finite_or_none, median
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
-from loopscope.answers.fixed_point import Settling, common_settling
+from loopscope.answers.settling import Settling, common_settling
 from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
@@ -128,7 +128,12 @@ def _outcome(common: Settling | None, degeneracy: float | None, criterion: Crite
         return CellOutcome.DEGENERATE
     if common.settles:
         return CellOutcome.FIXED_POINT
-    return CellOutcome.DIRECTION if common is Settling.DIRECTION_ONLY else CellOutcome.NONE
+    others = {
+        Settling.NOT_YET: CellOutcome.NOT_YET,
+        Settling.CANNOT_TELL: CellOutcome.CANNOT_TELL,
+        Settling.DIRECTION_ONLY: CellOutcome.DIRECTION,
+    }
+    return others.get(common, CellOutcome.NONE)
 
 
 def _median(values: np.ndarray) -> float | None:

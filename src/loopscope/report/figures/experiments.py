@@ -24,6 +24,7 @@ _OUTCOMES: dict[CellOutcome, tuple[str, Dash]] = {
     CellOutcome.DEGENERATE: (CATEGORIES[1], "dash"),
     CellOutcome.DIRECTION: (CATEGORIES[4], "dashdot"),
     CellOutcome.NONE: (CATEGORIES[3], "dot"),
+    CellOutcome.NOT_YET: (CATEGORIES[2], "longdash"),
     CellOutcome.CANNOT_TELL: (KIND_LOOKS[Kind.UNKNOWN].colour, "longdash"),
 }
 _FLOOR = 1e-8

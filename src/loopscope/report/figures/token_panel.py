@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from loopscope._util.wording import significant, visible
+from loopscope._util.wording import p_value_text, significant, visible
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.report.figures.look import looks_for_script
 from loopscope.report.figures.plot import packed, script_json
@@ -114,7 +114,7 @@ def token_panel(groups: Sequence[PanelGroup], *, title: str, caption: str, choos
 def facts_of(numbers: dict[str, float]) -> list[tuple[str, str]]:
     """(name, text) of those of a verdict's numbers that it has; lengths are shares of the state's norm."""
     return [
-        (text, significant(float(numbers[name])) if numbers[name] or name != "p_value" else "below 1e-300")
+        (text, p_value_text(numbers[name]) if name == "p_value" else significant(float(numbers[name])))
         for name, text in FACTS.items()
         if name in numbers and math.isfinite(numbers[name])
     ]

@@ -12,6 +12,7 @@ import xarray
 from numpy.typing import NDArray
 
 from loopscope._util.wording import percent, significant, visible
+from loopscope.answers.behaviour import driven
 from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.report.figures.look import AXIS, KIND_LOOKS, MUTED, Symbol, kind_label
@@ -58,8 +59,9 @@ def shares_plot(series: Sequence[ShareSeries], reading: str, things: str = "toke
         marks += _share_dots(each, [each.shares[kinds.index(kind)] for kind in there], shift)
     return Plot(
         question=f"How many {things} tend to what?",
-        reading=f"{reading} Bars are 95 % Clopper-Pearson intervals; a triangle stands at the highest share that the "
-        "interval leaves possible where none was found.",
+        reading=f"{reading} Bars are 95 % intervals, from that of what was found to that of what was found and all "
+        "that cannot be told; a mark is the share of what can be told, a triangle the highest share that is possible "
+        "where none was found.",
         panels=[
             Panel(
                 x=Axis(
@@ -79,9 +81,11 @@ def shares_plot(series: Sequence[ShareSeries], reading: str, things: str = "toke
 
 
 def share_label(share: KindShare) -> str:
-    """`12 of 4,000, 0.30 % (0.16 % to 0.52 %)`."""
+    """`12 of 4,000, 40 more may be, 0.30 % (0.16 % to 1.5 %)`."""
     low, high = share.interval
-    return f"{share.count:,} of {share.total:,}, {percent(share.share)} ({percent(low)} to {percent(high)})"
+    more = f", {share.undecided:,} more may be" if share.undecided else ""
+    shown = percent(share.share) if share.decided else "none can be told"
+    return f"{share.count:,} of {share.decided:,}{more}, {shown} ({percent(low)} to {percent(high)})"
 
 
 def _share_dots(series: ShareSeries, shares: Sequence[KindShare], shift: float) -> list[Mark]:
@@ -115,8 +119,7 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
     return shares_plot(
         series,
         f"After recurrent layer {found['displacement'].layer}. A prompt counts for every kind that one of its tokens "
-        "has. The tokens of a prompt depend on each other, so their intervals are too narrow; those of prompts are "
-        "not.",
+        "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
     )
 
 
@@ -132,7 +135,7 @@ def _layers(view: StudyView, settings: ReportSettings) -> Plot:
         reading="Percent of the tokens, by displacement; the colours are even in the square root.",
         panels=[
             _share_map(
-                {str(layer): token_shares(one[one >= 0]) for layer, one in zip(layers, codes, strict=True)},
+                {str(layer): token_shares(one) for layer, one in zip(layers, codes, strict=True)},
                 "recurrent layer",
             )
         ],

@@ -34,6 +34,7 @@ _MARKS = {
     Outcome.YES: "✓",
     Outcome.NO: "✕",
     Outcome.PARTLY: "±",
+    Outcome.NOT_YET: "…",
     Outcome.CANNOT_TELL: "?",
     Outcome.NOT_APPLICABLE: "–",
 }

@@ -10,8 +10,7 @@ import numpy as np
 
 from loopscope._util.table import Table
 from loopscope._util.wording import listed, plural, significant, visible
-from loopscope.answers.behaviour import judged_answer
-from loopscope.answers.rates import token_shares
+from loopscope.answers.behaviour import judged_answer, trajectory_shares
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind
 from loopscope.report.figures.plot import Drawn, Section
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
@@ -59,10 +58,9 @@ def _provenance(judged: JudgedFiles) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _sections(judged: JudgedFiles) -> list[Section]:
     trajectories = judged.trajectories
-    codes = np.array([KINDS.index(each.verdict.kind) for each in trajectories], dtype=np.int64)
     shares = shares_plot(
-        [ShareSeries(name=str(judged.manifest["method"]), shares=token_shares(codes))],
-        "Shares of the trajectories. Those of one run depend on each other, which makes the intervals too narrow.",
+        [ShareSeries(name=str(judged.manifest["method"]), shares=trajectory_shares(judged))],
+        "Shares of the trajectories, whose intervals count those of one array as dependent on each other.",
         things="trajectories",
     )
     extremes = extremes_plot(

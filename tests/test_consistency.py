@@ -1,0 +1,228 @@
+"""No two sentences about one study may be false together: over the stories of the suite, and over any claims."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+
+import loopscope
+from loopscope.answers.answer import Answer, Claim, Outcome
+from loopscope.answers.consistency import EXCLUDES, consistent, contradictions
+from loopscope.answers.quick import quick_answers
+from loopscope.answers.rates import driver_shares, prompt_shares, token_shares
+from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.study import Study
+from staged_study import SHAPE, staged_study
+from synthetic_study import (
+    LAYERS,
+    circling,
+    contracting,
+    feed_forward_study,
+    growing,
+    looped_study,
+    orbiting,
+    overflowing,
+    sliding,
+    with_behaviour,
+)
+
+MOVES = r"all: (slider|orbit|bounded|diverging)"
+FALSE_TOGETHER = (
+    (("fixed_point", r"^Yes|^As far as .* rounding"), ("behaviour", MOVES)),
+    (("fixed_point", r"^Yes|^As far as .* rounding"), ("points", r"no points|not settled yet")),
+    (("fixed_point", r"^(No|Not yet|Cannot tell|Only in direction)\b"), ("arrival", r"^After \d+")),
+    (("fixed_point", r"^(No|Not yet|Cannot tell)\b"), ("trained_depth", r"^Yes")),
+    (
+        ("fixed_point", r"^(No|Not yet|Cannot tell)\b(?!.*of \d+ cannot)"),
+        ("points", r"^(One per layer|The same one)(?!.*Only)"),
+    ),
+    (("fixed_point", r"^No\b"), ("behaviour", r"all: (fixed point|at floor)")),
+    (("behaviour", r"all: (fixed point|at floor)$"), ("stability", r"^no$")),
+    (("behaviour", MOVES), ("stability", r"^yes, all")),
+)
+"""Patterns of verdict or sentence, by the key of the question."""
+
+
+class _Slide(nn.Module):
+    def __init__(self, way: torch.Tensor) -> None:
+        super().__init__()
+        self.way = nn.Buffer(way)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.way
+
+
+class SlowSlider(nn.Module):
+    """Its state moves on by 5e-5 of its norm in every recurrence, always the same way."""
+
+    def __init__(self, width: int = 64, speed: float = 5e-5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.loops = nn.Embedding(50, width), nn.Linear(width, 50), 4
+        self.body = nn.ModuleList([_Slide(speed * width**0.5 * nn.functional.normalize(torch.randn(width), dim=0))])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        state = self.embedding(tokens)
+        for _ in range(self.loops):
+            for layer in self.body:
+                state = layer(state)
+        return torch.as_tensor(self.head(state))
+
+
+@functools.cache
+def slow_slider() -> Study:
+    hooked = loopscope.hook(SlowSlider(), recurrent="body", set_recurrences="loops")
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8]]
+    skip = ("readout", "heads", "maps", "stages", "similarity")
+    return loopscope.analyze(
+        hooked, prompts, recurrences=16, horizon=128, exit_recurrences=0, track=(), skip=skip, judged_layers="last"
+    )
+
+
+FATES = {
+    "contracting": contracting(),
+    "slow": contracting(0.96),
+    "hovering": contracting(noise=0.02),
+    "growing": growing,
+    "orbiting": orbiting,
+    "overflowing": overflowing,
+    "sliding": sliding(),
+    "hidden slide": sliding(1e-5, rate=0.75),
+    "logarithmic": sliding(1e-3, slowing=True),
+    "circling": circling(),
+}
+
+
+NAMES = tuple(FATES)
+
+
+@functools.cache
+def _all() -> Study:
+    return looped_study(list(FATES.values()), prompts=len(FATES), trained=20)
+
+
+def of_prompts(*names: str) -> Study:
+    """A study of prompts with these fates."""
+    rows = [NAMES.index(name) for name in names]
+    return Study(_all().dataset.isel(prompt=rows), _all().manifest, [_all().tokens[row] for row in rows])
+
+
+def judged(study: Study, *kinds: Kind) -> Study:
+    """With these verdicts, prompt by prompt in turn."""
+    codes = np.zeros((LAYERS, study.dataset.sizes["prompt"], study.dataset.sizes["token"]), dtype=np.int8)
+    for prompt in range(codes.shape[1]):
+        codes[:, prompt] = KINDS.index(kinds[prompt % len(kinds)])
+    return with_behaviour(study, codes)
+
+
+STUDIES: dict[str, Callable[[], Study]] = {
+    "slow slider": slow_slider,
+    "feed-forward": feed_forward_study,
+    "staged": lambda: staged_study(np.tile(SHAPE, (4, 1)), (2, 4, 2), trained=4),
+    "all": _all,
+    **{name: functools.partial(of_prompts, name) for name in NAMES},
+    "verdicts of all kinds": lambda: with_behaviour(_all()),
+}
+
+
+def false_together(answers: list[Answer]) -> list[tuple[str, str]]:
+    texts = {answer.key: (answer.verdict, answer.sentence) for answer in answers}
+
+    def says(key: str, pattern: str) -> bool:
+        return any(re.search(pattern, text) for text in texts.get(key, ()))
+
+    return [
+        (" ".join(texts[one[0]]), " ".join(texts[other[0]]))
+        for one, other in FALSE_TOGETHER
+        if says(*one) and says(*other)
+    ]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_two_sentences_about_a_study_are_false_together(name: str) -> None:
+    answers = quick_answers(STUDIES[name]())
+    assert false_together(answers) == []
+    assert contradictions(answers) == []
+
+
+@settings(max_examples=12)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(Kind)), min_size=1, max_size=5), st.booleans())
+def test_nor_about_any_mixture_of_prompts_and_verdicts(prompts: list[tuple[str, Kind]], verdicts: bool) -> None:
+    study = of_prompts(*(name for name, _ in prompts))
+    answers = quick_answers(judged(study, *(kind for _, kind in prompts)) if verdicts else study)
+    assert false_together(answers) == []
+    assert contradictions(answers) == []
+
+
+def test_a_loop_that_slides_on_is_never_told_to_stop() -> None:
+    study = slow_slider()
+    assert study.dataset["horizon_drift"].max() < 0.01
+    found = {answer.key: answer for answer in quick_answers(study)}
+    assert found["fixed_point"].outcome is Outcome.NO
+    assert found["behaviour"].verdict == "all: slider"
+
+
+def test_what_only_the_verdicts_see_is_not_told_and_both_are_named() -> None:
+    study = of_prompts(*["hidden slide"] * 4)
+    assert {answer.key: answer for answer in quick_answers(study)}["fixed_point"].outcome is Outcome.YES
+    found = {answer.key: answer for answer in quick_answers(judged(study, Kind.SLIDER))}
+    assert found["fixed_point"].outcome is Outcome.CANNOT_TELL
+    assert "the horizons say one thing and the verdicts of the tokens the opposite" in found["fixed_point"].sentence
+    assert "In 4 prompts the horizons say “fixed point”" in found["fixed_point"].limits[-1]
+    assert found["points"].outcome is found["trained_depth"].outcome is Outcome.CANNOT_TELL
+    assert found["behaviour"].verdict == "all: slider"
+
+
+def test_small_motion_is_settled_by_verdicts() -> None:
+    study = of_prompts("circling")
+    assert {answer.key: answer for answer in quick_answers(study)}["fixed_point"].outcome is Outcome.CANNOT_TELL
+    found = {answer.key: answer for answer in quick_answers(judged(study, Kind.AT_FLOOR))}
+    assert found["fixed_point"].outcome is Outcome.YES
+
+
+KEYS = ("fixed_point", "behaviour", "stability", "points", "arrival", "trained_depth")
+
+
+@given(st.lists(st.sampled_from(Claim), min_size=len(KEYS), max_size=len(KEYS)))
+def test_whatever_is_claimed_nothing_that_excludes_it_is_left(claims: list[Claim]) -> None:
+    answers = [
+        Answer(
+            key=key, question=f"{key}?", outcome=Outcome.YES, verdict="yes", sentence=f"It is {claim}.", claims=[claim]
+        )
+        for key, claim in zip(KEYS, claims, strict=True)
+    ]
+    found = consistent(answers)
+    assert contradictions(found) == []
+    for before, after in zip(answers, found, strict=True):
+        if before is not after:
+            assert after.outcome is Outcome.CANNOT_TELL
+            assert before.sentence in after.sentence
+    if not contradictions(answers):
+        assert found == answers
+
+
+def test_claims_that_fall_are_among_those_that_exclude_each_other() -> None:
+    assert all(set(fall) <= set(pair) for pair, fall in EXCLUDES.items())
+
+
+@given(arrays(np.int64, st.tuples(st.integers(2, 6), st.integers(1, 9)), elements=st.integers(-1, len(KINDS) - 1)))
+def test_bracket_and_interval_hold_the_share_whatever_the_undecided_are(codes: np.ndarray) -> None:
+    for shares in (token_shares(codes), prompt_shares(codes), driver_shares(codes, codes * 0)):
+        for share in shares:
+            if not share.total:
+                continue
+            low, high = share.interval
+            least, most = share.bracket
+            assert low <= least + 1e-12
+            assert least <= most <= high + 1e-12
+            if share.decided:
+                assert least <= share.share <= 1
