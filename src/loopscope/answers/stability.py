@@ -125,7 +125,8 @@ def _non_normality(view: StudyView) -> Evidence:
         if np.isfinite(values).any():
             evidence |= {f"{name}_median": float(np.nanmedian(values)), f"{name}_largest": float(np.nanmax(values))}
     rounding = data["noise_floor"].isel(layer=-1).values[:, None]
-    floor = data["noise_gain"].transpose("prompt", "token").values * rounding
+    known = np.isin(data["predicted_kind"].transpose("prompt", "token").values, KNOWN_CODES)
+    floor = np.where(known, data["noise_gain"].transpose("prompt", "token").values * rounding, np.nan)
     if np.isfinite(floor).any():
         evidence["predicted_noise_floor_median"] = float(np.nanmedian(floor))
     if np.isfinite(floor).any() and "twin_floor" in data:

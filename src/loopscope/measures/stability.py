@@ -98,6 +98,12 @@ _RATES: dict[str, tuple[str, ...]] = {
         "why there is a rate or none, as a place in the manifest's stability.reasons",
         "code",
     ),
+    "remaining_path": (
+        _TOKEN,
+        "summed length of the loop state's steps from the last measured recurrence to H: never less than the distance; "
+        "nothing where that lies behind H",
+        "residual stream",
+    ),
 }
 RATE_NAMES = tuple(_RATES)
 """What a study has without eigenvalues too."""
@@ -224,7 +230,12 @@ class TokenStability(Measure):
         rate[mask], uncertainty[mask] = rates.rate, rates.uncertainty
         reason = np.full(mask.shape, -1, dtype=np.int8)
         reason[mask] = [RATE_REASONS.index(RateReason(each)) for each in rates.reason.tolist()]
-        return dict(zip(RATE_NAMES, (rate, uncertainty, reason), strict=True))
+        path = np.full(mask.shape, np.nan)
+        if self.batch.recurrences <= self._horizon:
+            # Counted from 2H backwards: where the initial state is not known, there is no step into the first.
+            to_horizon = lengths[:, self.batch.recurrences - 2 * self._horizon : -self._horizon]
+            path[mask] = to_horizon.sum(-1)
+        return dict(zip(RATE_NAMES, (rate, uncertainty, reason, path), strict=True))
 
 
 def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str, np.ndarray]:
