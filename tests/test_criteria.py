@@ -80,8 +80,7 @@ def test_a_real_study_has_the_path_and_the_margin_of_its_states() -> None:
     away = study.dataset["token_distance_to_horizon"].isel(site=-1, recurrence=-1).values[0]
     np.testing.assert_allclose(away, (states[5] - states[15]).norm(dim=-1), rtol=1e-5)
     assert (path >= away * (1 - 1e-6)).all()
-    largest, following = (
-        model.start(Batch.of(PROMPTS[:1]), recurrences=6).decode(state=states[5:6])[0].topk(2).values.unbind(-1)
-    )
+    logits = model.start(Batch.of(PROMPTS[:1]), recurrences=6).decode(state=states[5:6])[0]
+    largest, following = logits.topk(2).values.unbind(-1)
     np.testing.assert_allclose(study.dataset["token_margin"].values[-1, 0], largest - following, rtol=1e-5, atol=1e-6)
     assert answer_of(study).evidence["tokens_judged"] == len(PROMPTS[0])

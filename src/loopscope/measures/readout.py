@@ -215,9 +215,10 @@ class Readout(Measure):
                 values[4][place] = values[2][place] if full is last else full.at(place).divergence(made)
                 if after is not None:
                     values[5][place] = made.divergence(after.at(place))
-            top1[place] = made.scores.argmax(-1)
-            largest, next_one = made.scores.topk(2).values.unbind(-1)
-            values[3][place] = largest - next_one
+            top = made.scores.argmax(-1, keepdim=True)
+            top1[place] = top[:, 0]
+            others = made.scores.scatter(-1, top, -torch.inf).amax(-1)
+            values[3][place] = made.scores.gather(-1, top)[:, 0] - others
         followed = functional.pad(mask[:, 1:], (0, 1))
         values[0].masked_fill_(~followed, torch.nan)
         index = self.grid.index(count)
