@@ -254,7 +254,7 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
     radius = spectral_radius(token_eigenvalues(view.dataset))
     growth = view.dataset["transient_growth"].transpose("prompt", "token").values
     kinds = view.dataset["predicted_kind"].transpose("prompt", "token").values
-    prompt, token = np.nonzero(np.isfinite(growth))
+    prompt, token = np.nonzero(np.isfinite(growth) & (radius < 1))
     shown = _drawn_tokens(prompt.size)
     marks: list[Mark] = []
     for place, kind in enumerate(PREDICTED_KINDS):
@@ -274,14 +274,14 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
                     tip="{label}: radius {x:.3f}, growth {y:.2f}",
                 )
             )
-    marks += [Rule(x=1.0, name="stability lost", above=True), Rule(y=1.0, name="no growth", dash="dot")]
+    marks.append(Rule(y=1.0, name="no growth", dash="dot"))
     return Plot(
         question="Do small disturbances grow before they shrink?",
         reading=(
-            "A point for each token: the largest modulus of its eigenvalues, and the largest factor by which some "
-            "disturbance of its state has grown after 1, 2, 4, ... recurrences, found from below. To the left of 1 "
-            "every disturbance dies out in the end; above 1, some grow first. Of a normal matrix the two would be "
-            f"equal to the left of 1.{_drawn_note(prompt.size)}"
+            "A point for each token whose own radius is below 1: the radius, and the largest factor by "
+            "which some disturbance of its state has grown after 1, 2, 4, ... recurrences, found from below. Every "
+            "disturbance dies out in the end; of the tokens above 1, some grow first. Of a normal matrix the two would "
+            f"be equal. The colour is what is predicted of the slowest token up to it.{_drawn_note(prompt.size)}"
         ),
         panels=[
             Panel(
@@ -338,6 +338,13 @@ def _at_fixed_points(view: StudyView) -> NDArray[np.complex128]:
     return found
 
 
+def _no_growth(view: StudyView) -> str | None:
+    there = np.isfinite(view.dataset["transient_growth"].transpose("prompt", "token").values)
+    return (
+        None if (spectral_radius(token_eigenvalues(view.dataset))[there] < 1).any() else "no token's radius is below 1"
+    )
+
+
 def _no_fixed_point(view: StudyView) -> str | None:
     return None if len(_at_fixed_points(view)) else "no token stands at a fixed point"
 
@@ -374,7 +381,8 @@ STABILITY = (
         name="stability-growth",
         of=_growth,
         anchor="stability-growth",
-        variables=("transient_growth", "eigenvalue_real", "eigenvalue_imag", "predicted_kind"),
+        variables=("transient_growth", *_EIGENVALUES),
+        unless=_no_growth,
     ),
     FigureType(
         name="stability-damping",
