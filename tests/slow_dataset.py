@@ -314,6 +314,7 @@ def _readouts(
         "token_loss": [[*row, np.nan] for row in losses],
         "token_entropy": [-(share * np.log(share)).sum(-1) for share in shares],
         "token_kl_to_last": [_divergence(shares[-1], share) for share in shares],
+        "token_margin": [np.diff(np.log(np.sort(share, axis=-1)[:, -2:]), axis=-1)[:, 0] for share in shares],
         "token_top1": [share.argmax(-1) for share in shares],
     }
     found: dict[str, Named] = {name: (("readout_recurrence", "token"), np.array(row)) for name, row in rows.items()}

@@ -56,6 +56,23 @@ def test_a_stable_fixed_point(settles: Study) -> None:
     assert f"{TOKENS} of {TOKENS} verdicts confirm the prediction" in answer.sentence
 
 
+def test_disturbances_that_grow_before_they_shrink_are_told(settles: Study) -> None:
+    assert "first grow" not in answer_of(settles).sentence
+    assert answer_of(settles).evidence["transient_growth_largest"] == pytest.approx(0.6, rel=1e-6)
+    # s -> A s + (1 - A) e with A of radius 0.6, in which pairs of entries feed each other.
+    coupled = torch.block_diag(*[torch.tensor([[0.6, 5.0], [0.0, 0.6]])] * 8)
+    study = study_of(linear_loop(coupled, torch.eye(16) - coupled))
+    answer = answer_of(study)
+    assert (answer.outcome, answer.verdict) == (Outcome.YES, "yes, all")
+    largest = max(float(torch.linalg.matrix_norm(torch.matrix_power(coupled, k), 2)) for k in (1, 2, 4, 8))
+    assert answer.evidence["transient_growth_largest"] == pytest.approx(largest, rel=1e-4)
+    assert "small disturbances first grow, to 6" in answer.sentence
+    powers = sum(float(torch.matrix_power(coupled, k).square().sum()) for k in range(99))
+    assert answer.evidence["noise_gain_median"] == pytest.approx((powers / 16) ** 0.5, rel=1e-6)
+    older = Study(study.dataset.drop_vars(["transient_growth", "noise_gain"]), study.manifest, study.tokens)
+    assert "first grow" not in answer_of(older).sentence
+
+
 def test_a_fixed_point_that_repels(turns: Study) -> None:
     answer = answer_of(turns)
     assert (answer.outcome, answer.verdict) == (Outcome.NO, "no")
@@ -105,9 +122,8 @@ def test_every_prediction_that_says_something_has_its_verdicts() -> None:
 
 def test_the_section_shows_a_point_for_each_token(settles: Study, turns: Study, tmp_path: Path) -> None:
     page = page_of(settles, tmp_path)
-    assert {"stability-rates", "stability-spectrum", "stability-agreement", "stability-radii", "stability-damping"} <= (
-        page.figures.keys()
-    )
+    names = ("rates", "spectrum", "agreement", "radii", "growth", "damping")
+    assert {f"stability-{name}" for name in names} <= page.figures.keys()
     points = [trace for trace in page.figures["stability-rates"]["data"] if trace["mode"] == "markers"]
     assert sum(len(trace["text"]) for trace in points) == TOKENS
     spectrum = page_of(turns, tmp_path).figures["stability-spectrum"]["data"]
@@ -123,7 +139,7 @@ def test_papers_get_the_same_figures(settles: Study) -> None:
     assert isinstance(points, ErrorbarContainer)
     np.testing.assert_allclose(np.asarray(points.lines[0].get_xdata()), pairs.predicted)
     np.testing.assert_allclose(np.asarray(points.lines[0].get_ydata()), pairs.observed)
-    for name in ("spectrum", "agreement", "radii", "damping"):
+    for name in ("spectrum", "agreement", "radii", "growth", "damping"):
         assert len(draw_figure(settles, f"stability-{name}").axes) == 1
 
 

@@ -32,6 +32,7 @@ from loopscope.measures.base import RunEnd
 from loopscope.measures.stability import (
     EIGENVALUE_NAMES,
     KEPT_PAIRS,
+    NORMALITY_NAMES,
     RATE_NAMES,
     RATE_REASONS,
     TokenStability,
@@ -91,6 +92,8 @@ def test_a_study_holds_what_the_function_finds(shape: Any) -> None:
         values = (here["eigenvalue_real"] + 1j * here["eigenvalue_imag"]).transpose("token", "pair").values
         np.testing.assert_allclose(spectral_radius(values), found.radius[0], rtol=1e-8)
         np.testing.assert_allclose(here["predicted_rate"], wanted.rate[0], rtol=1e-8)
+        for name in NORMALITY_NAMES:
+            np.testing.assert_allclose(here[name], getattr(found, name)[0], rtol=1e-6, err_msg=name)
         # Where the search ends depends on rounding; that it ends near a fixed point does not.
         np.testing.assert_allclose(here["point_step"], found.relative_step[0], atol=1e-6)
         np.testing.assert_allclose(here["stability_margin"].values[0], stability_margin(values)[0], atol=1e-8)
@@ -101,7 +104,7 @@ def test_a_study_holds_what_the_function_finds(shape: Any) -> None:
 def test_padding_has_nothing_and_tokens_have_all() -> None:
     data = study_of(subject(std=0.1)).dataset
     token = tokens_of(data)
-    for name in ("predicted_rate", "predicted_rate_error", "point_step", "stability_margin"):
+    for name in ("predicted_rate", "predicted_rate_error", "point_step", "stability_margin", "transient_growth"):
         assert (data[name].notnull().values == token).all(), name
     for name in ("predicted_kind", "observed_rate_reason"):
         assert ((data[name].values >= 0) == token).all(), name

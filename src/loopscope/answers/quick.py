@@ -8,6 +8,7 @@ from collections.abc import Callable
 from loopscope.answers.answer import Answer, Criterion, Question
 from loopscope.answers.behaviour import BEHAVIOUR, behaviour_answer
 from loopscope.answers.consistency import consistent
+from loopscope.answers.criteria import CRITERIA, criteria_answer
 from loopscope.answers.early_exit import EXIT_RULE, exit_rule_answer
 from loopscope.answers.final import FINAL, final_answer
 from loopscope.answers.fixed_point import FIXED_POINT, fixed_point_answer
@@ -37,6 +38,7 @@ _LOOPED: tuple[tuple[Question, Callable[[StudyView, Criterion], Answer]], ...] =
     (INITIAL_STATE, initial_state_answer),
     (LOSS, loss_answer),
     (FINAL, final_answer),
+    (CRITERIA, criteria_answer),
     (EXIT_RULE, exit_rule_answer),
     (HEADS, heads_answer),
     (STAGES, stages_answer),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray
@@ -56,8 +56,9 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     return STABILITY.says(
         outcome,
         verdict,
-        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_confirmed(found)}",
-        _evidence(data, counts, total, pairs, found),
+        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_growth(data, criterion)}"
+        f"{_confirmed(found)}",
+        _evidence(data, counts, total, pairs, found) | _non_normality(view),
         _limits(view, counts, total),
         figure="stability-rates" if pairs.predicted.size else None,
         claims=_claims(view, outcome),
@@ -110,6 +111,43 @@ def _rates(data: xarray.Dataset, pairs: RatePairs) -> str:
     return said
 
 
+def _growth(data: xarray.Dataset, criterion: Criterion) -> str:
+    """What eigenvalues below 1 do not say: how far a disturbance may go before it returns."""
+    if "transient_growth" not in data:
+        return ""
+    settles = [code for code, kind in enumerate(PREDICTED_KINDS) if kind.settles]
+    growth = _of_kinds(data, "transient_growth", settles)
+    grows = growth > criterion.growth_tolerated
+    if not grows.any():
+        return ""
+    return (
+        f" Where the point attracts, small disturbances first grow, to {significant(float(growth.max()))} times their "
+        f"size at least, in {percent(float(grows.mean()))} of these tokens to more than {criterion.growth_tolerated:g} "
+        "times."
+    )
+
+
+def _non_normality(view: StudyView) -> Evidence:
+    """What eigenvalues leave out, and the motion that rounding is predicted to keep up beside what it does."""
+    data = view.dataset
+    if "transient_growth" not in data:
+        return {}
+    evidence: Evidence = {}
+    for name in ("singular_value", "krylov_departure", "noise_gain", "transient_growth"):
+        values = _of_known(data, name)
+        if np.isfinite(values).any():
+            evidence |= {f"{name}_median": float(np.nanmedian(values)), f"{name}_largest": float(np.nanmax(values))}
+    rounding = data["noise_floor"].isel(layer=-1).values[:, None]
+    known = np.isin(data["predicted_kind"].transpose("prompt", "token").values, KNOWN_CODES)
+    floor = np.where(known, data["noise_gain"].transpose("prompt", "token").values * rounding, np.nan)
+    if np.isfinite(floor).any():
+        evidence["predicted_noise_floor_median"] = float(np.nanmedian(floor))
+    if np.isfinite(floor).any() and "twin_floor" in data:
+        measured_floor = data["twin_floor"].isel(layer=-1).transpose("prompt", "token").values
+        evidence["measured_noise_floor_median"] = float(np.nanmedian(measured_floor[np.isfinite(floor)]))
+    return evidence
+
+
 def _confirmed(found: Agreement | None) -> str:
     if found is None or not found.agree + found.disagree:
         return ""
@@ -149,8 +187,12 @@ def _evidence(
 
 def _of_known(data: xarray.Dataset, name: str) -> np.ndarray:
     """Values of the tokens about which eigenvalues say something, flat."""
-    known = np.isin(data["predicted_kind"].transpose("prompt", "token").values, KNOWN_CODES)
-    found: np.ndarray = data[name].transpose("prompt", "token").values[known]
+    return _of_kinds(data, name, KNOWN_CODES)
+
+
+def _of_kinds(data: xarray.Dataset, name: str, codes: Sequence[int]) -> np.ndarray:
+    some = np.isin(data["predicted_kind"].transpose("prompt", "token").values, codes)
+    found: np.ndarray = data[name].transpose("prompt", "token").values[some]
     return found
 
 

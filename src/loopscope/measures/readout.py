@@ -21,7 +21,7 @@ from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
 
-TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_top1")
+TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_margin", "token_top1")
 """Per readout, prompt and token."""
 
 EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
@@ -125,6 +125,9 @@ class Readout(Measure):
         "token_kl_to_last": variable(
             _READ, "KL(p_last || p): what is lost by answering here rather than after the last readout", "nats"
         ),
+        "token_margin": variable(
+            _READ, "logit of the most probable token less that of the next one: what a change must overturn", "logits"
+        ),
         "token_top1": variable(_READ, "the most probable token id; -1 beyond the prompt's end", "token id"),
         "token_kl_to_previous": variable(
             _EXIT,
@@ -163,7 +166,7 @@ class Readout(Measure):
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
         shape = (batch.prompts, batch.tokens)
-        self._tokens = np.full((3, len(self.grid), *shape), np.nan, dtype=np.float32)
+        self._tokens = np.full((4, len(self.grid), *shape), np.nan, dtype=np.float32)
         self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
         self._losses = np.full((len(self.grid), batch.prompts), np.nan)
         self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=np.float32)
@@ -196,11 +199,11 @@ class Readout(Measure):
                 yield row, slice(start, min(start + size, length))
 
     def _keep(self, count: int, now: _Decoded, last: _Decoded, full: _Decoded | None, after: _Decoded | None) -> None:
-        """Reduce one readout token by token: loss of the next token, entropy, the top token, and divergences from the
-        last readout and, within a full run, from its last one, and of the one after from this."""
+        """Reduce one readout token by token: loss of the next token, entropy, the top token and its margin, and
+        divergences from the last readout and, within a full run, from its last one, and of the one after from this."""
         mask = self.batch.mask
         targets = self.batch.batch.input_ids.roll(-1, dims=1)
-        values = torch.full((5, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
+        values = torch.full((6, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
             made = _Prediction.of(now.logits[place])
@@ -209,21 +212,24 @@ class Readout(Measure):
             values[1][place] = -made.mean_log(made)
             values[2][place] = last.at(place).divergence(made)
             if full is not None:
-                values[3][place] = values[2][place] if full is last else full.at(place).divergence(made)
+                values[4][place] = values[2][place] if full is last else full.at(place).divergence(made)
                 if after is not None:
-                    values[4][place] = made.divergence(after.at(place))
-            top1[place] = made.scores.argmax(-1)
+                    values[5][place] = made.divergence(after.at(place))
+            top = made.scores.argmax(-1, keepdim=True)
+            top1[place] = top[:, 0]
+            others = made.scores.scatter(-1, top, -torch.inf).amax(-1)
+            values[3][place] = made.scores.gather(-1, top)[:, 0] - others
         followed = functional.pad(mask[:, 1:], (0, 1))
         values[0].masked_fill_(~followed, torch.nan)
         index = self.grid.index(count)
         self._losses[index] = masked_mean(values[0], followed).cpu().numpy()
         kept = values.float().cpu().numpy()
-        self._tokens[:, index] = kept[:3]
+        self._tokens[:, index] = kept[:4]
         self._top1[index] = top1.cpu().numpy()
         if full is not None:
-            self._to_full[count - 1] = kept[3]
+            self._to_full[count - 1] = kept[4]
             if after is not None:
-                self._to_previous[count] = kept[4]
+                self._to_previous[count] = kept[5]
 
     def result(self) -> xr.Dataset:
         found = {"loss": self._losses, **dict(zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True))}

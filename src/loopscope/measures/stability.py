@@ -59,7 +59,28 @@ _EIGENVALUES: dict[str, tuple[str, ...]] = {
         "largest step η with which the damped eigenvalues of the token and those before it come to at most 1; NaN "
         "where none does, and at no fixed point",
     ),
+    "singular_value": (
+        _TOKEN,
+        "largest singular value of the derivative by the token's own state, from below: what one recurrence may "
+        "enlarge a disturbance by",
+    ),
+    "krylov_singular_value": (_TOKEN, "the same on the space in which the eigenvalues were found"),
+    "krylov_departure": (
+        _TOKEN,
+        "Henrici's number in that space: 0 of a normal matrix, near 1 where eigenvalues say little of its size",
+    ),
+    "noise_gain": (
+        _TOKEN,
+        "motion about the fixed point that rounding in each recurrence keeps up, over one rounding, root mean square, "
+        "in that space; NaN where the radius is 1 or more",
+    ),
+    "transient_growth": (
+        _TOKEN,
+        "largest factor by which a disturbance of the token's own state grows in 1, 2, 4, ... recurrences, fewer than "
+        "the products, from below",
+    ),
 }
+NORMALITY_NAMES = ("singular_value", "krylov_singular_value", "krylov_departure", "noise_gain", "transient_growth")
 EIGENVALUE_NAMES = tuple(_EIGENVALUES)
 _RATES: dict[str, tuple[str, ...]] = {
     "observed_rate": (
@@ -76,6 +97,12 @@ _RATES: dict[str, tuple[str, ...]] = {
         _TOKEN,
         "why there is a rate or none, as a place in the manifest's stability.reasons",
         "code",
+    ),
+    "remaining_path": (
+        _TOKEN,
+        "summed length of the loop state's steps from the last measured recurrence to H: never less than the distance; "
+        "nothing where that lies behind H",
+        "residual stream",
     ),
 }
 RATE_NAMES = tuple(_RATES)
@@ -203,7 +230,12 @@ class TokenStability(Measure):
         rate[mask], uncertainty[mask] = rates.rate, rates.uncertainty
         reason = np.full(mask.shape, -1, dtype=np.int8)
         reason[mask] = [RATE_REASONS.index(RateReason(each)) for each in rates.reason.tolist()]
-        return dict(zip(RATE_NAMES, (rate, uncertainty, reason), strict=True))
+        path = np.full(mask.shape, np.nan)
+        if self.batch.recurrences <= self._horizon:
+            # Counted from 2H backwards: where the initial state is not known, there is no step into the first.
+            to_horizon = lengths[:, self.batch.recurrences - 2 * self._horizon : -self._horizon]
+            path[mask] = to_horizon.sum(-1)
+        return dict(zip(RATE_NAMES, (rate, uncertainty, reason, path), strict=True))
 
 
 def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str, np.ndarray]:
@@ -234,6 +266,7 @@ def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str
         # Of the token and those before it, like the rate: it settles with the slowest of them.
         "stability_margin": 1 - prediction.rate,
         "damping_needed": np.where(prediction.kind == PredictedKind.FAR, np.nan, needed),
+        **{name: getattr(found, name) for name in NORMALITY_NAMES},
     }
 
 

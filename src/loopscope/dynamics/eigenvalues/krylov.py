@@ -16,6 +16,8 @@ OwnMap = Callable[[TokenVectors], TokenVectors]
 """States of some tokens to their states one recurrence later, each by its own alone, as far as derivatives go."""
 Hessenberg = Float64[Tensor, "token rows columns"]
 """Coefficients of `J V_m = V_(m+1) H`, with m columns and m + 1 rows."""
+Basis = Float[Tensor, "token column width"]
+"""Orthonormal vectors of a Krylov space."""
 _ROUNDINGS = 20.0
 """Of which the error of a product is made up: in four layers, products in float32 and float64 differ by 1 to 12.
 """
@@ -43,10 +45,10 @@ class ExactProducts:
     def __init__(self, own: OwnMap, point: TokenVectors) -> None:
         with torch.enable_grad():
             self.point = point.detach().clone().requires_grad_()
-            image = own(self.point)
-            self.image = image.detach()
+            self._image = own(self.point)
+            self.image = self._image.detach()
             self.accuracy = _ROUNDINGS * torch.finfo(point.dtype).eps
-            self._recorded = transposed_products(image, self.point) if image.requires_grad else None
+            self._recorded = transposed_products(self._image, self.point) if self._image.requires_grad else None
 
     def __call__(self, vectors: TokenVectors) -> TokenVectors:
         # A map that does not look at the state, as with its input frozen, has no gradient at all.
@@ -55,6 +57,13 @@ class ExactProducts:
         pulled, cotangent = self._recorded
         (product,) = torch.autograd.grad((pulled * vectors).sum(), cotangent, retain_graph=True, materialize_grads=True)
         return product.detach()
+
+    def transposed(self, vectors: TokenVectors) -> TokenVectors:
+        """`J_i^T u_i` for every token i."""
+        if self._recorded is None:
+            return torch.zeros_like(vectors)
+        (product,) = torch.autograd.grad((self._image * vectors).sum(), self.point, retain_graph=True)
+        return product
 
 
 class DifferenceProducts:
@@ -114,7 +123,7 @@ class RitzValues:
 
 def arnoldi(
     product: Callable[[TokenVectors], TokenVectors], start: TokenVectors, spare: TokenVectors, products: int
-) -> Hessenberg:
+) -> tuple[Hessenberg, Basis]:
     """Run `products` steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
     section 6.2).
 
@@ -125,35 +134,36 @@ def arnoldi(
     - `spare`: vectors in general position; shifted around, they give directions to continue with where the space is
       closed under J before its dimension is reached. The subdiagonal entry is zero there, and all Ritz values hold.
 
-    Orthogonalised by classical Gram-Schmidt, twice, which keeps the basis orthogonal to rounding (Giraud et al. 2005).
+    Returns the coefficients and the first m vectors, orthogonalised by classical Gram-Schmidt, twice, which keeps them
+    orthogonal to rounding (Giraud et al. 2005).
     Memory: `products` times (token, width). Needs `products <= width`.
     """
     tokens, width = start.shape
-    basis = start.new_empty(products, tokens, width)
+    basis = start.new_empty(tokens, products, width)
     # A few numbers a token, on the CPU in float64: their eigenvalues are taken there, and would lose digits in float32.
     coefficients = torch.zeros(tokens, products + 1, products, dtype=torch.float64)
-    basis[0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
+    basis[:, 0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     largest = torch.zeros(tokens, dtype=start.dtype, device=start.device)
     roundoff = _INVARIANT * torch.finfo(start.dtype).eps
     for column in range(products):
-        image = product(basis[column])
+        image = product(basis[:, column])
         # Rounding is relative to the map, not to this image, which may be small: so what is new is held against the
         # largest image so far.
         largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=-1))
-        rest, along = _orthogonal(basis[: column + 1], image)
+        rest, along = _orthogonal(basis[:, : column + 1], image)
         length = torch.linalg.vector_norm(rest, dim=-1)
         closed = length <= roundoff * largest
-        coefficients[:, : column + 1, column] = along.T.double().cpu()
+        coefficients[:, : column + 1, column] = along.double().cpu()
         coefficients[:, column + 1, column] = length.masked_fill(closed, 0.0).double().cpu()
         if column + 1 < products:
             if bool(closed.any()):
                 # What is left is rounding, and so is its direction. Rolled, one spare vector a token is another one
                 # each time.
-                other, _ = _orthogonal(basis[: column + 1], spare.roll(column, dims=-1))
+                other, _ = _orthogonal(basis[:, : column + 1], spare.roll(column, dims=-1))
                 rest = torch.where(closed[:, None], other, rest)
                 length = torch.linalg.vector_norm(rest, dim=-1)
-            basis[column + 1] = rest / length[:, None]
-    return coefficients
+            basis[:, column + 1] = rest / length[:, None]
+    return coefficients, basis
 
 
 def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
@@ -182,12 +192,12 @@ def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:
     return RitzValues(values, residuals, errors)
 
 
-def _orthogonal(basis: Tensor, vectors: TokenVectors) -> tuple[TokenVectors, Tensor]:
-    """What of the vectors is orthogonal to the basis, (column, token, width), and their coefficients in it."""
+def _orthogonal(basis: Basis, vectors: TokenVectors) -> tuple[TokenVectors, Float[Tensor, "token column"]]:
+    """What of the vectors is orthogonal to the basis, and their coefficients in it."""
     along = torch.zeros(basis.shape[:2], dtype=vectors.dtype, device=vectors.device)
     # Once is not enough where most of a vector lies in the basis: what is left then has the rounding of what was taken.
     for _ in range(2):
-        again = torch.einsum("ktd,td->kt", basis, vectors)
-        vectors = vectors - torch.einsum("ktd,kt->td", basis, again)
-        along = along + again
+        again = basis @ vectors[..., None]
+        vectors = vectors - (again.mT @ basis)[:, 0]
+        along = along + again[..., 0]
     return vectors, along

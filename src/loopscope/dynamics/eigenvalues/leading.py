@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from loopscope._util.shapes import States, TokenIds, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import Products, TokenVectors, arnoldi, ritz_values
+from loopscope.dynamics.eigenvalues.normality import non_normality
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LinearisedRecurrence
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
@@ -45,20 +46,25 @@ def eigenvalues_near(
     # Of padding both parts are NaN, not the real one alone.
     values = torch.full(shape, complex(math.nan, math.nan), dtype=torch.complex128)
     residuals, errors = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
+    normality: dict[str, Tensor] = {}
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
     for block in near.linearised(state):
-        coefficients = arnoldi(
+        coefficients, basis = arnoldi(
             _announced(block.products, on_product), start[block.tokens], spare[block.tokens], products
         )
         ritz = ritz_values(coefficients, block.products.accuracy)
         tokens = block.tokens.cpu()
         values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
+        for name, found_there in non_normality(coefficients, ritz.values, basis, block.products).items():
+            whole = normality.setdefault(name, torch.full(mask.shape, torch.nan, dtype=torch.float64))
+            whole[tokens] = found_there
         derivatives.add(block.derivative)
     return Stability(
         eigenvalues=values.numpy(),
         residuals=residuals.numpy(),
         errors=errors.numpy(),
+        **{name: whole.numpy() for name, whole in normality.items()},
         relative_step=_numbers(relative_step(state, following), mask),
         moved=_numbers(relative_step(start_state, state), mask),
         searched=searched.cpu().numpy(),

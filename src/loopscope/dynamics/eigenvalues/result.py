@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Complex128, Float, Float64
@@ -62,6 +63,22 @@ class Stability:
     """`|J x - lambda x|` for the Ritz vector x of length one."""
     errors: Float64[ndarray, "prompt token pair"]
     """Estimated distance to an eigenvalue: the residual and the error of products, times the eigenvalue's condition."""
+    singular_value: Float64[ndarray, "prompt token"]
+    """Largest singular value of the token's own block, from below: what one recurrence may enlarge a disturbance by. By
+    differences, `krylov_singular_value`."""
+    krylov_singular_value: Float64[ndarray, "prompt token"]
+    """That of the block on the Krylov space, the largest factor by which one recurrence stretches a vector of it."""
+    krylov_departure: Float64[ndarray, "prompt token"]
+    """Henrici's number of the Krylov space, `sqrt(1 - sum |lambda|^2 / |H|^2)` in the Frobenius norm: 0 of a normal
+    matrix, 1 of a nilpotent one. That of the block with as many products as the width; with fewer mostly smaller, and
+    not 0 of each normal block, since part of a normal matrix need not be normal."""
+    noise_gain: Float64[ndarray, "prompt token"]
+    """Root mean square of the motion about the point that independent noise in every dimension keeps up, over that of
+    the noise: `sqrt(tr P / m)`, `P = H P H^T + 1`, in the Krylov space of m dimensions. At least 1; NaN where the
+    radius is 1 or more, since nothing comes to rest there."""
+    transient_growth: Float64[ndarray, "prompt token"]
+    """Largest factor by which a disturbance has grown after 1, 2, 4, ... recurrences, fewer than products were made:
+    of all for 1, of those in the Krylov space for more, and so from below."""
     relative_step: Float64[ndarray, "prompt token"]
     """`|F(x) - x| / |x|` at the point x: 0 at a fixed point."""
     moved: Float64[ndarray, "prompt token"]
@@ -106,23 +123,10 @@ class Stability:
         """Groups of prompts that were taken one after the other, with the same settings."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0]
-
-        def all_of(name: str) -> ndarray:
-            return np.concatenate([cast(ndarray, getattr(part, name)) for part in parts])
-
-        return cls(
-            eigenvalues=all_of("eigenvalues"),
-            residuals=all_of("residuals"),
-            errors=all_of("errors"),
-            relative_step=all_of("relative_step"),
-            moved=all_of("moved"),
-            searched=all_of("searched"),
-            mask=all_of("mask"),
-            point=all_of("point"),
-            recurrences=first.recurrences,
-            site=first.site,
-            derivative="differences" if any(part.derivative == "differences" for part in parts) else "exact",
-            dtype=first.dtype,
-            settings=first.settings,
-        )
+        arrays: dict[str, Any] = {
+            each.name: np.concatenate([getattr(part, each.name) for part in parts])
+            for each in dataclasses.fields(cls)
+            if isinstance(getattr(parts[0], each.name), ndarray)
+        }
+        differences = any(part.derivative == "differences" for part in parts)
+        return dataclasses.replace(parts[0], derivative="differences" if differences else "exact", **arrays)

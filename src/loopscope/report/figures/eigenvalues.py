@@ -249,6 +249,51 @@ def _radii(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
+def _growth(view: StudyView, settings: ReportSettings) -> Plot:
+    """What disturbances grow to, beside the radius that rules in the end."""
+    radius = spectral_radius(token_eigenvalues(view.dataset))
+    growth = view.dataset["transient_growth"].transpose("prompt", "token").values
+    kinds = view.dataset["predicted_kind"].transpose("prompt", "token").values
+    prompt, token = np.nonzero(np.isfinite(growth) & (radius < 1))
+    shown = _drawn_tokens(prompt.size)
+    marks: list[Mark] = []
+    for place, kind in enumerate(PREDICTED_KINDS):
+        of_kind = shown[kinds[prompt, token][shown] == place]
+        if of_kind.size:
+            colour, symbol = PREDICTED_LOOKS[kind]
+            marks.append(
+                Dots(
+                    x=radius[prompt, token][of_kind],
+                    y=growth[prompt, token][of_kind],
+                    name=str(kind),
+                    colour=colour,
+                    symbol=symbol,
+                    size=_POINT,
+                    opacity=_OPACITY,
+                    labels=_labels(view, prompt[of_kind], token[of_kind]),
+                    tip="{label}: radius {x:.3f}, growth {y:.2f}",
+                )
+            )
+    marks.append(Rule(y=1.0, name="no growth", dash="dot"))
+    return Plot(
+        question="Do small disturbances grow before they shrink?",
+        reading=(
+            "A point for each token whose own radius is below 1: the radius, and the largest factor by "
+            "which some disturbance of its state has grown after 1, 2, 4, ... recurrences, found from below. Every "
+            "disturbance dies out in the end; of the tokens above 1, some grow first. Of a normal matrix the two would "
+            f"be equal. The colour is what is predicted of the slowest token up to it.{_drawn_note(prompt.size)}"
+        ),
+        panels=[
+            Panel(
+                x=Axis(title="largest modulus of the token's eigenvalues"),
+                y=Axis(title="largest growth", scale="auto"),
+                marks=marks,
+                height=420,
+            )
+        ],
+    )
+
+
 def _damping(view: StudyView, settings: ReportSettings) -> Plot:
     """The damped loop's radius for every step size, over the tokens."""
     values = _at_fixed_points(view)
@@ -293,6 +338,13 @@ def _at_fixed_points(view: StudyView) -> NDArray[np.complex128]:
     return found
 
 
+def _no_growth(view: StudyView) -> str | None:
+    there = np.isfinite(view.dataset["transient_growth"].transpose("prompt", "token").values)
+    return (
+        None if (spectral_radius(token_eigenvalues(view.dataset))[there] < 1).any() else "no token's radius is below 1"
+    )
+
+
 def _no_fixed_point(view: StudyView) -> str | None:
     return None if len(_at_fixed_points(view)) else "no token stands at a fixed point"
 
@@ -324,6 +376,13 @@ STABILITY = (
         anchor="stability-radii",
         variables=_EIGENVALUES,
         unless=_no_fixed_point,
+    ),
+    FigureType(
+        name="stability-growth",
+        of=_growth,
+        anchor="stability-growth",
+        variables=("transient_growth", *_EIGENVALUES),
+        unless=_no_growth,
     ),
     FigureType(
         name="stability-damping",
