@@ -26,6 +26,7 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
         *_named("the number of prompts", few_prompts(view, criterion)),
         *_named("short prompts", short_prompts(view)),
         *_rounding(view, criterion),
+        *_predictability(view),
     ]
     named = list(dict.fromkeys(name for name, _ in found))
     sentences = [text for _, text in found]
@@ -134,3 +135,21 @@ def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     if criterion.floor_factor * floor > criterion.drift_tolerance:
         text += f" That is not far below, or above, the tolerance of {percent(criterion.drift_tolerance)}: use float32."
     return [("rounding", text)]
+
+
+def _predictability(view: StudyView) -> list[tuple[str, str]]:
+    """After how many recurrences a run that differs by rounding alone is another one."""
+    data = view.dataset
+    if not view.looped or "twin_parted" not in data:
+        return []
+    parted = data["twin_parted"].values
+    reached = parted[(parted > 0) & (parted <= max(view.recurrences, view.horizon))]
+    if not reached.size:
+        return []
+    tokens = f"{reached.size} of {plural(view.tokens, 'token')}"
+    text = (
+        f"In {tokens}, runs that differ by one rounding in each recurrence are a tenth of the norm apart after "
+        f"{median(reached):.0f} recurrences (median): later states are those of this run in {view.dtype}, and no "
+        "longer the model's."
+    )
+    return [("the horizon of predictability", text)]

@@ -54,9 +54,27 @@ class Settling(StrEnum):
 _ORDER = tuple(Settling)
 
 
+LOUD = 0.05
+"""Share of the norm from which on nobody would call it noise that a state is at rest in."""
+
+
 def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
-    """The relative step that rounding alone keeps up, dimensions (layer, prompt); NaN where it is not known."""
-    return data["noise_floor"].transpose("layer", "prompt")
+    """The relative step that rounding alone keeps up, dimensions (layer, prompt); NaN where it is not known.
+
+    What one recurrence makes, or, where a twin ran, what this model makes of it: the mean over tokens of the twin's
+    distance. Tokens whose twin parts have no noise floor: there rounding grows to what is no noise.
+    """
+    made = data["noise_floor"].transpose("layer", "prompt")
+    if "twin_floor" not in data:
+        return made
+    floor = data["twin_floor"].where((data["twin_floor"] < LOUD) & ~parts(data))
+    measured = floor.mean("token").transpose("layer", "prompt")
+    return measured.where(measured > made, made).fillna(measured)
+
+
+def parts(data: xarray.Dataset) -> xarray.DataArray:
+    """Whether a token's twin leaves it: its distance grows, three standard errors from not, (prompt, token)."""
+    return data["twin_growth"] > 3 * data["twin_growth_error"]
 
 
 def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:

@@ -326,6 +326,91 @@ def _noise_only(room: _Room) -> _Made:
     return np.zeros((room.length, room.width)), set(_FIXED), True, {}
 
 
+_LOUD = 0.03
+"""Noise of this share of the norm in a coarse dtype is no rest that anybody could tell from small motion."""
+
+
+def _noisy_mode(room: _Room) -> _Made:
+    """A point at which one mode near the unit circle, real or complex, amplifies what is new in each recurrence."""
+    rate = room.rng.uniform(0.8, 0.99)
+    mode = rate * np.exp(1j * room.rng.choice([0.0, math.pi, room.rng.uniform(0.2, 2.9)]))
+    kicks = room.rng.standard_normal((2, room.length + 400)) * room.noise / math.sqrt(2)
+    state, path = 0j, np.empty((room.length, 2))
+    for step, (one, other) in enumerate(kicks.T, -400):
+        state = mode * state + one + 1j * other
+        if step >= 0:
+            path[step] = state.real, state.imag
+    level = room.noise / math.sqrt(1 - rate**2)
+    return path @ room.directions(2), set(_FIXED), level <= _LOUD, {"rate": rate}
+
+
+def _non_normal(room: _Room) -> _Made:
+    """A contraction whose eigenvectors nearly coincide, which amplifies noise 3 to 100 times."""
+    size, gain, wanted = 6, 0.0, room.log_uniform(3.0, 100.0)
+    upper = np.triu(room.rng.standard_normal((size, size)), 1)
+    rates = np.diag(room.rng.uniform(0.5, 0.8, size))
+    scale = 0.05
+    while gain < wanted:
+        scale *= 1.1
+        matrix = rates + scale * upper
+        # Covariance of what noise of variance 1 is amplified to: the sum of the squares of all powers.
+        powers = np.stack([np.linalg.matrix_power(matrix, power) for power in range(80)])
+        gain = math.sqrt(float((powers**2).sum()) / size)
+    state, path = np.zeros(size), np.empty((room.length, size))
+    for step in range(-100, room.length):
+        state = matrix @ state + room.rng.standard_normal(size) * room.noise / math.sqrt(2 * size)
+        if step >= 0:
+            path[step] = state
+    return path @ room.directions(size), set(_FIXED), gain * room.noise <= _LOUD, {"gain": gain}
+
+
+def _power_law(room: _Room) -> _Made:
+    """An approach like (t + s)^-q, as at the edge of stability."""
+    power, shift = room.log_uniform(0.4, 3.0), room.log_uniform(1.0, room.length / 4)
+    size = room.log_uniform(0.1, 2.0)
+    path = size * ((1 + room.time() / shift) ** -power)[:, None] * room.directions(1)
+    moved = float(np.linalg.norm(path[-1] - path[room.length // 2]))
+    drifts = [room.time(), *(np.log(room.time() + start) for start in np.geomspace(1.0, 4.0 * room.length, 12))]
+    decidable = (room.separable(path, drifts) and room.visible(moved)) or moved <= 2 * room.noise
+    return path, set(_FIXED), decidable, {"power": power, "shift": shift}
+
+
+def _saddle_exit(room: _Room) -> _Made:
+    """It came near an unstable point, and leaves it."""
+    folds = room.log_uniform(4.0, 20.0)
+    rate = math.exp(folds / room.length)
+    end = room.log_uniform(0.02, 1.0)
+    path = end * (rate ** (room.time() - room.length + 1))[:, None] * room.directions(1) + _approach(room, 0.5)
+    return path, {Kind.DIVERGING}, room.visible(end * (1 - math.exp(-folds / 2))), {"rate": rate}
+
+
+def _intermittency(room: _Room) -> _Made:
+    """The logistic map just below its window of period 3: nearly periodic for long, with bursts."""
+    state, growth = room.rng.uniform(0.2, 0.8), 1 + math.sqrt(8) - room.log_uniform(1e-3, 1e-2)
+    path = np.empty((room.length, 1))
+    for step in range(-200, room.length):
+        state = growth * state * (1 - state)
+        if step >= 0:
+            path[step] = state
+    size = room.log_uniform(0.05, 1.0)
+    path = size * (path - path.mean()) / path.std() @ room.directions(1)
+    return path, {Kind.BOUNDED}, room.length >= 256 and size >= 60 * room.noise, {"size": size}
+
+
+def _invariant_curve(room: _Room) -> _Made:
+    """The closed curve beyond a Neimark-Sacker bifurcation: a rotation whose radius has settled, about no whole
+    period."""
+    turn = room.rng.uniform(0.35, 2.6)
+    state, path = 0.5 + 0j, np.empty((room.length, 2))
+    for step in range(-200, room.length):
+        state = state * np.exp(1j * (turn + 0.1 * abs(state) ** 2)) * (1.2 - 0.2 * abs(state) ** 2)
+        if step >= 0:
+            path[step] = state.real, state.imag
+    size = room.log_uniform(0.02, 1.0)
+    enough = room.length / 2 >= _PERIODS * 2 * math.pi / turn
+    return size * path @ room.directions(2), {Kind.ORBIT}, enough and room.visible(size), {"turn": turn}
+
+
 CASES: dict[str, Callable[[_Room], _Made]] = {
     "contraction": _contraction,
     "many modes": _many_modes,
@@ -340,6 +425,12 @@ CASES: dict[str, Callable[[_Room], _Made]] = {
     "random walk": _random_walk,
     "chaos": _chaos,
     "divergence": _divergence,
+    "noisy mode": _noisy_mode,
+    "non-normal": _non_normal,
+    "power law": _power_law,
+    "saddle exit": _saddle_exit,
+    "intermittency": _intermittency,
+    "invariant curve": _invariant_curve,
 }
 """The default mix: all of them, equally often."""
 
