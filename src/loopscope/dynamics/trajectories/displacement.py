@@ -26,6 +26,8 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_LONG = 64
+"""Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _LOUD = 0.05
 """Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
@@ -161,6 +163,20 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
     kind = limit_of(motion.shape, settings)
     if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
         return _drifting(motion, settings)
+    if kind == Kind.SLIDER and not approaches and motion.shrinking >= settings.shrinking_late:
+        # Curves bend like an approach whose steps shrink as a power of time since some moment.
+        if motion.slowing >= settings.adds_up:
+            reason = (
+                f"It approaches a point: its steps shrink like time to the power -{motion.slowing:.2g}, which adds up "
+                "to a limit."
+            )
+            return _Finding(Kind.FIXED_POINT, reason, motion)
+        if motion.slowing > settings.slowing:
+            reason = (
+                f"Its steps shrink like time to the power -{motion.slowing:.2g}: too near to -1 to tell whether they "
+                "add up to a limit."
+            )
+            return _Finding(Kind.UNKNOWN, reason, motion)
     # Steps that shrink contradict a motion that goes on, and those of an orbit are as long at the end as at the start.
     contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
         not 1 / settings.even <= motion.evenness <= settings.even
@@ -346,9 +362,12 @@ def _verdict(finding: _Finding) -> Verdict:
     orbits, slides = finding.kind == Kind.ORBIT, finding.kind == Kind.SLIDER
     described = shape is not None and finding.shaped and finding.kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.DIVERGING)
     nan = float("nan")
+    reason = finding.reason
+    if motion.window < _LONG and finding.kind != Kind.UNKNOWN:
+        reason = f"So far, in {motion.window} recurrences: {reason[0].lower()}{reason[1:]}"
     return Verdict(
         kind=finding.kind,
-        reason=finding.reason,
+        reason=reason,
         method="displacement",
         floor=_floor(finding),
         level=motion.level,

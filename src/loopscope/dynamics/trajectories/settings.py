@@ -36,7 +36,7 @@ class DisplacementSettings:
     hovers at 6 to 12 times its rounding; a mode with eigenvalue 0.99 amplifies white noise sevenfold."""
     gain: Positive = 10_000.0
     """Rounding that a contraction amplifies makes motion of up to this multiple of it."""
-    new: Positive = 12.0
+    new: Positive = 16.0
     """Such motion has no more new in a recurrence, that the last one does not foretell, than this multiple of the
     rounding: a recurrence rounds more than once, but not a hundred times."""
     least_new: Positive = 0.8
@@ -82,6 +82,8 @@ class DisplacementSettings:
     slowing: Positive = 1.1
     """Steps that follow (t + s)^-a have no limit if a is at most 1; this much is allowed for the fit. Looked at where
     no approach fits exactly, since exponentials come near to a logarithm."""
+    adds_up: Positive = 1.25
+    """And from this power on they have one. Between the two it cannot be told."""
     one_way: Positive = 1.5
     """Exponent that the mean squared displacement of such steps has at least, between lags W/4 and W/2."""
     ballistic: Positive = 1.7

@@ -361,7 +361,8 @@ def _non_normal(room: _Room) -> _Made:
         state = matrix @ state + room.rng.standard_normal(size) * room.noise / math.sqrt(2 * size)
         if step >= 0:
             path[step] = state
-    return path @ room.directions(size), set(_FIXED), gain * room.noise <= _LOUD, {"gain": gain}
+    # Its swings last up to 30 recurrences: a shorter tail may hold no more than one of them.
+    return path @ room.directions(size), set(_FIXED), gain * room.noise <= _LOUD and room.length >= 128, {"gain": gain}
 
 
 def _power_law(room: _Room) -> _Made:
@@ -381,7 +382,8 @@ def _saddle_exit(room: _Room) -> _Made:
     rate = math.exp(folds / room.length)
     end = room.log_uniform(0.02, 1.0)
     path = end * (rate ** (room.time() - room.length + 1))[:, None] * room.directions(1) + _approach(room, 0.5)
-    return path, {Kind.DIVERGING}, room.visible(end * (1 - math.exp(-folds / 2))), {"rate": rate}
+    # Rounding that a slow mode amplifies would seem to leave as well, if not so far.
+    return path, {Kind.DIVERGING}, end * (1 - math.exp(-folds / 2)) >= 60 * room.noise, {"rate": rate}
 
 
 def _intermittency(room: _Room) -> _Made:
