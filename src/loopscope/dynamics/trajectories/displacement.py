@@ -313,7 +313,7 @@ def _amplified(motion: Motion, settings: DisplacementSettings) -> bool:
 def _seems(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
     """Amplified rounding would seem to have such a shape: over a window that is no longer than its memory, a mode that
     noise drives turns, drifts or grows, but leaves more than a true one does."""
-    most = settings.unexplained_mode * motion.window / 64 * (2 if kind == Kind.SLIDER else 1)
+    most = settings.unexplained_mode * (motion.window / 32 if kind == Kind.SLIDER else 1)
     left = motion.unexplained > most or motion.noise > settings.memory * motion.innovation
     return _amplified(motion, settings) and left
 

@@ -18,6 +18,7 @@ from loopscope.dynamics.trajectories.states import (
     as_states,
     check_axes,
     check_dtype,
+    computed_dtype,
     known_dtype,
     rounding_step,
     stored_dtype,
@@ -52,8 +53,9 @@ def judge(
     `states` has the axes (token, recurrence, width), or (recurrence, width) for one token: the states of one site, such
     as the output of the last recurrent layer, one a recurrence. `dtype` is the one that the *model* ran in, whatever
     the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding, below which
-    no motion is seen. (If the array is stored in a coarser one, that counts.) `first_recurrence` is the index of the
-    first state, if the beginning was cut off. `settings` are those of the method, its defaults unless given.
+    no motion is seen. (If the array is stored in a coarser one, or every number of it is one of a coarser one, that
+    counts, and the reasons say so.) `first_recurrence` is the index of the first state, if the beginning was cut off.
+    `settings` are those of the method, its defaults unless given. `noise` is what was measured of each token's noise.
     `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that these do
     not share; it takes most of the same time again. `progress` receives how many tokens were judged since the last
     time.
@@ -78,7 +80,8 @@ def judge(
     if check_order:
         check_axes(tensor)
     declared = check_dtype(dtype)
-    coarse = max(declared, known_dtype(stored_dtype(tensor), otherwise=declared), key=rounding_step)
+    found = computed_dtype(tensor) or known_dtype(stored_dtype(tensor), otherwise=declared)
+    coarse = max(declared, found, key=rounding_step)
     finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
     if not bool(finite.any()):
         raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
@@ -89,11 +92,15 @@ def judge(
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
         measured = None if noise is None else noise.take(rows)
-        found = _judge(tensor[rows], coarse, chosen, first_recurrence, try_window, measured)
-        for token, verdict in zip(rows.tolist(), found, strict=True):
+        some = _judge(tensor[rows], coarse, chosen, first_recurrence, try_window, measured)
+        for token, verdict in zip(rows.tolist(), some, strict=True):
             verdicts[token] = verdict
         progress(len(rows))
-    return [verdict for verdict in verdicts if verdict is not None]
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    if coarse == declared:
+        return judged
+    doubt = f" (The dtype is given as {declared}, but every number is one of {coarse}, which they are judged as.)"
+    return [dataclasses.replace(verdict, reason=verdict.reason + doubt) for verdict in judged]
 
 
 def _judge(

@@ -59,8 +59,8 @@ class DisplacementSettings:
     unexplained_small: _Share = 0.12
     """The same for other motion, which noise alone may seem to show."""
     unexplained_mode: _Share = 0.03
-    """The same for an orbit or divergence, and twice as much for a slider, of which no more is new in a recurrence than
-    rounding makes, in a window of 64; in proportion to it in others: what noise drives forgets."""
+    """The same for an orbit or divergence of which no more is new in a recurrence than rounding makes; for a slider in
+    a window of 32, and in proportion to it in others: what noise drives forgets."""
     memory: Positive = 4.0
     """And what such a motion leaves is at most this multiple of what is new in a recurrence."""
     unexplained_structure: _Share = 0.002

@@ -49,6 +49,21 @@ def stored_dtype(states: Tensor) -> str:
     return str(states.dtype).removeprefix("torch.")
 
 
+def computed_dtype(states: Tensor) -> Dtype | None:
+    """The narrower dtype that every number of float32 states is one of, as if they had been computed in it and stored
+    wider; None where there is none, or too few numbers to tell."""
+    if states.dtype != torch.float32 or states.numel() < _FROM**2:
+        return None
+    some = states.reshape(-1)[:: max(1, states.numel() // 2**20)]
+    if len(some.unique()) < _FROM**2:
+        return None
+    narrower: Dtype
+    for narrower in ("bfloat16", "float16"):
+        if torch.equal(some.to(getattr(torch, narrower)).to(some.dtype), some):
+            return narrower
+    return None
+
+
 def rounding_step(dtype: Dtype) -> float:
     """The relative step between two states that differ by one rounding each and by nothing else.
 
