@@ -103,6 +103,10 @@ def _cosine(x: Array, y: Array) -> Array:
     return np.asarray((x * y).sum(-1) / (_norm(x) * _norm(y)))
 
 
+def _cosine_distance(x: Array, y: Array) -> Array:
+    return _norm(x / _norm(x)[..., None] - y / _norm(y)[..., None]) ** 2 / 2
+
+
 def _compared(site: Array, before: Array | None, settings: AnalyzeSettings) -> dict[str, Array]:
     """(recurrence, token) for the states of one site, (recurrence, token, width); `before` them is another state."""
     first, second = site[settings.horizon - 1], site[2 * settings.horizon - 1]
@@ -112,13 +116,13 @@ def _compared(site: Array, before: Array | None, settings: AnalyzeSettings) -> d
     return {
         "successive_difference": _norm(now - previous),
         "relative_step": _norm(now - previous) / _norm(now),
-        "cosine_to_previous": _cosine(now, previous),
+        "cosine_distance_to_previous": _cosine_distance(now, previous),
         "distance_to_horizon": _norm(now - first),
         "relative_distance": _norm(now - first) / _norm(first),
-        "cosine_to_horizon": _cosine(now, first[None]),
+        "cosine_distance_to_horizon": _cosine_distance(now, first[None]),
         "distance_to_second_horizon": _norm(now - second),
         "relative_distance_second_horizon": _norm(now - second) / _norm(second),
-        "cosine_to_second_horizon": _cosine(now, second[None]),
+        "cosine_distance_to_second_horizon": _cosine_distance(now, second[None]),
         "residual_norm": _norm(now),
     }
 
@@ -137,7 +141,7 @@ def _steps_and_distances(states: _States, settings: AnalyzeSettings) -> dict[str
     found["norm_growth"] = (("layer", "recurrence"), norm / norm[:, :1])
     loop_state = _compared(states.carried[1:], states.carried[0], settings)
     for name in by_layer[0]:
-        if name not in ("distance_to_second_horizon", "cosine_to_second_horizon"):
+        if name not in ("distance_to_second_horizon", "cosine_distance_to_second_horizon"):
             both = np.array([by_layer[-1][name], loop_state[name]])
             found[f"token_{name}"] = (("site", "recurrence", "token"), both)
     return found
@@ -175,9 +179,9 @@ def _paths(subject: NativeSubject, prompt: list[int], states: _States, settings:
         mine = states.layers[: settings.recurrences, layer]
         theirs = np.array([_array(trace.residual("recurrent", layer, t)) for t in range(settings.recurrences)])
         distances.append((_norm(mine - theirs) / ((_norm(mine) + _norm(theirs)) / 2)).mean(-1))
-        cosines.append(_cosine(mine, theirs).mean(-1))
+        cosines.append(_cosine_distance(mine, theirs).mean(-1))
     dims = ("layer", "recurrence")
-    return {"path_distance": (dims, np.array(distances)), "path_cosine": (dims, np.array(cosines))}
+    return {"path_distance": (dims, np.array(distances)), "path_cosine_distance": (dims, np.array(cosines))}
 
 
 def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:

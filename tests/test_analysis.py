@@ -181,7 +181,7 @@ def test_a_rotation_is_an_orbit_that_never_gets_nearer() -> None:
     np.testing.assert_allclose(found["norm_growth"], 1.0, rtol=1e-6)
     # One step is the chord of a sixth of a circle, which is as long as its radius.
     np.testing.assert_allclose(found["relative_step"][:, 1:], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(found["cosine_to_previous"][:, 1:], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["cosine_distance_to_previous"][:, 1:], 0.5, rtol=1e-6)
     away = found["relative_distance"].transpose("recurrence", "layer", "prompt").values
     np.testing.assert_allclose(away[6:12], away[:6], atol=1e-6)
     np.testing.assert_allclose(away[12:], away[:6], atol=1e-6)
@@ -222,7 +222,8 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
     options: dict[str, Any] = {"recurrences": recurrences, "horizon": horizon, "horizon_method": method}
     found = analyze(diverging(), prompts, **options, track=("0:0", "1:0")).dataset
     alone = analyze(diverging(), [[1, 2]], **options, track=("0:0",)).dataset
-    # The norm is about 100^(t + 1), and overflows when its square does, beyond 3.4e38.
+    # The norm is about 100^(t + 1). A prompt has diverged when the square of that overflows, beyond 3.4e38; its state,
+    # whose norm is measured in float64, does so later.
     assert found["diverged_at"].values.tolist() == [9, -1, 9]
     for name in set(found.data_vars) - {"cycle_similarity"}:
         if "prompt" in found[name].dims:
@@ -231,13 +232,13 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
             np.testing.assert_allclose(mine.values, theirs.values, rtol=1e-5, atol=1e-5, err_msg=name)
     norm = found["residual_norm"].isel(prompt=0).values
     np.testing.assert_allclose(norm[:, 2:6] / norm[:, 1:5], 100.0, rtol=0.02)
-    assert not np.isfinite(norm[:, 9:]).any()
+    assert not np.isfinite(norm[:, 19:]).any()
     if recurrences > 20:
         assert np.isnan(found["trajectory"].sel(tracked=0)).all()
     assert np.isfinite(found["trajectory"].sel(tracked=1)).all()
     # What is far away stays so: no distance to a horizon that does not exist looks like an arrival.
     if horizon > 10:
-        assert not np.isfinite(found["relative_distance"].isel(prompt=0).values[:, :6]).any()
+        assert not (found["relative_distance"].isel(prompt=0).values[:, :6] < 0.99).any()
 
 
 def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> None:

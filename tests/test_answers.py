@@ -265,7 +265,7 @@ def test_loss_against_recurrences(loss: object, verdict: str, outcome: Outcome) 
 
 def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     study = looped_study(contracting())
-    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "trajectory"]
+    parts = ["path_distance", "path_cosine_distance", "loss", "noise_floor", "cycle_similarity", "trajectory"]
     found = answers(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)))
     assert found["fixed_point"].outcome is Outcome.YES
     assert found["initial_state"].verdict == "not measured"

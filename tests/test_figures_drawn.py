@@ -76,25 +76,20 @@ def medians(array: xarray.DataArray) -> Array:
     return np.asarray(np.median(array.transpose(..., "prompt").values, axis=-1), dtype=np.float64)
 
 
-CONVERGENCE: dict[str, list[tuple[str, bool]]] = {
-    "step": [("successive_difference", False), ("relative_step", False)],
-    "distance": [
-        ("distance_to_horizon", False),
-        ("relative_distance", False),
-        ("relative_distance_second_horizon", False),
-    ],
-    "direction": [("cosine_to_previous", True), ("cosine_to_horizon", True)],
-    "norm": [("residual_norm", False), ("norm_growth", False)],
-    "path-independence": [("path_distance", False), ("path_cosine", True)],
+CONVERGENCE: dict[str, list[str]] = {
+    "step": ["successive_difference", "relative_step"],
+    "distance": ["distance_to_horizon", "relative_distance", "relative_distance_second_horizon"],
+    "direction": ["cosine_distance_to_previous", "cosine_distance_to_horizon"],
+    "norm": ["residual_norm", "norm_growth"],
+    "path-independence": ["path_distance", "path_cosine_distance"],
 }
 
 
 @pytest.mark.parametrize("name", CONVERGENCE)
 def test_curves_by_layer_are_medians_over_prompts(study: Study, name: str) -> None:
     figure = draw_figure(study, f"{name}-by-layer")
-    for axes, (variable, one_minus) in zip(panels(figure), CONVERGENCE[name], strict=True):
+    for axes, variable in zip(panels(figure), CONVERGENCE[name], strict=True):
         wanted = medians(study.dataset[variable])
-        wanted = 1 - wanted if one_minus else wanted
         for layer in range(LAYERS):
             x, y = line(axes, str(layer))
             np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
@@ -128,6 +123,20 @@ def test_a_band_of_one_minus_cosine_has_its_edges_the_right_way_round(study: Stu
             heights = corners[corners[:, 0] == count, 1]
             _, y = line(axes, str(LAYERS - 1))
             assert heights.min() <= y[count - 1] <= heights.max()
+
+
+def test_a_study_that_has_cosines_alone_draws_their_distance_from_one(study: Study) -> None:
+    data = study.dataset
+    names = {name: name.replace("cosine_distance", "cosine") for name in map(str, data) if "cosine_distance" in name}
+    cosines = {old: 1 - data[name].astype(np.float64) for name, old in names.items()}
+    for name in cosines:
+        if name.endswith("_quantile"):  # the levels of a cosine run the other way
+            cosines[name] = cosines[name].copy(data=cosines[name].values[::-1])
+    older = dataclasses.replace(study, dataset=data.drop_vars(names).assign(cosines))
+    for now, before in zip(*(panels(draw_figure(each, "direction-by-layer")) for each in (study, older)), strict=True):
+        for layer in range(LAYERS):
+            np.testing.assert_allclose(line(before, str(layer)), line(now, str(layer)), atol=1e-7)
+        np.testing.assert_allclose(band(before), band(now), atol=1e-6)
 
 
 def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:

@@ -120,7 +120,7 @@ def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
 
 
 PARTS: Mapping[Part, set[str]] = {
-    "path-independence": {"path_distance", "path_cosine"},
+    "path-independence": {"path_distance", "path_cosine_distance"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
     "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},

@@ -110,10 +110,10 @@ class Horizons(Measure):
         return self._attention[layer]
 
     def norm(self, place: int, layer: int) -> Tensor:
-        """Norms of `layer(place, layer)`, (batch, token)."""
+        """Norms of `layer(place, layer)`, (batch, token), in float64."""
         key = (place, layer)
         if key not in self._norms:
-            self._norms[key] = residual_norm(self.layer(place, layer))
+            self._norms[key] = residual_norm(self.layer(place, layer).double())
         return self._norms[key]
 
     def result(self) -> xr.Dataset:

@@ -102,11 +102,10 @@ class Curve:
         return np.concatenate([self.prelude, loop, *last], axis=1)
 
 
-def state_curve(view: StudyView, name: str, *, one_minus: bool = False) -> Curve:
+def state_curve(view: StudyView, name: str) -> Curve:
     """A variable with dimensions (layer, recurrence, prompt): median over prompts.
 
     The band is the study's quantiles over tokens, medians over prompts; of a variable that has none there is no band.
-    `one_minus` turns a cosine into its distance from 1.
     """
     middle = view.median(name)
     edges = [xarray.full_like(middle, np.nan)] * 2
@@ -114,7 +113,7 @@ def state_curve(view: StudyView, name: str, *, one_minus: bool = False) -> Curve
         quantiles = view.variable(f"{name}_quantile")
         edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)) for level in BAND_LEVELS]
     values = _stacked([edges[0], middle, edges[1]], ("layer", "recurrence"))
-    return _of_block(view, 1 - values[::-1] if one_minus else values, "90 % of the tokens")
+    return _of_block(view, values, "90 % of the tokens")
 
 
 def attention_curve(view: StudyView, name: str) -> Curve:
