@@ -57,9 +57,9 @@ def cosine_distance(states: Vectors, reference: Vectors) -> Values:
 def distances(states: Vectors, norm: Values, reference: Vectors, reference_norm: Values) -> tuple[Values, Values]:
     """`||x - y||` and `1 - cos` of x and y with their norms, of which `states` and `norm` are in float64.
 
-    With `d = x - y` and `a = ||x|| - ||y|| = (2 d.x - ||d||^2) / (||x|| + ||y||)`, which is right to rounding of d, `1 -
-    cos = (||d||^2 - a^2) / (2 ||x|| ||y||)`. Its relative error is 1e-16 times the square of `||d||` over the part of d
-    across x: small unless nearly all of the movement is along the state.
+    With `d = x - y` and `a = ||x|| - ||y|| = (2 d.x - ||d||^2) / (||x|| + ||y||)`, which is right to rounding of d,
+    `1 - cos = (||d||^2 - a^2) / (2 ||x|| ||y||)`. Its relative error is 1e-16 times the square of `||d||` over the part
+    of d across x: small unless nearly all of the movement is along the state.
     """
     difference = states - reference
     away: Tensor = torch.linalg.vector_norm(difference, dim=-1)
