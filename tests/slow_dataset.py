@@ -156,6 +156,9 @@ def _at_the_horizons(states: _States, settings: AnalyzeSettings) -> dict[str, Na
     drift = _norm(second - first) / _norm(second)
     pairs = _cosine(first[:, None], first[None])
     degeneracy = pairs[0, 1:].min(0).mean() if len(first) > 1 else np.nan
+    tokens = first.shape[1]
+    half = [(place + tokens // 2) % tokens for place in range(tokens)]
+    unrelated = _cosine(first[1:, half], first[0]).min(0).mean() if len(first) > 1 and tokens > 1 else np.nan
     return {
         "horizon_drift": (("layer",), drift.mean(-1)),
         "horizon_drift_cosine": (("layer",), _cosine(first, second).mean(-1)),
@@ -165,6 +168,7 @@ def _at_the_horizons(states: _States, settings: AnalyzeSettings) -> dict[str, Na
         "token_horizon_drift": (("site", "token"), np.array([drift[-1], loop_drift])),
         "layer_cosine": (("layer", "layer_other"), pairs.mean(-1)),
         "degeneracy": ((), np.array(degeneracy)),
+        "unrelated_degeneracy": ((), np.array(unrelated)),
     }
 
 

@@ -41,19 +41,27 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     """Judge by the least similar layer: the smallest cosine of its state at the horizon with that of layer 0."""
     settled = common_settling(view, criterion)
     values = view.finite["degeneracy"].values
+    shared = shares_point(view.finite, criterion)[np.isfinite(values)]
     values = values[np.isfinite(values)]
-    same = Share(int((values > criterion.degenerate_cosine).sum()), len(values))
+    judged = shared[np.isfinite(shared)]
+    same = Share(int(judged.sum()), len(judged))
     needed = criterion.prompts_needed
 
     limits: list[str] = []
     evidence: Evidence = {}
+    unrelated = median(_unrelated(view.finite))
     if len(values):
         evidence = {
             "smallest_cosine_to_layer_0": median(values),
             "range_over_prompts": f"{values.min():.3f} to {values.max():.3f}",
+            "the_same_between_unrelated_tokens": unrelated,
             "prompts_with_one_shared_point": str(same),
         }
-    cosine = f"the least similar layer has cosine {median(values):.3f} with layer 0"
+    cosine = f"the least similar layer has cosine {median(values):.4g} with layer 0"
+    if math.isfinite(unrelated):
+        cosine += f", and {unrelated:.3g} with that of a token half a prompt away"
+    elif len(values):
+        limits.append("There are no unrelated tokens to hold the layers against: right angles stand in for them.")
     if view.recurrent == 1:
         outcome, verdict = Outcome.NOT_APPLICABLE, "only one layer"
         sentence = "The recurrent block has a single layer, so there is only one point."
@@ -67,6 +75,11 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = (
             f"Cannot tell: the layers have not settled by the horizon. There {cosine} (median over prompts; all layers "
             f"within one direction in {same})."
+        )
+    elif not len(judged):
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
+        sentence = (
+            f"Cannot tell: unrelated tokens share one direction too. At the horizon {cosine} (median over prompts)."
         )
     elif same.value >= needed:
         outcome, verdict = Outcome.NO, "all share the same one"
@@ -86,6 +99,21 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     if outcome is not Outcome.NOT_APPLICABLE and settled is Settling.DIRECTION_ONLY:
         limits.append("Only directions have settled; a cosine does not see that the norms differ.")
     return POINTS.says(outcome, verdict, sentence, evidence, limits)
+
+
+def shares_point(data: xarray.Dataset, criterion: Criterion) -> NDArray[np.float64]:
+    """Of each prompt: 1 if all layers share one point, 0 if not, NaN where tokens that have nothing to do with each
+    other share one too, so that nothing can be told. Right angles stand in where there are no such tokens."""
+    apart, unrelated = 1 - data["degeneracy"].values, 1 - np.nan_to_num(_unrelated(data))
+    shared = (apart <= criterion.degenerate_share * unrelated).astype(np.float64)
+    return np.where((unrelated > criterion.degenerate_share) & np.isfinite(apart), shared, np.nan)
+
+
+def _unrelated(data: xarray.Dataset) -> NDArray[np.float64]:
+    """The least cosine of layers at unrelated tokens; NaN where a prompt has one token, and in older studies."""
+    if "unrelated_degeneracy" not in data:
+        return np.full(data.sizes["prompt"], np.nan)
+    return data["unrelated_degeneracy"].values.astype(np.float64)
 
 
 def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:

@@ -84,6 +84,20 @@ def degeneracy(states: LayerVectors) -> Values:
     return cosine(states[1:], states[0].expand_as(states[1:])).amin(0)
 
 
+def unrelated_degeneracy(
+    states: Float[Tensor, "layer batch token width"], counts: Tensor
+) -> Float[Tensor, "batch token"]:
+    """The same between layer 0 at a token and the other layers at the token half a prompt away: what states that have
+    nothing to do with each other show in this model. `counts` are the prompts' tokens; NaN for a prompt of one."""
+    if states.shape[0] == 1:
+        return degeneracy(states)
+    place = torch.arange(states.shape[2], device=states.device)
+    other = (place + counts[:, None] // 2) % counts[:, None]
+    away = states[1:].gather(2, other[None, :, :, None].expand_as(states[1:]))
+    found = cosine(away, states[0].expand_as(away)).amin(0)
+    return found.masked_fill(counts[:, None] == 1, torch.nan)
+
+
 def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) -> Quantiles:
     """Quantiles over the first `counts` entries of the last dimension, interpolated linearly (numpy's default).
 
