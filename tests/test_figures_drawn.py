@@ -146,8 +146,8 @@ def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
     assert labels(axes)[: len(picked)] == [str(count) for count in picked]
     for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
         x, y = line(axes, str(count))
-        # (1, 3, 1): the block's layers end at 2, 3 and 4 of 5 layers.
-        np.testing.assert_allclose(x, [40, 60, 80])
+        # (1, 3, 1): the block's layers are the middle three of 5, of which the first is at 0 and the last at 100.
+        np.testing.assert_allclose(x, [25, 50, 75])
         np.testing.assert_allclose(y, wanted[:, count - 1])
         (drawn,) = [line for line in axes.lines if line.get_label() == str(count)]
         assert drawn.get_color() == colour
@@ -305,7 +305,7 @@ def test_stages_in_all_layouts(study: Study) -> None:
         assert labels(axes) == ["1", "2", "3", "4", "prelude, coda", "prelude, coda"]
         np.testing.assert_allclose(line(axes, "3")[1], loop[2], rtol=1e-6)
         outer = [drawn for drawn in axes.lines if drawn.get_label() == "prelude, coda"]
-        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [20, 100]
+        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [0, 100]
         values = [float(np.asarray(drawn.get_ydata())[0]) for drawn in outer]
         np.testing.assert_allclose(values, wanted[[0, -1]], rtol=1e-6)
 
@@ -534,3 +534,13 @@ def test_powers_of_ten_are_few_and_even() -> None:
     assert decade_ticks(-7.2, 0.3) == [-7, -5, -3, -1]
     assert decade_ticks(-2.0, 0.0) == [-2, -1, 0]
     assert len(decade_ticks(-300.0, 300.0)) <= 7
+
+
+def test_a_study_and_a_comparison_put_the_same_layers_in_the_same_place() -> None:
+    shallow = staged_study([OTHER] * 3, (2, 4, 2), model="looped", trained=2)
+    own = panels(draw_figure(shallow, "concentration-by-recurrence"))[0]
+    beside = panels(draw_figure(compare([staged_study(SHAPE, model="ff"), shallow]), "compared-concentration"))[0]
+    everywhere = np.concatenate([np.asarray(drawn.get_xdata(), dtype=np.float64) for drawn in own.lines])
+    block = line(own, "2")[0]
+    np.testing.assert_allclose(block, line(beside, "2")[0][2:6])
+    np.testing.assert_allclose(np.unique(everywhere), np.linspace(0, 100, 8))

@@ -229,10 +229,6 @@ class StudyView:
         """The tokens of a prompt, as text."""
         return [str(token) for token in self.study.tokens[prompt]["token_strings"]]
 
-    def depth_percent(self, layer: int) -> float:
-        """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
-        return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
-
 
 def view_study(study: Study) -> StudyView:
     """Read what answers and figures need.
