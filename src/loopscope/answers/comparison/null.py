@@ -20,8 +20,8 @@ NULLS = ("shuffled layers", "random phases", "bent depth")
 _MOST_SMOOTH = 1999
 """Curves of each smooth null; an error of 0.005 of a p-value of 0.05."""
 _BEND = 2.5
-"""Depth is bent by powers between this and its inverse. With 2.5 pairs of curves that are powers of depth, drawn between
-1/4 and 4, are alike in 4 to 6 % of pairs, with 3 in 5 to 7 %; less bending finds less of what is there."""
+"""Depth is bent by powers between this and its inverse. With 2.5, curves that are powers of depth, drawn between 1/4
+and 4, are alike in 4 to 6 % of pairs, with 3 in 5 to 7 %; with less bending less is found of what is there."""
 _RESAMPLED, _AT_A_TIME = 200, 25
 """Draws of prompts, from which an interval comes, and how many of them are in memory."""
 _FLAT = 1e-6
