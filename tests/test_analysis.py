@@ -12,7 +12,10 @@ import torch
 import xarray
 
 from loopscope import AnalyzeSettings, analyze, capture
+from loopscope.analysis.job import SilentProgress
+from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
+from loopscope.models import loading
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from slow_dataset import slow_dataset
@@ -239,6 +242,23 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
     # What is far away stays so: no distance to a horizon that does not exist looks like an arrival.
     if horizon > 10:
         assert not (found["relative_distance"].isel(prompt=0).values[:, :6] < 0.99).any()
+
+
+def test_auto_takes_float64_for_a_small_model_on_a_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    settings = AnalyzeSettings(recurrences=2, horizon=2, dtype="auto", device="cpu", skip=parts_except())
+    study = analyze("demo:injected", [[1, 2]], settings=settings, progress=Notes())
+    assert study.manifest["settings"]["dtype"] == "float64"
+    assert study.dataset["token_relative_step"].dtype == np.float64
+    assert "demo:injected runs in float64 (--dtype auto)." in notes
+    monkeypatch.setattr(loading, "_AUTO_FLOAT64", 1000)
+    assert loading.load("demo:injected", dtype="auto", device="cpu").info.dtype == "float32"
+    assert analyze(subject(), [[1, 2]], settings=settings).manifest["settings"]["dtype"] == "float32"
 
 
 def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> None:
