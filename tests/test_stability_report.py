@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_a_stable_fixed_point(settles: Study) -> None:
     assert answer.evidence["smallest_stability_margin"] == pytest.approx(0.4, rel=1e-5)
     assert answer.evidence["predicted_minus_observed_median_absolute"] == pytest.approx(0, abs=1e-5)
     assert f"{TOKENS} of {TOKENS} verdicts confirm the prediction" in answer.sentence
+
+
+def test_rates_that_show_the_transient_are_said_to(settles: Study) -> None:
+    assert not any("Observed rates lie" in limit for limit in answer_of(settles).limits)
+    assert "within their uncertainty in 100 % of" in answer_of(settles).sentence.replace("\u00a0", " ")
+    data = settles.dataset.assign(observed_rate=settles.dataset["observed_rate"] + 0.05)
+    answer = answer_of(dataclasses.replace(settles, dataset=data))
+    assert any("Observed rates lie 0.05 above the predicted ones" in limit for limit in answer.limits)
 
 
 def test_a_fixed_point_that_repels(turns: Study) -> None:

@@ -48,10 +48,12 @@ def load(
     docs/adding-a-family.md.
 
     `dtype` is float32, float64, bfloat16 or float16, or `auto`: float64 for a model of less than 50 million parameters
-    on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one. Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly,
-    `PromptError` for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision
-    of something that is not on the hub, `MissingDependencyError` for a hub name without the extra `hub`, and
-    `StorageError` where the disk is too full for a download.
+    on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one.
+
+    Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly, `PromptError`
+    for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision of something
+    that is not on the hub, `MissingDependencyError` for a hub name without the extra `hub`, and `StorageError` where
+    the disk is too full for a download.
     """
     if dtype not in (*_DTYPES, "auto"):
         raise ConfigError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}.")
