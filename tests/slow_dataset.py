@@ -412,9 +412,20 @@ def _maps(subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: An
 def _neurons(subject: NativeSubject) -> dict[str, Named]:
     model = subject.model
     tokens = (model.embedding if model.head is None else model.head).weight.detach().double().numpy()
+    gain = model.norm.weight.detach().double().numpy()
+    layers = (*model.prelude, *model.recurrent, *model.coda)
+    writes = [layer.mlp.down.weight.detach().double().numpy().T for layer in layers]
+    behind = [
+        layer.norm_4.weight.detach().double().numpy() if list(layer.norm_4.parameters()) else 1 for layer in layers
+    ]
+    found = _neurons_of(writes, tokens)
+    folded = _neurons_of([w * n for w, n in zip(writes, behind, strict=True)], tokens * gain - (tokens * gain).mean(0))
+    return found | {f"folded_{name}": values for name, values in folded.items()}
+
+
+def _neurons_of(writes: list[Array], tokens: Array) -> dict[str, Named]:
     kurtosis, skew = [], []
-    for layer in (*model.prelude, *model.recurrent, *model.coda):
-        output = layer.mlp.down.weight.detach().double().numpy().T
+    for output in writes:
         cosines = output @ tokens.T / (_norm(output)[:, None] * _norm(tokens))
         standard = (cosines - cosines.mean(-1, keepdims=True)) / cosines.std(-1, keepdims=True)
         kurtosis.append((standard**4).mean(-1))

@@ -348,10 +348,13 @@ def test_a_feed_forward_model_has_its_layers_in_order() -> None:
 
 
 def test_neurons_are_bars_in_per_cent(study: Study) -> None:
-    (axes,) = panels(draw_figure(study, "neurons"))
-    for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
-        heights = [bar.get_height() for bar in container]
-        np.testing.assert_allclose(heights, study.dataset[name].values)
+    drawn = panels(draw_figure(study, "neurons"))
+    for axes, prefix in zip(drawn, ("folded_", ""), strict=True):
+        for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
+            heights = [bar.get_height() for bar in container]
+            np.testing.assert_allclose(heights, study.dataset[prefix + name].values)
+    older = study.dataset.drop_vars(["folded_prediction_neurons", "folded_suppression_neurons"])
+    (axes,) = panels(draw_figure(dataclasses.replace(study, dataset=older), "neurons"))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
     assert axes.yaxis.get_major_formatter()(0.02).endswith("%")
 

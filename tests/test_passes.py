@@ -139,7 +139,11 @@ PARTS: Mapping[Part, set[str]] = {
         "cosine_sensitivity",
     },
     "stability": {*EIGENVALUE_NAMES, *RATE_NAMES},
-    "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
+    "neurons": {
+        f"{prefix}{name}"
+        for prefix in ("", "folded_")
+        for name in ("prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew")
+    },
 }
 
 

@@ -62,7 +62,7 @@ def test_rates_that_show_the_transient_are_said_to(settles: Study) -> None:
     assert "within their uncertainty in 100 % of" in answer_of(settles).sentence.replace("\u00a0", " ")
     data = settles.dataset.assign(observed_rate=settles.dataset["observed_rate"] + 0.05)
     answer = answer_of(dataclasses.replace(settles, dataset=data))
-    assert any("Observed rates lie 0.05 above the predicted ones" in limit for limit in answer.limits)
+    assert any("Observed rates lie 0.050 above the predicted ones" in limit for limit in answer.limits)
 
 
 def test_a_fixed_point_that_repels(turns: Study) -> None:
