@@ -103,6 +103,10 @@ def _cosine(x: Array, y: Array) -> Array:
     return np.asarray((x * y).sum(-1) / (_norm(x) * _norm(y)))
 
 
+def _cosine_distance(x: Array, y: Array) -> Array:
+    return _norm(x / _norm(x)[..., None] - y / _norm(y)[..., None]) ** 2 / 2
+
+
 def _compared(site: Array, before: Array | None, settings: AnalyzeSettings) -> dict[str, Array]:
     """(recurrence, token) for the states of one site, (recurrence, token, width); `before` them is another state."""
     first, second = site[settings.horizon - 1], site[2 * settings.horizon - 1]
@@ -112,13 +116,13 @@ def _compared(site: Array, before: Array | None, settings: AnalyzeSettings) -> d
     return {
         "successive_difference": _norm(now - previous),
         "relative_step": _norm(now - previous) / _norm(now),
-        "cosine_to_previous": _cosine(now, previous),
+        "cosine_distance_to_previous": _cosine_distance(now, previous),
         "distance_to_horizon": _norm(now - first),
         "relative_distance": _norm(now - first) / _norm(first),
-        "cosine_to_horizon": _cosine(now, first[None]),
+        "cosine_distance_to_horizon": _cosine_distance(now, first[None]),
         "distance_to_second_horizon": _norm(now - second),
         "relative_distance_second_horizon": _norm(now - second) / _norm(second),
-        "cosine_to_second_horizon": _cosine(now, second[None]),
+        "cosine_distance_to_second_horizon": _cosine_distance(now, second[None]),
         "residual_norm": _norm(now),
     }
 
@@ -137,7 +141,7 @@ def _steps_and_distances(states: _States, settings: AnalyzeSettings) -> dict[str
     found["norm_growth"] = (("layer", "recurrence"), norm / norm[:, :1])
     loop_state = _compared(states.carried[1:], states.carried[0], settings)
     for name in by_layer[0]:
-        if name not in ("distance_to_second_horizon", "cosine_to_second_horizon"):
+        if name not in ("distance_to_second_horizon", "cosine_distance_to_second_horizon"):
             both = np.array([by_layer[-1][name], loop_state[name]])
             found[f"token_{name}"] = (("site", "recurrence", "token"), both)
     return found
@@ -152,6 +156,9 @@ def _at_the_horizons(states: _States, settings: AnalyzeSettings) -> dict[str, Na
     drift = _norm(second - first) / _norm(second)
     pairs = _cosine(first[:, None], first[None])
     degeneracy = pairs[0, 1:].min(0).mean() if len(first) > 1 else np.nan
+    tokens = first.shape[1]
+    half = [(place + tokens // 2) % tokens for place in range(tokens)]
+    unrelated = _cosine(first[1:, half], first[0]).min(0).mean() if len(first) > 1 and tokens > 1 else np.nan
     return {
         "horizon_drift": (("layer",), drift.mean(-1)),
         "horizon_drift_cosine": (("layer",), _cosine(first, second).mean(-1)),
@@ -161,6 +168,7 @@ def _at_the_horizons(states: _States, settings: AnalyzeSettings) -> dict[str, Na
         "token_horizon_drift": (("site", "token"), np.array([drift[-1], loop_drift])),
         "layer_cosine": (("layer", "layer_other"), pairs.mean(-1)),
         "degeneracy": ((), np.array(degeneracy)),
+        "unrelated_degeneracy": ((), np.array(unrelated)),
     }
 
 
@@ -175,9 +183,9 @@ def _paths(subject: NativeSubject, prompt: list[int], states: _States, settings:
         mine = states.layers[: settings.recurrences, layer]
         theirs = np.array([_array(trace.residual("recurrent", layer, t)) for t in range(settings.recurrences)])
         distances.append((_norm(mine - theirs) / ((_norm(mine) + _norm(theirs)) / 2)).mean(-1))
-        cosines.append(_cosine(mine, theirs).mean(-1))
+        cosines.append(_cosine_distance(mine, theirs).mean(-1))
     dims = ("layer", "recurrence")
-    return {"path_distance": (dims, np.array(distances)), "path_cosine": (dims, np.array(cosines))}
+    return {"path_distance": (dims, np.array(distances)), "path_cosine_distance": (dims, np.array(cosines))}
 
 
 def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
@@ -405,9 +413,20 @@ def _maps(subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: An
 def _neurons(subject: NativeSubject) -> dict[str, Named]:
     model = subject.model
     tokens = (model.embedding if model.head is None else model.head).weight.detach().double().numpy()
+    gain = model.norm.weight.detach().double().numpy()
+    layers = (*model.prelude, *model.recurrent, *model.coda)
+    writes = [layer.mlp.down.weight.detach().double().numpy().T for layer in layers]
+    behind = [
+        layer.norm_4.weight.detach().double().numpy() if list(layer.norm_4.parameters()) else 1 for layer in layers
+    ]
+    found = _neurons_of(writes, tokens)
+    folded = _neurons_of([w * n for w, n in zip(writes, behind, strict=True)], tokens * gain - (tokens * gain).mean(0))
+    return found | {f"folded_{name}": values for name, values in folded.items()}
+
+
+def _neurons_of(writes: list[Array], tokens: Array) -> dict[str, Named]:
     kurtosis, skew = [], []
-    for layer in (*model.prelude, *model.recurrent, *model.coda):
-        output = layer.mlp.down.weight.detach().double().numpy().T
+    for output in writes:
         cosines = output @ tokens.T / (_norm(output)[:, None] * _norm(tokens))
         standard = (cosines - cosines.mean(-1, keepdims=True)) / cosines.std(-1, keepdims=True)
         kurtosis.append((standard**4).mean(-1))

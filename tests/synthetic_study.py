@@ -340,8 +340,8 @@ def _stages_and_heads(sites: list[tuple[str, int, int]], prompts: int, tokens: i
             found[name] = ("depth", "prompt"), values
     layers = sorted({f"{stage}.{layer}" for stage, layer, _ in sites})
     found["unique_layer"] = "unique_layer", layers
-    for name in ("prediction_neurons", "suppression_neurons"):
-        found[name] = "unique_layer", rng.uniform(0, 0.1, size=len(layers))
+    for name in ("prediction", "suppression", "folded_prediction", "folded_suppression"):
+        found[f"{name}_neurons"] = "unique_layer", rng.uniform(0, 0.1, size=len(layers))
     return found
 
 

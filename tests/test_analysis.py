@@ -12,8 +12,11 @@ import torch
 import xarray
 
 from loopscope import AnalyzeSettings, analyze, capture
+from loopscope.analysis.job import SilentProgress
+from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
 from loopscope.measures.twin import Twin
+from loopscope.models import loading
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from slow_dataset import slow_dataset
@@ -183,7 +186,7 @@ def test_a_rotation_is_an_orbit_that_never_gets_nearer() -> None:
     np.testing.assert_allclose(found["norm_growth"], 1.0, rtol=1e-6)
     # One step is the chord of a sixth of a circle, which is as long as its radius.
     np.testing.assert_allclose(found["relative_step"][:, 1:], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(found["cosine_to_previous"][:, 1:], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["cosine_distance_to_previous"][:, 1:], 0.5, rtol=1e-6)
     away = found["relative_distance"].transpose("recurrence", "layer", "prompt").values
     np.testing.assert_allclose(away[6:12], away[:6], atol=1e-6)
     np.testing.assert_allclose(away[12:], away[:6], atol=1e-6)
@@ -224,7 +227,8 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
     options: dict[str, Any] = {"recurrences": recurrences, "horizon": horizon, "horizon_method": method}
     found = analyze(diverging(), prompts, **options, track=("0:0", "1:0")).dataset
     alone = analyze(diverging(), [[1, 2]], **options, track=("0:0",)).dataset
-    # The norm is about 100^(t + 1), and overflows when its square does, beyond 3.4e38.
+    # The norm is about 100^(t + 1). A prompt has diverged when the square of that overflows, beyond 3.4e38; its state,
+    # whose norm is measured in float64, does so later.
     assert found["diverged_at"].values.tolist() == [9, -1, 9]
     for name in set(found.data_vars) - {"cycle_similarity"}:
         if "prompt" in found[name].dims:
@@ -233,13 +237,30 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
             np.testing.assert_allclose(mine.values, theirs.values, rtol=1e-5, atol=1e-5, err_msg=name)
     norm = found["residual_norm"].isel(prompt=0).values
     np.testing.assert_allclose(norm[:, 2:6] / norm[:, 1:5], 100.0, rtol=0.02)
-    assert not np.isfinite(norm[:, 9:]).any()
+    assert not np.isfinite(norm[:, 19:]).any()
     if recurrences > 20:
         assert np.isnan(found["trajectory"].sel(tracked=0)).all()
     assert np.isfinite(found["trajectory"].sel(tracked=1)).all()
     # What is far away stays so: no distance to a horizon that does not exist looks like an arrival.
     if horizon > 10:
-        assert not np.isfinite(found["relative_distance"].isel(prompt=0).values[:, :6]).any()
+        assert not (found["relative_distance"].isel(prompt=0).values[:, :6] < 0.99).any()
+
+
+def test_auto_takes_float64_for_a_small_model_on_a_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    settings = AnalyzeSettings(recurrences=2, horizon=2, dtype="auto", device="cpu", skip=parts_except())
+    study = analyze("demo:injected", [[1, 2]], settings=settings, progress=Notes())
+    assert study.manifest["settings"]["dtype"] == "float64"
+    assert study.dataset["token_relative_step"].dtype == np.float64
+    assert "demo:injected runs in float64 (--dtype auto)." in notes
+    monkeypatch.setattr(loading, "_AUTO_FLOAT64", 1000)
+    assert loading.load("demo:injected", dtype="auto", device="cpu").info.dtype == "float32"
+    assert analyze(subject(), [[1, 2]], settings=settings).manifest["settings"]["dtype"] == "float32"
 
 
 def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> None:

@@ -128,6 +128,29 @@ def test_growing_norm_is_convergence_in_direction_only_and_to_one_shared_directi
     assert found["initial_state"].outcome is Outcome.NOT_APPLICABLE
 
 
+@pytest.mark.parametrize(
+    ("cosine", "unrelated", "verdict"),
+    [
+        (0.9995, 0.0, "all share the same one"),
+        (0.995, 0.0, "one per layer"),
+        (0.9995, 0.97, "one per layer"),  # near, in a model whose states all point nearly one way
+        (0.9995, None, "all share the same one"),  # of prompts of one token, or by an older version
+        (0.99999, 0.9999, "cannot tell"),
+    ],
+)
+def test_layers_share_a_point_if_they_are_nearer_than_unrelated_tokens(
+    cosine: float, unrelated: float | None, verdict: str
+) -> None:
+    study = looped_study(contracting(rate=0.6))
+    alike = xarray.full_like(study.dataset["degeneracy"], cosine)
+    data = study.dataset.assign(degeneracy=alike).drop_vars("unrelated_degeneracy")
+    if unrelated is not None:
+        data["unrelated_degeneracy"] = xarray.full_like(alike, unrelated)
+    found = answers(dataclasses.replace(study, dataset=data))["points"]
+    assert found.verdict == verdict
+    assert ("right angles stand in" in " ".join(found.limits)) == (unrelated is None)
+
+
 def test_orbit_is_no_fixed_point() -> None:
     found = answers(looped_study(orbiting))
     assert found["fixed_point"].outcome is Outcome.NO
@@ -314,7 +337,7 @@ def test_loss_against_recurrences(loss: object, verdict: str, outcome: Outcome) 
 
 def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     study = looped_study(contracting())
-    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "trajectory"]
+    parts = ["path_distance", "path_cosine_distance", "loss", "noise_floor", "cycle_similarity", "trajectory"]
     found = answers(dataclasses.replace(study, dataset=study.dataset.drop_vars(parts)))
     assert found["fixed_point"].outcome is Outcome.YES
     assert found["initial_state"].verdict == "not measured"

@@ -13,9 +13,11 @@ from loopscope import measures
 from loopscope.analysis.job import SilentProgress
 from loopscope.measures.heads import HEAD_NAMES, HeadMeasures, change_bound
 from loopscope.measures.horizon import Horizons
-from loopscope.measures.neurons import KURTOSIS
+from loopscope.measures.neurons import KURTOSIS, folded_output, folded_unembedding
 from loopscope.measures.rank import EffectiveRank, effective_rank
 from loopscope.measures.stages import STAGE_NAMES, StageMeasures
+from loopscope.models.native.attention import RMSNorm
+from loopscope.models.native.layer import Layer
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.visits import QueryKeyAttention
@@ -339,6 +341,24 @@ def test_a_neuron_that_writes_one_token_predicts_it_and_its_opposite_suppresses_
     assert skew[0] > 0 > skew[1]
     assert float(kurtosis[1]) == pytest.approx(float(kurtosis[0]), rel=1e-4)
     assert 2 < kurtosis[2] < 4
+
+
+@torch.no_grad()
+def test_what_a_norm_and_a_mean_do_to_a_neuron_is_folded_in() -> None:
+    """A neuron that writes, through a norm, what the head reads of one token through another."""
+    model = random_model(norm_placement="branch-out")  # whose norms weigh every direction differently
+    layer = model.recurrent[0]
+    assert isinstance(layer, Layer)
+    assert isinstance(layer.norm_4, RMSNorm)
+    read = folded_unembedding(model)
+    layer.mlp.down.weight[:, 0] = read[5] / layer.norm_4.weight
+    written = folded_output(layer)[:, 0]
+    assert torch.allclose(written, read[5])
+    logits = model.unembed(model.norm.weight * written)
+    assert torch.allclose(read @ written, logits - logits.mean())
+    plain = random_model(norm_placement="pre").recurrent[0]
+    assert isinstance(plain, Layer)
+    assert torch.equal(folded_output(plain), plain.mlp.down.weight)
 
 
 def test_models_too_large_for_their_neurons_say_so() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from loopscope import compare
 from loopscope.answers.answer import Outcome
 from loopscope.answers.comparison.findings import comparison_answers
-from loopscope.answers.comparison.null import curve_similarity
+from loopscope.answers.comparison.null import curve_similarity, prompt_interval, surrogates
 from loopscope.answers.comparison.settings import CompareSettings
-from staged_study import OTHER, SHAPE, answer_of, at, staged_study
+from staged_study import OTHER, SHAPE, Array, answer_of, at, staged_study
 
 SETTINGS = CompareSettings()
 
@@ -55,20 +55,81 @@ def test_exact_p_value_and_null_of_four_layers() -> None:
         for order in itertools.permutations(curve)
     ]
     found = curve_similarity(curve[None], reference[None], SETTINGS)
-    assert found.p_value[0] == sum(value >= naive[0] - 1e-9 for value in naive) / 24
-    np.testing.assert_allclose(found.null[:, 0], np.quantile(naive, [0.05, 0.5, 0.95]), atol=1e-9)
-    assert curve_similarity(reference[None], reference[None], SETTINGS).p_value[0] == 1 / 24
+    assert found.p_values[0, 0] == sum(value >= naive[0] - 1e-9 for value in naive) / 24
+    itself = curve_similarity(reference[None], reference[None], SETTINGS)
+    assert itself.p_value[0] == itself.p_values[0, 0] == 1 / 24
 
 
-def test_p_values_of_unrelated_curves_are_uniform() -> None:
+def test_the_null_shown_is_that_of_the_largest_p() -> None:
+    rng = np.random.default_rng(3)
+    curve, reference = rng.normal(size=(2, 1, 8)).cumsum(axis=2)
+    made = surrogates(8, SETTINGS)
+    found = curve_similarity(curve, reference, SETTINGS, made)
+    grid = np.linspace(0, 7, SETTINGS.grid)
+    there = np.interp(grid, range(8), reference[0])
+    null = [
+        [np.corrcoef(np.interp(grid, range(8), row), there)[0, 1] for row in curves[0, :1999]]
+        for curves in made.of(curve)[1:]
+    ]
+    closest = int(found.p_values[:, 0].argmax())
+    assert closest > 0
+    for place, values in enumerate(null, 1):
+        assert found.p_values[place, 0] == pytest.approx(np.mean(values >= found.value[0] - 1e-9), abs=1e-3)
+    np.testing.assert_allclose(found.null[:, 0], np.quantile(null[closest - 1], [0.05, 0.5, 0.95]), atol=0.01)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=4, max_size=12), st.integers(0, 99))
+def test_smooth_surrogates_keep_what_they_say(curve: list[float], seed: int) -> None:
+    points = len(curve)
+    values = np.array([curve])
+    _, turned, bent = (rows[0] for rows in surrogates(points, CompareSettings(shuffles=49, seed=seed)).of(values))
+    power = np.abs(np.fft.rfft(np.diff(values[0])))
+    for row in turned:
+        np.testing.assert_allclose(np.abs(np.fft.rfft(np.diff(row))), power, atol=1e-9)
+        assert row[-1] - row[0] == pytest.approx(curve[-1] - curve[0], abs=1e-9)
+    assert np.allclose(turned[0] - turned[0, 0] + curve[0], curve)
+    assert np.allclose(bent[0], curve)
+    np.testing.assert_allclose(bent[:, [0, -1]], np.broadcast_to([curve[0], curve[-1]], (50, 2)), atol=1e-9)
+    rising = surrogates(points, CompareSettings(shuffles=49, seed=seed)).of(np.sort(values))[2][0]
+    assert (np.diff(rising) >= -1e-9).all()
+
+
+def _rising(rng: np.random.Generator, layers: int) -> Array:
+    """Powers of depth, from either end."""
+    depth, power = np.linspace(0, 1, layers), np.exp(rng.uniform(-1, 1) * math.log(4))
+    return np.asarray(depth**power if rng.random() < 0.5 else 1 - (1 - depth) ** power)
+
+
+@pytest.mark.parametrize("layers", [8, 16, 24])
+@pytest.mark.parametrize(
+    "curve",
+    [
+        pytest.param(lambda rng, layers: rng.normal(size=layers).cumsum(), id="random walks"),
+        pytest.param(lambda rng, layers: rng.exponential(size=layers).cumsum(), id="random rises"),
+        pytest.param(_rising, id="powers of depth"),
+    ],
+)
+def test_smooth_curves_that_have_nothing_to_do_with_each_other_are_seldom_alike(
+    curve: Callable[[np.random.Generator, int], Array], layers: int
+) -> None:
+    rng, settings = np.random.default_rng(1), CompareSettings(shuffles=199)
+    made = surrogates(layers, settings)
+    pairs = (np.stack([curve(rng, layers) for _ in range(2)]) for _ in range(300))
+    alike = [curve_similarity(one[None], other[None], settings, made).p_value[0] <= 0.05 for one, other in pairs]
+    assert np.mean(alike) <= 0.06 + 2 * math.sqrt(0.06 * 0.94 / 300)
+
+
+def test_p_values_of_unrelated_curves_are_uniform_by_shuffled_layers_and_no_smaller_by_all() -> None:
     rng = np.random.default_rng(5)
     for layers in (4, 6, 9):
         settings = CompareSettings(shuffles=999)
+        made = surrogates(layers, settings)
         found = [
-            curve_similarity(rng.normal(size=(3, layers)), rng.normal(size=(3, 8)), settings).p_value
+            curve_similarity(rng.normal(size=(3, layers)), rng.normal(size=(3, 8)), settings, made).p_values
             for _ in range(300)
         ]
-        p_values = np.array(found)
+        p_values, largest = np.array(found)[:, 0], np.max(found, axis=1)
+        assert (largest <= 0.05).mean() <= 0.05 + 3 * 0.0063
         for level in (0.05, 0.25, 0.5):
             # 900 of single measures (three standard errors), 300 of the mean over measures.
             for column, error in ((p_values[:, :3], 0.0073), (p_values[:, 3], 0.0126)):
@@ -109,6 +170,27 @@ def test_a_measure_that_cannot_be_judged_leaves_the_mean_to_the_others() -> None
     found = curve_similarity(np.stack([SHAPE, np.ones(8)]), np.stack([SHAPE, SHAPE]), SETTINGS)
     np.testing.assert_allclose(found.value, [1, math.nan, 1])
     assert found.p_value[2] < 0.001
+
+
+def test_an_interval_over_prompts_holds_the_similarity_and_shrinks_with_prompts() -> None:
+    rng = np.random.default_rng(0)
+    widths = {}
+    for prompts in (8, 128):
+        curves = np.log(2 + SHAPE)[None, :, None] + 0.3 * rng.normal(size=(6, 8, prompts))
+        low, high = prompt_interval(10**curves, 10 ** curves[..., ::-1], SETTINGS, paired=False)
+        value = curve_similarity(*(np.log10(np.median(10**curves, axis=-1)),) * 2, SETTINGS).value
+        assert (low <= high).all()
+        assert (high < value + 1e-9).all()  # with itself, of which two draws fall short
+        widths[prompts] = (high - low).mean()
+    assert widths[128] < 0.5 * widths[8]
+    together = prompt_interval(10**curves, 10**curves, SETTINGS, paired=True)
+    np.testing.assert_allclose(together, 1)
+    assert np.isnan(prompt_interval(curves[..., :1], curves, SETTINGS, paired=False)).all()
+    curves[2] = 1.0  # does not vary
+    assert (
+        np.isnan(prompt_interval(curves, curves, SETTINGS, paired=True)).tolist()
+        == [[False] * 2 + [True] + [False] * 4] * 2
+    )
 
 
 # What they say

@@ -76,25 +76,20 @@ def medians(array: xarray.DataArray) -> Array:
     return np.asarray(np.median(array.transpose(..., "prompt").values, axis=-1), dtype=np.float64)
 
 
-CONVERGENCE: dict[str, list[tuple[str, bool]]] = {
-    "step": [("successive_difference", False), ("relative_step", False)],
-    "distance": [
-        ("distance_to_horizon", False),
-        ("relative_distance", False),
-        ("relative_distance_second_horizon", False),
-    ],
-    "direction": [("cosine_to_previous", True), ("cosine_to_horizon", True)],
-    "norm": [("residual_norm", False), ("norm_growth", False)],
-    "path-independence": [("path_distance", False), ("path_cosine", True)],
+CONVERGENCE: dict[str, list[str]] = {
+    "step": ["successive_difference", "relative_step"],
+    "distance": ["distance_to_horizon", "relative_distance", "relative_distance_second_horizon"],
+    "direction": ["cosine_distance_to_previous", "cosine_distance_to_horizon"],
+    "norm": ["residual_norm", "norm_growth"],
+    "path-independence": ["path_distance", "path_cosine_distance"],
 }
 
 
 @pytest.mark.parametrize("name", CONVERGENCE)
 def test_curves_by_layer_are_medians_over_prompts(study: Study, name: str) -> None:
     figure = draw_figure(study, f"{name}-by-layer")
-    for axes, (variable, one_minus) in zip(panels(figure), CONVERGENCE[name], strict=True):
+    for axes, variable in zip(panels(figure), CONVERGENCE[name], strict=True):
         wanted = medians(study.dataset[variable])
-        wanted = 1 - wanted if one_minus else wanted
         for layer in range(LAYERS):
             x, y = line(axes, str(layer))
             np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
@@ -130,6 +125,20 @@ def test_a_band_of_one_minus_cosine_has_its_edges_the_right_way_round(study: Stu
             assert heights.min() <= y[count - 1] <= heights.max()
 
 
+def test_a_study_that_has_cosines_alone_draws_their_distance_from_one(study: Study) -> None:
+    data = study.dataset
+    names = {name: name.replace("cosine_distance", "cosine") for name in map(str, data) if "cosine_distance" in name}
+    cosines = {old: 1 - data[name].astype(np.float64) for name, old in names.items()}
+    for name in cosines:
+        if name.endswith("_quantile"):  # the levels of a cosine run the other way
+            cosines[name] = cosines[name].copy(data=cosines[name].values[::-1])
+    older = dataclasses.replace(study, dataset=data.drop_vars(names).assign(cosines))
+    for now, before in zip(*(panels(draw_figure(each, "direction-by-layer")) for each in (study, older)), strict=True):
+        for layer in range(LAYERS):
+            np.testing.assert_allclose(line(before, str(layer)), line(now, str(layer)), atol=1e-7)
+        np.testing.assert_allclose(band(before), band(now), atol=1e-6)
+
+
 def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
     axes = panels(draw_figure(study, "distance-by-recurrence"))[1]
     wanted = medians(study.dataset["relative_distance"])
@@ -137,8 +146,8 @@ def test_curves_by_recurrence_lie_on_relative_depth(study: Study) -> None:
     assert labels(axes)[: len(picked)] == [str(count) for count in picked]
     for count, colour in zip(picked, ordered_colours(len(picked)), strict=True):
         x, y = line(axes, str(count))
-        # (1, 3, 1): the block's layers end at 2, 3 and 4 of 5 layers.
-        np.testing.assert_allclose(x, [40, 60, 80])
+        # (1, 3, 1): the block's layers are the middle three of 5, of which the first is at 0 and the last at 100.
+        np.testing.assert_allclose(x, [25, 50, 75])
         np.testing.assert_allclose(y, wanted[:, count - 1])
         (drawn,) = [line for line in axes.lines if line.get_label() == str(count)]
         assert drawn.get_color() == colour
@@ -296,7 +305,7 @@ def test_stages_in_all_layouts(study: Study) -> None:
         assert labels(axes) == ["1", "2", "3", "4", "prelude, coda", "prelude, coda"]
         np.testing.assert_allclose(line(axes, "3")[1], loop[2], rtol=1e-6)
         outer = [drawn for drawn in axes.lines if drawn.get_label() == "prelude, coda"]
-        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [20, 100]
+        assert [float(np.asarray(drawn.get_xdata())[0]) for drawn in outer] == [0, 100]
         values = [float(np.asarray(drawn.get_ydata())[0]) for drawn in outer]
         np.testing.assert_allclose(values, wanted[[0, -1]], rtol=1e-6)
 
@@ -339,10 +348,13 @@ def test_a_feed_forward_model_has_its_layers_in_order() -> None:
 
 
 def test_neurons_are_bars_in_per_cent(study: Study) -> None:
-    (axes,) = panels(draw_figure(study, "neurons"))
-    for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
-        heights = [bar.get_height() for bar in container]
-        np.testing.assert_allclose(heights, study.dataset[name].values)
+    drawn = panels(draw_figure(study, "neurons"))
+    for axes, prefix in zip(drawn, ("folded_", ""), strict=True):
+        for container, name in zip(axes.containers, ("prediction_neurons", "suppression_neurons"), strict=True):
+            heights = [bar.get_height() for bar in container]
+            np.testing.assert_allclose(heights, study.dataset[prefix + name].values)
+    older = study.dataset.drop_vars(["folded_prediction_neurons", "folded_suppression_neurons"])
+    (axes,) = panels(draw_figure(dataclasses.replace(study, dataset=older), "neurons"))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
     assert axes.yaxis.get_major_formatter()(0.02).endswith("%")
 
@@ -525,3 +537,13 @@ def test_powers_of_ten_are_few_and_even() -> None:
     assert decade_ticks(-7.2, 0.3) == [-7, -5, -3, -1]
     assert decade_ticks(-2.0, 0.0) == [-2, -1, 0]
     assert len(decade_ticks(-300.0, 300.0)) <= 7
+
+
+def test_a_study_and_a_comparison_put_the_same_layers_in_the_same_place() -> None:
+    shallow = staged_study([OTHER] * 3, (2, 4, 2), model="looped", trained=2)
+    own = panels(draw_figure(shallow, "concentration-by-recurrence"))[0]
+    beside = panels(draw_figure(compare([staged_study(SHAPE, model="ff"), shallow]), "compared-concentration"))[0]
+    everywhere = np.concatenate([np.asarray(drawn.get_xdata(), dtype=np.float64) for drawn in own.lines])
+    block = line(own, "2")[0]
+    np.testing.assert_allclose(block, line(beside, "2")[0][2:6])
+    np.testing.assert_allclose(np.unique(everywhere), np.linspace(0, 100, 8))

@@ -72,7 +72,7 @@ def test_a_study_through_hooks_holds_the_same_numbers(shape: Architecture, metho
             assert hooked[name].sel(recurrence=0, site="loop_state").isnull().all()
             assert hooked[name].sel(recurrence=slice(1, None)).equals(array.sel(recurrence=slice(1, None)))
     # The first step is one from an initial state that cannot be seen.
-    steps = {"token_successive_difference", "token_relative_step", "token_cosine_to_previous"}
+    steps = {"token_successive_difference", "token_relative_step", "token_cosine_distance_to_previous"}
     assert unknown == (steps if shape is INJECTED else set())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from loopscope.measures.base import masked_mean
 from loopscope.measures.convergence import LEVELS
 from loopscope.measures.functions import (
     cosine,
+    cosine_distance,
     degeneracy,
     distance,
     layer_cosine,
@@ -67,6 +69,28 @@ def test_a_state_has_cosine_one_with_itself_and_minus_one_with_its_opposite(x: A
     states = torch.from_numpy(x).float()
     assert close(cosine(states, 3 * states), 1.0, torch.float32)
     assert close(cosine(states, -states), -1.0, torch.float32)
+
+
+@given(turn=st.floats(1e-9, 3.1), stretch=st.floats(0, 3), seed=st.integers(0, 9), dtype=dtypes)
+def test_one_minus_cosine_is_right_however_small(turn: float, stretch: float, seed: int, dtype: torch.dtype) -> None:
+    """A turn of the state, and a change of its length up to three times as large."""
+    one, other = np.linalg.qr(np.random.default_rng(seed).normal(size=(40, 2)))[0].T
+    made = np.stack([one, (1 + stretch * turn) * (math.cos(turn) * one + math.sin(turn) * other)])
+    states = torch.from_numpy(made).to(dtype)
+    with localcontext(prec=60):
+        x, y = ([Decimal(value) for value in row] for row in states.tolist())
+        norms = [sum((value * value for value in row), Decimal()).sqrt() for row in (x, y)]
+        wanted = float(1 - sum(a * b for a, b in zip(x, y, strict=True)) / (norms[0] * norms[1]))
+    assert cosine_distance(states[0], states[1]).item() == pytest.approx(wanted, rel=1e-12, abs=1e-30)
+    if dtype == torch.float64 and turn > 1e-6:
+        assert wanted == pytest.approx(2 * math.sin(turn / 2) ** 2, rel=1e-8)
+
+
+def test_one_minus_cosine_of_one_direction_and_of_opposite_ones() -> None:
+    states = torch.tensor([1.0, -2.0, 2.0])
+    assert cosine_distance(states, 3 * states).item() == pytest.approx(0.0, abs=1e-15)
+    assert cosine_distance(states, -states).item() == pytest.approx(2.0)
+    assert cosine_distance(states, torch.zeros(3)).isnan()
 
 
 @pytest.mark.parametrize(("dtype", "away"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])

@@ -121,7 +121,7 @@ def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
 
 
 PARTS: Mapping[Part, set[str]] = {
-    "path-independence": {"path_distance", "path_cosine"},
+    "path-independence": {"path_distance", "path_cosine_distance"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
     "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
@@ -141,7 +141,11 @@ PARTS: Mapping[Part, set[str]] = {
         "cosine_sensitivity",
     },
     "stability": {*EIGENVALUE_NAMES, *RATE_NAMES},
-    "neurons": {"prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew"},
+    "neurons": {
+        f"{prefix}{name}"
+        for prefix in ("", "folded_")
+        for name in ("prediction_neurons", "suppression_neurons", "neuron_kurtosis", "neuron_skew")
+    },
 }
 
 

@@ -174,7 +174,14 @@ def test_unusual_studies_are_drawn(study: object, tmp_path: Path) -> None:
 
 def test_parts_that_were_skipped_are_left_out(tmp_path: Path) -> None:
     study = looped_study(contracting())
-    parts = ["path_distance", "path_cosine", "loss", "noise_floor", "cycle_similarity", "attention_cycle_distance"]
+    parts = [
+        "path_distance",
+        "path_cosine_distance",
+        "loss",
+        "noise_floor",
+        "cycle_similarity",
+        "attention_cycle_distance",
+    ]
     parts += ["trajectory", "trajectory_variance", "visit", "visit_other"]
     parts += [
         "prediction_neurons",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_disturbances_that_grow_before_they_shrink_are_told(settles: Study) -> N
     assert answer.evidence["noise_gain_median"] == pytest.approx((powers / 16) ** 0.5, rel=1e-6)
     older = Study(study.dataset.drop_vars(["transient_growth", "noise_gain"]), study.manifest, study.tokens)
     assert "first grow" not in answer_of(older).sentence
+
+
+def test_rates_that_show_the_transient_are_said_to(settles: Study) -> None:
+    assert not any("Observed rates lie" in limit for limit in answer_of(settles).limits)
+    assert "within their uncertainty in 100 % of" in answer_of(settles).sentence.replace("\u00a0", " ")
+    data = settles.dataset.assign(observed_rate=settles.dataset["observed_rate"] + 0.05)
+    answer = answer_of(dataclasses.replace(settles, dataset=data))
+    assert any("Observed rates lie 0.050 above the predicted ones" in limit for limit in answer.limits)
 
 
 def test_a_fixed_point_that_repels(turns: Study) -> None:

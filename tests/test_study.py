@@ -39,6 +39,10 @@ FEED_FORWARD_VARIABLES = {
     "suppression_neurons",
     "neuron_kurtosis",
     "neuron_skew",
+    "folded_prediction_neurons",
+    "folded_suppression_neurons",
+    "folded_neuron_kurtosis",
+    "folded_neuron_skew",
     "attention_map",
     *TOKEN_READOUTS,
     *HEAD_NAMES,
@@ -128,7 +132,7 @@ def test_the_documentation_lists_the_coordinates(study: Study) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "missing"),
-    [(LOOP_NORM, GATE | {"path_distance", "path_cosine"}), (ADDED, GATE), (FEED_FORWARD, None)],
+    [(LOOP_NORM, GATE | {"path_distance", "path_cosine_distance"}), (ADDED, GATE), (FEED_FORWARD, None)],
     ids=["uninjected", "one layer", "feed-forward"],
 )
 def test_other_models_lack_what_the_documentation_says(shape: Architecture, missing: set[str] | None) -> None:

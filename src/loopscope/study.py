@@ -36,6 +36,15 @@ _LOOPED = (
 )
 
 
+_COSINES = {
+    "cosine_distance_to_previous": "cosine_to_previous",
+    "cosine_distance_to_horizon": "cosine_to_horizon",
+    "cosine_distance_to_second_horizon": "cosine_to_second_horizon",
+    "path_cosine_distance": "path_cosine",
+}
+"""What older studies have instead of the distance of a cosine from 1. In float32 it says nothing below 1e-7."""
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """Everything that report, figures and comparisons read. The variables are listed in docs/study.md."""
@@ -220,10 +229,6 @@ class StudyView:
         """The tokens of a prompt, as text."""
         return [str(token) for token in self.study.tokens[prompt]["token_strings"]]
 
-    def depth_percent(self, layer: int) -> float:
-        """Relative depth, in percent of prelude + block + coda, at which recurrent layer `layer` ends."""
-        return 100 * (self.prelude + layer + 1) / (self.prelude + self.recurrent + self.coda)
-
 
 def view_study(study: Study) -> StudyView:
     """Read what answers and figures need.
@@ -247,6 +252,7 @@ def view_study(study: Study) -> StudyView:
             raise StudyError(f"The study has no variable {name!r}, so it is not complete; run its analysis again.")
     if looped and "noise_floor" not in dataset:
         dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
+    dataset = dataset.assign(_from_cosines(dataset))
     trained = model.get("trained_recurrences")
     return StudyView(
         study=study,
@@ -264,6 +270,21 @@ def view_study(study: Study) -> StudyView:
         dtype=dtype,
         interventions=tuple(manifest["settings"].get("intervene", ())),
     )
+
+
+def _from_cosines(dataset: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The distances that an older study lacks, from its cosines."""
+    found = {}
+    for distance, cosine in _COSINES.items():
+        if distance in dataset or cosine not in dataset:
+            continue
+        found[distance] = 1 - dataset[cosine]
+        if f"{cosine}_quantile" in dataset:
+            quantiles = dataset[f"{cosine}_quantile"]
+            # The levels lie evenly about the middle, so that the order alone turns round.
+            turned = 1 - quantiles.isel(quantile=slice(None, None, -1))
+            found[f"{distance}_quantile"] = turned.assign_coords(quantile=quantiles["quantile"])
+    return found
 
 
 def median_over_prompts(array: xr.DataArray, level: float = 0.5) -> xr.DataArray:

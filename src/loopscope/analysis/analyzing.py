@@ -13,6 +13,7 @@ from torch import nn
 from loopscope.analysis.job import Job, Progress, SilentProgress
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.dynamics.trajectories.states import check_dtype
 from loopscope.errors import ConfigError, PromptError
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
 from loopscope.models.loading import subject_of
@@ -55,9 +56,13 @@ def analyze(
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
     subject = subject_of(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    progress = progress or SilentProgress()
     source = model if isinstance(model, str | Path) else None
     if source is None:
         settings = _settings_of(subject, settings)
+    elif settings.dtype == "auto":
+        settings = dataclasses.replace(settings, dtype=check_dtype(subject.info.dtype))
+        progress.note(f"{subject.info.name} runs in {subject.info.dtype} (--dtype auto).")
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
     if str(settings.system_prompt) == PADDING:
@@ -65,7 +70,7 @@ def analyze(
     tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
-    job = Job(subject, tokenized, settings, progress or SilentProgress(), source)
+    job = Job(subject, tokenized, settings, progress, source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
 
 
@@ -131,7 +136,7 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)
-        if asked not in (value, getattr(default, name)):
+        if asked not in (value, getattr(default, name), "auto"):
             raise ConfigError(
                 f"{name}={asked!r} comes too late: {subject.info.name} is loaded already, with {value!r}."
             )

@@ -47,9 +47,10 @@ class Criterion:
     min_prompts: Annotated[int, Range(above=0)] = 35
     """With fewer prompts every share gets a warning: below 35, even if all prompts agree, the 95 % Wilson interval
     reaches below the 90 % of `prompts_needed`."""
-    degenerate_cosine: Annotated[float, Range(above=0, most=1)] = 0.99
-    """Layers share one point if the cosines of their states at the horizon exceed this (8 degrees). Blocks at random
-    initialisation show 0.69 to 0.93 where points are distinct, and 1.000 where they are one."""
+    degenerate_share: Annotated[float, Range(above=0, below=1)] = 0.001
+    """Layers share one point if 1 minus the least cosine of their states at the horizon is at most this share of what
+    it is between tokens half a prompt apart. Random blocks show up to 0.00013 where points are one, and from 0.0025 on
+    where they are distinct; the demo models 0.1 to 0.2."""
     reached_level: Positive = 0.01
     """A state has arrived once its distance to the state at the horizon stays within this share of that state's
     norm."""

@@ -48,6 +48,8 @@ class RatePairs:
 
     predicted: NDArray[np.float64]
     observed: NDArray[np.float64]
+    uncertainty: NDArray[np.float64]
+    """Of the observed rate."""
     prompt: NDArray[np.int64]
     token: NDArray[np.int64]
 
@@ -55,6 +57,11 @@ class RatePairs:
     def median_difference(self) -> float:
         """Median of `|predicted - observed|`; NaN without tokens."""
         return float(np.median(np.abs(self.predicted - self.observed))) if self.predicted.size else float("nan")
+
+    @property
+    def bias(self) -> float:
+        """Median of `observed - predicted`; NaN without tokens."""
+        return float(np.median(self.observed - self.predicted)) if self.predicted.size else float("nan")
 
     @property
     def correlation(self) -> float:
@@ -91,13 +98,12 @@ def agreement(table: NDArray[np.int64]) -> Agreement:
 
 def rate_pairs(data: xarray.Dataset) -> RatePairs:
     """Raises `StudyError` for a study without predictions."""
-    kind, predicted, observed, reason = (
-        _of(data, name) for name in ("predicted_kind", "predicted_rate", "observed_rate", "observed_rate_reason")
-    )
+    names = ("predicted_kind", "predicted_rate", "observed_rate", "observed_rate_uncertainty", "observed_rate_reason")
+    kind, predicted, observed, uncertainty, reason = (_of(data, name) for name in names)
     settles = np.isin(kind, [code for code, each in enumerate(PREDICTED_KINDS) if each.settles])
     both = settles & (reason == list(RateReason).index(RateReason.FITTED)) & np.isfinite(predicted)
     prompt, token = np.nonzero(both)
-    return RatePairs(predicted[both], observed[both], prompt, token)
+    return RatePairs(predicted[both], observed[both], uncertainty[both], prompt, token)
 
 
 def token_eigenvalues(data: xarray.Dataset) -> NDArray[np.complex128]:

@@ -62,15 +62,29 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         none = "Without a fixed point the layers have no points to compare."
         return POINTS.says(Outcome.NOT_APPLICABLE, "no points", none + there, evidence)
 
-    same = Share(int((values > criterion.degenerate_cosine).sum()), len(values))
+    shared = shares_point(view.dataset, criterion)[has_points]
+    judged = shared[np.isfinite(shared)]
+    same = Share(int(judged.sum()), len(judged))
     needed = criterion.prompts_needed
+    unrelated = median(_unrelated(view.dataset)[has_points])
     evidence = {
         "smallest_cosine_to_layer_0": median(values),
         "range_over_prompts": f"{values.min():.3f} to {values.max():.3f}",
+        "the_same_between_unrelated_tokens": unrelated,
         "prompts_with_one_shared_point": str(same),
     }
-    cosine = f"the least similar layer has cosine {median(values):.3f} with layer 0"
-    if same.value >= needed:
+    cosine = f"the least similar layer has cosine {median(values):.4g} with layer 0"
+    limits = []
+    if math.isfinite(unrelated):
+        cosine += f", and {unrelated:.3g} with that of a token half a prompt away"
+    else:
+        limits.append("There are no unrelated tokens to hold the layers against: right angles stand in for them.")
+    if not len(judged):
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
+        sentence = (
+            f"Cannot tell: unrelated tokens share one direction too. At the horizon {cosine} (median over prompts)."
+        )
+    elif same.value >= needed:
         outcome, verdict = Outcome.NO, "all share the same one"
         sentence = (
             f"The same one: all layers end at one direction, in {same}. At the horizon {cosine} (median over "
@@ -90,14 +104,28 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence += f" Only these {len(values)} of {len(kinds)} prompts settle" + (
             f"; {undecided} may do so later." if undecided else "."
         )
-    limits = []
     directions = kinds.count(Settling.DIRECTION_ONLY)
     if directions:
         limits.append(
             f"Of {plural(directions, 'prompt')} only directions have settled; a cosine does not see that norms differ."
         )
-    claims = [Claim.POINTS] if all(kind.settles for kind in kinds) else []
+    claims = [Claim.POINTS] if len(judged) and all(kind.settles for kind in kinds) else []
     return POINTS.says(outcome, verdict, sentence, evidence, limits, claims=claims)
+
+
+def shares_point(data: xarray.Dataset, criterion: Criterion) -> NDArray[np.float64]:
+    """Of each prompt: 1 if all layers share one point, 0 if not, NaN where tokens that have nothing to do with each
+    other share one too, so that nothing can be told. Right angles stand in where there are no such tokens."""
+    apart, unrelated = 1 - data["degeneracy"].values, 1 - np.nan_to_num(_unrelated(data))
+    shared = (apart <= criterion.degenerate_share * unrelated).astype(np.float64)
+    return np.where((unrelated > criterion.degenerate_share) & np.isfinite(apart), shared, np.nan)
+
+
+def _unrelated(data: xarray.Dataset) -> NDArray[np.float64]:
+    """The least cosine of layers at unrelated tokens; NaN where a prompt has one token, and in older studies."""
+    if "unrelated_degeneracy" not in data:
+        return np.full(data.sizes["prompt"], np.nan)
+    return data["unrelated_degeneracy"].values.astype(np.float64)
 
 
 def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:

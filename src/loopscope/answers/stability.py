@@ -40,6 +40,10 @@ _SAID = {
 }
 
 
+_TRANSIENT = 0.02
+"""Observed rates that differ by more in the same direction show a transient: where it is gone they differ by less."""
+
+
 def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     """What the leading eigenvalues of one recurrence predict, and whether the trajectories bear it out."""
     data = view.dataset
@@ -59,7 +63,7 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
         f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_growth(data, criterion)}"
         f"{_confirmed(found)}",
         _evidence(data, counts, total, pairs, found) | _non_normality(view),
-        _limits(view, counts, total),
+        _limits(view, counts, total, pairs),
         figure="stability-rates" if pairs.predicted.size else None,
         claims=_claims(view, outcome),
     )
@@ -107,7 +111,11 @@ def _rates(data: xarray.Dataset, pairs: RatePairs) -> str:
     said = f" The predicted rate per recurrence is {middle} (median), at most {significant(slowest, 3)}"
     said += f", {significant(1 - slowest)} below 1." if slowest < 1 else "."
     if pairs.predicted.size:
-        said += f" Observed rates differ from it by {significant(pairs.median_difference)} (median)."
+        within = np.abs(pairs.predicted - pairs.observed) <= pairs.uncertainty
+        said += (
+            f" Observed rates differ from it by {significant(pairs.median_difference)} (median), within their "
+            f"uncertainty in {percent(float(within.mean()))} of {plural(within.size, 'token')}."
+        )
     return said
 
 
@@ -178,6 +186,8 @@ def _evidence(
         evidence["tokens_with_both_rates"] = float(pairs.predicted.size)
         evidence["observed_rate_median"] = float(np.median(pairs.observed))
         evidence["predicted_minus_observed_median_absolute"] = pairs.median_difference
+        evidence["observed_minus_predicted_median"] = pairs.bias
+        evidence["uncertainty_of_observed_rate_median"] = float(np.median(pairs.uncertainty))
         if np.isfinite(pairs.correlation):
             evidence["correlation_of_predicted_and_observed"] = pairs.correlation
     if found is not None:
@@ -196,7 +206,7 @@ def _of_kinds(data: xarray.Dataset, name: str, codes: Sequence[int]) -> np.ndarr
     return found
 
 
-def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int) -> list[str]:
+def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int, pairs: RatePairs) -> list[str]:
     data = view.dataset
     limits = ["Eigenvalues hold near the fixed point: a state that is thrown far from it may end elsewhere."]
     if counts[PredictedKind.FAR]:
@@ -215,6 +225,13 @@ def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int) ->
         )
     if not (data["eigenvalue_exact"].values == 1).all():
         limits.append("The model's code cannot be differentiated twice, so products were taken by differences.")
+    if abs(pairs.bias) > _TRANSIENT:
+        where = "above" if pairs.bias > 0 else "below"
+        limits.append(
+            f"Observed rates lie {significant(abs(pairs.bias))} {where} the predicted ones (median). They are fitted "
+            f"on the way, to the steps that {view.dtype} leaves, where faster motion and tokens before still show; "
+            "the predicted ones hold at the fixed point."
+        )
     if view.dtype in ("bfloat16", "float16"):
         limits.append(f"They are those of exact arithmetic with the model's weights, not of rounding to {view.dtype}.")
     return limits

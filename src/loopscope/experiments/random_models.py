@@ -13,6 +13,7 @@ from loopscope._util.statistics import finite_or_none, median
 from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.answer import Criterion
+from loopscope.answers.settled import shares_point
 from loopscope.answers.settling import Settling, common_settling
 from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS
 from loopscope.dynamics.verdicts import KINDS
@@ -36,9 +37,6 @@ _KEEP_MIB = 256
 _SEARCH, _LONG_SEARCH = 40, 200
 """Recurrences for finding a fixed point that the run does not come to: half of those that repel are found with the
 first; with the second, for cells whose tokens are judged, nearly all that are found at all."""
-_ONE_POINT = 0.999
-"""Layers share a point or a direction if the least cosine between them is above. Where nothing is trained a layer adds
-little to what is injected: 4 to 16 layers with a point each show 0.65 to 0.998, and those that share one 0.99998."""
 _CURVE_POINTS = 24
 
 
@@ -60,7 +58,7 @@ def run_cell(cell: Cell) -> CellResult:
         track=(),
         skip=parts_except(*kept),
     )
-    found = dynamics_of(study, Criterion(degenerate_cosine=_ONE_POINT))
+    found = dynamics_of(study, Criterion())
     return CellResult(**found, cell=cell, seconds=round(time.monotonic() - started, 2))
 
 
@@ -92,7 +90,6 @@ def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
     view = view_study(study)
     data = study.dataset
     common = common_settling(view, criterion)
-    degeneracy = _median(data["degeneracy"].values)
     shown = np.unique(np.geomspace(1, view.recurrences, _CURVE_POINTS).round().astype(int))
     distance = data["relative_distance"].max("layer").transpose("recurrence", "prompt").values
     norms = data["residual_norm"].isel(layer=-1).transpose("recurrence", "prompt").values
@@ -103,9 +100,9 @@ def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
     rates, errors = data["predicted_rate"].values[known], data["predicted_rate_error"].values[known]
     verdicts = data["verdict"].isel(judged_layer=-1).values if "verdict" in data else np.empty(0, dtype=int)
     return {
-        "outcome": _outcome(common, degeneracy, criterion),
+        "outcome": _outcome(common, shares_point(data, criterion), criterion),
         "settling": "depends on the prompt" if common is None else str(common),
-        "degeneracy": degeneracy,
+        "degeneracy": _median(data["degeneracy"].values),
         "drift": _median(data["horizon_drift"].max("layer").values),
         "norm_growth": _median(data["horizon_norm_growth"].max("layer").values),
         "counts": tuple(int(count) for count in shown),
@@ -120,11 +117,11 @@ def dynamics_of(study: Study, criterion: Criterion) -> dict[str, Any]:
     }
 
 
-def _outcome(common: Settling | None, degeneracy: float | None, criterion: Criterion) -> CellOutcome:
+def _outcome(common: Settling | None, shared: np.ndarray, criterion: Criterion) -> CellOutcome:
     if common is None:
         return CellOutcome.CANNOT_TELL
-    shared = degeneracy is not None and degeneracy > criterion.degenerate_cosine
-    if shared and common is not Settling.DIVERGED:
+    known = shared[np.isfinite(shared)]
+    if known.size and known.mean() >= criterion.prompts_needed and common is not Settling.DIVERGED:
         return CellOutcome.DEGENERATE
     if common.settles:
         return CellOutcome.FIXED_POINT

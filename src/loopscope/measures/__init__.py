@@ -19,7 +19,15 @@ from loopscope.measures.attention import (
     strongest_sink_position,
 )
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
-from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, relative_distance, residual_norm
+from loopscope.measures.functions import (
+    cosine,
+    cosine_distance,
+    degeneracy,
+    distance,
+    layer_cosine,
+    relative_distance,
+    residual_norm,
+)
 from loopscope.measures.neurons import neuron_moments
 from loopscope.measures.readout import kl_divergence, next_token_loss
 from loopscope.measures.stages import (
@@ -38,6 +46,7 @@ __all__ = [
     "attention_distance",
     "colsum_concentration",
     "cosine",
+    "cosine_distance",
     "decode_maps",
     "degeneracy",
     "distance",

@@ -180,6 +180,11 @@ class BatchInfo:
     def tokens(self) -> int:
         return self.mask.shape[1]
 
+    @property
+    def stored(self) -> type[np.floating]:
+        """What numbers of tokens, heads and quantiles are stored as: float64 of a model that runs in float64."""
+        return np.float64 if self.info.dtype == "float64" else np.float32
+
     def squared_singular_values(self, visit: Visit) -> Tensor:
         """Of each prompt's states, (batch, value); the padding adds zeros. Measures of one visit share them."""
         if self._spectrum is None or self._spectrum[0] is not visit:
@@ -200,7 +205,7 @@ class HorizonStates(Protocol):
         """`X*[layer]` at the first (0) or second (1) horizon, (batch, token, width); `layer` = k is the loop state."""
 
     def norm(self, place: int, layer: int) -> Tensor:
-        """Norms of `layer(place, layer)`, (batch, token)."""
+        """Norms of `layer(place, layer)`, (batch, token), in float64."""
 
     def attention(self, layer: int) -> AttentionView | None:
         """The attention of a layer at the first horizon; None where it cannot be seen."""

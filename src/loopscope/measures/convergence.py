@@ -1,4 +1,4 @@
-"""Convergence: steps, distances to the horizons, cosines and norms, per layer, recurrence and token."""
+"""Convergence: steps, distances to the horizons, directions and norms, per layer, recurrence and token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
-from loopscope.measures.functions import cosine_of_norms, distance, quantiles, residual_norm
+from loopscope.measures.functions import distances, quantiles, residual_norm
 from loopscope.models.visits import LoopState, Visit
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -20,13 +20,13 @@ _RAW = "residual stream"
 _MEANINGS = {
     "successive_difference": ("mean over tokens of ||X[i,t] - X[i,t-1]||", _RAW),
     "relative_step": ("the same over ||X[i,t]||", "1"),
-    "cosine_to_previous": ("cosine of X[i,t] and X[i,t-1]", "1"),
+    "cosine_distance_to_previous": ("1 - cosine of X[i,t] and X[i,t-1]", "1"),
     "distance_to_horizon": ("||x - x*||", _RAW),
     "relative_distance": ("||x - x*|| / ||x*||", "1"),
-    "cosine_to_horizon": ("cosine of x and x*", "1"),
+    "cosine_distance_to_horizon": ("1 - cosine of x and x*", "1"),
     "distance_to_second_horizon": ("||x - x**||, with the state x** at 2H", _RAW),
     "relative_distance_second_horizon": ("||x - x**|| / ||x**||", "1"),
-    "cosine_to_second_horizon": ("cosine of x and x**", "1"),
+    "cosine_distance_to_second_horizon": ("1 - cosine of x and x**", "1"),
     "residual_norm": ("mean token norm", _RAW),
 }
 NAMES = tuple(_MEANINGS)
@@ -35,10 +35,10 @@ _DIMS = "layer recurrence prompt"
 TOKEN_NAMES = (
     "successive_difference",
     "relative_step",
-    "cosine_to_previous",
+    "cosine_distance_to_previous",
     "distance_to_horizon",
     "relative_distance",
-    "cosine_to_horizon",
+    "cosine_distance_to_horizon",
     "relative_distance_second_horizon",
     "residual_norm",
 )
@@ -48,7 +48,8 @@ _KEPT = [NAMES.index(name) for name in TOKEN_NAMES]
 
 
 class Convergence(Measure):
-    """Compares each state with the one before it at the same site, and with that site's states at the horizons."""
+    """Compares each state with the one before it at the same site, and with that site's states at the horizons, in
+    float64."""
 
     variables: ClassVar[dict[str, Variable]] = {
         **{name: variable(_DIMS, *about) for name, about in _MEANINGS.items()},
@@ -78,25 +79,24 @@ class Convergence(Measure):
         self._last: tuple[Tensor, Tensor]
         shape = (self._layers, batch.recurrences, batch.prompts)
         self._means = np.full((len(NAMES), *shape), np.nan, dtype=np.float64)
-        self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=np.float32)
-        self._tokens = np.full(
-            (len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens), np.nan, dtype=np.float32
-        )
+        self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=batch.stored)
+        tokens = (len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens)
+        self._tokens = np.full(tokens, np.nan, dtype=batch.stored)
 
     def start(self, initial_state: Tensor | None) -> None:
         """The first step of the loop state starts there; where it is not known that step is NaN."""
         if initial_state is None:
             return
-        self._previous[self._layers] = (initial_state, residual_norm(initial_state))
+        self._previous[self._layers] = (initial_state, residual_norm(initial_state.double()))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
         values = self._compare(visit.layer, visit.residual)
         place = (visit.layer, visit.recurrence)
-        self._means[:, *place] = masked_mean(values, self.batch.mask).double().cpu().numpy()
+        self._means[:, *place] = masked_mean(values, self.batch.mask).cpu().numpy()
         found = quantiles(values, self.batch.counts, LEVELS).transpose(0, 1)
-        self._quantiles[:, :, *place] = found.float().cpu().numpy()
+        self._quantiles[:, :, *place] = found.cpu().numpy()
         if visit.layer == self._layers - 1:
             self._keep_tokens(0, visit.recurrence, values)
             self._last = (visit.residual, values)
@@ -110,24 +110,23 @@ class Convergence(Measure):
 
     def _compare(self, site: int, state: Tensor) -> Tensor:
         """All of `NAMES` for one state, (name, batch, token)."""
-        norm = residual_norm(state)
+        wide = state.double()
+        norm = residual_norm(wide)
         previous = self._previous[site]
         self._previous[site] = (state, norm)
         values = [torch.full_like(norm, torch.nan)] * 3
         if previous is not None:
-            step = distance(state, previous[0])
-            values = [step, step / norm, cosine_of_norms(state, norm, *previous)]
+            step, turned = distances(wide, norm, *previous)
+            values = [step, step / norm, turned]
         for place in (0, 1):
-            reference = self.horizon.layer(place, site)
             reference_norm = self.horizon.norm(place, site)
-            away = distance(state, reference)
-            turned = cosine_of_norms(state, norm, reference, reference_norm)
+            away, turned = distances(wide, norm, self.horizon.layer(place, site), reference_norm)
             values += [away, away / reference_norm, turned]
         return torch.stack([*values, norm])
 
     def _keep_tokens(self, site: int, recurrence: int, values: Tensor) -> None:
         kept = values[_KEPT].masked_fill(~self.batch.mask, torch.nan)
-        self._tokens[:, site, recurrence] = kept.float().cpu().numpy()
+        self._tokens[:, site, recurrence] = kept.cpu().numpy()
 
     def result(self) -> xr.Dataset:
         norm = self._means[NAMES.index("residual_norm")]

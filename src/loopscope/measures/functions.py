@@ -42,14 +42,30 @@ def relative_distance(states: Vectors, reference: Vectors) -> Values:
 
 
 def cosine(states: Vectors, reference: Vectors) -> Values:
-    """Cosine of the angle between two states, in [-1, 1]."""
-    return cosine_of_norms(states, residual_norm(states), reference, residual_norm(reference))
-
-
-def cosine_of_norms(states: Vectors, norm: Values, reference: Vectors, reference_norm: Values) -> Values:
-    """`cosine` where both norms are at hand."""
+    """Cosine of the angle between two states, in [-1, 1]; 1 for all angles below the root of the rounding error, which
+    `cosine_distance` tells apart."""
     product: Tensor = torch.linalg.vecdot(widen(states), widen(reference))
-    return (product / (norm * reference_norm)).clamp(-1.0, 1.0)
+    return (product / (residual_norm(states) * residual_norm(reference))).clamp(-1.0, 1.0)
+
+
+def cosine_distance(states: Vectors, reference: Vectors) -> Values:
+    """`1 - cos`, half the squared distance of the two unit vectors, in float64 and [0, 2]."""
+    states, reference = states.double(), reference.double()
+    return distances(states, residual_norm(states), reference, residual_norm(reference))[1]
+
+
+def distances(states: Vectors, norm: Values, reference: Vectors, reference_norm: Values) -> tuple[Values, Values]:
+    """`||x - y||` and `1 - cos` of x and y with their norms, of which `states` and `norm` are in float64.
+
+    With `d = x - y` and `a = ||x|| - ||y|| = (2 d.x - ||d||^2) / (||x|| + ||y||)`, which is right to rounding of d,
+    `1 - cos = (||d||^2 - a^2) / (2 ||x|| ||y||)`. Its relative error is 1e-16 times the square of `||d||` over the part
+    of d across x: small unless nearly all of the movement is along the state.
+    """
+    difference = states - reference
+    away: Tensor = torch.linalg.vector_norm(difference, dim=-1)
+    square = away.square()
+    longer = (2 * torch.linalg.vecdot(difference, states) - square) / (norm + reference_norm)
+    return away, ((square - longer.square()) / (2 * norm * reference_norm)).clamp(0.0, 2.0)
 
 
 def layer_cosine(states: LayerVectors) -> LayerPairs:
@@ -66,6 +82,20 @@ def degeneracy(states: LayerVectors) -> Values:
     if states.shape[0] == 1:
         return torch.full(states.shape[1:-1], torch.nan, dtype=widen(states).dtype, device=states.device)
     return cosine(states[1:], states[0].expand_as(states[1:])).amin(0)
+
+
+def unrelated_degeneracy(
+    states: Float[Tensor, "layer batch token width"], counts: Tensor
+) -> Float[Tensor, "batch token"]:
+    """The same between layer 0 at a token and the other layers at the token half a prompt away: what states that have
+    nothing to do with each other show in this model. `counts` are the prompts' tokens; NaN for a prompt of one."""
+    if states.shape[0] == 1:
+        return degeneracy(states)
+    place = torch.arange(states.shape[2], device=states.device)
+    other = (place + counts[:, None] // 2) % counts[:, None]
+    away = states[1:].gather(2, other[None, :, :, None].expand_as(states[1:]))
+    found = cosine(away, states[0].expand_as(away)).amin(0)
+    return found.masked_fill(counts[:, None] == 1, torch.nan)
 
 
 def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) -> Quantiles:

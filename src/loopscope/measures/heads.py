@@ -96,9 +96,9 @@ class HeadMeasures(Measure):
         assert info.heads is not None
         self._heads = heads = info.heads
         depths = depth_count(batch)
-        self._stats = np.full((len(HEAD_NAMES), depths, heads, batch.prompts), np.nan, dtype=np.float32)
+        self._stats = np.full((len(HEAD_NAMES), depths, heads, batch.prompts), np.nan, dtype=batch.stored)
         changes = (len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
-        self._changes = np.full(changes, np.nan, dtype=np.float32)
+        self._changes = np.full(changes, np.nan, dtype=batch.stored)
         self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
         self._before: list[AttentionView | None] = [None] * info.recurrent
         # Of each row, over the heads of the layers that can be seen: sum of squared changes, and how many there are.
@@ -165,7 +165,7 @@ class HeadMeasures(Measure):
         return None if self.batch.horizon is None else self.batch.horizon.attention(layer)
 
     def _keep(self, depth: int, sums: _Sums) -> None:
-        self._stats[:, depth] = sums.finish().float().cpu().numpy()
+        self._stats[:, depth] = sums.finish().cpu().numpy()
 
     def result(self) -> xr.Dataset:
         for layer in range(len(self._pending)):
@@ -183,7 +183,7 @@ class HeadMeasures(Measure):
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to compare with
             change = np.sqrt(self._moved.cpu().numpy() / self._moving[:, None, None])
         change[:, ~self.batch.mask.cpu().numpy()] = np.nan
-        return change.astype(np.float32)
+        return change.astype(self.batch.stored)
 
 
 class _Sums:

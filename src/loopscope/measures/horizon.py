@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, masked_mean, variable
-from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm
+from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm, unrelated_degeneracy
 from loopscope.models.visits import AttentionView, LoopState, Visit
 
 
@@ -59,6 +59,11 @@ class Horizons(Measure):
         "degeneracy": variable(
             "prompt",
             "mean over tokens of min over i > 0 of cos(X*[0], X*[i]); near 1: all layers share one point",
+        ),
+        "unrelated_degeneracy": variable(
+            "prompt",
+            "the same with X*[i] of the token half a prompt away: what states of this model that have nothing to do "
+            "with each other show; NaN for a prompt of one token",
         ),
     }
     needs = Needs(loop=True, long_run=True)
@@ -110,10 +115,10 @@ class Horizons(Measure):
         return self._attention[layer]
 
     def norm(self, place: int, layer: int) -> Tensor:
-        """Norms of `layer(place, layer)`, (batch, token)."""
+        """Norms of `layer(place, layer)`, (batch, token), in float64."""
         key = (place, layer)
         if key not in self._norms:
-            self._norms[key] = residual_norm(self.layer(place, layer))
+            self._norms[key] = residual_norm(self.layer(place, layer).double())
         return self._norms[key]
 
     def result(self) -> xr.Dataset:
@@ -134,5 +139,6 @@ class Horizons(Measure):
             "token_horizon_drift": torch.stack([drift[-1], loop_drift]).masked_fill(~mask, torch.nan),
             "layer_cosine": masked_mean(layer_cosine(first), mask),
             "degeneracy": masked_mean(degeneracy(first), mask),
+            "unrelated_degeneracy": masked_mean(unrelated_degeneracy(first, self.batch.counts), mask),
         }
         return self.dataset({name: values.cpu().numpy() for name, values in found.items()})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from loopscope.measures.base import Declared, Variable, variable
 from loopscope.measures.functions import widen
+from loopscope.models.native.attention import RMSNorm
+from loopscope.models.native.layer import Layer
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Subject
@@ -49,11 +51,28 @@ def neuron_moments(
     return torch.cat(kurtosis), torch.cat(skew)
 
 
+def folded_unembedding(model: LoopedTransformer) -> Float[Tensor, "vocabulary width"]:
+    """The unembedding with the weights of the final norm in it, less its mean over the vocabulary, which moves all
+    logits alike (Gurnee et al., arXiv 2401.12181, appendix)."""
+    read = widen(_unembedding(model)) * widen(model.norm.weight)
+    return read - read.mean(0)
+
+
+def folded_output(layer: Layer) -> Float[Tensor, "width neuron"]:
+    """What its MLP's neurons write, with the weights of the norm behind the MLP in it, where there is one."""
+    output = widen(layer.mlp.down.weight)
+    return output * widen(layer.norm_4.weight)[:, None] if isinstance(layer.norm_4, RMSNorm) else output
+
+
+def _unembedding(model: LoopedTransformer) -> Tensor:
+    return model.embedding.weight if model.head is None else model.head.weight
+
+
 class Neurons(Declared):
     """Moments of every neuron, and the shares of prediction and suppression neurons in each unique layer.
 
-    Prelude, recurrent block and coda in this order. The final norm between residual stream and unembedding is left out,
-    as the method has it. They are no batch's: a study has them once.
+    Prelude, recurrent block and coda in this order. Raw: between the weights as they are, as the method has it. Folded:
+    with the weights of the norms between them. They are no batch's: a study has them once.
     """
 
     part = "neurons"
@@ -66,6 +85,14 @@ class Neurons(Declared):
         "suppression_neurons": variable("unique_layer", "the same with negative skew"),
         "neuron_kurtosis": variable("unique_layer neuron", "of those cosines; 3 for a normal distribution"),
         "neuron_skew": variable("unique_layer neuron", "of those cosines; 0 for a normal distribution"),
+        "folded_prediction_neurons": variable(
+            "unique_layer",
+            "prediction_neurons with the weights of the final norm in the unembedding, less its mean over tokens, and "
+            "those of the norm behind the MLP in the output",
+        ),
+        "folded_suppression_neurons": variable("unique_layer", "suppression_neurons likewise"),
+        "folded_neuron_kurtosis": variable("unique_layer neuron", "neuron_kurtosis likewise"),
+        "folded_neuron_skew": variable("unique_layer neuron", "neuron_skew likewise"),
     }
     otherwise = "neurons were not counted (a model watched from outside, or a count over --neuron-limit)"
 
@@ -75,7 +102,7 @@ class Neurons(Declared):
         if not isinstance(subject, NativeSubject):
             return xr.Dataset()
         architecture = subject.model.architecture
-        operations = 2.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
+        operations = 4.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
         if operations / 1e12 > limit:
             note(
                 f"Prediction and suppression neurons are left out: counting them takes {operations / 1e12:.3g} tera "
@@ -86,16 +113,20 @@ class Neurons(Declared):
 
     @classmethod
     def count(cls, model: LoopedTransformer) -> xr.Dataset:
-        unembedding = model.embedding.weight if model.head is None else model.head.weight
         layers = (*model.prelude, *model.recurrent, *model.coda)
-        moments = [neuron_moments(layer.mlp.down.weight, unembedding) for layer in layers]
-        kurtosis, skew = (np.stack([pair[index].float().cpu().numpy() for pair in moments]) for index in (0, 1))
-        stands_out = kurtosis > KURTOSIS
-        return cls.dataset(
-            {
-                "prediction_neurons": (stands_out & (skew > 0)).mean(-1),
-                "suppression_neurons": (stands_out & (skew < 0)).mean(-1),
-                "neuron_kurtosis": kurtosis,
-                "neuron_skew": skew,
-            }
-        )
+        raw = _shares([layer.mlp.down.weight for layer in layers], _unembedding(model))
+        folded = _shares([folded_output(layer) for layer in layers], folded_unembedding(model))
+        return cls.dataset({**raw, **{f"folded_{name}": values for name, values in folded.items()}})
+
+
+def _shares(outputs: Sequence[Tensor], unembedding: Tensor) -> dict[str, np.ndarray]:
+    moments = [neuron_moments(output, unembedding) for output in outputs]
+    stored = torch.float64 if unembedding.dtype == torch.float64 else torch.float32
+    kurtosis, skew = (np.stack([pair[index].to(stored).cpu().numpy() for pair in moments]) for index in (0, 1))
+    stands_out = kurtosis > KURTOSIS
+    return {
+        "prediction_neurons": (stands_out & (skew > 0)).mean(-1),
+        "suppression_neurons": (stands_out & (skew < 0)).mean(-1),
+        "neuron_kurtosis": kurtosis,
+        "neuron_skew": skew,
+    }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
-from loopscope.measures.functions import cosine_of_norms, distance, residual_norm
+from loopscope.measures.functions import distances, residual_norm
 from loopscope.models.visits import Observer, Visit
 
 
@@ -21,7 +22,9 @@ class PathIndependence(Measure):
         "path_distance": variable(
             "layer recurrence prompt", "distance of the trajectories from two initial states, over the mean norm"
         ),
-        "path_cosine": variable("layer recurrence prompt", "cosine of the trajectories from two initial states"),
+        "path_cosine_distance": variable(
+            "layer recurrence prompt", "1 - cosine of the trajectories from two initial states"
+        ),
     }
     needs = Needs(loop=True, second_run=True)
 
@@ -34,22 +37,22 @@ class PathIndependence(Measure):
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
-            self._first[visit.layer] = (visit.residual, residual_norm(visit.residual))
+            self._first[visit.layer] = (visit.residual, residual_norm(visit.residual.double()))
 
     def compare(self, visit: Visit) -> None:
         """The same visit of the second run."""
         first = self._first[visit.layer]
         assert first is not None  # the first run was advanced before
-        norm = residual_norm(visit.residual)
+        state = visit.residual.double()
+        norm = residual_norm(state)
+        away, turned = distances(state, norm, *first)
         # Relative to the mean of the two norms, so that neither run is the reference.
         size = (first[1] + norm) / 2
-        away = masked_mean(distance(visit.residual, first[0]) / size, self.batch.mask)
-        turned = masked_mean(cosine_of_norms(visit.residual, norm, *first), self.batch.mask)
-        self._values[0, visit.layer, visit.recurrence] = away.double().cpu().numpy()
-        self._values[1, visit.layer, visit.recurrence] = turned.double().cpu().numpy()
+        found = masked_mean(torch.stack([away / size, turned]), self.batch.mask)
+        self._values[:, visit.layer, visit.recurrence] = found.cpu().numpy()
 
     def result(self) -> xr.Dataset:
-        return self.dataset({"path_distance": self._values[0], "path_cosine": self._values[1]})
+        return self.dataset({"path_distance": self._values[0], "path_cosine_distance": self._values[1]})
 
 
 class _Second(Observer):

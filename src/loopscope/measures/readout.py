@@ -166,10 +166,10 @@ class Readout(Measure):
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
         shape = (batch.prompts, batch.tokens)
-        self._tokens = np.full((4, len(self.grid), *shape), np.nan, dtype=np.float32)
+        self._tokens = np.full((4, len(self.grid), *shape), np.nan, dtype=batch.stored)
         self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
         self._losses = np.full((len(self.grid), batch.prompts), np.nan)
-        self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=np.float32)
+        self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=batch.stored)
 
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence + 1 in self.grid:
@@ -223,7 +223,7 @@ class Readout(Measure):
         values[0].masked_fill_(~followed, torch.nan)
         index = self.grid.index(count)
         self._losses[index] = masked_mean(values[0], followed).cpu().numpy()
-        kept = values.float().cpu().numpy()
+        kept = values.cpu().numpy()
         self._tokens[:, index] = kept[:4]
         self._top1[index] = top1.cpu().numpy()
         if full is not None:
@@ -248,6 +248,6 @@ class Readout(Measure):
         mean = masked_mean(distribution.movedim(-1, 0), mask)
         return {
             "exit_probability": mean.double().cpu().numpy(),
-            "token_exit_probability": tokens.float().cpu().numpy(),
+            "token_exit_probability": tokens.cpu().numpy().astype(self.batch.stored),
             "token_exit_cumulated": widen(cumulated).cpu().numpy(),
         }

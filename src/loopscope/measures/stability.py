@@ -90,7 +90,7 @@ _RATES: dict[str, tuple[str, ...]] = {
     ),
     "observed_rate_uncertainty": (
         _TOKEN,
-        "four times the difference between the halves of the fit",
+        "four times the difference between the halves of the fit, or what a factor of t² adds there, if more",
         "per recurrence",
     ),
     "observed_rate_reason": (

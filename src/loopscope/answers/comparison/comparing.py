@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from loopscope.answers.comparison.curves import MEASURES, StageCurves, correlated, relative_depth, stage_curves
 from loopscope.answers.comparison.null import (
     NULL_LEVELS,
+    NULLS,
     curve_similarity,
     drift,
-    layer_orders,
     level_difference,
     own_similarity,
+    prompt_interval,
+    surrogates,
 )
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.comparison.settings import CompareSettings
@@ -30,6 +32,7 @@ from loopscope.answers.comparison.subjects import (
     kind_of,
     refuse_repeats,
     same_model,
+    same_prompts,
 )
 from loopscope.answers.stages import repetition
 from loopscope.study import Study
@@ -67,7 +70,8 @@ def compare(
         alike = same_model(study, loaded[chosen])
         entry = {"curve": own.values, "depth_percent": relative_depth(own.values.shape[2])} | _own(own)
         if index != chosen:
-            entry |= _against(own, curves[chosen], settings, by_recurrence=alike)
+            together = same_prompts(study, loaded[chosen])
+            entry |= _against(own, curves[chosen], settings, by_recurrence=alike, together=together)
         entries.append(entry)
     manifest = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,29 +99,50 @@ def _own(curves: StageCurves) -> _Arrays:
     }
 
 
-def _against(curves: StageCurves, reference: StageCurves, settings: CompareSettings, *, by_recurrence: bool) -> _Arrays:
-    """Every pass against the reference, dimensions (span, measure, recurrence), the mean over measures apart."""
+def _against(
+    curves: StageCurves,
+    reference: StageCurves,
+    settings: CompareSettings,
+    *,
+    by_recurrence: bool,
+    together: bool,
+) -> _Arrays:
+    """Every pass against the reference, dimensions (span, measure, recurrence), the mean over measures apart;
+    `together`: both read the same prompts."""
     shape = (len(SPANS), len(MEASURES) + 1, curves.recurrences)
-    value, backwards, p_value = (np.full(shape, np.nan) for _ in range(3))
+    value, backwards = (np.full(shape, np.nan) for _ in range(2))
+    p_values = np.full((len(NULLS), *shape), np.nan)
+    interval = np.full((2, *shape[:2]), np.nan)
     null = np.full((len(NULL_LEVELS), *shape), np.nan)
     difference = np.full((len(SPANS), len(MEASURES), curves.recurrences), np.nan)
     for span, name in enumerate(SPANS):
         own = curves.block if name == "block" else curves.values
-        orders = layer_orders(own.shape[2], settings)
+        made = surrogates(own.shape[2], settings)
         for recurrence in range(
             min(curves.recurrences, reference.recurrences) if by_recurrence else curves.recurrences
         ):
             at = recurrence if by_recurrence else reference.home
             there = (reference.block if by_recurrence and name == "block" else reference.values)[:, at]
             here = own[:, recurrence]
-            likeness = curve_similarity(correlated(here), correlated(there), settings, orders)
+            likeness = curve_similarity(correlated(here), correlated(there), settings, made)
             value[span, :, recurrence], backwards[span, :, recurrence] = likeness.value, likeness.reversed
-            p_value[span, :, recurrence], null[:, span, :, recurrence] = likeness.p_value, likeness.null
+            p_values[:, span, :, recurrence], null[:, span, :, recurrence] = likeness.p_values, likeness.null
             difference[span, :, recurrence] = level_difference(here, there, settings.grid)
-    found = {"similarity": value, "reversed_similarity": backwards, "p_value": p_value}
+            if recurrence == curves.home:
+                passes = (
+                    curves.pass_of_prompts(recurrence, block=name == "block"),
+                    reference.pass_of_prompts(at, block=by_recurrence and name == "block"),
+                )
+                paired = together and passes[0].shape[2] == passes[1].shape[2]
+                interval[:, span] = prompt_interval(*passes, settings, paired=paired)
+    found = {"similarity": value, "reversed_similarity": backwards, "p_value": p_values.max(axis=0)}
     return {
         **{name: values[:, :-1] for name, values in found.items()},
         **{f"overall_{name}": values[:, -1] for name, values in found.items()},
+        "null_p_value": p_values[:, :, :-1],
+        "overall_null_p_value": p_values[:, :, -1],
+        "similarity_interval": interval[:, :, :-1],
+        "overall_similarity_interval": interval[:, :, -1],
         "null_quantile": null[:, :, :-1],
         "overall_null_quantile": null[:, :, -1],
         "level_difference": difference,
@@ -133,9 +158,13 @@ _DIMS = {
     **dict.fromkeys(
         ("similarity", "reversed_similarity", "p_value", "level_difference"), ("span", "measure", "recurrence")
     ),
+    "null_p_value": ("null", "span", "measure", "recurrence"),
     "null_quantile": ("quantile", "span", "measure", "recurrence"),
+    "similarity_interval": ("bound", "span", "measure"),
     **dict.fromkeys(("overall_similarity", "overall_reversed_similarity", "overall_p_value"), ("span", "recurrence")),
+    "overall_null_p_value": ("null", "span", "recurrence"),
     "overall_null_quantile": ("quantile", "span", "recurrence"),
+    "overall_similarity_interval": ("bound", "span"),
 }
 """Every variable, without its dimension of studies."""
 
@@ -146,6 +175,8 @@ def _dataset(labels: Sequence[str], curves: Sequence[StageCurves], entries: Sequ
         "measure": len(MEASURES),
         "span": len(SPANS),
         "quantile": len(NULL_LEVELS),
+        "null": len(NULLS),
+        "bound": 2,
         "recurrence": max(own.recurrences for own in curves),
         "position": max(own.values.shape[2] for own in curves),
     }
@@ -163,6 +194,8 @@ def _dataset(labels: Sequence[str], curves: Sequence[StageCurves], entries: Sequ
             "measure": list(MEASURES),
             "span": list(SPANS),
             "quantile": list(NULL_LEVELS),
+            "null": list(NULLS),
+            "bound": ["low", "high"],
             "recurrence": np.arange(sizes["recurrence"]),
         },
     )

@@ -25,6 +25,8 @@ class StageCurves:
     values: Float64[np.ndarray, "measure recurrence position"]
     """One pass is prelude, block and coda. Prelude and coda run once and are the same in every pass; a feed-forward
     model is one pass. NaN where a measure is missing."""
+    of_prompts: Float64[np.ndarray, "measure visit prompt"]
+    """Of which `values` are medians, through all visits in order."""
     prelude: int
     recurrent: int
     coda: int
@@ -44,6 +46,15 @@ class StageCurves:
         """Index of the recurrence that a looped model is judged at: the last one of its training, or the last one
         measured where that is not known or not reached. 0 for a feed-forward model."""
         return min(self.trained or self.recurrences, self.recurrences) - 1
+
+    def pass_of_prompts(self, recurrence: int, *, block: bool) -> Float64[np.ndarray, "measure position prompt"]:
+        """One pass, from prelude to coda or of the `block` alone."""
+        if not self.looped:
+            return self.of_prompts
+        start = self.prelude + self.recurrent * recurrence
+        inner = self.of_prompts[:, start : start + self.recurrent]
+        outer = self.of_prompts[:, : self.prelude], self.of_prompts[:, self.of_prompts.shape[1] - self.coda :]
+        return inner if block else np.concatenate([outer[0], inner, outer[1]], axis=1)
 
     @property
     def block(self) -> Float64[np.ndarray, "measure recurrence layer"]:
@@ -79,17 +90,20 @@ def stage_curves(study: Study, name: str) -> StageCurves:
             f"The study {name} has {view.finite.sizes['depth']} visits, but its layout "
             f"{layout_text(prelude, recurrent, coda, recurrences)} has {visits}; analyze the model again."
         )
-    along_depth = np.full((len(MEASURES), visits), np.nan)
-    for row, quantity in zip(along_depth, STAGE_QUANTITIES, strict=True):
+    of_prompts = np.full((len(MEASURES), visits, view.finite.sizes["prompt"]), np.nan)
+    for rows, quantity in zip(of_prompts, STAGE_QUANTITIES, strict=True):
         if quantity.variable in view.finite:
-            row[:] = _median(quantity.of_prompt(view.finite).transpose("depth", "prompt").values.astype(np.float64))
+            rows[:] = quantity.of_prompt(view.finite).transpose("depth", "prompt").values
+    along_depth = medians(of_prompts)
     loop = along_depth[:, prelude : visits - coda].reshape(len(MEASURES), recurrences, -1)
     before, after = (
         np.repeat(part[:, None], recurrences, axis=1)
         for part in (along_depth[:, :prelude], along_depth[:, visits - coda :])
     )
     passes = np.concatenate([before, loop, after], axis=-1) if recurrent else along_depth[:, None]
-    return StageCurves(values=passes, prelude=prelude, recurrent=recurrent, coda=coda, trained=view.trained)
+    return StageCurves(
+        values=passes, of_prompts=of_prompts, prelude=prelude, recurrent=recurrent, coda=coda, trained=view.trained
+    )
 
 
 def correlated(values: Float64[np.ndarray, "measure ..."]) -> Float64[np.ndarray, "measure ..."]:
@@ -106,8 +120,8 @@ def relative_depth(points: int) -> NDArray[np.float64]:
     return np.linspace(0, 100, points)
 
 
-def _median(values: Float64[np.ndarray, "depth prompt"]) -> Float64[np.ndarray, " depth"]:
+def medians(values: Float64[np.ndarray, "*rest prompt"]) -> Float64[np.ndarray, "*rest"]:
     """Over the prompts that are finite there; NaN where none is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of rows without a finite value
-        return np.asarray(np.nanmedian(np.where(np.isfinite(values), values, np.nan), axis=1))
+        return np.asarray(np.nanmedian(np.where(np.isfinite(values), values, np.nan), axis=-1))

@@ -67,9 +67,9 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
 def limits_answer(comparison: Comparison) -> Answer:
     """What these studies themselves show first, then the limits of the method."""
     of_method = [
-        "The null shuffles layers, which makes rougher curves than models have: two that merely rise with depth are "
-        "called alike, and so are 16 % of pairs of independent random walks over 8 layers. It says that the order of "
-        "the layers matters, not that the models compute the same.",
+        "Curves that rise and fall at the same depths are alike, which is not to say that the models compute the same. "
+        "Of unrelated pairs, independent, wandering or rising by some law, at most 6 in 100 are called alike; of pairs "
+        "that share a rise and little else, few.",
         f"Each p stands for one comparison; of many, {100 * comparison.settings.alpha:g} in 100 fall below "
         f"{comparison.settings.alpha:g} by chance. The mean over measures is one comparison for all of them.",
         "Correlation is blind to level and scale; the level difference next to it is not.",

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 
 from loopscope._util.wording import listed, percent, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question
 from loopscope.answers.comparison.drifting import drift_answer, limits_answer
-from loopscope.answers.comparison.null import fewest_points
+from loopscope.answers.comparison.null import NULLS, fewest_points
 from loopscope.answers.comparison.result import Comparison
 
 _LIKE = (Outcome.YES, Outcome.PARTLY)
@@ -24,10 +25,15 @@ class Finding:
     reversed: float
     """With the layers back to front."""
     null_high: float
-    """95 % of the orders of the layers correlate less."""
+    """95 % of the curves of the null that comes closest correlate less."""
     p_value: float
+    """The largest by any null."""
     alike: bool
-    """As rare as `alpha` among the orders of the layers, and better than back to front."""
+    """As rare as `alpha` among the curves of every null, and better than back to front."""
+    closest: str
+    """The null that comes closest."""
+    interval: tuple[float, float]
+    """95 % over prompts, where the study is judged; NaN elsewhere and with one prompt."""
 
     @property
     def known(self) -> bool:
@@ -35,9 +41,14 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"correlation {self.value:.2f}, against up to {self.null_high:.2f} in 95 % of shuffled orders and "
-            f"{self.reversed:.2f} back to front (p {p_text(self.p_value)})"
+            f"correlation {self.value:.2f}{self._over_prompts}, against up to {self.null_high:.2f} in 95 % of curves "
+            f"with {self.closest} and {self.reversed:.2f} back to front (p {p_text(self.p_value)})"
         )
+
+    @property
+    def _over_prompts(self) -> str:
+        low, high = self.interval
+        return f" ({low:.2f} to {high:.2f} over prompts)" if math.isfinite(low) else ""
 
 
 def finding_of(
@@ -53,7 +64,27 @@ def finding_of(
     )
     null = data[f"{prefix}null_quantile"].isel(recurrence=at).values
     alike = bool(p_value <= comparison.settings.alpha and value > backwards)  # NaN compares as False
-    return Finding(value, backwards, float(null[-1]), p_value, alike)
+    return Finding(
+        value=value,
+        reversed=backwards,
+        null_high=float(null[-1]),
+        p_value=p_value,
+        alike=alike,
+        closest=_closest(data, f"{prefix}null_p_value", at),
+        interval=_interval(data, f"{prefix}similarity_interval") if recurrence is None else (math.nan, math.nan),
+    )
+
+
+def _closest(data: xr.Dataset, name: str, at: int) -> str:
+    """The null of the largest p. An older comparison has shuffled layers alone."""
+    if name not in data or not np.isfinite(values := data[name].isel(recurrence=at).values).all():
+        return NULLS[0]
+    return NULLS[int(values.argmax())]
+
+
+def _interval(data: xr.Dataset, name: str) -> tuple[float, float]:
+    low, high = data[name].values.tolist() if name in data else (math.nan, math.nan)
+    return low, high
 
 
 def comparison_answers(comparison: Comparison) -> list[Answer]:
@@ -73,7 +104,7 @@ def comparison_answers(comparison: Comparison) -> list[Answer]:
 
 
 def p_text(p_value: float) -> str:
-    """A sample of orders says no more of small numbers than that they are small."""
+    """A sample says no more of small numbers than that they are small."""
     return "below 0.001" if p_value < 0.001 else significant(p_value) if math.isfinite(p_value) else "–"
 
 
@@ -84,7 +115,8 @@ def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) 
     if len(unknown) == len(others):
         outcome = Outcome.CANNOT_TELL
     rule = (
-        "An order of layers counts as alike if few shuffled ones come as close, and it does better than back to front."
+        "Curves count as alike if few with shuffled layers, random phases or bent depth come as close, and they do "
+        "better than back to front."
     )
     each = " ".join(f"{label}: {answer.verdict}." for label, answer in zip(others, answers, strict=True))
     question = Question(

@@ -14,12 +14,13 @@ class CompareSettings:
     """How curves of studies are compared, and when they count as alike."""
 
     alpha: Annotated[float, Range(above=0, below=1)] = 0.05
-    """Curves are alike if at most this share of the orders of the layers correlates as well. Curves with so few points
-    that no order could be that rare are not judged."""
+    """Curves are alike if at most this share of each null correlates as well: the curve with its layers shuffled, with
+    random phases, on bent depth. Curves with so few points that no order could be that rare are not judged."""
     shuffles: int = 9999
-    """Orders of the layers to try. Where there are no more orders than that, every one is tried."""
+    """Orders of the layers to try. Where there are no more orders than that, every one is tried. Of the smooth nulls as
+    many curves, 1999 at most."""
     seed: Annotated[int, Range(0)] = 0
-    """Seed of the orders that are tried where there are more."""
+    """Seed of the curves that are tried, and of the draws of prompts."""
     grid: Annotated[int, Range(3)] = 101
     """Points of the common grid of relative depth, from the first layer to the last."""
 

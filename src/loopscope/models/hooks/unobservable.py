@@ -25,7 +25,8 @@ def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask
         )
     if not takes_mask:
         found.append(
-            "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes nothing."
+            "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes rounding "
+            "alone."
             if facts.causal
             else "Padding: the model takes no attention_mask and is not causal, so a batch needs prompts of one length."
         )

@@ -204,7 +204,7 @@ def _named(label: str) -> str:
 
 def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
     """A panel per looped study and span: correlation of each pass with the reference, mean over the measures, beside
-    shuffled orders of the layers and the curve back to front."""
+    the null that comes closest and the curve back to front."""
     panels = []
     for label in _compared(comparison):
         study = comparison.studies[label]
@@ -218,7 +218,7 @@ def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
                     x=count_axis(study["recurrences"]),
                     y=Axis(title="correlation with reference", span=(-1.05, 1.05)),
                     marks=[
-                        Band(x=counts, low=null[0], high=null[-1], name="90 % of shuffled orders"),
+                        Band(x=counts, low=null[0], high=null[-1], name="90 % of the closest null"),
                         Line(
                             x=counts, y=data["overall_reversed_similarity"].values, name="back to front", colour=MUTED,
                             dash="dot",
@@ -236,7 +236,8 @@ def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
         question="How like the reference is each pass?",
         reading="Pearson correlation of each pass with the reference, mean over the stage measures that can be judged; "
         "block: the recurrent block alone on 0 to 100 %, pass: prelude, block and coda. Grey: the middle 90 % of "
-        "shuffled orders of the layers. Dotted: the curve back to front.",
+        "curves with shuffled layers, random phases or bent depth, whichever come closest. Dotted: the curve back to "
+        "front.",
         panels=panels,
     )
 

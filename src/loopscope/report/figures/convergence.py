@@ -53,7 +53,6 @@ class _Quantity:
     """Of the y axis."""
     anchor: str = ""
     """Of its panel by layer."""
-    one_minus: bool = False
     floor: bool = False
     horizon: bool = False
     """Whether it is 0 at the horizon, which is marked."""
@@ -62,7 +61,7 @@ class _Quantity:
     def curve(self, view: StudyView) -> Curve:
         if self.attention:
             return attention_curve(view, self.variable)
-        return state_curve(view, self.variable, one_minus=self.one_minus)
+        return state_curve(view, self.variable)
 
 
 def _drawn(
@@ -196,9 +195,9 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "Does the direction settle?",
         "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
         "state at the horizon H; 0.005 is an angle of about 6 degrees. Direction alone: it does not see the norm. On a "
-        f"logarithmic axis what is 0 or below by rounding is a gap; in float32 that is near 1e-7. {_MEANS}",
-        _Quantity(variable="cosine_to_previous", title="1 − cosine to state before", one_minus=True),
-        _Quantity(variable="cosine_to_horizon", title="1 − cosine to state at H", one_minus=True),
+        f"logarithmic axis what is exactly 0 is a gap. {_MEANS}",
+        _Quantity(variable="cosine_distance_to_previous", title="1 − cosine to state before"),
+        _Quantity(variable="cosine_distance_to_horizon", title="1 − cosine to state at H"),
         anchors=("cosine", ""),
         paper=(22, 24),
     ),
@@ -233,7 +232,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "norm, (b) 1 − cosine. Falling to the noise floor: the model forgets where it started. A plateau: where it "
         f"ends depends on it. {_MEANS}",
         _Quantity(variable="path_distance", title="distance / mean norm", floor=True),
-        _Quantity(variable="path_cosine", title="1 − cosine of the two runs", one_minus=True),
+        _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs"),
         anchors=("path-independence", ""),
         layouts=("by layer",),
         settles=False,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.sites import stage_starts
 from loopscope._util.wording import plural, significant
+from loopscope.answers.comparison.curves import relative_depth
 from loopscope.answers.final import final_from
 from loopscope.answers.quantities import StageQuantity
 from loopscope.report.figures.look import CATEGORIES, MUTED, layer_colours, named_in_legend, ordered_colours
@@ -102,11 +103,10 @@ class Curve:
         return np.concatenate([self.prelude, loop, *last], axis=1)
 
 
-def state_curve(view: StudyView, name: str, *, one_minus: bool = False) -> Curve:
+def state_curve(view: StudyView, name: str) -> Curve:
     """A variable with dimensions (layer, recurrence, prompt): median over prompts.
 
     The band is the study's quantiles over tokens, medians over prompts; of a variable that has none there is no band.
-    `one_minus` turns a cosine into its distance from 1.
     """
     middle = view.median(name)
     edges = [xarray.full_like(middle, np.nan)] * 2
@@ -114,7 +114,7 @@ def state_curve(view: StudyView, name: str, *, one_minus: bool = False) -> Curve
         quantiles = view.variable(f"{name}_quantile")
         edges = [median_over_prompts(quantiles.sel(quantile=level, drop=True)) for level in BAND_LEVELS]
     values = _stacked([edges[0], middle, edges[1]], ("layer", "recurrence"))
-    return _of_block(view, 1 - values[::-1] if one_minus else values, "90 % of the tokens")
+    return _of_block(view, values, "90 % of the tokens")
 
 
 def attention_curve(view: StudyView, name: str) -> Curve:
@@ -282,11 +282,13 @@ def _by_layer(view: StudyView, settings: ReportSettings, curve: Curve) -> tuple[
 
 
 def _by_recurrence(view: StudyView, curve: Curve, recurrences: Sequence[int]) -> tuple[Axis, list[Mark]]:
-    block = np.array([view.depth_percent(layer) for layer in range(view.recurrent)])
-    step = 100 / (view.prelude + view.recurrent + view.coda)
-    start, end = view.prelude * step, (view.prelude + view.recurrent) * step
-    ends = {"prelude": (0.0, start), "coda": (end, 100.0)}
-    marks: list[Mark] = [Shade(start=low, end=high, name=name) for name, (low, high) in ends.items() if high > low]
+    where = relative_depth(view.prelude + view.recurrent + view.coda)
+    before, block, after = np.split(where, [view.prelude, view.prelude + view.recurrent])
+    marks: list[Mark] = []
+    if view.prelude:
+        marks.append(Shade(start=0.0, end=float(before[-1] + block[0]) / 2, name="prelude"))
+    if view.coda:
+        marks.append(Shade(start=float(block[-1] + after[0]) / 2, end=100.0, name="coda"))
     if recurrences:
         marks += _band(curve, block, curve.block[:, :, recurrences[-1] - 1])
     labels = [f"layer {layer}" for layer in range(view.recurrent)]
@@ -294,16 +296,16 @@ def _by_recurrence(view: StudyView, curve: Curve, recurrences: Sequence[int]) ->
         values = curve.block[1, :, count - 1]
         if np.isfinite(values).any():  # a first step there is none, and a last one may be nothing at all
             marks.append(Line(x=block, y=values, name=str(count), colour=colour, points=True, labels=labels))
-    for stage, outer, before in (("prelude", curve.prelude[1], 0.0), ("coda", curve.coda[1], end)):
+    for stage, outer, x in (("prelude", curve.prelude[1], before), ("coda", curve.coda[1], after)):
         if np.isfinite(outer).any():
             marks.append(
                 Line(
-                    x=before + step * np.arange(1, len(outer) + 1), y=outer, name="prelude, coda", colour=MUTED,
+                    x=x, y=outer, name="prelude, coda", colour=MUTED,
                     points=True, explained=True, labels=[f"{stage} {n}" for n in range(len(outer))],
                     tip="{label}: {y:.3g}",
                 )
             )  # fmt: skip
-    return Axis(title="relative depth (%)", span=(0, 102)), marks
+    return Axis(title="relative depth (%)", span=(-2, 102)), marks
 
 
 def _by_depth(view: StudyView, curve: Curve, recurrences: int) -> tuple[Axis, list[Mark]]:

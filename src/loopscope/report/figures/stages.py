@@ -182,7 +182,9 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
         question="Which layers write tokens?",
         reading=(
             "Share of MLP neurons whose output raises (prediction) or lowers (suppression) the logits of a few tokens "
-            "far more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights alone."
+            "far more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights "
+            "alone. Folded: with the weights of the norms between them, and the unembedding less its mean over tokens. "
+            "Raw: between the weights as they are."
         ),
         panels=[
             Panel(
@@ -190,11 +192,11 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
                     title="layer (p: prelude, r: recurrent, c: coda)" if view.looped else "layer",
                     ticks=dict(list(enumerate(names))[::every]),
                 ),
-                y=Axis(title="share of neurons", scale="linear", percent=True),
+                y=Axis(title=f"share of neurons, {version}", scale="linear", percent=True),
                 marks=[
                     Bars(
                         x=np.arange(len(labels)),
-                        y=view.variable(f"{name}_neurons").values.astype(np.float64),
+                        y=view.variable(f"{prefix}{name}_neurons").values.astype(np.float64),
                         name=name,
                         colour=colour,
                         labels=labels,
@@ -203,6 +205,8 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
                     for name, colour in kinds
                 ],
             )
+            for version, prefix in (("folded", "folded_"), ("raw", ""))
+            if f"{prefix}prediction_neurons" in view.shown  # older studies have the raw ones alone
         ],
     )
 

@@ -24,7 +24,8 @@ _COLUMNS = (
     "measure",
     "correlation",
     "back to front",
-    "95 % of shuffled orders below",
+    "over prompts",
+    "95 % of the closest null below",
     "p",
     "finding",
     "level difference",
@@ -49,10 +50,12 @@ def render_comparison(comparison: Comparison) -> str:
         limits=answers[-1].limits,
         tables=tables,
         tables_lead=(
-            "Pearson correlation of a study's curve with the reference's on relative depth. The layers' values are put "
-            f"into other orders ({settings.shuffles:,} of them, or all there are): alike means that at most "
-            f"{100 * settings.alpha:g} % of them correlate as well, and that the curve does better than back to front. "
-            "Level difference: root mean square difference over the reference's root mean square."
+            "Pearson correlation of a study's curve with the reference's on relative depth. It is held "
+            f"against the curve with its layers shuffled ({settings.shuffles:,} orders, or all there are), with random "
+            "phases of its steps (as smooth), and on bent depth (as monotone): alike means that of each at most "
+            f"{100 * settings.alpha:g} % correlate as well, and that the curve does better than back to front. Over "
+            "prompts: 95 %, where there are several. Level difference: root mean square difference over the "
+            "reference's root mean square."
         ),
         sections=sections,
         anchors=anchors | {table.anchor for table in tables} | {"limits"},
@@ -116,12 +119,13 @@ def _tables(comparison: Comparison, label: str) -> list[Table]:
 def _row(name: str, finding: Finding, difference: float) -> tuple[str, ...]:
     apart = percent(difference) if math.isfinite(difference) else "–"
     if not finding.known:
-        return name, "–", "–", "–", "–", "cannot tell", apart
+        return name, "–", "–", "–", "–", "–", "cannot tell", apart
     return (
         name,
         f"{finding.value:.2f}",
         f"{finding.reversed:.2f}",
-        f"{finding.null_high:.2f}",
+        "{:.2f} to {:.2f}".format(*finding.interval) if math.isfinite(finding.interval[0]) else "–",
+        f"{finding.null_high:.2f} ({finding.closest})",
         p_text(finding.p_value),
         "alike" if finding.alike else "not shown",
         apart,
