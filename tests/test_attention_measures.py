@@ -354,7 +354,7 @@ def test_what_a_norm_and_a_mean_do_to_a_neuron_is_folded_in() -> None:
     layer.mlp.down.weight[:, 0] = read[5] / layer.norm_4.weight
     written = folded_output(layer)[:, 0]
     assert torch.allclose(written, read[5])
-    logits = model.unembed(model.norm.weight * written)
+    logits = model.unembed((model.norm.weight * written)[None, None])[0, 0]
     assert torch.allclose(read @ written, logits - logits.mean())
     plain = random_model(norm_placement="pre").recurrent[0]
     assert isinstance(plain, Layer)

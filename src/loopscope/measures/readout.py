@@ -248,6 +248,6 @@ class Readout(Measure):
         mean = masked_mean(distribution.movedim(-1, 0), mask)
         return {
             "exit_probability": mean.double().cpu().numpy(),
-            "token_exit_probability": tokens.cpu().numpy().astype(self.batch.stored),
+            "token_exit_probability": tokens.double().cpu().numpy().astype(self.batch.stored),
             "token_exit_cumulated": widen(cumulated).cpu().numpy(),
         }
