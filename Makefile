@@ -1,8 +1,8 @@
 # Two commands set everything up: `make demo` and `make test`. `make help` lists the rest.
 
 PYTHON ?= python3
-# One more than two cores: some tests wait for processes that they started.
-WORKERS ?= 3
+# One for each of two cores: a third makes all of them slower by more than it fills of what waits.
+WORKERS ?= 2
 
 # Tests in which annotations are checked at run time, shapes included: they are quick, and reach nearly every function
 # that has shapes. Checking takes as long as the tests themselves, so the others run without.
