@@ -31,10 +31,11 @@ ROUNDS = 5
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc
 GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 METHODS: tuple[HorizonMethod, ...] = ("second-pass", "keep")
+_EXPENSIVE: tuple[Part, ...] = ("behaviour", "stability", "maps", "neurons")
 SECTIONS: dict[str, tuple[tuple[Part, ...], float]] = {
-    "convergence": (("readout", "heads", "stages"), 1.3),
-    "with heads and stages": (("readout",), 1.6),
-    "with readouts and exit rules too": ((), 1.7),
+    "convergence": (("readout", "heads", "stages", *_EXPENSIVE), 1.3),
+    "with heads and stages": (("readout", *_EXPENSIVE), 1.6),
+    "with readouts and exit rules too": (_EXPENSIVE, 1.7),
 }
 """What is left out of an analysis, and the ratio that it may cost. The readout's decoding is work of its own, a coda
 and a head for each state that is read out."""
@@ -47,10 +48,12 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def bare(model: Subject, batch: Batch, settings: AnalyzeSettings, keep: bool) -> None:
-    """The forward passes of one batch and nothing else: to 2H, to R once more unless states are kept, and the other
-    path.
+    """The forward passes of one batch and nothing else: to 2H, the twin's likewise, to R once more unless states are
+    kept, and the other path.
     """
-    lengths = [2 * settings.horizon, settings.recurrences] + ([] if keep else [settings.recurrences])
+    lengths = [2 * settings.horizon, 2 * settings.horizon, settings.recurrences] + (
+        [] if keep else [settings.recurrences]
+    )
     for length in lengths:
         run = model.start(batch, recurrences=length)
         for _ in range(length):

@@ -105,8 +105,7 @@ def test_a_hooked_model_is_nudged_as_well() -> None:
     np.testing.assert_allclose(np.log(hooked), np.log(native), atol=math.log(3))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [128, 256])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 128), ("bfloat16", 256)])
 def test_rounding_that_a_contraction_amplifies_does_not_move(dtype: Dtype, length: int) -> None:
     cases = ("noisy mode", "non-normal")
     (found,) = calibrate(
@@ -120,10 +119,10 @@ def test_rounding_that_a_contraction_amplifies_does_not_move(dtype: Dtype, lengt
 
 def test_an_approach_like_a_power_of_time_is_no_slider() -> None:
     said: Counter[Kind] = Counter()
-    for each in generate(40, seed=2, cases=("power law",), lengths=(128, 256), widths=(64,)):
+    for each in generate(30, seed=2, cases=("power law",), lengths=(128, 256), widths=(64,)):
         if each.decidable:
             said[judge(each.states, "float32")[0].kind] += 1
-    assert said[Kind.FIXED_POINT] + said[Kind.AT_FLOOR] >= 0.95 * said.total() > 20
+    assert said[Kind.FIXED_POINT] + said[Kind.AT_FLOOR] >= 0.95 * said.total() > 15
     assert said[Kind.SLIDER] == 0
 
 

@@ -103,7 +103,7 @@ def paired_difference(first: NDArray[np.floating], second: NDArray[np.floating])
     return PairedDifference(mean, float(special.stdtrit(count - 1, 0.975)) * error)
 
 
-def clopper_pearson(successes: float, trials: float, level: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(successes: int | float, trials: int | float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a proportion, as fractions (Clopper and Pearson, Biometrika 26, 1934).
 
     It covers the true share with at least the probability `level`, however rare it is; from no trials, (0, 1). Numbers
