@@ -54,7 +54,7 @@ class Settling(StrEnum):
 _ORDER = tuple(Settling)
 
 
-LOUD = 0.05
+_LOUD = 0.05
 """Share of the norm from which on nobody would call it noise that a state is at rest in."""
 
 
@@ -67,7 +67,7 @@ def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
     made = data["noise_floor"].transpose("layer", "prompt")
     if "twin_floor" not in data:
         return made
-    floor = data["twin_floor"].where((data["twin_floor"] < LOUD) & ~parts(data))
+    floor = data["twin_floor"].where((data["twin_floor"] < _LOUD) & ~parts(data))
     measured = floor.mean("token").transpose("layer", "prompt")
     return measured.where(measured > made, made).fillna(measured)
 

@@ -212,7 +212,7 @@ class Behaviour(Measure):
                 settings=self._cosine if cosine else self._settings,
                 first_recurrence=span[0],
                 check_order=False,
-                noise=self._noise(layer, span).take(rows[finite]),
+                noise=None if cosine else self._noise(layer, span).take(rows[finite]),
                 try_window=not trial,
             )
             for place, verdict in zip(finite.nonzero()[:, 0].tolist(), found, strict=True):
@@ -257,11 +257,11 @@ class Behaviour(Measure):
         paths[:, :, mask] = found.transpose(2, 1, 0)
         arrays["tail_path"] = paths
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
+        noise = self._noise(layer, self._second).take(rows.nonzero()[:, 0])
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
             grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
             counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)
             if bool(rows.any()):
-                noise = self._noise(layer, self._second).take(rows.nonzero()[:, 0])
                 places = sensitivity(states[rows], self._dtype, settings, self._second[0], noise)
                 for kind in range(len(KINDS)):
                     np.add.at(counts[..., kind], prompts, places == kind)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.limits import Shape
-from loopscope.dynamics.trajectories.noise import Noise, innovation_step
+from loopscope.dynamics.trajectories.noise import Noise, TokenNoise, innovation_step
 from loopscope.dynamics.trajectories.selection import BestShape, best_shapes
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import Tails, decompose
@@ -28,18 +28,12 @@ _SLOWING_MISFIT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Motion:
-    """Lengths are relative to the state's norm."""
+class Motion(TokenNoise):
+    """Of one token, beside what noise makes of it. Lengths are relative to the state's norm."""
 
     window: int
     last_recurrence: int
     """Of the tail, counted from 1."""
-    rounding: float
-    """Step that one rounding makes."""
-    floor: float
-    """Step that noise makes, where it was measured; NaN where it was not."""
-    parted: bool
-    """A run that differs by rounding alone has parted from it."""
     innovation: float
     """Step of what a linear map of the leading components does not foresee, one recurrence ahead; NaN where there is
     nothing to fit one to."""
@@ -85,25 +79,6 @@ class Motion:
     """Exponent of the mean squared displacement between lags W/4 and W/2: 2 for a drift, 1 for a random walk."""
     displacement: tuple[float, ...]
     """Root mean square, by lag."""
-
-    @property
-    def measured(self) -> bool:
-        """Its noise was measured, and is noise."""
-        return not (math.isnan(self.floor) or self.parted)
-
-    @property
-    def unit(self) -> float:
-        """The step that noise makes: the measured one, or that of one rounding."""
-        return max(self.rounding, self.floor) if self.measured else self.rounding
-
-    def rest(self, settings: DisplacementSettings) -> float:
-        """Motion up to this is rest."""
-        least = settings.rounding_factor * self.rounding
-        return max(least, settings.rest * self.floor) if self.measured else least
-
-    def amplified(self, settings: DisplacementSettings) -> float:
-        """What a shape leaves of a motion is noise up to this."""
-        return self.rest(settings) if self.measured else settings.floor_factor * self.rounding
 
 
 def measure_motions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,37 @@ _MODES = 8
 """Components that the linear map is fitted to, at most: what noise excites strongly is a few modes."""
 _SAMPLES = 5
 """Recurrences for each of them, at least, or the map would follow the noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenNoise:
+    """What noise makes of one token's motion, over the norm."""
+
+    rounding: float
+    """Step that one rounding makes."""
+    floor: float
+    """Step that noise makes, where it was measured; NaN where it was not."""
+    parted: bool
+    """A run that differs by rounding alone has parted from it."""
+
+    @property
+    def measured(self) -> bool:
+        """Its noise was measured, and is noise."""
+        return not (math.isnan(self.floor) or self.parted)
+
+    @property
+    def unit(self) -> float:
+        """The step that noise makes: the measured one, or that of one rounding."""
+        return max(self.rounding, self.floor) if self.measured else self.rounding
+
+    def rest(self, settings: DisplacementSettings) -> float:
+        """Motion up to this is rest."""
+        least = settings.rounding_factor * self.rounding
+        return max(least, settings.rest * self.floor) if self.measured else least
+
+    def amplified(self, settings: DisplacementSettings) -> float:
+        """What a shape leaves of a motion is noise up to this."""
+        return self.rest(settings) if self.measured else settings.floor_factor * self.rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,21 +73,18 @@ class Noise:
         """Of some tokens."""
         return Noise(self.rounding, self.floor[rows], self.parted[rows])
 
-    @property
-    def measured(self) -> Bool[Tensor, " token"]:
-        return ~self.floor.isnan()
-
     def rest(self, settings: DisplacementSettings) -> Float[Tensor, " token"]:
-        """Motion up to this is rest."""
-        least = settings.rounding_factor * self.rounding
-        return torch.where(
-            self.parted, least, (settings.rest * self.floor).nan_to_num(nan=0.0).clamp_min(least)
-        ).double()
+        """`TokenNoise.rest` of each."""
+        return self._each(lambda one: one.rest(settings))
 
     def amplified(self, settings: DisplacementSettings) -> Float[Tensor, " token"]:
-        """What is left of a motion by a shape is noise up to this."""
-        least = torch.full_like(self.floor, settings.floor_factor * self.rounding)
-        return torch.where(self.measured & ~self.parted, self.rest(settings), least.double())
+        """`TokenNoise.amplified` of each."""
+        return self._each(lambda one: one.amplified(settings))
+
+    def _each(self, number: Callable[[TokenNoise], float]) -> Tensor:
+        pairs = zip(self.floor.tolist(), self.parted.tolist(), strict=True)
+        numbers = [number(TokenNoise(rounding=self.rounding, floor=floor, parted=parted)) for floor, parted in pairs]
+        return torch.tensor(numbers, dtype=torch.float64)
 
 
 def innovation_step(parts: Components) -> Float[Tensor, " token"]:
