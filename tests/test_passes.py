@@ -212,10 +212,10 @@ def plan(**changes: Any) -> Plan:
 
 def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
     batch = Batch.of(PROMPTS)
-    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10 + 8
-    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8 + 8
+    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10 + 4
+    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8 + 4
     assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence", "twin"})), keep=True) == 40
-    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10 + 8
+    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10 + 4
     assert steps_of(subject(FEED_FORWARD), batch, plan(), keep=True) == 0
 
 
@@ -230,7 +230,7 @@ def test_states_are_kept_while_they_fit() -> None:
     assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
 
 
-@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 8 + 16), (1, 8 + 6 + 8 + 16)])
+@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 4 + 16), (1, 8 + 6 + 4 + 16)])
 def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps: int) -> None:
     progress = Counting()
     changes: dict[str, Any] = {"keep_limit": limit, "track": ()}  # and 16 products

@@ -21,7 +21,7 @@ from loopscope.analysis.engine.run import run_items
 from loopscope.analysis.folder import StudyFolder, merge
 from loopscope.analysis.manifest import coordinates, describe, manifest
 from loopscope.analysis.passes import measure_batch, steps_of
-from loopscope.analysis.plan import choose, keeps
+from loopscope.analysis.plan import choose, keep_budget, kept_bytes
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.errors import WorkerError
 from loopscope.measures.neurons import Neurons
@@ -79,6 +79,14 @@ class Job:
         self.plan = choose(subject, [len(prompt.token_ids) for prompt in prompts], settings, progress.note)
         size = settings.batch_size
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+        self._budget = keep_budget(subject, settings)
+        if settings.horizon_method == "auto" and subject.info.is_looped:
+            most = max(self._kept_bytes(self._batch(index)) for index in range(self.shards))
+            if most > self._budget:
+                progress.note(
+                    f"The states of a batch take up to {most / 2**20:,.0f} MiB, more than the "
+                    f"{self._budget / 2**20:,.0f} that may be kept (--keep-limit): the measured recurrences are run twice."
+                )
         self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
         for note in self._tokenizer["notes"] if self._tokenizer else ():
             progress.note(note)
@@ -142,7 +150,7 @@ class Job:
             batch,
             self.plan,
             self.progress.step,
-            keep=keeps(self.subject, batch, self.settings),
+            keep=self._keeps(batch),
             first_prompt=self._batches[index].start,
         )
 
@@ -163,7 +171,14 @@ class Job:
     def _steps(self, index: int) -> int:
         """Recurrences that a shard runs."""
         batch = self._batch(index)
-        return steps_of(self.subject, batch, self.plan, keep=keeps(self.subject, batch, self.settings))
+        return steps_of(self.subject, batch, self.plan, keep=self._keeps(batch))
+
+    def _keeps(self, batch: Batch) -> bool:
+        return self._kept_bytes(batch) <= self._budget
+
+    def _kept_bytes(self, batch: Batch) -> int:
+        attention = "heads" not in self.settings.skip
+        return kept_bytes(self.subject, batch, self.plan.recurrences, attention=attention)
 
     def _batch(self, index: int) -> Batch:
         return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])

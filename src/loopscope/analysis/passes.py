@@ -19,7 +19,7 @@ from loopscope.measures.base import BatchInfo, Measure, Plan, RunEnd
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.registry import MEASURES, asked_for, why_absent
 from loopscope.measures.twin import Nudges
-from loopscope.models.subject import Batch, NudgedRun, Run, Subject
+from loopscope.models.subject import Batch, ForkedRun, NudgedRun, Run, Subject
 from loopscope.models.visits import LoopState, Observer, Visit
 
 Tick = Callable[[], None]
@@ -37,7 +37,7 @@ def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> int:
         second_run=_asked(subject, plan, "second_run"),
         has_twin=_asked(subject, plan, "twin"),
     )
-    other = (plan.recurrences if asked.second_run else 0) + (2 * plan.horizon if asked.has_twin else 0)
+    other = (plan.recurrences if asked.second_run else 0) + (plan.horizon if asked.has_twin else 0)
     other += sum(kind.steps(asked) for kind in asked_for(asked))
     if keep:
         return max(plan.recurrences, 2 * plan.horizon) + other
@@ -93,10 +93,18 @@ class _Runs:
         other = self.subject.other_initial_state(self.batch, self.seed)
         return None if other is None else self.start(recurrences, initial_state=other)
 
-    def start_twin(self, recurrences: int) -> NudgedRun | None:
-        """One that can be nudged, of a subject whose runs can."""
-        run = self.start(recurrences)
-        return run if isinstance(run, NudgedRun) else None
+    def start_twin(self, run: Run, horizon: int) -> NudgedRun | None:
+        """Of a run that stands at the horizon: a copy of it, or where it cannot be copied, another one as far. None
+        where runs cannot be nudged."""
+        if isinstance(run, ForkedRun):
+            return run.fork()
+        if not isinstance(run, NudgedRun):
+            return None
+        other = self.start(2 * horizon)
+        assert isinstance(other, NudgedRun)
+        for _ in range(horizon):
+            other.advance()
+        return other
 
 
 def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> tuple[list[Measure], Horizons]:
@@ -104,8 +112,7 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     plan = batch.plan
     end = 2 * plan.horizon
     other = runs.start_elsewhere(plan.recurrences) if _asked(runs.subject, plan, "second_run") else None
-    twin = runs.start_twin(end) if _asked(runs.subject, plan, "twin") else None
-    batch.second_run, batch.has_twin = other is not None, twin is not None
+    batch.second_run, batch.has_twin = other is not None, _asked(runs.subject, plan, "twin")
     batch.horizon = horizon = Horizons(batch)
     measures = [horizon if kind is Horizons else kind(batch) for kind in asked_for(batch)]
     far = [each for each in measures if each.needs.long_run]
@@ -114,15 +121,21 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     now: list[Observer]
     beside = [each.second for each in measures if each.second is not None]
     nudged = [each.nudged for each in measures if each.nudged is not None]
-    nudges = None if twin is None else Nudges(batch)
+    nudges = Nudges(batch)
+    twin: NudgedRun | None = None
 
     def advance(run: Run, first: int, last: int, observers: Sequence[Observer], *, measured: bool, long: bool) -> None:
+        nonlocal twin
         for recurrence in range(first, last):
+            beyond = long and recurrence >= plan.horizon
+            if beyond and nudged and twin is None:
+                twin = runs.start_twin(run, plan.horizon)
             run.advance(observers)
             tick()
-            if long and twin is not None and nudges is not None:
-                twin.nudge(nudges.factors(recurrence))
-                twin.advance(nudged)
+            if beyond and batch.has_twin:
+                if twin is not None:
+                    twin.nudge(nudges.factors(recurrence))
+                    twin.advance(nudged)
                 tick()
             if measured and other is not None:
                 other.advance(beside)

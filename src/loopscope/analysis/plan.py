@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
+from loopscope._util.memory import available_bytes
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
@@ -22,6 +24,10 @@ _EXITS_IF_UNKNOWN = 8
 _EXITS_BY_RUNS = 8
 """A model whose state cannot be set is run anew for every readout, 1 + 2 + ... + N recurrences in all; 36 for 8, a
 tenth of what an analysis runs by default. Beyond that it is done on request only."""
+
+_SHARE = 16
+"""Of free memory that kept states may take."""
+_KEEP_IF_UNKNOWN = 2**28
 
 Note = Callable[[str], None]
 """Told what a user should know of the choices."""
@@ -108,12 +114,15 @@ def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: b
     return batch.mask.numel() * info.width * itemsize * sites * recurrences
 
 
-def keeps(subject: Subject, batch: Batch, settings: AnalyzeSettings) -> bool:
-    """Whether the states of a batch are kept rather than made twice."""
+def keep_budget(subject: Subject, settings: AnalyzeSettings) -> int:
+    """Bytes of states that a batch may keep rather than make twice, of those that are free now."""
     if settings.horizon_method != "auto" or not subject.info.is_looped:
-        return settings.horizon_method == "keep"
-    needed = kept_bytes(subject, batch, settings.recurrences, attention="heads" not in settings.skip)
-    return needed <= settings.keep_limit * 2**20
+        return sys.maxsize if settings.horizon_method == "keep" else 0
+    if settings.keep_limit is not None:
+        return settings.keep_limit * 2**20
+    device = subject.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    return _KEEP_IF_UNKNOWN if free is None else free // (_SHARE * (settings.workers or 1))
 
 
 def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:

@@ -74,9 +74,9 @@ class AnalyzeSettings:
     horizon_method: HorizonMethod = "auto"
     """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The
     numbers are the same. auto keeps them while they fit into --keep-limit."""
-    keep_limit: Annotated[int, Range(0)] = 32
-    """MiB of states that auto may keep. The default is small beside the process itself, so that peak memory does not
-    depend on the number of recurrences."""
+    keep_limit: Annotated[int, Range(0)] | None = None
+    """MiB of states that auto may keep; if not given, a sixteenth of what is free on the model's device, shared by all
+    workers."""
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hugging Face hub."""

@@ -33,7 +33,6 @@ _NORMS: dict[NormName, dict[str, Any]] = {
     "ouro": {"norm_placement": "branch-in-out", "loop_norm": "recurrence"},
     "olmo2": {"norm_placement": "branch-out"},
 }
-_KEEP_MIB = 256
 _SEARCH, _LONG_SEARCH = 40, 200
 """Recurrences for finding a fixed point that the run does not come to: half of those that repel are found with the
 first; with the second, for cells whose tokens are judged, nearly all that are found at all."""
@@ -50,7 +49,6 @@ def run_cell(cell: Cell) -> CellResult:
         recurrences=cell.recurrences,
         horizon=cell.recurrences,
         horizon_method="keep",
-        keep_limit=_KEEP_MIB,
         batch_size=cell.prompts,
         seed=cell.seed,
         judged_layers="last",

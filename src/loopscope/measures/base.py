@@ -83,7 +83,8 @@ class Needs:
     second_run: bool = False
     """A run from another initial state is advanced beside the measured one."""
     twin: bool = False
-    """A run that is nudged by one rounding at every recurrence is advanced beside the one to the second horizon."""
+    """A run that is nudged by one rounding at every recurrence is advanced beside the one from the horizon to the
+    second."""
     also: tuple[str, ...] = ()
     """Other parts of the analysis without which it is left out."""
 
@@ -142,7 +143,7 @@ class BatchInfo:
     second_run: bool = False
     """Whether there is a run from another initial state."""
     has_twin: bool = False
-    """Whether a nudged run is advanced beside the one to the second horizon."""
+    """Whether a nudged run is advanced beside the one to the second horizon, where runs can be nudged."""
     horizon: HorizonStates | None = None
     """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
     twin: TwinDistances | None = None
@@ -214,8 +215,8 @@ class HorizonStates(Protocol):
 class TwinDistances(Protocol):
     """How far a run that is nudged by one rounding at every recurrence is from the one that is not."""
 
-    def noise(self, layer: int, first: int, stop: int) -> Noise:
-        """What it says of each token within recurrences [first, stop) at a layer; tokens of all prompts in order."""
+    def noise(self, layer: int) -> Noise:
+        """What it says of each token at a layer; tokens of all prompts in order. NaN where there was no such run."""
 
 
 @dataclass(frozen=True, slots=True)

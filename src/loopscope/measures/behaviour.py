@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -20,16 +19,14 @@ from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
+from loopscope.measures.tails import Span, Tails
 from loopscope.models.subject import SubjectInfo
-from loopscope.models.visits import Observer, Visit
+from loopscope.models.visits import Visit
 
 CHANGES = ("window", "horizon", "seed")
 """What a verdict is tried against."""
 VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_value")
 """Fields of a `Verdict` that a study keeps, as `verdict_<name>`."""
-
-Span = tuple[int, int]
-"""Recurrences [first, stop), from 0."""
 
 _TOKEN = "judged_layer prompt token"
 _KIND_NAMES = tuple(str(kind) for kind in KINDS)
@@ -37,30 +34,6 @@ _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 _TAIL = DisplacementSettings().window
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
-
-
-class StateTails(Observer):
-    """Keeps the raw outputs of some recurrent layers in some spans of recurrences, in the model's dtype, off the
-    device."""
-
-    def __init__(self, mask: Tensor, layers: Sequence[int], spans: Sequence[Span]) -> None:
-        self._mask = mask.cpu()
-        self._spans = tuple(spans)
-        self._states: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
-
-    def visit(self, visit: Visit) -> None:
-        if visit.stage != "recurrent" or visit.layer not in self._states:
-            return
-        if any(first <= visit.recurrence < stop for first, stop in self._spans):
-            self._states[visit.layer][visit.recurrence] = visit.residual.detach().cpu()
-
-    def trajectories(self, layer: int, span: Span) -> Tensor:
-        """(token of all prompts in order, recurrence, width)."""
-        kept = self._states[layer]
-        return torch.stack([kept[recurrence][self._mask] for recurrence in range(*span)], dim=1)
-
-    def drop(self, layer: int) -> None:
-        self._states[layer].clear()
 
 
 def can_be_judged(horizon: int) -> bool:
@@ -142,11 +115,11 @@ class Behaviour(Measure):
         super().__init__(batch)
         plan = batch.plan
         self._second, self._first, self._seed = spans = behaviour_spans(plan.recurrences, plan.horizon)
-        self._tails = StateTails(batch.mask, plan.judged_layers, [span for span in spans if span is not None])
-        self._other: StateTails | None = None
-        if batch.second_run:
-            self._other = StateTails(batch.mask, plan.judged_layers, [] if self._seed is None else [self._seed])
-        self.second = self._other
+        self._tails, self._other = (
+            Tails(batch.mask, batch.info.width, plan.judged_layers, [span for span in kept if span is not None])
+            for kept in (spans, [self._seed] if batch.second_run else [])
+        )
+        self.second = self._other if batch.second_run else None
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
 
@@ -177,16 +150,15 @@ class Behaviour(Measure):
             if layer == self.batch.info.recurrent - 1:
                 self._last_layer(layer, arrays, states, verdicts, mask)
             self._tails.drop(layer)
-            if self._other is not None:
-                self._other.drop(layer)
+            self._other.drop(layer)
         arrays |= {"verdict": kinds, "verdict_cosine": cosine, "verdict_changes": changed}
         arrays |= {f"verdict_{name}": numbers[index] for index, name in enumerate(VERDICT_NUMBERS)}
         return self.dataset(arrays)
 
-    def _noise(self, layer: int, span: Span) -> Noise:
-        """What the twin says of a layer's tokens within a span; without a twin, nothing."""
+    def _noise(self, layer: int) -> Noise:
+        """What the twin says of a layer's tokens; without a twin, nothing."""
         twin, tokens = self.batch.twin, int(self.batch.counts.sum())
-        return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer, *span)
+        return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer)
 
     def _judge(
         self,
@@ -212,7 +184,7 @@ class Behaviour(Measure):
                 settings=self._cosine if cosine else self._settings,
                 first_recurrence=span[0],
                 check_order=False,
-                noise=None if cosine else self._noise(layer, span).take(rows[finite]),
+                noise=None if cosine else self._noise(layer).take(rows[finite]),
                 try_window=not trial,
             )
             for place, verdict in zip(finite.nonzero()[:, 0].tolist(), found, strict=True):
@@ -230,7 +202,7 @@ class Behaviour(Measure):
         if self._first is not None and known:
             states = self._tails.trajectories(layer, self._first)
             changed[1, told] = _differ(known, self._judge(layer, states, self._first, rows, trial=True))
-        if self._seed is not None and self._other is not None and known:
+        if self._seed is not None and self.second is not None and known:
             runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
             changed[2, told] = _differ(*(self._judge(layer, run, self._seed, rows, trial=True) for run in runs))
         return changed
@@ -257,7 +229,7 @@ class Behaviour(Measure):
         paths[:, :, mask] = found.transpose(2, 1, 0)
         arrays["tail_path"] = paths
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
-        noise = self._noise(layer, self._second).take(rows.nonzero()[:, 0])
+        noise = self._noise(layer).take(rows.nonzero()[:, 0])
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
             grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
             counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)

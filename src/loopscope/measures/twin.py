@@ -1,4 +1,5 @@
-"""The twin: the same prompts, nudged by one rounding at every recurrence, beside the run that is not nudged.
+"""The twin: the same prompts, nudged by one rounding at every recurrence from the horizon on, beside the run that is
+not nudged.
 
 At a fixed point both runs are the same stationary noise, independent of each other, so that their distance is the step
 that noise makes there: a noise floor of this model in this dtype, whatever the colour of the noise and however
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.states import known_dtype, rounding_step
-from loopscope.dynamics.trajectories.tail import tail_length
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import distance, residual_norm
 from loopscope.models.native.interventions import initial_noise
@@ -27,8 +27,6 @@ from loopscope.models.visits import Observer, Visit
 PARTED = 0.1
 """Distance of the twins, over the norm, from which on a run's numbers are those of its rounding, and no longer of the
 model alone."""
-_TAIL = 256
-"""The floor is that of the tail that verdicts are made on, at most this many recurrences."""
 _MOST_GAIN = 10_000.0
 """Of rounding: no contraction that anybody trains amplifies it further."""
 _GREW = 30.0
@@ -63,12 +61,12 @@ class Twin(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "twin_distance": variable(
             "layer long_recurrence prompt",
-            "distance of the run from its twin, nudged by one rounding at every recurrence, over the norm: root "
-            "mean square over tokens",
+            "distance of the run from its twin, nudged by one rounding at every recurrence from the horizon on, over "
+            "the norm: root mean square over tokens; NaN before",
         ),
         "twin_floor": variable(
             "layer prompt token",
-            "measured noise floor: the same of one token, root mean square over the tail that is judged",
+            "measured noise floor: the same of one token, root mean square over the second half of the twin's way",
         ),
         "twin_growth": variable(
             "prompt token",
@@ -79,8 +77,8 @@ class Twin(Measure):
         "twin_growth_error": variable("prompt token", "its standard error", "e-folds per recurrence"),
         "twin_parted": variable(
             "prompt token",
-            "recurrences after which the twins are a tenth of the norm apart at the last recurrent layer, so that what "
-            "follows is made by rounding; -1 if they never are",
+            "recurrences after the first nudge until the twins are a tenth of the norm apart at the last recurrent "
+            "layer, so that what follows is made by rounding; -1 if they never are",
             "recurrences",
         ),
     }
@@ -91,51 +89,55 @@ class Twin(Measure):
         super().__init__(batch)
         batch.twin = self
         self.nudged: Observer = _Nudged(self)
-        layers, self._end = batch.info.recurrent, 2 * batch.plan.horizon
-        self._first: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        size = (layers, self._end, *batch.mask.shape)
-        self._distance = torch.full(size, torch.nan, device=batch.mask.device)
+        layers, self._first = batch.info.recurrent, batch.plan.horizon
+        self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        # From the first nudge on.
+        self._distance = torch.full((layers, self._first, *batch.mask.shape), torch.nan, device=batch.mask.device)
 
     def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent":
-            self._first[visit.layer] = (visit.residual, residual_norm(visit.residual))
+        if visit.stage == "recurrent" and visit.recurrence >= self._first:
+            self._seen[visit.layer] = (visit.residual, residual_norm(visit.residual))
 
     def compare(self, visit: Visit) -> None:
         """The same visit of the nudged run."""
-        first = self._first[visit.layer]
-        assert first is not None  # the run itself was advanced before
-        self._distance[visit.layer, visit.recurrence] = distance(visit.residual, first[0]) / first[1]
-        self._first[visit.layer] = None
+        seen = self._seen[visit.layer]
+        assert seen is not None  # the run itself was advanced before
+        self._distance[visit.layer, visit.recurrence - self._first] = distance(visit.residual, seen[0]) / seen[1]
+        self._seen[visit.layer] = None
 
-    def noise(self, layer: int, first: int, stop: int) -> Noise:
-        """What it says of each token within recurrences [first, stop) at a layer; tokens of all prompts in order.
+    def noise(self, layer: int) -> Noise:
+        """What it says of each token at a layer; tokens of all prompts in order.
 
         A twin has parted whose distance grew, beyond what noise adds up to, to where no amplified rounding reaches.
         """
-        floor = self._distance[layer, first:stop].double().square().mean(0).sqrt()
-        growth, error = growth_of(self._distance[layer, :stop].double())
-        dtype = known_dtype(self.batch.info.dtype, otherwise="float32")
+        dtype, mask = known_dtype(self.batch.info.dtype, otherwise="float32"), self.batch.mask
+        floor = self._floor(layer)
+        growth, error = growth_of(self._distance[layer].double())
         far = floor >= min(PARTED, _MOST_GAIN * rounding_step(dtype))
-        parted = far & (growth >= 3 * error) & (growth * stop >= math.log(_GREW))
-        mask = self.batch.mask
+        parted = far & (growth >= 3 * error) & (growth * self._first >= math.log(_GREW))
         return Noise(rounding_step(dtype), floor[mask].cpu(), parted[mask].cpu())
 
     def result(self) -> xr.Dataset:
+        if self._distance.isnan().all():
+            return self.dataset({})
         mask, last = self.batch.mask, self._distance[-1].double()
-        tail = tail_length(self._end, _TAIL)
-        floor = self._distance[:, -tail:].double().square().mean(1).sqrt().masked_fill(~mask, torch.nan)
+        floor = torch.stack([self._floor(layer) for layer in range(len(self._distance))])
         over_tokens = masked_mean(self._distance.double().square(), mask).sqrt()
         growth, error = growth_of(last)
         far = last >= PARTED
         parted = torch.where(far.any(0), far.int().argmax(0) + 1, -1).masked_fill(~mask, -1)
         arrays = {
-            "twin_distance": over_tokens.float(),
-            "twin_floor": floor.float(),
+            "twin_distance": torch.cat((torch.full_like(over_tokens, torch.nan), over_tokens), dim=1).float(),
+            "twin_floor": floor.masked_fill(~mask, torch.nan).float(),
             "twin_growth": growth.masked_fill(~mask, torch.nan).float(),
             "twin_growth_error": error.masked_fill(~mask, torch.nan).float(),
             "twin_parted": parted,
         }
         return self.dataset({name: values.cpu().numpy() for name, values in arrays.items()})
+
+    def _floor(self, layer: int) -> Float[Tensor, "batch token"]:
+        """Of the second half: before, what slow modes make of the nudges has not added up yet."""
+        return self._distance[layer, self._first // 2 :].double().square().mean(0).sqrt()
 
 
 class _Nudged(Observer):

@@ -218,6 +218,14 @@ class NudgedRun(Run, Protocol):
 
 
 @runtime_checkable
+class ForkedRun(NudgedRun, Protocol):
+    """One that can be gone on with in two ways from where it stands."""
+
+    def fork(self) -> ForkedRun:
+        """Another run that stands where this one does."""
+
+
+@runtime_checkable
 class Subject(Protocol):
     """A model that announces its visits."""
 

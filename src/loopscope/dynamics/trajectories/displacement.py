@@ -343,7 +343,10 @@ def _shapeless(motion: Motion, settings: DisplacementSettings) -> _Finding:
         )
         return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
     if motion.measured:
-        reason = f"It moves: {moves}; but a twin stays beside it, so that it is neither noise nor chaos."
+        reason = (
+            f"It moves: {moves}; but a twin stayed near for {motion.window} recurrences, so that it is no noise, "
+            "and chaos only if that is slow."
+        )
         return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
     return _Finding(Kind.BOUNDED, f"It keeps moving: {moves}.", motion, settled=False)
 

@@ -117,4 +117,4 @@ def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
         return Kind.FIXED_POINT
     if family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
         return Kind.SLIDER
-    return Kind.BOUNDED if family.endswith("rotations") else Kind.ORBIT
+    return Kind.BOUNDED if family == "none" or family.endswith("rotations") else Kind.ORBIT

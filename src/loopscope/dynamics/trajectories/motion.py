@@ -99,8 +99,9 @@ def measure_motions(
     innovation = torch.full_like(level, math.nan)
     if len(moving):
         parts = decompose(tails.last(tails.window, moving))
-        best = dict(zip(moving.tolist(), best_shapes(parts, noise.take(moving), settings), strict=True))
         innovation[moving] = innovation_step(parts)
+        found = best_shapes(parts, displacement[moving], noise.take(moving), settings)
+        best = dict(zip(moving.tolist(), found, strict=True))
     energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
     numbers = {
         "level": level,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.curves import SINGLE_MODES, fit_curves, fit_modes
@@ -37,6 +37,13 @@ _SLIP, _MOST_SLIP = 0.001, 0.05
 _SLIP_IN_NOISE = 20.0
 """The same in the noise's root mean square over that of the motion and the root of the number of recurrences: the
 error of the turn of a rotation of half the size, three times over."""
+_COLUMNS, _MODE_COLUMNS = 8, 6
+"""Of any shape but a closed curve of many harmonics; and of modes."""
+_RETURNS = 0.75
+"""Of the mean squared distance of two states: where none that are a whole number of recurrences apart are nearer than
+that, nothing repeats."""
+_GRID = 4.0
+"""By which factor the thresholds for what is left are raised at most where their sensitivity is told."""
 _UNRESOLVED = 0.5
 """Of the dtype's rounding: what is left below this decides between no shapes."""
 _EXACT = 1e-13
@@ -67,8 +74,75 @@ class BestShape:
     """Of periodic motion: step in the first whole periods of the tail over that in the last as many; else 1."""
 
 
-def best_shapes(parts: Components, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
-    """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else."""
+def best_shapes(
+    parts: Components,
+    displacement: Float[Tensor, "token lag"],
+    noise: Noise,
+    settings: DisplacementSettings,
+) -> list[BestShape]:
+    """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else.
+
+    `displacement` is the mean squared one, from which is seen where no shape can explain a motion: none is fitted
+    there.
+    """
+    left = _least_left(parts, _COLUMNS)
+    possible = _may_have_shape(parts, displacement, noise, settings)
+    found = [
+        BestShape(
+            shape=Shape("none", (), parts.window),
+            left=its_left,
+            columns=_COLUMNS,
+            p_value=1.0,
+            margin=0.0,
+            rival=Kind.BOUNDED,
+            directions=directions,
+            directions_left=directions,
+            speed=0.0,
+            evenness=1.0,
+        )
+        for its_left, directions in zip(left.tolist(), parts.directions.tolist(), strict=True)
+    ]
+    rows = possible.nonzero()[:, 0]
+    if len(rows):
+        fitted = _fitted(parts.take(rows), noise.take(rows), settings)
+        for row, best in zip(rows.tolist(), fitted, strict=True):
+            found[row] = best
+    return found
+
+
+def _may_have_shape(
+    parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings
+) -> Bool[Tensor, " token"]:
+    """Whether any shape could explain a motion.
+
+    One of few columns has to leave no more than the principal components do. A closed curve of many comes back: near a
+    whole number of periods it is at most half a recurrence's step from where it was.
+    """
+    slides = _least_left(parts, 2) <= settings.unsteady * parts.energy
+    lags = displacement[:, 1 : max(2, int(parts.window / settings.least_periods))].amin(-1)
+    far = 2 * parts.energy / parts.window
+    loose = _GRID * noise.amplified(settings)
+    returns = (lags <= torch.maximum(displacement[:, 0], loose.square())) & (lags <= _RETURNS * far)
+    return _explainable(parts, _COLUMNS, noise, settings) | slides | returns
+
+
+def _explainable(parts: Components, columns: int, noise: Noise, settings: DisplacementSettings) -> Tensor:
+    """Whether what as many columns leave at least can count as explained, (token,)."""
+    left = _least_left(parts, columns)
+    step = (2 * left / max(1, parts.window - 1 - columns)).sqrt()
+    most = max(settings.unexplained_noise, settings.unexplained_small, settings.unexplained * _GRID)
+    noisy = (step <= _GRID * noise.amplified(settings)) & (left <= most * parts.energy)
+    return noisy | (left <= settings.unexplained_structure * parts.energy)
+
+
+def _least_left(parts: Components, columns: int) -> Float[Tensor, " token"]:
+    """Sum of squares that as many columns leave at least, however their numbers are chosen: what the largest components
+    leave."""
+    leading = parts.scores[..., -columns:].square().sum((-1, -2))
+    return (parts.energy - leading).clamp_min(0.0)
+
+
+def _fitted(parts: Components, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
     fits, cost, directions = _compared(parts, noise, settings)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
     speeds, steps = _speeds(parts).tolist(), _squared_steps(parts)
@@ -152,7 +226,8 @@ def _may_be_modes(
     steps = _squared_steps(parts)
     third = steps.shape[-1] // 3
     shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
-    return (shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
+    may = _explainable(parts, _MODE_COLUMNS, noise, settings)
+    return (may & shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
 
 
 def _speeds(parts: Components) -> Tensor:

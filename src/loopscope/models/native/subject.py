@@ -154,6 +154,12 @@ class NativeRun:
             self._exits.after(self.state, self._model.gate(self.state))
         self._recurrence += 1
 
+    def fork(self) -> NativeRun:
+        other = copy.copy(self)
+        other._sequence = dataclasses.replace(self._sequence, applied=copy.copy(self._sequence.applied))
+        other._exits = copy.deepcopy(self._exits)
+        return other
+
     def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:
         # In the wider of the two dtypes: near 1, a factor of a narrow one would be 1.
         self.state = (self.state * factors).to(self._model.dtype)

@@ -1,0 +1,110 @@
+"""What is kept of the states whose limits are judged: a linear image of few dimensions, in little memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.measures.functions import residual_norm, widen
+from loopscope.models.visits import Observer, Visit
+
+Span = tuple[int, int]
+"""Recurrences [first, stop), from 0."""
+
+DIMENSIONS = 32
+"""Of the image. Shapes are fitted to 16 principal components."""
+
+
+class Tails(Observer):
+    """Keeps the raw outputs of some recurrent layers in some spans of recurrences, as `DIMENSIONS` numbers each.
+
+    A random orthonormal projection, the same for all states of one width, is linear: what rests, repeats, drifts or
+    shrinks at some rate does the same in the image. The length of a single direction comes out with a relative standard
+    deviation of 1/sqrt(2 DIMENSIONS) (Johnson and Lindenstrauss 1984), 0.125; lengths are therefore scaled by one
+    factor a token, so that the root mean square of its steps is the true one.
+
+    Steps are projected rather than states, since the rounding of a projected state would be as large as the motion of
+    one that rests. They are kept in half precision with a scale each; what that loses of a step is added to the next,
+    so that positions are off by 2^-11 of a step however many there were.
+    """
+
+    def __init__(self, mask: Tensor, width: int, layers: Sequence[int], spans: Sequence[Span]) -> None:
+        self._mask = mask
+        self._spans = tuple(dict.fromkeys(spans))
+        self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
+        self._kept = {(layer, span): _Kept() for layer in layers for span in self._spans}
+
+    def visit(self, visit: Visit) -> None:
+        if visit.stage != "recurrent":
+            return
+        for span in self._spans:
+            kept = self._kept.get((visit.layer, span))
+            if kept is not None and span[0] <= visit.recurrence < span[1]:
+                kept.add(widen(visit.residual[self._mask]), self._image)
+
+    def trajectories(self, layer: int, span: Span) -> Float[Tensor, "token recurrence dimension"]:
+        """Of the tokens of all prompts in order, in float64 on the CPU."""
+        return self._kept[layer, span].trajectories()
+
+    def drop(self, layer: int) -> None:
+        """Of what was judged."""
+        for span in self._spans:
+            self._kept.pop((layer, span), None)
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """One layer within one span, by token and recurrence."""
+
+    previous: Tensor | None = None
+    first: Tensor | None = None
+    """The image of the first state, as long as the state."""
+    lost: Tensor | None = None
+    """What half precision lost of the last step."""
+    steps: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+    """Of the steps of the states themselves."""
+
+    def add(self, state: Float[Tensor, "token width"], image: Tensor | None) -> None:
+        if self.previous is None:
+            double = state.double()
+            first = double if image is None else double @ image.double()
+            length = torch.linalg.vector_norm(first, dim=-1).clamp_min(1e-300)
+            self.first = first * (residual_norm(double) / length)[:, None]
+            self.lost = torch.zeros((), device=state.device, dtype=state.dtype)
+        else:
+            step = state - self.previous
+            self.lengths.append(torch.linalg.vector_norm(step, dim=-1))
+            assert self.lost is not None
+            step = (step if image is None else step @ image.to(step.dtype)) + self.lost
+            scale = step.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)
+            kept = (step / scale).half()
+            self.lost = step - kept * scale
+            self.steps.append(kept)
+            self.scales.append(scale)
+        self.previous = state
+
+    def trajectories(self) -> Tensor:
+        assert self.first is not None  # a span begins where it is kept
+        steps = torch.stack([step * scale.double() for step, scale in zip(self.steps, self.scales, strict=True)], dim=1)
+        true = torch.stack(self.lengths, dim=1).double().square().sum(1)
+        seen = steps.square().sum((1, 2))
+        factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
+        way = (steps * factor[:, None, None]).cumsum(1)
+        return torch.cat((self.first[:, None], self.first[:, None] + way), dim=1).cpu()
+
+
+@lru_cache(maxsize=4)
+def _projection(width: int) -> Float[Tensor, "width dimension"]:
+    """Scaled so that it keeps lengths on average."""
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(normal)[0]
+    return basis * math.sqrt(width / DIMENSIONS)
