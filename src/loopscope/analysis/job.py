@@ -85,7 +85,7 @@ class Job:
             if most > self._budget:
                 progress.note(
                     f"The states of a batch take up to {most / 2**20:,.0f} MiB, more than the "
-                    f"{self._budget / 2**20:,.0f} that may be kept (--keep-limit): the measured recurrences are run twice."
+                    f"{self._budget / 2**20:,.0f} that may be kept (--keep-limit): measured recurrences are run twice."
                 )
         self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
         for note in self._tokenizer["notes"] if self._tokenizer else ():
