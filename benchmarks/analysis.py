@@ -1,10 +1,11 @@
 """What an analysis costs over the bare forward passes that it needs, in time and in peak memory.
 
-    python benchmarks/analysis.py            ratios of time, then of memory
-    python benchmarks/analysis.py time
+    python benchmarks/analysis.py            all of these
+    python benchmarks/analysis.py time       parts, over the bare forward passes that they need
+    python benchmarks/analysis.py whole      whole analyses, over a bare run to the second horizon
     python benchmarks/analysis.py memory
 
-Times are ratios within one process on `demo:injected`, best of several rounds, with the two sides taking turns.
+Times are ratios within one process best of several rounds, with the two sides taking turns.
 That process keeps the memory it has once got: otherwise the C library gives tensors back to the system as soon as they
 are freed, which costs the side that keeps no states hundreds of thousands of page faults and the other side none.
 Memory is the peak resident size of a fresh process that analyses once, at R = 32 and at R = 256, and that gives large
@@ -19,15 +20,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from loopscope import analyze, load
 from loopscope.analysis.settings import AnalyzeSettings, HorizonMethod, Part
+from loopscope.models.architecture import Architecture
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
 
-ROUNDS = 5
+ROUNDS, WHOLE_ROUNDS = 5, 2
+WIDE = Architecture(
+    vocab_size=1024,
+    width=1024,
+    heads=16,
+    kv_heads=16,
+    head_dim=64,
+    mlp_width=2816,
+    prelude=2,
+    recurrent=4,
+    coda=2,
+    recurrences=8,
+    injection="linear",
+    state_init="normal",
+)
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc
 GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 METHODS: tuple[HorizonMethod, ...] = ("second-pass", "keep")
@@ -41,6 +61,11 @@ SECTIONS: dict[str, tuple[tuple[Part, ...], float]] = {
 and a head for each state that is read out."""
 
 
+WHOLE: dict[str, tuple[float, float]] = {"demo:injected": (3.2, 2.7), "demo:uninjected": (3.5, 3.5), "wide": (3.0, 2.4)}
+"""Models, and what a whole analysis may cost over a run to the second horizon, with and without eigenvalues. `wide` is
+a random model, (2, 4 ⊗ 8, 2) of width 1024."""
+
+
 def prompts(count: int) -> list[list[int]]:
     """As long as GSM8K questions are in the demo models' tokens."""
     generator = np.random.default_rng(0)
@@ -48,17 +73,42 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def bare(model: Subject, batch: Batch, settings: AnalyzeSettings, keep: bool) -> None:
-    """The forward passes of one batch and nothing else: to 2H, the twin's likewise, to R once more unless states are
+    """The forward passes of one batch and nothing else: to 2H, the twin's from H on, to R once more unless states are
     kept, and the other path.
     """
-    lengths = [2 * settings.horizon, 2 * settings.horizon, settings.recurrences] + (
-        [] if keep else [settings.recurrences]
+    again = [] if keep else [settings.recurrences]
+    for length in (2 * settings.horizon, settings.horizon, settings.recurrences, *again):
+        bare_run(model, batch, length)
+
+
+def bare_run(model: Subject, batch: Batch, recurrences: int) -> None:
+    run = model.start(batch, recurrences=recurrences)
+    for _ in range(recurrences):
+        run.advance()
+    run.decode()
+
+
+def whole_ratios(name: str) -> tuple[float, float]:
+    """An analysis with everything, and one without eigenvalues, over a bare run to the second horizon."""
+    if name == "wide":
+        model: Subject = NativeSubject(LoopedTransformer(WIDE).initialize(0).eval().requires_grad_(False))
+        texts = np.random.default_rng(0).integers(0, WIDE.vocab_size, size=(2, 128)).tolist()
+        settings = AnalyzeSettings(recurrences=16, horizon=32)
+    else:
+        model, texts, settings = load(name, device="cpu"), prompts(8), AnalyzeSettings(recurrences=32, horizon=64)
+    batch, best = Batch.of(texts), [float("inf")] * 3
+    without = replace(settings, skip=("stability",))
+    jobs: tuple[Callable[[], object], ...] = (
+        lambda: bare_run(model, batch, 2 * settings.horizon),
+        lambda: analyze(model, texts, settings=settings),
+        lambda: analyze(model, texts, settings=without),
     )
-    for length in lengths:
-        run = model.start(batch, recurrences=length)
-        for _ in range(length):
-            run.advance()
-        run.decode()
+    for _ in range(WHOLE_ROUNDS):
+        for place, job in enumerate(jobs):
+            start = time.process_time()
+            job()
+            best[place] = min(best[place], time.process_time() - start)
+    return best[1] / best[0], best[2] / best[0]
 
 
 def time_ratio(method: HorizonMethod, skip: tuple[Part, ...]) -> float:
@@ -77,11 +127,11 @@ def time_ratio(method: HorizonMethod, skip: tuple[Part, ...]) -> float:
     return best["analysis"] / best["bare"]
 
 
-def in_a_process(*arguments: str, **environment: str) -> float:
-    """The number that this script prints in a process of its own."""
+def in_a_process(*arguments: str, **environment: str) -> list[float]:
+    """The numbers that this script prints in a process of its own."""
     command = [sys.executable, __file__, *arguments]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
-    return float(process.stdout)
+    return [float(number) for number in process.stdout.split()]
 
 
 def analyse_once(recurrences: int) -> None:
@@ -94,10 +144,15 @@ def main(what: str) -> None:
     if what in ("all", "time"):
         for section, (_, most) in SECTIONS.items():
             for method in METHODS:
-                ratio = in_a_process("time-ratio", section, method, **KEEP_MEMORY)
+                (ratio,) = in_a_process("time-ratio", section, method, **KEEP_MEMORY)
                 print(f"time: {section} / bare forward passes, {method}: {ratio:.2f} (at most {most})", flush=True)
+    if what in ("all", "whole"):
+        for name, (most, without) in WHOLE.items():
+            ratio, less = in_a_process("whole", name, **KEEP_MEMORY)
+            print(f"everything / a run to 2H, {name}: {ratio:.2f} (at most {most})", flush=True)
+            print(f"without eigenvalues / a run to 2H, {name}: {less:.2f} (at most {without})", flush=True)
     if what in ("all", "memory"):
-        small, large = (in_a_process("analyse-once", count, **GIVE_MEMORY_BACK) for count in ("32", "256"))
+        (small,), (large,) = (in_a_process("analyse-once", count, **GIVE_MEMORY_BACK) for count in ("32", "256"))
         print(f"memory: peak {small:.0f} MiB at R = 32, {large:.0f} MiB at R = 256: {large / small:.3f} (at most 1.05)")
 
 
@@ -107,5 +162,7 @@ if __name__ == "__main__":
         analyse_once(int(sys.argv[2]))
     elif sys.argv[1:2] == ["time-ratio"]:
         print(time_ratio(METHODS[METHODS.index(sys.argv[3])], SECTIONS[sys.argv[2]][0]))
+    elif sys.argv[1:2] == ["whole"] and len(sys.argv) > 2:
+        print(*whole_ratios(sys.argv[2]))
     else:
         main(sys.argv[1] if len(sys.argv) > 1 else "all")
