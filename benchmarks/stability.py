@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts
-from loopscope.dynamics.eigenvalues.native import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
 from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
 from loopscope.dynamics.eigenvalues.result import Stability
 from loopscope.dynamics.observed_rate import observed_rate

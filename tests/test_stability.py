@@ -17,7 +17,8 @@ import loopscope
 from loopscope import leading_eigenvalues
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native, mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
@@ -114,7 +115,7 @@ def test_products_are_those_of_the_diagonal_blocks_of_the_whole_jacobian(shape: 
     changed, batch = one_prompt(random_model(**SHAPES[shape]), *INTERVENTIONS[changes])
     near = linearise_native(changed, batch, recurrences=3, seed=0)
     own = blocks(jacobian(changed, batch, 3))
-    (block,) = near.linearised(near.state)
+    (block,) = near.linearised(near.state, batch.mask)
     for seed in range(2):
         vectors = torch.randn(own.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(

@@ -49,7 +49,7 @@ def eigenvalues_near(
     normality: dict[str, Tensor] = {}
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in near.linearised(state):
+    for block in near.linearised(state, mask):
         coefficients, basis = arnoldi(
             _announced(block.products, on_product), start[block.tokens], spare[block.tokens], products
         )
