@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import loopscope
 from loopscope import leading_eigenvalues
-from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
+from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, KrylovSpace, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
 from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native
@@ -102,6 +102,13 @@ def jacobian(model: NativeSubject, batch: Batch, recurrences: int) -> Tensor:
 def blocks(whole: Tensor) -> Tensor:
     tokens = torch.arange(len(whole))
     return whole[tokens, :, tokens]
+
+
+def grown(made: Tensor, start: Tensor, spare: Tensor, products: int) -> KrylovSpace:
+    """Of matrices, (token, width, width)."""
+    space = KrylovSpace(start, spare, products)
+    space.grow(lambda vectors: torch.einsum("nij,nj->ni", made, vectors), products)
+    return space
 
 
 def one_prompt(model: LoopedTransformer, *texts: str, tokens: int = 6) -> tuple[NativeSubject, Batch]:
@@ -313,7 +320,7 @@ def test_forty_products_find_a_leading_eigenvalue_that_stands_apart(width: int) 
     for _ in range(64):
         start = functional.normalize(torch.einsum("nij,nj->ni", made, start), dim=-1)
     start = start + 0.03 * functional.normalize(noise, dim=-1)
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, min(40, width))[0])
+    found = ritz_values(grown(made, start, spare, min(40, width)).coefficients)
     wanted = spectra[is_lead & (spectra.imag >= 0)]
     away = torch.minimum((found.values[:, 0] - wanted).abs(), (found.values[:, 0] - wanted.conj()).abs())
     assert (away / wanted.abs()).max() < 1e-4
@@ -335,7 +342,7 @@ def test_all_products_give_all_eigenvalues_also_where_krylov_spaces_close(seed: 
     elif kind == "nilpotent":
         made = torch.diag_embed(torch.ones(3, width - 1, dtype=torch.float64), offset=1)
     start, spare = (torch.randn(3, width, dtype=torch.float64, generator=generator) for _ in range(2))
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, width)[0])
+    found = ritz_values(grown(made, start, spare, width).coefficients)
     # The coefficients of the characteristic polynomial are well-conditioned where its roots are not.
     for matrix, values in zip(made, found.values, strict=True):
         wanted, got = np.poly(matrix.numpy()), np.poly(values.numpy())
@@ -349,7 +356,7 @@ def test_residuals_of_a_normal_matrix_bound_the_distance_to_an_eigenvalue(seed: 
     made = torch.randn(2, 20, 20, dtype=torch.float64, generator=generator)
     made = made + made.mT
     start, spare = (torch.randn(2, 20, dtype=torch.float64, generator=generator) for _ in range(2))
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, 7)[0])
+    found = ritz_values(grown(made, start, spare, 7).coefficients)
     away = (found.values[..., None] - torch.linalg.eigvalsh(made)[:, None]).abs().amin(-1)
     assert (away <= found.residuals + 1e-9).all()
     assert (found.values.abs().diff(dim=-1) <= 1e-12).all()
@@ -374,10 +381,10 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     """The first prompt jumps over its fixed point to and fro, the second only moves on."""
     center = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def recurrence(state: Tensor) -> Tensor:
-        jumps = state + 2.4 * torch.tanh(center - state)
+    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
+        jumps = state + 2.4 * torch.tanh(center[: len(state)] - state)
         drifts = state + 0.1
-        return torch.stack((jumps[0], drifts[1]))
+        return torch.stack((jumps[0], drifts[-1]))[: len(state)].where(prompts[:, None, None], torch.nan)
 
     mask = torch.ones(2, 3, dtype=torch.bool)
     begin = center + 0.3
@@ -385,9 +392,7 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     assert found.tolist() == [True, False]
     torch.testing.assert_close(state[0], center[0], atol=1e-7, rtol=0)
     assert torch.equal(state[1], begin[1])
-    alone, _ = find_fixed_point(
-        lambda one: recurrence(torch.cat((one, center[1:])))[:1], begin[:1], mask[:1], settled=1e-9, evaluations=100
-    )
+    alone, _ = find_fixed_point(recurrence, begin[:1], mask[:1], settled=1e-9, evaluations=100)
     torch.testing.assert_close(alone[0], state[0], atol=1e-12, rtol=0)
 
 

@@ -69,6 +69,7 @@ class SideBySide:
             for row, (each_query, each_key, each_value) in enumerate(
                 zip(*(each.split(self._counts, dim=2) for each in (query, key, value)), strict=True)
             )
+            if self._counts[row]
         ]
         return torch.cat(mixed, dim=2)
 
