@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -394,6 +395,65 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     assert torch.equal(state[1], begin[1])
     alone, _ = find_fixed_point(recurrence, begin[:1], mask[:1], settled=1e-9, evaluations=100)
     torch.testing.assert_close(alone[0], state[0], atol=1e-12, rtol=0)
+
+
+def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
+    asked = []
+
+    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
+        asked.append(len(asked))
+        return torch.randn(state.shape, generator=torch.Generator().manual_seed(len(asked)))
+
+    begin = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    state, found = find_fixed_point(recurrence, begin, torch.ones(1, 3, dtype=torch.bool), settled=1e-4, evaluations=99)
+    assert not found.any()
+    assert torch.equal(state, begin)
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_end_token_by_token_once_the_leading_eigenvalue_is_known(dtype: torch.dtype) -> None:
+    """Against whole blocks: what is stored bounds what is missed, and other tokens in the batch change nothing."""
+    exact = subject(dataclasses.replace(INJECTED, width=48, head_dim=24), seed=1, std=0.03, dtype=torch.float64)
+    single = LoopedTransformer(exact.model.architecture)
+    single.load_state_dict(exact.model.state_dict())
+    model = exact if dtype == torch.float64 else NativeSubject(single.eval().requires_grad_(False))
+    settings = EigenvalueSettings(recurrences=90, least=6, products=40, search=0)
+    found = leading_eigenvalues(model, PROMPTS[:3], settings=settings)
+    made = found.products_made[found.mask]
+    assert made.min() < made.max() <= 40
+    ended = made < 40
+    assert (found.errors[..., 0] <= 1e-3 * found.radius)[found.mask][ended].all()
+    for row, prompt in enumerate(PROMPTS[:3]):
+        own = blocks(jacobian(exact, Batch.of([prompt]), 90))
+        radius = torch.linalg.eigvals(own).abs().amax(-1).numpy()
+        places = found.mask[row]
+        assert (np.abs(found.radius[row, places] - radius) <= found.errors[row, places, 0] + 1e-6).all()
+        for token, count in enumerate(found.products_made[row, places].astype(int)):
+            assert np.isfinite(found.eigenvalues[row, token, :count]).all()
+            assert np.isnan(found.eigenvalues[row, token, count:]).all()
+        alone = leading_eigenvalues(model, [prompt], settings=settings)
+        np.testing.assert_array_equal(alone.products_made[0], found.products_made[row, places])
+    every = leading_eigenvalues(model, PROMPTS[:3], settings=settings, tolerance=0.0)
+    assert (every.products_made[every.mask] == 40).all()
+    np.testing.assert_allclose(every.radius[found.mask], found.radius[found.mask], rtol=1e-3)
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_some_tokens_have_their_own_eigenvalues_and_no_prediction(every: int) -> None:
+    model = subject(RESIDUAL_NORM, dtype=torch.float64, std=0.1)
+    settings = EigenvalueSettings(recurrences=40, products=8)
+    whole = leading_eigenvalues(model, PROMPTS[:3], settings=settings)
+    some = leading_eigenvalues(model, PROMPTS[:3], settings=settings, every=every)
+    from_end = np.flip(np.flip(whole.mask, 1).cumsum(1), 1) - 1
+    taken = whole.mask & (from_end == 0 if every == 0 else from_end % 3 == 0)
+    np.testing.assert_allclose(some.eigenvalues[taken], whole.eigenvalues[taken], rtol=1e-6, atol=1e-8)
+    np.testing.assert_array_equal(np.isfinite(some.products_made), taken)
+    np.testing.assert_array_equal(np.isnan(some.relative_step), ~whole.mask)
+    prediction = some.predict()
+    first = taken & (np.arange(taken.shape[1]) == 0)  # of which nothing is missing
+    np.testing.assert_array_equal(np.isfinite(prediction.rate), first)
+    assert set(prediction.kind[~first]) == {PredictedKind.UNRESOLVED.value}
 
 
 def test_a_run_that_stands_somewhere_can_be_linearised_and_goes_on_undisturbed() -> None:

@@ -84,7 +84,8 @@ def _of_some(data: xarray.Dataset, total: int, untaken: int) -> Answer:
     return STABILITY.unanswered(
         "cannot tell",
         f"Eigenvalues were taken of {total:,} of {plural(total + untaken, 'token')} (--eigenvalue-every). A token "
-        f"settles no faster than the slowest before it, which may be one of the others, so that nothing is predicted.{own}",
+        f"settles no faster than the slowest before it, which may be one of the others, so that nothing is "
+        f"predicted.{own}",
         outcome=Outcome.CANNOT_TELL,
         figure="stability-spectrum",
     )

@@ -89,7 +89,8 @@ class SideBySide:
         places = self._places[row]
         if allowed is None:
             return (places[:, None] >= places)[None, None]
-        return allowed[row % len(allowed), None, None, 0, places][..., places]
+        seen: Tensor = allowed[row % len(allowed), 0, places][:, places]
+        return seen[None, None]
 
 
 class OthersSeen:

@@ -19,9 +19,8 @@ _MOST_DOUBLINGS = 60
 """2^60 recurrences: a radius of 1 - 1e-15 has come to rest by then."""
 _GONE = 1e-8
 """Norm of a power of the matrix whose square is lost beside 1."""
-_STEPS = 2
-"""Of a transposed product and a product each. With two, the largest singular value of blocks of 48 to 128 dimensions is
-found to 5 % (median of a model) and 10 % (worst token); with three to 3 and 8 %, for a twentieth of all products."""
+_STEPS = 3
+"""Of a transposed product and a product each, from a space of 24 dimensions. (See docs/stability.md.)"""
 PerToken = Float64[Tensor, " token"]
 
 
