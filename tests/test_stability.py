@@ -398,7 +398,7 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
 
 
 def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
-    asked = []
+    asked: list[int] = []
 
     def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
         asked.append(len(asked))

@@ -87,9 +87,9 @@ class SideBySide:
 
     def _seen(self, row: int, allowed: Tensor | None) -> Bool[Tensor, "1 1 query key"]:
         places = self._places[row]
-        if allowed is None:
-            return (places[:, None] >= places)[None, None]
-        seen: Tensor = allowed[row % len(allowed), 0, places][:, places]
+        seen: Tensor = (
+            places[:, None] >= places if allowed is None else allowed[row % len(allowed), 0, places][:, places]
+        )
         return seen[None, None]
 
 
