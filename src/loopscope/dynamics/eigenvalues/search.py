@@ -23,7 +23,7 @@ _TRIED, _HOPELESS = 12, 0.3
 _PATIENCE, _NEARER = 60, 0.7
 """A prompt is given up whose smallest steps, that of its middle token and the largest of its tokens, are both above
 that share of what they were so many evaluations before. Of 104 random prompts whose fixed point 200 evaluations find,
-both rules together give up 6, and others, of which none is found, after 65 evaluations."""
+both rules together give up 7, and others after 32 evaluations on average."""
 _RIDGE = 1e-12
 """Relative size of what keeps the least squares solvable where the earlier states lie in one line."""
 
