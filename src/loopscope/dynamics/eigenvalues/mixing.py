@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from loopscope._util.shapes import Keys, Queries, TokenMask
+from loopscope._util.shapes import Keys, Queries
 from loopscope.models.native.attention import mix_values
+
+Places = Bool[Tensor, "prompt place"]
+"""Some of the places of a padded batch; attention sees what stands there side by side, as one row of tokens."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Others:
 
     key: Keys
     value: Keys
-    allowed: Bool[Tensor, "1 1 query key"]
+    allowed: Bool[Tensor, "*batch query key"]
     places: Int64[Tensor, " query"]
     """Of the queries among the keys."""
 
@@ -59,7 +62,7 @@ def mix_with_others_frozen(
 class SideBySide:
     """Attention among all tokens of some prompts, (1, head, token, head_dim); no work is done for padding."""
 
-    def __init__(self, mask: TokenMask) -> None:
+    def __init__(self, mask: Places) -> None:
         self._places = [row.nonzero()[:, 0] for row in mask]
         self._counts = [len(places) for places in self._places]
 
@@ -73,7 +76,7 @@ class SideBySide:
         ]
         return torch.cat(mixed, dim=2)
 
-    def others(self, key: Keys, value: Keys, allowed: Tensor | None, tokens: TokenMask) -> list[Others | None]:
+    def others(self, key: Keys, value: Keys, allowed: Tensor | None, tokens: Places) -> list[Others | None]:
         """What those tokens see in each prompt; None for a prompt that has none of them."""
         found: list[Others | None] = []
         splits = zip(*(each.detach().split(self._counts, dim=2) for each in (key, value)), strict=True)
@@ -96,7 +99,7 @@ class SideBySide:
 class OthersSeen:
     """Runs beside `SideBySide` once and keeps what every layer's tokens see."""
 
-    def __init__(self, mask: TokenMask, tokens: TokenMask) -> None:
+    def __init__(self, mask: Places, tokens: Places) -> None:
         self._plain, self._tokens = SideBySide(mask), tokens
         self.layers: list[list[Others | None]] = []
 
@@ -108,7 +111,7 @@ class OthersSeen:
 class OthersFrozen:
     """Attention of some tokens to states that stand still but for each one's own, layer after layer."""
 
-    def __init__(self, layers: list[list[Others | None]], tokens: TokenMask) -> None:
+    def __init__(self, layers: list[list[Others | None]], tokens: Places) -> None:
         self._layers, self._counts = layers, tokens.sum(-1).tolist()
         self._turn: Iterator[list[Others | None]] = iter(())
 
