@@ -2,6 +2,7 @@
 
     python benchmarks/stability.py
     python benchmarks/stability.py --products 60
+    python benchmarks/stability.py --cost ../shared/data/gsm8k/test.jsonl
 
 Random looped models of 4 layers on 12 tokens: three norm placements, several weight scales, injection added, or by one
 random matrix, or with a gain on the state of its own, which sets how fast they settle; two widths, float64 and float32.
@@ -14,21 +15,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loopscope import load
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts
-from loopscope.dynamics.eigenvalues.native import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
+from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence
 from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
+from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import Stability
 from loopscope.dynamics.observed_rate import observed_rate
 from loopscope.dynamics.prediction import damped, spectral_radius
+from loopscope.measures.stability import study_eigenvalues
 from loopscope.models.architecture import Architecture, Injection, LoopNorm, NormPlacement
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
@@ -199,37 +206,58 @@ def summary(name: str, parts: list[Tokens]) -> None:
     )
 
 
-def clock(function: Callable[[], object], times: int) -> float:
-    """Processor time of one call, the least of so many: this machine does other things as well."""
-    least = float("inf")
-    for _ in range(times):
-        started = time.process_time()
-        function()
-        least = min(least, time.process_time() - started)
-    return least
-
-
-def costs(products: int) -> None:
-    """In bare recurrences of the same prompts."""
-    subject = in_float32(make(128, Recipe("pre", "none", "linear", 0.02), 1))
-    batch = Batch.of(torch.randint(64, (8, 64), generator=torch.Generator().manual_seed(0)).tolist())
-    run = subject.start(batch, recurrences=1)
-    alone = run.recurrence_map(mix=mix_with_others_frozen)
-    point = run.state
-
-    def linearise() -> ExactProducts:
-        return ExactProducts(lambda flat: alone(flat.view_as(point)).flatten(0, 1), point.flatten(0, 1))
-
-    jacobians, vectors = linearise(), torch.randn_like(point)
-    bare = clock(run.advance, 20)
-    once = clock(linearise, 5) / bare
-    each = clock(lambda: jacobians(vectors.flatten(0, 1)), 20) / bare
-    forward = clock(lambda: torch.func.jvp(alone, (point,), (vectors,)), 5) / bare
-    whole = clock(lambda: leading_eigenvalues(subject, batch, recurrences=1, products=products, search=0), 3) / bare
-    print(
-        f"cost in bare recurrences, width 128, 8 x 64 tokens: linearising {once:.1f}, a product {each:.1f} (by "
-        f"torch.func.jvp {forward:.1f}), eigenvalues of {products} products {whole:.0f}"
+def wide() -> NativeSubject:
+    """(2, 4, 2) of width 1024; its states do not settle."""
+    architecture = Architecture(
+        vocab_size=1024,
+        width=1024,
+        heads=8,
+        kv_heads=8,
+        head_dim=128,
+        mlp_width=3072,
+        prelude=2,
+        recurrent=4,
+        coda=2,
+        recurrences=8,
+        injection="linear",
+        state_init="normal",
     )
+    return NativeSubject(LoopedTransformer(architecture).initialize(0).eval().requires_grad_(False))
+
+
+def costs(questions: Path) -> None:
+    """Eigenvalues as a study takes them, over a bare run of 2H recurrences, in processor time."""
+    texts = [json.loads(line)["question"] for line in questions.read_text().splitlines()[:8]]
+    random = torch.randint(1024, (2, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    for name, horizon, search in (
+        ("demo:injected", 64, 200),
+        ("demo:uninjected", 64, 200),
+        ("demo:uninjected", 64, 0),
+        ("width 1024", 32, 200),
+        ("width 1024", 32, 0),
+    ):
+        subject = wide() if name == "width 1024" else load(name, device="cpu")
+        assert isinstance(subject, NativeSubject)
+        tokenizer = subject.tokenizer
+        batch = Batch.of(random if tokenizer is None else [tokenizer.encode(text).ids for text in texts])
+        settings = study_eigenvalues(horizon, 40, 1, search, 0)
+        run = subject.start(batch, recurrences=2 * horizon)
+        last_step = LastStep(run.state, subject.model.dtype)
+        bare = 0.0
+        for _ in range(2 * horizon):
+            started = time.process_time()
+            run.advance()
+            bare += time.process_time() - started
+            last_step.follow(run.state)
+        near = NativeRecurrence(run, batch.mask, 2 * horizon, last_step=last_step.steps)
+        started = time.process_time()
+        found = eigenvalues_near(near, batch, settings)
+        taken = time.process_time() - started
+        print(
+            f"{name}, search {search}: {taken / bare:.2f} of a bare run of {2 * horizon} recurrences, "
+            f"{np.nanmean(found.products_made):.1f} products a token, points of {found.searched.sum()} "
+            f"of {len(found.searched)} prompts found by search"
+        )
 
 
 def main() -> None:
@@ -237,8 +265,12 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=40)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cost", type=Path, help="only what they cost, with GSM8K questions from this .jsonl file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.cost:
+        costs(arguments.cost)
+        return
     ids = torch.randint(64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
     for width in arguments.widths:
@@ -255,7 +287,6 @@ def main() -> None:
         for dtype, found in parts.items():
             summary(f"width {width}, {dtype}, {arguments.products} products", found)
         print(f"  do not settle: {', '.join(f'{count} {name}' for name, count in unsettled.items())}")
-    costs(arguments.products)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor
 
 from loopscope import leading_eigenvalues
-from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
-from loopscope.dynamics.eigenvalues.normality import non_normality
+from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, KrylovSpace, ritz_values
+from loopscope.dynamics.eigenvalues.normality import largest_singular_value, non_normality
 from random_model import random_model
 from small_models import PROMPTS, RESIDUAL_NORM, linear_loop, subject
 from test_stability import SHAPES, blocks, jacobian, one_prompt
@@ -26,8 +26,11 @@ def found_of(made: Tensor, products: int, *, exact: bool = True) -> dict[str, np
     generator = torch.Generator().manual_seed(0)
     start, spare, point = (torch.randn(made.shape[:2], dtype=made.dtype, generator=generator) for _ in range(3))
     derivative = (ExactProducts if exact else DifferenceProducts)(lambda x: torch.einsum("nij,nj->ni", made, x), point)
-    coefficients, basis = arnoldi(derivative, start, spare, products)
-    found = non_normality(coefficients, ritz_values(coefficients).values, basis, derivative)
+    space = KrylovSpace(start, spare, products)
+    space.grow(derivative, products)
+    coefficients = space.coefficients
+    singular = largest_singular_value(derivative, space)
+    found = non_normality(coefficients, ritz_values(coefficients).values, singular)
     return {name: values.numpy() for name, values in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn import functional
 
 import loopscope
 from loopscope import leading_eigenvalues
-from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, arnoldi, ritz_values
+from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, KrylovSpace, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native, mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
@@ -103,6 +105,13 @@ def blocks(whole: Tensor) -> Tensor:
     return whole[tokens, :, tokens]
 
 
+def grown(made: Tensor, start: Tensor, spare: Tensor, products: int) -> KrylovSpace:
+    """Of matrices, (token, width, width)."""
+    space = KrylovSpace(start, spare, products)
+    space.grow(lambda vectors: torch.einsum("nij,nj->ni", made, vectors), products)
+    return space
+
+
 def one_prompt(model: LoopedTransformer, *texts: str, tokens: int = 6) -> tuple[NativeSubject, Batch]:
     ids = random_ids(1, tokens)
     whole = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -114,7 +123,7 @@ def test_products_are_those_of_the_diagonal_blocks_of_the_whole_jacobian(shape: 
     changed, batch = one_prompt(random_model(**SHAPES[shape]), *INTERVENTIONS[changes])
     near = linearise_native(changed, batch, recurrences=3, seed=0)
     own = blocks(jacobian(changed, batch, 3))
-    (block,) = near.linearised(near.state)
+    (block,) = near.linearised(near.state, batch.mask)
     for seed in range(2):
         vectors = torch.randn(own.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(
@@ -312,7 +321,7 @@ def test_forty_products_find_a_leading_eigenvalue_that_stands_apart(width: int) 
     for _ in range(64):
         start = functional.normalize(torch.einsum("nij,nj->ni", made, start), dim=-1)
     start = start + 0.03 * functional.normalize(noise, dim=-1)
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, min(40, width))[0])
+    found = ritz_values(grown(made, start, spare, min(40, width)).coefficients)
     wanted = spectra[is_lead & (spectra.imag >= 0)]
     away = torch.minimum((found.values[:, 0] - wanted).abs(), (found.values[:, 0] - wanted.conj()).abs())
     assert (away / wanted.abs()).max() < 1e-4
@@ -334,7 +343,7 @@ def test_all_products_give_all_eigenvalues_also_where_krylov_spaces_close(seed: 
     elif kind == "nilpotent":
         made = torch.diag_embed(torch.ones(3, width - 1, dtype=torch.float64), offset=1)
     start, spare = (torch.randn(3, width, dtype=torch.float64, generator=generator) for _ in range(2))
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, width)[0])
+    found = ritz_values(grown(made, start, spare, width).coefficients)
     # The coefficients of the characteristic polynomial are well-conditioned where its roots are not.
     for matrix, values in zip(made, found.values, strict=True):
         wanted, got = np.poly(matrix.numpy()), np.poly(values.numpy())
@@ -348,7 +357,7 @@ def test_residuals_of_a_normal_matrix_bound_the_distance_to_an_eigenvalue(seed: 
     made = torch.randn(2, 20, 20, dtype=torch.float64, generator=generator)
     made = made + made.mT
     start, spare = (torch.randn(2, 20, dtype=torch.float64, generator=generator) for _ in range(2))
-    found = ritz_values(arnoldi(lambda v: torch.einsum("nij,nj->ni", made, v), start, spare, 7)[0])
+    found = ritz_values(grown(made, start, spare, 7).coefficients)
     away = (found.values[..., None] - torch.linalg.eigvalsh(made)[:, None]).abs().amin(-1)
     assert (away <= found.residuals + 1e-9).all()
     assert (found.values.abs().diff(dim=-1) <= 1e-12).all()
@@ -373,10 +382,10 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     """The first prompt jumps over its fixed point to and fro, the second only moves on."""
     center = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def recurrence(state: Tensor) -> Tensor:
-        jumps = state + 2.4 * torch.tanh(center - state)
+    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
+        jumps = state + 2.4 * torch.tanh(center[: len(state)] - state)
         drifts = state + 0.1
-        return torch.stack((jumps[0], drifts[1]))
+        return torch.stack((jumps[0], drifts[-1]))[: len(state)].where(prompts[:, None, None], torch.nan)
 
     mask = torch.ones(2, 3, dtype=torch.bool)
     begin = center + 0.3
@@ -384,10 +393,67 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     assert found.tolist() == [True, False]
     torch.testing.assert_close(state[0], center[0], atol=1e-7, rtol=0)
     assert torch.equal(state[1], begin[1])
-    alone, _ = find_fixed_point(
-        lambda one: recurrence(torch.cat((one, center[1:])))[:1], begin[:1], mask[:1], settled=1e-9, evaluations=100
-    )
+    alone, _ = find_fixed_point(recurrence, begin[:1], mask[:1], settled=1e-9, evaluations=100)
     torch.testing.assert_close(alone[0], state[0], atol=1e-12, rtol=0)
+
+
+def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
+    asked: list[int] = []
+
+    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
+        asked.append(len(asked))
+        return torch.randn(state.shape, generator=torch.Generator().manual_seed(len(asked)))
+
+    begin = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    state, found = find_fixed_point(recurrence, begin, torch.ones(1, 3, dtype=torch.bool), settled=1e-4, evaluations=99)
+    assert not found.any()
+    assert torch.equal(state, begin)
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_end_token_by_token_once_the_leading_eigenvalue_is_known(dtype: torch.dtype) -> None:
+    """Against whole blocks: what is stored bounds what is missed, and other tokens in the batch change nothing."""
+    exact = subject(dataclasses.replace(INJECTED, width=48, head_dim=24), seed=1, std=0.03, dtype=torch.float64)
+    single = LoopedTransformer(exact.model.architecture)
+    single.load_state_dict(exact.model.state_dict())
+    model = exact if dtype == torch.float64 else NativeSubject(single.eval().requires_grad_(False))
+    settings = EigenvalueSettings(recurrences=90, least=6, products=40, search=0)
+    found = leading_eigenvalues(model, PROMPTS[:3], settings=settings)
+    made = found.products_made[found.mask]
+    assert made.min() < made.max() <= 40
+    ended = made < 40
+    assert (found.errors[..., 0] <= 1e-3 * found.radius)[found.mask][ended].all()
+    for row, prompt in enumerate(PROMPTS[:3]):
+        own = blocks(jacobian(exact, Batch.of([prompt]), 90))
+        radius = torch.linalg.eigvals(own).abs().amax(-1).numpy()
+        places = found.mask[row]
+        assert (np.abs(found.radius[row, places] - radius) <= found.errors[row, places, 0] + 1e-6).all()
+        for token, count in enumerate(found.products_made[row, places].astype(int)):
+            assert np.isfinite(found.eigenvalues[row, token, :count]).all()
+            assert np.isnan(found.eigenvalues[row, token, count:]).all()
+        alone = leading_eigenvalues(model, [prompt], settings=settings)
+        np.testing.assert_array_equal(alone.products_made[0], found.products_made[row, places])
+    every = leading_eigenvalues(model, PROMPTS[:3], settings=settings, tolerance=0.0)
+    assert (every.products_made[every.mask] == 40).all()
+    np.testing.assert_allclose(every.radius[found.mask], found.radius[found.mask], rtol=1e-3)
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_some_tokens_have_their_own_eigenvalues_and_no_prediction(every: int) -> None:
+    model = subject(RESIDUAL_NORM, dtype=torch.float64, std=0.1)
+    settings = EigenvalueSettings(recurrences=40, products=8)
+    whole = leading_eigenvalues(model, PROMPTS[:3], settings=settings)
+    some = leading_eigenvalues(model, PROMPTS[:3], settings=settings, every=every)
+    from_end = np.flip(np.flip(whole.mask, 1).cumsum(1), 1) - 1
+    taken = whole.mask & (from_end == 0 if every == 0 else from_end % 3 == 0)
+    np.testing.assert_allclose(some.eigenvalues[taken], whole.eigenvalues[taken], rtol=1e-6, atol=1e-8)
+    np.testing.assert_array_equal(np.isfinite(some.products_made), taken)
+    np.testing.assert_array_equal(np.isnan(some.relative_step), ~whole.mask)
+    prediction = some.predict()
+    first = taken & (np.arange(taken.shape[1]) == 0)  # of which nothing is missing
+    np.testing.assert_array_equal(np.isfinite(prediction.rate), first)
+    assert set(prediction.kind[~first]) == {PredictedKind.UNRESOLVED.value}
 
 
 def test_a_run_that_stands_somewhere_can_be_linearised_and_goes_on_undisturbed() -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope.answers.answer import Criterion
+from loopscope.answers.stability import stability_answer
 from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
@@ -41,6 +43,7 @@ from loopscope.measures.stability import (
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.trace import capture
+from loopscope.study import view_study
 from measuring import batch_info
 from small_models import (
     ADDED,
@@ -241,6 +244,20 @@ def test_interventions_act_on_the_eigenvalues() -> None:
 
 def test_a_feed_forward_model_has_no_recurrence_to_take_eigenvalues_of() -> None:
     assert not {*EIGENVALUE_NAMES, *RATE_NAMES} & set(study_of(subject(FEED_FORWARD)).dataset)
+
+
+def test_a_study_of_the_last_tokens_predicts_nothing_and_says_why() -> None:
+    study = study_of(subject(std=0.1), eigenvalue_every=0)
+    data, last = study.dataset, study.dataset["token_count"].values - 1
+    np.testing.assert_array_equal(data["eigenvalue_products"].notnull().sum("token"), 1)
+    assert data["eigenvalue_products"].values[np.arange(len(last)), last].tolist() == [16] * len(last)
+    assert data["predicted_rate"].isnull().values[tokens_of(data) & (data["token"].values > 0)].all()
+    assert (data["predicted_kind"].values >= 0).sum() == len(last)
+    answer = stability_answer(view_study(study), Criterion())
+    assert answer.verdict == "cannot tell"
+    assert "(--eigenvalue-every)" in answer.sentence
+    assert study.manifest["stability"]["eigenvalues"]["every"] == 0
+    assert study.manifest["stability"]["eigenvalues"]["tolerance"] == 1e-3
 
 
 def test_the_manifest_says_how_it_was_done() -> None:

@@ -147,7 +147,13 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
     if reason is not None:
         note(f"Eigenvalues are left out for {info.name}: {reason}.")
         return None
-    return study_eigenvalues(settings.horizon, settings.eigenvalue_products, settings.eigenvalue_search, settings.seed)
+    return study_eigenvalues(
+        settings.horizon,
+        settings.eigenvalue_products,
+        settings.eigenvalue_every,
+        settings.eigenvalue_search,
+        settings.seed,
+    )
 
 
 def _exit_recurrences(subject: Subject, settings: AnalyzeSettings, note: Note) -> int:

@@ -127,8 +127,11 @@ class AnalyzeSettings:
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
     that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
     eigenvalue_products: Count = 40
-    """Products with the Jacobian of one recurrence, a token, from which its leading eigenvalues are found; each takes
-    about one and a half recurrences of a batch."""
+    """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
+    takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""
+    eigenvalue_every: Annotated[int, Range(0)] = 1
+    """Take eigenvalues of every n-th token of a prompt, counted from its last; 0 takes those of the last alone. What a
+    token does follows from all before it, so that with other numbers than 1 nothing is predicted."""
     eigenvalue_search: Annotated[int, Range(0)] = 200
     """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
     --horizon; 0 takes the state as it is."""

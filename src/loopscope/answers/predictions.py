@@ -112,6 +112,13 @@ def token_eigenvalues(data: xarray.Dataset) -> NDArray[np.complex128]:
     return np.asarray(real + 1j * imaginary)
 
 
+def untaken_tokens(data: xarray.Dataset) -> int:
+    """How many tokens have a point whose eigenvalues were not to be taken (`--eigenvalue-every`)."""
+    if "eigenvalue_products" not in data:
+        return 0
+    return int((data["point_step"].notnull() & data["eigenvalue_products"].isnull()).sum())
+
+
 def token_drivers(data: xarray.Dataset) -> NDArray[np.int64]:
     """The token whose eigenvalue sets the rate of each, (prompt, token): the one of largest spectral radius among the
     token itself and those before it; -1 where no eigenvalue of a fixed point is known. Raises `StudyError` for a study

@@ -16,8 +16,9 @@ from loopscope.answers.predictions import (
     prediction_table,
     rate_pairs,
     token_eigenvalues,
+    untaken_tokens,
 )
-from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS, PredictedKind
+from loopscope.dynamics.prediction import KNOWN_CODES, PREDICTED_KINDS, PredictedKind, spectral_radius
 from loopscope.study import StudyView
 
 STABILITY = Question(
@@ -52,6 +53,8 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     total = sum(counts.values())
     if not total:
         return STABILITY.unanswered("not measured", "There is no token to take eigenvalues of.")
+    if untaken := untaken_tokens(data):
+        return _of_some(data, total, untaken)
     outcome, verdict = _outcome(counts, total)
     pairs = rate_pairs(data)
     found = agreement(prediction_table(data)) if "verdict" in data else None
@@ -66,6 +69,25 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
         _limits(view, counts, total, pairs),
         figure="stability-rates" if pairs.predicted.size else None,
         claims=_claims(view, outcome),
+    )
+
+
+def _of_some(data: xarray.Dataset, total: int, untaken: int) -> Answer:
+    radius = spectral_radius(token_eigenvalues(data))
+    radius = radius[np.isfinite(radius)]
+    own = (
+        f" The largest modulus of their own is {significant(float(np.median(radius)), 3)} (median), at most "
+        f"{significant(float(radius.max()), 3)}."
+        if radius.size
+        else ""
+    )
+    return STABILITY.unanswered(
+        "cannot tell",
+        f"Eigenvalues were taken of {total:,} of {plural(total + untaken, 'token')} (--eigenvalue-every). A token "
+        f"settles no faster than the slowest before it, which may be one of the others, so that nothing is "
+        f"predicted.{own}",
+        outcome=Outcome.CANNOT_TELL,
+        figure="stability-spectrum",
     )
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Complex, Float, Inexact, Int
+from jaxtyping import Bool, Complex, Float, Inexact, Int
 from numpy import ndarray
 
 from loopscope._util.ranges import Positive, Range, check_ranges
@@ -115,12 +115,14 @@ def predict(
     **Arguments**
 
     - `eigenvalues`, `errors`: by decreasing modulus, with the estimated error of each; NaN at padding.
-    - `relative_step`: how far the point moves in one recurrence, relative to its norm. A token stands nearer to a fixed
-      point than none before it.
+    - `relative_step`: how far the point moves in one recurrence, relative to its norm; NaN at padding. A token stands
+      nearer to a fixed point than none before it.
 
-    A kind is given if all eigenvalues within the error have it.
+    A kind is given if all eigenvalues within the error have it. Nothing is predicted of a token before which another
+    one's eigenvalues were not taken: that may be the slowest.
     """
     criterion = criterion or StabilityCriterion()
+    eigenvalues = np.where(follows_untaken(eigenvalues, relative_step)[..., None], np.nan, eigenvalues)
     radius = spectral_radius(eigenvalues)
     rate = predicted_rate(eigenvalues)
     known = ~np.isnan(radius)
@@ -139,6 +141,12 @@ def predict(
         period=np.where(known, period(leading), np.nan),
         criterion=criterion,
     )
+
+
+def follows_untaken(eigenvalues: Eigenvalues, relative_step: TokenValues) -> Bool[ndarray, "prompt token"]:
+    """Whether the token, or one before it, has a point and no eigenvalues."""
+    missing: ndarray = np.isnan(eigenvalues).all(-1) & ~np.isnan(relative_step)
+    return np.logical_or.accumulate(missing, axis=1)
 
 
 def predicted_rate(eigenvalues: Eigenvalues) -> TokenValues:

@@ -17,7 +17,7 @@ from loopscope._util.wording import listed, plural, significant
 from loopscope.analysis.job import Job, Progress, SilentProgress
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
-from loopscope.answers.predictions import token_eigenvalues
+from loopscope.answers.predictions import token_eigenvalues, untaken_tokens
 from loopscope.dynamics.prediction import KNOWN_CODES, best_damping, damped, damping_needed, spectral_radius
 from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES
 from loopscope.errors import ConfigError, StudyError
@@ -205,6 +205,11 @@ def _known_eigenvalues(study: Study, prompts: NDArray[np.int64], *, needed: bool
     """Of the tokens of some prompts at whose point there is a fixed point, (token, pair)."""
     if not needed and "predicted_kind" not in study.dataset:
         return np.empty((0, 1), dtype=np.complex128)
+    if needed and untaken_tokens(study.dataset):
+        raise ConfigError(
+            "The study has eigenvalues of some tokens only, and the others may need more damping; analyze without "
+            "--eigenvalue-every, or give a step to try, as in --eta 0.5."
+        )
     values = token_eigenvalues(study.dataset)[prompts]
     kinds = study.dataset["predicted_kind"].transpose("prompt", "token").values[prompts]
     return np.asarray(values[np.isin(kinds, KNOWN_CODES)])

@@ -41,15 +41,24 @@ _EIGENVALUES: dict[str, tuple[str, ...]] = {
     "eigenvalue_imag": (_PAIR, "their imaginary parts"),
     "eigenvalue_residual": (_PAIR, "|J x - λ x| for the Ritz vector x of length one"),
     "eigenvalue_error": (_PAIR, "estimated distance to an eigenvalue"),
+    "eigenvalue_products": (
+        _TOKEN,
+        "products with the Jacobian from which they were found; NaN of a token whose eigenvalues were not to be taken",
+    ),
     "eigenvalue_exact": ("prompt", "1 if products are by automatic differentiation, 0 if by differences", "code"),
     "point_step": (_TOKEN, "|F(x) - x| / |x| at the point: 0 at a fixed point"),
     "point_moved": (_TOKEN, "how far the point is from where the run stood, over the norm"),
     "point_searched": ("prompt", "1 if a search found the point, 0 if the run stood there", "code"),
-    "predicted_rate": (_TOKEN, "largest modulus of the token and those before it", "per recurrence"),
+    "predicted_rate": (
+        _TOKEN,
+        "largest modulus of the token and those before it; NaN where one of these was not to be taken",
+        "per recurrence",
+    ),
     "predicted_rate_error": (_TOKEN, "estimated error of predicted_rate", "per recurrence"),
     "predicted_kind": (
         _TOKEN,
-        "what that eigenvalue predicts, as a place in the manifest's stability.kinds; -1 beyond the prompt's end",
+        "what that eigenvalue predicts, as a place in the manifest's stability.kinds; -1 beyond the prompt's end, and "
+        "of a token whose eigenvalues were not to be taken",
         "code",
     ),
     "predicted_period": (_TOKEN, "a turn of that eigenvalue; NaN for a positive one", "recurrences"),
@@ -122,10 +131,15 @@ _BASIS_BYTES = 2**28
 """Of basis vectors at a time, so that a study takes little more memory for its eigenvalues than for its passes."""
 
 
-def study_eigenvalues(horizon: int, products: int, search: int, seed: int) -> EigenvalueSettings:
+def study_eigenvalues(horizon: int, products: int, every: int, search: int, seed: int) -> EigenvalueSettings:
     """How a study takes eigenvalues: after twice the horizon, as far as it runs."""
     return EigenvalueSettings(
-        recurrences=2 * horizon, products=products, search=search, seed=seed, basis_bytes=_BASIS_BYTES
+        recurrences=2 * horizon,
+        products=products,
+        every=every,
+        search=search,
+        seed=seed,
+        basis_bytes=_BASIS_BYTES,
     )
 
 
@@ -241,20 +255,23 @@ class TokenStability(Measure):
 def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str, np.ndarray]:
     prediction = found.predict(criterion)
     kinds = np.full(found.mask.shape, -1, dtype=np.int8)
+    taken = found.mask & (~np.isnan(found.products_made) | np.isnan(found.relative_step))
     for place, kind in enumerate(PREDICTED_KINDS):
-        kinds[found.mask & (prediction.kind == kind)] = place
+        kinds[taken & (prediction.kind == kind)] = place
     kept = kept_pairs(found.eigenvalues)
 
     def of_pairs(values: np.ndarray) -> np.ndarray:
         return np.moveaxis(np.take_along_axis(values, kept, -1), -1, 0).copy()
 
     needed: np.ndarray = np.minimum.accumulate(damping_needed(found.eigenvalues), axis=1)
+    unknown = (prediction.kind == PredictedKind.FAR) | np.isnan(prediction.rate)
     eigenvalues = of_pairs(found.eigenvalues)
     return {
         "eigenvalue_real": eigenvalues.real.copy(),
         "eigenvalue_imag": eigenvalues.imag.copy(),
         "eigenvalue_residual": of_pairs(found.residuals).astype(np.float32),
         "eigenvalue_error": of_pairs(found.errors).astype(np.float32),
+        "eigenvalue_products": found.products_made,
         "eigenvalue_exact": np.full(len(kinds), found.derivative == "exact", dtype=np.int8),
         "point_step": found.relative_step,
         "point_moved": found.moved,
@@ -265,7 +282,7 @@ def _of_eigenvalues(found: Stability, criterion: StabilityCriterion) -> dict[str
         "predicted_period": prediction.period,
         # Of the token and those before it, like the rate: it settles with the slowest of them.
         "stability_margin": 1 - prediction.rate,
-        "damping_needed": np.where(prediction.kind == PredictedKind.FAR, np.nan, needed),
+        "damping_needed": np.where(unknown, np.nan, needed),
         **{name: getattr(found, name) for name in NORMALITY_NAMES},
     }
 

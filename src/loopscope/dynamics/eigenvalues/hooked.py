@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loopscope._util.shapes import States
+from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
@@ -77,8 +78,11 @@ class HookedRecurrence:
         self.state: States = state.to(subject.device, subject.facts.dtype)
         self.last_step: States = last_step
 
-    def apply(self, state: States) -> States:
-        return self._following(self._batch, state, gradients=False)
+    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
+        if prompts is None:
+            return self._following(self._batch, state, gradients=False)
+        some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])
+        return state.index_put((prompts,), self._following(some, state[prompts], gradients=False))
 
     def check(self, before: States, after: States) -> None:
         """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
@@ -104,20 +108,21 @@ class HookedRecurrence:
                     "a model in which no token looks ahead."
                 )
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
-        for row, length in enumerate(self._batch.counts.tolist()):
-            begin = 0
-            while begin < length:
-                end = _end(begin, length)
-                tokens = torch.zeros_like(self._batch.mask)
-                tokens[row, begin:end] = True
-                products, derivative = self._products(row, begin, end, state)
-                yield TokenBlock(tokens, products, derivative)
-                begin = end
+    def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
+        for row, those in enumerate(tokens):
+            places = those.nonzero()[:, 0]
+            while len(places):
+                # Copies reach from the prompt's first token to the last that varies.
+                count = max(1, int((torch.arange(1, len(places) + 1) * (places.cpu() + 1) <= _COPIED_TOKENS).sum()))
+                block = torch.zeros_like(tokens)
+                block[row, places[:count]] = True
+                products, derivative = self._products(row, places[:count], state)
+                yield TokenBlock(block, products, derivative)
+                places = places[count:]
 
-    def _products(self, row: int, begin: int, end: int, state: States) -> tuple[Products, Derivative]:
-        exact, plain = (self._own(row, begin, end, state, gradients=gradients) for gradients in (True, False))
-        point = state[row, begin:end]
+    def _products(self, row: int, places: Tensor, state: States) -> tuple[Products, Derivative]:
+        exact, plain = (self._own(row, places, state, gradients=gradients) for gradients in (True, False))
+        point = state[row, places]
         try:
             # The fused kernels cannot be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH):
@@ -127,12 +132,12 @@ class HookedRecurrence:
             return DifferenceProducts(plain, point), "differences"
         return products, "exact"
 
-    def _own(self, row: int, begin: int, end: int, state: States, *, gradients: bool) -> OwnMap:
-        places = torch.arange(begin, end, device=state.device)
-        copies = places - begin
-        ids = self._batch.input_ids[row, :end].expand(end - begin, end)
+    def _own(self, row: int, places: Tensor, state: States, *, gradients: bool) -> OwnMap:
+        count, end = len(places), int(places[-1]) + 1
+        copies = torch.arange(count, device=state.device)
+        ids = self._batch.input_ids[row, :end].expand(count, end)
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-        still = state[row, :end].expand(end - begin, end, -1)
+        still = state[row, :end].expand(count, end, -1)
 
         def own(vectors: TokenVectors) -> TokenVectors:
             entered = still.index_put((copies, places), vectors)
@@ -170,14 +175,6 @@ class _Inputs(Observer):
         if recurrence <= self.at:
             self.last_step.follow(state)
             self.last = state
-
-
-def _end(begin: int, length: int) -> int:
-    """The last token of a part, whose copies reach from the prompt's first token to it."""
-    end = begin + 1
-    while end < length and (end + 1 - begin) * (end + 1) <= _COPIED_TOKENS:
-        end += 1
-    return end
 
 
 def _apart(states: Tensor, others: Tensor) -> float:

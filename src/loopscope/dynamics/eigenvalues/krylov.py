@@ -3,12 +3,13 @@ Arnoldi's method, batched over tokens."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex128, Float, Float64
+from jaxtyping import Bool, Complex128, Float, Float64
 from torch import Tensor
 
 TokenVectors = Float[Tensor, "token width"]
@@ -120,50 +121,75 @@ class RitzValues:
     condition of the eigenvalue in the space. To first order it bounds the distance; infinite where eigenvectors
     coincide and the residual is not zero."""
 
+    def known(self, tolerance: float) -> Bool[Tensor, " token"]:
+        """Whether the leading eigenvalue's error is at most that share of it. Where a state overflowed there is none to
+        wait for."""
+        return ~(self.errors[:, 0] > tolerance * self.values[:, 0].abs())
 
-def arnoldi(
-    product: Callable[[TokenVectors], TokenVectors], start: TokenVectors, spare: TokenVectors, products: int
-) -> tuple[Hessenberg, Basis]:
-    """Run `products` steps of Arnoldi's method for every token (Saad, Numerical Methods for Large Eigenvalue Problems,
-    section 6.2).
 
-    **Arguments**
+class KrylovSpace:
+    """What Arnoldi's method has found of every token so far (Saad, Numerical Methods for Large Eigenvalue Problems,
+    section 6.2): coefficients, and the first m vectors, orthogonalised by classical Gram-Schmidt, twice, which keeps
+    them orthogonal to rounding (Giraud et al. 2005).
 
-    - `product`: `J_i v_i` for every token.
-    - `start`: first vectors, not zero. Their space holds their powers `J^k start`.
-    - `spare`: vectors in general position; shifted around, they give directions to continue with where the space is
-      closed under J before its dimension is reached. The subdiagonal entry is zero there, and all Ritz values hold.
-
-    Returns the coefficients and the first m vectors, orthogonalised by classical Gram-Schmidt, twice, which keeps them
-    orthogonal to rounding (Giraud et al. 2005).
-    Memory: `products` times (token, width). Needs `products <= width`.
+    Memory: `most` times (token, width).
     """
-    tokens, width = start.shape
-    basis = start.new_empty(tokens, products, width)
-    # A few numbers a token, on the CPU in float64: their eigenvalues are taken there, and would lose digits in float32.
-    coefficients = torch.zeros(tokens, products + 1, products, dtype=torch.float64)
-    basis[:, 0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
-    largest = torch.zeros(tokens, dtype=start.dtype, device=start.device)
-    roundoff = _INVARIANT * torch.finfo(start.dtype).eps
-    for column in range(products):
-        image = product(basis[:, column])
-        # Rounding is relative to the map, not to this image, which may be small: so what is new is held against the
-        # largest image so far.
-        largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=-1))
-        rest, along = _orthogonal(basis[:, : column + 1], image)
-        length = torch.linalg.vector_norm(rest, dim=-1)
-        closed = length <= roundoff * largest
-        coefficients[:, : column + 1, column] = along.double().cpu()
-        coefficients[:, column + 1, column] = length.masked_fill(closed, 0.0).double().cpu()
-        if column + 1 < products:
-            if bool(closed.any()):
-                # What is left is rounding, and so is its direction. Rolled, one spare vector a token is another one
-                # each time.
-                other, _ = _orthogonal(basis[:, : column + 1], spare.roll(column, dims=-1))
-                rest = torch.where(closed[:, None], other, rest)
-                length = torch.linalg.vector_norm(rest, dim=-1)
-            basis[:, column + 1] = rest / length[:, None]
-    return coefficients, basis
+
+    def __init__(self, start: TokenVectors, spare: TokenVectors, most: int) -> None:
+        """Needs `most <= width`.
+
+        - `start`: first vectors, not zero. Their space holds their powers `J^k start`.
+        - `spare`: vectors in general position; shifted around, they give directions to continue with where the space is
+          closed under J before its dimension is reached. The subdiagonal entry is zero there, and all Ritz values hold.
+        - `most`: the largest dimension.
+        """
+        tokens, width = start.shape
+        self.columns = 0
+        self._spare = spare
+        self._basis = start.new_empty(tokens, most, width)
+        self._basis[:, 0] = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
+        # A few numbers a token, on the CPU in float64: eigenvalues are taken there, and would lose digits in float32.
+        self._coefficients = torch.zeros(tokens, most + 1, most, dtype=torch.float64)
+        self._largest = torch.zeros(tokens, dtype=start.dtype, device=start.device)
+
+    @property
+    def coefficients(self) -> Hessenberg:
+        return self._coefficients[:, : self.columns + 1, : self.columns]
+
+    @property
+    def basis(self) -> Basis:
+        return self._basis[:, : self.columns]
+
+    def of(self, some: Bool[Tensor, " token"]) -> KrylovSpace:
+        """Of those tokens alone."""
+        space, there = copy.copy(self), some.to(self._basis.device)
+        space._spare, space._basis, space._largest = (each[there] for each in (self._spare, self._basis, self._largest))
+        space._coefficients = self._coefficients[some]
+        return space
+
+    def grow(self, product: Callable[[TokenVectors], TokenVectors], columns: int) -> None:
+        """To that many dimensions, by `J_i v_i` of every token."""
+        basis = self._basis
+        roundoff = _INVARIANT * torch.finfo(basis.dtype).eps
+        for column in range(self.columns, columns):
+            image = product(basis[:, column])
+            # Rounding is relative to the map, not to this image, which may be small: so what is new is held against the
+            # largest image so far.
+            self._largest = torch.maximum(self._largest, torch.linalg.vector_norm(image, dim=-1))
+            rest, along = _orthogonal(basis[:, : column + 1], image)
+            length = torch.linalg.vector_norm(rest, dim=-1)
+            closed = length <= roundoff * self._largest
+            self._coefficients[:, : column + 1, column] = along.double().cpu()
+            self._coefficients[:, column + 1, column] = length.masked_fill(closed, 0.0).double().cpu()
+            if column + 1 < basis.shape[1]:
+                if bool(closed.any()):
+                    # What is left is rounding, and so is its direction. Rolled, one spare vector a token is another one
+                    # each time.
+                    other, _ = _orthogonal(basis[:, : column + 1], self._spare.roll(column, dims=-1))
+                    rest = torch.where(closed[:, None], other, rest)
+                    length = torch.linalg.vector_norm(rest, dim=-1)
+                basis[:, column + 1] = rest / length[:, None]
+        self.columns = columns
 
 
 def ritz_values(coefficients: Hessenberg, accuracy: float = 0.0) -> RitzValues:

@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from loopscope._util.shapes import States, TokenIds, TokenMask
-from loopscope.dynamics.eigenvalues.krylov import Products, TokenVectors, arnoldi, ritz_values
-from loopscope.dynamics.eigenvalues.normality import non_normality
-from loopscope.dynamics.eigenvalues.recurrence import Derivative, LinearisedRecurrence
+from loopscope.dynamics.eigenvalues.krylov import KrylovSpace, TokenVectors, ritz_values
+from loopscope.dynamics.eigenvalues.normality import largest_singular_value, non_normality
+from loopscope.dynamics.eigenvalues.recurrence import Derivative, LinearisedRecurrence, TokenBlock
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
 from loopscope.models.native.interventions import initial_noise
 from loopscope.models.subject import Batch
+
+_STRIDE = 8
+"""Products between two looks at the eigenvalues, which cost about one."""
+_FEWER = 0.8
+"""Share of the tokens whose products are made, below which the rest is linearised anew for about four products."""
 
 
 def eigenvalues_near(
@@ -28,43 +33,31 @@ def eigenvalues_near(
     on_product: Callable[[], None] = lambda: None,
 ) -> Stability:
     """What `leading_eigenvalues` finds, for prompts that have been run already, all at once. `on_product` is called
-    after each product."""
+    as often as products are allowed."""
     start_state = near.state
     mask = batch.mask.to(start_state.device)
     following = near.apply(start_state)
     moves = (relative_step(start_state, following) > settings.settled).logical_and(mask).any(-1)
     state, searched = start_state, torch.zeros_like(moves)
     if settings.search and bool(moves.any()):
-        there, found = find_fixed_point(
+        there, is_found = find_fixed_point(
             near.apply, start_state, mask, settled=settings.settled, evaluations=settings.search
         )
-        searched = moves & found
+        searched = moves & is_found
         state = torch.where(searched[:, None, None], there, start_state)
         following = near.apply(state)
-    products = min(settings.products, state.shape[-1])
-    shape = (*mask.shape, products)
-    # Of padding both parts are NaN, not the real one alone.
-    values = torch.full(shape, complex(math.nan, math.nan), dtype=torch.complex128)
-    residuals, errors = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
-    normality: dict[str, Tensor] = {}
+    found = _Found(mask, min(settings.products, state.shape[-1]))
+    # A token stands no nearer to a fixed point than those before it.
+    step = relative_step(state, following).masked_fill(~mask, 0.0)
+    far = step.cummax(-1).values > settings.far
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in near.linearised(state):
-        coefficients, basis = arnoldi(
-            _announced(block.products, on_product), start[block.tokens], spare[block.tokens], products
-        )
-        ritz = ritz_values(coefficients, block.products.accuracy)
-        tokens = block.tokens.cpu()
-        values[tokens], residuals[tokens], errors[tokens] = ritz.values, ritz.residuals, ritz.errors
-        for name, found_there in non_normality(coefficients, ritz.values, basis, block.products).items():
-            whole = normality.setdefault(name, torch.full(mask.shape, torch.nan, dtype=torch.float64))
-            whole[tokens] = found_there
+    for block in near.linearised(state, _taken(mask, settings.every)):
+        space = KrylovSpace(start[block.tokens], spare[block.tokens], found.products)
+        _solve(near, state, block, space, far, settings, on_product, found)
         derivatives.add(block.derivative)
     return Stability(
-        eigenvalues=values.numpy(),
-        residuals=residuals.numpy(),
-        errors=errors.numpy(),
-        **{name: whole.numpy() for name, whole in normality.items()},
+        **{name: whole.numpy() for name, whole in found.arrays.items()},
         relative_step=_numbers(relative_step(state, following), mask),
         moved=_numbers(relative_step(start_state, state), mask),
         searched=searched.cpu().numpy(),
@@ -78,13 +71,80 @@ def eigenvalues_near(
     )
 
 
-def _announced(products: Products, on_product: Callable[[], None]) -> Callable[[TokenVectors], TokenVectors]:
-    def product(vectors: TokenVectors) -> TokenVectors:
-        image = products(vectors)
-        on_product()
-        return image
+class _Found:
+    """Arrays of `Stability`, NaN for tokens of which nothing is known yet."""
 
-    return product
+    def __init__(self, mask: TokenMask, products: int) -> None:
+        self._shape, self.products = mask.shape, products
+        self.arrays: dict[str, Tensor] = {}
+
+    def put(self, tokens: TokenMask, **values: Tensor) -> None:
+        """(token, ...) each, of those tokens; with fewer pairs than there may be, the first ones."""
+        for name, each in values.items():
+            if name not in self.arrays:
+                # Of an eigenvalue both parts are NaN, not the real one alone.
+                nothing = complex(math.nan, math.nan) if each.is_complex() else math.nan
+                shape = (*self._shape, self.products) if each.ndim == 2 else self._shape
+                self.arrays[name] = torch.full(shape, nothing, dtype=each.dtype)
+            pairs = (slice(each.shape[1]),) if each.ndim == 2 else ()
+            self.arrays[name][(tokens.cpu(), *pairs)] = each
+
+
+def _taken(mask: TokenMask, every: int) -> TokenMask:
+    """Of the tokens of each prompt every n-th, or the last."""
+    from_end = mask.flip(-1).cumsum(-1).flip(-1) - 1
+    return mask & (from_end % every == 0 if every else from_end == 0)
+
+
+def _solve(
+    near: LinearisedRecurrence,
+    state: States,
+    block: TokenBlock,
+    space: KrylovSpace,
+    far: TokenMask,
+    settings: EigenvalueSettings,
+    on_product: Callable[[], None],
+    found: _Found,
+) -> None:
+    """Let the space of every token of the block grow until its leading eigenvalue is known.
+
+    What is found of a token does not depend on which others there are. Those that are left are linearised anew where
+    they are clearly fewer: the products of all would cost more.
+    """
+    left, made_of, singular = block.tokens, block.tokens, None
+
+    def product(vectors: TokenVectors) -> TokenVectors:
+        on_product()
+        among = left[made_of]
+        if bool(among.all()):
+            return block.products(vectors)
+        whole = vectors.new_zeros(len(among), vectors.shape[-1])
+        return block.products(whole.index_put((among,), vectors))[among]
+
+    while bool(left.any()):
+        space.grow(product, min(space.columns + _STRIDE if space.columns else settings.least, found.products))
+        ritz = ritz_values(space.coefficients, block.products.accuracy)
+        if singular is None:
+            singular = largest_singular_value(block.products, space)
+        open_ = ~(ritz.known(settings.tolerance) | far[left].cpu())
+        if space.columns == found.products:
+            open_.fill_(False)
+        done = space.of(~open_)
+        values, of_done = ritz.values[~open_], torch.zeros_like(left).index_put((left,), ~open_.to(left.device))
+        found.put(
+            of_done,
+            eigenvalues=values,
+            residuals=ritz.residuals[~open_],
+            errors=ritz.errors[~open_],
+            products_made=torch.full((len(values),), float(space.columns), dtype=torch.float64),
+            **non_normality(done.coefficients, values, singular[~open_]),
+        )
+        space, singular, left = space.of(open_), singular[open_], left & ~of_done
+        if 0 < int(left.sum()) <= _FEWER * int(made_of.sum()):
+            (block,) = near.linearised(state, left)
+            made_of = left
+    for _ in range(found.products - space.columns):
+        on_product()
 
 
 def _first_vectors(

@@ -5,37 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from loopscope._util.shapes import Keys, Queries, States, TokenMask
+from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
+from loopscope.dynamics.eigenvalues.mixing import OthersFrozen, OthersSeen, SideBySide
 from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import FreezeInjection, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.subject import Batch
-
-
-def mix_with_others_frozen(query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:
-    """softmax(q k^T / sqrt(d)) v, with derivatives by each token's own state alone.
-
-    Keys and values are cut off from their gradients, and a token's own are put back on the diagonal of the map:
-    `scores = q k' + diag(q . (k - k'))`, `output = A v' + diag(A) (v - v')`, where the primes have no gradient. The
-    differences are zero, so the value is that of ordinary attention. In a causal model no token before i depends on
-    the state of i, and none after it is seen, so that a layer's derivative becomes the diagonal block of its Jacobian,
-    and products of layers the diagonal blocks of products.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    still_key, still_value = key.detach(), value.detach()
-    scores = query @ still_key.transpose(-1, -2) + torch.diag_embed((query * (key - still_key)).sum(-1))
-    if allowed is None:
-        tokens = query.shape[2]
-        allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    maps = (scores * query.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf")).softmax(-1)
-    own = maps.diagonal(dim1=-2, dim2=-1)[..., None]
-    mixed: Tensor = maps @ still_value + own * (value - still_value)
-    return mixed
 
 
 def linearise_native(
@@ -76,20 +56,30 @@ class NativeRecurrence:
         self.recurrences = recurrence
         self.state: States = state.to(mask.device, self._dtype)
         self.last_step: States = last_step.to(self._dtype)
-        self._plain = run.recurrence_map(recurrence=recurrence, dtype=self._dtype)
 
     @torch.no_grad()
-    def apply(self, state: States) -> States:
-        return self._plain(state)
+    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
+        mask = self._mask if prompts is None else self._mask & prompts[:, None]
+        alone = self._run.recurrence_map(
+            recurrence=self.recurrences, dtype=self._dtype, mix=SideBySide(mask), tokens=mask
+        )
+        return state.index_put((mask,), alone(state[mask][None])[0])
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
-        alone = self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix_with_others_frozen)
+    def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
+        mask = self._mask & tokens.any(-1, keepdim=True)
+        seen = OthersSeen(mask, tokens)
+        whole, alone = (
+            self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix, tokens=of)
+            for mix, of in ((seen, mask), (OthersFrozen(seen.layers, tokens), tokens))
+        )
+        with torch.no_grad():
+            whole(state[mask][None])
 
         def own(vectors: TokenVectors) -> TokenVectors:
-            following: TokenVectors = alone(state.index_put((self._mask,), vectors))[self._mask]
+            following: TokenVectors = alone(vectors[None])[0]
             return following
 
-        yield TokenBlock(self._mask, ExactProducts(own, state[self._mask]), "exact")
+        yield TokenBlock(tokens, ExactProducts(own, state[tokens]), "exact")
 
 
 def _check_interventions(subject: NativeSubject, recurrence: int, *, given: bool) -> None:

@@ -13,26 +13,24 @@ import torch
 from jaxtyping import Complex128, Float64
 from torch import Tensor
 
-from loopscope.dynamics.eigenvalues.krylov import Basis, ExactProducts, Hessenberg, Products, TokenVectors
+from loopscope.dynamics.eigenvalues.krylov import ExactProducts, Hessenberg, KrylovSpace, Products, TokenVectors
 
 _MOST_DOUBLINGS = 60
 """2^60 recurrences: a radius of 1 - 1e-15 has come to rest by then."""
 _GONE = 1e-8
 """Norm of a power of the matrix whose square is lost beside 1."""
-_STEPS = 2
-"""Of a transposed product and a product each. With two, the largest singular value of blocks of 48 to 128 dimensions is
-found to 5 % (median of a model) and 10 % (worst token); with three to 3 and 8 %, for a twentieth of all products."""
+_STEPS = 3
+"""Of a transposed product and a product each, from a space of 24 dimensions. (See docs/stability.md.)"""
 PerToken = Float64[Tensor, " token"]
 
 
 def non_normality(
     coefficients: Hessenberg,
     values: Complex128[Tensor, "token pair"],
-    basis: Basis,
-    products: Products,
+    singular: PerToken,
 ) -> dict[str, PerToken]:
     """What `J V_m = V_(m+1) H` says of J beside the Ritz values of H: the fields of `Stability` of these names, on the
-    CPU, NaN where a state overflowed.
+    CPU, NaN where a state overflowed. `singular` is the largest singular value from below, or 0.
 
     Powers of the square part have the columns of powers of J as long as they have not reached the last one:
     `J^k v_c = V_m H^k e_c` for `c <= m - k`. So growth is that of disturbances that exist, and no artefact of the small
@@ -45,12 +43,8 @@ def non_normality(
     closed = coefficients[:, -1, -1] == 0
     size = matrix.square().sum((-2, -1))
     departure = torch.where(size > 0, 1 - values.abs().square().sum(-1) / size, 0.0).clamp(min=0.0).sqrt()
-    squares, vectors = torch.linalg.eigh(coefficients.mT @ coefficients)
-    singular = krylov = squares[:, -1].clamp(min=0.0).sqrt()
-    if isinstance(products, ExactProducts):
-        # Where the space is stretched most.
-        stretched = (coefficients[:, :-1] @ vectors[:, :, -1:]).mT.to(basis) @ basis
-        singular = torch.maximum(krylov, _largest_singular_value(products, stretched[:, 0]))
+    krylov = _spectral_norm(coefficients)
+    singular = torch.maximum(krylov, singular)
     stable = values.abs().amax(-1) < 1
     covariance = torch.eye(columns, dtype=torch.float64).expand_as(matrix)
     growth, power = singular, 1
@@ -75,9 +69,16 @@ def non_normality(
     return {name: each.where(known, torch.nan) for name, each in found.items()}
 
 
-def _largest_singular_value(products: ExactProducts, start: TokenVectors) -> PerToken:
-    """From below, by Golub and Kahan's bidiagonalisation (1965), which a vector on the side of the images starts."""
-    left, _ = _unit(start)
+def largest_singular_value(products: Products, space: KrylovSpace) -> PerToken:
+    """From below, by Golub and Kahan's bidiagonalisation (1965), which begins on the side of the images where the space
+    is stretched most. 0 where there is no product with the transpose."""
+    coefficients = space.coefficients
+    if not isinstance(products, ExactProducts):
+        return torch.zeros(len(coefficients), dtype=torch.float64)
+    # Of a state that overflowed, nothing is finite.
+    coefficients = coefficients.nan_to_num(0.0, 0.0, 0.0)
+    _, vectors = torch.linalg.eigh(coefficients.mT @ coefficients)
+    left, _ = _unit(((coefficients[:, :-1] @ vectors[:, :, -1:]).mT.to(space.basis) @ space.basis)[:, 0])
     right = torch.zeros_like(left)
     along = torch.zeros_like(left[:, 0])
     bidiagonal = torch.zeros(len(left), _STEPS + 1, _STEPS, dtype=torch.float64)
@@ -86,7 +87,6 @@ def _largest_singular_value(products: ExactProducts, start: TokenVectors) -> Per
         left, along = _unit(products(right) - length[:, None] * left)
         bidiagonal[:, step, step] = length.double().cpu()
         bidiagonal[:, step + 1, step] = along.double().cpu()
-    # Of a state that overflowed, nothing is finite.
     return _spectral_norm(bidiagonal.nan_to_num(0.0, 0.0, 0.0))
 
 

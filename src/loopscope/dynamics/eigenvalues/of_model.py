@@ -51,7 +51,7 @@ def leading_eigenvalues(
     Where the state still moves, a fixed point is searched from there, which may be one that repels. The result says how
     far the point moves in a recurrence, and each eigenvalue has its residual. Prompts whose state overflows get NaN.
 
-    Cost: the recurrences, and about 1.5 of them for each product. A hooked model needs as many copies of a prompt as it
+    Cost: the recurrences, and about one of them for each product. A hooked model needs as many copies of a prompt as it
     has tokens. Raises `ConfigError` for a model without a loop or whose recurrence cannot be entered, and for a state
     of another shape; `NonFiniteError` for a state with NaN or infinity.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope._util.shapes import States, TokenMask
@@ -44,11 +45,12 @@ class LinearisedRecurrence(Protocol):
     """How many were run before the state."""
     site: StateSite
 
-    def apply(self, state: States) -> States:
-        """One recurrence of all prompts, without gradients."""
+    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
+        """One recurrence of all prompts, or of those alone, without gradients."""
 
-    def linearised(self, state: States) -> Iterator[TokenBlock]:
-        """The recurrence's derivative at these states, in blocks that hold every token once."""
+    def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
+        """The recurrence's derivative at these states, in blocks that hold each of those tokens once. Some of a block's
+        tokens are one block again."""
 
 
 class LastStep:

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, StateSite
-from loopscope.dynamics.prediction import Prediction, StabilityCriterion, predict, predicted_rate, spectral_radius
+from loopscope.dynamics.prediction import Prediction, StabilityCriterion, predict, spectral_radius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,20 @@ class EigenvalueSettings:
     recurrences: Count = 128
     """Recurrences before the point: the horizon, whose state stands in for the fixed point."""
     products: Count = 40
-    """Products of the Jacobian with one vector a token; all tokens of a batch share each. At most the width, with
-    which every eigenvalue is exact. 40 find a leading eigenvalue that stands 5 % above the others to 1e-4 in nearly all
-    tokens of random models of width 128, and 60 in all."""
+    """Products of the Jacobian with one vector a token, at most. At most the width, with which every eigenvalue is
+    exact. 40 find a leading eigenvalue that stands 5 % above the others to 1e-4 in nearly all tokens of random models
+    of width 128, and 60 in all."""
+    least: Count = 24
+    """Products that every token gets, where there are so many. With 16, one leading eigenvalue in eight of
+    `demo:uninjected` is another one than the largest, since a nearby one is found first; with 24 none."""
+    tolerance: Annotated[float, Range(0)] = 1e-3
+    """A token gets no more products once the estimated error of its leading eigenvalue is at most this share of it; 0
+    makes all products."""
+    far: Annotated[float, Range(0)] = 0.02
+    """A token gets no more than the least products where a recurrence moves it, or a token before it, by more than this
+    share of its norm: there is no fixed point, and `StabilityCriterion.largest_step` lets nothing be predicted."""
+    every: Annotated[int, Range(0)] = 1
+    """Eigenvalues are taken of every n-th token of a prompt, counted from its last; with 0 of the last alone."""
     seed: Annotated[int, Range(0)] = 0
     """Of the initial state, and of the random part of the first vectors."""
     random_share: Positive = 0.03
@@ -54,15 +65,18 @@ class EigenvalueSettings:
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """What `leading_eigenvalues` returns. Arrays are NaN at padding, and where a state overflowed."""
+    """What `leading_eigenvalues` returns. Arrays are NaN at padding, where a state overflowed, and, but for
+    `relative_step` and `moved`, at tokens that were not to be taken."""
 
     eigenvalues: Complex128[ndarray, "prompt token pair"]
-    """Ritz values, as many as products were made, by decreasing modulus; of a pair, positive imaginary part first. The
-    first are eigenvalues to within their errors, the last fill the inside of the spectrum."""
+    """Ritz values, as many as products were made and NaN behind them, by decreasing modulus; of a pair, positive
+    imaginary part first. The first are eigenvalues to within their errors, the last fill the inside of the spectrum."""
     residuals: Float64[ndarray, "prompt token pair"]
     """`|J x - lambda x|` for the Ritz vector x of length one."""
     errors: Float64[ndarray, "prompt token pair"]
     """Estimated distance to an eigenvalue: the residual and the error of products, times the eigenvalue's condition."""
+    products_made: Float64[ndarray, "prompt token"]
+    """Products with the Jacobian from which they were found: fewer than allowed where the leading one was known."""
     singular_value: Float64[ndarray, "prompt token"]
     """Largest singular value of the token's own block, from below: what one recurrence may enlarge a disturbance by. By
     differences, `krylov_singular_value`."""
@@ -101,7 +115,7 @@ class Stability:
 
     @property
     def products(self) -> int:
-        """Products with the Jacobian that were made."""
+        """Products with the Jacobian that a token may have."""
         return int(self.eigenvalues.shape[-1])
 
     @property
@@ -111,8 +125,8 @@ class Stability:
 
     @property
     def predicted_rate(self) -> Float[ndarray, "prompt token"]:
-        """The largest radius of a token and those before it."""
-        return predicted_rate(self.eigenvalues)
+        """The largest radius of a token and those before it; NaN where one of these was not taken."""
+        return self.predict().rate
 
     def predict(self, criterion: StabilityCriterion | None = None) -> Prediction:
         """Rate, kind and period of every token."""

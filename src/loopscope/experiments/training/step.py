@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from loopscope._util.shapes import States, TokenIds
 from loopscope.dynamics.eigenvalues.krylov import transposed_products
-from loopscope.dynamics.eigenvalues.native import mix_with_others_frozen
+from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
 from loopscope.errors import NonFiniteError
 from loopscope.experiments.training.config import OptimizerConfig, PenaltyConfig, RecurrenceConfig, TrainConfig
 from loopscope.experiments.training.data import Scored, Tokens

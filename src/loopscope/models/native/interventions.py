@@ -3,6 +3,7 @@ the noise that initial states and replaced tokens are drawn from."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -93,6 +94,10 @@ class AppliedInterventions:
     def mixed(self, state: States, recurrence: int) -> None:
         """The block's input was mixed from state and prelude's output."""
 
+    def of(self, tokens: TokenMask) -> AppliedInterventions:
+        """The same for the states of those tokens alone, side by side, in recurrences that replace none."""
+        return self
+
     def carried(self, received: States, state: States) -> States:
         """What is handed to the next recurrence, of what one received and made of it."""
         return state
@@ -165,6 +170,11 @@ class RunInterventions(AppliedInterventions):
     def mixed(self, state: States, recurrence: int) -> None:
         if recurrence == self._freeze_at:
             self._kept = state
+
+    def of(self, tokens: TokenMask) -> AppliedInterventions:
+        some = copy.copy(self)
+        some._kept = None if self._kept is None else self._kept[tokens][None]
+        return some
 
     def carried(self, received: States, state: States) -> States:
         return state if self._eta == 1.0 else (1.0 - self._eta) * received + self._eta * state

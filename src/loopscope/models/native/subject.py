@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loopscope._util.shapes import Logits, States
+from loopscope._util.shapes import Logits, States, TokenMask
 from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import Intervention, StartScaled
 from loopscope.models.interventions.parsing import check_fits, parse_interventions
@@ -196,13 +196,19 @@ class NativeRun:
         return torch.stack(errors) * scale
 
     def recurrence_map(
-        self, *, recurrence: int | None = None, dtype: torch.dtype | None = None, mix: Mix = mix_values
+        self,
+        *,
+        recurrence: int | None = None,
+        dtype: torch.dtype | None = None,
+        mix: Mix = mix_values,
+        tokens: TokenMask | None = None,
     ) -> Callable[[States], States]:
         """One recurrence of this run's prompts as a function of the loop state, (batch, token, width) to the same.
 
         It is what `advance` does, interventions included, at `recurrence`, by default the one that comes next; in
         `dtype`, the model's own by default, with the weights that the model has. Gradients flow to the state alone.
-        `mix` is how attention mixes values.
+        `mix` is how attention mixes values. With `tokens` the map is of the states of those alone, side by side,
+        (1, token, width): `mix` then has to know which of them see which, and no token may be replaced at `recurrence`.
         """
         at = self._recurrence if recurrence is None else recurrence
         dtype = dtype or self._model.dtype
@@ -213,6 +219,8 @@ class NativeRun:
             # AppliedInterventions may remember what they see, and this is no part of the run.
             applied=copy.copy(self._sequence.applied),
         )
+        if tokens is not None:
+            sequence = sequence.of(tokens)
         if dtype == self._model.dtype and not any(weight.requires_grad for weight in self._model.parameters()):
             return lambda state: self._model.recur(state, sequence, at)
         module = _Recurrence(self._model)

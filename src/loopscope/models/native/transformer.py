@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenVal
 from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
-from loopscope.models.native.attention import AttentionContext, RMSNorm, rotation_table
+from loopscope.models.native.attention import AttentionContext, RMSNorm, RotationTable, rotation_table
 from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, initial_noise
 from loopscope.models.native.layer import BoundedInjection, Layer
@@ -30,6 +31,17 @@ class Sequence:
     context: AttentionContext
     applied: AppliedInterventions = field(default_factory=AppliedInterventions)
     """What interventions change in the model's computation."""
+
+    def of(self, tokens: TokenMask) -> Sequence:
+        """Those tokens side by side in one row. What attention may look at stays that of the whole batch."""
+        rotation = self.context.rotation
+        if rotation is not None:
+            cos, sin = (
+                each[:, 0].expand(*tokens.shape, -1)[tokens][None, None] for each in (rotation.cos, rotation.sin)
+            )
+            rotation = RotationTable(cos, sin)
+        context = dataclasses.replace(self.context, rotation=rotation, mask=None)
+        return Sequence(self.input_ids[tokens][None], self.encoded[tokens][None], context, self.applied.of(tokens))
 
 
 class LoopedTransformer(nn.Module):

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.wording import percent, significant, visible
-from loopscope.answers.predictions import EXPECTED, agreement, prediction_table, rate_pairs, token_eigenvalues
+from loopscope.answers.predictions import (
+    EXPECTED,
+    agreement,
+    prediction_table,
+    rate_pairs,
+    token_eigenvalues,
+    untaken_tokens,
+)
 from loopscope.dynamics.prediction import PREDICTED_KINDS, damped, spectral_radius
 from loopscope.dynamics.prediction import PredictedKind as Kind
 from loopscope.dynamics.verdicts import KINDS
@@ -349,6 +356,10 @@ def _no_fixed_point(view: StudyView) -> str | None:
     return None if len(_at_fixed_points(view)) else "no token stands at a fixed point"
 
 
+def _no_damping(view: StudyView) -> str | None:
+    return "eigenvalues were taken of some tokens only" if untaken_tokens(view.dataset) else _no_fixed_point(view)
+
+
 def _no_table(view: StudyView) -> str | None:
     return None if prediction_table(view.dataset).any() else "no token has both a prediction and a verdict"
 
@@ -389,7 +400,7 @@ STABILITY = (
         of=_damping,
         anchor="stability-damping",
         variables=_EIGENVALUES,
-        unless=_no_fixed_point,
+        unless=_no_damping,
     ),
 )
 
