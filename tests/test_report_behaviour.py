@@ -138,7 +138,7 @@ def test_the_tokens_of_the_page_are_those_of_the_study(page: Page, study: Study)
     )
     facts = dict(orbit["facts"])
     assert facts["period (recurrences)"] == "5.5"
-    assert facts["tried against another"] == "window and horizon"
+    assert facts["tried against"] == "window and horizon"
 
 
 def test_the_page_holds_a_bounded_number_of_prompts(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ _PLURALS = {
 _CHANGES = {
     "window": "within a shorter window",
     "horizon": "at the horizon instead of twice it",
+    "half-horizon": "at half the horizon",
     "seed": "from another initial state",
 }
 

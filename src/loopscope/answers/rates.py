@@ -87,7 +87,7 @@ class Rates:
     discoveries: Discoveries | None
     """None for a method or a study without p-values."""
     changed: dict[str, tuple[int, int]]
-    """By what a verdict was tried against (window, horizon, seed): how many changed, of how many tried."""
+    """By what a verdict was tried against (the coordinate `change`): how many changed, of how many tried."""
 
 
 def study_rates(study: Study, *, layer: int | None = None, method: str = "displacement") -> Rates:

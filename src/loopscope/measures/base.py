@@ -148,7 +148,7 @@ class BatchInfo:
     """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
     twin: TwinDistances | None = None
     """How far the nudged run is, where there is one; filled likewise."""
-    _spectrum: tuple[Visit, Tensor] | None = None
+    _spectrum: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, subject: Subject, batch: Batch, plan: Plan, **more: Any) -> BatchInfo:
@@ -188,9 +188,9 @@ class BatchInfo:
 
     def squared_singular_values(self, visit: Visit) -> Tensor:
         """Of each prompt's states, (batch, value); the padding adds zeros. Measures of one visit share them."""
-        if self._spectrum is None or self._spectrum[0] is not visit:
+        if self._spectrum is None or self._spectrum[0] is not visit.residual:
             states = visit.residual.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-            self._spectrum = visit, squared_singular_values(states).cpu()
+            self._spectrum = visit.residual, squared_singular_values(states).cpu()
         return self._spectrum[1]
 
     def row(self, prompt: int) -> int | None:

@@ -23,7 +23,7 @@ from loopscope.measures.tails import Span, Tails
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
-CHANGES = ("window", "horizon", "seed")
+CHANGES = ("window", "horizon", "half-horizon", "seed")
 """What a verdict is tried against."""
 VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_value")
 """Fields of a `Verdict` that a study keeps, as `verdict_<name>`."""
@@ -41,27 +41,16 @@ def can_be_judged(horizon: int) -> bool:
     return 2 * horizon >= DisplacementSettings().least_recurrences
 
 
-def behaviour_spans(recurrences: int, horizon: int) -> tuple[Span, Span | None, Span | None]:
-    """The tails that are judged: at the second horizon, at the horizon, and where the measured run ends, of which there
-    is a second one from another initial state. None where too few recurrences are left.
-
-    A tail is the second half of the time since the loop began, as far as the window of the method reaches.
-    """
-    least = DisplacementSettings().least_recurrences
-    first, seed = _tail(horizon, _TAIL), _tail(min(recurrences, 2 * horizon), _SEED_TAIL)
-    return (
-        _tail(2 * horizon, _TAIL),
-        first if first[1] - first[0] >= least else None,
-        seed if seed[1] - seed[0] >= least else None,
-    )
-
-
-def _tail(end: int, longest: int) -> Span:
-    return end - tail_length(end, longest), end
+def _tail(end: int, longest: int = _TAIL) -> Span | None:
+    """The second half of the time since the loop began, as far as the window of the method reaches; None where that is
+    too short to be judged."""
+    length = tail_length(end, longest)
+    return (end - length, end) if length >= DisplacementSettings().least_recurrences else None
 
 
 class Behaviour(Measure):
-    """Verdicts of both methods for every token and layer, tried against window, horizon and another initial state."""
+    """Verdicts of both methods for every token and layer, tried against window, earlier horizons and another initial
+    state."""
 
     part = "behaviour"
     variables: ClassVar[dict[str, Variable]] = {
@@ -74,8 +63,8 @@ class Behaviour(Measure):
         "verdict_cosine": variable(_TOKEN, "the same by the cosine method", "code", flags=_KIND_NAMES),
         "verdict_changes": variable(
             f"change {_TOKEN}",
-            "1 where the verdict changes with another window, horizon or seed, 0 where it stands, -1 where that was "
-            "not tried",
+            "1 where the verdict at 2H changes within a shorter window, at H, at H/2, or with another initial state, 0 "
+            "where it stands, -1 where that was not tried",
             "code",
             flags=("stands", "changes"),
         ),
@@ -114,10 +103,14 @@ class Behaviour(Measure):
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
         plan = batch.plan
-        self._second, self._first, self._seed = spans = behaviour_spans(plan.recurrences, plan.horizon)
+        second = _tail(2 * plan.horizon)
+        assert second is not None  # or no layer were judged
+        self._second = second
+        self._earlier = {"horizon": _tail(plan.horizon), "half-horizon": _tail(plan.horizon // 2)}
+        self._seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
         self._tails, self._other = (
             Tails(batch.mask, batch.info.width, plan.judged_layers, [span for span in kept if span is not None])
-            for kept in (spans, [self._seed] if batch.second_run else [])
+            for kept in ([self._second, *self._earlier.values(), self._seed], [self._seed])
         )
         self.second = self._other if batch.second_run else None
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
@@ -198,13 +191,15 @@ class Behaviour(Measure):
         told = np.array([verdict.kind is not Kind.UNKNOWN for verdict in verdicts])
         rows = torch.from_numpy(told.nonzero()[0])
         known = [verdicts[row] for row in rows.tolist()]
-        changed[0, told] = ["window" in verdict.unstable for verdict in known]
-        if self._first is not None and known:
-            states = self._tails.trajectories(layer, self._first)
-            changed[1, told] = _differ(known, self._judge(layer, states, self._first, rows, trial=True))
-        if self._seed is not None and self.second is not None and known:
+        changed[CHANGES.index("window"), told] = ["window" in verdict.unstable for verdict in known]
+        for name, span in self._earlier.items():
+            if span is not None and known:
+                states = self._tails.trajectories(layer, span)
+                changed[CHANGES.index(name), told] = _differ(known, self._judge(layer, states, span, rows, trial=True))
+        if self._seed is not None and known:
             runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
-            changed[2, told] = _differ(*(self._judge(layer, run, self._seed, rows, trial=True) for run in runs))
+            found = [self._judge(layer, run, self._seed, rows, trial=True) for run in runs]
+            changed[CHANGES.index("seed"), told] = _differ(*found)
         return changed
 
     def _last_layer(

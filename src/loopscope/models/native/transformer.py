@@ -258,8 +258,9 @@ class LoopedTransformer(nn.Module):
     ) -> States:
         for index, layer in enumerate(layers):
             state, view = layer(state, context, applied.scale(stage, index, recurrence))
+            visit = Visit(stage, index, recurrence, state, view)
             for observer in observers:
-                observer.visit(Visit(stage, index, recurrence, state, view))
+                observer.visit(visit)
         return state
 
     def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:

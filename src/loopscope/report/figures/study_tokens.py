@@ -167,7 +167,7 @@ def _trials(changes: xarray.DataArray) -> list[tuple[str, str]]:
     values = dict(zip(map(str, changes["change"].values), changes.values.tolist(), strict=True))
     tried = [name for name, value in values.items() if value >= 0]
     changed = [name for name, value in values.items() if value == 1]
-    return [("tried against another", listed(tried)), ("changes with", listed(changed) or "none")] if tried else []
+    return [("tried against", listed(tried)), ("changes with", listed(changed) or "none")] if tried else []
 
 
 def _path(data: xarray.Dataset, place: dict[str, int]) -> NDArray[np.floating]:
