@@ -369,7 +369,7 @@ class _Drawing:
     def _finish_values(self, axis: Axis) -> None:
         """Of the y axis, for the values of all panels where they share it."""
         axes, values = self._axes, self._plot.values(self._panel)
-        if axis.span is not None or axis.ticks:
+        if axis.ticks or (axis.span is not None and not self._log):
             return
         if not self._log:
             if begins_at_zero(axis, values) or self._bars:
@@ -378,10 +378,10 @@ class _Drawing:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
             return
         positive = values[values > 0]
-        if not positive.size:
+        if axis.span is None and not positive.size:
             return
-        margin = (positive.max() / positive.min()) ** 0.05
-        low, high = float(positive.min() / margin), float(positive.max() * margin)
+        margin = (positive.max() / positive.min()) ** 0.05 if axis.span is None else 1.0
+        low, high = axis.span or (float(positive.min() / margin), float(positive.max() * margin))
         ticks = log_ticks(low, high)
         axes.set_ylim(low, high)
         axes.set_yticks(list(ticks), labels=list(ticks.values()))
