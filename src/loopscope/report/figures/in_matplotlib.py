@@ -189,7 +189,9 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
         beside = math.ceil(count / math.ceil(count / beside))  # rows of equal length, as far as may be
     rows = math.ceil(count / beside)
     square = any(panel.equal or panel.z is not None for panel in plot.panels)
-    each = max(_LOWEST, (_SQUARE if square else _HEIGHT) * total / beside)
+    maps = [mark.z for panel in plot.panels if panel.equal for mark in panel.marks if isinstance(mark, HeatMap)]
+    tall = max((len(values) / values.shape[1] for values in maps), default=1.0)
+    each = max(_LOWEST, (_SQUARE * tall if square else _HEIGHT) * total / beside)
     highest = max(panel.height for panel in plot.panels)
     if not square and highest > _ORDINARY:
         each = max(each, highest / _PIXELS)

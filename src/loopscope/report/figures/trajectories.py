@@ -96,20 +96,18 @@ def _paths(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Mark]
 
 
 def _cycle(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> Line:
-    """All visits in order, with a gap where recurrences are left out."""
+    """All visits in order, each pass up to where the next begins, with a gap where recurrences are left out."""
     layers, recurrences, components = scores.shape
-    passes = np.full((recurrences, layers + 1, components), np.nan)
-    passes[:, :layers] = scores.transpose(1, 0, 2)
-    follows = np.diff(counts) == 1
-    passes[:-1][follows, layers] = passes[1:][follows, 0]
-    labels = [f"layer {layer}, recurrence {count}" for count in counts for layer in range(layers)]
-    names = np.array(
-        [[*labels[at : at + layers], labels[min(at + layers, len(labels) - 1)]] for at in range(0, len(labels), layers)]
-    )
-    path = passes.reshape(-1, components)
-    return Line(
-        **dict(zip("xyz", path.T, strict=False)), colour=AXIS, width=1, labels=names.ravel().tolist(), tip="{label}"
-    )
+    path = np.full((recurrences, layers + 1, components), np.nan)
+    path[:, :layers] = scores.transpose(1, 0, 2)
+    follows = np.flatnonzero(np.diff(counts) == 1)
+    path[follows, layers] = path[follows + 1, 0]
+    places = [(layer, count) for count in counts for layer in [*range(layers), 0]]
+    labels = [f"layer {layer}, recurrence {count}" for layer, count in places]
+    for at in follows:  # where a pass meets the next one
+        labels[(at + 1) * (layers + 1) - 1] = labels[(at + 1) * (layers + 1)]
+    shown = dict(zip("xyz", path.reshape(-1, components)[:-1].T, strict=False))
+    return Line(**shown, colour=AXIS, width=1, labels=labels[:-1], tip="{label}")
 
 
 TRAJECTORIES = tuple(
