@@ -41,7 +41,7 @@ class CountRates:
         from rich.console import Console
 
         from loopscope.answers.rates import study_rates
-        from loopscope.cli.console import say_table
+        from loopscope.cli.console import own_names, say_table
         from loopscope.errors import ConfigError, StudyError
         from loopscope.study import Study
 
@@ -54,7 +54,7 @@ class CountRates:
                 found[folder] = study_rates(study, layer=self.layer, method=self.method)
             except StudyError as error:
                 raise StudyError(f"{folder}: {error}") from None
-        names = _names(list(found))
+        names = own_names(list(found))
         rates = dict(zip(names, found.values(), strict=True))
         if self.json:
             entries = [{"study": str(folder), **_plain(each, roles=self.roles)} for folder, each in found.items()]
@@ -64,12 +64,6 @@ class CountRates:
         console = Console(highlight=False)
         for line in [*_by_chance(rates), *_changed(rates)]:
             console.print(line, style="dim", markup=False)
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names where these differ, whole paths otherwise."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
