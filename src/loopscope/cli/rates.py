@@ -69,7 +69,7 @@ class CountRates:
 def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     """A row each kind that occurs, orbits and sliders always; a column each study."""
     first = next(iter(rates.values()))
-    layers = sorted({each.layer for each in rates.values()})
+    layers = sorted({layer for each in rates.values() for layer in (*each.other_layers, each.layer)})
     rows: list[tuple[str, ...]] = []
     groups = {"tokens": [each.tokens for each in rates.values()]}
     if all(each.drivers for each in rates.values()):
@@ -142,6 +142,7 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
     """JSON-ready."""
     found: dict[str, Any] = {
         "layer": rates.layer,
+        "other_layers": list(rates.other_layers),
         "method": rates.method,
         "tokens": [_share(share) for share in rates.tokens],
         "drivers": [_share(share) for share in rates.drivers],

@@ -116,7 +116,7 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
     ]
     return shares_plot(
         series,
-        f"After recurrent layer {found['displacement'].layer}. A prompt counts for every kind that one of its tokens "
+        f"After {found['displacement'].where}. A prompt counts for every kind that one of its tokens "
         "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
     )
 
@@ -144,7 +144,7 @@ def _roles(view: StudyView, settings: ReportSettings) -> Plot:
     rates = study_rates(view.study)
     return Plot(
         question="Does it depend on what the token is?",
-        reading=f"Percent of the tokens of each role after recurrent layer {rates.layer}, by displacement; the colours "
+        reading=f"Percent of the tokens of each role after {rates.where}, by displacement; the colours "
         "are even in the square root. A token can have several roles: the question is what lies between a system "
         "prompt and what a chat template adds.",
         panels=[
