@@ -19,6 +19,8 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
 _COSINE = "token_cosine_distance_to_horizon"
+_MOST_LAYERS = 6
+"""Of which a path is drawn."""
 _SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
@@ -95,15 +97,22 @@ def extremes_plot(candidates: Sequence[Extreme]) -> Plot | None:
 
 
 def _said(extreme: Extreme, among: int) -> str:
-    if extreme.kind is Kind.ORBIT:
-        numbers = f"amplitude {percent(extreme.size)} of the norm, period {significant(extreme.period, 3)} recurrences"
-    else:
-        numbers = f"{percent(extreme.size)} of the norm per recurrence"
     rank = f"the most of {among:,}" if among > 1 else "the only one"
-    return f"{visible(extreme.label, 80)}: {numbers}; {rank}."
+    return f"{visible(extreme.label, 80)}: {_size(extreme)}; {rank}."
+
+
+def _size(extreme: Extreme) -> str:
+    if extreme.kind is Kind.ORBIT:
+        return f"amplitude {percent(extreme.size)} of the norm, period {significant(extreme.period, 3)} recurrences"
+    return f"{percent(extreme.size)} of the norm per recurrence"
 
 
 def _path(extreme: Extreme) -> Panel:
+    extreme_of = "the widest orbit" if extreme.kind is Kind.ORBIT else "the fastest slider"
+    return _drawn_path(extreme, extreme_of, f"extreme-{extreme.kind}")
+
+
+def _drawn_path(extreme: Extreme, title: str, anchor: str) -> Panel:
     x, y = extreme.path.astype(np.float64).T
     colour = KIND_LOOKS[extreme.kind].colour
     labels, tip = [str(len(x) - 1 - time) for time in range(len(x))], "recurrence {label} before the end"
@@ -115,8 +124,8 @@ def _path(extreme: Extreme) -> Panel:
             Dots(x=x, y=y, colour=colour, size=5, labels=labels, tip=tip),
             Dots(x=x[-1:], y=y[-1:], colour=colour, symbol="star", size=13, labels=labels[-1:], tip="the last one"),
         ],
-        title="the widest orbit" if extreme.kind is Kind.ORBIT else "the fastest slider",
-        anchor=f"extreme-{extreme.kind}",
+        title=title,
+        anchor=anchor,
         equal=True,
     )
 
@@ -143,6 +152,41 @@ def _candidates(view: StudyView) -> list[Extreme]:
     ]
 
 
+def _extremes_by_layer(view: StudyView, settings: ReportSettings) -> Plot:
+    """Of each judged layer, or of some of many, the orbit or slider that moves most."""
+    data = view.dataset.transpose("judged_layer", "prompt", "token", ...)
+    found = []
+    for place in _moving_layers(view):
+        here, layer = data.isel(judged_layer=place), int(data["judged_layer"][place])
+        movers = here["mover"].values
+        levels = [float(here["verdict_level"].values[n, at]) if at >= 0 else -1.0 for n, at in enumerate(movers)]
+        prompt = int(np.argmax(levels))
+        token = int(movers[prompt])
+        kind = KINDS[int(here["verdict"].values[prompt, token])]
+        extreme = Extreme(
+            label=f"Layer {layer}, {_named(view, prompt, token)}",
+            kind=kind,
+            size=float(here[_SIZE[kind]].values[prompt, token]),
+            period=float(here["verdict_period"].values[prompt, token]),
+            path=here["mover_path"].isel(prompt=prompt).transpose("tail", "plane").values,
+        )
+        found.append((extreme, _drawn_path(extreme, f"layer {layer}: {kind}", f"extreme-layer-{layer}")))
+    return Plot(
+        question="Which token moves most at each layer?",
+        reading="Of each recurrent layer that has some, the orbit or slider that moves most, in the plane in which it "
+        "moves most: each point is a state of the tail, the star is the last one. "
+        + " ".join(f"{extreme.label}: {_size(extreme)}." for extreme, _ in found),
+        panels=[panel for _, panel in found],
+    )
+
+
+def _moving_layers(view: StudyView) -> list[int]:
+    """Places of judged layers at which a token orbits or slides, at most `_MOST_LAYERS` of them, evenly."""
+    moving = np.flatnonzero((view.dataset["mover"].transpose("judged_layer", "prompt").values >= 0).any(-1))
+    chosen = np.unique(np.linspace(0, len(moving) - 1, min(_MOST_LAYERS, len(moving))).round().astype(int))
+    return [int(place) for place in moving[chosen]]
+
+
 EXAMPLES = (
     FigureType(
         name="verdict-cosine",
@@ -157,6 +201,13 @@ EXAMPLES = (
         anchor="behaviour-extremes",
         variables=("verdict", "tail_path"),
         unless=lambda view: None if extremes_plot(_candidates(view)) else "no token orbits or slides",
-        paper=(13, 15),
+    ),
+    FigureType(
+        name="verdict-extremes-by-layer",
+        of=_extremes_by_layer,
+        anchor="behaviour-extremes-by-layer",
+        variables=("verdict", "mover", "mover_path"),
+        unless=lambda view: None if _moving_layers(view) else "no token orbits or slides at any layer",
+        paper=(15,),
     ),
 )
