@@ -43,7 +43,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     ),
     "uninjected": ("concentration-beyond", "stages-beyond"),
     "feedforward": ("neurons",),
-    "turning": ("verdict-cosine", "verdict-co-occurrence", "verdict-layers"),
+    "turning": ("verdict-cosine", "verdict-co-occurrence", "verdict-extremes-by-layer", "verdict-layers"),
     "random": ("architectures-12-layers", "architectures-4-layers", "architectures-16-layers"),
 }  # fmt: skip
 COMPARED = ("compared-stages",)

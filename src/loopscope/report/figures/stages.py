@@ -208,6 +208,7 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
             for version, prefix in (("folded", "folded_"), ("raw", ""))
             if f"{prefix}prediction_neurons" in view.shown  # older studies have the raw ones alone
         ],
+        same_y=True,
     )
 
 
