@@ -18,7 +18,7 @@ from loopscope._util.files import write_atomically
 from loopscope.report.figures.in_matplotlib import paper_style
 from loopscope.report.figures.write import Source, draw_figure
 
-DPI = 80
+DPI = 100
 """Enough to be read on a page; a paper takes the PDF."""
 MEASURED = ("--recurrences", "32", "--horizon", "64", "--cycle-recurrences", "32", "--limit", "4")
 STUDIES: dict[str, tuple[str, ...]] = {
