@@ -305,6 +305,12 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
         ("plane", "tail", "prompt", "token"),
         np.where(orbit, circle[..., None, None], line[..., None, None]).astype(np.float32),
     )
+    moves = np.isin(codes, [KINDS.index(Kind.ORBIT), KINDS.index(Kind.SLIDER)])
+    found["mover"] = dims[:2], np.where(moves.any(-1), moves.argmax(-1), -1).astype(np.int32)
+    found["mover_path"] = (
+        ("plane", "tail", *dims[:2]),
+        np.where(moves.any(-1), circle[..., None, None], np.nan).astype(np.float32),
+    )
     counts = np.stack([(codes[-1] == kind).sum(-1) for kind in range(len(KINDS))], axis=-1)
     grids = {"displacement": ((7.5, 30.0, 120.0), (0.0125, 0.05, 0.2)), "cosine": ((0.01, 0.05), (0.5, 0.9))}
     coordinates: dict[str, Any] = {"judged_layer": np.arange(LAYERS), "change": ["window", "horizon", "seed"]}

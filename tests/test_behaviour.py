@@ -20,8 +20,9 @@ from loopscope.dynamics.trajectories.settings import CosineSettings, Displacemen
 from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.synthetic import CASES, make_trajectory
 from loopscope.dynamics.trajectories.tail import mean_squared_displacement
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
+from loopscope.measures.behaviour import movers
 from loopscope.models.inspection.facts import Dtype
 from small_models import subject as looped_subject
 
@@ -266,6 +267,17 @@ def test_a_study_holds_the_verdicts_of_its_states() -> None:
     beyond = data["verdict"].sel(prompt=1).values[:, 3:]
     assert (beyond == -1).all()
     assert int(data["displacement_sensitivity"].sum()) == 8 * 25
+
+
+def test_the_mover_of_a_prompt_is_its_widest_orbit_or_slider() -> None:
+    kinds = [Kind.ORBIT, Kind.BOUNDED, Kind.SLIDER, Kind.FIXED_POINT, Kind.AT_FLOOR, Kind.ORBIT]
+    levels = [0.1, 0.9, 0.2, 0.5, 0.3, 0.4]
+    verdicts = [
+        Verdict(kind=kind, reason="", method="displacement", level=level)
+        for kind, level in zip(kinds, levels, strict=True)
+    ]
+    mask = np.array([[True, True, True], [True, True, False], [True, False, False]])
+    assert movers(verdicts, mask) == [(0, 2), (2, 5)]
 
 
 def test_too_short_a_horizon_gives_no_verdicts() -> None:

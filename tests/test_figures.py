@@ -23,9 +23,14 @@ from loopscope.answers.answer import Criterion
 from loopscope.answers.quantities import STAGE_QUANTITIES
 from loopscope.cli import main
 from loopscope.errors import ConfigError, StorageError, StudyError
+from loopscope.experiments.cells import Cell, CellOutcome, CellResult
+from loopscope.experiments.designs import NormName
 from loopscope.models.architecture import Architecture
+from loopscope.report.figures import in_matplotlib
+from loopscope.report.figures.experiments import architecture_section
 from loopscope.report.figures.in_matplotlib import FORMATS, MARK, Format, Width, paper_style
-from loopscope.report.figures.plot import FigureType
+from loopscope.report.figures.look import decade
+from loopscope.report.figures.plot import FigureType, Plot
 from loopscope.report.figures.write import (
     CAPTIONS,
     COMPARISON_FIGURES,
@@ -189,6 +194,7 @@ def test_a_feed_forward_study_has_figures_without_recurrences(tmp_path: Path) ->
         "cycle-attention",
         "cycle-residual",
         "head-sinks",
+        "attention-maps",
         "concentration-by-depth",
         "magnitude-by-depth",
         "stages-by-depth",
@@ -324,6 +330,29 @@ def test_an_experiment_has_the_figures_of_its_page(tmp_path: Path) -> None:
         assert_inside(draw_figure(CHECKOUT / "results" / "recipes", name), name)
     with pytest.raises(ConfigError, match=r"There is no figure 'training-rank'; there are .*, training-ranking"):
         write_figures(CHECKOUT / "results" / "recipes", tmp_path, only=["training-rank"])
+
+
+def test_random_models_are_drawn_depth_by_depth_as_means(tmp_path: Path) -> None:
+    """One seed that stands still and one that overflows; the mean ends there."""
+
+    def cell(norm: NormName, depth: int, seed: int, *distance: float | None) -> CellResult:
+        return CellResult(
+            cell=Cell(norm=norm, injection="none", depth=depth, seed=seed), outcome=CellOutcome.NONE, settling="none",
+            degeneracy=0.2 + 0.4 * seed, drift=1.0, norm_growth=1.0, counts=(1, 2, 4), distance=distance,
+            norm=(1.0, 1.0, 1.0), radius=None, radius_median=None, radius_error=None, predicted={}, observed_rate=None,
+        )  # fmt: skip
+
+    cells = [cell("pre", 12, 0, 0.4, 0.2, 0.0), cell("pre", 12, 1, 0.2, None, None), cell("ouro", 4, 0, 1.0, 0.5, 0.0)]
+    first, second, _ = architecture_section(cells).figures
+    assert [first.anchor, second.anchor] == ["architectures-12-layers", "architectures-4-layers"]
+    assert isinstance(first, Plot)
+    assert first.paper == (6,)
+    left, right = in_matplotlib.draw(first).axes
+    heights = [np.asarray(one.get_ydata(), dtype=np.float64) for one in left.lines]
+    np.testing.assert_allclose(np.concatenate([one[np.isfinite(one)] for one in heights]), np.array([0.3]))
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [decade(power) for power in (-8, -6, -4, -2, 0)]
+    means = [np.asarray(one.get_xdata(), dtype=np.float64) for one in right.lines if one.get_marker() == "o"]
+    np.testing.assert_allclose(np.concatenate(means), np.array([0.4]))
 
 
 def test_vector_files_hold_their_fonts_and_no_date(study: Study, tmp_path: Path) -> None:

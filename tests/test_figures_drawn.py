@@ -15,13 +15,25 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from loopscope import compare
+from loopscope.dynamics.verdicts import KINDS
+from loopscope.errors import StudyError
 from loopscope.report.figures import in_matplotlib, in_plotly, stages
-from loopscope.report.figures.look import decade, decade_ticks, number, ordered_colours
+from loopscope.report.figures.curves import drawn_recurrences
+from loopscope.report.figures.look import decade, decade_ticks, kind_label, number, ordered_colours
+from loopscope.report.figures.plot import Line
 from loopscope.report.figures.write import STUDY_FIGURES, draw_figure
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, view_study
 from staged_study import OTHER, SHAPE, staged_study
-from synthetic_study import LAYERS, contracting, feed_forward_study, growing, looped_study, overflowing
+from synthetic_study import (
+    LAYERS,
+    contracting,
+    feed_forward_study,
+    growing,
+    looped_study,
+    overflowing,
+    with_behaviour,
+)
 
 Array = NDArray[np.float64]
 RECURRENCES, PROMPTS = 24, 7
@@ -209,8 +221,24 @@ def test_trajectories_are_the_principal_components(study: Study, name: str) -> N
         data = flat.get_data_3d() if name.endswith("3d") else flat.get_data()
         for component, values in enumerate(data):
             np.testing.assert_allclose(values, scores[layer, :, component])
+    # Behind them the way through all layers, pass after pass.
+    whole: Any = axes.lines[0]
+    data = whole.get_data_3d() if name.endswith("3d") else whole.get_data()
+    visited = scores.transpose(1, 0, 2).reshape(-1, scores.shape[-1])
+    for component, values in enumerate(np.asarray(data)):
+        at = np.flatnonzero(np.r_[True, np.diff(values) != 0])  # each pass ends where the next begins
+        np.testing.assert_allclose(values[at], visited[:, component])
     share = study.dataset["trajectory_variance"].values[0]
     assert axes.get_xlabel() == f"PC 1 ({100 * share[0]:.0f} %)"
+
+
+def test_the_way_through_the_layers_has_gaps_where_recurrences_are_left_out(study: Study) -> None:
+    (kind,) = [kind for kind in STUDY_FIGURES if kind.name == "trajectories"]
+    plot = kind.draw(view_study(study), ReportSettings(most_recurrences=8))
+    way = plot.panels[0].marks[0]
+    assert isinstance(way, Line)
+    drawn = drawn_recurrences(RECURRENCES, ReportSettings(most_recurrences=8))
+    assert np.isnan(way.x).sum() == (np.diff(drawn) > 1).sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -357,6 +385,39 @@ def test_neurons_are_bars_in_per_cent(study: Study) -> None:
     (axes,) = panels(draw_figure(dataclasses.replace(study, dataset=older), "neurons"))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c0", "p0", "r0", "r1", "r2"]
     assert axes.yaxis.get_major_formatter()(0.02).endswith("%")
+
+
+def test_no_empty_frame_where_no_neuron_stands_out(study: Study) -> None:
+    names = [str(name) for name in study.dataset if str(name).endswith("_neurons")]
+    none = study.dataset.assign({name: 0 * study.dataset[name] for name in names})
+    with pytest.raises(StudyError, match="no neuron has a kurtosis above 10"):
+        draw_figure(dataclasses.replace(study, dataset=none), "neurons")
+
+
+def test_each_kind_is_shown_by_its_token_that_moves_most(study: Study) -> None:
+    judged = with_behaviour(study)
+    level = judged.dataset["verdict_level"].copy()
+    level[-1, 2, 3] = 0.9  # of whichever kind that token is
+    judged = dataclasses.replace(judged, dataset=judged.dataset.assign(verdict_level=level))
+    name = kind_label(KINDS[int(judged.dataset["verdict"].values[-1, 2, 3])])
+    near, far = panels(draw_figure(judged, "verdict-cosine"))
+    away = study.dataset["token_cosine_distance_to_horizon"].sel(site="last_layer").values[:, 2, 3]
+    np.testing.assert_allclose(line(near, name)[1], 1 - away)
+    np.testing.assert_allclose(line(far, name)[1], np.where(away > 0, away, np.nan))
+    assert len(labels(near)) == len(KINDS)
+
+
+def test_all_attention_maps_of_a_prompt_lie_side_by_side(study: Study) -> None:
+    codes = study.dataset["attention_map"].values[0]
+    first = panels(draw_figure(study, "attention-maps"))[0]
+    side = codes.shape[-1]
+    drawn = image(first)[:side]
+    for head in range(codes.shape[1]):
+        at = head * (side + 1)
+        lower = np.tril_indices(side)
+        np.testing.assert_allclose(drawn[:, at : at + side][lower], codes[0, head][lower] / 254)
+    assert np.isnan(drawn[np.triu_indices(side, 1)]).all()
+    assert first.get_title() == "prelude"
 
 
 def test_places_of_massive_activations_are_shares_of_prompts(study: Study) -> None:

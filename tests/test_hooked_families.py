@@ -78,6 +78,7 @@ def test_hrm_text_is_laid_out_in_high_cycles() -> None:
     assert info.trained_recurrences == 2
     assert info.family == "hrm_text (hooked)"
     assert info.injection is None
+    assert info.other_states == (5,)  # the last cycle of the L stack
     assert any("Injection" in sentence for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS, recurrences=4)
     pretrained(subject).config.H_cycles = 4

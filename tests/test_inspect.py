@@ -220,6 +220,23 @@ def test_a_terminal_of_80_columns_is_wide_enough(
     assert "What loopscope cannot see in this model" in shown
 
 
+def test_several_models_stand_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    models = ["demo:injected", "demo:feedforward", str(REFERENCE / "ouro-tiny")]
+    main(["inspect", *models])
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    rows = {line.split("  ")[0]: line for line in shown.splitlines()}
+    assert rows["recurrences"].split() == ["recurrences", "8", "–", "4"]
+    for words in ("ouro-tiny", "(2, 4 ⊗ 8, 2)_I", "(0, 3 ⊗ 4, 0)", "<|begin|>", "linear map of"):
+        assert words in shown
+    main(["inspect", *models, "--json"])
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == models
+    for wrong in ([*models, "--revision", "main"], []):
+        with pytest.raises(SystemExit):
+            main(["inspect", *wrong])
+
+
 def test_a_run_longer_than_the_models_positions_is_noted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

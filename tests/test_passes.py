@@ -137,6 +137,8 @@ PARTS: Mapping[Part, set[str]] = {
         *(f"verdict_{name}" for name in VERDICT_NUMBERS),
         "displacement",
         "tail_path",
+        "mover",
+        "mover_path",
         "displacement_sensitivity",
         "cosine_sensitivity",
     },

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from loopscope._util.statistics import clopper_pearson, cluster_interval, surviving
+from loopscope.answers.answer import Criterion
+from loopscope.answers.behaviour import behaviour_answer
 from loopscope.answers.predictions import token_drivers
 from loopscope.answers.rates import (
     ROLES,
@@ -22,13 +24,15 @@ from loopscope.answers.rates import (
     driver_shares,
     prompt_shares,
     study_rates,
+    token_kinds,
     token_roles,
     token_shares,
 )
+from loopscope.answers.settling import prompts_by_verdict
 from loopscope.cli import main
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
-from loopscope.study import Study
+from loopscope.study import Study, view_study
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 
 ORBIT, FIXED, UNKNOWN = (KINDS.index(kind) for kind in (Kind.ORBIT, Kind.FIXED_POINT, Kind.UNKNOWN))
@@ -155,6 +159,23 @@ def test_shares_of_tokens_and_of_prompts(study: Study) -> None:
     assert rates.changed == {"window": (1, 40), "horizon": (0, 40), "seed": (0, 0)}
     assert token_shares(by_cluster([ORBIT, ORBIT, FIXED], ["a", "a", "b"]))[ORBIT].share == 2 / 3
     assert prompt_shares(np.full((2, 3), -1))[0].total == 0
+
+
+def test_of_two_states_a_token_is_what_it_is_where_it_settles_least(study: Study) -> None:
+    codes = study.dataset["verdict"].copy()
+    codes[:, :2, :4] = FIXED
+    codes[0, 0, 1], codes[-1, 0, 2], codes[0, 0, 3], codes[1, 0, 0] = ORBIT, ORBIT, UNKNOWN, ORBIT
+    manifest = {**study.manifest, "model": {**study.manifest["model"], "other_states": [0]}}
+    both = Study(study.dataset.assign(verdict=codes), manifest, study.tokens)
+    # Layer 1 lies between the ends of the two states.
+    assert token_kinds(both)[0, :4].tolist() == [FIXED, ORBIT, ORBIT, UNKNOWN]
+    rates = study_rates(both)
+    assert (rates.layer, rates.other_layers) == (LAYERS - 1, (0,))
+    assert rates.tokens[ORBIT].count == study_rates(both, layer=LAYERS - 1).tokens[ORBIT].count + 1
+    settle, _ = prompts_by_verdict(view_study(both))
+    assert not settle[0]
+    answer = behaviour_answer(view_study(both), Criterion())
+    assert f"layers 0 and {LAYERS - 1} (a token is what it is at the one where it settles least)" in answer.sentence
 
 
 def test_what_chance_would_find_stands_beside_the_rates(study: Study) -> None:

@@ -64,6 +64,8 @@ def test_a_study_with_all_kinds_has_every_figure(page: Page) -> None:
         "sensitivity-cosine",
         "extreme-orbit",
         "extreme-slider",
+        "behaviour-cosine",
+        "extreme-layer-0",
     }
     assert shown <= page.ids("figure") | page.ids("div")
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section" and "id" in attributes]

@@ -128,7 +128,9 @@ def keep_budget(subject: Subject, settings: AnalyzeSettings) -> int:
 def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:
     if "behaviour" in settings.skip or not can_be_judged(settings.horizon):
         return ()
-    return tuple(range(info.recurrent))[-1 if settings.judged_layers == "last" else 0 :]
+    if settings.judged_layers == "last":
+        return *info.other_states, info.recurrent - 1
+    return tuple(range(info.recurrent))
 
 
 def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> EigenvalueSettings | None:

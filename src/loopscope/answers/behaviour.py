@@ -17,6 +17,7 @@ from loopscope.answers.rates import (
     Rates,
     by_cluster,
     study_rates,
+    token_kinds,
     token_shares,
 )
 from loopscope.answers.settling import prompts_by_verdict
@@ -63,9 +64,9 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         BEHAVIOUR,
         rates.tokens,
         "token",
-        f"After recurrent layer {rates.layer}, {2 * view.horizon} recurrences on",
+        f"After {rates.where}, {2 * view.horizon} recurrences on",
         evidence,
-        [*_changes(view), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
+        [*_changes(rates), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )
     _, most_move = prompts_by_verdict(view)
     claims = [Claim.TOKENS_SETTLE] if answer.outcome is Outcome.YES else []
@@ -195,16 +196,13 @@ def _by_chance(found: Discoveries) -> Evidence:
     }
 
 
-def _changes(view: StudyView) -> list[str]:
-    """Verdicts of the last layer that did not stand a trial."""
-    changes = view.dataset["verdict_changes"].isel(judged_layer=-1)
-    said = []
-    for name in map(str, changes["change"].values):
-        found = changes.sel(change=name).values
-        changed, tried = int((found == 1).sum()), int((found >= 0).sum())
-        if changed:
-            said.append(f"{_of(changed, tried)} verdicts are others {_CHANGES.get(name, f'with another {name}')}.")
-    return said
+def _changes(rates: Rates) -> list[str]:
+    """Verdicts that did not stand a trial."""
+    return [
+        f"{_of(changed, tried)} verdicts are others {_CHANGES.get(name, f'with another {name}')}."
+        for name, (changed, tried) in rates.changed.items()
+        if changed
+    ]
 
 
 def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list[str]:
@@ -223,7 +221,7 @@ def _disagreement(view: StudyView) -> list[str]:
     """Between the two methods, about whether a token settles."""
     if "verdict_cosine" not in view.dataset:
         return []
-    codes = [view.dataset[name].isel(judged_layer=-1).values for name in ("verdict", "verdict_cosine")]
+    codes = [token_kinds(view.study, method) for method in ("displacement", "cosine")]
     one, other = (np.isin(each, SETTLED_CODES) for each in codes)
     differ = int(((one != other) & (codes[0] >= 0)).sum())
     if not differ:

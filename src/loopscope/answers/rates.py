@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.statistics import clopper_pearson, cluster_interval, surviving
+from loopscope._util.wording import listed
 from loopscope.answers.predictions import token_drivers
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, Kind
 from loopscope.errors import StudyError
 from loopscope.study import Study
 
@@ -71,10 +72,12 @@ class Discoveries:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Shares of the kinds at one layer."""
+    """Shares of the kinds at one layer, or at those that end the states of a model in which several go around."""
 
     layer: int
     """Recurrent layer."""
+    other_layers: tuple[int, ...]
+    """Those that end another state: a token is what it is at that of all these where it settles least."""
     method: str
     tokens: list[KindShare]
     drivers: list[KindShare]
@@ -89,6 +92,14 @@ class Rates:
     changed: dict[str, tuple[int, int]]
     """By what a verdict was tried against (the coordinate `change`): how many changed, of how many tried."""
 
+    @property
+    def where(self) -> str:
+        """`recurrent layer 7`."""
+        if not self.other_layers:
+            return f"recurrent layer {self.layer}"
+        others = listed([f"{layer}" for layer in (*self.other_layers, self.layer)])
+        return f"recurrent layers {others} (a token is what it is at the one where it settles least)"
+
 
 def study_rates(study: Study, *, layer: int | None = None, method: str = "displacement") -> Rates:
     """Shares at a recurrent layer, the last one judged unless given.
@@ -97,27 +108,60 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
     """
     codes = _codes(study, method)
     layers = [int(each) for each in study.dataset["judged_layer"].values]
-    chosen = layers[-1] if layer is None else layer
-    if chosen not in layers:
-        raise StudyError(f"Layer {chosen} was not judged; the study has verdicts of the layers {layers}.")
-    place = layers.index(chosen)
-    there = codes[place]
+    chosen = _ends_of_states(study) if layer is None else [layer]
+    if not set(chosen) <= set(layers):
+        raise StudyError(f"Layer {chosen[0]} was not judged; the study has verdicts of the layers {layers}.")
+    places = _least_settled(codes, [layers.index(each) for each in chosen])
+    there = _at(places, codes)
     bos = (study.manifest.get("tokenizer") or {}).get("bos")
     roles = token_roles(study.tokens, there.shape[1], None if bos is None else int(bos["id"]))
     changes = study.dataset["verdict_changes"].transpose("change", "judged_layer", "prompt", "token")
     displaced = method == "displacement"
-    tried = {str(name): changes.sel(change=name).values[place] for name in changes["change"].values if displaced}
+    tried = {str(name): _at(places, changes.sel(change=name).values) for name in changes["change"].values if displaced}
     drivers = token_drivers(study.dataset) if "predicted_kind" in study.dataset else np.full(there.shape, -1)
     return Rates(
-        layer=chosen,
+        layer=chosen[-1],
+        other_layers=tuple(chosen[:-1]),
         method=method,
         tokens=token_shares(there),
         drivers=driver_shares(there, drivers) if (drivers >= 0).any() else [],
         prompts=prompt_shares(there),
         roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
-        discoveries=_discoveries(study, place) if displaced else None,
+        discoveries=_discoveries(study, places) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
     )
+
+
+def token_kinds(study: Study, method: str = "displacement") -> NDArray[np.integer]:
+    """What each token tends to, (prompt, token), as places in `KINDS`: after the last recurrent layer, and in a model
+    in which several states go around after whichever of their last layers it settles least.
+
+    Raises `StudyError` for a study without verdicts.
+    """
+    codes = _codes(study, method)
+    layers = study.dataset["judged_layer"].values.tolist()
+    return _at(_least_settled(codes, [layers.index(each) for each in _ends_of_states(study)]), codes)
+
+
+def _ends_of_states(study: Study) -> list[int]:
+    """The judged layers after which a state that goes around is whole; the last is that of the loop state."""
+    layers = [int(each) for each in study.dataset["judged_layer"].values]
+    others = study.manifest["model"].get("other_states", ())
+    return [*(layer for layer in layers[:-1] if layer in others), layers[-1]]
+
+
+def _least_settled(codes: NDArray[np.integer], places: Sequence[int]) -> NDArray[np.integer]:
+    """Of these places along the first dimension the one at which a token moves, else one where it is unknown; where
+    they are alike the last."""
+    backwards = np.array(places[::-1])
+    there = codes[backwards]
+    ranks = np.where(np.isin(there, MOVING_CODES), 2, np.where(there == _UNKNOWN, 1, 0))
+    return np.asarray(backwards[ranks.argmax(0)])
+
+
+def _at(places: NDArray[np.integer], values: NDArray[Any]) -> NDArray[Any]:
+    """Of `values`, (judged_layer, prompt, token), those at the place of each token."""
+    return np.asarray(np.take_along_axis(values, places[None], axis=0)[0])
 
 
 def by_cluster(codes: Sequence[int], clusters: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -194,7 +238,7 @@ def _shares(
     return shares
 
 
-def _discoveries(study: Study, place: int) -> Discoveries | None:
+def _discoveries(study: Study, places: NDArray[np.integer]) -> Discoveries | None:
     settings = (study.manifest.get("behaviour") or {}).get("displacement") or {}
     if "verdict_p_value" not in study.dataset or "significance" not in settings:
         return None
@@ -203,11 +247,11 @@ def _discoveries(study: Study, place: int) -> Discoveries | None:
     tests = int((codes >= 0).sum())
     survive = np.zeros(codes.shape, dtype=np.bool_)
     survive[codes >= 0] = surviving(p_values[codes >= 0], FALSE_DISCOVERIES)
-    at = {kind: codes[place] == KINDS.index(kind) for kind in STRUCTURED}
+    at = {kind: _at(places, codes) == KINDS.index(kind) for kind in STRUCTURED}
     return Discoveries(
         tests=tests,
         expected=float(settings["significance"]) * tests,
-        surviving={kind: (int((survive[place] & those).sum()), int(those.sum())) for kind, those in at.items()},
+        surviving={kind: (int((_at(places, survive) & those).sum()), int(those.sum())) for kind, those in at.items()},
     )
 
 

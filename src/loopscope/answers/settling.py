@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import spans
 from loopscope.answers.answer import Criterion
+from loopscope.answers.rates import token_kinds
 from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView
 
@@ -163,8 +164,8 @@ def horizon_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
 
 
 def prompts_by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Whether all of a prompt's tokens settle after the last layer judged, and whether most are seen to move."""
-    codes = view.dataset["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
+    """Whether all of a prompt's tokens settle (see `token_kinds`), and whether most are seen to move."""
+    codes = token_kinds(view.study)
     there = (codes >= 0).sum(-1)
     settle, move = (np.isin(codes, which).sum(-1) for which in (SETTLED_CODES, MOVING_CODES))
     return (settle == there) & (there > 0), move > _PARTED * there

@@ -184,27 +184,37 @@ class RunExperiment:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a model is and what running it takes, without loading it.
+    """Show what models are and what running them takes, without loading them.
 
     Reads config.json, the tokenizer's files and the headers of the tensors; of a model on the hub nothing else is
-    downloaded.
+    downloaded. Several models are put side by side: layout, norms, injection, initial state, what begins a text.
     """
 
-    model: tyro.conf.Positional[str]
-    """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Shipped models such as demo:injected, checkpoint folders, or models of the Hugging Face hub such as
     organisation/model."""
     run_size: Annotated[RunSize, tyro.conf.arg(name="")]
     revision: str | None = None
-    """A branch, tag or commit of a model on the hub."""
+    """A branch, tag or commit of the model, if there is one, on the hub."""
     json: bool = False
-    """Print JSON, for programs."""
+    """Print JSON, for programs: an object, of several models a list of them."""
 
     def run(self) -> None:
-        from loopscope.cli.inspection import say_inspection, say_inspection_as_json
+        from loopscope.cli.inspection import say_inspection, say_inspections, say_json
+        from loopscope.errors import ConfigError
         from loopscope.models.inspection.inspecting import inspect_model
 
-        inspection = inspect_model(self.model, revision=self.revision, run=self.run_size)
-        (say_inspection_as_json if self.json else say_inspection)(inspection)
+        if not self.models:
+            raise ConfigError("No model was given; name one such as demo:injected, or a checkpoint folder.")
+        if self.revision is not None and len(self.models) > 1:
+            raise ConfigError("--revision is of one model; inspect the models of several revisions one by one.")
+        found = [inspect_model(model, revision=self.revision, run=self.run_size) for model in self.models]
+        if self.json:
+            say_json(found)
+        elif len(found) == 1:
+            say_inspection(found[0])
+        else:
+            say_inspections(found)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import rich.table
 from rich.console import Console
@@ -38,6 +39,12 @@ def say_table(table: Table, *, total: bool = False) -> None:
     for row in table.rows:
         drawn.add_row(*map(escape, row), style="bold" if total and row is table.rows[-1] else None)
     Console(highlight=False).print(drawn)
+
+
+def own_names(paths: Sequence[Path]) -> list[str]:
+    """Folders' own names where these differ, whole paths otherwise."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def say_models() -> None:

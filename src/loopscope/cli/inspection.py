@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
 
+import rich.table
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
+from loopscope._util.table import Table
+from loopscope.cli.console import own_names, say_table
 from loopscope.models.inspection.facts import Inspection, MemoryEstimate, TokenizerFacts
 
 _NAMES = 15
 """Characters of the first column, so that the values of all sections begin in one."""
 
 
-def say_inspection_as_json(inspection: Inspection) -> None:
-    print(json.dumps(inspection.to_dict(), indent=2, ensure_ascii=False))
+def say_json(found: Sequence[Inspection]) -> None:
+    """One as an object, several as a list."""
+    entries = [inspection.to_dict() for inspection in found]
+    print(json.dumps(entries if len(entries) > 1 else entries[0], indent=2, ensure_ascii=False))
+
+
+def say_inspections(found: Sequence[Inspection]) -> None:
+    """A column a model, a row for each thing that any of them has: what a paper's table of models says."""
+    columns = [dict(_side_by_side(inspection)) for inspection in found]
+    rows = [(name, *(column.get(name, "–") for column in columns)) for name in dict.fromkeys(chain(*columns))]
+    say_table(Table(columns=("", *own_names([Path(inspection.name) for inspection in found])), rows=rows))
 
 
 def say_inspection(inspection: Inspection) -> None:
@@ -24,7 +38,7 @@ def say_inspection(inspection: Inspection) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{escape(inspection.name)}[/bold]", soft_wrap=True)
     for title, rows in _sections(inspection):
-        table = Table.grid(padding=(0, 2))
+        table = rich.table.Table.grid(padding=(0, 2))
         table.add_column(width=_NAMES, style="dim")
         table.add_column(overflow="fold")
         for name, value in rows:
@@ -45,6 +59,25 @@ def _sections(inspection: Inspection) -> list[tuple[str, list[tuple[str, str]]]]
     if inspection.memory is not None:
         sections.append((_memory_title(inspection.memory), _memory(inspection, inspection.memory)))
     return sections
+
+
+def _side_by_side(inspection: Inspection) -> list[tuple[str, str]]:
+    """Without what depends on the size of a run."""
+    tokenizer = _tokenizer(inspection.tokenizer)
+    trained = inspection.trained_recurrences
+    loop = [] if trained is None else [("recurrences", f"{trained}"), ("realised depth", f"{inspection.trained_depth}")]
+    settings = dict(inspection.settings)
+    first = ("norms", "loop norm", "injection", "initial state")
+    return [
+        ("family", f"{inspection.family}, {inspection.runs}"),
+        ("layout", inspection.layout),
+        *loop,
+        *((name, settings.pop(name)) for name in first if name in settings),
+        *((name, value) for name, value in tokenizer if name == "BOS"),
+        ("parameters", f"{inspection.parameters.total:,}"),
+        *_sizes(inspection),
+        *settings.items(),
+    ]
 
 
 def _identity(inspection: Inspection) -> list[tuple[str, str]]:

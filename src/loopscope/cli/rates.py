@@ -41,7 +41,7 @@ class CountRates:
         from rich.console import Console
 
         from loopscope.answers.rates import study_rates
-        from loopscope.cli.console import say_table
+        from loopscope.cli.console import own_names, say_table
         from loopscope.errors import ConfigError, StudyError
         from loopscope.study import Study
 
@@ -54,7 +54,7 @@ class CountRates:
                 found[folder] = study_rates(study, layer=self.layer, method=self.method)
             except StudyError as error:
                 raise StudyError(f"{folder}: {error}") from None
-        names = _names(list(found))
+        names = own_names(list(found))
         rates = dict(zip(names, found.values(), strict=True))
         if self.json:
             entries = [{"study": str(folder), **_plain(each, roles=self.roles)} for folder, each in found.items()]
@@ -66,16 +66,10 @@ class CountRates:
             console.print(line, style="dim", markup=False)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names where these differ, whole paths otherwise."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
 def _table(rates: Mapping[str, Rates], *, roles: bool) -> Table:
     """A row each kind that occurs, orbits and sliders always; a column each study."""
     first = next(iter(rates.values()))
-    layers = sorted({each.layer for each in rates.values()})
+    layers = sorted({layer for each in rates.values() for layer in (*each.other_layers, each.layer)})
     rows: list[tuple[str, ...]] = []
     groups = {"tokens": [each.tokens for each in rates.values()]}
     if all(each.drivers for each in rates.values()):
@@ -148,6 +142,7 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
     """JSON-ready."""
     found: dict[str, Any] = {
         "layer": rates.layer,
+        "other_layers": list(rates.other_layers),
         "method": rates.method,
         "tokens": [_share(share) for share in rates.tokens],
         "drivers": [_share(share) for share in rates.drivers],

@@ -89,6 +89,12 @@ class Behaviour(Measure):
             "of the last recurrent layer: the path through the tail in the plane in which the token moves most, over "
             "the norm",
         ),
+        "mover": variable(
+            "judged_layer prompt",
+            "the orbit or slider that moves most, -1 where there is none",
+            "token",
+        ),
+        "mover_path": variable("plane tail judged_layer prompt", "the path of the mover, as in tail_path"),
         "displacement_sensitivity": variable(
             "prompt displacement_setting displacement_setting_other kind",
             "tokens of each kind at the last recurrent layer, for other values of two of the method's settings",
@@ -131,7 +137,10 @@ class Behaviour(Measure):
         kinds, cosine = np.full(shape, -1, dtype=np.int8), np.full(shape, -1, dtype=np.int8)
         numbers = np.full((len(VERDICT_NUMBERS), *shape), np.nan, dtype=np.float32)
         changed = np.full((len(CHANGES), *shape), -1, dtype=np.int8)
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {
+            "mover": np.full(shape[:2], -1, dtype=np.int32),
+            "mover_path": np.full((2, self._second[1] - self._second[0], *shape[:2]), np.nan, dtype=np.float32),
+        }
         for place, layer in enumerate(layers):
             states = self._tails.trajectories(layer, self._second)
             verdicts = self._judge(layer, states, self._second)
@@ -140,6 +149,10 @@ class Behaviour(Measure):
             for index, name in enumerate(VERDICT_NUMBERS):
                 numbers[index, place][mask] = [getattr(verdict, name) for verdict in verdicts]
             changed[:, place][:, mask] = self._changes(layer, verdicts)
+            for prompt, row in movers(verdicts, mask):
+                arrays["mover"][place, prompt] = row - mask[:prompt].sum()
+                path = tail_paths(states[row : row + 1], self._second[0])[0]
+                arrays["mover_path"][:, :, place, prompt] = path.T.numpy()
             if layer == self.batch.info.recurrent - 1:
                 self._last_layer(layer, arrays, states, verdicts, mask)
             self._tails.drop(layer)
@@ -233,6 +246,14 @@ class Behaviour(Measure):
                 for kind in range(len(KINDS)):
                     np.add.at(counts[..., kind], prompts, places == kind)
             arrays[f"{name}_sensitivity"] = counts
+
+
+def movers(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(prompt, place among all tokens) of the orbit or slider that moves most in each prompt that has one."""
+    levels = np.array([each.level if each.kind in (Kind.ORBIT, Kind.SLIDER) else np.nan for each in verdicts])
+    ends = mask.sum(-1).cumsum()
+    spans = enumerate(zip(ends - mask.sum(-1), ends, strict=True))
+    return [(n, int(a + np.nanargmax(levels[a:b]))) for n, (a, b) in spans if np.isfinite(levels[a:b]).any()]
 
 
 def _codes(verdicts: list[Verdict]) -> list[int]:

@@ -61,6 +61,9 @@ class SubjectInfo:
     """A recurrence passes on `(1 - eta) s + eta F(s)`, as the model was made; a `damp` intervention comes on top."""
     interventions: tuple[str, ...] = ()
     """What every run changes in the model's computation; see docs/interventions.md."""
+    other_states: tuple[int, ...] = ()
+    """Recurrent layers that end a further state which goes around beside the loop state, such as HRM-Text's z_L: what a
+    token tends to is judged there as after the last layer."""
 
     @property
     def is_looped(self) -> bool:
@@ -88,7 +91,8 @@ class SubjectInfo:
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.
-        return dataclasses.asdict(self) | {"interventions": list(self.interventions)}
+        lists = {"interventions": list(self.interventions), "other_states": list(self.other_states)}
+        return dataclasses.asdict(self) | lists
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,7 @@ class HookedSubject:
             device=str(self.device),
             weights_sha256=weights_sha256 or weights_digest(self.model),
             revision=revision,
+            other_states=self.layout.other_states,
         )
 
 

@@ -33,6 +33,8 @@ class HookLayout:
     coda: tuple[HookedLayer, ...]
     loop_end: HookedLayer | None = None
     """Called at each recurrence's end; its output is what is carried on. None: the last layer's output is."""
+    other_states: tuple[int, ...] = ()
+    """Places among the recurrent ones of layers that end a further state which goes around."""
 
     def __post_init__(self) -> None:
         if not self.prelude and not self.recurrent:
@@ -193,7 +195,8 @@ def find_layout(model: nn.Module) -> tuple[HookLayout, str | None]:
 def _two_stacks(model: nn.Module, config: Any) -> HookLayout:
     """HRM-Text. A recurrence is one high cycle: the L stack, L_cycles times, then the H stack.
 
-    Two states go around, z_H and z_L. The loop state is z_H, which the head reads at the end.
+    Two states go around, z_H and z_L. The loop state is z_H, which the head reads at the end; z_L is whole after the
+    last cycle of the L stack.
     """
     base = _base(model)
     low, high = (
@@ -201,7 +204,8 @@ def _two_stacks(model: nn.Module, config: Any) -> HookLayout:
         for name in ("L_module", "H_module")
     )
     end = find_module(model, f"{base}H_module", "the layout of a two-stack model")
-    return HookLayout(prelude=(), recurrent=low * config.L_cycles + high, coda=(), loop_end=end)
+    cycles = low * config.L_cycles
+    return HookLayout(prelude=(), recurrent=cycles + high, coda=(), loop_end=end, other_states=(len(cycles) - 1,))
 
 
 def _base(model: nn.Module) -> str:

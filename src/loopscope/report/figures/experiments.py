@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopscope._util.wording import significant, visible
+from loopscope._util.wording import plural, significant, visible
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import CellOutcome, CellResult, by_design
 from loopscope.experiments.load import Experiment
@@ -27,6 +27,10 @@ _OUTCOMES: dict[CellOutcome, tuple[str, Dash]] = {
     CellOutcome.NOT_YET: (CATEGORIES[2], "longdash"),
     CellOutcome.CANNOT_TELL: (KIND_LOOKS[Kind.UNKNOWN].colour, "longdash"),
 }
+_DASHES: tuple[Dash, ...] = ("solid", "dash", "dot", "dashdot", "longdash")
+"""Of the ways in which the prompt is injected."""
+_OF_FIGURE_6 = 12
+"""Layers of the models in the paper's Figure 6; those in its appendix have others."""
 _FLOOR = 1e-8
 """Distances below are drawn there: float32 knows no smaller one."""
 _ROW = 34
@@ -66,8 +70,79 @@ def architecture_section(cells: Sequence[CellResult]) -> Section:
         short="Random models",
         title="Which norms and injections make fixed points?",
         lead="Randomly initialised models of every design, and what becomes of their states.",
-        figures=[plot],
+        figures=[*(_designs(depth, group) for depth, group in by_design(cells, lambda cell: cell.depth)), plot],
     )
+
+
+def _designs(depth: int, cells: Sequence[CellResult]) -> Plot:
+    """All designs of one depth: means over seeds, as the paper draws them."""
+    groups = list(by_design(cells, lambda cell: (cell.norm, cell.injection)))
+    norms, injections = (list(dict.fromkeys(design[place] for design, _ in groups)) for place in (0, 1))
+    colours = dict(zip(norms, CATEGORIES, strict=False))
+    dashes = dict(zip(injections, _DASHES, strict=False))
+    nowhere = [math.nan] * 2
+    named: list[Mark] = [
+        *(Line(x=nowhere, y=nowhere, name=norm, colour=colour) for norm, colour in colours.items()),
+        *(
+            Line(x=nowhere, y=nowhere, name=f"injection {injection}", colour=MUTED, dash=dash)
+            for injection, dash in dashes.items()
+        ),
+    ]
+    horizon = max(each.counts[-1] for each in cells)
+    seeds = sorted({len(group) for _, group in groups})
+    models = plural(seeds[0], "randomly initialised model") if len(seeds) == 1 else "Randomly initialised models"
+    return Plot(
+        question=f"{plural(depth, 'layer')}: which designs come to rest, and has each layer a point of its own?",
+        reading=f"{models} of each design. (a) Distance of the states to those after {plural(horizon, 'recurrence')}, "
+        "over the norm there, of the layer that is farthest; the mean over models, which ends where one of them "
+        "overflows. (b) The least cosine between the "
+        "first layer's last state and another's: mean, and whiskers to the least and the largest; near 1 all layers "
+        "share one direction.",
+        panels=[
+            Panel(
+                x=Axis(title="recurrences", scale="log", ticks=powers_of_two(horizon)),
+                y=Axis(title="relative distance", scale="log", span=(_FLOOR / 1.6, 5.0)),
+                marks=[
+                    *(
+                        _mean_distance(f"{norm}, injection {injection}", group, colours[norm], dashes[injection])
+                        for (norm, injection), group in groups
+                    ),
+                    *named,
+                ],
+            ),
+            Panel(
+                x=Axis(title="least cosine between layers", grid=True),
+                y=Axis(
+                    title="",
+                    ticks={row: f"{norm}, {injection}" for row, ((norm, injection), _) in enumerate(groups)},
+                    span=(len(groups) - 0.5, -0.5),
+                    grid=False,
+                ),
+                marks=[_least_cosine(row, group, colours[design[0]]) for row, (design, group) in enumerate(groups)],
+            ),
+        ],
+        anchor=f"architectures-{depth}-layers",
+        paper=(6,) if depth == _OF_FIGURE_6 else (29, 30, 31),
+    )
+
+
+def _mean_distance(name: str, group: Sequence[CellResult], colour: str, dash: Dash) -> Line:
+    """Where all have a number; the last count is the horizon itself, whose distance is zero."""
+    at = [dict(zip(each.counts[:-1], each.distance[:-1], strict=True)) for each in group]
+    rows = {count: [value for each in at if (value := each.get(count)) is not None] for count in at[0]}
+    means = {count: max(float(np.mean(row)), _FLOOR) for count, row in rows.items() if len(row) == len(at)}
+    return Line(
+        x=list(means), y=list(means.values()), colour=colour, dash=dash, width=1.6,
+        tip=f"{name}\nafter {{x}}: {{y:.2g}}",
+    )  # fmt: skip
+
+
+def _least_cosine(row: int, group: Sequence[CellResult], colour: str) -> Dots:
+    known = [each.degeneracy for each in group if each.degeneracy is not None] or [math.nan]
+    return Dots(
+        x=[float(np.mean(known))], y=[row], left=[min(known)], right=[max(known)], colour=colour, size=8,
+        tip=f"{group[0].cell.norm}, {group[0].cell.injection}: {{x:.3f}}",
+    )  # fmt: skip
 
 
 def _distances(norm: str, injection: str, group: Sequence[CellResult]) -> Panel:

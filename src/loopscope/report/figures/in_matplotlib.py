@@ -189,7 +189,9 @@ def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
         beside = math.ceil(count / math.ceil(count / beside))  # rows of equal length, as far as may be
     rows = math.ceil(count / beside)
     square = any(panel.equal or panel.z is not None for panel in plot.panels)
-    each = max(_LOWEST, (_SQUARE if square else _HEIGHT) * total / beside)
+    maps = [mark.z for panel in plot.panels if panel.equal for mark in panel.marks if isinstance(mark, HeatMap)]
+    tall = max((len(values) / values.shape[1] for values in maps), default=1.0)
+    each = max(_LOWEST, (_SQUARE * tall if square else _HEIGHT) * total / beside)
     highest = max(panel.height for panel in plot.panels)
     if not square and highest > _ORDINARY:
         each = max(each, highest / _PIXELS)
@@ -369,7 +371,7 @@ class _Drawing:
     def _finish_values(self, axis: Axis) -> None:
         """Of the y axis, for the values of all panels where they share it."""
         axes, values = self._axes, self._plot.values(self._panel)
-        if axis.span is not None or axis.ticks:
+        if axis.ticks or (axis.span is not None and not self._log):
             return
         if not self._log:
             if begins_at_zero(axis, values) or self._bars:
@@ -378,10 +380,10 @@ class _Drawing:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
             return
         positive = values[values > 0]
-        if not positive.size:
+        if axis.span is None and not positive.size:
             return
-        margin = (positive.max() / positive.min()) ** 0.05
-        low, high = float(positive.min() / margin), float(positive.max() * margin)
+        margin = (positive.max() / positive.min()) ** 0.05 if axis.span is None else 1.0
+        low, high = axis.span or (float(positive.min() / margin), float(positive.max() * margin))
         ticks = log_ticks(low, high)
         axes.set_ylim(low, high)
         axes.set_yticks(list(ticks), labels=list(ticks.values()))

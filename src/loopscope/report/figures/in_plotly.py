@@ -50,7 +50,7 @@ _GLYPHS = {
     "pentagon": "⬟⬠", "x": "✕✕", "bar": "━━", "star": "★☆",
 }  # fmt: skip
 """Of symbols, filled and hollow."""
-_Y_CHARACTERS = 32
+_Y_CHARACTERS = 26
 """Of a name along a y axis, for each of its lines."""
 _LEGEND = 50
 """CSS pixels of a chart's own legend."""

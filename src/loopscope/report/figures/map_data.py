@@ -22,11 +22,7 @@ _NUMBERS = ("sink_score", "strongest_sink", "strongest_sink_position", "mixing_s
 
 def map_data(view: StudyView) -> dict[str, Any]:
     """What maps.js needs."""
-    codes = view.dataset["attention_map"].values
-    if not _looks_ahead(codes):
-        # No token, like what lies beyond the prompt: not the colour of a token that is not looked at.
-        codes = codes.copy()
-        codes[..., *np.triu_indices(codes.shape[-1], 1)] = UNKNOWN
+    codes = shown_codes(view)
     names, numbers = _numbers(view)
     start = _first_shown(numbers, names)
     sites, looped = mapped_sites(view), view.looped
@@ -124,10 +120,16 @@ def layer_name(site: Site, looped: bool) -> str:
     return f"{site.stage} {site.layer}" if looped else f"layer {site.layer}"
 
 
-def _looks_ahead(codes: NDArray[np.uint8]) -> bool:
-    """Whether any token looks at a later one."""
-    later = codes[..., *np.triu_indices(codes.shape[-1], 1)]
-    return bool(((later != 0) & (later != UNKNOWN)).any())
+def shown_codes(view: StudyView) -> NDArray[np.uint8]:
+    """The maps, (prompt, visit, head, query, key). Where no token looks at a later one these are unknown, like what
+    lies beyond the prompt: not the colour of a token that is not looked at."""
+    codes: NDArray[np.uint8] = view.dataset["attention_map"].values
+    later = np.triu_indices(codes.shape[-1], 1)
+    if not np.isin(codes[..., *later], (0, UNKNOWN)).all():
+        return codes
+    codes = codes.copy()
+    codes[..., *later] = UNKNOWN
+    return codes
 
 
 @lru_cache(maxsize=1)

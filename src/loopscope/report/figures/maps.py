@@ -1,6 +1,7 @@
 """Single attention maps: those of one head side by side, and all maps of one prompt (the looped floorplan).
 
-The bytes of the maps stand in the page once, compressed; `templates/maps.js` draws both figures from them.
+The bytes of the maps stand in the page once, compressed; `templates/maps.js` draws both figures from them. For papers
+the floorplan is a figure like others.
 """
 
 from __future__ import annotations
@@ -12,21 +13,35 @@ from typing import ClassVar
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.wording import listed, visible
-from loopscope.report.figures.map_data import layer_name, map_data, mapped_prompts, mapped_sites, palette, pass_name
-from loopscope.report.figures.plot import Section, script_json
+from loopscope.report.figures.map_data import (
+    layer_name,
+    map_data,
+    mapped_prompts,
+    mapped_sites,
+    palette,
+    pass_name,
+    shown_codes,
+)
+from loopscope.report.figures.plot import Axis, FigureType, HeatMap, Panel, Plot, Section, script_json
+from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
 _TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 """Named on the colour bar, which is even in the square root of attention."""
+_TICKS_APART = (0, 0.1, 0.5, 1)
+"""On the short one of a paper."""
 _STOPS = 17
 """Colours from which the browser makes the colour bar."""
 _PLAN = (1240, 1000)
 """CSS pixels, width and height, that a floorplan may take of a wide window, so that all of it is seen at a glance."""
 _AROUND = (50, 60)
 """What the names around one block of it take."""
+_MOST_BESIDE = 12
+"""Heads of a block beside which there is room for another on a page of a paper."""
 _SMALLEST, _LARGEST = 16, 96
 """CSS pixels of a map in a floorplan: with fewer no pattern is seen, with more it is no overview."""
 
@@ -150,6 +165,59 @@ def floorplan_section(view: StudyView) -> Section:
         ),
         figures=figures,
     )
+
+
+def _all_maps(view: StudyView, settings: ReportSettings) -> Plot:
+    """The floorplan of one prompt: the first that the settings name and the study has maps of, or the first of all."""
+    prompts, sites = mapped_prompts(view), mapped_sites(view)
+    prompt = next((prompt for prompt in settings.prompts if prompt in prompts), prompts[0])
+    codes = shown_codes(view)[prompts.index(prompt)]
+    total, heads = len(view.strings(prompt)), codes.shape[1]
+    count = min(total, codes.shape[-1])
+    blocks: dict[str, list[int]] = {}
+    for place, site in enumerate(sites):
+        blocks.setdefault(pass_name(site, view.looped), []).append(place)
+    upto = f"the first {count} of the {total} tokens" if count < total else f"the {total} tokens"
+    return Plot(
+        question="What does every head look at?",
+        reading=f"Attention maps of prompt {prompt}, of {upto}, in the order in which the model applies its layers. "
+        "Rows are layers, columns heads; in each map a row shows what one token looks at. A bright column is a sink, a "
+        "bright diagonal a head that looks at its own token. The colours are even in the square root of attention.",
+        panels=[
+            _block(name, codes[places, :, :count, :count], [sites[place].layer for place in places])
+            for name, places in blocks.items()
+        ],
+        columns=1 if heads > _MOST_BESIDE else 0,
+    )
+
+
+def _block(name: str, codes: NDArray[np.uint8], layers: list[int]) -> Panel:
+    """Maps side by side, `codes` of (layer, head, query, key), with a gap between each two."""
+    rows, columns, side, _ = codes.shape
+    step = side + max(1, side // 12)
+    joined = np.full((rows * step, columns * step), np.nan)
+    for row, column in np.ndindex(rows, columns):
+        one = codes[row, column]
+        corner = np.ix_(range(row * step, row * step + side), range(column * step, column * step + side))
+        joined[corner] = np.where(one == UNKNOWN, np.nan, one / HIGHEST)
+    joined = joined[: side - step, : side - step]
+    return Panel(
+        x=Axis(title="head", ticks={column * step + side / 2: str(column) for column in range(columns)}),
+        y=Axis(title="layer", ticks={row * step + side / 2: str(layer) for row, layer in enumerate(layers)}),
+        marks=[
+            HeatMap(
+                z=joined, x=range(joined.shape[1]), bar="attention", low=0, high=1,
+                bar_ticks={math.sqrt(value): f"{100 * value:g} %" for value in _TICKS_APART},
+            )
+        ],
+        title=name,
+        equal=True,
+    )  # fmt: skip
+
+
+MAPS = (
+    FigureType(name="attention-maps", of=_all_maps, variables=("attention_map",), loops=False, paper=(63,)),
+)  # fmt: skip
 
 
 def _pixels(layers: list[int], heads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,13 +73,16 @@ def _residual(view: StudyView, recurrences: int | None) -> Plot:
     else:
         question, reading = "How does the residual stream turn?", "Bright squares: layers that leave it as it is."
     values, labels = _part(view, "cycle_similarity", recurrences)
+    low = _least_within(values, labels)
+    if low > np.nanmin(values):
+        reading += f" The colours begin at {low:g}, below the least between recurrent layers; what is lower is as dark."
     return Plot(
         question=question,
         reading=(
             f"Cosine between the residual streams after every two {_visits(view, recurrences)}, mean over tokens and "
             f"prompts. {reading}"
         ),
-        panels=[_visits_map(values, labels, "cosine", low=_lowest(values), high=1)],
+        panels=[_visits_map(values, labels, "cosine", low=low, high=1)],
     )
 
 
@@ -105,6 +109,14 @@ def _attention(view: StudyView, recurrences: int | None) -> Plot:
 
 def _lowest(cosine: NDArray[np.float64]) -> float:
     return min(0.0, float(np.nanmin(cosine)))
+
+
+def _least_within(values: NDArray[np.float64], labels: Sequence[str]) -> float:
+    """A twentieth at or below the least value between recurrent layers: prelude and coda lie so far off that beside
+    them the passes would all look alike."""
+    loop = [place for place, label in enumerate(labels) if stage_name(label).isdigit()] or list(range(len(labels)))
+    least = float(np.nanmin(values[np.ix_(loop, loop)]))
+    return min(math.floor(20 * least) / 20, 0.95)
 
 
 def _labels(view: StudyView, recurrences: int | None) -> list[str]:

@@ -208,7 +208,14 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
             for version, prefix in (("folded", "folded_"), ("raw", ""))
             if f"{prefix}prediction_neurons" in view.shown  # older studies have the raw ones alone
         ],
+        same_y=True,
     )
+
+
+def _no_neuron(view: StudyView) -> str | None:
+    names = [f"{version}{kind}_neurons" for version in ("folded_", "") for kind in ("prediction", "suppression")]
+    some = any(view.shown[name].values.any() for name in names if name in view.shown)
+    return None if some else "no neuron has a kurtosis above 10, neither folded nor raw"
 
 
 _CONCENTRATED = "How concentrated is the attention?"
@@ -260,6 +267,7 @@ STAGES: tuple[FigureType[StudyView], ...] = (
         anchor="neurons",
         variables=("prediction_neurons", "suppression_neurons"),
         loops=False,
+        unless=_no_neuron,
         paper=(32, 33),
     ),
 )  # fmt: skip

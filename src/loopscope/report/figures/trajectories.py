@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import visible
 from loopscope.report.figures.curves import drawn_recurrences
-from loopscope.report.figures.look import layer_colours, named_in_legend
+from loopscope.report.figures.look import AXIS, layer_colours, named_in_legend
 from loopscope.report.figures.plot import Axis, Dots, FigureType, Line, Mark, Panel, Plot, Section, on_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
@@ -57,11 +57,12 @@ def _trajectories(components: int, view: StudyView, settings: ReportSettings) ->
     return Plot(
         question="Where does a token go?" if components == 2 else "Where does a token go, in three dimensions?",
         reading=f"First {'two' if components == 2 else 'three'} principal components of the residual streams of single "
-        "tokens, over all recurrent layers and recurrences, with their shares of the variance. One line per layer; a "
-        "circle is the first recurrence, a diamond the last. "
+        "tokens, over all recurrent layers and recurrences, with their shares of the variance. Grey: the way through "
+        "the layers, pass after pass. One line per layer joins its states; a circle is the first recurrence, a diamond "
+        "the last. "
         + (
-            "A spiral or a straight run into the diamond is convergence; a ring that stays open is an orbit; a run "
-            "that goes on is drift."
+            "A spiral or a straight run into the diamond is convergence, and a grey loop that repeats itself the cycle "
+            "of the layers' points; a line of one layer that stays a ring is an orbit, one that goes on is drift."
             if components == 2
             else "Each axis has a scale of its own."
         ),
@@ -71,9 +72,10 @@ def _trajectories(components: int, view: StudyView, settings: ReportSettings) ->
 
 
 def _paths(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Mark]:
-    """A line a layer, with marks where it begins and ends; `scores` are (layer, recurrence, component)."""
-    marks: list[Mark] = []
+    """The way through the layers, then a line a layer, with marks where it begins and ends; `scores` are (layer,
+    recurrence, component)."""
     space = scores.shape[-1] == 3
+    marks: list[Mark] = [_cycle(scores, counts)] if len(scores) > 1 else []
     for layer, (path, colour) in enumerate(zip(scores, layer_colours(len(scores)), strict=True)):
         shown = {name: path[:, place] for place, name in enumerate("xyz"[: path.shape[-1]])}
         tip, labels = f"layer {layer}, recurrence {{label}}", [str(count) for count in counts]
@@ -91,6 +93,21 @@ def _paths(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Mark]
                 )
             )  # fmt: skip
     return marks
+
+
+def _cycle(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> Line:
+    """All visits in order, each pass up to where the next begins, with a gap where recurrences are left out."""
+    layers, recurrences, components = scores.shape
+    path = np.full((recurrences, layers + 1, components), np.nan)
+    path[:, :layers] = scores.transpose(1, 0, 2)
+    follows = np.flatnonzero(np.diff(counts) == 1)
+    path[follows, layers] = path[follows + 1, 0]
+    places = [(layer, count) for count in counts for layer in [*range(layers), 0]]
+    labels = [f"layer {layer}, recurrence {count}" for layer, count in places]
+    for at in follows:  # where a pass meets the next one
+        labels[(at + 1) * (layers + 1) - 1] = labels[(at + 1) * (layers + 1)]
+    shown = dict(zip("xyz", path.reshape(-1, components)[:-1].T, strict=False))
+    return Line(**shown, colour=AXIS, width=1, labels=labels[:-1], tip="{label}")
 
 
 TRAJECTORIES = tuple(

@@ -1,9 +1,7 @@
-"""Shares of the kinds: by method, layer and role of the token, over two settings, and of one kind given another; and
-the most extreme of those that move."""
+"""Shares of the kinds: by method, layer and role of the token, over two settings, and of one kind given another."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +9,13 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope._util.wording import percent, significant, visible
+from loopscope._util.wording import percent, significant
 from loopscope.answers.behaviour import driven
 from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
 from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.report.figures.look import AXIS, KIND_LOOKS, MUTED, Symbol, kind_label
-from loopscope.report.figures.plot import Axis, Dots, FigureType, Frame, HeatMap, Line, Mark, Panel, Plot
+from loopscope.report.figures.examples import EXAMPLES
+from loopscope.report.figures.look import KIND_LOOKS, MUTED, Symbol, kind_label
+from loopscope.report.figures.plot import Axis, Dots, FigureType, Frame, HeatMap, Mark, Panel, Plot
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
@@ -30,7 +29,6 @@ _MOST_TEXTS = 12
 _IN_CELL = 3
 """Kinds named in a cell of a sensitivity map."""
 _METHODS = ("displacement", "cosine")
-_SIZE = {Kind.ORBIT: "verdict_amplitude", Kind.SLIDER: "verdict_speed"}
 
 
 # ---- shares with their intervals ----
@@ -118,7 +116,7 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
     ]
     return shares_plot(
         series,
-        f"After recurrent layer {found['displacement'].layer}. A prompt counts for every kind that one of its tokens "
+        f"After {found['displacement'].where}. A prompt counts for every kind that one of its tokens "
         "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
     )
 
@@ -146,7 +144,7 @@ def _roles(view: StudyView, settings: ReportSettings) -> Plot:
     rates = study_rates(view.study)
     return Plot(
         question="Does it depend on what the token is?",
-        reading=f"Percent of the tokens of each role after recurrent layer {rates.layer}, by displacement; the colours "
+        reading=f"Percent of the tokens of each role after {rates.where}, by displacement; the colours "
         "are even in the square root. A token can have several roles: the question is what lies between a system "
         "prompt and what a chat template adds.",
         panels=[
@@ -323,93 +321,6 @@ def _all(shares: NDArray[np.float64]) -> str:
     return "\n".join(f"{kind}: {percent(float(share))}" for kind, share in zip(KINDS, shares, strict=True) if share > 0)
 
 
-# ---- the extreme ones ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extreme:
-    """An orbit or a slider that may be the most extreme one."""
-
-    label: str
-    kind: Kind
-    size: float
-    """Amplitude of an orbit, speed of a slider, relative to the norm."""
-    period: float
-    path: NDArray[np.floating]
-    """(time, 2), relative to the norm."""
-
-
-def extremes_plot(candidates: Sequence[Extreme]) -> Plot | None:
-    """The widest orbit and the fastest slider, as far as there are some."""
-    panels, said = [], []
-    for kind in (Kind.ORBIT, Kind.SLIDER):
-        there = [each for each in candidates if each.kind is kind and math.isfinite(each.size)]
-        if there:
-            extreme = max(there, key=lambda each: each.size)
-            panels.append(_path(extreme))
-            said.append(_said(extreme, len(there)))
-    if not panels:
-        return None
-    if len(panels) > 1:
-        said = [f"({letter}) {words}" for letter, words in zip("ab", said, strict=True)]
-    return Plot(
-        question="Which tokens move most?",
-        reading=f"{' '.join(said)} Each point is a state of the tail, in the plane in which it moves most; the star is "
-        "the last one.",
-        panels=panels,
-        anchor="behaviour-extremes",
-    )
-
-
-def _said(extreme: Extreme, among: int) -> str:
-    if extreme.kind is Kind.ORBIT:
-        numbers = f"amplitude {percent(extreme.size)} of the norm, period {significant(extreme.period, 3)} recurrences"
-    else:
-        numbers = f"{percent(extreme.size)} of the norm per recurrence"
-    rank = f"the most of {among:,}" if among > 1 else "the only one"
-    return f"{visible(extreme.label, 80)}: {numbers}; {rank}."
-
-
-def _path(extreme: Extreme) -> Panel:
-    x, y = extreme.path.astype(np.float64).T
-    colour = KIND_LOOKS[extreme.kind].colour
-    labels, tip = [str(len(x) - 1 - time) for time in range(len(x))], "recurrence {label} before the end"
-    return Panel(
-        x=Axis(title="1st component / norm", grid=True),
-        y=Axis(title="2nd component / norm"),
-        marks=[
-            Line(x=x, y=y, colour=AXIS, width=1, labels=labels, tip=tip),
-            Dots(x=x, y=y, colour=colour, size=5, labels=labels, tip=tip),
-            Dots(x=x[-1:], y=y[-1:], colour=colour, symbol="star", size=13, labels=labels[-1:], tip="the last one"),
-        ],
-        title="the widest orbit" if extreme.kind is Kind.ORBIT else "the fastest slider",
-        anchor=f"extreme-{extreme.kind}",
-        equal=True,
-    )
-
-
-def _extremes(view: StudyView, settings: ReportSettings) -> Plot:
-    plot = extremes_plot(_candidates(view))
-    assert plot is not None
-    return plot
-
-
-def _candidates(view: StudyView) -> list[Extreme]:
-    """Of the last layer."""
-    data = view.dataset.isel(judged_layer=-1).transpose(..., "prompt", "token", missing_dims="ignore")
-    return [
-        Extreme(
-            label=f"Prompt {prompt}, token {token} “{view.strings(int(prompt))[token]}”",
-            kind=kind,
-            size=float(data[name].values[prompt, token]),
-            period=float(data["verdict_period"].values[prompt, token]),
-            path=data["tail_path"].isel(prompt=prompt, token=token).transpose("tail", "plane").values,
-        )
-        for kind, name in _SIZE.items()
-        for prompt, token in np.argwhere(data["verdict"].values == KINDS.index(kind))
-    ]
-
-
 def _one_layer(view: StudyView) -> str | None:
     return None if view.dataset.sizes["judged_layer"] > 1 else "one layer was judged, so there is nothing to compare"
 
@@ -421,7 +332,14 @@ def _one_kind(view: StudyView) -> str | None:
 
 VERDICTS = (
     FigureType(name="verdict-shares", of=_shares, anchor="behaviour-shares", variables=("verdict", "verdict_cosine")),
-    FigureType(name="verdict-layers", of=_layers, anchor="behaviour-layers", variables=("verdict",), unless=_one_layer),
+    FigureType(
+        name="verdict-layers",
+        of=_layers,
+        anchor="behaviour-layers",
+        variables=("verdict",),
+        unless=_one_layer,
+        paper=(15,),
+    ),
     FigureType(name="verdict-roles", of=_roles, anchor="behaviour-roles", variables=("verdict",)),
     FigureType(
         name="verdict-sensitivity",
@@ -437,12 +355,7 @@ VERDICTS = (
         anchor="behaviour-co-occurrence",
         variables=("verdict",),
         unless=_one_kind,
+        paper=(14,),
     ),
-    FigureType(
-        name="verdict-extremes",
-        of=_extremes,
-        anchor="behaviour-extremes",
-        variables=("verdict", "tail_path"),
-        unless=lambda view: None if extremes_plot(_candidates(view)) else "no token orbits or slides",
-    ),
+    *EXAMPLES,
 )

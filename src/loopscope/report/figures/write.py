@@ -27,6 +27,7 @@ from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.heads import HEADS
+from loopscope.report.figures.maps import MAPS
 from loopscope.report.figures.plot import FigureType, Plot, S
 from loopscope.report.figures.readout import READOUT
 from loopscope.report.figures.similarity import SIMILARITY
@@ -50,6 +51,7 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
     *SIMILARITY,
     *HEADS,
+    *MAPS,
     *STAGES,
     *TRAJECTORIES,
     *READOUT,

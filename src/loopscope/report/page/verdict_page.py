@@ -12,9 +12,10 @@ from loopscope._util.table import Table
 from loopscope._util.wording import listed, plural, significant, visible
 from loopscope.answers.behaviour import judged_answer, trajectory_shares
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Kind
+from loopscope.report.figures.examples import Extreme, extremes_plot
 from loopscope.report.figures.plot import Drawn, Section
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
-from loopscope.report.figures.verdicts import Extreme, ShareSeries, extremes_plot, shares_plot
+from loopscope.report.figures.verdicts import ShareSeries, shares_plot
 from loopscope.report.page.facts import provenance
 from loopscope.report.page.html import render_template
 
