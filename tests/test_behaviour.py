@@ -283,3 +283,28 @@ def test_the_mover_of_a_prompt_is_its_widest_orbit_or_slider() -> None:
 def test_too_short_a_horizon_gives_no_verdicts() -> None:
     study = analyze(looped_subject(), [[5, 6, 7]], settings=AnalyzeSettings(recurrences=4, horizon=6, threads=1))
     assert "verdict" not in study.dataset
+
+
+@pytest.mark.parametrize("period", [2, 3, 7])
+@pytest.mark.parametrize("approach", ["drift", "slow", "fast"])
+def test_a_cycle_that_is_still_approached_has_its_own_period(period: int, approach: str) -> None:
+    """Curves of several times the period follow the approach too, and leave less of it."""
+    rng = np.random.default_rng(period)
+    time = np.arange(64)
+    points, way, centre = rng.standard_normal((period, 32)), rng.standard_normal(32), rng.standard_normal(32)
+    places = {"drift": 2e-4 * time, "slow": 2e-2 * np.exp(-time / 100), "fast": 1e-2 * np.exp(-time / 40)}
+    states = 10 * centre + points[time % period] + places[approach][:, None] * way
+    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=64)
+    assert verdict.kind == Kind.ORBIT
+    assert verdict.period == pytest.approx(period, rel=1e-3)
+
+
+def test_what_alternates_for_ever_does_not_slide() -> None:
+    """Every second state is near: the displacement at even lags grows like that of a drift, and is none."""
+    rng = np.random.default_rng(0)
+    time = np.arange(64, 128)
+    centre, across, way = rng.standard_normal((3, 32))
+    steps = 0.06 * (-1.0) ** time * time**-0.06
+    states = 10 * centre + steps[:, None] * across + 1e-4 * np.sqrt(time)[:, None] * way
+    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=64)
+    assert verdict.kind not in (Kind.SLIDER, Kind.DIVERGING)

@@ -23,7 +23,7 @@ class Shape:
     @property
     def period(self) -> float:
         """Of periodic motion, in recurrences; NaN for other shapes. Of several rotations, the strongest one's."""
-        if self.family in ("cycle", "closed curve"):
+        if self.family in ("cycle", "approached cycle", "closed curve"):
             return self.numbers[0]
         if self.family == "alternating":
             return 2.0
@@ -60,7 +60,8 @@ class Shape:
         if self.family.endswith("rotations"):
             periods = ", ".join(f"{2 * math.pi / turn:.4g}" for turn in self.numbers)
             return f"rotations of periods {periods}"
-        return f"a closed curve of period {self.period:.4g}"
+        slowly = "slowly moving " if self.family == "approached cycle" else ""
+        return f"a {slowly}closed curve of period {self.period:.4g}"
 
 
 def closed_period(turns: tuple[float, ...], window: int, least_periods: float, slip: float) -> float | None:

@@ -231,4 +231,6 @@ def _spreading(displacement: Tensor, window: int) -> Tensor:
 def _ballistic(displacement: Tensor, window: int) -> Tensor:
     quarter, half = max(1, window // 4), max(2, window // 2)
     ratio = displacement[:, half - 1] / displacement[:, quarter - 1].clamp_min(1e-300)
-    return ratio.clamp_min(1e-300).log() / math.log(half / quarter)
+    exponent = ratio.clamp_min(1e-300).log() / math.log(half / quarter)
+    # What comes back within these lags goes nowhere, however what is left of it grows.
+    return torch.where(displacement[:, half - 1] > displacement[:, 0], exponent, 0.0)

@@ -14,6 +14,7 @@ from loopscope.dynamics.trajectories.fitting import Fit, fit_shapes, residuals, 
 from loopscope.dynamics.trajectories.limits import Shape, closed_period, limit_of, separate
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
+from loopscope.dynamics.trajectories.shapes import explained_energy, families
 from loopscope.dynamics.trajectories.tail import Components
 from loopscope.dynamics.verdicts import Kind
 
@@ -44,6 +45,9 @@ _RETURNS = 0.75
 that, nothing repeats."""
 _GRID = 4.0
 """By which factor the thresholds for what is left are raised at most where their sensitivity is told."""
+_FIRST, _SPARSE = 0.5, 4.0
+"""Share of a motion that the first harmonic of its curve has, at least; and recurrences a turn, fewer than which leave
+the order of the points open."""
 _UNRESOLVED = 0.5
 """Of the dtype's rounding: what is left below this decides between no shapes."""
 _EXACT = 1e-13
@@ -104,7 +108,7 @@ def best_shapes(
     ]
     rows = possible.nonzero()[:, 0]
     if len(rows):
-        fitted = _fitted(parts.take(rows), noise.take(rows), settings)
+        fitted = _fitted(parts.take(rows), displacement[rows], noise.take(rows), settings)
         for row, best in zip(rows.tolist(), fitted, strict=True):
             found[row] = best
     return found
@@ -142,7 +146,7 @@ def _least_left(parts: Components, columns: int) -> Float[Tensor, " token"]:
     return (parts.energy - leading).clamp_min(0.0)
 
 
-def _fitted(parts: Components, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
+def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
     fits, cost, directions = _compared(parts, noise, settings)
     p_values = torch.stack([significance(fit, parts) for fit in fits])
     speeds, steps = _speeds(parts).tolist(), _squared_steps(parts)
@@ -150,6 +154,10 @@ def _fitted(parts: Components, noise: Noise, settings: DisplacementSettings) -> 
     for row, (best, *others) in enumerate(cost.argsort(0).T.tolist()):
         shape = _shape(fits[best], row, parts, settings)
         kind = limit_of(shape, settings)
+        if kind == Kind.ORBIT:
+            returns = _first_return(parts, row, displacement[row], shape.period, settings)
+            if returns is not None:
+                shape = Shape("approached cycle", (float(returns),), parts.window)
         rival, rival_kind = math.inf, kind
         # The margin is between limits, not between shapes: a logarithm and a power may tend to the same.
         for other in others:
@@ -172,6 +180,31 @@ def _fitted(parts: Components, noise: Noise, settings: DisplacementSettings) -> 
             )
         )
     return found
+
+
+def _first_return(
+    parts: Components, row: int, displacement: Float[Tensor, " lag"], period: float, settings: DisplacementSettings
+) -> int | None:
+    """The period of a motion whose closest curve turns otherwise than the motion itself; None where it turns with it.
+
+    A cycle that is still approached is followed most closely by a curve of several times its period, whose other
+    harmonics follow the approach; and that of a few points by any curve that passes them in another order. The curve's
+    first harmonic is weak then, and the motion is nearly back after a whole number of recurrences.
+    """
+    turn = torch.tensor([[2 * math.pi / period]], dtype=torch.float64)
+    single = next(family for family in families(parts.window, settings.least_periods) if family.name == "orbit 1")
+    energy = float(parts.energy[row])
+    first = float(explained_energy(single, turn, parts.times, parts.scores[row : row + 1]))
+    if first >= _FIRST * energy:
+        return None
+    far, went = 2 * energy / parts.window, False
+    for lag, square in enumerate(displacement.tolist(), start=1):
+        if lag >= (parts.window / settings.least_periods if period < _SPARSE else period):
+            return None
+        if went and square <= settings.unexplained_structure * far:
+            return lag
+        went = went or square >= far / 2
+    return None
 
 
 def _compared(
