@@ -94,8 +94,8 @@ def test_cells_that_are_there_are_not_run_again(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_experiment_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"
-    arguments = ["experiment", "architectures", "--out", str(out), "--width", "32", "--recurrences", "16", "--depth", "2",
-                 "--norm", "pre", "--injection", "linear", "none", "--seeds", "6"]  # fmt: skip
+    arguments = ["experiment", "architectures", "--out", str(out), "--width", "32", "--recurrences", "16",
+                 "--depth", "2", "--norm", "pre", "--injection", "linear", "none", "--seeds", "6"]  # fmt: skip
     started = subprocess.Popen(
         [sys.executable, "-m", "loopscope", *arguments, "--workers", "1"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
