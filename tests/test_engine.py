@@ -147,8 +147,13 @@ class Killer:
         if self.killed:
             return
         wanted = "ray::_Actor" if self.name == "ray" else "loopscope.analysis.engine.worker"
-        started_here = psutil.process_iter() if self.name == "ray" else psutil.Process().children()
-        workers = [process for process in started_here if wanted in " ".join(process.cmdline())]
+        # Of other processes some may have ended, and have no command.
+        workers = [
+            each
+            for each in psutil.process_iter(["cmdline", "ppid"])
+            if wanted in " ".join(each.info["cmdline"] or [])
+            and (self.name == "ray" or each.info["ppid"] == os.getpid())
+        ]
         assert len(workers) == 2
         workers[0].kill()
         self.killed = True
