@@ -1,6 +1,8 @@
 """What every test has: steady settings, checks of shapes on request, and data that may lie beside the checkout."""
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 # read this when they are first imported, which is why it stands here and not in a fixture.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# Images of containers often forbid bytecode. Hundreds of modules are then compiled again by each of the processes that
+# tests start, and those of `--shapes` and the tests themselves by every worker.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# What modules make when they are imported stays, and looking for garbage in it was a tenth of all time.
+gc.disable()
 
 # How long an example takes depends on the machine's other load, and says nothing about loopscope. `make test` tries the
 # same examples everywhere, so that a failure is the change's own; `pytest --hypothesis-profile=explore` tries others.
@@ -29,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("shapes"):
         install_import_hook("loopscope", "beartype.beartype")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,19 +96,31 @@ def open_page(browser: Browser, path: Path, width: int) -> Opened:
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    """Of a looped model whose every text is hostile."""
+    """Of a looped model whose every text is hostile, with the maps of two prompts."""
     study = with_behaviour(looped_study(contracting(), prompts=3))
+    maps = study.dataset["attention_map"]
+    other = maps.copy()
+    other[..., 2:, 0] = 99
+    both = xarray.concat([maps, other], "mapped").assign_coords(mapped_prompt=("mapped", [0, 2]))
+    dataset = study.dataset.drop_vars(["attention_map", "mapped_prompt"]).assign(attention_map=both)
     manifest = dict(study.manifest)
     manifest["model"] = {**manifest["model"], "name": HOSTILE, "norm_placement": HOSTILE}
     manifest["prompts"] = {"source": HOSTILE, HOSTILE: HOSTILE}
     tokens = [{**entry, "text": HOSTILE, "token_strings": [HOSTILE] * 10} for entry in study.tokens]
-    return dataclasses.replace(study, manifest=manifest, tokens=tokens)
+    return dataclasses.replace(study, dataset=dataset, manifest=manifest, tokens=tokens)
 
 
 @pytest.fixture(scope="module")
 def looped(browser: Browser, study: Study, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """A report on it."""
     return open_report(browser, study, tmp_path_factory.mktemp("report") / "report.html", width=1600)
+
+
+@pytest.fixture(scope="module")
+def feed_forward(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """A report on a feed-forward model, opened on a telephone."""
+    path = tmp_path_factory.mktemp("feed-forward") / "report.html"
+    return open_report(browser, feed_forward_study(prompts=3), path, width=400)
 
 
 def undrawn(page: Page) -> list[str]:
@@ -138,10 +150,20 @@ def beyond_the_edge(page: Page) -> int:
     return int(count)
 
 
+def resize(page: Page, width: int) -> None:
+    """Change the width of the window, and wait until the figures have followed."""
+    page.set_viewport_size({"width": width, "height": 900})
+    for _ in range(100):  # they follow one after the other; ten seconds are plenty
+        if overflow(page) == 0 and beyond_the_edge(page) == 0 and undrawn(page) == []:
+            break
+        page.wait_for_timeout(100)
+
+
 def assert_sound(opened: Opened) -> None:
     """Every figure is drawn and fits, nothing failed or was requested, and no text became a script."""
     assert undrawn(opened.page) == []
     assert overflow(opened.page) == 0
+    assert beyond_the_edge(opened.page) == 0
     assert opened.problems == []
     assert opened.requests == [opened.url]
     assert opened.page.evaluate("typeof hacked") == "undefined"
@@ -304,37 +326,23 @@ def test_the_floorplan_shows_all_heads_and_leads_to_each(looped: Opened, study: 
     assert looped.problems == []
 
 
-def test_a_click_on_a_head_of_a_feed_forward_model(browser: Browser, tmp_path: Path) -> None:
-    study = feed_forward_study(prompts=2)
-    opened = open_report(browser, study, tmp_path / "report.html", width=1600)
-    click(opened.page, "#head-sinks", 0.75, 2.5 / 4)  # layer 2 of 4, head 1 of 2
-    opened.page.locator("[data-multiples]").focus()
-    opened.page.keyboard.press("ArrowDown")
-    opened.page.keyboard.press("ArrowDown")
-    assert opened.page.get_by_role("combobox", name="Layer").input_value() == "prelude.2"
-    assert opened.page.get_by_role("combobox", name="Head").input_value() == "1"
-    (code,) = codes_of(study, "prelude.2", 1, query=1).values()
-    assert opened.page.locator(".multiple h4").all_inner_texts() == [f"layer 2\n{in_percent(code)}"]
-    assert opened.problems == []
-    opened.page.close()
+def test_a_sparse_report_on_a_telephone(feed_forward: Opened) -> None:
+    assert_sound(feed_forward)
 
 
-def test_another_prompt_can_be_chosen_on_a_telephone(browser: Browser, study: Study, tmp_path: Path) -> None:
-    maps = study.dataset["attention_map"]
-    other = maps.copy()
-    other[..., 2:, 0] = 99
-    both = xarray.concat([maps, other], "mapped").assign_coords(mapped_prompt=("mapped", [0, 2]))
-    dataset = study.dataset.drop_vars(["attention_map", "mapped_prompt"]).assign(attention_map=both)
-    opened = open_report(browser, dataclasses.replace(study, dataset=dataset), tmp_path / "report.html", width=400)
-    page = opened.page
-    page.get_by_role("combobox", name="Prompt").last.select_option("1")  # that of the floorplan
-    assert page.locator("#head-maps").get_by_role("combobox", name="Prompt").input_value() == "1"
+def test_a_click_on_a_head_of_a_feed_forward_model(feed_forward: Opened) -> None:
+    page = feed_forward.page
+    resize(page, 1600)
+    assert_sound(feed_forward)
+    click(page, "#head-sinks", 0.75, 2.5 / 4)  # layer 2 of 4, head 1 of 2
     page.locator("[data-multiples]").focus()
-    for _ in range(3):
-        page.keyboard.press("ArrowDown")
-    assert page.locator(".multiple .value").first.inner_text() == in_percent(99)
-    assert overflow(page) == 0
-    assert opened.problems == []
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.get_by_role("combobox", name="Layer").input_value() == "prelude.2"
+    assert page.get_by_role("combobox", name="Head").input_value() == "1"
+    (code,) = codes_of(feed_forward_study(prompts=3), "prelude.2", 1, query=1).values()
+    assert page.locator(".multiple h4").all_inner_texts() == [f"layer 2\n{in_percent(code)}"]
+    assert feed_forward.problems == []
     page.close()
 
 
@@ -347,38 +355,48 @@ def test_an_answer_leads_to_its_figure(looped: Opened) -> None:
 
 @pytest.mark.parametrize("width", [1600, 400])
 def test_page_fits_the_window(looped: Opened, width: int) -> None:
-    looped.page.set_viewport_size({"width": width, "height": 900})
-    for _ in range(100):  # figures follow the window one after the other; ten seconds are plenty
-        if overflow(looped.page) == 0 and beyond_the_edge(looped.page) == 0:
-            break
-        looped.page.wait_for_timeout(100)
+    resize(looped.page, width)
     assert overflow(looped.page) == 0
     assert beyond_the_edge(looped.page) == 0
     assert undrawn(looped.page) == []
 
 
-@pytest.mark.parametrize(
-    "study",
-    [
-        pytest.param(lambda: feed_forward_study(prompts=3), id="feed-forward"),
-        pytest.param(lambda: looped_study(overflowing, prompts=2), id="all diverged"),
-    ],
-)
-def test_sparse_reports_on_a_telephone(browser: Browser, study: Callable[[], Study], tmp_path: Path) -> None:
-    opened = open_report(browser, study(), tmp_path / "report.html", width=400)
+def test_another_prompt_can_be_chosen_on_a_telephone(looped: Opened) -> None:
+    page = looped.page
+    resize(page, 400)
+    page.get_by_role("combobox", name="Prompt").last.select_option("1")  # that of the floorplan
+    assert page.locator("#head-maps").get_by_role("combobox", name="Prompt").input_value() == "1"
+    page.locator("[data-multiples]").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert page.locator(".multiple .value").first.inner_text() == in_percent(99)
+    assert overflow(page) == 0
+    assert looped.problems == []
+    page.close()
+
+
+def test_a_report_of_which_all_diverged_on_a_telephone(browser: Browser, tmp_path: Path) -> None:
+    opened = open_report(browser, looped_study(overflowing, prompts=2), tmp_path / "report.html", width=400)
     assert_sound(opened)
     opened.page.close()
 
 
-@pytest.mark.parametrize("width", [1400, 400])
-def test_a_comparison(browser: Browser, width: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compared(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """A report on a comparison."""
     looped = looped_study(contracting(), prompts=3)
     looped.manifest["model"]["name"] = HOSTILE
     looped.manifest["model"]["weights_sha256"] = "another"
-    path = write_comparison(compare([looped, feed_forward_study(prompts=3)]), tmp_path / "report.html")
-    opened = open_page(browser, path, width)
-    assert_sound(opened)
-    opened.page.close()
+    path = write_comparison(
+        compare([looped, feed_forward_study(prompts=3)]), tmp_path_factory.mktemp("compared") / "report.html"
+    )
+    return open_page(browser, path, width=400)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_comparison(compared: Opened, width: int) -> None:
+    resize(compared.page, width)
+    assert_sound(compared)
 
 
 def random_model(std: float, injection_scale: float = 1.0) -> CellResult:
@@ -405,8 +423,8 @@ def random_model(std: float, injection_scale: float = 1.0) -> CellResult:
     )
 
 
-@pytest.mark.parametrize("width", [1400, 400])
-def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def experiments(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Of all three kinds, with a design and a folder of hostile names; the trained ones are those that are shipped."""
     shipped = load_experiment(CHECKOUT / "results" / "recipes")
     hostile = [
@@ -422,13 +440,17 @@ def test_experiments(browser: Browser, width: int, tmp_path: Path) -> None:
             Experiment(folder=Path("phase"), kind="phase", cells=grid),
             dataclasses.replace(shipped, trained=tuple(hostile)),
         ],
-        tmp_path / "page.html",
+        tmp_path_factory.mktemp("experiments") / "page.html",
     )
-    opened = open_page(browser, path, width)
-    assert_sound(opened)
-    assert opened.page.locator("main img, main b, header b").count() == 0
-    assert HOSTILE in (opened.page.locator("#training-table").text_content() or "")
-    opened.page.close()
+    return open_page(browser, path, width=400)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_experiments(experiments: Opened, width: int) -> None:
+    resize(experiments.page, width)
+    assert_sound(experiments)
+    assert experiments.page.locator("main img, main b, header b").count() == 0
+    assert HOSTILE in (experiments.page.locator("#training-table").text_content() or "")
 
 
 def test_a_page_is_printed_on_one_sheet(browser: Browser, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loopscope.analysis.engine import make_engine
+from loopscope.cli import main
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import CELLS, Cell, CellOutcome, CellResult, GridFolder
 from loopscope.experiments.random_findings import PAPER, architecture_grid, boundaries, phase_grid, reproduction
@@ -48,15 +48,10 @@ def result(**changes: Any) -> CellResult:
     return CellResult(**(fields | changes))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "loopscope", "experiment", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_designs_of_the_paper_end_as_it_says() -> None:
     """One seed, 4 layers; the command runs three depths and three seeds."""
     cells = [Cell(norm=norm, injection=injection, depth=4, seed=0) for norm, injection in PAPER]
-    found = run_grid(cells, "architectures", engine=make_engine("processes", 2))
+    found = run_grid(cells, "architectures")
     assert [each.outcome for each in found] == list(PAPER.values())
     assert [row.reproduced for row in reproduction(found)] == [True] * 6
     settles = [each for each in found if each.outcome is CellOutcome.FIXED_POINT]
@@ -97,12 +92,12 @@ def test_cells_that_are_there_are_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
+def test_a_killed_experiment_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"
-    arguments = ["architectures", "--out", str(out), "--width", "32", "--recurrences", "16", "--norm", "pre",
-                 "--injection", "linear", "none", "--depth", "2", "--seeds", "6", "--workers", "1"]  # fmt: skip
+    arguments = ["experiment", "architectures", "--out", str(out), "--width", "32", "--recurrences", "16",
+                 "--depth", "2", "--norm", "pre", "--injection", "linear", "none", "--seeds", "6"]  # fmt: skip
     started = subprocess.Popen(
-        [sys.executable, "-m", "loopscope", "experiment", *arguments],
+        [sys.executable, "-m", "loopscope", *arguments, "--workers", "1"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -112,9 +107,8 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     started.wait()
     done = {path.name: path.read_bytes() for path in (out / CELLS).glob("*.json")}
     assert 0 < len(done) < 12
-    finished = run(*arguments)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines()[-1].startswith("reproduced by recurrence ")
+    main([*arguments, "--engine", "serial"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("reproduced by recurrence ")
     assert len(list((out / CELLS).glob("*.json"))) == 12
     assert all((out / CELLS / name).read_bytes() == content for name, content in done.items())
 
@@ -162,18 +156,20 @@ def test_the_grid_has_every_combination() -> None:
     assert len({each.name for each in cells}) == len(cells)
 
 
-def test_what_was_not_run_is_not_counted(tmp_path: Path) -> None:
+def test_what_was_not_run_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = ["--norm", "pre", "--injection", "linear", "--depth", "2", "--seeds", "1", "--width", "32"]
-    said = run("architectures", "--out", str(tmp_path / "grid"), "--engine", "serial", *one)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.splitlines()[-1] == "reproduced by recurrence 256: 1 of 6"
-    assert said.stdout.count("not run") >= 5
+    main(["experiment", "architectures", "--out", str(tmp_path / "grid"), "--engine", "serial", *one])
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "reproduced by recurrence 256: 1 of 6"
+    assert said.count("not run") >= 5
     entry = json.loads(next((tmp_path / "grid" / CELLS).iterdir()).read_text())
     assert entry["outcome"] == "fixed point"
 
 
-def test_wrong_settings_are_one_sentence(tmp_path: Path) -> None:
-    said = run("architectures", "--out", str(tmp_path / "grid"), "--width", "33")
-    assert said.returncode == 2
-    assert said.stderr.count("\n") == 1
-    assert "multiple of 32" in said.stderr
+def test_wrong_settings_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["experiment", "architectures", "--out", str(tmp_path / "grid"), "--width", "33"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "multiple of 32" in said

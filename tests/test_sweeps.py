@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from loopscope.analysis.engine import make_engine
+from loopscope.cli import main
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import CELLS
 from loopscope.experiments.load import load_experiment
@@ -59,11 +61,6 @@ def sweep(**changes: Any) -> Sweep:
 
 def without_time(result: SweepResult) -> SweepResult:
     return dataclasses.replace(result, seconds=0.0)
-
-
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "loopscope", "experiment", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_automaton_is_rule_60() -> None:
@@ -124,10 +121,10 @@ def test_a_control_has_the_parameters_or_the_depth(injection: str) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepResult]]:
-    """A tiny sweep by two workers."""
+    """A tiny sweep by a worker."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     asked = sweep(recipes={"plain": {}, "stepped": {"penalties.last_step": 0.5}})
-    return out, run_sweep(asked, out, base=Path(), engine=make_engine("processes", 2))
+    return out, run_sweep(asked, out, base=Path(), engine=make_engine("processes", 1))
 
 
 def test_a_sweep_trains_analyses_and_compares(ran: tuple[Path, list[SweepResult]]) -> None:
@@ -156,7 +153,7 @@ def test_a_sweep_trains_analyses_and_compares(ran: tuple[Path, list[SweepResult]
 
 
 def test_a_cell_is_a_function_of_itself_and_the_text(ran: tuple[Path, list[SweepResult]], tmp_path: Path) -> None:
-    """In this process, into another folder: what the workers found."""
+    """In this process, into another folder: what the worker found."""
     result = ran[1][1]
     assert without_time(run_sweep_cell(result.cell, out=tmp_path, base=tmp_path)) == without_time(result)
 
@@ -183,22 +180,27 @@ def test_some_designs_alone_are_no_finished_sweep(ran: tuple[Path, list[SweepRes
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_killed_sweep_goes_on_with_the_same_numbers(ran: tuple[Path, list[SweepResult]], tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_with_the_same_numbers(
+    ran: tuple[Path, list[SweepResult]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, out = tmp_path / "sweep.json", tmp_path / "out"
     recipes = {"plain": {}, "stepped": {"penalties.last_step": 0.5}}
     file.write_text(json.dumps({**TINY, "recipes": recipes}))
-    command = [sys.executable, "-m", "loopscope", "experiment", "training", str(file), "--out", str(out)]
-    started = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["experiment", "training", str(file), "--out", str(out)]
+    command = [sys.executable, "-m", "loopscope", *arguments, "--workers", "1"]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((out / CELLS).glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    workers = psutil.Process(started.pid).children()
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert 0 < len(list((out / CELLS).glob("*.json"))) < 4
-    said = cli("training", str(file), "--out", str(out), "--workers", "2")
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.splitlines()[-1].startswith("report  ")
-    assert "plain" in said.stdout
+    main([*arguments, "--engine", "serial"])
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("report  ")
+    assert "plain" in said
     found = load_experiment(out).trained
     assert [without_time(each) for each in found] == [without_time(each) for each in ran[1]]
     page = (out / "report.html").read_text()
@@ -270,14 +272,19 @@ def test_a_wrong_sweep_is_one_sentence(changes: dict[str, Any], said: str) -> No
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_experiment(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StudyError, match="not an experiment"):
         load_experiment(tmp_path)
-    said = cli("report", str(tmp_path), "--out", str(tmp_path / "page.html"))
-    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
-    said = cli("training", str(tmp_path / "none.json"), "--out", str(tmp_path / "out"))
-    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
-    assert "cannot be read" in said.stderr
+    commands = [
+        (["report", str(tmp_path), "--out", str(tmp_path / "page.html")], "not an experiment"),
+        (["training", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")], "cannot be read"),
+    ]
+    for arguments, reason in commands:
+        with pytest.raises(SystemExit) as end:
+            main(["experiment", *arguments])
+        said = capsys.readouterr().err
+        assert (end.value.code, said.count("\n")) == (2, 1)
+        assert reason in said
 
 
 def test_a_text_that_is_not_there_is_said_before_anything_is_trained(tmp_path: Path) -> None:

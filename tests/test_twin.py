@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,7 @@ def study_of(norm: NormName, std: float, seed: int, dtype: torch.dtype) -> xarra
     return analyze(NativeSubject(model), [prompt], settings=ONLY_VERDICTS).dataset
 
 
+@functools.cache
 def true_fixed_points(norm: NormName, std: float, seed: int) -> np.ndarray:
     """By 1,000 recurrences in float64: the tokens whose last step is rounding."""
     model, prompt = random_model(norm, std, seed, torch.float64)

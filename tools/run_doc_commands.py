@@ -3,10 +3,11 @@
     python tools/run_doc_commands.py [DOCUMENT ...]
 
 Fenced blocks marked `console` (commands after `$ `, output between them), `bash` (commands alone) and `python` (a
-script each) are run from top to bottom, those of one document in one scratch folder, so that a command may use what an
-earlier one wrote. The folder looks like a checkout beside the shared data: links stand for the project's files, and
-outputs land in the scratch folder. Output is not compared; a command must exit with 0. A block right after
-`<!-- not run: the reason -->` is left out.
+script each) are run from top to bottom, README first, all in one scratch folder: a command may use what its document
+wrote before, and an analysis that another document has made under the same name is resumed, which is finished at once
+if it is the same and an error if it is not. The folder looks like a checkout beside the shared data: links stand for
+the project's files, and outputs land in the scratch folder. Output is not compared; a command must exit with 0. A
+block right after `<!-- not run: the reason -->` is left out.
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ def main(arguments: list[str]) -> int:
     """Run the given documents, or all; the exit status says whether a command failed."""
     shared = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
     failures = 0
-    for document in [Path(name) for name in arguments] or default_documents():
-        with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder, closing(WarmPython(Path(folder))) as warm:
-            scratch = make_scratch(Path(folder), shared if shared.is_dir() else None)
+    with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder, closing(WarmPython(Path(folder))) as warm:
+        scratch = make_scratch(Path(folder), shared if shared.is_dir() else None)
+        for document in [Path(name) for name in arguments] or default_documents():
             for block in find_blocks(document):
                 if block.not_run is not None:
                     print(f"{block}: not run: {block.not_run}")
