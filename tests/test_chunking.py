@@ -35,7 +35,7 @@ def cut(text: str, chunk: int, tokenizer: TextTokenizer | None = PLAIN, **option
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, framed()], ids=["plain", "framed"])
-@given(text=st.text(min_size=10, max_size=60), chunk=st.integers(3, 12))
+@given(text=st.text(min_size=12, max_size=60), chunk=st.integers(3, 12))
 def test_chunks_in_a_row_are_the_tokens_of_the_text(tokenizer: TextTokenizer, text: str, chunk: int) -> None:
     around = len(tokenizer.before) + len(tokenizer.after)
     ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -172,9 +172,12 @@ def sensitivity(
     changed = [[_changed(settings, grid, (first, second)) for second in grid.values[1]] for first in grid.values[0]]
     found = np.empty((len(states), len(grid.values[0]), len(grid.values[1])), dtype=np.int64)
     decide = _decider(states, dtype, settings, [each for row in changed for each in row], first_recurrence, noise)
-    for row, settings_row in enumerate(changed):
+    # Where noise was measured, no multiple of the rounding decides.
+    rows = 1 if noise is not None and grid is DISPLACEMENT_GRID and not noise.floor.isnan().any() else len(changed)
+    for row, settings_row in enumerate(changed[:rows]):
         for column, each in enumerate(settings_row):
             found[:, row, column] = [KINDS.index(kind) for kind in decide(each)]
+    found[:, rows:] = found[:, :1]
     return found
 
 

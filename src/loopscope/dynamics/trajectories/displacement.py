@@ -93,11 +93,17 @@ def measure_tails(
     noise = noise or Noise.of(dtype, len(states))
     whole = measure_motions(tails, noise, settings, kinds_only=kinds_only)
 
-    def within(length: int, rows: list[int], *, kinds_only: bool = kinds_only) -> dict[int, Motion]:
+    def within(length: int, rows: list[int], ends: list[bool] | None = None) -> dict[int, Motion]:
         if not rows or length < _SHORTEST_HALF:
             return {}
         some = torch.tensor(rows)
-        motions = measure_motions(tails.last(length, some), noise.take(some), settings, kinds_only=kinds_only)
+        motions = measure_motions(
+            tails.last(length, some),
+            noise.take(some),
+            settings,
+            kinds_only=kinds_only or ends is None,
+            ends=None if ends is None else torch.tensor(ends),
+        )
         return dict(zip(rows, motions, strict=True))
 
     # Halves cost as much again, so they are measured only where some settings would look at them.
@@ -105,10 +111,14 @@ def measure_tails(
     unsettled = [
         token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
     ]
-    half = within(window // 2, unsettled)
+    half = within(
+        window // 2,
+        unsettled,
+        [_decide_one(whole[token], settings).kind != Kind.FIXED_POINT for token in unsettled],
+    )
     # Nothing is held against what could not be told.
     told = [token for token in moving if _decide(whole[token], half.get(token), settings).kind != Kind.UNKNOWN]
-    third = within(2 * window // 3, told, kinds_only=True) if shorter else {}
+    third = within(2 * window // 3, told) if shorter else {}
     return [TokenMotions(motion, half.get(token), third.get(token)) for token, motion in enumerate(whole)]
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.limits import Shape
@@ -82,10 +82,15 @@ class Motion(TokenNoise):
 
 
 def measure_motions(
-    tails: Tails, noise: Noise, settings: DisplacementSettings, *, kinds_only: bool = False
+    tails: Tails,
+    noise: Noise,
+    settings: DisplacementSettings,
+    *,
+    kinds_only: bool = False,
+    ends: Bool[Tensor, " token"] | None = None,
 ) -> list[Motion]:
     """One motion a token. Shapes are fitted where it moves by more than noise; for `kinds_only`, not where its steps
-    shrink so fast that it plainly approaches a point, on whatever way."""
+    shrink so fast that it plainly approaches a point, on whatever way. `ends` as in `best_shapes`."""
     displacement = tails.displacement()
     level = displacement.amax(-1).sqrt()
     steps = _step_numbers(tails)
@@ -100,7 +105,9 @@ def measure_motions(
     if len(moving):
         parts = decompose(tails.last(tails.window, moving))
         innovation[moving] = innovation_step(parts)
-        found = best_shapes(parts, displacement[moving], noise.take(moving), settings)
+        found = best_shapes(
+            parts, displacement[moving], noise.take(moving), settings, None if ends is None else ends[moving]
+        )
         best = dict(zip(moving.tolist(), found, strict=True))
     energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
     numbers = {

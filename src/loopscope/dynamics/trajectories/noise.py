@@ -35,7 +35,7 @@ class TokenNoise:
     @property
     def measured(self) -> bool:
         """Its noise was measured, and is noise."""
-        return not (math.isnan(self.floor) or self.parted)
+        return self.floor == self.floor and not self.parted  # NaN is not itself
 
     @property
     def unit(self) -> float:

@@ -83,19 +83,20 @@ def best_shapes(
     displacement: Float[Tensor, "token lag"],
     noise: Noise,
     settings: DisplacementSettings,
+    ends: Bool[Tensor, " token"] | None = None,
 ) -> list[BestShape]:
     """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else.
 
     `displacement` is the mean squared one, from which is seen where no shape can explain a motion: none is fitted
-    there.
+    there. Of the tokens in `ends` only an approach and an orbit are of interest.
     """
     left = _least_left(parts, _COLUMNS)
-    possible = _may_have_shape(parts, displacement, noise, settings)
+    possible = _may_have_shape(parts, displacement, noise, settings, ends)
     found = [
         BestShape(
             shape=Shape("none", (), parts.window),
             left=its_left,
-            columns=_COLUMNS,
+            columns=float(_COLUMNS),
             p_value=1.0,
             margin=0.0,
             rival=Kind.BOUNDED,
@@ -115,7 +116,7 @@ def best_shapes(
 
 
 def _may_have_shape(
-    parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings
+    parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings, ends: Tensor | None
 ) -> Bool[Tensor, " token"]:
     """Whether any shape could explain a motion.
 
@@ -127,7 +128,10 @@ def _may_have_shape(
     far = 2 * parts.energy / parts.window
     loose = _GRID * noise.amplified(settings)
     returns = (lags <= torch.maximum(displacement[:, 0], loose.square())) & (lags <= _RETURNS * far)
-    return _explainable(parts, _COLUMNS, noise, settings) | slides | returns
+    few = _explainable(parts, _COLUMNS, noise, settings) | slides
+    if ends is not None:
+        few &= ~ends | _shrinks(parts)
+    return few | returns
 
 
 def _explainable(parts: Components, columns: int, noise: Noise, settings: DisplacementSettings) -> Tensor:
@@ -256,11 +260,16 @@ def _may_be_modes(
     simple = torch.tensor([fit.name in _SIMPLE for fit in fits])[first]
     simple = simple & ((2 * left / parts.window).sqrt() <= noise.rest(settings))
     one = torch.stack([fit.left for fit in fits if fit.name in SINGLE_MODES]).amin(0)
-    steps = _squared_steps(parts)
-    third = steps.shape[-1] // 3
-    shrinks = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
+    shrinks = _shrinks(parts)
     may = _explainable(parts, _MODE_COLUMNS, noise, settings)
     return (may & shrinks & ~simple & (one <= _IN_PART * parts.energy)).nonzero()[:, 0]
+
+
+def _shrinks(parts: Components) -> Tensor:
+    steps = _squared_steps(parts)
+    third = steps.shape[-1] // 3
+    shrinks: Tensor = steps[:, :third].sum(-1) >= _SHRINKS * steps[:, -third:].sum(-1)
+    return shrinks
 
 
 def _speeds(parts: Components) -> Tensor:
