@@ -32,6 +32,7 @@ from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
+from loopscope.prompts.load import load_prompts
 
 ROUNDS, WHOLE_ROUNDS = 5, 2
 WIDE = Architecture(
@@ -62,8 +63,8 @@ and a head for each state that is read out."""
 
 
 WHOLE: dict[str, tuple[float, float]] = {"demo:injected": (3.2, 2.7), "demo:uninjected": (3.5, 3.5), "wide": (3.0, 2.4)}
-"""Models, and what a whole analysis may cost over a run to the second horizon, with and without eigenvalues. `wide` is
-a random model, (2, 4 ⊗ 8, 2) of width 1024."""
+"""Models, and what a whole analysis of eight word problems may cost over a run to the second horizon, with and without
+eigenvalues. `wide` is a random model, (2, 4 ⊗ 8, 2) of width 1024, on two prompts of 128 tokens."""
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -95,7 +96,10 @@ def whole_ratios(name: str) -> tuple[float, float]:
         texts = np.random.default_rng(0).integers(0, WIDE.vocab_size, size=(2, 128)).tolist()
         settings = AnalyzeSettings(recurrences=16, horizon=32)
     else:
-        model, texts, settings = load(name, device="cpu"), prompts(8), AnalyzeSettings(recurrences=32, horizon=64)
+        model, settings = load(name, device="cpu"), AnalyzeSettings(recurrences=32, horizon=64)
+        assert model.tokenizer is not None
+        problems = load_prompts(prompts="word-problems", limit=8)
+        texts = [model.tokenizer.encode(problem.text or "").ids for problem in problems]
     batch, best = Batch.of(texts), [float("inf")] * 3
     without = replace(settings, skip=("stability",))
     jobs: tuple[Callable[[], object], ...] = (
