@@ -20,7 +20,7 @@ from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import Cell
 from loopscope.experiments.designs import NormName
 from loopscope.experiments.random_models import architecture_of
-from loopscope.measures.twin import growth_of
+from loopscope.measures.twin import grows_exponentially, growth_of
 from loopscope.models.inspection.facts import Dtype
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
@@ -137,3 +137,13 @@ def test_a_dtype_that_contradicts_the_numbers_is_said_and_changes_nothing(shared
         assert right.kind == wrong.kind
         assert "every number is one of bfloat16" in wrong.reason
         assert "every number" not in right.reason
+
+
+def test_a_distance_grows_exponentially_or_like_a_power_of_time() -> None:
+    time = np.arange(1.0, 129.0)
+    noise = np.exp(0.3 * np.random.default_rng(0).standard_normal((128, 40)))
+    exponential, root, chain = 1e-7 * np.exp(0.05 * time), 1e-7 * np.sqrt(time), 1e-7 * time**1.5
+    saturated = np.minimum(exponential, 2e-7)
+    for curve, wanted in ((exponential, True), (root, False), (chain, False), (saturated, False)):
+        found = grows_exponentially(torch.from_numpy(curve[:, None] * noise)[:, None])
+        assert bool((found == wanted).all())

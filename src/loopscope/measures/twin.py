@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.noise import Noise
@@ -29,6 +29,7 @@ PARTED = 0.1
 model alone."""
 _MOST_GAIN = 10_000.0
 """Of rounding: no contraction that anybody trains amplifies it further."""
+_STILL_GREW = 5.0
 _GREW = 30.0
 """Factor by which the distance must have grown for the growth to be a rate, rather than noise that adds up."""
 
@@ -108,13 +109,16 @@ class Twin(Measure):
     def noise(self, layer: int) -> Noise:
         """What it says of each token at a layer; tokens of all prompts in order.
 
-        A twin has parted whose distance grew, beyond what noise adds up to, to where no amplified rounding reaches.
+        A twin has parted whose distance grew, beyond what noise adds up to, to where no amplified rounding reaches; or
+        grows exponentially still.
         """
         dtype, mask = known_dtype(self.batch.info.dtype, otherwise="float32"), self.batch.mask
         floor = self._floor(layer)
         growth, error = growth_of(self._distance[layer].double())
         far = floor >= min(PARTED, _MOST_GAIN * rounding_step(dtype))
         parted = far & (growth >= 3 * error) & (growth * self._first >= math.log(_GREW))
+        grown = self._distance[layer, -1].double() >= _GREW * rounding_step(dtype)
+        parted |= grown & grows_exponentially(self._distance[layer].double())
         return Noise(rounding_step(dtype), floor[mask].cpu(), parted[mask].cpu())
 
     def result(self) -> xr.Dataset:
@@ -147,6 +151,21 @@ class _Nudged(Observer):
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
             self._owner.compare(visit)
+
+
+def grows_exponentially(distance: Float[Tensor, "time batch token"]) -> Bool[Tensor, "batch token"]:
+    """Whether a distance grows by at least `_STILL_GREW` in the second half of the time, and more in proportion to it
+    than in the quarter before.
+
+    Nudges that add up along a slow mode, or a chain of them, make the distance grow like a power of the time: by one
+    factor in the last half and in the quarter before.
+    """
+    length = len(distance)
+    few = max(1, length // 8)
+    logs = distance.clamp_min(1e-300).log()
+    quarter, half, end = (logs[place - few : place].mean(0) for place in (length // 4, length // 2, length))
+    late: Tensor = end - half
+    return (late >= math.log(_STILL_GREW)) & (late >= 1.5 * (half - quarter))
 
 
 def growth_of(distance: Float[Tensor, "time batch token"]) -> tuple[Tensor, Tensor]:
