@@ -1,8 +1,9 @@
 """What an analysis costs over the bare forward passes that it needs, in time and in peak memory.
 
-    python benchmarks/analysis.py            all of these
+    python benchmarks/analysis.py            time and memory
     python benchmarks/analysis.py time       parts, over the bare forward passes that they need
-    python benchmarks/analysis.py whole      whole analyses, over a bare run to the second horizon
+    python benchmarks/analysis.py whole questions.jsonl    whole analyses of eight of these (GSM8K's, in README), over
+                                                           a bare run to the second horizon
     python benchmarks/analysis.py memory
 
 Times are ratios within one process best of several rounds, with the two sides taking turns.
@@ -63,7 +64,7 @@ and a head for each state that is read out."""
 
 
 WHOLE: dict[str, tuple[float, float]] = {"demo:injected": (3.2, 2.7), "demo:uninjected": (3.5, 3.5), "wide": (3.0, 2.4)}
-"""Models, and what a whole analysis of eight word problems may cost over a run to the second horizon, with and without
+"""Models, and what a whole analysis of eight questions may cost over a run to the second horizon, with and without
 eigenvalues. `wide` is a random model, (2, 4 ⊗ 8, 2) of width 1024, on two prompts of 128 tokens."""
 
 
@@ -89,7 +90,7 @@ def bare_run(model: Subject, batch: Batch, recurrences: int) -> None:
     run.decode()
 
 
-def whole_ratios(name: str) -> tuple[float, float]:
+def whole_ratios(name: str, questions: str) -> tuple[float, float]:
     """An analysis with everything, and one without eigenvalues, over a bare run to the second horizon."""
     if name == "wide":
         model: Subject = NativeSubject(LoopedTransformer(WIDE).initialize(0).eval().requires_grad_(False))
@@ -98,7 +99,7 @@ def whole_ratios(name: str) -> tuple[float, float]:
     else:
         model, settings = load(name, device="cpu"), AnalyzeSettings(recurrences=32, horizon=64)
         assert model.tokenizer is not None
-        problems = load_prompts(prompts="word-problems", limit=8)
+        problems = load_prompts(prompts=questions, field="question", limit=8)
         texts = [model.tokenizer.encode(problem.text or "").ids for problem in problems]
     batch, best = Batch.of(texts), [float("inf")] * 3
     without = replace(settings, skip=("stability",))
@@ -144,15 +145,15 @@ def analyse_once(recurrences: int) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def main(what: str) -> None:
+def main(what: str, questions: str | None) -> None:
     if what in ("all", "time"):
         for section, (_, most) in SECTIONS.items():
             for method in METHODS:
                 (ratio,) = in_a_process("time-ratio", section, method, **KEEP_MEMORY)
                 print(f"time: {section} / bare forward passes, {method}: {ratio:.2f} (at most {most})", flush=True)
-    if what in ("all", "whole"):
+    if questions is not None:
         for name, (most, without) in WHOLE.items():
-            ratio, less = in_a_process("whole", name, **KEEP_MEMORY)
+            ratio, less = in_a_process("whole-ratios", name, questions, **KEEP_MEMORY)
             print(f"everything / a run to 2H, {name}: {ratio:.2f} (at most {most})", flush=True)
             print(f"without eigenvalues / a run to 2H, {name}: {less:.2f} (at most {without})", flush=True)
     if what in ("all", "memory"):
@@ -166,7 +167,7 @@ if __name__ == "__main__":
         analyse_once(int(sys.argv[2]))
     elif sys.argv[1:2] == ["time-ratio"]:
         print(time_ratio(METHODS[METHODS.index(sys.argv[3])], SECTIONS[sys.argv[2]][0]))
-    elif sys.argv[1:2] == ["whole"] and len(sys.argv) > 2:
-        print(*whole_ratios(sys.argv[2]))
+    elif sys.argv[1:2] == ["whole-ratios"]:
+        print(*whole_ratios(sys.argv[2], sys.argv[3]))
     else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "all")
+        main(sys.argv[1] if len(sys.argv) > 1 else "all", sys.argv[2] if len(sys.argv) > 2 else None)

@@ -246,8 +246,8 @@ def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
     left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(view)}
     gated = shape.exit_gate
     if gated:
-        # A random model has no such neurons, and verdicts need a longer horizon; where nothing settles, eigenvalues have
-        # a place in the plane.
+        # A random model has no such neurons, and verdicts need a longer horizon; where nothing settles, eigenvalues
+        # have a place in the plane.
         assert left_out == {"neurons", "path-independence-by-layer", *JUDGED, *PREDICTED} - {
             "stability-spectrum",
             "stability-growth",
