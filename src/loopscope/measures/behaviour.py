@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID, sensitivity
 from loopscope.dynamics.trajectories.displacement import same_limit
-from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.judge import judge, trial_kinds
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.trajectories.states import known_dtype
@@ -143,18 +143,19 @@ class Behaviour(Measure):
         }
         for place, layer in enumerate(layers):
             states = self._tails.trajectories(layer, self._second)
-            verdicts = self._judge(layer, states, self._second)
+            noise = self._noise(layer)
+            verdicts = self._judge(states, noise)
             kinds[place][mask] = _codes(verdicts)
-            cosine[place][mask] = _codes(self._judge(layer, states, self._second, cosine=True))
+            cosine[place][mask] = _codes(self._judge(states, None))
             for index, name in enumerate(VERDICT_NUMBERS):
                 numbers[index, place][mask] = [getattr(verdict, name) for verdict in verdicts]
-            changed[:, place][:, mask] = self._changes(layer, verdicts)
+            changed[:, place][:, mask] = self._changes(layer, verdicts, noise)
             for prompt, row in movers(verdicts, mask):
                 arrays["mover"][place, prompt] = row - mask[:prompt].sum()
                 path = tail_paths(states[row : row + 1], self._second[0])[0]
                 arrays["mover_path"][:, :, place, prompt] = path.T.numpy()
             if layer == self.batch.info.recurrent - 1:
-                self._last_layer(layer, arrays, states, verdicts, mask)
+                self._last_layer(arrays, states, verdicts, noise, mask)
             self._tails.drop(layer)
             self._other.drop(layer)
         arrays |= {"verdict": kinds, "verdict_cosine": cosine, "verdict_changes": changed}
@@ -166,38 +167,37 @@ class Behaviour(Measure):
         twin, tokens = self.batch.twin, int(self.batch.counts.sum())
         return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer)
 
-    def _judge(
-        self,
-        layer: int,
-        states: Tensor,
-        span: Span,
-        rows: Tensor | None = None,
-        *,
-        cosine: bool = False,
-        trial: bool = False,
-    ) -> list[Verdict]:
-        """Of all tokens, or of some. A trial is held against a verdict, and not tried itself. States that are no longer
-        finite have diverged in the loop: broken ones were refused before it."""
-        rows = torch.arange(len(states)) if rows is None else rows
-        finite = states[rows].isfinite().all(-1).all(-1)
+    def _judge(self, states: Tensor, noise: Noise | None) -> list[Verdict]:
+        """By the displacement method, or by the cosine one, which knows of no noise. States that are no longer finite
+        have diverged in the loop: broken ones were refused before it."""
+        finite = states.isfinite().all(-1).all(-1)
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
-        verdicts = [gone] * len(rows)
+        verdicts = [gone] * len(states)
         if bool(finite.any()):
             found = judge(
-                states[rows[finite]],
+                states[finite],
                 self._dtype,
-                "cosine" if cosine else "displacement",
-                settings=self._cosine if cosine else self._settings,
-                first_recurrence=span[0],
+                "cosine" if noise is None else "displacement",
+                settings=self._cosine if noise is None else self._settings,
+                first_recurrence=self._second[0],
                 check_order=False,
-                noise=None if cosine else self._noise(layer).take(rows[finite]),
-                try_window=not trial,
+                noise=None if noise is None else noise.take(finite.nonzero()[:, 0]),
             )
             for place, verdict in zip(finite.nonzero()[:, 0].tolist(), found, strict=True):
                 verdicts[place] = verdict
         return verdicts
 
-    def _changes(self, layer: int, verdicts: list[Verdict]) -> NDArray[np.int8]:
+    def _try(self, states: Tensor, span: Span, noise: Noise) -> list[Kind]:
+        """What a verdict is held against, within another span."""
+        finite = states.isfinite().all(-1).all(-1)
+        rows = finite.nonzero()[:, 0]
+        kinds = [Kind.DIVERGING] * len(states)
+        found = trial_kinds(states[rows], self._dtype, self._settings, span[0], noise.take(rows))
+        for row, kind in zip(rows.tolist(), found, strict=True):
+            kinds[row] = kind
+        return kinds
+
+    def _changes(self, layer: int, verdicts: list[Verdict], noise: Noise) -> NDArray[np.int8]:
         """By what a verdict is tried against, whether it changes, (change, token): 1 or 0, and -1 where that could not
         be tried, or there is nothing to try since the trajectory did not tell."""
         changed = np.full((len(CHANGES), len(verdicts)), -1, dtype=np.int8)
@@ -205,22 +205,22 @@ class Behaviour(Measure):
         rows = torch.from_numpy(told.nonzero()[0])
         known = [verdicts[row] for row in rows.tolist()]
         changed[CHANGES.index("window"), told] = ["window" in verdict.unstable for verdict in known]
+        noise = noise.take(rows)
         for name, span in self._earlier.items():
-            if span is not None and known:
-                states = self._tails.trajectories(layer, span)
-                changed[CHANGES.index(name), told] = _differ(known, self._judge(layer, states, span, rows, trial=True))
-        if self._seed is not None and known:
-            runs = [tails.trajectories(layer, self._seed) for tails in (self._tails, self._other)]
-            found = [self._judge(layer, run, self._seed, rows, trial=True) for run in runs]
-            changed[CHANGES.index("seed"), told] = _differ(*found)
+            if span is not None:
+                found = self._try(self._tails.trajectories(layer, span)[rows], span, noise)
+                changed[CHANGES.index(name), told] = _differ([verdict.kind for verdict in known], found)
+        if self._seed is not None:
+            runs = [tails.trajectories(layer, self._seed)[rows] for tails in (self._tails, self._other)]
+            changed[CHANGES.index("seed"), told] = _differ(*(self._try(run, self._seed, noise) for run in runs))
         return changed
 
     def _last_layer(
         self,
-        layer: int,
         arrays: dict[str, np.ndarray],
         states: Tensor,
         verdicts: list[Verdict],
+        noise: Noise,
         mask: NDArray[np.bool_],
     ) -> None:
         """Displacement curves, and how the kinds depend on the thresholds."""
@@ -237,7 +237,7 @@ class Behaviour(Measure):
         paths[:, :, mask] = found.transpose(2, 1, 0)
         arrays["tail_path"] = paths
         prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
-        noise = self._noise(layer).take(rows.nonzero()[:, 0])
+        noise = noise.take(rows.nonzero()[:, 0])
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
             grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
             counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)
@@ -260,5 +260,5 @@ def _codes(verdicts: list[Verdict]) -> list[int]:
     return [KINDS.index(verdict.kind) for verdict in verdicts]
 
 
-def _differ(one: list[Verdict], other: list[Verdict]) -> list[bool]:
-    return [not same_limit(mine.kind, its.kind) for mine, its in zip(one, other, strict=True)]
+def _differ(one: list[Kind], other: list[Kind]) -> list[bool]:
+    return [not same_limit(mine, its) for mine, its in zip(one, other, strict=True)]

@@ -71,6 +71,27 @@ def displacement_verdicts(
     return verdicts
 
 
+def displacement_kinds(
+    states: Float[Tensor, "token recurrence width"],
+    dtype: Dtype,
+    settings: DisplacementSettings,
+    first_recurrence: int,
+    noise: Noise,
+) -> list[Kind]:
+    """The kinds alone, of which most are plain: nothing but the level is measured of tokens that rest."""
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    level = take_tails(states, window, first_recurrence).displacement().amax(-1).sqrt()
+    moves = level > noise.rest(settings)
+    loud = (noise.floor >= _LOUD) & (level > settings.rounding_factor * noise.rounding)
+    kinds = [Kind.UNKNOWN if one else Kind.AT_FLOOR for one in loud.tolist()]
+    rows = moves.nonzero()[:, 0]
+    if len(rows):
+        found = measure_tails(states[rows], dtype, settings, first_recurrence, kinds_only=True, noise=noise.take(rows))
+        for row, motions in zip(rows.tolist(), found, strict=True):
+            kinds[row] = decide_kind(motions, settings)
+    return kinds
+
+
 def measure_tails(
     states: Float[Tensor, "token recurrence width"],
     dtype: Dtype,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.cosine import cosine_verdicts
-from loopscope.dynamics.trajectories.displacement import displacement_verdicts
+from loopscope.dynamics.trajectories.displacement import displacement_kinds, displacement_verdicts
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
 from loopscope.dynamics.trajectories.states import (
@@ -101,6 +101,17 @@ def judge(
         return judged
     doubt = f" (The dtype is given as {declared}, but every number is one of {coarse}, which they are judged as.)"
     return [dataclasses.replace(verdict, reason=verdict.reason + doubt) for verdict in judged]
+
+
+def trial_kinds(
+    states: Tensor, dtype: Dtype, settings: DisplacementSettings, first_recurrence: int, noise: Noise
+) -> list[Kind]:
+    """What verdicts of some finite trajectories are held against: the same by the displacement method, where rest that
+    is seen and rest that noise hides count as one."""
+    kinds: list[Kind] = []
+    for rows in _chunks(torch.arange(len(states)), *states.shape[1:]):
+        kinds += displacement_kinds(states[rows], dtype, settings, first_recurrence, noise.take(rows))
+    return kinds
 
 
 def _judge(
