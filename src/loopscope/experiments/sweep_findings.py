@@ -110,7 +110,7 @@ def bigram_lines(results: Sequence[SweepResult]) -> dict[str, float]:
 
 def training_rows(found: Sequence[DesignSummary]) -> list[tuple[str, ...]]:
     """A row of a table a design, and one a bigram table, the lowest loss first; the columns are `TRAINING_COLUMNS`."""
-    rows = [
+    rows: list[tuple[float, tuple[str, ...]]] = [
         (
             each.loss.mean,
             (
