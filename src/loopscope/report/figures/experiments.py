@@ -238,7 +238,7 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
     looped = [each for each in found if each.control is None]
     ranking = Plot(
         question="Which loss and accuracy, and what becomes of them?",
-        reading="(a) Test loss, on a logarithmic axis, (b) share of tokens that are the likeliest one, where earlier "
+        reading="(a) Test loss, (b) share of tokens that are the likeliest one, where earlier "
         "tokens are given. A mark is a seed: filled ones at the trained number of recurrences, open ones at the "
         "largest number; a line joins the two means. The dashed line is the loss of a bigram table fitted to the test "
         "text itself: a design to its right may have learnt no more than pairs of tokens.",
@@ -296,7 +296,7 @@ def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Panel:
             Rule(x=value, name=name) for name, value in _bigram_rules([one for each in found for one in each.results])
         ]
     return Panel(
-        x=Axis(title="accuracy", grid=True) if accuracy else Axis(title="test loss (nats)", scale="log", grid=True),
+        x=Axis(title="accuracy", grid=True) if accuracy else Axis(title="test loss (nats)", scale="auto", grid=True),
         y=Axis(
             title="",
             ticks={row: visible(each.name, 44) for row, each in enumerate(found)},
@@ -362,7 +362,7 @@ def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: i
             Rule(x=float(first.trained), dash="solid"),
             *(Rule(y=value, name=name, dash="dashdot") for name, value in _bigram_rules([first])),
         ],
-        title=f"{visible(design.name, 60)}: kept: {design.kept_text}",
+        title=f"{visible(design.name, 60)}: kept? {design.kept_text}",
         anchor=f"training-curve-{index}",
         height=280,
     )
