@@ -147,7 +147,7 @@ def advice(results: Sequence[SweepResult]) -> list[Answer]:
     found = summaries(results)
     looped = [each for each in found if each.control is None]
     asked: list[Callable[[], Answer | None]] = [
-        lambda: _above_bigram(found),
+        lambda: _above_bigram(looped),
         lambda: _keepers(looped),
         lambda: _recipe(looped),
         lambda: _settling(looped),
@@ -184,10 +184,10 @@ def _summary(name: str, control: ControlName | None, group: list[SweepResult], l
     )
 
 
-def _above_bigram(found: Sequence[DesignSummary]) -> Answer:
-    told = Told.of({each.name: [one.loss_at_trained - one.bigram_entropy for one in each.results] for each in found})
+def _above_bigram(looped: Sequence[DesignSummary]) -> Answer:
+    told = Told.of({each.name: [one.loss_at_trained - one.bigram_entropy for one in each.results] for each in looped})
     below = told.on(-1)
-    lines = " or ".join(f"{value:.3f}" for value in bigram_lines([r for each in found for r in each.results]).values())
+    lines = " or ".join(f"{value:.3f}" for value in bigram_lines([r for each in looped for r in each.results]).values())
     sentence = (
         f"A {BIGRAM} has a loss of {lines} nats, which one fitted to other text does not reach. "
         f"{_counted(told, 'Below it', 'Above it')}"
@@ -197,7 +197,7 @@ def _above_bigram(found: Sequence[DesignSummary]) -> Answer:
     return _BIGRAM.says(
         # Above the line of the very test text is no proof: a table of other text lies higher.
         _outcome(told) if below else Outcome.CANNOT_TELL,
-        f"{len(below)} of {len(found)} designs",
+        f"{len(below)} of {len(looped)} designs",
         sentence,
         {name: f"{each} nats from it" for name, each in told.intervals.items()},
     )
