@@ -58,9 +58,10 @@ class Told:
 
     @classmethod
     def of(cls, values: Mapping[str, Sequence[float]]) -> Told:
-        """From one value a seed of each design; designs without one are left out."""
-        known = {name: each for name, each in values.items() if each}
-        return cls({name: interval(each, len(known)) for name, each in known.items()})
+        """From one value a seed of each design; designs without one are left out, and those with a single one tell
+        nothing, so that they cost the others no width."""
+        comparisons = max(1, sum(len(each) > 1 for each in values.values()))
+        return cls({name: interval(each, comparisons) for name, each in values.items() if each})
 
     def on(self, side: int) -> list[str]:
         """Designs whose interval lies there: -1 below, 1 above, 0 for those of which the seeds do not tell."""

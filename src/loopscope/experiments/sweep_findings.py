@@ -92,7 +92,7 @@ def summaries(results: Sequence[SweepResult]) -> list[DesignSummary]:
     groups: dict[tuple[str, ControlName | None], list[SweepResult]] = {}
     for result in results:
         groups.setdefault((result.cell.design, result.cell.control), []).append(result)
-    looped = sum(control is None for _, control in groups)
+    looped = max(1, sum(control is None and len(group) > 1 for (_, control), group in groups.items()))
     found = [_summary(name, control, group, looped) for (name, control), group in groups.items()]
     return sorted(found, key=lambda each: each.loss.mean)
 
