@@ -208,7 +208,7 @@ def _limits(experiments: Sequence[Experiment]) -> list[str]:
             "length of training."
         )
         limits.append(
-            f"The least trained design has {plural(seeds, 'seed')}. Intervals are Student's over seeds, each counted "
+            f"No design has fewer than {plural(seeds, 'seed')}. Intervals are Student's over seeds, each counted "
             "once: they say what other seeds of these models would give on this test text, not what another text would."
         )
     if not all(each.finished for each in experiments):
