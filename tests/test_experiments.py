@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,14 @@ import pytest
 from loopscope.cli import main
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import CELLS, Cell, CellOutcome, CellResult, GridFolder
-from loopscope.experiments.random_findings import PAPER, architecture_grid, boundaries, phase_grid, reproduction
+from loopscope.experiments.random_findings import (
+    PAPER,
+    architecture_grid,
+    boundaries,
+    phase_answers,
+    phase_grid,
+    reproduction,
+)
 from loopscope.experiments.random_models import run_cell
 from loopscope.experiments.run import run_grid
 
@@ -139,6 +147,25 @@ def test_the_boundary_lies_where_the_curves_cross() -> None:
     assert boundary.predicted == pytest.approx(0.02 * 2**0.5)
     assert boundary.observed == pytest.approx(0.02 * 2**0.5)
     assert boundary.tends == ("fixed point", "fixed point", "orbit", "orbit")
+
+
+@pytest.mark.parametrize(("shifts", "outcome"), [((0, 0.01, -0.01, 0.02, 0), "yes"), ((0, 0.9), "cannot tell")])
+def test_whether_eigenvalues_say_where_stability_is_lost_is_for_seeds_to_tell(
+    shifts: tuple[float, ...], outcome: str
+) -> None:
+    """Predicted is the scale times a shift of each seed; of two seeds that differ nothing is concluded."""
+    found = [
+        result(
+            cell=cell(std=std, seed=seed, judged=True),
+            radius=1 + math.log2(std / 0.02) - 0.5 - shift,
+            verdicts={"fixed point": settled, "orbit": 6 - settled},
+        )
+        for seed, shift in enumerate(shifts)
+        for std, settled in ((0.01, 6), (0.02, 6), (0.04, 0), (0.08, 0))
+    ]
+    (answer,) = phase_answers(found)
+    assert answer.outcome == outcome
+    assert f"over {len(shifts)} seeds" in answer.sentence
 
 
 def test_a_phase_diagram_of_a_tiny_design(tmp_path: Path) -> None:

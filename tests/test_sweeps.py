@@ -24,9 +24,17 @@ from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import CELLS
 from loopscope.experiments.load import load_experiment
 from loopscope.experiments.run_sweep import automaton_documents, automaton_row, run_sweep, run_sweep_cell
+from loopscope.experiments.seeds import Told, fisher_p, interval
 from loopscope.experiments.sweep import Sweep, control_architecture
 from loopscope.experiments.sweep_cells import AutomatonTask, SweepResult
-from loopscope.experiments.sweep_findings import advice, control_results, interval, summaries
+from loopscope.experiments.sweep_findings import (
+    BIGRAM,
+    TRAINING_COLUMNS,
+    advice,
+    control_results,
+    summaries,
+    training_rows,
+)
 from loopscope.models.architecture import Architecture
 
 TINY: dict[str, Any] = {
@@ -206,43 +214,117 @@ def test_a_killed_sweep_goes_on_with_the_same_numbers(
     page = (out / "report.html").read_text()
     assert "Which trained designs do best" in page
     assert "stepped" in page
+    assert BIGRAM in page
 
 
-def made_up(result: SweepResult, seed: int, design: str, losses: dict[int, float], settled: int) -> SweepResult:
+def made_up(
+    result: SweepResult, seed: int, design: str, losses: dict[int, float], settled: int = 0, eta: float = 1.0
+) -> SweepResult:
+    """With the losses given, and that many of ten tokens settled; designs differ in their damping."""
     config = dataclasses.replace(result.cell.config, seed=seed)
-    assert result.dynamics is not None
-    return dataclasses.replace(
-        result,
-        cell=dataclasses.replace(result.cell, design=design, config=config),
-        loss=losses,
-        dynamics=dataclasses.replace(result.dynamics, verdicts={"fixed point": settled, "bounded": 10 - settled}),
-    )
+    dynamics = result.dynamics
+    if dynamics is not None:
+        config = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, eta=eta))
+        verdicts = {"fixed point": settled, "bounded": 10 - settled}
+        dynamics = dataclasses.replace(dynamics, verdicts=verdicts)
+    cell = dataclasses.replace(result.cell, design=design, config=config)
+    return dataclasses.replace(result, cell=cell, loss=losses, dynamics=dynamics)
 
 
-def test_advice_says_what_the_numbers_say(ran: tuple[Path, list[SweepResult]]) -> None:
-    one = ran[1][0]
-    kept, lost = {1: 3.0, 2: 1.0, 8: 1.0}, {1: 3.0, 2: 1.0, 8: 2.0}
+def seeds_of(
+    one: SweepResult, design: str, trained: list[float], beyond: list[float], settled: int = 0, eta: float = 1.0
+) -> list[SweepResult]:
+    pairs = enumerate(zip(trained, beyond, strict=True))
+    return [made_up(one, seed, design, {1: 3.0, 2: here, 8: there}, settled, eta) for seed, (here, there) in pairs]
+
+
+def test_advice_says_what_the_seeds_carry(ran: tuple[Path, list[SweepResult]]) -> None:
+    one = dataclasses.replace(ran[1][0], bigram_entropy=1.2)
+    losses = [1.00, 1.01, 0.99, 1.02, 0.98]
+    dear = [loss + 0.5 for loss in losses]
     results = [
-        *(made_up(one, seed, "plain", lost, 1) for seed in range(2)),
-        *(made_up(one, seed, "steady", kept, 9) for seed in range(2)),
-        *(made_up(one, seed, "dear", {1: 3.0, 2: 1.5, 8: 1.5}, 9) for seed in range(2)),
+        *seeds_of(one, "plain", losses, [loss + 1 for loss in losses], 1),
+        *seeds_of(one, "steady", [loss - 0.1 for loss in losses], [loss - 0.1 for loss in losses], 9),
+        *seeds_of(one, "dear", dear, dear, 9),
+        # Kept in four of five seeds.
+        *seeds_of(one, "unsure", losses, [*losses[:4], 3.0], 9),
     ]
     found = {answer.key: answer for answer in advice(results)}
-    assert found["keepers"].verdict == "2 of 3"
+    keepers = found["keepers"].sentence
+    assert found["keepers"].verdict == "2 of 4"
+    assert "Kept: 2 of 4 (steady; dear). Lost: 1 of 4 (plain). The seeds do not tell: 1 of 4 (unsure)." in keepers
+    assert "5 seeds a design" in keepers
     assert found["recipes"].verdict == "yes, steady"
-    assert "dear" not in found["recipes"].sentence.partition(":")[2]
-    assert found["settling"].verdict == "4 of 4, against 0 of 2"
-    first, second, last = summaries(results)
-    assert (last.name, last.kept) == ("dear", 2)
-    assert {first.name, second.name} == {"plain", "steady"}
+    assert "dear" not in found["recipes"].sentence
+    # Two designs against one: no test tells them apart.
+    assert (found["settling"].verdict, found["settling"].outcome) == ("2 of 2, against 0 of 1", "cannot tell")
+    assert found["bigram"].outcome == "partly"
+    assert "1.200 nats" in found["bigram"].sentence
+    assert "Above it: 1 of 4 (dear)" in found["bigram"].sentence
+    kept = {row[0]: row[TRAINING_COLUMNS.index("kept")] for row in training_rows(summaries(results))}
+    assert kept == {
+        "steady": "yes, 5 of 5", "plain": "no, 0 of 5", "unsure": "seeds do not tell, 4 of 5", BIGRAM: "–",
+        "dear": "yes, 5 of 5",
+    }  # fmt: skip
+    assert list(kept)[-2:] == [BIGRAM, "dear"]
+
+
+def test_two_seeds_that_differ_tell_nothing(ran: tuple[Path, list[SweepResult]]) -> None:
+    """The best of two by the means, and no sentence that says so."""
+    one = ran[1][0]
+    results = [
+        *seeds_of(one, "plain", [1.0, 1.1], [2.0, 4.0]),
+        *seeds_of(one, "better", [0.9, 0.7], [0.95, 0.7], 9),
+    ]
+    found = {answer.key: answer for answer in advice(results)}
+    assert found["keepers"].outcome == "cannot tell"
+    assert "The seeds do not tell: 2 of 2" in found["keepers"].sentence
+    assert "recipes" not in found  # whether the plain loss is lost is not known either
+    single = {answer.key: answer for answer in advice([results[0], results[2]])}
+    assert single["keepers"].outcome == "cannot tell"
+
+
+def test_a_control_that_designs_share_counts_once(ran: tuple[Path, list[SweepResult]]) -> None:
+    """However many designs stand beside it, five controls are five."""
+    one, _, deep, _ = ran[1]
+    controls = [1.0, 1.2, 0.9, 1.1, 0.8]
+    gaps = [0.05, -0.02, 0.04, 0.01, -0.03]
+    trained = [control + gap for control, gap in zip(controls, gaps, strict=True)]
+    beside = [made_up(deep, seed, deep.cell.design, {1: loss}) for seed, loss in enumerate(controls)]
+    for designs in (1, 11):
+        looped = [
+            each
+            for number in range(designs)
+            for each in seeds_of(one, f"design {number}", trained, trained, eta=1 - number / 20)
+        ]
+        found = {answer.key: answer for answer in advice([*looped, *beside])}["against-equal-depth"]
+        assert f"The mean difference is {interval(gaps)} nats over 5 seeds" in found.sentence
+        assert "each of the 5 controls counts once" in found.sentence
+        assert found.outcome == "cannot tell"
 
 
 def test_an_interval_over_seeds_is_students() -> None:
-    # 4.303 is the 97.5 % quantile of Student's t with two degrees of freedom.
+    # 4.303 and 6.205 are the 97.5 % and 98.75 % quantiles of Student's t with two degrees of freedom.
     found = interval([1.0, 2.0, 3.0])
     assert found.mean == 2.0
     assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert interval([1.0, 2.0, 3.0], 2).high - 2.0 == pytest.approx(6.205 / math.sqrt(3), rel=1e-3)
     assert interval([1.0]).high == math.inf
+
+
+def test_of_designs_without_an_effect_one_sweep_in_twenty_says_something() -> None:
+    """The intervals hold together: 11 designs of 5 seeds whose means are zero."""
+    generator = np.random.default_rng(0)
+    sweeps = generator.normal(size=(1000, 11, 5))
+    said = sum(len(Told.of({str(i): list(row) for i, row in enumerate(each)}).on(0)) < 11 for each in sweeps)
+    assert 0.03 < said / len(sweeps) < 0.07
+
+
+def test_fishers_test_of_the_lady_tasting_tea() -> None:
+    """Design of Experiments, 1935: four of four cups right has the probability 1 in 70, or 2 in 70 on both sides."""
+    assert fisher_p((4, 0), (0, 4)) == pytest.approx(2 / 70)
+    assert fisher_p((3, 1), (1, 3)) == pytest.approx(34 / 70)
+    assert fisher_p((2, 2), (2, 2)) == 1
 
 
 @pytest.mark.parametrize(
@@ -295,8 +377,8 @@ def test_a_text_that_is_not_there_is_said_before_anything_is_trained(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["recipes", "architectures-trained"])
-def test_the_shipped_results_are_those_of_their_sweep(name: str) -> None:
+@pytest.mark.parametrize(("name", "seeds"), [("recipes", 5), ("architectures-trained", 2)])
+def test_the_shipped_results_are_those_of_their_sweep(name: str, seeds: int) -> None:
     """Every cell, and for every looped model both controls, though one may be the control of several designs."""
     folder = Path(__file__).parent.parent / "results" / name
     experiment = load_experiment(folder)
@@ -305,7 +387,7 @@ def test_the_shipped_results_are_those_of_their_sweep(name: str) -> None:
     assert [each.cell for each in found] == Sweep.load(folder / "sweep.json").cells(found[0].cell.text_sha256)
     assert {path.stem for path in (folder / CELLS).iterdir()} == {each.cell.name for each in found}
     looped = [each for each in found if each.cell.control is None]
-    assert len(looped) >= 24
+    assert {len(each.results) for each in summaries(found)} == {seeds}
     assert all(
         control_results(found, each, control) for each in looped for control in ("equal-depth", "equal-parameters")
     )

@@ -153,7 +153,7 @@ class Phase(_RandomModels):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(_GridCommand):
-    """Train the models of a sweep, analyse each, and say which designs do well and keep it beyond the trained depth.
+    """Train the models of a sweep, analyse each, and say which designs keep their loss beyond the trained depth.
 
     Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
     feed-forward controls. A sweep that was interrupted is resumed, within a cell too. See docs/experiments.md.

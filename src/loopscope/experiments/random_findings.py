@@ -16,6 +16,7 @@ from loopscope.answers.answer import Answer, Outcome, Question
 from loopscope.dynamics.verdicts import Kind
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult, by_design, spread
 from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
+from loopscope.experiments.seeds import Interval, Told
 
 PAPER: dict[tuple[NormName, InjectionName], CellOutcome] = {
     ("pre", "linear"): CellOutcome.FIXED_POINT,
@@ -30,6 +31,8 @@ ARCHITECTURE_COLUMNS = ("design", "outcome (models)", "least cosine", "norm at 2
 """Of `architecture_rows`."""
 _NEEDED = 2 / 3
 """Share of a design's cells, over depths and seeds, that have to agree with the paper: most of three seeds."""
+_CLOSE = 1.1
+"""Two scales are the same within this factor: less than half of the step between neighbours of the default grid."""
 _REPRODUCTION = Question(key="reproduction", text="Are the paper's outcomes reproduced?", figure="architectures-table")
 _RATES = Question(key="rates", text="Do eigenvalues tell how fast a random model settles?")
 _BOUNDARY = Question(
@@ -229,23 +232,29 @@ def boundaries(results: Sequence[CellResult]) -> list[Boundary]:
 
 
 def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
-    """Do eigenvalues say where stability is lost as weights grow?"""
+    """Do eigenvalues say where stability is lost as weights grow? Seed by seed, with an interval over seeds."""
     found = boundaries(results)
-    both = [each for each in found if each.predicted is not None and each.observed is not None]
-    never = [f"{each.norm}, {each.injection}" for each in found if max(each.settles) < 0.5]
-    if not both:
-        sentence = "In no design were both the scale at which the predicted rate crosses 1 and the one at which tokens "
+    ratios = _boundary_ratios(results)
+    never = [_design(each) for each in found if max(each.settles) < 0.5]
+    if not ratios:
+        sentence = "In no model were both the scale at which the predicted rate crosses 1 and the one at which tokens "
         sentence += "stop settling within the scales that were run."
         outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
     else:
         pairs = [
-            f"{each.norm} with {each.injection} injection: {each.predicted:.3f}, and {each.observed:.3f}"
-            for each in both
+            f"{_design(each)}: {_scale(each.predicted)}, and {_scale(each.observed)} (in a model the first is "
+            f"{ratios[_design(each)]} times the second{_over(ratios[_design(each)])})"
+            for each in found
+            if _design(each) in ratios
         ]
-        ratios = [max(each.predicted / each.observed, each.observed / each.predicted) for each in both
-                  if each.predicted and each.observed]  # fmt: skip
-        close = max(ratios) < 1.1
-        outcome, verdict = (Outcome.YES, "yes") if close else (Outcome.PARTLY, "roughly")
+        within = [each.low > 1 / _CLOSE and each.high < _CLOSE for each in ratios.values()]
+        apart = [each.low > _CLOSE or each.high < 1 / _CLOSE for each in ratios.values()]
+        if all(within):
+            outcome, verdict = Outcome.YES, "yes"
+        elif any(apart):
+            outcome, verdict = Outcome.PARTLY, "roughly" if any(within) else "no"
+        else:
+            outcome, verdict = Outcome.CANNOT_TELL, "the seeds do not tell"
         sentence = (
             "Standard deviation of the weights at which the predicted rate crosses 1, and at which half of the tokens "
             f"stop settling: {'; '.join(pairs)}."
@@ -265,6 +274,29 @@ def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
             ["A crossing is interpolated between two scales by their logarithm."],
         )
     ]
+
+
+def _boundary_ratios(results: Sequence[CellResult]) -> dict[str, Interval]:
+    """Predicted over observed scale by design, with the interval of its mean logarithm over the seeds that have both;
+    all intervals hold together."""
+    logarithms: dict[str, list[float]] = {}
+    for _, group in by_design(results, lambda cell: cell.seed):
+        for each in boundaries(group):
+            if each.predicted and each.observed:
+                logarithms.setdefault(_design(each), []).append(math.log(each.predicted / each.observed))
+    return {
+        name: Interval(mean=math.exp(one.mean), low=math.exp(one.low), high=math.exp(one.high), count=one.count)
+        for name, one in Told.of(logarithms).intervals.items()
+    }
+
+
+def _design(boundary: Boundary) -> str:
+    scale = f" x {boundary.injection_scale:g}" if boundary.injection_scale != 1 else ""
+    return f"{boundary.norm} with {boundary.injection} injection{scale}"
+
+
+def _over(found: Interval) -> str:
+    return f" over {found.count} seeds" if found.count > 1 else ""
 
 
 def phase_rows(

@@ -40,8 +40,8 @@ class Sweep:
     """Each: dotted fields of the configuration with the values to try, all combinations of them."""
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named designs: dotted fields with one value each."""
-    seeds: Count = 2
-    """Models of each design."""
+    seeds: Count = 5
+    """Models of each design; fewer tell only of what is far larger than their spread."""
     controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     """Feed-forward models that are trained beside each looped one."""
     study: StudySettings = field(default_factory=StudySettings)
@@ -183,7 +183,7 @@ class _Checked:
     """The fields of a sweep that have a form of their own."""
 
     task: Task
-    seeds: int = 2
+    seeds: int = 5
     controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     study: StudySettings = field(default_factory=StudySettings)
 

@@ -14,7 +14,7 @@ from loopscope.experiments.load import Experiment
 from loopscope.experiments.random_findings import Boundary, boundaries
 from loopscope.experiments.sweep_cells import ControlName as Control
 from loopscope.experiments.sweep_cells import SweepResult
-from loopscope.experiments.sweep_findings import DesignSummary, control_results, summaries
+from loopscope.experiments.sweep_findings import DesignSummary, bigram_lines, control_results, summaries
 from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, kind_label, ordered_colours
 from loopscope.report.figures.plot import Axis, Dash, Dots, HeatMap, Line, Mark, Panel, Plot, Rule, Section
 from loopscope.study import powers_of_two
@@ -313,17 +313,19 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
     looped = [each for each in found if each.control is None]
     ranking = Plot(
         question="Which loss and accuracy, and what becomes of them?",
-        reading="(a) Test loss, on a logarithmic axis, (b) share of tokens that are the likeliest one, where earlier "
+        reading="(a) Test loss, (b) share of tokens that are the likeliest one, where earlier "
         "tokens are given. A mark is a seed: filled ones at the trained number of recurrences, open ones at the "
-        "largest number; a line joins the two means.",
+        "largest number; a line joins the two means. The dashed line is the loss of a bigram table fitted to the test "
+        "text itself: a design to its right may have learnt no more than pairs of tokens.",
         panels=[_ranking(found, accuracy=False), _ranking(found, accuracy=True)],
         anchor="training-ranking",
     )
     curves = Plot(
         question="Which loss after each number of recurrences?",
         reading="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as "
-        "deep) and dotted (as large). The vertical line is the trained number of recurrences. Kept: the loss at the "
-        "largest number is about that at the trained one.",
+        "deep) and dotted (as large). The vertical line is the trained number of recurrences, the horizontal one the "
+        "loss of a bigram table fitted to the test text. Kept: the loss at the largest number is about that at the "
+        "trained one, of all seeds as their interval tells, and of how many.",
         panels=[_loss_curves(each, results, index) for index, each in enumerate(looped)],
         anchor="training-losses",
     )
@@ -364,8 +366,12 @@ def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Panel:
         Dots(x=nowhere, y=nowhere, name="looped, largest number", colour=CATEGORIES[0], hollow=True),
         Dots(x=nowhere, y=nowhere, name="feed-forward control", colour=MUTED, symbol="square"),
     ]
+    if not accuracy:
+        marks += [
+            Rule(x=value, name=name) for name, value in _bigram_rules([one for each in found for one in each.results])
+        ]
     return Panel(
-        x=Axis(title="accuracy", grid=True) if accuracy else Axis(title="test loss (nats)", scale="log", grid=True),
+        x=Axis(title="accuracy", grid=True) if accuracy else Axis(title="test loss (nats)", scale="auto", grid=True),
         y=Axis(
             title="",
             ticks={row: visible(each.name, 44) for row, each in enumerate(found)},
@@ -376,6 +382,11 @@ def _ranking(found: Sequence[DesignSummary], *, accuracy: bool) -> Panel:
         anchor="training-accuracy" if accuracy else "",
         height=150 + 24 * len(found),
     )
+
+
+def _bigram_rules(results: Sequence[SweepResult]) -> list[tuple[str, float]]:
+    """Lines that a logarithmic axis can have."""
+    return [(name, value) for name, value in bigram_lines(results).items() if value > 0]
 
 
 def _seeds(
@@ -421,8 +432,12 @@ def _loss_curves(design: DesignSummary, results: Sequence[SweepResult], index: i
     return Panel(
         x=Axis(title="recurrences", scale="log", ticks=numbers),
         y=Axis(title="loss (nats)"),
-        marks=[*marks, Rule(x=float(first.trained), dash="solid")],
-        title=f"{visible(design.name, 60)}: kept in {design.kept} of {len(design.results)} seeds",
+        marks=[
+            *marks,
+            Rule(x=float(first.trained), dash="solid"),
+            *(Rule(y=value, name=name, dash="dashdot") for name, value in _bigram_rules([first])),
+        ],
+        title=f"{visible(design.name, 60)}: kept? {design.kept_text}",
         anchor=f"training-curve-{index}",
         height=280,
     )

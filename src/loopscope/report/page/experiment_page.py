@@ -186,10 +186,11 @@ def _training_table(found: Sequence[DesignSummary]) -> Table:
         anchor="training-table",
         title="Trained models, the lowest loss first",
         lead="Losses in nats: mean over seeds and Student's 95 % interval of it, at the trained number of recurrences "
-        "and at the largest one; kept: seeds in which the second is at most 1 %, or 0.01 nats, above the first. "
-        "Settled: judged tokens that reach a fixed point or hover at the floor. Rate: the largest predicted, over "
-        "seeds. Stages repeat: share of the stage measures' variance that goes with the layer, whatever the "
-        "recurrence.",
+        "and at the largest one. Kept: the second is at most 1 %, or 0.01 nats, above the first; by the seeds' "
+        "intervals, which for all looped designs hold together with 95 %, and in how many seeds. The bigram table is "
+        "fitted to the test text itself: one of other text has a larger loss. Settled: judged tokens that reach a "
+        "fixed point or hover at the floor, with the interval over seeds. Rate: the largest predicted, over seeds. "
+        "Stages repeat: share of the stage measures' variance that goes with the layer, whatever the recurrence.",
         columns=TRAINING_COLUMNS,
         rows=training_rows(found),
     )
@@ -206,12 +207,10 @@ def _limits(experiments: Sequence[Experiment]) -> list[str]:
             "The trained models are small and trained for minutes: orders of designs may change with size, data and "
             "length of training."
         )
-        if seeds < 5:
-            limits.append(
-                f"With {plural(seeds, 'seed')} of a design, intervals over seeds are wide, and an order of neighbours "
-                "in the ranking means little."
-            )
-        limits.append("Loss and accuracy are of one test text, the same for all designs.")
+        limits.append(
+            f"No design has fewer than {plural(seeds, 'seed')}. Intervals are Student's over seeds, each counted "
+            "once: they say what other seeds of these models would give on this test text, not what another text would."
+        )
     if not all(each.finished for each in experiments):
         limits.append("An experiment is not finished: designs whose cells are missing are left out.")
     return limits
