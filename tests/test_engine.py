@@ -186,7 +186,7 @@ SWEEP = {
                          "recurrent": 1, "coda": 0, "recurrences": 2, "injection": "linear"},
         "steps": 20, "batch_size": 4, "optimizer": {"warmup_steps": 1}, "checkpoint_every": 5,
     },
-    "seeds": 3,
+    "seeds": 4,
     "controls": [],
     "study": {"prompts": 2, "horizon": 8},
 }  # fmt: skip
@@ -216,7 +216,7 @@ def test_a_sweep_is_whole_though_a_worker_is_killed(
         dataclasses.replace(each, seconds=0.0) for each in serial
     ]
     weights = [sorted((folder / "runs").glob("*/model.safetensors")) for folder in (tmp_path / name, out)]
-    assert len(weights[0]) == len(weights[1]) == 3
+    assert len(weights[0]) == len(weights[1]) == 4
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
 
