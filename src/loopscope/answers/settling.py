@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -78,6 +79,7 @@ def parts(data: xarray.Dataset) -> xarray.DataArray:
     return data["twin_growth"] > 3 * data["twin_growth_error"]
 
 
+@lru_cache(maxsize=2)  # a dozen answers ask for it
 def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     """The `Settling` of every layer and prompt, as an array of its integer rank, dimensions (layer, prompt).
 
@@ -163,6 +165,7 @@ def horizon_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     return [_ORDER[rank] for rank in settling(view, criterion).max("layer").values]
 
 
+@lru_cache(maxsize=2)
 def prompts_by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Whether all of a prompt's tokens settle (see `token_kinds`), and whether most are seen to move."""
     codes = token_kinds(view.study)

@@ -22,6 +22,8 @@ _PROMPTS = 4
 """Prompts in the page unless the settings name some: with 200 tokens each they take half a MB."""
 _TOKENS = 200
 """Of a longer prompt, the last that many."""
+_Arrays = dict[str, np.ndarray]
+"""Of one prompt by name, the token last."""
 _MOVING = (Kind.ORBIT, Kind.SLIDER, Kind.BOUNDED, Kind.DIVERGING)
 _TURNING = (Predicted.DAMPED_ROTATION, Predicted.ORBIT, Predicted.PERIOD_TWO)
 
@@ -89,7 +91,9 @@ def _interesting(data: xarray.Dataset) -> list[int]:
 def _group(view: StudyView, data: xarray.Dataset, prompt: int) -> PanelGroup:
     strings = view.strings(prompt)
     first = max(0, len(strings) - _TOKENS)
-    here = data.isel(prompt=prompt)
+    # As arrays once, the token last: a data set takes longer to find one token than all that is said of it.
+    of_tokens = (values for values in data.isel(prompt=prompt).data_vars.values() if values.dims[-1:] == ("token",))
+    here = {str(values.name): values.values for values in of_tokens} | {"change": data["change"].values}
     tokens = [_token(here, place, strings[place]) for place in range(first, len(strings))]
     entry = view.study.tokens[prompt]
     text = str(entry["text"] or "".join(strings))
@@ -97,7 +101,7 @@ def _group(view: StudyView, data: xarray.Dataset, prompt: int) -> PanelGroup:
         name=f"Prompt {prompt}: {visible(text, 70)}",
         tokens=tokens,
         first=first,
-        start=_first_shown(tokens, here["verdict_level"].values[first : len(strings)]),
+        start=_first_shown(tokens, here["verdict_level"][first : len(strings)]),
         note=f"The last {_TOKENS} of its {len(strings)} tokens." if first else "",
     )
 
@@ -112,13 +116,13 @@ def _first_shown(tokens: list[PanelToken], levels: NDArray[np.floating]) -> int:
     )
 
 
-def _token(here: xarray.Dataset, place: int, string: str) -> PanelToken:
-    code = int(here["verdict"].values[place])
+def _token(here: _Arrays, place: int, string: str) -> PanelToken:
+    code = int(here["verdict"][place])
     if code < 0:
         return PanelToken(label=string, kind=None, line="It was not judged.")
     kind = KINDS[code]
-    numbers = {name: float(here[f"verdict_{name}"].values[place]) for name in FACTS}
-    other = int(here["verdict_cosine"].values[place])
+    numbers = {name: float(here[f"verdict_{name}"][place]) for name in FACTS}
+    other = int(here["verdict_cosine"][place])
     facts = [("by the cosine method", str(KINDS[other]) if other >= 0 else "not judged")]
     return PanelToken(
         label=string,
@@ -127,52 +131,47 @@ def _token(here: xarray.Dataset, place: int, string: str) -> PanelToken:
         facts=[
             *facts,
             *facts_of(numbers),
-            *_trials(here["verdict_changes"].isel(token=place)),
+            *_trials(here["change"], here["verdict_changes"][:, place]),
             *_predicted(here, place),
         ],
-        path=_path(here, {"token": place}) if "tail_path" in here else None,
-        curve=here["displacement"].isel(token=place).values if "displacement" in here else None,
+        path=here["tail_path"][..., place].T if "tail_path" in here else None,
+        curve=here["displacement"][:, place] if "displacement" in here else None,
         floor=numbers["floor"],
         eigenvalues=_eigenvalues(here, place),
     )
 
 
-def _predicted(here: xarray.Dataset, place: int) -> list[tuple[str, str]]:
+def _predicted(here: _Arrays, place: int) -> list[tuple[str, str]]:
     """What the token's eigenvalues and its steps say, where they were taken."""
     names = ["predicted_rate", "observed_rate"]
     found = []
     if "predicted_kind" in here:
-        code = int(here["predicted_kind"].values[place])
+        code = int(here["predicted_kind"][place])
         found.append(("predicted", str(PREDICTED_KINDS[code]) if code >= 0 else "nothing"))
         if code >= 0 and PREDICTED_KINDS[code] in _TURNING:
             names.append("predicted_period")
-        if here["damping_needed"].values[place] < 1:
+        if here["damping_needed"][place] < 1:
             names.append("damping_needed")
     for name in names:
-        value = float(here[name].values[place]) if name in here else math.nan
+        value = float(here[name][place]) if name in here else math.nan
         if math.isfinite(value):
             found.append((name.replace("_", " "), significant(value, 3)))
     return found
 
 
-def _eigenvalues(here: xarray.Dataset, place: int) -> NDArray[np.complexfloating] | None:
+def _eigenvalues(here: _Arrays, place: int) -> NDArray[np.complexfloating] | None:
     if "eigenvalue_real" not in here:
         return None
-    one = here.isel(token=place)
-    return np.asarray(one["eigenvalue_real"].values + 1j * one["eigenvalue_imag"].values)
+    real, imaginary = (here[f"eigenvalue_{part}"][..., place] for part in ("real", "imag"))
+    return np.asarray(real + 1j * imaginary)
 
 
-def _trials(changes: xarray.DataArray) -> list[tuple[str, str]]:
+def _trials(names: NDArray[np.str_], changes: NDArray[np.integer]) -> list[tuple[str, str]]:
     """By what the verdict was tried against, and whether it stood."""
-    values = dict(zip(map(str, changes["change"].values), changes.values.tolist(), strict=True))
+    values = dict(zip(map(str, names), changes.tolist(), strict=True))
     tried = [name for name, value in values.items() if value >= 0]
     changed = [name for name, value in values.items() if value == 1]
     return [("tried against", listed(tried)), ("changes with", listed(changed) or "none")] if tried else []
-
-
-def _path(data: xarray.Dataset, place: dict[str, int]) -> NDArray[np.floating]:
-    path: NDArray[np.floating] = data["tail_path"].isel(place).transpose("tail", "plane").values
-    return path
 
 
 def behaviour_section(view: StudyView, settings: ReportSettings) -> Section:
