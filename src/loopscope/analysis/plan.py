@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from loopscope._util.memory import available_bytes
+from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
@@ -122,7 +123,8 @@ def keep_budget(subject: Subject, settings: AnalyzeSettings) -> int:
         return settings.keep_limit * 2**20
     device = subject.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    return _KEEP_IF_UNKNOWN if free is None else free // (_SHARE * (settings.workers or 1))
+    workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
+    return _KEEP_IF_UNKNOWN if free is None else free // (_SHARE * workers)
 
 
 def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:

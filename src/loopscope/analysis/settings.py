@@ -124,8 +124,8 @@ class AnalyzeSettings:
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     judged_layers: JudgedLayers = "all"
-    """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. The states
-    that are judged, up to 1.75 times --horizon of them a layer, are kept in memory for a batch."""
+    """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
+    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept for a batch."""
     eigenvalue_products: Count = 40
     """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
     takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""

@@ -30,6 +30,7 @@ model alone."""
 _MOST_GAIN = 10_000.0
 """Of rounding: no contraction that anybody trains amplifies it further."""
 _STILL_GREW = 5.0
+"""Factor of the second half of the time from which on growth that is exponential shows that the twins part."""
 _GREW = 30.0
 """Factor by which the distance must have grown for the growth to be a rate, rather than noise that adds up."""
 
