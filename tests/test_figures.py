@@ -43,7 +43,7 @@ from loopscope.report.figures.write import (
     write_figures,
 )
 from loopscope.report.settings import ReportSettings
-from loopscope.study import Study, view_study
+from loopscope.study import Study, StudyView, view_study
 from small_models import FEED_FORWARD, GATED, PROMPTS, subject
 from staged_study import OTHER, SHAPE, staged_study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
@@ -70,6 +70,11 @@ HOSTILE = ["$x_1$", "$\\frac{1", "<script>alert(1)</script>", "a_b^c$", "&amp;" 
 @pytest.fixture(scope="module")
 def study() -> Study:
     return looped_study(contracting(), prompts=5, recurrences=12)
+
+
+def drawn(kind: FigureType[StudyView], view: StudyView, width: Width = "auto") -> Figure:
+    """What `draw_figure` draws, of a study that has been looked at."""
+    return in_matplotlib.draw(kind.draw(view, ReportSettings()), width)
 
 
 def names(found: FigureSet) -> set[str]:
@@ -206,18 +211,23 @@ def test_a_feed_forward_study_has_figures_without_recurrences(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "absent"),
+    ("changes", "absent", "laid_out"),
     [
-        ({"recurrences": 1}, {"step-by-layer", "head-change", "loss", "concentration-beyond"}),
-        ({"recurrences": 4, "trained": 4}, {"stages-beyond", "concentration-by-depth-long"}),
-        ({"trained": None}, {"stages-beyond", "concentration-beyond"}),
-        ({"prompts": 1, "tokens": 1}, set()),
-        ({"fate": overflowing}, {"tokens", "trajectories", "loss", "layer-cosine"}),
-        ({"fate": [contracting(), overflowing]}, set()),
+        ({"recurrences": 1}, {"step-by-layer", "head-change", "loss", "concentration-beyond"}, False),
+        ({"recurrences": 4, "trained": 4}, {"stages-beyond", "concentration-by-depth-long"}, False),
+        ({"trained": None}, {"stages-beyond", "concentration-beyond"}, False),
+        ({"fate": [contracting(), overflowing]}, set(), False),
+        # Without spread, and without an end.
+        ({"prompts": 1, "tokens": 1}, set(), True),
+        (
+            {"fate": overflowing, "prompts": 1, "tokens": 1},
+            {"tokens", "trajectories", "loss", "layer-cosine"},
+            True,
+        ),
     ],
-    ids=["one recurrence", "none beyond", "training unknown", "one token", "diverged", "mixed"],
+    ids=["one recurrence", "none beyond", "training unknown", "mixed", "one token", "diverged"],
 )
-def test_unusual_studies_are_drawn_as_far_as_they_go(changes: dict[str, Any], absent: set[str]) -> None:
+def test_unusual_studies_are_drawn_as_far_as_they_go(changes: dict[str, Any], absent: set[str], laid_out: bool) -> None:
     options = {"fate": contracting(), "prompts": 3, "recurrences": 10, "horizon": 12, **changes}
     view = view_study(looped_study(**options))
     left_out = {kind.name for kind in STUDY_FIGURES if kind.absent(view)}
@@ -226,15 +236,10 @@ def test_unusual_studies_are_drawn_as_far_as_they_go(changes: dict[str, Any], ab
         assert left_out == NOT_SYNTHETIC
     for kind in STUDY_FIGURES:
         if kind.name not in left_out and not kind.name.startswith(SAME_CODE):
-            assert has_data(draw_figure(view.study, kind.name)), kind.name
-
-
-@pytest.mark.parametrize("fate", [contracting(), overflowing], ids=["one token", "diverged"])
-def test_figures_without_spread_or_end_can_be_laid_out(fate: Any) -> None:
-    view = view_study(looped_study(fate, prompts=1, tokens=1, recurrences=6, horizon=6))
-    for kind in STUDY_FIGURES:
-        if not kind.name.startswith(SAME_CODE) and kind.absent(view) is None:
-            assert_inside(draw_figure(view.study, kind.name), kind.name)
+            figure = drawn(kind, view)
+            assert has_data(figure), kind.name
+            if laid_out:
+                assert_inside(figure, kind.name)
 
 
 @pytest.mark.parametrize("shape", [GATED, FEED_FORWARD], ids=["gated", "feed-forward"])
@@ -255,7 +260,7 @@ def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
         }
     for kind in STUDY_FIGURES:
         if kind.name not in left_out:
-            assert has_data(draw_figure(view.study, kind.name)), kind.name
+            assert has_data(drawn(kind, view)), kind.name
     wanted = "exit-gate" if gated else "stages-by-depth"
     (found,) = write_figures(ran, tmp_path, formats=("svg",), only=[wanted])
     assert names(found) == {wanted}
@@ -266,7 +271,7 @@ def test_verdicts_of_all_kinds_are_drawn() -> None:
     kinds = [kind for kind in STUDY_FIGURES if kind.name in JUDGED]
     assert not [kind.name for kind in kinds if kind.absent(view)]
     for kind in kinds:
-        figure = draw_figure(view.study, kind.name)
+        figure = drawn(kind, view)
         assert has_data(figure), kind.name
         assert_inside(figure, kind.name)
 
@@ -294,7 +299,7 @@ def test_figures_of_one_column_stay_on_the_page_and_no_text_is_a_formula(study: 
     view = view_study(dataclasses.replace(study, manifest=long))
     for kind in STUDY_FIGURES:
         if kind.absent(view) is None and not kind.name.startswith(SAME_CODE[:3]):
-            figure = draw_figure(view.study, kind.name, "single")
+            figure = drawn(kind, view, "single")
             assert_inside(figure, kind.name)
             texts: list[Any] = figure.findobj(Text)
             assert len(texts) > 3

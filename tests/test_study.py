@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -64,6 +65,13 @@ def folder(study: Study, tmp_path: Path) -> Path:
     return tmp_path / "study"
 
 
+@functools.cache
+def analyzed(shape: Architecture | None = None, skip: tuple[Part, ...] = ()) -> Study:
+    """A study that was not written, once for all tests."""
+    settings = dataclasses.replace(SETTINGS, skip=skip)
+    return analyze(subject(shape) if shape else subject(), PROMPTS, settings=settings)
+
+
 def table(section: str) -> list[list[str]]:
     """Cells of the table below a heading of the document, without its head."""
     text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
@@ -109,8 +117,7 @@ def test_variables_say_what_they_are(study: Study) -> None:
 def test_a_study_says_why_it_lacks_a_variable(
     model: Architecture | None, skip: tuple[Part, ...], name: str, why: str
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, skip=skip)
-    found = analyze(subject(model) if model else subject(), PROMPTS, settings=settings)
+    found = analyzed(model, skip)
     assert name not in found.dataset
     assert found.manifest["left_out"][name] == why
     assert set(found.manifest["left_out"]) | {str(each) for each in found.dataset} == set(declared_variables())
@@ -118,7 +125,7 @@ def test_a_study_says_why_it_lacks_a_variable(
 
 def test_the_documentation_lists_the_variables_and_their_dimensions(study: Study) -> None:
     produced = {str(name): tuple(map(str, values.dims)) for name, values in study.dataset.data_vars.items()}
-    gated = analyze(subject(GATED), PROMPTS, settings=SETTINGS).dataset
+    gated = analyzed(GATED).dataset
     produced |= {str(name): tuple(map(str, values.dims)) for name, values in gated.data_vars.items()}
     assert produced == documented_variables()
 
@@ -136,7 +143,7 @@ def test_the_documentation_lists_the_coordinates(study: Study) -> None:
     ids=["uninjected", "one layer", "feed-forward"],
 )
 def test_other_models_lack_what_the_documentation_says(shape: Architecture, missing: set[str] | None) -> None:
-    produced = set(analyze(subject(shape), PROMPTS, settings=SETTINGS).dataset.data_vars)
+    produced = set(analyzed(shape).dataset.data_vars)
     documented = set(documented_variables())
     assert produced == (FEED_FORWARD_VARIABLES if missing is None else documented - missing)
     assert documented > FEED_FORWARD_VARIABLES
@@ -177,7 +184,7 @@ def test_what_is_saved_is_loaded(study: Study) -> None:
 
 
 def test_a_study_is_the_same_whether_it_was_written_or_not(study: Study) -> None:
-    xarray.testing.assert_identical(analyze(subject(), PROMPTS, settings=SETTINGS).dataset, study.dataset)
+    xarray.testing.assert_identical(analyzed().dataset, study.dataset)
 
 
 def test_a_saved_study_can_be_saved_elsewhere_and_over_itself(study: Study, tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ class StudyView:
     """In which the states were computed."""
     interventions: tuple[str, ...] = ()
     """What the analysis changed in the model's computation."""
+    _variables: dict[str, xr.DataArray] = field(default_factory=dict, init=False, repr=False)
+    """Those that were asked for: to take one out of a data set is slower than most of what is done with it."""
     _medians: dict[tuple[str, float], xr.DataArray] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -206,12 +208,14 @@ class StudyView:
         """Of the prompts shown. Raises `StudyError`, which says why, where the study has none of that name."""
         if name not in self.shown:
             raise StudyError(f"{name}, from which this is drawn, is not in the study: {self.why_absent(name)}.")
-        return self.shown[name]
+        if name not in self._variables:
+            self._variables[name] = self.shown[name]
+        return self._variables[name]
 
     def why_absent(self, name: str) -> str | None:
         """Why the study has no such variable, or no finite number of it; None if it has."""
         if name in self.shown:
-            values = self.shown[name].values
+            values = self.shown.variables[name].values
             nothing = values.dtype.kind == "f" and not np.isfinite(values).any()
             return f"{name} is nowhere finite in this study" if nothing else None
         skipped = ", ".join(self.manifest["settings"].get("skip", ()))

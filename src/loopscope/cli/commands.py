@@ -51,9 +51,10 @@ class Analyze:
 
         with ProgressBar("recurrences") as progress:
             study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
-        say_answers(quick_answers(study))
+        answers = quick_answers(study)
+        say_answers(answers)
         if self.report:
-            say(f"report  {write_report(study, self.out / 'report.html')}")
+            say(f"report  {write_report(study, self.out / 'report.html', answers=answers)}")
         else:
             say(f"study  {self.out}")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer
-from loopscope.answers.quick import quick_answers
 from loopscope.report.figures.convergence import convergence_section, norms_section
 from loopscope.report.figures.eigenvalues import stability_section
 from loopscope.report.figures.heads import heads_section
@@ -35,10 +34,9 @@ _MOST_LAYER_ROWS = 4
 """Of layers that each do something else; the figures show all of them."""
 
 
-def render_page(study: Study, settings: ReportSettings) -> str:
+def render_page(study: Study, settings: ReportSettings, answers: Sequence[Answer]) -> str:
     """The whole report as HTML."""
     view = view_study(study)
-    answers = quick_answers(study, settings.criterion)
     sections = _sections(view, settings)
     return render_template(
         "report.html",
@@ -87,7 +85,7 @@ def _sections(view: StudyView, settings: ReportSettings) -> list[Section]:
     return [section for section in shown if section.figures]
 
 
-def _limits(answers: list[Answer]) -> list[str]:
+def _limits(answers: Sequence[Answer]) -> list[str]:
     return next(answer.limits for answer in answers if answer.key == "limits")
 
 

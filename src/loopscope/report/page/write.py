@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loopscope._util.files import write_atomically
+from loopscope.answers.answer import Answer
 from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import JudgedFiles
 from loopscope.experiments.load import Experiment
 from loopscope.report.page.comparison_page import render_comparison
@@ -17,15 +19,24 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 
 
-def write_report(study: Study, path: str | Path, *, settings: ReportSettings | None = None) -> Path:
+def write_report(
+    study: Study,
+    path: str | Path,
+    *,
+    settings: ReportSettings | None = None,
+    answers: Sequence[Answer] | None = None,
+) -> Path:
     """Write the report of a study to `path` as one HTML file that needs no network, and return the path.
 
-    The file is whole or not written; a report that was there is replaced. Raises `StudyError` for a study that
+    `answers` are those of `quick_answers(study, settings.criterion)`, for whoever has asked already. The file is whole
+    or not written; a report that was there is replaced. Raises `StudyError` for a study that
     lacks what the answers need, `ConfigError` for a prompt in the settings that it does not have, `StorageError` if
     the file cannot be written.
     """
-    path = Path(path)
-    write_atomically(path, render_page(study, settings or ReportSettings()).encode())
+    path, settings = Path(path), settings or ReportSettings()
+    if answers is None:
+        answers = quick_answers(study, settings.criterion)
+    write_atomically(path, render_page(study, settings, answers).encode())
     return path
 
 
