@@ -24,11 +24,11 @@ from loopscope.answers.rates import (
     driver_shares,
     prompt_shares,
     study_rates,
-    token_kinds,
     token_roles,
     token_shares,
 )
 from loopscope.answers.settling import prompts_by_verdict
+from loopscope.answers.token_kinds import token_kinds
 from loopscope.cli import main
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
@@ -159,6 +159,13 @@ def test_shares_of_tokens_and_of_prompts(study: Study) -> None:
     assert rates.changed == {"window": (1, 40), "horizon": (0, 40), "seed": (0, 0)}
     assert token_shares(by_cluster([ORBIT, ORBIT, FIXED], ["a", "a", "b"]))[ORBIT].share == 2 / 3
     assert prompt_shares(np.full((2, 3), -1))[0].total == 0
+
+
+@pytest.mark.parametrize(("rate", "not_yet"), [(0.95, 18), (0.5, 0)], ids=["shrinks at 2H", "is there"])
+def test_unknown_tokens_of_a_prompt_that_still_settles_are_not_yet(rate: float, not_yet: int) -> None:
+    codes = np.full((LAYERS, 2, 10), UNKNOWN, dtype=np.int8)
+    codes[:, 1, 3:5] = FIXED
+    assert study_rates(with_behaviour(looped_study(contracting(rate), prompts=2), codes)).not_yet == not_yet
 
 
 def test_of_two_states_a_token_is_what_it_is_where_it_settles_least(study: Study) -> None:

@@ -17,10 +17,10 @@ from loopscope.answers.rates import (
     Rates,
     by_cluster,
     study_rates,
-    token_kinds,
     token_shares,
 )
 from loopscope.answers.settling import prompts_by_verdict
+from loopscope.answers.token_kinds import token_kinds
 from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, JudgedFiles, Kind
 from loopscope.study import StudyView
 

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from loopscope._util.statistics import clopper_pearson, cluster_interval, surviving
 from loopscope._util.wording import listed
+from loopscope.answers.answer import Criterion
 from loopscope.answers.predictions import token_drivers
-from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, Kind
+from loopscope.answers.settling import Settling, horizon_settling
+from loopscope.answers.token_kinds import at_places, ends_of_states, least_settled, verdict_codes
+from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
-from loopscope.study import Study
+from loopscope.study import Study, view_study
 
 ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "last token")
 """Of tokens; one token can have several, but that of the beginning of text neither is of the question nor of the system
@@ -91,6 +94,8 @@ class Rates:
     """None for a method or a study without p-values."""
     changed: dict[str, tuple[int, int]]
     """By what a verdict was tried against (the coordinate `change`): how many changed, of how many tried."""
+    not_yet: int
+    """Tokens that cannot be told, of prompts whose steps still shrink at 2H: a longer horizon tells."""
 
     @property
     def where(self) -> str:
@@ -106,18 +111,20 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
 
     Raises `StudyError` for a study without verdicts, or without those of the layer.
     """
-    codes = _codes(study, method)
+    codes = verdict_codes(study, method)
     layers = [int(each) for each in study.dataset["judged_layer"].values]
-    chosen = _ends_of_states(study) if layer is None else [layer]
+    chosen = ends_of_states(study) if layer is None else [layer]
     if not set(chosen) <= set(layers):
         raise StudyError(f"Layer {chosen[0]} was not judged; the study has verdicts of the layers {layers}.")
-    places = _least_settled(codes, [layers.index(each) for each in chosen])
-    there = _at(places, codes)
+    places = least_settled(codes, [layers.index(each) for each in chosen])
+    there = at_places(places, codes)
     bos = (study.manifest.get("tokenizer") or {}).get("bos")
     roles = token_roles(study.tokens, there.shape[1], None if bos is None else int(bos["id"]))
     changes = study.dataset["verdict_changes"].transpose("change", "judged_layer", "prompt", "token")
     displaced = method == "displacement"
-    tried = {str(name): _at(places, changes.sel(change=name).values) for name in changes["change"].values if displaced}
+    tried = {
+        str(name): at_places(places, changes.sel(change=name).values) for name in changes["change"].values if displaced
+    }
     drivers = token_drivers(study.dataset) if "predicted_kind" in study.dataset else np.full(there.shape, -1)
     return Rates(
         layer=chosen[-1],
@@ -129,39 +136,13 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
         roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
         discoveries=_discoveries(study, places) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
+        not_yet=_not_yet(study, there),
     )
 
 
-def token_kinds(study: Study, method: str = "displacement") -> NDArray[np.integer]:
-    """What each token tends to, (prompt, token), as places in `KINDS`: after the last recurrent layer, and in a model
-    in which several states go around after whichever of their last layers it settles least.
-
-    Raises `StudyError` for a study without verdicts.
-    """
-    codes = _codes(study, method)
-    layers = study.dataset["judged_layer"].values.tolist()
-    return _at(_least_settled(codes, [layers.index(each) for each in _ends_of_states(study)]), codes)
-
-
-def _ends_of_states(study: Study) -> list[int]:
-    """The judged layers after which a state that goes around is whole; the last is that of the loop state."""
-    layers = [int(each) for each in study.dataset["judged_layer"].values]
-    others = study.manifest["model"].get("other_states", ())
-    return [*(layer for layer in layers[:-1] if layer in others), layers[-1]]
-
-
-def _least_settled(codes: NDArray[np.integer], places: Sequence[int]) -> NDArray[np.integer]:
-    """Of these places along the first dimension the one at which a token moves, else one where it is unknown; where
-    they are alike the last."""
-    backwards = np.array(places[::-1])
-    there = codes[backwards]
-    ranks = np.where(np.isin(there, MOVING_CODES), 2, np.where(there == _UNKNOWN, 1, 0))
-    return np.asarray(backwards[ranks.argmax(0)])
-
-
-def _at(places: NDArray[np.integer], values: NDArray[Any]) -> NDArray[Any]:
-    """Of `values`, (judged_layer, prompt, token), those at the place of each token."""
-    return np.asarray(np.take_along_axis(values, places[None], axis=0)[0])
+def _not_yet(study: Study, codes: NDArray[np.integer]) -> int:
+    shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view_study(study), Criterion())]
+    return int((codes[shrink] == _UNKNOWN).sum())
 
 
 def by_cluster(codes: Sequence[int], clusters: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -247,18 +228,20 @@ def _discoveries(study: Study, places: NDArray[np.integer]) -> Discoveries | Non
     tests = int((codes >= 0).sum())
     survive = np.zeros(codes.shape, dtype=np.bool_)
     survive[codes >= 0] = surviving(p_values[codes >= 0], FALSE_DISCOVERIES)
-    at = {kind: _at(places, codes) == KINDS.index(kind) for kind in STRUCTURED}
+    at = {kind: at_places(places, codes) == KINDS.index(kind) for kind in STRUCTURED}
     return Discoveries(
         tests=tests,
         expected=float(settings["significance"]) * tests,
-        surviving={kind: (int((_at(places, survive) & those).sum()), int(those.sum())) for kind, those in at.items()},
+        surviving={
+            kind: (int((at_places(places, survive) & those).sum()), int(those.sum())) for kind, those in at.items()
+        },
     )
 
 
 def co_occurrence(study: Study, method: str = "displacement") -> NDArray[np.float64]:
     """`P(b at some layer | a at some layer)` of the same token, (a, b) in the order of `KINDS`; NaN for an `a` that no
     token has at any layer. Raises `StudyError` for a study without verdicts."""
-    codes = _codes(study, method)
+    codes = verdict_codes(study, method)
     seen = np.stack([(codes == index).any(0) for index in range(len(KINDS))]).reshape(len(KINDS), -1).astype(np.float64)
     both = seen @ seen.T
     with np.errstate(invalid="ignore"):
@@ -286,15 +269,3 @@ def token_roles(
             roles["digits"][row, place] = bool(text) and text.isdigit()
             roles["punctuation"][row, place] = bool(text) and not any(char.isalnum() for char in text)
     return roles
-
-
-def _codes(study: Study, method: str) -> NDArray[np.integer]:
-    name = {"displacement": "verdict", "cosine": "verdict_cosine"}.get(method)
-    if name is None:
-        raise StudyError(f"method is displacement or cosine, got {method!r}.")
-    if name not in study.dataset:
-        raise StudyError(
-            "The study has no verdicts: its model has no loop, the part behaviour was skipped, or it was made by an "
-            "older loopscope; run `loopscope analyze` into a new folder."
-        )
-    return np.asarray(study.dataset[name].transpose("judged_layer", "prompt", "token").values)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import spans
 from loopscope.answers.answer import Criterion
-from loopscope.answers.rates import token_kinds
+from loopscope.answers.token_kinds import token_kinds
 from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView
 

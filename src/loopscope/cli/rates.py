@@ -62,7 +62,7 @@ class CountRates:
             return
         say_table(_table(rates, roles=self.roles))
         console = Console(highlight=False)
-        for line in [*_by_chance(rates), *_changed(rates)]:
+        for line in [*_not_yet(rates), *_by_chance(rates), *_changed(rates)]:
             console.print(line, style="dim", markup=False)
 
 
@@ -105,6 +105,16 @@ def _cell(share: KindShare) -> str:
         found, most = share.bracket
         lines.append(f"with {share.undecided:,} undecided {100 * found:.3g} to {100 * most:.3g}\u00a0%")
     return "\n".join(lines)
+
+
+def _not_yet(rates: Mapping[str, Rates]) -> list[str]:
+    """Of how many unknown tokens more recurrences would tell, a line each study that has some."""
+    return [
+        f"{name}: {each.not_yet:,} of the unknown tokens are not there yet: the steps of their prompts still shrink at "
+        "2H; a longer --horizon tells"
+        for name, each in rates.items()
+        if each.not_yet
+    ]
 
 
 def _by_chance(rates: Mapping[str, Rates]) -> list[str]:
@@ -156,6 +166,7 @@ def _plain(rates: Rates, *, roles: bool) -> dict[str, Any]:
                 str(kind): {"left": left, "found": of} for kind, (left, of) in rates.discoveries.surviving.items()
             },
         },
+        "not_yet": rates.not_yet,
         "changed": {name: {"changed": changed, "tried": of} for name, (changed, of) in rates.changed.items()},
     }
     if roles:
