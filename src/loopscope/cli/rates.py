@@ -14,6 +14,9 @@ from loopscope._util.table import Table
 if TYPE_CHECKING:
     from loopscope.answers.rates import KindShare, Rates
 
+_SMALLEST = 1e-5
+"""Lower ends of intervals below it are told as that: with two prompts they may be powers of ten that mean nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CountRates:
@@ -100,7 +103,8 @@ def _cell(share: KindShare) -> str:
         return "–"
     low, high = share.interval
     shown = f": {100 * share.share:.3g}\u00a0%" if share.decided else ""
-    lines = [f"{share.count:,} of {share.decided:,}{shown}", f"({100 * low:.3g} to {100 * high:.3g}\u00a0%)"]
+    lowest = f"{100 * low:.3g}" if low >= _SMALLEST or not low else f"<{100 * _SMALLEST:g}"
+    lines = [f"{share.count:,} of {share.decided:,}{shown}", f"({lowest} to {100 * high:.3g}\u00a0%)"]
     if share.undecided:
         found, most = share.bracket
         lines.append(f"with {share.undecided:,} undecided {100 * found:.3g} to {100 * most:.3g}\u00a0%")
