@@ -19,7 +19,8 @@ from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
-from loopscope.measures.tails import Span, Tails
+from loopscope.measures.memory import Memory
+from loopscope.measures.tails import DIMENSIONS, Span, Tails
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -121,6 +122,19 @@ class Behaviour(Measure):
         self.second = self._other if batch.second_run else None
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        plan, tokens, (_, wide) = batch.plan, int(batch.counts.sum()), batch.bytes
+        number = max(4, batch.itemsize)
+        second = tail_length(2 * plan.horizon, _TAIL)
+        spans = {_tail(2 * plan.horizon), _tail(plan.horizon), _tail(plan.horizon // 2)}
+        seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
+        length = sum(stop - first for first, stop in filter(None, {*spans, seed}))
+        length += 0 if seed is None else seed[1] - seed[0]
+        kept = len(plan.judged_layers) * (tokens * length * (DIMENSIONS + 1) * number + wide)
+        # A layer's tails in float64, as steps, as a way, and as what the method makes of them.
+        return Memory(kept=kept, result=6 * 8 * tokens * second * min(DIMENSIONS, batch.info.width))
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:

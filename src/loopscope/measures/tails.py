@@ -42,10 +42,15 @@ class Tails(Observer):
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
-        for span in self._spans:
-            kept = self._kept.get((visit.layer, span))
-            if kept is not None and span[0] <= visit.recurrence < span[1]:
-                kept.add(widen(visit.residual[self._mask]), self._image)
+        spans = [
+            span for span in self._spans if span[0] <= visit.recurrence < span[1] and (visit.layer, span) in self._kept
+        ]
+        if not spans:
+            return
+        # Once for all spans, which remember it until the next.
+        state = widen(visit.residual[self._mask])
+        for span in spans:
+            self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence + 1 == span[1])
 
     def trajectories(self, layer: int, span: Span) -> Float[Tensor, "token recurrence dimension"]:
         """Of the tokens of all prompts in order, in float64 on the CPU."""
@@ -68,17 +73,18 @@ class _Kept:
     lengths: list[Tensor] = field(default_factory=list)
     """Of the steps of the states themselves."""
 
-    def add(self, state: Float[Tensor, "token width"], image: Tensor | None) -> None:
-        if self.previous is None:
+    def add(self, state: Float[Tensor, "token width"], image: Tensor | None, *, last: bool) -> None:
+        if self.first is None:
             double = state.double()
             first = double if image is None else double @ image.double()
             length = torch.linalg.vector_norm(first, dim=-1).clamp_min(1e-300)
             self.first = first * (residual_norm(double) / length)[:, None]
         else:
+            assert self.previous is not None  # spans have no gaps
             step = state - self.previous
             self.lengths.append(torch.linalg.vector_norm(step, dim=-1))
             self.steps.append(step if image is None else step @ image.to(step.dtype))
-        self.previous = state
+        self.previous = None if last else state
 
     def trajectories(self) -> Tensor:
         assert self.first is not None  # a span begins where it is kept

@@ -56,6 +56,12 @@ class Sizes:
     carries_raw_output: bool
     """The loop state is the last recurrent layer's output, so that it need not be kept beside it."""
 
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, its norms left aside."""
+        attention = 2 * self.width * (self.query_width + self.key_width)
+        return attention + self.mlp_matrices * self.width * self.mlp_width
+
     @classmethod
     def of(cls, architecture: Architecture) -> Sizes:
         return cls(
@@ -105,9 +111,8 @@ def estimate_memory(sizes: Sizes, run: RunSize) -> MemoryEstimate:
     )
 
 
-def _numbers_alive(sizes: Sizes) -> int:
-    """Per token, at the fullest moment: in attention, in the MLP, or in the head."""
-    carried = sizes.width * (2 if sizes.recurrent else 1)  # the loop state as it came in, and the prelude's output
+def numbers_in_a_layer(sizes: Sizes) -> int:
+    """Per token, at the fullest moment: in attention or in the MLP."""
     attention = (
         2 * sizes.width  # the layer's input, normed
         + 2 * sizes.key_width
@@ -119,9 +124,18 @@ def _numbers_alive(sizes: Sizes) -> int:
         + sizes.key_width
         + sizes.mlp_matrices * sizes.mlp_width
     )
-    in_layers = _ALLOCATOR * (carried + max(attention, mlp))
-    in_head = _ALLOCATOR * (carried + 2 * sizes.width) + sizes.vocab_size
-    return max(in_layers, in_head)
+    return _ALLOCATOR * (_carried(sizes) + max(attention, mlp))
+
+
+def _carried(sizes: Sizes) -> int:
+    """The loop state as it came in, and the prelude's output."""
+    return sizes.width * (2 if sizes.recurrent else 1)
+
+
+def _numbers_alive(sizes: Sizes) -> int:
+    """Per token, at the fullest moment: in a layer, or in the head."""
+    in_head = _ALLOCATOR * (_carried(sizes) + 2 * sizes.width) + sizes.vocab_size
+    return max(numbers_in_a_layer(sizes), in_head)
 
 
 @dataclass(frozen=True, kw_only=True)
