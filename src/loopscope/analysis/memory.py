@@ -1,14 +1,143 @@
-"""What an analysis takes in memory, batch by batch, and how many prompts it runs at once."""
+"""What an analysis takes in memory, batch by batch; what there is; and what would save some."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args
 
-from loopscope.measures.base import BatchInfo, Measure
+import torch
+
+from loopscope.analysis.engine.cpus import cpu_count
+from loopscope.analysis.passes import planned_batch
+from loopscope.analysis.plan import choose
+from loopscope.analysis.settings import AnalyzeSettings, Part
+from loopscope.errors import ConfigError
+from loopscope.measures.base import BatchInfo, Measure, Plan
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.memory import Memory, array_bytes
 from loopscope.measures.registry import asked_for
+from loopscope.models.checkpoints.load import available_memory
 from loopscope.models.inspection.facts import numbers_in_a_layer
+from loopscope.models.subject import Batch, Subject
+
+_KEPT_SHARE, _BATCH_SHARE = 1 / 16, 1 / 2
+"""Of free memory, that kept states may take, and that a batch is made to take: the C library may hold a quarter more
+than is in use, and others want memory too."""
+_MOST_PROMPTS = {"cpu": 8}
+_MOST_ON_A_GPU = 64
+_ERROR = 0.2
+"""Relative error of what is said to be needed."""
+_WORKER = 2**28
+"""Of a process that has imported torch, beside its model."""
+
+
+class MemoryPlan:
+    """What batches of an analysis take, and what there is for them."""
+
+    def __init__(self, subject: Subject, plan: Plan, settings: AnalyzeSettings) -> None:
+        self._subject, self._plan, self._settings = subject, plan, settings
+        workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
+        free = available_memory(subject.device)
+        self.budget = keep_budget(subject, settings, free // workers)
+        """Bytes of states that may be kept."""
+        if workers > 1:
+            item = planned_batch(subject, Batch.of([[0]]), plan).itemsize
+            free = max(0, free // workers - _WORKER - subject.info.parameters * item)
+        self.free = free
+        """Bytes that there are for one worker, beside its model."""
+
+    def kept(self, batch: Batch) -> int:
+        """Bytes of states that are kept rather than made twice; 0 where they would not fit."""
+        if not self._subject.info.is_looped:
+            return 0
+        attention = "heads" not in self._settings.skip
+        asked = kept_bytes(self._subject, batch, self._plan.recurrences, attention=attention)
+        return asked if asked <= self.budget else 0
+
+    def needed(self, batch: Batch) -> int:
+        return batch_bytes(planned_batch(self._subject, batch, self._plan), kept_states=self.kept(batch))
+
+    def at_once(self, lengths: Sequence[int], most: int) -> int:
+        """Prompts of these lengths, one batch after the other, that a batch has room for; at least 1."""
+        for size in range(min(most, len(lengths)), 1, -1):
+            if self.needed(_largest(lengths, size)) <= _BATCH_SHARE * self.free:
+                return size
+        return 1
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Raises `ConfigError` where the longest prompt does not fit even alone, whatever the error of the estimate."""
+        alone = _largest(lengths, 1)
+        needed = self.needed(alone)
+        if needed * (1 - _ERROR) > self.free:
+            raise ConfigError(
+                f"A prompt of {max(lengths):,} tokens needs about {size_text(needed)} beside the model, and "
+                f"{size_text(self.free)} are free on {self._subject.device}; {self._advice(lengths, needed)}."
+            )
+
+    def _advice(self, lengths: Sequence[int], needed: int) -> str:
+        saved = sorted(self._saved(lengths, needed), reverse=True)
+        enough = [each for each in saved if needed - each[0] <= self.free]
+        told = ", ".join(f"{option} ({size_text(less)} less)" for less, option in (enough or saved)[:5])
+        if enough:
+            return f"it would fit with {told.replace(', ', ' or ')}"
+        return f"take several of {told}" if told else "take shorter prompts, or a machine with more"
+
+    def _saved(self, lengths: Sequence[int], needed: int) -> Iterator[tuple[int, str]]:
+        """(bytes, option) of what would make a prompt need clearly less."""
+        half, settings = max(lengths) // 2, self._settings
+        changes: dict[str, dict[str, Any]] = {
+            **{f"--skip {part}": {"skip": (*settings.skip, part)} for part in get_args(Part)},
+            f"--recurrences {settings.recurrences // 2}": {"recurrences": settings.recurrences // 2},
+            f"--horizon {settings.horizon // 2}": {"horizon": settings.horizon // 2},
+            "--keep-limit 0": {"keep_limit": 0, "horizon_method": "auto"},
+        }
+        for option, change in changes.items():
+            try:
+                changed = dataclasses.replace(settings, **change)
+                plan = choose(self._subject, lengths, changed, lambda message: None)
+            except ConfigError:  # that setting would not do
+                continue
+            less = needed - MemoryPlan(self._subject, plan, changed).needed(_largest(lengths, 1))
+            if less > needed // 20:
+                yield less, option
+        less = needed - self.needed(_largest([half], 1)) if half else 0
+        if less > needed // 20:
+            yield less, f"--truncate {half}"
+
+
+def most_prompts(subject: Subject) -> int:
+    """In a batch, that are of use."""
+    return _MOST_PROMPTS.get(subject.device.type, _MOST_ON_A_GPU)
+
+
+def size_text(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.0f} MB"
+
+
+def _largest(lengths: Sequence[int], size: int) -> Batch:
+    """Of the batches of that many prompts the one with most entries."""
+    batches = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    return Batch.of([[0] * length for length in max(batches, key=lambda each: len(each) * max(each))])
+
+
+def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
+    """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
+
+    Those are counted as wide as two states, which they are where heads times their width is the residual stream's.
+    """
+    info = subject.info
+    sites = info.recurrent * (3 if attention else 1) + (0 if info.carries_raw_output else 1)
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    return batch.mask.numel() * info.width * dtype.itemsize * sites * recurrences
+
+
+def keep_budget(subject: Subject, settings: AnalyzeSettings, free: int) -> int:
+    """Bytes of states that a batch may keep rather than make twice, of those that are free."""
+    if settings.horizon_method != "auto" or not subject.info.is_looped:
+        return sys.maxsize if settings.horizon_method == "keep" else 0
+    return int(free * _KEPT_SHARE) if settings.keep_limit is None else settings.keep_limit * 2**20
 
 
 def batch_bytes(batch: BatchInfo, *, kept_states: int) -> int:
