@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -13,13 +15,18 @@ from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings, Part
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, UnknownFamilyError
 from loopscope.measures.base import BatchInfo, Measure, Plan
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.memory import Memory, array_bytes
-from loopscope.measures.registry import asked_for
+from loopscope.measures.neurons import Neurons
+from loopscope.measures.registry import asked_for, why_absent
+from loopscope.models.checkpoints.layout import find_layout
 from loopscope.models.checkpoints.load import available_memory
-from loopscope.models.inspection.facts import numbers_in_a_layer
+from loopscope.models.checkpoints.metadata import read_metadata
+from loopscope.models.inspection.facts import RunSize, numbers_in_a_layer
+from loopscope.models.native.subject import NativeSubject
+from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
 
 _KEPT_SHARE, _BATCH_SHARE = 1 / 16, 1 / 2
@@ -57,7 +64,11 @@ class MemoryPlan:
         return asked if asked <= self.budget else 0
 
     def needed(self, batch: Batch) -> int:
-        return batch_bytes(planned_batch(self._subject, batch, self._plan), kept_states=self.kept(batch))
+        """Bytes beside the model, of the batch and of what is counted once it is done."""
+        planned = planned_batch(self._subject, batch, self._plan)
+        found = batch_bytes(planned, kept_states=self.kept(batch))
+        neurons = why_absent(Neurons, self._subject.info, self._plan) is None
+        return max(found, Neurons.memory(planned.sizes, self._settings.neuron_limit) if neurons else 0)
 
     def at_once(self, lengths: Sequence[int], most: int) -> int:
         """Prompts of these lengths, one batch after the other, that a batch has room for; at least 1."""
@@ -77,16 +88,16 @@ class MemoryPlan:
             )
 
     def _advice(self, lengths: Sequence[int], needed: int) -> str:
-        saved = sorted(self._saved(lengths, needed), reverse=True)
+        saved = sorted(self.saved(lengths, 1), reverse=True)
         enough = [each for each in saved if needed - each[0] <= self.free]
         told = ", ".join(f"{option} ({size_text(less)} less)" for less, option in (enough or saved)[:5])
         if enough:
             return f"it would fit with {told.replace(', ', ' or ')}"
         return f"take several of {told}" if told else "take shorter prompts, or a machine with more"
 
-    def _saved(self, lengths: Sequence[int], needed: int) -> Iterator[tuple[int, str]]:
-        """(bytes, option) of what would make a prompt need clearly less."""
-        half, settings = max(lengths) // 2, self._settings
+    def saved(self, lengths: Sequence[int], size: int) -> Iterator[tuple[int, str]]:
+        """(bytes, option) of what would make batches of that many prompts need clearly less."""
+        half, settings, needed = max(lengths) // 2, self._settings, self.needed(_largest(lengths, size))
         changes: dict[str, dict[str, Any]] = {
             **{f"--skip {part}": {"skip": (*settings.skip, part)} for part in get_args(Part)},
             f"--recurrences {settings.recurrences // 2}": {"recurrences": settings.recurrences // 2},
@@ -99,12 +110,49 @@ class MemoryPlan:
                 plan = choose(self._subject, lengths, changed, lambda message: None)
             except ConfigError:  # that setting would not do
                 continue
-            less = needed - MemoryPlan(self._subject, plan, changed).needed(_largest(lengths, 1))
+            less = needed - MemoryPlan(self._subject, plan, changed).needed(_largest(lengths, size))
             if less > needed // 20:
                 yield less, option
-        less = needed - self.needed(_largest([half], 1)) if half else 0
+        less = needed - self.needed(_largest([half] * size, size)) if half else 0
         if less > needed // 20:
             yield less, f"--truncate {half}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What an analysis of a model that is not loaded would take."""
+
+    needed: int
+    """Bytes beside the model, everything on."""
+    kept_states: int
+    """Of these, states that are kept rather than made twice."""
+    saved: dict[str, int]
+    """Bytes that an option would save, where that is more than a twentieth."""
+
+
+def foresee(name: str | Path, revision: str | None, run: RunSize) -> Foreseen | None:
+    """By the same count that `analyze` acts on, with the memory that is free here; None for a model that is not run
+    natively, whose layers are known once it is loaded.
+
+    Raises as `inspect_model` does.
+    """
+    metadata = read_metadata(name, revision)
+    try:
+        architecture = find_layout(metadata.config, metadata.headers, str(name)).architecture
+    except UnknownFamilyError:
+        return None
+    with torch.device("meta"):
+        model = LoopedTransformer(architecture).to(getattr(torch, run.dtype))
+    subject = NativeSubject(model, name=str(name), weights_sha256="not loaded")
+    settings = AnalyzeSettings(
+        recurrences=run.recurrences, horizon=run.horizon, batch_size=run.batch_size, dtype=run.dtype
+    )
+    lengths = [run.tokens] * run.batch_size
+    memory = MemoryPlan(subject, choose(subject, lengths, settings, lambda message: None), settings)
+    batch = _largest(lengths, run.batch_size)
+    needed = memory.needed(batch)
+    saved = sorted(memory.saved(lengths, run.batch_size), reverse=True)
+    return Foreseen(needed=needed, kept_states=memory.kept(batch), saved={option: less for less, option in saved})
 
 
 def most_prompts(subject: Subject) -> int:

@@ -134,7 +134,7 @@ class Behaviour(Measure):
         length += 0 if seed is None else seed[1] - seed[0]
         kept = len(plan.judged_layers) * (tokens * length * (DIMENSIONS + 1) * number + wide)
         # A layer's tails in float64, as steps, as a way, and as what the method makes of them.
-        return Memory(kept=kept, result=6 * 8 * tokens * second * min(DIMENSIONS, batch.info.width))
+        return Memory(kept=kept, result=9 * 8 * tokens * second * min(DIMENSIONS, batch.info.width))
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:

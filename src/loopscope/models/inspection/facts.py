@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -28,6 +28,8 @@ class RunSize:
     """Prompts that are run together."""
     recurrences: Count = 64
     """How often the recurrent block runs."""
+    horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
+    """Of an analysis, which runs twice as many."""
     dtype: Dtype = "float32"
     """What the model runs in."""
 
