@@ -202,17 +202,20 @@ def batch_bytes(batch: BatchInfo, *, kept_states: int) -> int:
     run = batch.mask.numel() * batch.itemsize * numbers_in_a_layer(batch.sizes)
     whole = sum(array_bytes(kind, batch) for kind in kinds) + kept_states
 
-    def kept(some: Iterable[type[Measure]]) -> int:
-        return sum(memory[kind].kept for kind in some)
+    def total(some: Iterable[type[Measure]], part: str) -> int:
+        return sum(getattr(memory[kind], part) for kind in some)
 
-    def most(some: Iterable[type[Measure]], part: str) -> int:
-        return max((getattr(memory[kind], part) for kind in some), default=0)
+    def passing(some: Sequence[type[Measure]]) -> int:
+        return total(some, "until_ended") + run + max((memory[kind].visit for kind in some), default=0)
 
-    long_run = kept([*far, *early]) + run + most([*far, *early], "visit")
-    its_end = kept([*far, *early]) + most(far, "ended")
-    measured = kept(kinds) + run + most(near, "visit")
-    its_end_too = kept(kinds) + most(near, "ended")
-    return whole + max(long_run, its_end, measured, its_end_too, _results(memory) - kept_states)
+    def ending(some: Sequence[type[Measure]]) -> int:
+        # One by one: what one kept until then goes before the next.
+        later = [total(some[place:], "until_ended") + memory[kind].ended for place, kind in enumerate(some)]
+        return max(later, default=0)
+
+    first = total([*far, *early], "kept") + max(passing([*far, *early]), ending(far))
+    second = total(kinds, "kept") + max(passing(near), ending(near))
+    return whole + max(first, second, _results(memory) - kept_states)
 
 
 def _results(memory: dict[type[Measure], Memory]) -> int:

@@ -26,10 +26,12 @@ class Memory:
 
     kept: int = 0
     """From when it sees the run until it is asked for its arrays."""
+    until_ended: int = 0
+    """More until its run has ended."""
     visit: int = 0
     """More while a visit is reduced."""
     ended: int = 0
-    """More when its run has ended."""
+    """More when its run has ended, with what was kept until then."""
     result: int = 0
     """More while its arrays are made."""
 

@@ -52,14 +52,17 @@ class Tails(Observer):
         for span in spans:
             self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence + 1 == span[1])
 
-    def trajectories(self, layer: int, span: Span) -> Float[Tensor, "token recurrence dimension"]:
-        """Of the tokens of all prompts in order, in float64 on the CPU."""
-        return self._kept[layer, span].trajectories()
+    def trajectories(
+        self, layer: int, span: Span, tokens: slice | Tensor = slice(None)
+    ) -> Float[Tensor, "token recurrence dimension"]:
+        """Of some of the tokens of all prompts in order, in float64 on the CPU."""
+        return self._kept[layer, span].trajectories(tokens)
 
-    def drop(self, layer: int) -> None:
+    def drop(self, layer: int, *, but: Span | None = None) -> None:
         """Of what was judged."""
         for span in self._spans:
-            self._kept.pop((layer, span), None)
+            if span != but:
+                self._kept.pop((layer, span), None)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,14 +89,15 @@ class _Kept:
             self.steps.append(step if image is None else step @ image.to(step.dtype))
         self.previous = None if last else state
 
-    def trajectories(self) -> Tensor:
+    def trajectories(self, tokens: slice | Tensor) -> Tensor:
         assert self.first is not None  # a span begins where it is kept
-        steps = torch.stack(self.steps, dim=1).double()
-        true = torch.stack(self.lengths, dim=1).double().square().sum(1)
+        steps = torch.stack([step[tokens] for step in self.steps], dim=1).double()
+        true = torch.stack([length[tokens] for length in self.lengths], dim=1).double().square().sum(1)
         seen = steps.square().sum((1, 2))
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
         way = (steps * factor[:, None, None]).cumsum(1)
-        return torch.cat((self.first[:, None], self.first[:, None] + way), dim=1).cpu()
+        first = self.first[tokens][:, None]
+        return torch.cat((first, first + way), dim=1).cpu()
 
 
 @lru_cache(maxsize=4)
