@@ -18,6 +18,7 @@ from loopscope._util.shapes import States
 from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.memory import foresee
 from loopscope.analysis.passes import planned_batch
+from loopscope.analysis.settings import parts_except
 from loopscope.cli import main
 from loopscope.errors import ConfigError
 from loopscope.measures.memory import array_bytes
@@ -180,11 +181,34 @@ def test_what_cannot_fit_is_refused_before_it_starts_with_what_would_help(
         analyze(model, texts, out=tmp_path / "study", recurrences=6, horizon=8)
     said = str(refused.value)
     assert "A prompt of 40 tokens needs about" in said
-    assert "--skip stability (" in said
+    assert "it would fit with --" in said
     assert not (tmp_path / "study").exists()
     free(monkeypatch, 0)
-    with pytest.raises(ConfigError, match=r"0 MB are free on cpu; take several of --"):
+    with pytest.raises(ConfigError, match=r"0 MB may be taken on cpu; take several of --"):
         analyze(model, texts, recurrences=6, horizon=8)
+
+
+def test_a_limit_makes_parts_of_a_batch_and_no_other_study(tmp_path: Path) -> None:
+    model, progress = subject(std=0.1, dtype=torch.float64), Noting()
+    prompts = [[place] * 30 for place in range(5)]
+    whole = analyze(model, prompts, out=tmp_path, settings=SETTINGS, batch_size=5)
+    limited = analyze(model, prompts, settings=SETTINGS, batch_size=5, memory_limit=2, progress=progress)
+    assert any("at once: 5 would take more than 2 MB (--memory-limit)" in said for said in progress.said)
+    xarray.testing.assert_allclose(limited.dataset, whole.dataset, rtol=1e-6, atol=1e-9)
+    again = Noting()
+    analyze(model, prompts, out=tmp_path, settings=SETTINGS, memory_limit=2, progress=again)
+    assert any("nothing to do" in said for said in again.said)
+
+
+def test_verdicts_of_some_tokens_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = subject(std=0.1), AnalyzeSettings(recurrences=16, horizon=16, skip=parts_except("behaviour"))
+    whole = analyze(model, PROMPTS, settings=settings)
+    monkeypatch.setattr("loopscope.measures.behaviour._PIECE_BYTES", 1)
+    pieces = analyze(model, PROMPTS, settings=settings).dataset
+    xarray.testing.assert_equal(pieces[["verdict", "verdict_changes"]], whole.dataset[["verdict", "verdict_changes"]])
+    # Rates are fitted, and follow rounding: they differ as much where prompts are run one by one.
+    rates = ["verdict_rate"]
+    xarray.testing.assert_allclose(pieces.drop_vars(rates), whole.dataset.drop_vars(rates), rtol=1e-3, atol=1e-6)
 
 
 def test_each_option_saves_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +240,9 @@ def test_a_batch_size_is_a_number_or_auto(given: Any) -> None:
 
 
 def test_arrays_are_of_the_size_that_is_said() -> None:
-    study: Study = analyze(subject(), [[1] * 30, [2] * 20], recurrences=16, horizon=16)
-    job = _job(subject(), [[1] * 30, [2] * 20], recurrences=16, horizon=16)
+    fields: dict[str, Any] = {"recurrences": 16, "horizon": 8, "skip": ("stability", "twin")}
+    study: Study = analyze(subject(), [[1] * 30, [2] * 20], **fields)
+    job = _job(subject(), [[1] * 30, [2] * 20], **fields)
     batch = planned_batch(subject(), Batch.of([[1] * 30, [2] * 20]), job.plan)
     said = sum(array_bytes(kind, batch) for kind in asked_for(batch))
     assert said == pytest.approx(sum(np.asarray(each).nbytes for each in study.dataset.data_vars.values()), rel=0.2)

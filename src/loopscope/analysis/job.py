@@ -92,8 +92,8 @@ class Job:
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         if self._at_once < min(most, len(prompts)):
             progress.note(
-                f"{plural(self._at_once, 'prompt')} at once: {min(most, len(prompts))} would take more than half of "
-                f"the {size_text(self._memory.free)} that are free."
+                f"{plural(self._at_once, 'prompt')} at once: {min(most, len(prompts))} would take more than "
+                f"{size_text(self._memory.room)} (--memory-limit)."
             )
         self._note_what_is_kept()
         self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)

@@ -52,8 +52,11 @@ class MemoryPlan:
         if workers > 1:
             item = planned_batch(subject, Batch.of([[0]]), plan).itemsize
             free = max(0, free // workers - _WORKER - subject.info.parameters * item)
-        self.free = free
+        limit = None if settings.memory_limit is None else settings.memory_limit * 2**20
+        self.free = free if limit is None else min(free, limit)
         """Bytes that there are for one worker, beside its model."""
+        self.room = int(_BATCH_SHARE * free) if limit is None else self.free
+        """Of these, that what runs at once may take."""
 
     def kept(self, batch: Batch) -> int:
         """Bytes of states that are kept rather than made twice; 0 where they would not fit."""
@@ -73,7 +76,7 @@ class MemoryPlan:
     def at_once(self, lengths: Sequence[int], most: int) -> int:
         """Prompts of these lengths, one batch after the other, that a batch has room for; at least 1."""
         for size in range(min(most, len(lengths)), 1, -1):
-            if self.needed(_largest(lengths, size)) <= _BATCH_SHARE * self.free:
+            if self.needed(_largest(lengths, size)) <= self.room:
                 return size
         return 1
 
@@ -84,7 +87,7 @@ class MemoryPlan:
         if needed * (1 - _ERROR) > self.free:
             raise ConfigError(
                 f"A prompt of {max(lengths):,} tokens needs about {size_text(needed)} beside the model, and "
-                f"{size_text(self.free)} are free on {self._subject.device}; {self._advice(lengths, needed)}."
+                f"{size_text(self.free)} may be taken on {self._subject.device}; {self._advice(lengths, needed)}."
             )
 
     def _advice(self, lengths: Sequence[int], needed: int) -> str:

@@ -90,8 +90,10 @@ class AnalyzeSettings:
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
     batch_size: Count | Literal["auto"] = "auto"
-    """Prompts that are saved, and run, together; fewer are run at once where memory is short. auto takes what half of
-    the free memory has room for: at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
+    """Prompts that are saved, and run, together; fewer are run at once where memory is short. auto takes as many
+    as there is room for (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
+    memory_limit: Annotated[int, Range(0)] | None = None
+    """MiB that what runs at once may take beside the model, in each worker; half of what is free unless given."""
     threads: Count | None = None
     """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
     given."""
