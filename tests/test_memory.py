@@ -188,6 +188,13 @@ def test_what_cannot_fit_is_refused_before_it_starts_with_what_would_help(
         analyze(model, texts, recurrences=6, horizon=8)
 
 
+def test_a_study_that_could_not_be_put_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = subject(), [[1] * 10] * 400
+    free(monkeypatch, 2 * _job(model, prompts[:1]).needed)
+    with pytest.raises(ConfigError, match=r"The arrays of 400 prompts take about .*--limit"):
+        _job(model, prompts)
+
+
 def test_a_limit_makes_parts_of_a_batch_and_no_other_study(tmp_path: Path) -> None:
     model, progress = subject(std=0.1, dtype=torch.float64), Noting()
     prompts = [[place] * 30 for place in range(5)]

@@ -45,6 +45,7 @@ class MemoryPlan:
 
     def __init__(self, subject: Subject, plan: Plan, settings: AnalyzeSettings) -> None:
         self._subject, self._plan, self._settings = subject, plan, settings
+        self._machine = available_memory(torch.device("cpu"))
         workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
         free = available_memory(subject.device)
         self.budget = keep_budget(subject, settings, free // workers)
@@ -81,7 +82,8 @@ class MemoryPlan:
         return 1
 
     def check(self, lengths: Sequence[int]) -> None:
-        """Raises `ConfigError` where the longest prompt does not fit even alone, whatever the error of the estimate."""
+        """Raises `ConfigError` where the longest prompt does not fit even alone, whatever the error of the estimate, or
+        the arrays of all prompts do not while they are put together."""
         alone = _largest(lengths, 1)
         needed = self.needed(alone)
         if needed * (1 - _ERROR) > self.free:
@@ -89,6 +91,19 @@ class MemoryPlan:
                 f"A prompt of {max(lengths):,} tokens needs about {size_text(needed)} beside the model, and "
                 f"{size_text(self.free)} may be taken on {self._subject.device}; {self._advice(lengths, needed)}."
             )
+
+        arrays = self._study(lengths)
+        if 2 * arrays * (1 - _ERROR) > self._machine:
+            raise ConfigError(
+                f"The arrays of {len(lengths):,} prompts take about {size_text(2 * arrays)} while they are put "
+                f"together, and {size_text(self._machine)} are free; analyse fewer prompts at a time (--limit), or "
+                "measure fewer recurrences (--recurrences)."
+            )
+
+    def _study(self, lengths: Sequence[int]) -> int:
+        """Bytes of all arrays."""
+        whole = planned_batch(self._subject, Batch.of([[0] * length for length in lengths]), self._plan)
+        return sum(array_bytes(kind, whole) for kind in asked_for(whole))
 
     def _advice(self, lengths: Sequence[int], needed: int) -> str:
         saved = sorted(self.saved(lengths, 1), reverse=True)

@@ -128,7 +128,7 @@ class AnalyzeSettings:
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
-    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept for a batch."""
+    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept until they are."""
     eigenvalue_products: Count = 40
     """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
     takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -37,7 +37,7 @@ class Tails(Observer):
         self._mask = mask
         self._spans = tuple(dict.fromkeys(spans))
         self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
-        self._kept = {(layer, span): _Kept() for layer in layers for span in self._spans}
+        self._kept = {(layer, span): _Kept(span[1] - span[0] - 1) for layer in layers for span in self._spans}
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
@@ -69,12 +69,16 @@ class Tails(Observer):
 class _Kept:
     """One layer within one span, by token and recurrence."""
 
+    most: int
+    """Steps that the span has."""
+    count: int = 0
     previous: Tensor | None = None
     first: Tensor | None = None
     """The image of the first state, as long as the state."""
-    steps: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-    """Of the steps of the states themselves."""
+    steps: Tensor | None = None
+    """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
+    lengths: Tensor | None = None
+    """Of the steps of the states themselves, (step, token)."""
 
     def add(self, state: Float[Tensor, "token width"], image: Tensor | None, *, last: bool) -> None:
         if self.first is None:
@@ -82,17 +86,24 @@ class _Kept:
             first = double if image is None else double @ image.double()
             length = torch.linalg.vector_norm(first, dim=-1).clamp_min(1e-300)
             self.first = first * (residual_norm(double) / length)[:, None]
+            self.steps = state.new_empty(self.most, *first.shape)
+            self.lengths = state.new_empty(self.most, len(first))
         else:
             assert self.previous is not None  # spans have no gaps
+            assert self.steps is not None
+            assert self.lengths is not None
             step = state - self.previous
-            self.lengths.append(torch.linalg.vector_norm(step, dim=-1))
-            self.steps.append(step if image is None else step @ image.to(step.dtype))
+            torch.linalg.vector_norm(step, dim=-1, out=self.lengths[self.count])
+            self.steps[self.count] = step if image is None else step @ image.to(step.dtype)
+            self.count += 1
         self.previous = None if last else state
 
     def trajectories(self, tokens: slice | Tensor) -> Tensor:
         assert self.first is not None  # a span begins where it is kept
-        steps = torch.stack([step[tokens] for step in self.steps], dim=1).double()
-        true = torch.stack([length[tokens] for length in self.lengths], dim=1).double().square().sum(1)
+        assert self.steps is not None
+        assert self.lengths is not None
+        steps = self.steps[: self.count, tokens].double().movedim(0, 1).contiguous()
+        true = self.lengths[: self.count, tokens].double().square().sum(0)
         seen = steps.square().sum((1, 2))
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
         way = (steps * factor[:, None, None]).cumsum(1)
