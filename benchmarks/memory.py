@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py            forward passes (`loopscope inspect`), then whole analyses
     python benchmarks/memory.py passes
-    python benchmarks/memory.py analyses   all that `analyze` does with one batch, everything on, in seven shapes
+    python benchmarks/memory.py analyses   all that `analyze` does with one batch, everything on, in eight shapes
+    python benchmarks/memory.py growth questions.jsonl    peaks of `demo:injected` at R = H = 32 and 256, 16 questions
     python benchmarks/memory.py depth      24 layers of width 512, 8 x 100 tokens, H = 128 (an hour)
 
 Each model is run in a process of its own; the peak is that of the process beyond what it held before. Large tensors are
@@ -19,6 +20,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,9 @@ CASES = {
     "long tokens": Case(_SMALL, (1024,), 4, 16),
     "many recurrences": Case(_SMALL, (64,) * 4, 192, 192),
     "many heads": Case(dataclasses.replace(_SMALL, width=256, heads=32, kv_heads=32, head_dim=8), (128,) * 4, 8, 16),
+    "many layers": Case(
+        dataclasses.replace(_OURO, width=128, heads=4, kv_heads=4, head_dim=32, mlp_width=352), (100,) * 4, 8, 16
+    ),
     "hooked": Case(None, (128,) * 4, 16, 32),
 }
 DEPTH = Case(_OURO, (100,) * 8, 16, 128)
@@ -218,6 +223,23 @@ def analyse_once(case: Case) -> tuple[int, int]:
     return work.needed, peak() - before
 
 
+def peak_of_a_study(questions: str, recurrences: int, *keep: str) -> int:
+    """Bytes of the whole process, everything on."""
+    with tempfile.TemporaryDirectory() as folder:
+        loopscope.analyze(
+            "demo:injected",
+            questions,
+            field="question",
+            limit=16,
+            out=folder,
+            device="cpu",
+            recurrences=recurrences,
+            horizon=recurrences,
+            keep_limit=0 if keep else None,
+        )
+    return peak()
+
+
 def in_a_process(*arguments: str) -> list[int]:
     """The numbers that this script prints in a process of its own."""
     process = subprocess.run(
@@ -252,6 +274,11 @@ def main(what: str) -> None:
     if what in ("all", "analyses"):
         for name in CASES:
             say(f"analysis, {name}", *in_a_process("analyse-once", name))
+    if what == "growth":
+        for keep in ((), ("keep-none",)):
+            small, large = (in_a_process("study", sys.argv[2], count, *keep)[0] for count in ("32", "256"))
+            shown = f"{small / 2**20:.0f} and {large / 2**20:.0f} MiB, ratio {large / small:.2f}"
+            print(f"peak at R = H = 32 and 256{', --keep-limit 0' if keep else ''}: {shown}", flush=True)
     if what == "depth":
         say("analysis, 24 layers of width 512", *in_a_process("analyse-once", "depth"))
 
@@ -260,6 +287,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["analyse-once"]:
         print(*analyse_once((CASES | {"depth": DEPTH})[sys.argv[2]]))
+    elif sys.argv[1:2] == ["study"]:
+        print(peak_of_a_study(sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))
     elif sys.argv[1:2] == ["pass-once"]:
         fields, size = json.loads(sys.argv[2])
         print(pass_once(Architecture.from_dict(fields), RunSize(**size)))

@@ -33,10 +33,9 @@ class NoiseFloor(Measure):
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
-        # Every layer's output in both precisions; of one layer the weights and what it computes, in float64.
-        (states, wide), sizes = batch.bytes, batch.sizes
-        layer = 8 * (sizes.layer_parameters + batch.mask.numel() * numbers_in_a_layer(sizes))
-        return Memory(ended=batch.info.recurrent * (states + 2 * wide) + layer)
+        # Of one layer the weights and what it computes, in float64.
+        sizes = batch.sizes
+        return Memory(ended=8 * (sizes.layer_parameters + batch.mask.numel() * numbers_in_a_layer(sizes)))
 
     def ended(self, end: RunEnd) -> None:
         error = end.run.rounding_error()
