@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
+from loopscope.analysis.memory import kept_bytes
 from loopscope.analysis.passes import steps_of
-from loopscope.analysis.plan import kept_bytes
 from loopscope.analysis.settings import HorizonMethod, Part
 from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import VERDICT_NUMBERS

@@ -172,7 +172,7 @@ def test_padding_on_either_side_and_other_prompts_change_nothing() -> None:
     lists = PROMPTS[:3]
     settings = EigenvalueSettings(recurrences=40, products=8)
     together = leading_eigenvalues(plain, lists, settings=settings)
-    grouped = leading_eigenvalues(plain, lists, settings=settings, basis_bytes=1)
+    grouped = leading_eigenvalues(plain, lists, settings=settings, block_bytes=1)
     right = Batch.of(lists)
     left = Batch(
         *(

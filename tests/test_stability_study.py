@@ -113,11 +113,11 @@ def test_padding_has_nothing_and_tokens_have_all() -> None:
         assert ((data[name].values >= 0) == token).all(), name
 
 
-def test_groups_of_prompts_give_the_numbers_of_all_at_once() -> None:
+def test_blocks_of_tokens_give_the_numbers_of_all_at_once() -> None:
     model, batch = subject(std=0.1, dtype=torch.float64), Batch.of(PROMPTS)
 
-    def found(basis_bytes: int) -> xarray.Dataset:
-        settings = EigenvalueSettings(recurrences=32, products=10, basis_bytes=basis_bytes)
+    def found(block_bytes: int) -> xarray.Dataset:
+        settings = EigenvalueSettings(recurrences=32, products=10, block_bytes=block_bytes)
         info = batch_info(model, batch, recurrences=32, horizon=16)
         info.plan = dataclasses.replace(info.plan, eigenvalues=settings)
         stability = TokenStability(info)

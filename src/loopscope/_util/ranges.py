@@ -60,7 +60,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
     for name, allowed in _ranges(cls):
         given = getattr(settings, name)
         for value in given if isinstance(given, tuple) else [given]:
-            broken = None if value is None else allowed.broken_by(value)
+            # A word, such as auto, stands for no number.
+            broken = None if value is None or isinstance(value, str) else allowed.broken_by(value)
             if broken:
                 shown = name.replace("_", "-") if prefix == "--" else name
                 why = f", {allowed.why}" if allowed.why else ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loopscope.analysis.folder import begun_batch_size
 from loopscope.analysis.job import Job, Progress, SilentProgress
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
@@ -70,6 +71,8 @@ def analyze(
     tokenized = _tokenize(loaded, subject, settings)
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
+    if out is not None and settings.batch_size == "auto":
+        settings = dataclasses.replace(settings, batch_size=begun_batch_size(Path(out)) or "auto")
     job = Job(subject, tokenized, settings, progress, source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
 

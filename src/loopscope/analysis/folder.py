@@ -110,29 +110,42 @@ def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(shards: list[xr.Dataset]) -> xr.Dataset:
-    """The batches of a study as one data set: concatenated along prompts (or tracked tokens, or prompts whose maps are
-    kept), and means of what they summed up.
+    """The batches of a study as one data set: joined, and means of what they summed up."""
+    merged = join(shards)
+    for name in [str(name) for name in merged if f"{name}_weight" in merged]:
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
+            values = merged[name].values / merged[f"{name}_weight"].values
+        merged = merged.drop_vars(f"{name}_weight").assign({name: (merged[name].dims, values)})
+    return merged
+
+
+def join(parts: list[xr.Dataset]) -> xr.Dataset:
+    """Batches as one: concatenated along prompts (or tracked tokens, or prompts whose maps are kept), and
+    what they summed up added.
 
     Batches differ in their longest prompt; the shorter ones are filled up with what stands for nothing. They are
     emptied on the way, so that no more than one variable is held twice.
     """
-    names = list(dict.fromkeys(str(name) for shard in shards for name in shard.data_vars))
-    merged = {}
+    names = list(dict.fromkeys(str(name) for part in parts for name in part.data_vars))
+    joined = {}
     for name in names:
-        if name.endswith("_weight"):
-            continue
-        parts = [shard.variables[name] for shard in shards if name in shard]
-        if f"{name}_weight" in names:
-            total = sum(part.values for part in parts)
-            weight = sum(shard.variables[f"{name}_weight"].values for shard in shards)
-            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
-                merged[name] = xr.Variable(parts[0].dims, total / weight)
+        found = [part.variables[name] for part in parts if name in part]
+        if name.endswith("_weight") or f"{name}_weight" in names:
+            joined[name] = xr.Variable(found[0].dims, sum(each.values for each in found))
         else:
-            merged[name] = _concatenated(parts)
-        for shard in shards:
-            if name in shard:
-                del shard[name]
-    return xr.Dataset(merged)
+            joined[name] = _concatenated(found)
+        for part in parts:
+            if name in part:
+                del part[name]
+    return xr.Dataset(joined)
+
+
+def begun_batch_size(folder: Path) -> int | None:
+    """Prompts to a shard of the study that was begun there, if one was."""
+    if not (folder / MANIFEST).exists():
+        return None
+    found = read_manifest(folder).get("identity", {}).get("settings", {}).get("batch_size")
+    return found if isinstance(found, int) else None
 
 
 def _concatenated(parts: list[xr.Variable]) -> xr.Variable:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,15 +16,17 @@ import numpy as np
 import torch
 import xarray as xr
 
+from loopscope._util.wording import plural
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.engine.run import run_items
-from loopscope.analysis.folder import StudyFolder, merge
+from loopscope.analysis.folder import StudyFolder, join, merge
 from loopscope.analysis.manifest import coordinates, describe, manifest
+from loopscope.analysis.memory import MemoryPlan, kept_bytes, most_prompts, size_text
 from loopscope.analysis.passes import measure_batch, steps_of
-from loopscope.analysis.plan import choose, keep_budget, kept_bytes
+from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings
-from loopscope.errors import WorkerError
+from loopscope.errors import ConfigError, WorkerError
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.registry import absent_variables, why_absent
 from loopscope.models.loading import load
@@ -76,17 +79,23 @@ class Job:
         self.prompts = prompts
         self.settings = settings
         self.progress = progress
-        self.plan = choose(subject, [len(prompt.token_ids) for prompt in prompts], settings, progress.note)
-        size = settings.batch_size
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        self.plan = choose(subject, lengths, settings, progress.note)
+        self._memory = MemoryPlan(subject, self.plan, settings)
+        self._memory.check(lengths)
+        most = most_prompts(subject) if settings.batch_size == "auto" else settings.batch_size
+        self._at_once = self._memory.at_once(lengths, most)
+        """Prompts that are run together; fewer than are saved together where memory is short."""
+        size = self._at_once if settings.batch_size == "auto" else settings.batch_size
+        # What numbers depend on, and a folder is resumed with.
+        self.settings = dataclasses.replace(settings, batch_size=size)
         self._batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
-        self._budget = keep_budget(subject, settings)
-        if settings.horizon_method == "auto" and subject.info.is_looped:
-            most = max(self._kept_bytes(self._batch(index)) for index in range(self.shards))
-            if most > self._budget:
-                progress.note(
-                    f"The states of a batch take up to {most / 2**20:,.0f} MiB, more than the "
-                    f"{self._budget / 2**20:,.0f} that may be kept (--keep-limit): measured recurrences are run twice."
-                )
+        if self._at_once < min(most, len(prompts)):
+            progress.note(
+                f"{plural(self._at_once, 'prompt')} at once: {min(most, len(prompts))} would take more than "
+                f"{size_text(self._memory.room)} (--memory-limit)."
+            )
+        self._note_what_is_kept()
         self._tokenizer = tokenizer_record(subject.tokenizer, prompts, chat=settings.chat)
         for note in self._tokenizer["notes"] if self._tokenizer else ():
             progress.note(note)
@@ -110,10 +119,10 @@ class Job:
             steps = [self._steps(index) for index in range(self.shards)]
             self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
             self._run_all(missing, study.write)
-            _give_memory_back()
+            give_memory_back(self.subject.device)
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
-            _give_memory_back()
+            give_memory_back(self.subject.device)
             return study.finish(whole)
 
     def run_in_memory(self) -> Study:
@@ -134,7 +143,10 @@ class Job:
                 done(shard, self.run(shard))
             return
 
-        def finished(place: int, arrays: xr.Dataset) -> None:
+        def finished(place: int, found: tuple[xr.Dataset, list[str]]) -> None:
+            arrays, notes = found
+            for note in notes:
+                self.progress.note(note)
             done(shards[place], arrays)
             for _ in range(self._steps(shards[place])):
                 self.progress.step()
@@ -143,16 +155,50 @@ class Job:
         run_items(work, shards, finished, engine, self.progress.note)
 
     def run(self, index: int) -> xr.Dataset:
-        """Measure one shard."""
-        batch = self._batch(index)
-        return measure_batch(
-            self.subject,
-            batch,
-            self.plan,
-            self.progress.step,
-            keep=self._keeps(batch),
-            first_prompt=self._batches[index].start,
-        )
+        """Measure one shard: at once, or in as many parts as memory asks for.
+
+        Raises `ConfigError` where memory does not do for a single prompt.
+        """
+        left, found = list(self._parts(index)), []
+        steps = iter(range(self._steps(index)))
+
+        def tick() -> None:
+            # No more than were announced, though what ran out of memory is done again.
+            if next(steps, None) is not None:
+                self.progress.step()
+
+        while left:
+            rows = left.pop(0)
+            try:
+                found.append(self._measure(rows, tick))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
+                    raise
+                said = str(error).strip().partition("\n")[0]
+            # Here, where nothing holds any more what was made.
+            give_memory_back(self.subject.device)
+            if len(rows) == 1:
+                longest = len(self.prompts[rows.start].token_ids)
+                raise ConfigError(
+                    f"Memory ran out on {self.subject.device} over prompt {rows.start} alone, of {longest:,} tokens "
+                    f"({said}); leave parts out (--skip), or take shorter prompts (--truncate). What was finished is "
+                    "kept."
+                )
+            self._at_once = len(rows) // 2
+            left[:0] = [rows[: self._at_once], rows[self._at_once :]]
+            self.progress.note(
+                f"Memory ran out on {self.subject.device} over {len(rows)} prompts at once; they are done again in "
+                "halves, and so are those to come."
+            )
+        for _ in steps:
+            self.progress.step()
+        return found[0] if len(found) == 1 else join(found)
+
+    def _measure(self, rows: range, tick: Callable[[], None]) -> xr.Dataset:
+        batch = self._batch(rows)
+        keep = self._keeps(batch)
+        return measure_batch(self.subject, batch, self.plan, tick, keep=keep, first_prompt=rows.start)
 
     def assemble(self, shards: list[xr.Dataset], started: float) -> Study:
         """All shards as one study, whose variables say what they are."""
@@ -168,20 +214,43 @@ class Job:
         whole = {**self._manifest(), "left_out": left_out, "status": "complete", "seconds": seconds}
         return Study(dataset, whole, self._tokens())
 
+    @property
+    def needed(self) -> int:
+        """Bytes beside the model that the batches take, the largest of them."""
+        return max(
+            self._memory.needed(self._batch(rows)) for index in range(self.shards) for rows in self._parts(index)
+        )
+
+    def _parts(self, index: int) -> Iterator[range]:
+        """Prompts of a shard that are run at once."""
+        rows = self._batches[index]
+        for first in range(0, len(rows), self._at_once):
+            yield rows[first : first + self._at_once]
+
     def _steps(self, index: int) -> int:
         """Recurrences that a shard runs."""
-        batch = self._batch(index)
-        return steps_of(self.subject, batch, self.plan, keep=self._keeps(batch))
+        batches = [self._batch(rows) for rows in self._parts(index)]
+        return sum(steps_of(self.subject, batch, self.plan, keep=self._keeps(batch)) for batch in batches)
 
     def _keeps(self, batch: Batch) -> bool:
-        return self._kept_bytes(batch) <= self._budget
+        return not self.subject.info.is_looped or self._memory.kept(batch) > 0
 
-    def _kept_bytes(self, batch: Batch) -> int:
-        attention = "heads" not in self.settings.skip
-        return kept_bytes(self.subject, batch, self.plan.recurrences, attention=attention)
+    def _note_what_is_kept(self) -> None:
+        settings = self.settings
+        if settings.horizon_method != "auto" or not self.subject.info.is_looped:
+            return
+        batches = [self._batch(rows) for index in range(self.shards) for rows in self._parts(index)]
+        attention = "heads" not in settings.skip
+        most = max(kept_bytes(self.subject, batch, self.plan.recurrences, attention=attention) for batch in batches)
+        budget = self._memory.budget
+        if most > budget:
+            self.progress.note(
+                f"The states of a batch take up to {most / 2**20:,.0f} MiB, more than the {budget / 2**20:,.0f} that "
+                "may be kept (--keep-limit): measured recurrences are run twice."
+            )
 
-    def _batch(self, index: int) -> Batch:
-        return Batch.of([self.prompts[prompt].token_ids for prompt in self._batches[index]])
+    def _batch(self, rows: range) -> Batch:
+        return Batch.of([self.prompts[prompt].token_ids for prompt in rows])
 
     def _tokens(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(prompt) for prompt in self.prompts]
@@ -198,12 +267,25 @@ class _ShardWork:
         self._subject, self._prompts, self._settings = subject, prompts, settings
         self._job: Job | None = None
 
-    def __call__(self, shard: int) -> xr.Dataset:
+    def __call__(self, shard: int) -> tuple[xr.Dataset, list[str]]:
+        """Its arrays, and what was worth saying."""
         if self._job is None:
             threads = self._settings.threads or max(1, cpu_count() // (self._settings.workers or cpu_count()))
             torch.set_num_threads(threads)
+            # What it chose, the others have said.
             self._job = Job(self._subject.load(), self._prompts, self._settings, SilentProgress())
-        return self._job.run(shard)
+        self._job.progress = _Notes()
+        return self._job.run(shard), self._job.progress.notes
+
+
+class _Notes(SilentProgress):
+    """Keeps what is worth saying."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
 
 class _Recipe:
@@ -230,11 +312,19 @@ class _Recipe:
         return intervene(subject, info.interventions)
 
 
-def _give_memory_back() -> None:
-    """Let the C library return what the passes freed to the system, where it can be told to (glibc).
+def ran_out(error: Exception) -> bool:
+    """Whether an exception says that there is no more memory: torch has no class of its own for that on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Let torch and the C library return what the passes freed to the system, where it can be told to (glibc).
 
     Else the whole study, when it is put together, comes on top of memory that nobody uses any more.
     """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

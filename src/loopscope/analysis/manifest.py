@@ -109,6 +109,7 @@ def manifest(
         "workers",
         "address",
         "keep_limit",
+        "memory_limit",
         "horizon_method",
         "device",
         "dtype",

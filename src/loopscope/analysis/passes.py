@@ -26,17 +26,22 @@ Tick = Callable[[], None]
 """Called after each recurrence of each run, and each product for eigenvalues."""
 
 
+def planned_batch(subject: Subject, batch: Batch, plan: Plan) -> BatchInfo:
+    """A batch that nothing was run of yet, on whatever device it lies."""
+    return BatchInfo(
+        subject=subject,
+        batch=batch,
+        plan=plan,
+        second_run=_asked(subject, plan, "second_run"),
+        has_twin=_asked(subject, plan, "twin"),
+    )
+
+
 def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> int:
     """Recurrences of all runs of a batch, and what its measures announce: how often `tick` is called."""
     if not subject.info.is_looped:
         return 0
-    asked = BatchInfo.of(
-        subject,
-        batch,
-        plan,
-        second_run=_asked(subject, plan, "second_run"),
-        has_twin=_asked(subject, plan, "twin"),
-    )
+    asked = planned_batch(subject, batch, plan)
     other = (plan.recurrences if asked.second_run else 0) + (plan.horizon if asked.has_twin else 0)
     other += sum(kind.steps(asked) for kind in asked_for(asked))
     if keep:

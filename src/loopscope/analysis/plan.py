@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
-from loopscope._util.memory import available_bytes
-from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
@@ -18,17 +13,13 @@ from loopscope.measures.maps import map_recurrences, map_sites, map_tokens
 from loopscope.measures.readout import readout_grid
 from loopscope.measures.stability import replaced_at, study_eigenvalues
 from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.subject import Batch, Subject, SubjectInfo
+from loopscope.models.subject import Subject, SubjectInfo
 
 _EXITS_IF_UNKNOWN = 8
 """Recurrences of a full run of a model whose trained number is not known: as many as most are trained with or more."""
 _EXITS_BY_RUNS = 8
 """A model whose state cannot be set is run anew for every readout, 1 + 2 + ... + N recurrences in all; 36 for 8, a
 tenth of what an analysis runs by default. Beyond that it is done on request only."""
-
-_SHARE = 16
-"""Of free memory that kept states may take."""
-_KEEP_IF_UNKNOWN = 2**28
 
 Note = Callable[[str], None]
 """Told what a user should know of the choices."""
@@ -102,29 +93,6 @@ def _recurrences(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...
             "--recurrences."
         )
     return tuple(sorted(set(asked))) or map_recurrences(info.trained_recurrences or 1, measured)
-
-
-def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
-    """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
-
-    Those are counted as wide as two states, which they are where heads times their width is the residual stream's.
-    """
-    info = subject.info
-    sites = info.recurrent * (3 if attention else 1) + (0 if info.carries_raw_output else 1)
-    itemsize = torch.empty(0, dtype=getattr(torch, info.dtype)).element_size()
-    return batch.mask.numel() * info.width * itemsize * sites * recurrences
-
-
-def keep_budget(subject: Subject, settings: AnalyzeSettings) -> int:
-    """Bytes of states that a batch may keep rather than make twice, of those that are free now."""
-    if settings.horizon_method != "auto" or not subject.info.is_looped:
-        return sys.maxsize if settings.horizon_method == "keep" else 0
-    if settings.keep_limit is not None:
-        return settings.keep_limit * 2**20
-    device = subject.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
-    return _KEEP_IF_UNKNOWN if free is None else free // (_SHARE * workers)
 
 
 def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, ...]:

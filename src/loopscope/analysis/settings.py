@@ -89,8 +89,11 @@ class AnalyzeSettings:
     seed: int = 0
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
-    batch_size: Count = 8
-    """Prompts that are run, and saved, together."""
+    batch_size: Count | Literal["auto"] = "auto"
+    """Prompts that are saved, and run, together; fewer are run at once where memory is short. auto takes as many
+    as there is room for (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
+    memory_limit: Annotated[int, Range(0)] | None = None
+    """MiB that what runs at once may take beside the model, in each worker; half of what is free unless given."""
     threads: Count | None = None
     """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
     given."""
@@ -125,7 +128,7 @@ class AnalyzeSettings:
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
-    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept for a batch."""
+    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept until they are."""
     eigenvalue_products: Count = 40
     """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
     takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""
@@ -163,6 +166,8 @@ class AnalyzeSettings:
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ConfigError(f"--batch-size takes a number or auto, got {self.batch_size!r}.")
         check_engine(self.engine, self.workers, self.address)
         for entry in self.track:
             _parse_tracked(entry)

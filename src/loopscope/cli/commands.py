@@ -201,6 +201,7 @@ class Inspect:
     """Print JSON, for programs: an object, of several models a list of them."""
 
     def run(self) -> None:
+        from loopscope.analysis.memory import foresee
         from loopscope.cli.inspection import say_inspection, say_inspections, say_json
         from loopscope.errors import ConfigError
         from loopscope.models.inspection.inspecting import inspect_model
@@ -210,12 +211,14 @@ class Inspect:
         if self.revision is not None and len(self.models) > 1:
             raise ConfigError("--revision is of one model; inspect the models of several revisions one by one.")
         found = [inspect_model(model, revision=self.revision, run=self.run_size) for model in self.models]
-        if self.json:
-            say_json(found)
-        elif len(found) == 1:
-            say_inspection(found[0])
-        else:
+        if len(found) > 1 and not self.json:
             say_inspections(found)
+            return
+        foreseen = [foresee(model, self.revision, self.run_size) for model in self.models]
+        if self.json:
+            say_json(found, foreseen)
+        else:
+            say_inspection(found[0], foreseen[0])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from itertools import chain
@@ -13,16 +14,20 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from loopscope._util.table import Table
+from loopscope.analysis.memory import Foreseen
 from loopscope.cli.console import own_names, say_table
-from loopscope.models.inspection.facts import Inspection, MemoryEstimate, TokenizerFacts
+from loopscope.models.inspection.facts import Inspection, MemoryEstimate, RunSize, TokenizerFacts
 
 _NAMES = 15
 """Characters of the first column, so that the values of all sections begin in one."""
 
 
-def say_json(found: Sequence[Inspection]) -> None:
+def say_json(found: Sequence[Inspection], foreseen: Sequence[Foreseen | None]) -> None:
     """One as an object, several as a list."""
-    entries = [inspection.to_dict() for inspection in found]
+    entries = [
+        inspection.to_dict() | {"analysis": None if analysis is None else dataclasses.asdict(analysis)}
+        for inspection, analysis in zip(found, foreseen, strict=True)
+    ]
     print(json.dumps(entries if len(entries) > 1 else entries[0], indent=2, ensure_ascii=False))
 
 
@@ -33,11 +38,11 @@ def say_inspections(found: Sequence[Inspection]) -> None:
     say_table(Table(columns=("", *own_names([Path(inspection.name) for inspection in found])), rows=rows))
 
 
-def say_inspection(inspection: Inspection) -> None:
+def say_inspection(inspection: Inspection, foreseen: Foreseen | None) -> None:
     """Sections of names and values, for people."""
     console = Console(highlight=False)
     console.print(f"[bold]{escape(inspection.name)}[/bold]", soft_wrap=True)
-    for title, rows in _sections(inspection):
+    for title, rows in _sections(inspection, foreseen):
         table = rich.table.Table.grid(padding=(0, 2))
         table.add_column(width=_NAMES, style="dim")
         table.add_column(overflow="fold")
@@ -51,13 +56,14 @@ def say_inspection(inspection: Inspection) -> None:
         console.print(Padding(escape(spot), (0, 0, 0, 1), expand=False))
 
 
-def _sections(inspection: Inspection) -> list[tuple[str, list[tuple[str, str]]]]:
+def _sections(inspection: Inspection, foreseen: Foreseen | None) -> list[tuple[str, list[tuple[str, str]]]]:
     sections = [("", _identity(inspection)), ("Layers", _layers(inspection)), ("Weights", _weights(inspection))]
     settings = [*_sizes(inspection), *inspection.settings.items()]
     sections.append(("Inside", settings))
     sections.append(("Tokenizer", _tokenizer(inspection.tokenizer)))
     if inspection.memory is not None:
-        sections.append((_memory_title(inspection.memory), _memory(inspection, inspection.memory)))
+        rows = [*_memory(inspection, inspection.memory), *_analysis(foreseen, inspection.memory.run)]
+        sections.append((_memory_title(inspection.memory), rows))
     return sections
 
 
@@ -160,8 +166,19 @@ def _memory(inspection: Inspection, memory: MemoryEstimate) -> list[tuple[str, s
         *([("note", f"the model has {longest:,} positions, so prompts must be shorter")] if too_long else []),
         ("weights", size(memory.weights)),
         ("one forward", f"about {size(memory.activations)} more{about}"),
-        ("all states", f"{size(memory.kept_states)}{loops}, if they are kept (capture); analyze keeps none"),
+        ("all states", f"{size(memory.kept_states)}{loops}, if they are kept (capture)"),
         ("one map", f"{size(memory.attention_map)}, all heads of one visit, only while it is looked at"),
+    ]
+
+
+def _analysis(foreseen: Foreseen | None, run: RunSize) -> list[tuple[str, str]]:
+    if foreseen is None:
+        return [("an analysis", "known once the model is loaded: analyze says what it needs before it runs")]
+    kept = f", of which {size(foreseen.kept_states)} are states that are kept" if foreseen.kept_states else ""
+    saved = ", ".join(f"{option} {size(less)}" for option, less in list(foreseen.saved.items())[:4])
+    return [
+        ("an analysis", f"about {size(foreseen.needed)} beside the weights, horizon {run.horizon}{kept}"),
+        *([("saves of that", saved)] if saved else []),
     ]
 
 

@@ -17,6 +17,9 @@ from loopscope._util.sites import Stage
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.measures.functions import squared_singular_values
+from loopscope.measures.memory import Memory
+from loopscope.models.inspection.facts import Sizes
+from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
 from loopscope.models.visits import AttentionView, Observer, Visit
 
@@ -182,6 +185,46 @@ class BatchInfo:
         return self.mask.shape[1]
 
     @property
+    def sizes(self) -> Sizes:
+        """Of its layers: of a model watched through hooks, which tells only some, as they mostly are."""
+        if isinstance(self.subject, NativeSubject):
+            return Sizes.of(self.subject.model.architecture)
+        info = self.info
+        return Sizes(
+            width=info.width,
+            query_width=info.width,
+            key_width=info.width,
+            mlp_width=4 * info.width,
+            mlp_matrices=2,
+            heads=info.heads or 1,
+            vocab_size=info.vocab_size,
+            parameters=info.parameters,
+            prelude=info.prelude,
+            recurrent=info.recurrent,
+            coda=info.coda,
+            injects=True,
+            carries_raw_output=info.carries_raw_output,
+        )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        dtype: torch.dtype = getattr(torch, self.info.dtype)
+        return dtype.itemsize
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Of the states of all its tokens at one layer, in the model's dtype, and as they are measured."""
+        entries = self.mask.numel() * self.info.width
+        return entries * self.itemsize, entries * max(self.itemsize, 4)
+
+    @property
+    def attention_bytes(self) -> int:
+        """Of the queries and keys of one layer."""
+        width = self.sizes.query_width + self.sizes.key_width
+        return self.mask.numel() * width * self.itemsize
+
+    @property
     def stored(self) -> type[np.floating]:
         """What numbers of tokens, heads and quantiles are stored as: float64 of a model that runs in float64."""
         return np.float64 if self.info.dtype == "float64" else np.float32
@@ -274,6 +317,11 @@ class Measure(Declared, Observer):
     def steps(cls, batch: BatchInfo) -> int:
         """How often it calls `RunEnd.tick`."""
         return 0
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        """What it takes beside its arrays and the run. Nothing that matters unless it says so."""
+        return Memory()
 
     def start(self, initial_state: Tensor | None) -> None:
         """The loop state before the first recurrence of its run; None where it is not known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +19,9 @@ from loopscope.dynamics.trajectories.settings import CosineSettings, Displacemen
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
-from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
-from loopscope.measures.tails import Span, Tails
+from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
+from loopscope.measures.memory import Memory
+from loopscope.measures.tails import DIMENSIONS, Span, Tails
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -32,6 +34,9 @@ _TOKEN = "judged_layer prompt token"
 _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 
 _TAIL = DisplacementSettings().window
+_GRIDS = {"displacement": DISPLACEMENT_GRID, "cosine": COSINE_GRID}
+_PIECE_BYTES = 2**25
+"""That the method may take for the tokens that are judged at once. It is as fast as with more, or faster."""
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
 
@@ -46,6 +51,12 @@ def _tail(end: int, longest: int = _TAIL) -> Span | None:
     too short to be judged."""
     length = tail_length(end, longest)
     return (end - length, end) if length >= DisplacementSettings().least_recurrences else None
+
+
+def _judged_bytes(length: int) -> int:
+    """What the method takes for a token whose tail is so long: some copies of it in float64, and every displacement at
+    every lag. Measured, to a fifth."""
+    return 8 * length * (6 * DIMENSIONS + 4 * length)
 
 
 class Behaviour(Measure):
@@ -121,6 +132,22 @@ class Behaviour(Measure):
         self.second = self._other if batch.second_run else None
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
+        self._arrays = self._empty()
+        self._kinds: dict[int, list[int]] = {}
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        plan, tokens, wide = batch.plan, int(batch.counts.sum()), batch.bytes[1]
+        seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
+        earlier = {_tail(2 * plan.horizon), _tail(plan.horizon), _tail(plan.horizon // 2)} - {seed}
+        number = tokens * (min(DIMENSIONS, batch.info.width) + 1) * max(4, batch.itemsize)
+        until_judged, of_seeds = (
+            len(plan.judged_layers) * number * sum(stop - first for first, stop in filter(None, spans))
+            for spans in (earlier, (seed, seed))
+        )
+        piece = min(_PIECE_BYTES, tokens * _judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
+        long_run = until_judged + len(plan.judged_layers) * wide
+        return Memory(kept=of_seeds, until_ended=long_run, ended=piece, result=piece)
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
@@ -129,38 +156,65 @@ class Behaviour(Measure):
     def visit(self, visit: Visit) -> None:
         self._tails.visit(visit)
 
-    def result(self) -> xr.Dataset:
-        """Judge layer by layer; the kept states go as they are judged."""
-        layers = self.batch.plan.judged_layers
+    def ended(self, end: RunEnd) -> None:
+        """Judge layer by layer; the kept states go as they are judged, but for those of the other run's recurrences."""
         mask = self.batch.mask.cpu().numpy()
-        shape = (len(layers), *mask.shape)
-        kinds, cosine = np.full(shape, -1, dtype=np.int8), np.full(shape, -1, dtype=np.int8)
-        numbers = np.full((len(VERDICT_NUMBERS), *shape), np.nan, dtype=np.float32)
-        changed = np.full((len(CHANGES), *shape), -1, dtype=np.int8)
-        arrays: dict[str, np.ndarray] = {
-            "mover": np.full(shape[:2], -1, dtype=np.int32),
-            "mover_path": np.full((2, self._second[1] - self._second[0], *shape[:2]), np.nan, dtype=np.float32),
-        }
-        for place, layer in enumerate(layers):
-            states = self._tails.trajectories(layer, self._second)
-            noise = self._noise(layer)
-            verdicts = self._judge(states, noise)
-            kinds[place][mask] = _codes(verdicts)
-            cosine[place][mask] = _codes(self._judge(states, None))
-            for index, name in enumerate(VERDICT_NUMBERS):
-                numbers[index, place][mask] = [getattr(verdict, name) for verdict in verdicts]
-            changed[:, place][:, mask] = self._changes(layer, verdicts, noise)
+        for place, layer in enumerate(self.batch.plan.judged_layers):
+            noise, last = self._noise(layer), layer == self.batch.info.recurrent - 1
+            verdicts: list[Verdict] = []
+            cosine: list[Verdict] = []
+            for tokens in self._pieces(torch.arange(mask.sum())):
+                states, of_these = self._tails.trajectories(layer, self._second, tokens), noise.take(tokens)
+                verdicts += self._judge(states, of_these)
+                cosine += self._judge(states, None)
+                if last:
+                    self._of_the_last_layer(states, tokens, of_these)
+            self._arrays["verdict"][place][mask] = self._kinds[layer] = _codes(verdicts)
+            self._arrays["verdict_cosine"][place][mask] = _codes(cosine)
+            for name in VERDICT_NUMBERS:
+                self._arrays[f"verdict_{name}"][place][mask] = [getattr(verdict, name) for verdict in verdicts]
+            self._arrays["verdict_changes"][:, place][:, mask] = self._changes(layer, verdicts, noise)
             for prompt, row in movers(verdicts, mask):
-                arrays["mover"][place, prompt] = row - mask[:prompt].sum()
-                path = tail_paths(states[row : row + 1], self._second[0])[0]
-                arrays["mover_path"][:, :, place, prompt] = path.T.numpy()
-            if layer == self.batch.info.recurrent - 1:
-                self._last_layer(arrays, states, verdicts, noise, mask)
+                self._arrays["mover"][place, prompt] = row - mask[:prompt].sum()
+                states = self._tails.trajectories(layer, self._second, torch.tensor([row]))
+                self._arrays["mover_path"][:, :, place, prompt] = tail_paths(states, self._second[0])[0].T.numpy()
+            if last:
+                self._arrays["displacement"] = _curves(verdicts, mask)
+            self._tails.drop(layer, but=self._seed)
+
+    def result(self) -> xr.Dataset:
+        """What was judged, and whether another initial state changes it."""
+        mask = self.batch.mask.cpu().numpy()
+        for place, layer in enumerate(self.batch.plan.judged_layers if self._seed is not None else ()):
+            changes = self._changes_with_seed(layer, np.array(self._kinds[layer]), self._noise(layer))
+            self._arrays["verdict_changes"][CHANGES.index("seed"), place][mask] = changes
             self._tails.drop(layer)
             self._other.drop(layer)
-        arrays |= {"verdict": kinds, "verdict_cosine": cosine, "verdict_changes": changed}
-        arrays |= {f"verdict_{name}": numbers[index] for index, name in enumerate(VERDICT_NUMBERS)}
-        return self.dataset(arrays)
+        return self.dataset(self._arrays)
+
+    def _empty(self) -> dict[str, np.ndarray]:
+        """Its arrays, without anything in them."""
+        layers, prompts, tokens = (len(self.batch.plan.judged_layers), *self.batch.mask.shape)
+        shape, length = (layers, prompts, tokens), self._second[1] - self._second[0]
+        arrays = {
+            "verdict": np.full(shape, -1, dtype=np.int8),
+            "verdict_cosine": np.full(shape, -1, dtype=np.int8),
+            "verdict_changes": np.full((len(CHANGES), *shape), -1, dtype=np.int8),
+            "mover": np.full(shape[:2], -1, dtype=np.int32),
+            "mover_path": np.full((2, length, *shape[:2]), np.nan, dtype=np.float32),
+            **{f"verdict_{name}": np.full(shape, np.nan, dtype=np.float32) for name in VERDICT_NUMBERS},
+        }
+        if self.batch.info.recurrent - 1 in self.batch.plan.judged_layers:
+            arrays["tail_path"] = np.full((2, length, prompts, tokens), np.nan, dtype=np.float32)
+            for name, grid in _GRIDS.items():
+                steps = (len(values) for values in grid.values)
+                arrays[f"{name}_sensitivity"] = np.zeros((prompts, *steps, len(KINDS)), dtype=np.int64)
+        return arrays
+
+    def _pieces(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Some tokens, as many at a time as take little memory."""
+        length = self._second[1] - self._second[0]
+        yield from tokens.split(max(1, _PIECE_BYTES // _judged_bytes(length)))
 
     def _noise(self, layer: int) -> Noise:
         """What the twin says of a layer's tokens; without a twin, nothing."""
@@ -202,50 +256,56 @@ class Behaviour(Measure):
         be tried, or there is nothing to try since the trajectory did not tell."""
         changed = np.full((len(CHANGES), len(verdicts)), -1, dtype=np.int8)
         told = np.array([verdict.kind is not Kind.UNKNOWN for verdict in verdicts])
-        rows = torch.from_numpy(told.nonzero()[0])
-        known = [verdicts[row] for row in rows.tolist()]
+        known = [verdict for verdict, is_told in zip(verdicts, told, strict=True) if is_told]
         changed[CHANGES.index("window"), told] = ["window" in verdict.unstable for verdict in known]
-        noise = noise.take(rows)
         for name, span in self._earlier.items():
             if span is not None:
-                found = self._try(self._tails.trajectories(layer, span)[rows], span, noise)
+                found = self._tried(self._tails, layer, span, told, noise)
                 changed[CHANGES.index(name), told] = _differ([verdict.kind for verdict in known], found)
-        if self._seed is not None:
-            runs = [tails.trajectories(layer, self._seed)[rows] for tails in (self._tails, self._other)]
-            changed[CHANGES.index("seed"), told] = _differ(*(self._try(run, self._seed, noise) for run in runs))
         return changed
 
-    def _last_layer(
-        self,
-        arrays: dict[str, np.ndarray],
-        states: Tensor,
-        verdicts: list[Verdict],
-        noise: Noise,
-        mask: NDArray[np.bool_],
-    ) -> None:
-        """Displacement curves, and how the kinds depend on the thresholds."""
-        lags = max(len(verdict.displacement) for verdict in verdicts)
-        curves = np.full((lags, *mask.shape), np.nan, dtype=np.float32)
-        padded = [(*verdict.displacement, *[np.nan] * (lags - len(verdict.displacement))) for verdict in verdicts]
-        curves[:, mask] = np.array(padded, dtype=np.float32).T
-        arrays["displacement"] = curves
-        rows = states.isfinite().all(-1).all(-1)
-        paths = np.full((2, states.shape[1], *mask.shape), np.nan, dtype=np.float32)
-        found = np.full((len(states), states.shape[1], 2), np.nan, dtype=np.float32)
-        if bool(rows.any()):
-            found[rows.numpy()] = tail_paths(states[rows], self._second[0]).numpy()
-        paths[:, :, mask] = found.transpose(2, 1, 0)
-        arrays["tail_path"] = paths
-        prompts = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)[mask][rows.numpy()]
-        noise = noise.take(rows.nonzero()[:, 0])
+    def _changes_with_seed(self, layer: int, codes: NDArray[np.int8], noise: Noise) -> NDArray[np.int8]:
+        """Likewise, (token,): whether two runs from different initial states are told apart."""
+        assert self._seed is not None
+        changed = np.full(len(codes), -1, dtype=np.int8)
+        told = codes != KINDS.index(Kind.UNKNOWN)
+        runs = [self._tried(tails, layer, self._seed, told, noise) for tails in (self._tails, self._other)]
+        changed[told] = _differ(*runs)
+        return changed
+
+    def _tried(self, tails: Tails, layer: int, span: Span, told: NDArray[np.bool_], noise: Noise) -> list[Kind]:
+        """Of the tokens that are told, within another span."""
+        return [
+            kind
+            for rows in self._pieces(torch.from_numpy(told.nonzero()[0]))
+            for kind in self._try(tails.trajectories(layer, span, rows), span, noise.take(rows))
+        ]
+
+    def _of_the_last_layer(self, states: Tensor, tokens: Tensor, noise: Noise) -> None:
+        """Paths, and how the kinds depend on the thresholds, of some tokens."""
+        finite = states.isfinite().all(-1).all(-1)
+        if not bool(finite.any()):
+            return
+        places = self.batch.mask.cpu().nonzero()[tokens[finite]]
+        prompts, columns = places.numpy().T
+        states, noise = states[finite], noise.take(finite.nonzero()[:, 0])
+        self._arrays["tail_path"][:, :, prompts, columns] = (
+            tail_paths(states, self._second[0]).numpy().transpose(2, 1, 0)
+        )
         for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
-            grid = (COSINE_GRID if name == "cosine" else DISPLACEMENT_GRID).values
-            counts = np.zeros((len(mask), len(grid[0]), len(grid[1]), len(KINDS)), dtype=np.int64)
-            if bool(rows.any()):
-                places = sensitivity(states[rows], self._dtype, settings, self._second[0], noise)
-                for kind in range(len(KINDS)):
-                    np.add.at(counts[..., kind], prompts, places == kind)
-            arrays[f"{name}_sensitivity"] = counts
+            found = sensitivity(states, self._dtype, settings, self._second[0], noise)
+            counts = self._arrays[f"{name}_sensitivity"]
+            for kind in range(len(KINDS)):
+                np.add.at(counts[..., kind], prompts, found == kind)
+
+
+def _curves(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Displacement at each lag, (lag, prompt, token)."""
+    lags = max(len(verdict.displacement) for verdict in verdicts)
+    curves = np.full((lags, *mask.shape), np.nan, dtype=np.float32)
+    padded = [(*verdict.displacement, *[np.nan] * (lags - len(verdict.displacement))) for verdict in verdicts]
+    curves[:, mask] = np.array(padded, dtype=np.float32).T
+    return curves
 
 
 def movers(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import distances, quantiles, residual_norm
+from loopscope.measures.memory import Memory
 from loopscope.models.visits import LoopState, Visit
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -82,6 +83,11 @@ class Convergence(Measure):
         self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=batch.stored)
         tokens = (len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens)
         self._tokens = np.full(tokens, np.nan, dtype=batch.stored)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        states, wide = batch.bytes
+        return Memory(kept=(batch.info.recurrent + 1) * states, visit=8 * wide)
 
     def start(self, initial_state: Tensor | None) -> None:
         """The first step of the loop state starts there; where it is not known that step is NaN."""

@@ -16,6 +16,7 @@ from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, depth_count, depth_of, variable
 from loopscope.measures.functions import widen
+from loopscope.measures.memory import Memory
 from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
 HEAD_NAMES = (
@@ -105,6 +106,16 @@ class HeadMeasures(Measure):
         moved = (batch.recurrences, batch.prompts, batch.tokens)
         self._moved = torch.zeros(moved, dtype=torch.float64, device=batch.mask.device)
         self._moving = np.zeros(batch.recurrences)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        layers, views = batch.info.recurrent, batch.attention_bytes
+        # What waits, at least one recurrence of each layer, and the one that it is compared with.
+        waiting = min(max(_PENDING_BYTES, layers * views), layers * views * batch.recurrences)
+        rows = batch.prompts * (batch.info.heads or 0) * batch.tokens
+        columns = 8 * rows * (waiting // max(1, layers * views))
+        tile = max(rows, min(_TILE_ENTRIES, rows * batch.tokens))
+        return Memory(kept=waiting + layers * views, visit=columns + 4 * 8 * tile)
 
     def visit(self, visit: Visit) -> None:
         view = visit.attention

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import cosine, degeneracy, distance, layer_cosine, residual_norm, unrelated_degeneracy
+from loopscope.measures.memory import Memory
+from loopscope.models.inspection.facts import numbers_in_a_layer
 from loopscope.models.visits import AttentionView, LoopState, Visit
 
 
@@ -28,6 +30,12 @@ class NoiseFloor(Measure):
         "noise_floor": variable("layer prompt", "relative step that rounding alone keeps up (see method)")
     }
     needs = Needs(loop=True, long_run=True)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        # Of one layer the weights and what it computes, in float64.
+        sizes = batch.sizes
+        return Memory(ended=8 * (sizes.layer_parameters + batch.mask.numel() * numbers_in_a_layer(sizes)))
 
     def ended(self, end: RunEnd) -> None:
         error = end.run.rounding_error()
@@ -78,6 +86,12 @@ class Horizons(Measure):
         self._norms: dict[tuple[int, int], Tensor] = {}
         self._previous: list[Tensor | None] = [None] * layers
         self.diverged_at = torch.full((batch.prompts,), -1, dtype=torch.int64, device=batch.mask.device)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        (states, wide), layers = batch.bytes, batch.info.recurrent
+        attention = layers * batch.attention_bytes if batch.info.heads else 0
+        return Memory(kept=(3 * layers + 2) * states + attention, result=2 * layers * states + 3 * layers * wide)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":

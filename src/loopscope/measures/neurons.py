@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from loopscope.measures.base import Declared, Variable, variable
 from loopscope.measures.functions import widen
+from loopscope.models.inspection.facts import Sizes
 from loopscope.models.native.attention import RMSNorm
 from loopscope.models.native.layer import Layer
 from loopscope.models.native.subject import NativeSubject
@@ -25,8 +26,8 @@ KURTOSIS = 10.0
 """Above this kurtosis (3 for a normal distribution) a few tokens stand far out of the rest, and a neuron predicts or
 suppresses them."""
 
-_CHUNK = 2**24
-"""Cosines that are held at a time: 64 MiB in float32."""
+_CHUNK = 2**21
+"""Cosines that are held at a time: 16 MiB in float64, and twice that of their powers."""
 
 
 @torch.no_grad()
@@ -42,8 +43,8 @@ def neuron_moments(
     tokens = functional.normalize(widen(unembedding), dim=-1)
     kurtosis, skew = [], []
     for rows in directions.split(max(1, _CHUNK // tokens.shape[0])):
-        cosines = (rows @ tokens.T).double()
-        away = cosines - cosines.mean(-1, keepdim=True)
+        away = (rows @ tokens.T).double()
+        away -= away.mean(-1, keepdim=True)
         square = away.square()
         variance = square.mean(-1)
         kurtosis.append(square.square().mean(-1) / variance.square())
@@ -101,15 +102,23 @@ class Neurons(Declared):
         """Of a native model, if they take at most `limit` tera floating-point operations; else nothing, and why."""
         if not isinstance(subject, NativeSubject):
             return xr.Dataset()
-        architecture = subject.model.architecture
-        operations = 4.0 * architecture.layers * architecture.mlp_width * architecture.vocab_size * architecture.width
-        if operations / 1e12 > limit:
+        operations = _tera_operations(Sizes.of(subject.model.architecture))
+        if operations > limit:
             note(
-                f"Prediction and suppression neurons are left out: counting them takes {operations / 1e12:.3g} tera "
+                f"Prediction and suppression neurons are left out: counting them takes {operations:.3g} tera "
                 "operations; raise --neuron-limit to have them."
             )
             return xr.Dataset()
         return cls.count(subject.model)
+
+    @classmethod
+    def memory(cls, sizes: Sizes, limit: float) -> int:
+        """Bytes that counting takes: the unembedding twice, as directions and with the norm folded in, what the neurons
+        of a layer write, and some cosines. 0 for more than `limit` tera operations."""
+        if _tera_operations(sizes) > limit:
+            return 0
+        wide = 4 * sizes.width * (3 * sizes.vocab_size + 2 * sizes.mlp_width)
+        return wide + 28 * min(_CHUNK, sizes.vocab_size * sizes.mlp_width)
 
     @classmethod
     def count(cls, model: LoopedTransformer) -> xr.Dataset:
@@ -117,6 +126,11 @@ class Neurons(Declared):
         raw = _shares([layer.mlp.down.weight for layer in layers], _unembedding(model))
         folded = _shares([folded_output(layer) for layer in layers], folded_unembedding(model))
         return cls.dataset({**raw, **{f"folded_{name}": values for name, values in folded.items()}})
+
+
+def _tera_operations(sizes: Sizes) -> float:
+    layers = sizes.prelude + sizes.recurrent + sizes.coda
+    return 4e-12 * layers * sizes.mlp_width * sizes.vocab_size * sizes.width
 
 
 def _shares(outputs: Sequence[Tensor], unembedding: Tensor) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import distances, residual_norm
+from loopscope.measures.memory import Memory
 from loopscope.models.visits import Observer, Visit
 
 
@@ -34,6 +35,12 @@ class PathIndependence(Measure):
         self._first: list[tuple[Tensor, Tensor] | None] = [None] * batch.info.recurrent
         shape = (2, batch.info.recurrent, batch.recurrences, batch.prompts)
         self._values = np.full(shape, np.nan, dtype=np.float64)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        states, wide = batch.bytes
+        # The second run's state, and the prelude's output that it goes on receiving.
+        return Memory(kept=(batch.info.recurrent + 2) * states, visit=8 * wide)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":

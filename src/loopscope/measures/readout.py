@@ -17,6 +17,7 @@ from torch.nn import functional
 from loopscope._util.shapes import Logits, States
 from loopscope.measures.base import BatchInfo, Measure, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import widen
+from loopscope.measures.memory import Memory
 from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
@@ -170,6 +171,14 @@ class Readout(Measure):
         self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
         self._losses = np.full((len(self.grid), batch.prompts), np.nan)
         self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=batch.stored)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        states, _ = batch.bytes
+        logits = batch.mask.numel() * batch.info.vocab_size * batch.itemsize
+        grid = len({*batch.plan.readout, *range(1, batch.plan.exits + 1)})
+        piece = 8 * max(batch.info.vocab_size, min(_PIECE_ENTRIES, batch.tokens * batch.info.vocab_size))
+        return Memory(kept=grid * states, ended=min(4, grid) * logits + 6 * piece)
 
     def loop_state(self, loop_state: LoopState) -> None:
         if loop_state.recurrence + 1 in self.grid:

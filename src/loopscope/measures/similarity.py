@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
 from loopscope.measures.functions import residual_norm, widen
+from loopscope.measures.memory import Memory
 from loopscope.models.visits import AttentionView, Visit
 
 _TILE_ENTRIES = 2**21
@@ -31,6 +32,11 @@ class CycleSimilarity(Measure):
         super().__init__(batch)
         self.recurrences = min(batch.plan.cycle_recurrences, batch.recurrences)
         self._directions: list[Tensor] = []
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        kept = _visits(batch) * batch.bytes[1]
+        return Memory(kept=kept, result=kept // batch.prompts)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
@@ -78,6 +84,14 @@ class AttentionCycle(Measure):
         self._heads = batch.info.heads
         self._views: list[AttentionView | None] = []
 
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        visits = _visits(batch)
+        row = visits * batch.prompts * (batch.info.heads or 0) * batch.tokens
+        # Tiles of all visits, side by side once more, and one in the making.
+        tiles = 17 * max(row, min(_TILE_ENTRIES, row * batch.tokens))
+        return Memory(kept=visits * batch.attention_bytes, result=tiles)
+
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
             return
@@ -114,3 +128,9 @@ class AttentionCycle(Measure):
         values = (squares / scale[:, None, None]).sqrt().cpu().numpy()
         found[np.ix_(range(prompts), seen, seen)] = values
         return found
+
+
+def _visits(batch: BatchInfo) -> int:
+    """Whose states, or queries and keys, are kept."""
+    info, plan = batch.info, batch.plan
+    return info.prelude + info.coda + info.recurrent * min(plan.cycle_recurrences, plan.recurrences)

@@ -3,7 +3,6 @@ recurrence where it stands after twice the horizon."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -12,17 +11,17 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
-from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import NativeRecurrence
+from loopscope.dynamics.eigenvalues.leading import eigenvalues_near, taken_tokens
+from loopscope.dynamics.eigenvalues.native import NativeRecurrence, recorded_bytes
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
+from loopscope.measures.memory import Memory
 from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.interventions.kinds import FreezeInjection, Intervention, ReplaceToken
+from loopscope.models.interventions.kinds import Intervention, ReplaceToken
 from loopscope.models.native.subject import NativeRun, NativeSubject
-from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
 
 KEPT_PAIRS = 16
@@ -127,8 +126,9 @@ _NO_EIGENVALUES = "eigenvalues were not taken (of a hooked model: --hooked-eigen
 _ETAS = np.linspace(1 / 64, 1, 64)
 """Dampings under which an eigenvalue may lead. Between two of them no other corner of the hull gains more than 1e-3."""
 
-_BASIS_BYTES = 2**28
-"""Of basis vectors at a time, so that a study takes little more memory for its eigenvalues than for its passes."""
+_BLOCK_BYTES = 2**28
+"""Of basis vectors and recorded derivatives at a time, so that eigenvalues take little more memory than the passes do.
+"""
 
 
 def study_eigenvalues(horizon: int, products: int, every: int, search: int, seed: int) -> EigenvalueSettings:
@@ -139,7 +139,7 @@ def study_eigenvalues(horizon: int, products: int, every: int, search: int, seed
         every=every,
         search=search,
         seed=seed,
-        basis_bytes=_BASIS_BYTES,
+        block_bytes=_BLOCK_BYTES,
     )
 
 
@@ -179,12 +179,25 @@ class TokenStability(Measure):
         self._found: Stability | None = None
 
     @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        (_, wide), tokens, settings = batch.bytes, int(batch.counts.sum()), batch.plan.eigenvalues
+        lengths = 2 * 2 * batch.plan.horizon * batch.mask.numel() * max(4, batch.itemsize)
+        ended = 0
+        if settings is not None:
+            # States, first vectors and, of the search, the last ten states and steps, with their combination.
+            ended = (8 + 30 * bool(settings.search)) * wide
+            if isinstance(batch.subject, NativeSubject):
+                ended += min(settings.block_bytes, tokens * _recorded(batch, settings))
+        return Memory(kept=2 * wide + lengths, ended=ended, result=4 * lengths)
+
+    @classmethod
     def steps(cls, batch: BatchInfo) -> int:
-        """Products of a native model, once for each group of prompts."""
+        """Products of a native model, once for each block of tokens."""
         settings = batch.plan.eigenvalues
         if settings is None or not isinstance(batch.subject, NativeSubject):
             return 0
-        return len(_groups(batch, settings)) * min(settings.products, batch.info.width)
+        blocks = -(-int(taken_tokens(batch.mask, settings.every).sum()) // settings.at_once(_recorded(batch, settings)))
+        return blocks * min(settings.products, batch.info.width)
 
     def start(self, initial_state: Tensor | None) -> None:
         if initial_state is not None:
@@ -210,23 +223,15 @@ class TokenStability(Measure):
             return
         assert isinstance(subject, NativeSubject)
         assert isinstance(end.run, NativeRun)
-        self._found = Stability.joined(list(self._parts(subject, end.run, settings, end.tick)))
-
-    def _parts(
-        self, subject: NativeSubject, run: NativeRun, settings: EigenvalueSettings, tick: Callable[[], None]
-    ) -> Iterator[Stability]:
         assert self._last_step is not None
-        whole = self.batch.batch
-        groups = _groups(self.batch, settings)
-        for group in groups:
-            batch = Batch(whole.input_ids[group], whole.mask[group])
-            standing = run
-            if len(groups) > 1:
-                # A run of these prompts alone: the derivative keeps all that the layers compute on them.
-                standing = subject.start(batch, recurrences=0, seed=settings.seed, initial_state=run.state[group])
-            last_step = self._last_step.steps[group]
-            near = NativeRecurrence(standing, batch.mask, settings.recurrences, last_step=last_step)
-            yield eigenvalues_near(near, batch, settings, tick)
+        near = NativeRecurrence(
+            end.run,
+            self.batch.mask,
+            settings.recurrences,
+            last_step=self._last_step.steps,
+            at_once=settings.at_once(_recorded(self.batch, settings)),
+        )
+        self._found = eigenvalues_near(near, self.batch.batch, settings, end.tick)
 
     def result(self) -> xr.Dataset:
         found = self._observed()
@@ -300,10 +305,7 @@ def kept_pairs(eigenvalues: np.ndarray) -> np.ndarray:
     return np.sort(order[..., :count], axis=-1)
 
 
-def _groups(batch: BatchInfo, settings: EigenvalueSettings) -> list[slice]:
-    """Prompts that are taken at once. A frozen input is remembered by the run of all of them, which only they have."""
-    rows = settings.rows_at_once(batch.tokens, batch.info.width)
-    assert isinstance(batch.subject, NativeSubject)
-    if any(isinstance(each, FreezeInjection) for each in batch.subject.interventions):
-        rows = batch.prompts
-    return [slice(begin, begin + rows) for begin in range(0, batch.prompts, rows)]
+def _recorded(batch: BatchInfo, settings: EigenvalueSettings) -> int:
+    """Bytes that a token takes while its eigenvalues are found."""
+    itemsize = batch.itemsize
+    return recorded_bytes(batch.sizes, batch.tokens, settings.products, itemsize)

@@ -21,6 +21,7 @@ from loopscope.measures.base import (
     variable,
 )
 from loopscope.measures.functions import residual_norm, squared_singular_values, widen
+from loopscope.measures.memory import Memory
 from loopscope.models.visits import Visit
 
 TokenStates = Float[Tensor, "*shape token width"]
@@ -97,6 +98,12 @@ class StageMeasures(Measure):
         most = [min(length, batch.info.width) for length in self._lengths]
         self._most = torch.tensor(most, dtype=torch.float64).log()
         self._values = np.full((len(STAGE_NAMES), depth_count(batch), batch.prompts), np.nan, dtype=np.float64)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        states, wide = batch.bytes
+        gram = 8 * batch.prompts * min(batch.tokens, batch.info.width) ** 2
+        return Memory(visit=states + 2 * wide + 2 * gram)
 
     def visit(self, visit: Visit) -> None:
         depth = depth_of(self.batch, visit.stage, visit.layer, visit.recurrence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -37,57 +37,78 @@ class Tails(Observer):
         self._mask = mask
         self._spans = tuple(dict.fromkeys(spans))
         self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
-        self._kept = {(layer, span): _Kept() for layer in layers for span in self._spans}
+        self._kept = {(layer, span): _Kept(span[1] - span[0] - 1) for layer in layers for span in self._spans}
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
-        for span in self._spans:
-            kept = self._kept.get((visit.layer, span))
-            if kept is not None and span[0] <= visit.recurrence < span[1]:
-                kept.add(widen(visit.residual[self._mask]), self._image)
+        spans = [
+            span for span in self._spans if span[0] <= visit.recurrence < span[1] and (visit.layer, span) in self._kept
+        ]
+        if not spans:
+            return
+        # Once for all spans, which remember it until the next.
+        state = widen(visit.residual[self._mask])
+        for span in spans:
+            self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence + 1 == span[1])
 
-    def trajectories(self, layer: int, span: Span) -> Float[Tensor, "token recurrence dimension"]:
-        """Of the tokens of all prompts in order, in float64 on the CPU."""
-        return self._kept[layer, span].trajectories()
+    def trajectories(
+        self, layer: int, span: Span, tokens: slice | Tensor = slice(None)
+    ) -> Float[Tensor, "token recurrence dimension"]:
+        """Of some of the tokens of all prompts in order, in float64 on the CPU."""
+        return self._kept[layer, span].trajectories(tokens)
 
-    def drop(self, layer: int) -> None:
+    def drop(self, layer: int, *, but: Span | None = None) -> None:
         """Of what was judged."""
         for span in self._spans:
-            self._kept.pop((layer, span), None)
+            if span != but:
+                self._kept.pop((layer, span), None)
 
 
 @dataclass(slots=True, eq=False)
 class _Kept:
     """One layer within one span, by token and recurrence."""
 
+    most: int
+    """Steps that the span has."""
+    count: int = 0
     previous: Tensor | None = None
     first: Tensor | None = None
     """The image of the first state, as long as the state."""
-    steps: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-    """Of the steps of the states themselves."""
+    steps: Tensor | None = None
+    """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
+    lengths: Tensor | None = None
+    """Of the steps of the states themselves, (step, token)."""
 
-    def add(self, state: Float[Tensor, "token width"], image: Tensor | None) -> None:
-        if self.previous is None:
+    def add(self, state: Float[Tensor, "token width"], image: Tensor | None, *, last: bool) -> None:
+        if self.first is None:
             double = state.double()
             first = double if image is None else double @ image.double()
             length = torch.linalg.vector_norm(first, dim=-1).clamp_min(1e-300)
             self.first = first * (residual_norm(double) / length)[:, None]
+            self.steps = state.new_empty(self.most, *first.shape)
+            self.lengths = state.new_empty(self.most, len(first))
         else:
+            assert self.previous is not None  # spans have no gaps
+            assert self.steps is not None
+            assert self.lengths is not None
             step = state - self.previous
-            self.lengths.append(torch.linalg.vector_norm(step, dim=-1))
-            self.steps.append(step if image is None else step @ image.to(step.dtype))
-        self.previous = state
+            torch.linalg.vector_norm(step, dim=-1, out=self.lengths[self.count])
+            self.steps[self.count] = step if image is None else step @ image.to(step.dtype)
+            self.count += 1
+        self.previous = None if last else state
 
-    def trajectories(self) -> Tensor:
+    def trajectories(self, tokens: slice | Tensor) -> Tensor:
         assert self.first is not None  # a span begins where it is kept
-        steps = torch.stack(self.steps, dim=1).double()
-        true = torch.stack(self.lengths, dim=1).double().square().sum(1)
+        assert self.steps is not None
+        assert self.lengths is not None
+        steps = self.steps[: self.count, tokens].double().movedim(0, 1).contiguous()
+        true = self.lengths[: self.count, tokens].double().square().sum(0)
         seen = steps.square().sum((1, 2))
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
         way = (steps * factor[:, None, None]).cumsum(1)
-        return torch.cat((self.first[:, None], self.first[:, None] + way), dim=1).cpu()
+        first = self.first[tokens][:, None]
+        return torch.cat((first, first + way), dim=1).cpu()
 
 
 @lru_cache(maxsize=4)

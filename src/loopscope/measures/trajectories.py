@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.measures.functions import widen
+from loopscope.measures.memory import Memory
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -61,6 +62,11 @@ class Trajectories(Measure):
         self._tokens = torch.tensor([token for _, token in tracked], device=batch.mask.device)
         shape = (len(tracked), batch.info.recurrent, batch.recurrences, batch.info.width)
         self._states = np.full(shape, np.nan, dtype=np.float64)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        kept = 8 * len(_tracked(batch)) * batch.info.recurrent * batch.recurrences * batch.info.width
+        return Memory(kept=kept, result=4 * kept // max(1, len(_tracked(batch))))
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:

@@ -21,6 +21,7 @@ from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.states import known_dtype, rounding_step
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import distance, residual_norm
+from loopscope.measures.memory import Memory
 from loopscope.models.native.interventions import initial_noise
 from loopscope.models.visits import Observer, Visit
 
@@ -95,6 +96,13 @@ class Twin(Measure):
         self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
         # From the first nudge on.
         self._distance = torch.full((layers, self._first, *batch.mask.shape), torch.nan, device=batch.mask.device)
+
+    @classmethod
+    def memory(cls, batch: BatchInfo) -> Memory:
+        (states, wide), layers = batch.bytes, batch.info.recurrent
+        distances = layers * batch.plan.horizon * batch.mask.numel() * 4
+        # The states that are compared, those of the twin itself, and its nudges.
+        return Memory(kept=distances + (layers + 1) * states + wide, visit=3 * wide, result=4 * distances)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence >= self._first:

@@ -52,7 +52,7 @@ def eigenvalues_near(
     far = step.cummax(-1).values > settings.far
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in near.linearised(state, _taken(mask, settings.every)):
+    for block in near.linearised(state, taken_tokens(mask, settings.every)):
         space = KrylovSpace(start[block.tokens], spare[block.tokens], found.products)
         _solve(near, state, block, space, far, settings, on_product, found)
         derivatives.add(block.derivative)
@@ -90,7 +90,7 @@ class _Found:
             self.arrays[name][(tokens.cpu(), *pairs)] = each
 
 
-def _taken(mask: TokenMask, every: int) -> TokenMask:
+def taken_tokens(mask: TokenMask, every: int) -> TokenMask:
     """Of the tokens of each prompt every n-th, or the last."""
     from_end = mask.flip(-1).cumsum(-1).flip(-1) - 1
     return mask & (from_end % every == 0 if every else from_end == 0)

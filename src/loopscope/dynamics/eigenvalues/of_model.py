@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from loopscope._util.shapes import States
 from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
-from loopscope.dynamics.eigenvalues.native import linearise_native
+from loopscope.dynamics.eigenvalues.native import linearise_native, recorded_bytes
 from loopscope.dynamics.eigenvalues.recurrence import LinearisedRecurrence
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.inspection.facts import Sizes
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import subject_of
@@ -65,21 +66,23 @@ def leading_eigenvalues(
     check_recurrences(parse_interventions(subject.info.interventions), settings.recurrences + 1)
     if state is not None:
         check_state(state, (*batch.input_ids.shape, subject.info.width), "state")
-    rows = settings.rows_at_once(batch.input_ids.shape[1], subject.info.width)
-    groups = [slice(begin, begin + rows) for begin in range(0, len(batch.input_ids), rows)]
-    found = []
-    for group in groups:
-        prompts = Batch(batch.input_ids[group], batch.mask[group])
-        given = None if state is None else state[group]
-        found.append(eigenvalues_near(_linearise(subject, prompts, settings, given), prompts, settings))
-    return Stability.joined(found)
+    return eigenvalues_near(_linearise(subject, batch, settings, state), batch, settings)
 
 
 def _linearise(
     subject: Subject, batch: Batch, settings: EigenvalueSettings, state: States | None
 ) -> LinearisedRecurrence:
     if isinstance(subject, NativeSubject):
-        return linearise_native(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
+        sizes, tokens = Sizes.of(subject.model.architecture), batch.input_ids.shape[1]
+        bytes_of_one = recorded_bytes(sizes, tokens, settings.products, subject.model.dtype.itemsize)
+        return linearise_native(
+            subject,
+            batch,
+            recurrences=settings.recurrences,
+            seed=settings.seed,
+            state=state,
+            at_once=settings.at_once(bytes_of_one),
+        )
     if isinstance(subject, HookedSubject):
         return linearise_hooked(subject, batch, recurrences=settings.recurrences, seed=settings.seed, state=state)
     raise ConfigError(

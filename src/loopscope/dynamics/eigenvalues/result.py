@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 from jaxtyping import Bool, Complex128, Float, Float64
 from numpy import ndarray
 
@@ -51,13 +48,13 @@ class EigenvalueSettings:
     search: Annotated[int, Range(0)] = 200
     """Recurrences that the search may evaluate; 0 takes the point as it is. Where small random models have a fixed
     point that repels, half of them need up to 40, and one in ten more than 130."""
-    basis_bytes: Count = 2**30
-    """Prompts are taken in groups whose basis vectors fill at most so much memory; one prompt at the least."""
+    block_bytes: Count = 2**30
+    """Tokens of a native model are taken in blocks whose basis vectors, and what is recorded for their derivative, take
+    about so much memory at most; one token at the least."""
 
-    def rows_at_once(self, tokens: int, width: int) -> int:
-        """Prompts of that many tokens in one group."""
-        bytes_of_one = min(self.products, width) * tokens * width * 8
-        return max(1, self.basis_bytes // bytes_of_one)
+    def at_once(self, bytes_of_one: int) -> int:
+        """Tokens of a block."""
+        return max(1, self.block_bytes // bytes_of_one)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -131,16 +128,3 @@ class Stability:
     def predict(self, criterion: StabilityCriterion | None = None) -> Prediction:
         """Rate, kind and period of every token."""
         return predict(self.eigenvalues, self.errors, self.relative_step, criterion)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Stability]) -> Stability:
-        """Groups of prompts that were taken one after the other, with the same settings."""
-        if len(parts) == 1:
-            return parts[0]
-        arrays: dict[str, Any] = {
-            each.name: np.concatenate([getattr(part, each.name) for part in parts])
-            for each in dataclasses.fields(cls)
-            if isinstance(getattr(parts[0], each.name), ndarray)
-        }
-        differences = any(part.derivative == "differences" for part in parts)
-        return dataclasses.replace(parts[0], derivative="differences" if differences else "exact", **arrays)

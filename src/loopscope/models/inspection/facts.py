@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -28,6 +28,8 @@ class RunSize:
     """Prompts that are run together."""
     recurrences: Count = 64
     """How often the recurrent block runs."""
+    horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
+    """Of an analysis, which runs twice as many."""
     dtype: Dtype = "float32"
     """What the model runs in."""
 
@@ -55,6 +57,12 @@ class Sizes:
     """What enters the first recurrent layer is not the loop state itself."""
     carries_raw_output: bool
     """The loop state is the last recurrent layer's output, so that it need not be kept beside it."""
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, its norms left aside."""
+        attention = 2 * self.width * (self.query_width + self.key_width)
+        return attention + self.mlp_matrices * self.width * self.mlp_width
 
     @classmethod
     def of(cls, architecture: Architecture) -> Sizes:
@@ -105,9 +113,8 @@ def estimate_memory(sizes: Sizes, run: RunSize) -> MemoryEstimate:
     )
 
 
-def _numbers_alive(sizes: Sizes) -> int:
-    """Per token, at the fullest moment: in attention, in the MLP, or in the head."""
-    carried = sizes.width * (2 if sizes.recurrent else 1)  # the loop state as it came in, and the prelude's output
+def numbers_in_a_layer(sizes: Sizes) -> int:
+    """Per token, at the fullest moment: in attention or in the MLP."""
     attention = (
         2 * sizes.width  # the layer's input, normed
         + 2 * sizes.key_width
@@ -119,9 +126,18 @@ def _numbers_alive(sizes: Sizes) -> int:
         + sizes.key_width
         + sizes.mlp_matrices * sizes.mlp_width
     )
-    in_layers = _ALLOCATOR * (carried + max(attention, mlp))
-    in_head = _ALLOCATOR * (carried + 2 * sizes.width) + sizes.vocab_size
-    return max(in_layers, in_head)
+    return _ALLOCATOR * (_carried(sizes) + max(attention, mlp))
+
+
+def _carried(sizes: Sizes) -> int:
+    """The loop state as it came in, and the prelude's output."""
+    return sizes.width * (2 if sizes.recurrent else 1)
+
+
+def _numbers_alive(sizes: Sizes) -> int:
+    """Per token, at the fullest moment: in a layer, or in the head."""
+    in_head = _ALLOCATOR * (_carried(sizes) + 2 * sizes.width) + sizes.vocab_size
+    return max(numbers_in_a_layer(sizes), in_head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -236,8 +236,8 @@ class NativeRun:
 
         return one_recurrence
 
-    def _recurrence_in(self, dtype: torch.dtype) -> list[Tensor]:
-        """Outputs of the recurrent layers in one recurrence from here, computed in another dtype."""
+    def _recurrence_in(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Outputs of the recurrent layers in one recurrence from here, one by one, computed in another dtype."""
 
         def call(module: torch.nn.Module, *arguments: Any) -> Any:
             return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, arguments)
@@ -252,11 +252,9 @@ class NativeRun:
             state = call(injection, torch.cat((state, encoded), dim=-1))
         else:
             state = self._model.inject(state, encoded)
-        outputs = []
         for index, layer in enumerate(self._model.recurrent):
             state, _ = call(layer, state, context, applied.scale("recurrent", index, self._recurrence))
-            outputs.append(state)
-        return outputs
+            yield state
 
 
 class _Recurrence(nn.Module):
