@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -13,6 +15,12 @@ def available_bytes() -> int | None:
     not tell."""
     found = [each for each in (_of_the_machine(), _of_the_container()) if each is not None]
     return min(found, default=None)
+
+
+def peak_bytes() -> int:
+    """The most that this process has held at a time so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _of_the_machine() -> int | None:

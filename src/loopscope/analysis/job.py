@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import xarray as xr
 
+from loopscope._util.estimate import Phase
+from loopscope._util.memory import peak_bytes
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.engine.run import run_items
@@ -33,16 +35,23 @@ from loopscope.prompts.prompt import TokenizedPrompt
 from loopscope.prompts.tokenizer import tokenizer_record
 from loopscope.study import Study
 
+_VERDICT_SECONDS, _WRITING_SECONDS = 0.0015, 0.5
+"""Of a token at one layer, with all that its verdict is tried against; and of a study of some prompts. What is expected
+until the first ones took their time."""
+
 
 @runtime_checkable
 class Progress(Protocol):
     """Notified of how an analysis gets on."""
 
-    def start(self, steps: int, done: int) -> None:
-        """How many steps there are in all, and how many were done by an earlier run of the same command."""
+    def start(self, phases: Sequence[Phase]) -> None:
+        """Of which phases it consists."""
 
-    def step(self) -> None:
-        """One more step."""
+    def step(self, phase: str, count: int = 1) -> None:
+        """So many steps of a phase are over, which took the time since the last ones."""
+
+    def first_batch(self, memory: int | None) -> None:
+        """The first batch of this run is done; the most memory that was in use, in bytes, where it is known."""
 
     def note(self, message: str) -> None:
         """Something worth saying."""
@@ -51,9 +60,11 @@ class Progress(Protocol):
 class SilentProgress:
     """Says nothing."""
 
-    def start(self, steps: int, done: int) -> None: ...
+    def start(self, phases: Sequence[Phase]) -> None: ...
 
-    def step(self) -> None: ...
+    def step(self, phase: str, count: int = 1) -> None: ...
+
+    def first_batch(self, memory: int | None) -> None: ...
 
     def note(self, message: str) -> None: ...
 
@@ -107,22 +118,25 @@ class Job:
             if len(missing) < self.shards:
                 done = self.shards - len(missing)
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
-            steps = [self._steps(index) for index in range(self.shards)]
-            self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
+            self.progress.start(self._phases(missing))
             self._run_all(missing, study.write)
             _give_memory_back()
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
             _give_memory_back()
-            return study.finish(whole)
+            finished = study.finish(whole)
+            self.progress.step("writing")
+            return finished
 
     def run_in_memory(self) -> Study:
         """All shards, with nothing written."""
         started = time.monotonic()
         found: dict[int, xr.Dataset] = {}
-        self.progress.start(sum(map(self._steps, range(self.shards))), 0)
+        self.progress.start(self._phases(range(self.shards)))
         self._run_all(range(self.shards), found.__setitem__)
-        return self.assemble([found[index] for index in range(self.shards)], started)
+        study = self.assemble([found[index] for index in range(self.shards)], started)
+        self.progress.step("writing")
+        return study
 
     def _run_all(self, shards: Sequence[int], done: Callable[[int, xr.Dataset], None]) -> None:
         """Some shards, by the engine that the settings name; `done` receives each as it is finished."""
@@ -132,12 +146,21 @@ class Job:
         if engine is None:
             for shard in shards:
                 done(shard, self.run(shard))
+                if shard == shards[0]:
+                    cuda = self.subject.device.type == "cuda"
+                    memory = torch.cuda.max_memory_allocated(self.subject.device) if cuda else peak_bytes()
+                    self.progress.first_batch(memory)
             return
+        finished_before = False
 
         def finished(place: int, arrays: xr.Dataset) -> None:
+            nonlocal finished_before
             done(shards[place], arrays)
-            for _ in range(self._steps(shards[place])):
-                self.progress.step()
+            for phase, steps in self._steps(shards[place]).items():
+                self.progress.step(phase, steps)
+            if not finished_before:
+                self.progress.first_batch(None)  # which is the workers'
+            finished_before = True
 
         work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
         run_items(work, shards, finished, engine, self.progress.note)
@@ -149,7 +172,7 @@ class Job:
             self.subject,
             batch,
             self.plan,
-            self.progress.step,
+            lambda phase: self.progress.step(phase, batch.mask.numel()),
             keep=self._keeps(batch),
             first_prompt=self._batches[index].start,
         )
@@ -168,10 +191,21 @@ class Job:
         whole = {**self._manifest(), "left_out": left_out, "status": "complete", "seconds": seconds}
         return Study(dataset, whole, self._tokens())
 
-    def _steps(self, index: int) -> int:
-        """Recurrences that a shard runs."""
+    def _phases(self, missing: Sequence[int]) -> list[Phase]:
+        """What there is to do of all shards, of which some are missing."""
+        steps = [self._steps(index) for index in range(self.shards)]
+        found = []
+        for name in dict.fromkeys(phase for each in steps for phase in each):
+            whole, left = (sum(steps[index].get(name, 0) for index in some) for some in (range(self.shards), missing))
+            seconds = _VERDICT_SECONDS * len(self.plan.judged_layers) if name == "verdicts" else None
+            found.append(Phase(name, whole, whole - left, seconds))
+        return [*found, Phase("writing", 1, seconds=_WRITING_SECONDS)]
+
+    def _steps(self, index: int) -> dict[str, int]:
+        """By phase: recurrences and what else takes about as long, once for every token of the padded batch."""
         batch = self._batch(index)
-        return steps_of(self.subject, batch, self.plan, keep=self._keeps(batch))
+        steps = steps_of(self.subject, batch, self.plan, keep=self._keeps(batch))
+        return {phase: count * batch.mask.numel() for phase, count in steps.items()}
 
     def _keeps(self, batch: Batch) -> bool:
         return self._kept_bytes(batch) <= self._budget
