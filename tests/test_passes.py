@@ -19,6 +19,7 @@ from loopscope._util.estimate import Phase
 from loopscope.analysis.passes import steps_of
 from loopscope.analysis.plan import kept_bytes
 from loopscope.analysis.settings import HorizonMethod, Part
+from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
@@ -250,7 +251,7 @@ def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps:
     changes: dict[str, Any] = {"keep_limit": limit, "track": ()}
     analyze(subject(), PROMPTS[:1], out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
     assert progress.steps["passes"] == steps * len(PROMPTS[0])
-    assert progress.steps["eigenvalues"] == 16 * len(PROMPTS[0])
+    assert progress.steps["eigenvalues"] == (SEARCH_STEPS + 16) * len(PROMPTS[0])
 
 
 def test_half_precision_runs_and_is_measured_in_float32() -> None:

@@ -23,7 +23,7 @@ from loopscope.models.subject import Batch, ForkedRun, NudgedRun, Run, Subject
 from loopscope.models.visits import LoopState, Observer, Visit
 
 Tick = Callable[[str], None]
-"""Called after each recurrence of each run ("passes"), each product for eigenvalues, and the verdicts of the batch."""
+"""Called after each recurrence of each run ("passes"), each step towards eigenvalues, and the verdicts of the batch."""
 
 
 def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> dict[str, int]:

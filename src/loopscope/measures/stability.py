@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
-from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
+from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS, eigenvalues_near
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
@@ -180,11 +180,11 @@ class TokenStability(Measure):
 
     @classmethod
     def steps(cls, batch: BatchInfo) -> int:
-        """Products of a native model, once for each group of prompts."""
+        """A search and products of a native model, once for each group of prompts."""
         settings = batch.plan.eigenvalues
         if settings is None or not isinstance(batch.subject, NativeSubject):
             return 0
-        return len(_groups(batch, settings)) * min(settings.products, batch.info.width)
+        return len(_groups(batch, settings)) * (SEARCH_STEPS + min(settings.products, batch.info.width))
 
     def start(self, initial_state: Tensor | None) -> None:
         if initial_state is not None:
