@@ -15,6 +15,7 @@ tensors back as soon as they are freed: what the C library keeps of them varies 
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import subprocess
@@ -23,12 +24,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
+from typing import get_args
 
 import numpy as np
 import torch
 
 from loopscope import analyze, load
-from loopscope.analysis.settings import AnalyzeSettings, HorizonMethod, Part
+from loopscope.analysis.settings import AnalyzeSettings, HorizonMethod, Part, Preset
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
@@ -66,6 +69,7 @@ and a head for each state that is read out."""
 WHOLE: dict[str, tuple[float, float]] = {"demo:injected": (3.2, 2.7), "demo:uninjected": (3.5, 3.5), "wide": (3.0, 2.4)}
 """Models, and what a whole analysis of eight questions may cost over a run to the second horizon, with and without
 eigenvalues. `wide` is a random model, (2, 4 ⊗ 8, 2) of width 1024, on two prompts of 128 tokens."""
+PRESETS = ("standard", "standard without eigenvalues", "quick", "full")
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -90,30 +94,33 @@ def bare_run(model: Subject, batch: Batch, recurrences: int) -> None:
     run.decode()
 
 
-def whole_ratios(name: str, questions: str) -> tuple[float, float]:
-    """An analysis with everything, and one without eigenvalues, over a bare run to the second horizon."""
+def whole_ratios(name: str, questions: str) -> list[float]:
+    """Analyses by the `PRESETS`, over a bare run to the second horizon."""
     if name == "wide":
         model: Subject = NativeSubject(LoopedTransformer(WIDE).initialize(0).eval().requires_grad_(False))
         texts = np.random.default_rng(0).integers(0, WIDE.vocab_size, size=(2, 128)).tolist()
-        settings = AnalyzeSettings(recurrences=16, horizon=32)
+        recurrences, horizon = 16, 32
     else:
-        model, settings = load(name, device="cpu"), AnalyzeSettings(recurrences=32, horizon=64)
+        model, recurrences, horizon = load(name, device="cpu"), 32, 64
         assert model.tokenizer is not None
         problems = load_prompts(prompts=questions, field="question", limit=8)
         texts = [model.tokenizer.encode(problem.text or "").ids for problem in problems]
-    batch, best = Batch.of(texts), [float("inf")] * 3
-    without = replace(settings, skip=("stability",))
-    jobs: tuple[Callable[[], object], ...] = (
-        lambda: bare_run(model, batch, 2 * settings.horizon),
-        lambda: analyze(model, texts, settings=settings),
-        lambda: analyze(model, texts, settings=without),
+    batch = Batch.of(texts)
+    quick, standard, full = (
+        AnalyzeSettings.preset(preset, recurrences=recurrences, horizon=horizon) for preset in get_args(Preset)
     )
+    chosen = (standard, replace(standard, skip=("stability",)), quick, full)
+    jobs: list[Callable[[], object]] = [
+        lambda: bare_run(model, batch, 2 * horizon),
+        *(functools.partial(analyze, model, texts, settings=settings) for settings in chosen),
+    ]
+    best = [float("inf")] * len(jobs)
     for _ in range(WHOLE_ROUNDS):
         for place, job in enumerate(jobs):
             start = time.process_time()
             job()
             best[place] = min(best[place], time.process_time() - start)
-    return best[1] / best[0], best[2] / best[0]
+    return [each / best[0] for each in best[1:]]
 
 
 def time_ratio(method: HorizonMethod, skip: tuple[Part, ...]) -> float:
@@ -153,9 +160,10 @@ def main(what: str, questions: str | None) -> None:
                 print(f"time: {section} / bare forward passes, {method}: {ratio:.2f} (at most {most})", flush=True)
     if questions is not None:
         for name, (most, without) in WHOLE.items():
-            ratio, less = in_a_process("whole-ratios", name, questions, **KEEP_MEMORY)
-            print(f"everything / a run to 2H, {name}: {ratio:.2f} (at most {most})", flush=True)
-            print(f"without eigenvalues / a run to 2H, {name}: {less:.2f} (at most {without})", flush=True)
+            ratios = in_a_process("whole-ratios", name, questions, **KEEP_MEMORY)
+            for preset, ratio, bound in zip_longest(PRESETS, ratios, (most, without)):
+                limit = "" if bound is None else f" (at most {bound})"
+                print(f"{preset} / a run to 2H, {name}: {ratio:.2f}{limit}", flush=True)
     if what in ("all", "memory"):
         (small,), (large,) = (in_a_process("analyse-once", count, **GIVE_MEMORY_BACK) for count in ("32", "256"))
         print(f"memory: peak {small:.0f} MiB at R = 32, {large:.0f} MiB at R = 256: {large / small:.3f} (at most 1.05)")

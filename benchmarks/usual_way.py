@@ -3,8 +3,9 @@
     python benchmarks/usual_way.py
 
 The usual way is the forward pass of a transformers model with eager attention that returns all hidden states and all
-attention maps, which the functions of `loopscope.measures` then reduce one by one. The other way runs the same weights
-natively, once to the last recurrence, whose maps the others are compared with, and once more to be measured.
+attention maps, which the functions of `loopscope.measures` then reduce one by one. The others run the same weights
+natively: once to the last recurrence, whose maps the others are compared with, and once more to be measured; or once,
+keeping states, queries and keys, which are measured afterwards.
 
 The model is a random Llama of width 1024 with 16 heads, (1, 2 ⊗ R, 1), on one prompt of 512 tokens. Each run is a
 process of its own, which gives large tensors back to the system as soon as they are freed, so that the memory is what
@@ -39,7 +40,7 @@ from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch
-from loopscope.models.visits import Observer
+from loopscope.models.visits import Observer, Visit
 
 TOKENS = 512
 RECURRENCES = (8, 32, 128)
@@ -141,7 +142,17 @@ def usual(model: LoopedTransformer, prompt: list[int], recurrences: int) -> Call
     return work
 
 
-def while_it_runs(model: LoopedTransformer, prompt: list[int], recurrences: int) -> Callable[[], Numbers]:
+class Kept(Observer):
+    """Keeps what the measures of heads wait for."""
+
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+    def visit(self, visit: Visit) -> None:
+        self.visits.append(visit)
+
+
+def native(model: LoopedTransformer, prompt: list[int], recurrences: int, keep: bool) -> Callable[[], Numbers]:
     subject, batch = NativeSubject(model, weights_sha256="none"), Batch.of([prompt])
     settings = AnalyzeSettings(recurrences=recurrences, horizon=recurrences, cycle_recurrences=CYCLE)
     info = BatchInfo.of(subject, batch, choose(subject, [len(prompt)], settings, lambda note: None))
@@ -154,9 +165,15 @@ def while_it_runs(model: LoopedTransformer, prompt: list[int], recurrences: int)
 
     def work() -> Numbers:
         info.horizon = horizon = Horizons(info)
-        run([horizon])
         heads, cycle, stages = HeadMeasures(info), AttentionCycle(info), StageMeasures(info)
-        run([heads, cycle, stages])
+        if keep:
+            kept = Kept()
+            run([horizon, kept, cycle, stages])
+            for visit in kept.visits:
+                heads.visit(visit)
+        else:
+            run([horizon])
+            run([heads, cycle, stages])
         arrays = heads.result().merge(stages.result())
         found = {str(name): values.isel(prompt=0).values for name, values in arrays.items()}
         for name, first in (("attention_change", 1), ("attention_distance_to_horizon", 0)):
@@ -178,7 +195,10 @@ def one_way(way: str, recurrences: int, path: str) -> None:
     """Print seconds and MiB, and leave the numbers in a file."""
     model = LoopedTransformer(SHAPE).initialize(0).eval().requires_grad_(False)
     prompt = np.random.default_rng(0).integers(0, SHAPE.vocab_size, size=TOKENS).tolist()
-    work = (usual if way == "usual" else while_it_runs)(model, prompt, recurrences)
+    if way == "usual":
+        work = usual(model, prompt, recurrences)
+    else:
+        work = native(model, prompt, recurrences, keep=way == "kept")
     before = memory("VmRSS")
     started = time.process_time()
     found = work()
@@ -211,13 +231,15 @@ def main() -> None:
     print(f"one prompt of {TOKENS} tokens; seconds of processor time, MiB beyond the loaded model")
     for recurrences in RECURRENCES:
         with tempfile.TemporaryDirectory() as folder:
-            paths = {way: f"{folder}/{way}.npz" for way in ("usual", "running")}
+            paths = {way: f"{folder}/{way}.npz" for way in ("usual", "running", "kept")}
             costs = {way: measured(way, recurrences, path) for way, path in paths.items()}
-            away = largest_difference(*paths.values())
-        usual_cost, running = costs.values()
+            away = max(largest_difference(paths["usual"], paths[way]) for way in ("running", "kept"))
+        (seconds, peak), running, kept = costs.values()
         print(
-            f"R = {recurrences}: usual way {usual_cost[0]:.1f} s, {usual_cost[1]:.0f} MiB; "
-            f"while it runs {running[0]:.1f} s, {running[1]:.0f} MiB; numbers differ by {away:.1g} at most",
+            f"R = {recurrences}: usual way {seconds:.1f} s, {peak:.0f} MiB; "
+            f"while it runs {running[0]:.1f} s ({running[0] / seconds:.2f}), {running[1]:.0f} MiB "
+            f"(1/{peak / running[1]:.0f}); with states kept {kept[0]:.1f} s ({kept[0] / seconds:.2f}), "
+            f"{kept[1]:.0f} MiB; numbers differ by {away:.1g} at most",
             flush=True,
         )
 

@@ -16,6 +16,7 @@ import loopscope
 from foreign_models import PATHS, Block, ForeignLoop
 from loopscope import AnalyzeSettings
 from loopscope._util.map_codes import decode_maps, encode_maps
+from loopscope.analysis.job import SilentProgress
 from loopscope.analysis.settings import Part
 from loopscope.errors import ConfigError
 from loopscope.measures.maps import map_recurrences, map_tokens
@@ -30,15 +31,11 @@ Skipped = tuple[Part, ...]
 SKIP: Skipped = ("path-independence", "noise-floor", "neurons", "readout", "stages")
 
 
-class Notes:
+class Notes(SilentProgress):
     """A progress that remembers what was noted."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
-
-    def start(self, steps: int, done: int) -> None: ...
-
-    def step(self) -> None: ...
 
     def note(self, message: str) -> None:
         self.said.append(message)

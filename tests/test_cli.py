@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loopscope import Study
+from loopscope import AnalyzeSettings, Study
 from loopscope.cli import main
+from loopscope.cli.commands import Analyze
 from loopscope.models.checkpoints.find import demo_names
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.transformer import LoopedTransformer
@@ -247,6 +248,51 @@ def test_a_model_that_diverges_is_a_finding(capsys: pytest.CaptureFixture[str], 
     assert "Warning" not in shown.err
     found = Study.load(tmp_path / "study").dataset["diverged_at"].values
     assert ((found > 3) & (found < 14)).all()
+
+
+def settings_by(monkeypatch: pytest.MonkeyPatch, *options: str) -> AnalyzeSettings:
+    """Of an analysis with these options, which is not run."""
+    found = []
+    monkeypatch.setattr(Analyze, "run", lambda command: found.append(command.settings))
+    assert run("analyze", "demo:injected", "--text", "one", "--out", "study", *options) == 0
+    return AnalyzeSettings(**vars(found[0]))
+
+
+def test_an_option_wins_over_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        settings_by(monkeypatch) == settings_by(monkeypatch, "--preset", "standard") == AnalyzeSettings(text=("one",))
+    )
+    quick = settings_by(monkeypatch, "--preset", "quick")
+    assert quick == AnalyzeSettings.preset("quick", text=("one",))
+    assert quick.judged_layers == "last"
+    assert not {"readout", "behaviour"} & set(quick.skip)
+    # Also where it gives what is the default without a preset.
+    assert settings_by(monkeypatch, "--preset=quick", "--judged_layers", "all").judged_layers == "all"
+    full = settings_by(monkeypatch, "--preset", "full", "--no-hooked-eigenvalues", "--map-limit=2", "--skip", "heads")
+    assert (full.hooked_eigenvalues, full.map_limit, full.map_tokens, full.skip) == (False, 2, 256, ("heads",))
+    less = settings_by(monkeypatch, "--preset", "quick", "--skip", "readout", "maps")
+    assert less.skip == (*quick.skip, "readout")
+
+
+def test_an_option_of_what_a_preset_leaves_out_is_refused(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
+) -> None:
+    options = ("--preset", "quick", "--eigenvalue-products", "40")
+    sentence = refused(capsys, "analyze", good, "--text", "one", *SHORT, "--out", tmp_path / "study", *options)
+    assert sentence == (
+        "loopscope: --eigenvalue-products is about stability, which --preset quick leaves out; give another preset, or "
+        "leave the option out."
+    )
+
+
+def test_a_quick_analysis_judges_the_last_layer(good: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    size = ("--recurrences", "4", "--horizon", "16", "--device", "cpu")
+    assert run("analyze", good, "--text", "one", *size, "--out", out, "--preset", "quick", "--no-report") == 0
+    found = Study.load(out).dataset
+    assert found.sizes["judged_layer"] == 1
+    assert {"relative_distance", "loss", "verdict", "twin_floor"} <= set(found.data_vars)
+    assert "predicted_rate" not in found
 
 
 def test_the_shipped_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

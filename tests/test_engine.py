@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import xarray
 
 from engine_work import Square
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope._util.estimate import Phase
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.run import run_items
 from loopscope.analysis.settings import EngineName
@@ -141,9 +142,11 @@ class Killer:
     def __init__(self, name: str) -> None:
         self.name, self.killed, self.said = name, False, list[str]()
 
-    def start(self, steps: int, done: int) -> None: ...
+    def start(self, phases: Sequence[Phase]) -> None: ...
 
-    def step(self) -> None:
+    def first_batch(self, memory: int | None) -> None: ...
+
+    def step(self, phase: str, count: int = 1) -> None:
         if self.killed:
             return
         wanted = "ray::_Actor" if self.name == "ray" else "loopscope.analysis.engine.worker"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import loopscope
 from foreign_models import PATHS, ForeignLoop
 from loopscope import AnalyzeSettings, Study, Trace, analyze, capture
+from loopscope.analysis.job import SilentProgress
 from loopscope.answers.answer import Answer, Criterion, Outcome
 from loopscope.answers.exit_rules import (
     ExitTables,
@@ -324,15 +325,11 @@ def test_a_hooked_model_is_judged_as_a_native_one() -> None:
         np.testing.assert_allclose(tables.constant["kl"][:, row], wanted, rtol=1e-4, atol=1e-6)
 
 
-class Notes:
+class Notes(SilentProgress):
     """A progress that keeps what it is told."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-
-    def start(self, steps: int, done: int) -> None: ...
-
-    def step(self) -> None: ...
 
     def note(self, message: str) -> None:
         self.notes.append(message)

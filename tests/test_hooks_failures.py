@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import loopscope
 from foreign_models import PATHS, ForeignLoop, assert_untouched
+from loopscope.analysis.job import SilentProgress
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.hooks.pausing import Pauses, Returned, SteppedCall
@@ -193,14 +194,9 @@ def test_a_run_that_is_forgotten() -> None:
 def test_an_analysis_that_fails_between_recurrences() -> None:
     subject = subject_in_training()
 
-    def fail() -> None:
-        raise RuntimeError("no more")
-
-    class Progress:
-        def start(self, steps: int, done: int) -> None: ...
-        def note(self, message: str) -> None: ...
-        def step(self) -> None:
-            fail()
+    class Progress(SilentProgress):
+        def step(self, phase: str, count: int = 1) -> None:
+            raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
         loopscope.analyze(subject, [[1, 2, 3]], recurrences=4, horizon=4, progress=Progress())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import xarray
 
 import loopscope
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope._util.estimate import Phase
 from loopscope._util.shapes import States
 from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.memory import foresee
@@ -47,11 +48,11 @@ class Noting(SilentProgress):
         self.said: list[str] = []
         self.announced, self.steps = 0, 0
 
-    def start(self, steps: int, done: int) -> None:
-        self.announced = steps - done
+    def start(self, phases: Sequence[Phase]) -> None:
+        self.announced = sum(phase.steps - phase.done for phase in phases)
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, phase: str, count: int = 1) -> None:
+        self.steps += count
 
     def note(self, message: str) -> None:
         self.said.append(message)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze
+from loopscope._util.estimate import Phase
 from loopscope.analysis.memory import kept_bytes
 from loopscope.analysis.passes import steps_of
 from loopscope.analysis.settings import HorizonMethod, Part
+from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
@@ -45,13 +48,17 @@ class Counting:
     """A progress that counts."""
 
     def __init__(self) -> None:
-        self.expected, self.done, self.steps = -1, -1, 0
+        self.expected, self.steps = Counter[str](), Counter[str]()
+        self.done = -1
 
-    def start(self, steps: int, done: int) -> None:
-        self.expected, self.done = steps, done
+    def start(self, phases: Sequence[Phase]) -> None:
+        self.expected = Counter({phase.name: phase.steps for phase in phases})
+        self.done = sum(phase.done for phase in phases)
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, phase: str, count: int = 1) -> None:
+        self.steps[phase] += count
+
+    def first_batch(self, memory: int | None) -> None: ...
 
     def note(self, message: str) -> None: ...
 
@@ -188,7 +195,7 @@ def test_all_parts_can_be_skipped() -> None:
         (FEED_FORWARD, 3, ()),
     ],
 )
-def test_progress_counts_every_recurrence(
+def test_every_step_that_is_announced_is_counted(
     method: HorizonMethod, shape: Architecture, recurrences: int, skip: tuple[Part, ...]
 ) -> None:
     progress = Counting()
@@ -219,11 +226,12 @@ def plan(**changes: Any) -> Plan:
 
 def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
     batch = Batch.of(PROMPTS)
-    assert steps_of(subject(), batch, plan(), keep=True) == 10 + 10 + 4
-    assert steps_of(subject(), batch, plan(), keep=False) == 10 + 10 + 8 + 4
-    assert steps_of(subject(), batch, plan(horizon=20, skip=frozenset({"path-independence", "twin"})), keep=True) == 40
-    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == 10 + 4
-    assert steps_of(subject(FEED_FORWARD), batch, plan(), keep=True) == 0
+    assert steps_of(subject(), batch, plan(), keep=True) == {"passes": 10 + 10 + 4}
+    assert steps_of(subject(), batch, plan(), keep=False) == {"passes": 10 + 10 + 8 + 4}
+    alone = plan(horizon=20, skip=frozenset({"path-independence", "twin"}))
+    assert steps_of(subject(), batch, alone, keep=True) == {"passes": 40}
+    assert steps_of(subject(LOOP_NORM), batch, plan(), keep=True) == {"passes": 10 + 4}
+    assert steps_of(subject(FEED_FORWARD), batch, plan(), keep=True) == {"passes": 1}
 
 
 def test_states_are_kept_while_they_fit() -> None:
@@ -237,12 +245,13 @@ def test_states_are_kept_while_they_fit() -> None:
     assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
 
 
-@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 4 + 16), (1, 8 + 6 + 4 + 16)])
+@pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 4), (1, 8 + 6 + 4)])
 def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps: int) -> None:
     progress = Counting()
-    changes: dict[str, Any] = {"keep_limit": limit, "track": ()}  # and 16 products
+    changes: dict[str, Any] = {"keep_limit": limit, "track": ()}
     analyze(subject(), PROMPTS[:1], out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
-    assert progress.steps == steps
+    assert progress.steps["passes"] == steps * len(PROMPTS[0])
+    assert progress.steps["eigenvalues"] == (SEARCH_STEPS + 16) * len(PROMPTS[0])
 
 
 def test_half_precision_runs_and_is_measured_in_float32() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope.analysis.job import SilentProgress
 from loopscope.answers.answer import Criterion
 from loopscope.answers.stability import stability_answer
 from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
@@ -62,13 +63,9 @@ SETTINGS = AnalyzeSettings(
 )
 
 
-class Notes:
+class Notes(SilentProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
-
-    def start(self, steps: int, done: int) -> None: ...
-
-    def step(self) -> None: ...
 
     def note(self, message: str) -> None:
         self.said.append(message)

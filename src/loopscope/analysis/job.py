@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 import xarray as xr
 
+from loopscope._util.estimate import Phase
 from loopscope._util.wording import plural
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.engine.run import run_items
 from loopscope.analysis.folder import StudyFolder, join, merge
 from loopscope.analysis.manifest import coordinates, describe, manifest
-from loopscope.analysis.memory import MemoryPlan, kept_bytes, most_prompts, size_text
+from loopscope.analysis.memory import MemoryPlan, kept_bytes, most_prompts, peak_bytes, size_text
 from loopscope.analysis.passes import measure_batch, steps_of
 from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings
@@ -36,16 +38,23 @@ from loopscope.prompts.prompt import TokenizedPrompt
 from loopscope.prompts.tokenizer import tokenizer_record
 from loopscope.study import Study
 
+_VERDICT_SECONDS, _WRITING_SECONDS = 0.0015, 0.5
+"""Of a token at one layer, with all that its verdict is tried against; and of a study of some prompts. What is expected
+until the first ones took their time."""
+
 
 @runtime_checkable
 class Progress(Protocol):
     """Notified of how an analysis gets on."""
 
-    def start(self, steps: int, done: int) -> None:
-        """How many steps there are in all, and how many were done by an earlier run of the same command."""
+    def start(self, phases: Sequence[Phase]) -> None:
+        """Of which phases it consists."""
 
-    def step(self) -> None:
-        """One more step."""
+    def step(self, phase: str, count: int = 1) -> None:
+        """So many steps of a phase are over, which took the time since the last ones."""
+
+    def first_batch(self, memory: int | None) -> None:
+        """The first batch of this run is done; the most memory that was in use, in bytes, where it is known."""
 
     def note(self, message: str) -> None:
         """Something worth saying."""
@@ -54,9 +63,11 @@ class Progress(Protocol):
 class SilentProgress:
     """Says nothing."""
 
-    def start(self, steps: int, done: int) -> None: ...
+    def start(self, phases: Sequence[Phase]) -> None: ...
 
-    def step(self) -> None: ...
+    def step(self, phase: str, count: int = 1) -> None: ...
+
+    def first_batch(self, memory: int | None) -> None: ...
 
     def note(self, message: str) -> None: ...
 
@@ -116,22 +127,25 @@ class Job:
             if len(missing) < self.shards:
                 done = self.shards - len(missing)
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
-            steps = [self._steps(index) for index in range(self.shards)]
-            self.progress.start(sum(steps), sum(steps) - sum(steps[index] for index in missing))
+            self.progress.start(self._phases(missing))
             self._run_all(missing, study.write)
             give_memory_back(self.subject.device)
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
             give_memory_back(self.subject.device)
-            return study.finish(whole)
+            finished = study.finish(whole)
+            self.progress.step("writing")
+            return finished
 
     def run_in_memory(self) -> Study:
         """All shards, with nothing written."""
         started = time.monotonic()
         found: dict[int, xr.Dataset] = {}
-        self.progress.start(sum(map(self._steps, range(self.shards))), 0)
+        self.progress.start(self._phases(range(self.shards)))
         self._run_all(range(self.shards), found.__setitem__)
-        return self.assemble([found[index] for index in range(self.shards)], started)
+        study = self.assemble([found[index] for index in range(self.shards)], started)
+        self.progress.step("writing")
+        return study
 
     def _run_all(self, shards: Sequence[int], done: Callable[[int, xr.Dataset], None]) -> None:
         """Some shards, by the engine that the settings name; `done` receives each as it is finished."""
@@ -141,15 +155,24 @@ class Job:
         if engine is None:
             for shard in shards:
                 done(shard, self.run(shard))
+                if shard == shards[0]:
+                    cuda = self.subject.device.type == "cuda"
+                    memory = torch.cuda.max_memory_allocated(self.subject.device) if cuda else peak_bytes()
+                    self.progress.first_batch(memory)
             return
+        finished_before = False
 
         def finished(place: int, found: tuple[xr.Dataset, list[str]]) -> None:
+            nonlocal finished_before
             arrays, notes = found
             for note in notes:
                 self.progress.note(note)
             done(shards[place], arrays)
-            for _ in range(self._steps(shards[place])):
-                self.progress.step()
+            for phase, steps in self._steps(shards[place]).items():
+                self.progress.step(phase, steps)
+            if not finished_before:
+                self.progress.first_batch(None)  # which is the workers'
+            finished_before = True
 
         work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
         run_items(work, shards, finished, engine, self.progress.note)
@@ -160,12 +183,14 @@ class Job:
         Raises `ConfigError` where memory does not do for a single prompt.
         """
         left, found = list(self._parts(index)), []
-        steps = iter(range(self._steps(index)))
+        steps = self._steps(index)
 
-        def tick() -> None:
+        def tick(phase: str, count: int) -> None:
             # No more than were announced, though what ran out of memory is done again.
-            if next(steps, None) is not None:
-                self.progress.step()
+            count = min(count, steps.get(phase, 0))
+            if count:
+                steps[phase] -= count
+                self.progress.step(phase, count)
 
         while left:
             rows = left.pop(0)
@@ -191,14 +216,20 @@ class Job:
                 f"Memory ran out on {self.subject.device} over {len(rows)} prompts at once; they are done again in "
                 "halves, and so are those to come."
             )
-        for _ in steps:
-            self.progress.step()
+        for phase, count in steps.items():
+            tick(phase, count)
         return found[0] if len(found) == 1 else join(found)
 
-    def _measure(self, rows: range, tick: Callable[[], None]) -> xr.Dataset:
+    def _measure(self, rows: range, tick: Callable[[str, int], None]) -> xr.Dataset:
         batch = self._batch(rows)
-        keep = self._keeps(batch)
-        return measure_batch(self.subject, batch, self.plan, tick, keep=keep, first_prompt=rows.start)
+        return measure_batch(
+            self.subject,
+            batch,
+            self.plan,
+            lambda phase: tick(phase, batch.mask.numel()),
+            keep=self._keeps(batch),
+            first_prompt=rows.start,
+        )
 
     def assemble(self, shards: list[xr.Dataset], started: float) -> Study:
         """All shards as one study, whose variables say what they are."""
@@ -227,10 +258,24 @@ class Job:
         for first in range(0, len(rows), self._at_once):
             yield rows[first : first + self._at_once]
 
-    def _steps(self, index: int) -> int:
-        """Recurrences that a shard runs."""
-        batches = [self._batch(rows) for rows in self._parts(index)]
-        return sum(steps_of(self.subject, batch, self.plan, keep=self._keeps(batch)) for batch in batches)
+    def _phases(self, missing: Sequence[int]) -> list[Phase]:
+        """What there is to do of all shards, of which some are missing."""
+        steps = [self._steps(index) for index in range(self.shards)]
+        found = []
+        for name in dict.fromkeys(phase for each in steps for phase in each):
+            whole, left = (sum(steps[index].get(name, 0) for index in some) for some in (range(self.shards), missing))
+            seconds = _VERDICT_SECONDS * len(self.plan.judged_layers) if name == "verdicts" else None
+            found.append(Phase(name, whole, whole - left, seconds))
+        return [*found, Phase("writing", 1, seconds=_WRITING_SECONDS)]
+
+    def _steps(self, index: int) -> dict[str, int]:
+        """By phase: recurrences and what else takes about as long, once for every token of the padded batches."""
+        steps: Counter[str] = Counter()
+        for rows in self._parts(index):
+            batch = self._batch(rows)
+            for phase, count in steps_of(self.subject, batch, self.plan, keep=self._keeps(batch)).items():
+                steps[phase] += count * batch.mask.numel()
+        return dict(steps)
 
     def _keeps(self, batch: Batch) -> bool:
         return not self.subject.info.is_looped or self._memory.kept(batch) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -244,3 +245,9 @@ def _results(memory: dict[type[Measure], Memory]) -> int:
         most = max(most, held + each.result)
         held -= 0 if kind is Horizons else each.kept
     return most
+
+
+def peak_bytes() -> int:
+    """The most that this process has held at a time so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

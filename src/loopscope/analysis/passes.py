@@ -22,8 +22,8 @@ from loopscope.measures.twin import Nudges
 from loopscope.models.subject import Batch, ForkedRun, NudgedRun, Run, Subject
 from loopscope.models.visits import LoopState, Observer, Visit
 
-Tick = Callable[[], None]
-"""Called after each recurrence of each run, and each product for eigenvalues."""
+Tick = Callable[[str], None]
+"""Called after each recurrence of each run ("passes"), each step towards eigenvalues, and the verdicts of the batch."""
 
 
 def planned_batch(subject: Subject, batch: Batch, plan: Plan) -> BatchInfo:
@@ -37,16 +37,17 @@ def planned_batch(subject: Subject, batch: Batch, plan: Plan) -> BatchInfo:
     )
 
 
-def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> int:
-    """Recurrences of all runs of a batch, and what its measures announce: how often `tick` is called."""
+def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> dict[str, int]:
+    """How often `tick` is called for each phase of a batch."""
     if not subject.info.is_looped:
-        return 0
+        return {"passes": 1}
     asked = planned_batch(subject, batch, plan)
     other = (plan.recurrences if asked.second_run else 0) + (plan.horizon if asked.has_twin else 0)
-    other += sum(kind.steps(asked) for kind in asked_for(asked))
-    if keep:
-        return max(plan.recurrences, 2 * plan.horizon) + other
-    return plan.recurrences + 2 * plan.horizon + other
+    end = 2 * plan.horizon
+    passes = other + (max(plan.recurrences, end) if keep else plan.recurrences + end)
+    products = sum(kind.steps(asked) for kind in asked_for(asked))
+    steps = {"passes": passes, "eigenvalues": products, "verdicts": int(bool(plan.judged_layers))}
+    return {phase: count for phase, count in steps.items() if count}
 
 
 def measure_batch(
@@ -62,12 +63,16 @@ def measure_batch(
         runs = _Runs(subject, batch, plan.seed, ends)
         info = BatchInfo.of(subject, batch, plan, first_prompt=first_prompt)
         measures, horizon = (
-            _measure_loop(runs, info, tick, keep=keep) if subject.info.is_looped else (_measure_once(runs, info), None)
+            _measure_loop(runs, info, tick, keep=keep)
+            if subject.info.is_looped
+            else (_measure_once(runs, info, tick), None)
         )
         found = []
         while measures:
             # One by one, so that what a measure kept goes as soon as it is reduced.
             found.append(measures.pop(0).result())
+        if plan.judged_layers:
+            tick("verdicts")
         arrays = xr.merge(found, compat="no_conflicts", join="exact", combine_attrs="drop")
         return arrays.assign(diverged_at=("prompt", _diverged_at(arrays, info, horizon)))
 
@@ -136,15 +141,15 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
             if beyond and nudged and twin is None:
                 twin = runs.start_twin(run, plan.horizon)
             run.advance(observers)
-            tick()
+            tick("passes")
             if beyond and batch.has_twin:
                 if twin is not None:
                     twin.nudge(nudges.factors(recurrence))
                     twin.advance(nudged)
-                tick()
+                tick("passes")
             if measured and other is not None:
                 other.advance(beside)
-                tick()
+                tick("passes")
             if measured and recurrence + 1 == plan.recurrences:
                 run.decode(now)
             if long and recurrence + 1 == end:
@@ -173,11 +178,12 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     return measures, horizon
 
 
-def _measure_once(runs: _Runs, batch: BatchInfo) -> list[Measure]:
+def _measure_once(runs: _Runs, batch: BatchInfo, tick: Tick) -> list[Measure]:
     """A feed-forward model: one pass."""
     measures = [kind(batch) for kind in asked_for(batch)]
     run = runs.start(0, [_FiniteGuard(batch), *measures])
     logits = run.decode(measures)
+    tick("passes")
     for measure in measures:
         measure.ended(RunEnd(run, lambda: None, lambda recurrences, state: logits))
     return measures
@@ -190,7 +196,7 @@ def _start(measures: Iterable[Measure], state: States | None) -> None:
 
 def _end(measures: Iterable[Measure], run: Run, tick: Tick, runs: _Runs) -> None:
     for measure in measures:
-        measure.ended(RunEnd(run, tick, partial(_decode, runs, run)))
+        measure.ended(RunEnd(run, partial(tick, "eigenvalues"), partial(_decode, runs, run)))
 
 
 def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) -> Logits:

@@ -6,9 +6,10 @@ its help text.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.errors import ConfigError
@@ -34,6 +35,19 @@ Part = Literal[
 ]
 
 JudgedLayers = Literal["all", "last"]
+Preset = Literal["quick", "standard", "full"]
+
+_OPTIONS: dict[Part, tuple[str, ...]] = {
+    "cycle-similarity": ("cycle_recurrences",),
+    "trajectories": ("track", "components"),
+    "readout": ("readout", "exit_recurrences"),
+    "heads": ("head_stable",),
+    "behaviour": ("judged_layers",),
+    "stability": ("eigenvalue_products", "eigenvalue_every", "eigenvalue_search", "hooked_eigenvalues"),
+    "maps": ("map_prompts", "map_recurrences", "map_tokens", "map_limit"),
+    "neurons": ("neuron_limit",),
+}
+"""Settings that mean nothing where a part is left out."""
 
 
 def parts_except(*kept: Part) -> tuple[Part, ...]:
@@ -175,6 +189,26 @@ class AnalyzeSettings:
         canonical = tuple(str(each) for each in self.interventions)
         object.__setattr__(self, "intervene", canonical)
 
+    @classmethod
+    def preset(cls, name: Preset, **changes: Any) -> Self:
+        """Settings by what they cost, and changes of them, which win; `skip` leaves more out.
+
+        `quick` is convergence, readout, and verdicts of the last layer with the noise floor that they rest on;
+        `standard` the defaults; `full` everything that those leave out for its cost. Raises `ConfigError` for a change
+        of something that the preset leaves out.
+        """
+        chosen = _PRESETS[name]
+        skip: tuple[Part, ...] = chosen.get("skip", ())
+        for part in skip:
+            for option in _OPTIONS.get(part, ()):
+                if option in changes:
+                    raise ConfigError(
+                        f"--{option.replace('_', '-')} is about {part}, which --preset {name} leaves out; give another "
+                        "preset, or leave the option out."
+                    )
+        more = tuple(part for part in changes.get("skip", ()) if part not in skip)
+        return cls(**{**chosen, **changes, "skip": skip + more})
+
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """The entries of `intervene`, read."""
@@ -184,6 +218,13 @@ class AnalyzeSettings:
     def tracked(self) -> tuple[tuple[int, int], ...]:
         """(prompt, token) of each tracked token."""
         return tuple(_parse_tracked(entry) for entry in self.track)
+
+
+_PRESETS: dict[Preset, dict[str, Any]] = {
+    "quick": {"skip": parts_except("readout", "behaviour", "noise-floor", "twin"), "judged_layers": "last"},
+    "standard": {},
+    "full": {"hooked_eigenvalues": True, "neuron_limit": math.inf, "map_tokens": 256, "map_limit": 64},
+}
 
 
 def check_engine(engine: EngineName, workers: int | None, address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,7 +64,7 @@ class JudgeTrajectories:
                 array=self.array,
                 first_recurrence=self.first_recurrence,
                 check_order=self.check_order,
-                progress=progress.advance,
+                progress=partial(progress.step, "tokens"),
             )
         judged.save(self.out)
         _say_kinds(judged)
@@ -98,6 +99,7 @@ class Calibrate:
 
         import torch
 
+        from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
         from loopscope.cli.console import say_table
         from loopscope.dynamics.trajectories.calibration import calibrate
@@ -106,10 +108,14 @@ class Calibrate:
             torch.set_num_threads(self.threads)
         tables = []
         with ProgressBar("trajectories") as progress:
-            progress.start(self.count * len(self.dtype), 0)
+            progress.start([Phase("trajectories", self.count * len(self.dtype))])
             for dtype in self.dtype:
                 tables += calibrate(
-                    self.count, dtype=dtype, methods=self.method, seed=self.seed, progress=progress.advance
+                    self.count,
+                    dtype=dtype,
+                    methods=self.method,
+                    seed=self.seed,
+                    progress=partial(progress.step, "trajectories"),
                 )
         if self.json:
             print(json.dumps([table.to_dict() for table in tables], indent=2))

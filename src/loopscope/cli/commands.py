@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import tyro
 
-from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.analysis.settings import AnalyzeSettings, Preset
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
@@ -39,24 +39,33 @@ class Analyze:
     out: Path
     """Folder for the study."""
     settings: Annotated[_AnalyzeSettings, tyro.conf.arg(name="")]
+    preset: Preset = "standard"
+    """What is measured unless options say otherwise."""
     report: bool = True
     """Also write report.html."""
 
+    def with_preset(self, arguments: list[str]) -> Analyze:
+        """With the settings of the preset but for those that the arguments give."""
+        flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in arguments}
+        given = [field.name for field in fields(self.settings) if f"--{field.name.replace('_', '-')}" in flags]
+        changes = {name: getattr(self.settings, name) for name in given}
+        return replace(self, settings=_AnalyzeSettings.preset(self.preset, **changes))
+
     def run(self) -> None:
+        from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
         from loopscope.analysis.analyzing import analyze
         from loopscope.answers.quick import quick_answers
-        from loopscope.cli.console import say, say_answers
+        from loopscope.cli.console import REPORT_SECONDS, say, say_answers
         from loopscope.report.page.write import write_report
 
-        with ProgressBar("recurrences") as progress:
+        last = (Phase("report", 1, seconds=REPORT_SECONDS),) if self.report else ()
+        with ProgressBar("loading", last=last) as progress:
             study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
-        answers = quick_answers(study)
+            answers = quick_answers(study)
+            report = write_report(study, self.out / "report.html", answers=answers) if self.report else None
         say_answers(answers)
-        if self.report:
-            say(f"report  {write_report(study, self.out / 'report.html', answers=answers)}")
-        else:
-            say(f"study  {self.out}")
+        say(f"study  {self.out}" if report is None else f"report  {report}")
 
 
 @dataclass(frozen=True)
@@ -262,4 +271,6 @@ def parse_and_run(arguments: list[str]) -> None:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if isinstance(command, Analyze):
+        command = command.with_preset(arguments)
     command.run()

@@ -13,6 +13,9 @@ from loopscope._util.table import Table
 from loopscope._util.wording import plural
 from loopscope.answers.answer import Answer
 
+REPORT_SECONDS = 2.0
+"""That a report of a study of some prompts may take, which nothing tells before it is drawn."""
+
 
 def say(message: str) -> None:
     """One line on standard output, unwrapped, so that a path can be copied."""

@@ -32,12 +32,14 @@ class ControlTokens:
     """Also write report.html."""
 
     def run(self) -> None:
+        from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
-        from loopscope.cli.console import say
+        from loopscope.cli.console import REPORT_SECONDS, say
         from loopscope.experiments.damping import CONTROL, control
         from loopscope.report.page.write import write_report
 
-        with ProgressBar("recurrences") as progress:
+        last = (Phase("report", 1, seconds=REPORT_SECONDS),) if self.report else ()
+        with ProgressBar("loading", last=last) as progress:
             found = control(
                 self.study,
                 out=self.out,
@@ -47,9 +49,7 @@ class ControlTokens:
                 horizon=self.horizon,
                 progress=progress,
             )
+            report = write_report(found.after, self.out / "report.html") if self.report else None
         for sentence in found.sentences():
             say(sentence)
-        if self.report:
-            say(f"report  {write_report(found.after, self.out / 'report.html')}")
-        else:
-            say(f"control  {self.out / CONTROL}")
+        say(f"control  {self.out / CONTROL}" if report is None else f"report  {report}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loopscope._util.estimate import Phase
 from loopscope.analysis.engine.run import Engine, run_items
 from loopscope.analysis.job import Progress, SilentProgress
 from loopscope.experiments.cells import Cell, CellResult, GridCell, GridFolder, ResultT
@@ -64,13 +65,13 @@ def _run(
     folder: GridFolder[ResultT] | None,
 ) -> list[ResultT]:
     missing = [cell for cell in dict.fromkeys(cells) if cell not in there]
-    progress.start(len(missing) + len(there), len(there))
+    progress.start([Phase("cells", len(missing) + len(there), len(there))])
 
     def done(place: int, result: ResultT) -> None:
         if folder is not None:
             folder.write(result)
         there[missing[place]] = result
-        progress.step()
+        progress.step("cells")
 
     run_items(work, missing, done, engine, progress.note)
     return [there[cell] for cell in cells]

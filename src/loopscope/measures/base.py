@@ -268,7 +268,7 @@ class RunEnd:
 
     run: Run
     tick: Callable[[], None]
-    """To be called after each product that is announced as a step (`Measure.steps`)."""
+    """To be called after each step that is announced (`Measure.steps`)."""
     decode: Callable[[int, States | None], Logits]
     """Logits after a number of recurrences of that run, of which the loop state is at hand; None in a model without a
     loop."""

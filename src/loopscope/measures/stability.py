@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.dynamics.eigenvalues.hooked import linearise_hooked
-from loopscope.dynamics.eigenvalues.leading import eigenvalues_near, taken_tokens
+from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS, eigenvalues_near, taken_tokens
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence, recorded_bytes
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
@@ -192,12 +192,12 @@ class TokenStability(Measure):
 
     @classmethod
     def steps(cls, batch: BatchInfo) -> int:
-        """Products of a native model, once for each block of tokens."""
+        """A search, and products of a native model, once for each block of tokens."""
         settings = batch.plan.eigenvalues
         if settings is None or not isinstance(batch.subject, NativeSubject):
             return 0
         blocks = -(-int(taken_tokens(batch.mask, settings.every).sum()) // settings.at_once(_recorded(batch, settings)))
-        return blocks * min(settings.products, batch.info.width)
+        return SEARCH_STEPS + blocks * min(settings.products, batch.info.width)
 
     def start(self, initial_state: Tensor | None) -> None:
         if initial_state is not None:

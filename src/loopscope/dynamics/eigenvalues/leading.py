@@ -20,6 +20,9 @@ from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_ste
 from loopscope.models.native.interventions import initial_noise
 from loopscope.models.subject import Batch
 
+SEARCH_STEPS = 20
+"""As which the search for a fixed point is reported: it takes none to 200 recurrences, 32 on average where it finds
+none, and a product takes more than one."""
 _STRIDE = 8
 """Products between two looks at the eigenvalues, which cost about one."""
 _FEWER = 0.8
@@ -30,10 +33,10 @@ def eigenvalues_near(
     near: LinearisedRecurrence,
     batch: Batch,
     settings: EigenvalueSettings,
-    on_product: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Stability:
-    """What `leading_eigenvalues` finds, for prompts that have been run already, all at once. `on_product` is called
-    as often as products are allowed."""
+    """What `leading_eigenvalues` finds, for prompts that have been run already, all at once. `on_step` is called
+    `SEARCH_STEPS` times after the search, and as often as products are allowed."""
     start_state = near.state
     mask = batch.mask.to(start_state.device)
     following = near.apply(start_state)
@@ -46,6 +49,8 @@ def eigenvalues_near(
         searched = moves & is_found
         state = torch.where(searched[:, None, None], there, start_state)
         following = near.apply(state)
+    for _ in range(SEARCH_STEPS):
+        on_step()
     found = _Found(mask, min(settings.products, state.shape[-1]))
     # A token stands no nearer to a fixed point than those before it.
     step = relative_step(state, following).masked_fill(~mask, 0.0)
@@ -54,7 +59,7 @@ def eigenvalues_near(
     derivatives: set[Derivative] = set()
     for block in near.linearised(state, taken_tokens(mask, settings.every)):
         space = KrylovSpace(start[block.tokens], spare[block.tokens], found.products)
-        _solve(near, state, block, space, far, settings, on_product, found)
+        _solve(near, state, block, space, far, settings, on_step, found)
         derivatives.add(block.derivative)
     return Stability(
         **{name: whole.numpy() for name, whole in found.arrays.items()},
@@ -103,7 +108,7 @@ def _solve(
     space: KrylovSpace,
     far: TokenMask,
     settings: EigenvalueSettings,
-    on_product: Callable[[], None],
+    on_step: Callable[[], None],
     found: _Found,
 ) -> None:
     """Let the space of every token of the block grow until its leading eigenvalue is known.
@@ -114,7 +119,7 @@ def _solve(
     left, made_of, singular = block.tokens, block.tokens, None
 
     def product(vectors: TokenVectors) -> TokenVectors:
-        on_product()
+        on_step()
         among = left[made_of]
         if bool(among.all()):
             return block.products(vectors)
@@ -144,7 +149,7 @@ def _solve(
             (block,) = near.linearised(state, left)
             made_of = left
     for _ in range(found.products - space.columns):
-        on_product()
+        on_step()
 
 
 def _first_vectors(

@@ -13,6 +13,8 @@ COMPONENTS = 16
 others hold counts as unexplained, but for cycles, which are fitted to the whole Gram matrix."""
 _SMALLEST_TAIL = 24
 """Recurrences: half of a short trajectory would be too few to see a period in."""
+_BLOCK_ENTRIES = 2**18
+"""Of states that are reduced at a time: 2 MiB in float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,25 +110,29 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     since the loop began.
     """
     recurrences, width = states.shape[1:]
+    start = first_recurrence + recurrences - window + 1
+    times = torch.arange(start, start + window, dtype=torch.float64)
+    # In blocks that stay in a processor's cache: the states are by far the largest of what is looked at.
+    block = max(1, _BLOCK_ENTRIES // (recurrences * width))
+    parts = [_reduced(some, window, first_recurrence) for some in states.split(block)]
+    products, steps, norms, norm_growth = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Tails(times, products, steps, norms, norm_growth, width)
+
+
+def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products, steps, norms and norm growth of some tokens."""
+    recurrences = states.shape[1]
     # Neither squares of tiny numbers nor those of huge ones are numbers.
     largest = states.abs().amax((1, 2)).double().clamp_min(1e-300)[:, None, None]
     tail = states[:, -window:].double() / largest
-    start = first_recurrence + recurrences - window + 1
-    times = torch.arange(start, start + window, dtype=torch.float64)
     norms = torch.linalg.vector_norm(tail, dim=-1)
     half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double() / largest[:, 0]
     norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
     scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
     # Differences before squares: the motion may be a millionth of the norm.
     moved = (tail - tail[:, -1:]) / scale[..., None]
-    return Tails(
-        times=times,
-        products=moved @ moved.mT,
-        steps=torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1),
-        norms=norms / scale,
-        norm_growth=norm_growth,
-        width=width,
-    )
+    steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
+    return moved @ moved.mT, steps, norms / scale, norm_growth
 
 
 def decompose(tails: Tails) -> Components:

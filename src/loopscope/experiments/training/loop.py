@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loopscope._util.estimate import Phase
 from loopscope._util.progress import ProgressBar
 from loopscope.errors import ConfigError
 from loopscope.experiments.training.config import TrainConfig
@@ -140,10 +141,11 @@ class _Run:
         config = self.config
         self._open_log()
         with stop_on_signals() as stop, ProgressBar("training", console, transient=False) as bar:
-            bar.start(config.steps, self.progress.step)
+            bar.start([Phase("training", config.steps, self.progress.step)])
             for step in range(self.progress.step, config.steps):
                 report = self._step(step)
-                bar.step(f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s")
+                figures = f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s"
+                bar.step("training", figures=figures)
                 if stop.made:
                     self._save()
                     bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
