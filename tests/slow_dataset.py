@@ -185,7 +185,12 @@ def _paths(subject: NativeSubject, prompt: list[int], states: _States, settings:
         distances.append((_norm(mine - theirs) / ((_norm(mine) + _norm(theirs)) / 2)).mean(-1))
         cosines.append(_cosine_distance(mine, theirs).mean(-1))
     dims = ("layer", "recurrence")
-    return {"path_distance": (dims, np.array(distances)), "path_cosine_distance": (dims, np.array(cosines))}
+    end = _norm(mine[-1] - theirs[-1]) / ((_norm(mine[-1]) + _norm(theirs[-1])) / 2)
+    return {
+        "path_distance": (dims, np.array(distances)),
+        "path_cosine_distance": (dims, np.array(cosines)),
+        "start_distance": (("start", "start_other", "token"), np.array([[0 * end, end], [end, 0 * end]])),
+    }
 
 
 def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:

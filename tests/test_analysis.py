@@ -13,7 +13,9 @@ import xarray
 
 from loopscope import AnalyzeSettings, analyze, capture
 from loopscope.analysis.job import SilentProgress
-from loopscope.analysis.settings import parts_except
+from loopscope.analysis.settings import Part, parts_except
+from loopscope.answers.initial_state import INITIAL_STATE
+from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
 from loopscope.measures.twin import Twin
 from loopscope.models import loading
@@ -46,6 +48,7 @@ SETTINGS = AnalyzeSettings(
     seed=3,
     skip=("stability",),  # its slow version is the full decomposition, in test_stability.py
 )
+WITHOUT_VERDICTS: tuple[Part, ...] = ("behaviour", "stability", "heads", "maps", "stages", "twin", "trajectories")
 LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
 
 
@@ -164,6 +167,31 @@ def test_a_linear_relaxation_ends_in_the_embeddings_which_all_layers_share() -> 
     assert (found["horizon_drift"] < 1e-15).all()
     assert (found["path_distance"][:, -1] < 1e-15).all()
     assert (found["diverged_at"] == -1).all()
+
+
+def test_several_starts_end_together_where_the_loop_contracts_and_apart_where_nothing_moves() -> None:
+    forgets = analyze(relaxation(0.25), PROMPTS[:2], recurrences=40, horizon=64, other_starts=3, skip=WITHOUT_VERDICTS)
+    stays = analyze(
+        linear_loop(torch.eye(16), torch.zeros(16, 16)),
+        PROMPTS[:2],
+        recurrences=4,
+        horizon=4,
+        other_starts=3,
+        skip=WITHOUT_VERDICTS,
+    )
+    for study, count in ((forgets, 1), (stays, 4)):
+        apart = study.dataset["start_distance"]
+        assert apart.sizes["start"] == 4
+        there = np.isfinite(apart.values).all((0, 1))
+        np.testing.assert_array_equal(there.sum(1), [len(prompt) for prompt in PROMPTS[:2]])
+        answer = next(each for each in quick_answers(study) if each.key == INITIAL_STATE.key)
+        assert answer.evidence["most_ends_of_a_token"] == count
+        assert answer.evidence["initial_states"] == 4
+        # What is told of a layer and prompt is the farthest of the three.
+        by_prompt = apart[0].mean("token").max("start_other").values
+        np.testing.assert_allclose(study.dataset["path_distance"].values[-1, -1], by_prompt, rtol=1e-3, atol=1e-12)
+    one = analyze(relaxation(0.25), PROMPTS[:2], recurrences=40, horizon=64, skip=WITHOUT_VERDICTS).dataset
+    np.testing.assert_array_equal(one["start_distance"][:2, :2], forgets.dataset["start_distance"][:2, :2])
 
 
 def test_the_distance_of_two_paths_is_relative_to_the_mean_of_both_norms() -> None:

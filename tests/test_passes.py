@@ -133,7 +133,7 @@ def test_padding_is_nan_token_by_token_and_nowhere_else() -> None:
 
 
 PARTS: Mapping[Part, set[str]] = {
-    "path-independence": {"path_distance", "path_cosine_distance"},
+    "path-independence": {"path_distance", "path_cosine_distance", "start_distance"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
     "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
@@ -212,6 +212,7 @@ def plan(**changes: Any) -> Plan:
         "seed": 0,
         "cycle_recurrences": 2,
         "tracked": (),
+        "other_starts": 1,
         "components": 1,
         "readout": (),
         "exits": 0,

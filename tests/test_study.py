@@ -30,6 +30,7 @@ SETTINGS = AnalyzeSettings(
     recurrences=5, horizon=8, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2, eigenvalue_search=8
 )
 GATE = {"exit_probability", "token_exit_probability", "token_exit_cumulated"}
+PATHS = {"path_distance", "path_cosine_distance", "start_distance"}
 FEED_FORWARD_VARIABLES = {
     "cycle_similarity",
     "attention_cycle_distance",
@@ -139,7 +140,11 @@ def test_the_documentation_lists_the_coordinates(study: Study) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "missing"),
-    [(LOOP_NORM, GATE | {"path_distance", "path_cosine_distance"}), (ADDED, GATE), (FEED_FORWARD, None)],
+    [
+        (LOOP_NORM, GATE | {"path_distance", "path_cosine_distance", "start_distance"}),
+        (ADDED, GATE),
+        (FEED_FORWARD, None),
+    ],
     ids=["uninjected", "one layer", "feed-forward"],
 )
 def test_other_models_lack_what_the_documentation_says(shape: Architecture, missing: set[str] | None) -> None:

@@ -42,7 +42,8 @@ def steps_of(subject: Subject, batch: Batch, plan: Plan, *, keep: bool) -> dict[
     if not subject.info.is_looped:
         return {"passes": 1}
     asked = planned_batch(subject, batch, plan)
-    other = (plan.recurrences if asked.second_run else 0) + (plan.horizon if asked.has_twin else 0)
+    other = plan.recurrences * plan.other_starts if asked.second_run else 0
+    other += plan.horizon if asked.has_twin else 0
     end = 2 * plan.horizon
     passes = other + (max(plan.recurrences, end) if keep else plan.recurrences + end)
     products = sum(kind.steps(asked) for kind in asked_for(asked))
@@ -98,10 +99,10 @@ class _Runs:
         self._ends.callback(run.close)
         return run
 
-    def start_elsewhere(self, recurrences: int) -> Run | None:
-        """From another initial state, where the model has one."""
-        other = self.subject.other_initial_state(self.batch, self.seed)
-        return None if other is None else self.start(recurrences, initial_state=other)
+    def start_elsewhere(self, recurrences: int, count: int) -> list[Run]:
+        """From as many other initial states, where the model has them."""
+        others = [self.subject.other_initial_state(self.batch, self.seed + place) for place in range(count)]
+        return [self.start(recurrences, initial_state=other) for other in others if other is not None]
 
     def start_twin(self, run: Run, horizon: int) -> NudgedRun | None:
         """Of a run that stands at the horizon: a copy of it, or where it cannot be copied, another one as far. None
@@ -121,15 +122,17 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     """To the second horizon and through the measured recurrences: in two runs, or in one whose states are kept."""
     plan = batch.plan
     end = 2 * plan.horizon
-    other = runs.start_elsewhere(plan.recurrences) if _asked(runs.subject, plan, "second_run") else None
-    batch.second_run, batch.has_twin = other is not None, _asked(runs.subject, plan, "twin")
+    elsewhere = plan.other_starts if _asked(runs.subject, plan, "second_run") else 0
+    others = runs.start_elsewhere(plan.recurrences, elsewhere)
+    batch.second_run, batch.has_twin = bool(others), _asked(runs.subject, plan, "twin")
     batch.horizon = horizon = Horizons(batch)
     measures = [horizon if kind is Horizons else kind(batch) for kind in asked_for(batch)]
     far = [each for each in measures if each.needs.long_run]
     waiting = [each for each in measures if each.needs.horizon]
     live = [each for each in measures if not (each.needs.long_run or each.needs.horizon)]
     now: list[Observer]
-    beside = [each.second for each in measures if each.second is not None]
+    # Of each run from elsewhere, those who watch it: some look at the first alone.
+    beside = [[each.beside[place] for each in measures if place < len(each.beside)] for place in range(len(others))]
     nudged = [each.nudged for each in measures if each.nudged is not None]
     nudges = Nudges(batch)
     twin: NudgedRun | None = None
@@ -147,8 +150,8 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
                     twin.nudge(nudges.factors(recurrence))
                     twin.advance(nudged)
                 tick("passes")
-            if measured and other is not None:
-                other.advance(beside)
+            for other, watching in zip(others if measured else (), beside, strict=False):
+                other.advance(watching)
                 tick("passes")
             if measured and recurrence + 1 == plan.recurrences:
                 run.decode(now)

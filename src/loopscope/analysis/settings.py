@@ -124,6 +124,9 @@ class AnalyzeSettings:
     damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
     or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
 
+    other_starts: Count = 1
+    """Other initial states from which the measured recurrences are run too, to see whether all end in one place; each
+    takes --recurrences more."""
     cycle_recurrences: Count = 8
     """Recurrences in the cycle similarity; memory grows with it."""
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loopscope._util.statistics import Share, median
 from loopscope._util.wording import percent
@@ -50,12 +51,24 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
         "path_distance_at_last": median(end),
         "prompts_that_forget": str(together),
     }
+    starts, ends = _ends(view, np.maximum(criterion.reached_level, criterion.floor_factor * floor))
+    several = starts > 2
+    runs, farthest = (f"{starts} runs", "the two farthest") if several else ("two runs", "they")
+    now, at_first = percent(median(end)), percent(median(distance[0]))
     apart = (
-        f"After {view.recurrences} recurrences two runs from different initial states are "
-        f"{percent(median(end))} apart, after the first they were {percent(median(distance[0]))} apart "
-        "(medians over prompts)."
+        f"After {view.recurrences} recurrences {runs} from different initial states are {now} apart, after the first "
+        f"{farthest} were {at_first} apart (medians over prompts)."
     )
-    limits = ["One other initial state was tried, not all."]
+    if several:
+        evidence |= {"initial_states": starts, "most_ends_of_a_token": int(ends.max())}
+        there = ends[ends > 0]
+        apart += (
+            " Every token has one end, whichever of them it starts from."
+            if there.max() == 1
+            else f" Of {there.size:,} tokens {int((there > 1).sum()):,} have several ends, up to {there.max()}."
+        )
+    others = "One other initial state was" if not several else f"{starts - 1} other initial states were"
+    limits = [f"{others} tried, not all."]
     if together.value >= criterion.prompts_needed:
         outcome, verdict, sentence = Outcome.YES, "yes", f"Yes, in {together}. {apart}"
     elif together.count and 1 - together.value < criterion.prompts_needed:
@@ -68,3 +81,20 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
     else:
         outcome, verdict, sentence = Outcome.NO, "no", f"No: the runs stay apart. {apart}"
     return INITIAL_STATE.says(outcome, verdict, sentence, evidence, limits)
+
+
+def _ends(view: StudyView, level: NDArray[np.floating]) -> tuple[int, NDArray[np.integer]]:
+    """How many runs there were of a prompt, and in how many places those of each token end, (prompt, token); 0 where
+    that is not known. Runs end in one place if a chain of them, each within `level`, (prompt,), of the next, joins
+    them."""
+    if "start_distance" not in view.finite:
+        return 2, np.zeros((len(level), 1), dtype=np.int64)
+    apart = view.finite["start_distance"].transpose("start", "start_other", "prompt", "token").values
+    joined = apart <= level[:, None]
+    # Each round doubles the length of the chains.
+    for _ in range(len(joined).bit_length()):
+        joined = np.einsum("abpt,bcpt->acpt", joined, joined)
+    # A run is the first of its group if no earlier one is joined to it.
+    earlier = np.tril(np.ones(joined.shape[:2], dtype=np.bool_), -1)[..., None, None]
+    ends = (~(joined & earlier).any(1)).sum(0)
+    return len(apart), np.where(np.isfinite(apart).all((0, 1)), ends, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, overload, runtime_checkable
 
@@ -84,7 +84,7 @@ class Needs:
     attention: bool = False
     """Queries and keys, or maps, of every visit."""
     second_run: bool = False
-    """A run from another initial state is advanced beside the measured one."""
+    """A run from another initial state, or several, is advanced beside the measured one."""
     twin: bool = False
     """A run that is nudged by one rounding at every recurrence is advanced beside the one from the horizon to the
     second."""
@@ -114,6 +114,8 @@ class Plan:
     seed: int
     skip: frozenset[str]
     """Parts to leave out."""
+    other_starts: int
+    """Other initial states from which the measured recurrences are run too."""
     cycle_recurrences: int
     tracked: tuple[tuple[int, int], ...]
     """(prompt, token from 0)."""
@@ -300,8 +302,8 @@ class Declared:
 class Measure(Declared, Observer):
     """An observer of one batch that declares what it finds: notified of every visit, then asked once for its arrays."""
 
-    second: Observer | None = None
-    """Watches the run from another initial state, if there is one."""
+    beside: Sequence[Observer] = ()
+    """Watch the runs from other initial states, one each; those that are not named are not watched."""
     nudged: Observer | None = None
     """Watches the run that is nudged, one recurrence behind the one that is not."""
 

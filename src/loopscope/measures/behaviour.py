@@ -129,7 +129,7 @@ class Behaviour(Measure):
             Tails(batch.mask, batch.info.width, plan.judged_layers, [span for span in kept if span is not None])
             for kept in ([self._second, *self._earlier.values(), self._seed], [self._seed])
         )
-        self.second = self._other if batch.second_run else None
+        self.beside = (self._other,) if batch.second_run else ()
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
         self._arrays = self._empty()

@@ -60,6 +60,7 @@ def _lengths(batch: BatchInfo) -> dict[str, int]:
         **_OTHER,
         **{"prompt": batch.prompts, "token": batch.tokens, "head": info.heads or 0, "depth": depth},
         **{"layer": layer, "layer_other": layer, "recurrence": plan.recurrences, "long_recurrence": 2 * plan.horizon},
+        **{"start": plan.other_starts + 1, "start_other": plan.other_starts + 1},
         **{"tail": tail, "lag": tail, "visit": cycle, "visit_other": cycle, "judged_layer": len(plan.judged_layers)},
         **{"readout_recurrence": len(plan.readout), "exit_recurrence": plan.exits, "tracked": len(plan.tracked)},
         **{"mapped": mapped, "map_visit": visits, "query": side, "key": side},

@@ -1,4 +1,4 @@
-"""Path independence: the same prompts from two initial states (method, section 4)."""
+"""Path independence: the same prompts from several initial states (method, section 4)."""
 
 from __future__ import annotations
 
@@ -16,56 +16,93 @@ from loopscope.models.visits import Observer, Visit
 
 
 class PathIndependence(Measure):
-    """Observes the first run; `second` observes the other one, which is advanced one recurrence behind it."""
+    """Observes the measured run; `beside` observes those from other initial states, which are advanced one recurrence
+    behind it."""
 
     part = "path-independence"
     variables: ClassVar[dict[str, Variable]] = {
         "path_distance": variable(
-            "layer recurrence prompt", "distance of the trajectories from two initial states, over the mean norm"
+            "layer recurrence prompt",
+            "distance of the trajectories from two initial states, over the mean norm; with more of them, that of the "
+            "one farthest away",
         ),
         "path_cosine_distance": variable(
-            "layer recurrence prompt", "1 - cosine of the trajectories from two initial states"
+            "layer recurrence prompt", "1 - cosine of the trajectories from two initial states, likewise"
+        ),
+        "start_distance": variable(
+            "start start_other prompt token",
+            "distance of the loop's last layer after the measured recurrences from two initial states, over the mean "
+            "norm; the first is the run's own",
         ),
     }
     needs = Needs(loop=True, second_run=True)
 
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
-        self.second: Observer = _Second(self)
+        starts = batch.plan.other_starts
+        self.beside = tuple(_Beside(self, place) for place in range(starts))
         self._first: list[tuple[Tensor, Tensor] | None] = [None] * batch.info.recurrent
-        shape = (2, batch.info.recurrent, batch.recurrences, batch.prompts)
+        shape = (2, starts, batch.info.recurrent, batch.recurrences, batch.prompts)
         self._values = np.full(shape, np.nan, dtype=np.float64)
+        self._ends: list[Tensor] = []
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
         states, wide = batch.bytes
-        # The second run's state, and the prelude's output that it goes on receiving.
-        return Memory(kept=(batch.info.recurrent + 2) * states, visit=8 * wide)
+        starts = batch.plan.other_starts
+        # Of each other run the state, the prelude's output that it goes on receiving, and the end.
+        return Memory(kept=(batch.info.recurrent + 1 + 3 * starts) * states, visit=8 * wide, result=8 * wide)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
             self._first[visit.layer] = (visit.residual, residual_norm(visit.residual.double()))
+            self._keep_end(visit)
 
-    def compare(self, visit: Visit) -> None:
-        """The same visit of the second run."""
+    def compare(self, visit: Visit, start: int) -> None:
+        """The same visit of the run from another initial state."""
         first = self._first[visit.layer]
         assert first is not None  # the first run was advanced before
-        state = visit.residual.double()
-        norm = residual_norm(state)
-        away, turned = distances(state, norm, *first)
-        # Relative to the mean of the two norms, so that neither run is the reference.
-        size = (first[1] + norm) / 2
-        found = masked_mean(torch.stack([away / size, turned]), self.batch.mask)
-        self._values[:, visit.layer, visit.recurrence] = found.cpu().numpy()
+        away, turned = _apart(visit.residual, *first)
+        found = masked_mean(torch.stack([away, turned]), self.batch.mask)
+        self._values[:, start, visit.layer, visit.recurrence] = found.cpu().numpy()
+        self._keep_end(visit)
+
+    def _keep_end(self, visit: Visit) -> None:
+        if visit.layer == self.batch.info.recurrent - 1 and visit.recurrence == self.batch.recurrences - 1:
+            self._ends.append(visit.residual)
 
     def result(self) -> xr.Dataset:
-        return self.dataset({"path_distance": self._values[0], "path_cosine_distance": self._values[1]})
+        # As runs diverge, a distance is no number; then the farthest is none either.
+        farthest = self._values.max(1)
+        return self.dataset(
+            {"path_distance": farthest[0], "path_cosine_distance": farthest[1], "start_distance": self._between_ends()}
+        )
+
+    def _between_ends(self) -> np.ndarray:
+        count = len(self._ends)
+        found = np.zeros((count, count, *self.batch.mask.shape), dtype=np.float64)
+        for one in range(count):
+            first = self._ends[one]
+            norm = residual_norm(first.double())
+            for other in range(one):
+                away, _ = _apart(self._ends[other], first, norm)
+                found[one, other] = found[other, one] = away.cpu().numpy()
+        found[..., ~self.batch.mask.cpu().numpy()] = np.nan
+        return found.astype(self.batch.stored)
 
 
-class _Second(Observer):
-    def __init__(self, owner: PathIndependence) -> None:
-        self._owner = owner
+def _apart(states: Tensor, reference: Tensor, reference_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance over the mean of the two norms, so that neither run is the reference, and 1 - cosine, (batch, token)."""
+    wide = states.double()
+    norm = residual_norm(wide)
+    away, turned = distances(wide, norm, reference, reference_norm)
+    return away / ((reference_norm + norm) / 2), turned
+
+
+class _Beside(Observer):
+    def __init__(self, owner: PathIndependence, start: int) -> None:
+        self._owner, self._start = owner, start
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
-            self._owner.compare(visit)
+            self._owner.compare(visit, self._start)
