@@ -16,10 +16,10 @@ import loopscope
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope._util.shapes import States
-from loopscope.analysis.job import Job, SilentProgress
+from loopscope.analysis.job import Job, SilentProgress, ran_out
 from loopscope.analysis.memory import foresee
 from loopscope.analysis.passes import planned_batch
-from loopscope.analysis.settings import parts_except
+from loopscope.analysis.settings import Part, parts_except
 from loopscope.cli import main
 from loopscope.errors import ConfigError
 from loopscope.measures.memory import array_bytes
@@ -31,9 +31,8 @@ from loopscope.models.visits import Observer
 from loopscope.prompts.prompt import TokenizedPrompt
 from small_models import PROMPTS, subject
 
-SETTINGS = AnalyzeSettings(
-    recurrences=6, horizon=8, skip=("behaviour", "twin", "stability"), threads=1, track=("0:-1",)
-)
+SKIP: tuple[Part, ...] = ("behaviour", "twin", "stability", "neurons", "stages", "readout", "noise-floor")
+SETTINGS = AnalyzeSettings(recurrences=4, horizon=5, skip=SKIP, threads=1, track=())
 FULL: list[Callable[[], Exception]] = [
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
@@ -95,13 +94,15 @@ def free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("error", FULL)
-def test_a_batch_that_runs_out_is_halved_and_ends_with_the_same_numbers(
-    error: Callable[[], Exception], tmp_path: Path
-) -> None:
+def test_a_lack_of_memory_is_known_as_one(error: Callable[[], Exception]) -> None:
+    assert ran_out(error())
+
+
+def test_a_batch_that_runs_out_is_halved_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     progress = Noting()
     whole = analyze(small(most=9), PROMPTS, settings=SETTINGS, batch_size=5)
     parts = analyze(
-        small(error=error), PROMPTS, out=tmp_path / "study", settings=SETTINGS, batch_size=5, progress=progress
+        small(error=FULL[1]), PROMPTS, out=tmp_path / "study", settings=SETTINGS, batch_size=5, progress=progress
     )
     xarray.testing.assert_allclose(parts.dataset, whole.dataset, rtol=1e-6, atol=1e-9)
     halved = [said for said in progress.said if said.startswith("Memory ran out on cpu over")]
@@ -147,16 +148,13 @@ def test_a_folder_that_was_begun_with_much_memory_is_resumed_with_its_shards(
     assert manifest["identity"]["settings"]["batch_size"] == manifest["settings"]["batch_size"] == 4
     whole = analyze(model, prompts, settings=SETTINGS, batch_size=4)
     xarray.testing.assert_allclose(study.dataset, whole.dataset, rtol=1e-6, atol=1e-9)
-    again = Noting()
-    analyze(model, prompts, out=folder, settings=SETTINGS, progress=again)
-    assert any("nothing to do" in said for said in again.said)
 
 
 def _job(model: NativeSubject, prompts: list[list[int]], **changes: Any) -> Job:
     tokenized = [
         TokenizedPrompt(str(place), None, tuple(ids), tuple(map(str, ids)), 0) for place, ids in enumerate(prompts)
     ]
-    fields: dict[str, Any] = {"recurrences": 6, "horizon": 8, **changes}
+    fields: dict[str, Any] = {"recurrences": SETTINGS.recurrences, "horizon": SETTINGS.horizon, **changes}
     return Job(model, tokenized, AnalyzeSettings(**fields), SilentProgress())
 
 
@@ -209,9 +207,10 @@ def test_a_limit_makes_parts_of_a_batch_and_no_other_study(tmp_path: Path) -> No
 
 
 def test_verdicts_of_some_tokens_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, settings = subject(std=0.1), AnalyzeSettings(recurrences=16, horizon=16, skip=parts_except("behaviour"))
+    model, only = subject(std=0.1), parts_except("behaviour")
+    settings = AnalyzeSettings(recurrences=16, horizon=16, skip=only, judged_layers="last", threads=1)
     whole = analyze(model, PROMPTS, settings=settings)
-    monkeypatch.setattr("loopscope.measures.behaviour._PIECE_BYTES", 1)
+    monkeypatch.setattr("loopscope.measures.behaviour._PIECE_BYTES", 2**18)  # some ten tokens
     pieces = analyze(model, PROMPTS, settings=settings).dataset
     xarray.testing.assert_equal(pieces[["verdict", "verdict_changes"]], whole.dataset[["verdict", "verdict_changes"]])
     # Rates are fitted, and follow rounding: they differ as much where prompts are run one by one.

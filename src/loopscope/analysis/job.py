@@ -82,9 +82,14 @@ class Job:
         settings: AnalyzeSettings,
         progress: Progress,
         source: str | Path | None = None,
+        *,
+        checked: bool = False,
     ) -> None:
         """`source` is what the subject was loaded from, so that workers can do so too; without it they are sent the
-        model itself."""
+        model itself. `checked` says that there is memory for it.
+
+        Raises `ConfigError` for what a model or its prompts do not have, and for what memory does not do for.
+        """
         self.subject = subject
         self._source = source
         self.prompts = prompts
@@ -93,7 +98,8 @@ class Job:
         lengths = [len(prompt.token_ids) for prompt in prompts]
         self.plan = choose(subject, lengths, settings, progress.note)
         self._memory = MemoryPlan(subject, self.plan, settings)
-        self._memory.check(lengths)
+        if not checked:
+            self._memory.check(lengths)
         most = most_prompts(subject) if settings.batch_size == "auto" else settings.batch_size
         self._at_once = self._memory.at_once(lengths, most)
         """Prompts that are run together; fewer than are saved together where memory is short."""
@@ -318,7 +324,7 @@ class _ShardWork:
             threads = self._settings.threads or max(1, cpu_count() // (self._settings.workers or cpu_count()))
             torch.set_num_threads(threads)
             # What it chose, the others have said.
-            self._job = Job(self._subject.load(), self._prompts, self._settings, SilentProgress())
+            self._job = Job(self._subject.load(), self._prompts, self._settings, SilentProgress(), checked=True)
         self._job.progress = _Notes()
         return self._job.run(shard), self._job.progress.notes
 

@@ -49,8 +49,6 @@ class MemoryPlan:
         self._machine = available_memory(torch.device("cpu"))
         workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
         free = available_memory(subject.device)
-        self.budget = keep_budget(subject, settings, free // workers)
-        """Bytes of states that may be kept."""
         if workers > 1:
             item = planned_batch(subject, Batch.of([[0]]), plan).itemsize
             free = max(0, free // workers - _WORKER - subject.info.parameters * item)
@@ -59,6 +57,8 @@ class MemoryPlan:
         """Bytes that there are for one worker, beside its model."""
         self.room = int(_BATCH_SHARE * free) if limit is None else self.free
         """Of these, that what runs at once may take."""
+        self.budget = keep_budget(subject, settings, self.free)
+        """Bytes of states that may be kept."""
 
     def kept(self, batch: Batch) -> int:
         """Bytes of states that are kept rather than made twice; 0 where they would not fit."""
@@ -92,7 +92,6 @@ class MemoryPlan:
                 f"A prompt of {max(lengths):,} tokens needs about {size_text(needed)} beside the model, and "
                 f"{size_text(self.free)} may be taken on {self._subject.device}; {self._advice(lengths, needed)}."
             )
-
         arrays = self._study(lengths)
         if 2 * arrays * (1 - _ERROR) > self._machine:
             raise ConfigError(
