@@ -115,7 +115,8 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     # In blocks that stay in a processor's cache: the states are by far the largest of what is looked at.
     block = max(1, _BLOCK_ENTRIES // (recurrences * width))
     parts = [_reduced(some, window, first_recurrence) for some in states.split(block)]
-    return Tails(times, *(torch.cat(part) for part in zip(*parts, strict=True)), width=width)
+    products, steps, norms, norm_growth = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Tails(times, products, steps, norms, norm_growth, width)
 
 
 def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
