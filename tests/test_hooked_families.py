@@ -195,12 +195,10 @@ def test_a_model_that_loops_over_shared_layers() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AlbertForMaskedLM(config).eval()
-    with pytest.raises(ConfigError, match="has no list of the 5 layers that its configuration names"):
-        loopscope.hook(model)
-    subject = loopscope.hook(
-        model,
-        recurrent="albert.encoder.albert_layer_groups.0",
-        set_recurrences="config.num_hidden_layers",
+    subject = loopscope.hook(model)
+    assert subject.found == (
+        "a loop of albert.encoder.albert_layer_groups 0, 5 times, with 0 layers before and 0 after it; "
+        "config.num_hidden_layers sets how often"
     )
     assert subject.info.trained_recurrences == 5
     assert subject.info.injection == "none"

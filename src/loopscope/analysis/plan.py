@@ -40,6 +40,8 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     Raises `ConfigError` for settings that ask for what these prompts or this model do not have.
     """
     info = subject.info
+    if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
+        note(f"{info.name} turned out to have {subject.found}.")
     exits = _exit_recurrences(subject, settings, note)
     maps, notes = choose_maps(info, lengths, settings)
     for message in notes:

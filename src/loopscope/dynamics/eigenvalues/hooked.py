@@ -42,7 +42,7 @@ def linearise_hooked(
     if count is None or count < _FEWEST:
         raise ConfigError(
             f"{subject.info.name} runs {count} recurrences, and eigenvalues need {_FEWEST} to see that a recurrence is "
-            "the same again; tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
+            "the same again; tell loopscope.hook what sets them (set_recurrences)."
         )
     batch = batch.to(subject.device)
     inputs = _Inputs(min(recurrences, count - 1), subject.facts.dtype)

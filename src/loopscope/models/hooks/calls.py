@@ -64,6 +64,8 @@ class ModelCall:
     def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
         self.model = model
         self._forward = forward
+        self.is_given = forward is not None
+        """The caller says how the model is called."""
         self._pretrained = is_pretrained(model)
         parameters: Mapping[str, inspect.Parameter] = {}
         if forward is None:

@@ -33,6 +33,7 @@ class Setting:
     """The attribute at a dotted path in which a model keeps its number of recurrences."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
         *owner, self.name = path.split(".")
         try:
             self.owner: Any = attrgetter(".".join(owner))(model) if owner else model

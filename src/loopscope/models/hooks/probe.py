@@ -81,7 +81,7 @@ def measure_facts(
     Raises `ConfigError` for a model that cannot be run on the probe, calls its layers otherwise than announced, does
     not run as many recurrences as it is told, or gives other numbers when it is run again.
     """
-    probe = _batch(tokens)
+    probe = probe_batch(tokens)
     records = []
     if own is None or not (looped and settable):
         records.append(_Record(start(probe, None)).run())
@@ -96,7 +96,7 @@ def measure_facts(
     draws = any(record.forward.drew for record in records)
     another = _Record(start(probe, recurrences, 1)).run() if draws else record
     random = not torch.equal(another.logits, record.logits)
-    changed_batch = _batch(tokens, last=3)
+    changed_batch = probe_batch(tokens, last=3)
     changed = _Record(start(changed_batch, recurrences)).run()
     causal = torch.equal(changed.logits[:, :-1], record.logits[:, :-1])
     prompt_enters = None
@@ -109,7 +109,7 @@ def measure_facts(
         # No more than the model's own number if that can be, which may have an embedding for each of its recurrences.
         other = recurrences + (1 if own is not None and own > 2 else -1)
         other_loop = _Record(start(probe, other)).run()
-    alone = _Record(start(_batch(max(1, tokens - _SHORTER)), recurrences)).run()
+    alone = _Record(start(probe_batch(max(1, tokens - _SHORTER)), recurrences)).run()
     _require_one_width([*record.visits, *alone.visits])
     can_pad = (takes_mask or causal) and not random
     attention = {(visit.stage, visit.layer): visit.attention for visit in record.visits}
@@ -156,7 +156,7 @@ def _require_one_width(visits: Sequence[Visit]) -> None:
 def _effect_of_padding(start: StartForward, alone: _Record, recurrences: int | None, tokens: int) -> str | None:
     """A prompt that is the shorter one of a batch against itself alone."""
     short = alone.logits.shape[1]
-    ids, whole = _batch(tokens).input_ids, torch.ones(1, tokens, dtype=torch.bool)
+    ids, whole = probe_batch(tokens).input_ids, torch.ones(1, tokens, dtype=torch.bool)
     padded = Batch(torch.cat((ids, ids)), torch.cat((whole, torch.arange(tokens)[None] < short)))
     try:
         together = _Record(start(padded, recurrences)).run()
@@ -174,7 +174,7 @@ def _apart(got: Tensor, expected: Tensor) -> float | None:
     return apart if apart > limit else None
 
 
-def _batch(tokens: int, last: int | None = None) -> Batch:
+def probe_batch(tokens: int, last: int | None = None) -> Batch:
     """Ids that every vocabulary has."""
     input_ids = torch.arange(tokens)[None] % 3
     if last is not None:
