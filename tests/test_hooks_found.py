@@ -201,9 +201,10 @@ def test_a_model_alone_is_enough(model: type[nn.Module], layout: tuple[Any, ...]
     subject = loopscope.hook(bare)
     info, end = subject.info, subject.layout.loop_end
     path = None if end is None else end.path
-    assert (info.prelude, info.recurrent, info.trained_recurrences, info.coda, path) == layout
+    shown: tuple[Any, ...] = (info.prelude, info.recurrent, info.trained_recurrences, info.coda, path)
+    assert shown == layout
     assert setting in repr(subject)
-    prelude, recurrent, times, coda = (int(number) for number in layout[:4])
+    prelude, recurrent, times, coda = layout[:4]
     recurrences = times + (subject.settable and model is not Timed)
     trace = loopscope.capture(subject, IDS, recurrences=recurrences)
     assert len(trace.visits) == prelude + recurrent * recurrences + coda

@@ -148,6 +148,8 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
             "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
             "--hooked-eigenvalues"
         )
+    elif isinstance(subject, HookedSubject) and subject.no_one_map is not None:
+        reason = subject.no_one_map
     elif replaced is not None:
         reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
     if reason is not None:

@@ -10,11 +10,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope._util.shapes import States, TokenMask
-from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
+from loopscope.dynamics.eigenvalues.krylov import (
+    DifferenceProducts,
+    ExactProducts,
+    OwnMap,
+    Products,
+    TokenVectors,
+    are_confirmed,
+)
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.forward import Injected
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.hooks.probe import is_rounding
 from loopscope.models.subject import Batch
 from loopscope.models.visits import Observer
 
@@ -22,8 +30,8 @@ _COPIED_TOKENS = 2048
 """Tokens of all copies of a prompt that are in one pass; the derivative keeps what every layer computes on them."""
 
 _SAME = 1e-3
-"""A recurrence entered anew has to give the state that the run has, but for this share of the largest entry: above
-rounding in float32, and far below what a hidden state or a count of the recurrences changes."""
+"""A prompt without its last token has to give the states that it has with it, but for this share of the largest entry:
+above what float32 loses in matrix products of another shape, and below what a token that looks ahead changes."""
 
 _FEWEST = 3
 """Recurrences that have to be run to see one again: the first begins where the model's own state does."""
@@ -55,6 +63,7 @@ def linearise_hooked(
     state = inputs.last if state is None else state
     found = HookedRecurrence(subject, batch, seed, inputs.at, state, inputs.last_step.steps)
     found.check(*inputs.early)
+    found.check_one_map(*inputs.late, "where the run stands")
     return found
 
 
@@ -87,15 +96,8 @@ class HookedRecurrence:
     def check(self, before: States, after: States) -> None:
         """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
         tokens see later ones."""
-        mask, name = self._batch.mask, self._subject.info.name
-        again = self.apply(before)
-        missed = _apart(again[mask], after[mask])
-        if not missed <= _SAME:
-            raise ConfigError(
-                f"A recurrence of {name} depends on more than what its first layer receives: entered again with it, it "
-                f"differs by {missed:.1g} of its size, so that it has no eigenvalues of its own; hook the layers "
-                "between which the whole state passes."
-            )
+        name = self._subject.info.name
+        again = self.check_one_map(before, after, "near its start")
         longest = int(self._batch.counts.argmax())
         earlier = slice(0, int(self._batch.counts[longest]) - 1)
         if earlier.stop:
@@ -107,6 +109,18 @@ class HookedRecurrence:
                     f"A recurrence of {name} is not causal, so that its tokens have no eigenvalues of their own; take "
                     "a model in which no token looks ahead."
                 )
+
+    def check_one_map(self, before: States, after: States, where: str) -> States:
+        """What follows `before`. Raises `ConfigError` if it is not `after`."""
+        mask, again = self._batch.mask, self.apply(before)
+        ends = after[mask].isfinite().all(-1)
+        if not is_rounding(again[mask][ends], after[mask][ends]):
+            raise ConfigError(
+                f"A recurrence of {self._subject.info.name} depends on more than what its first layer receives: entered "
+                f"again with it {where}, it differs by {_apart(again[mask][ends], after[mask][ends]):.1g} of its size, "
+                "so that it has no eigenvalues of its own; hook the layers between which the whole state passes."
+            )
+        return again
 
     def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
         for row, those in enumerate(tokens):
@@ -127,10 +141,11 @@ class HookedRecurrence:
             # The fused kernels cannot be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH):
                 products = ExactProducts(exact, point)
-                products(torch.ones_like(point))
-        except (RuntimeError, NotImplementedError):  # in-place arithmetic, or an operation of its own
-            return DifferenceProducts(plain, point), "differences"
-        return products, "exact"
+                if are_confirmed(products, plain):
+                    return products, "exact"
+        except Exception:  # in-place arithmetic, or an operation of its own, which says so in its own way
+            pass
+        return DifferenceProducts(plain, point), "differences"
 
     def _own(self, row: int, places: Tensor, state: States, *, gradients: bool) -> OwnMap:
         count, end = len(places), int(places[-1]) + 1
@@ -164,6 +179,8 @@ class _Inputs(Observer):
         self.at, self._dtype = at, dtype
         self.early: list[States] = []
         """Before the second and the third recurrence."""
+        self.late: list[States] = []
+        """Before the last recurrence, and after it."""
         self.last_step: LastStep
         self.last: States
 
@@ -172,6 +189,8 @@ class _Inputs(Observer):
             self.last_step = LastStep(state, self._dtype)
         if recurrence in (1, 2):
             self.early.append(state)
+        if recurrence in (self.at - 1, self.at):
+            self.late.append(state)
         if recurrence <= self.at:
             self.last_step.follow(state)
             self.last = state
@@ -183,6 +202,8 @@ def _apart(states: Tensor, others: Tensor) -> float:
 
 
 def _check_subject(subject: HookedSubject) -> None:
+    if subject.no_one_map is not None:
+        raise ConfigError(f"The recurrences of {subject.info.name} have no eigenvalues: {subject.no_one_map}.")
     if subject.facts.dtype not in (torch.float32, torch.float64):
         raise ConfigError(
             f"{subject.info.name} is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load "

@@ -19,7 +19,7 @@ from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, In
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting
 from loopscope.models.hooks.probe import PROBE_TOKENS, Facts, measure_facts, probe_batch
-from loopscope.models.hooks.unobservable import unobservable
+from loopscope.models.hooks.unobservable import no_one_map, unobservable
 from loopscope.models.subject import Batch, SubjectInfo, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
 from loopscope.prompts.tokenizer import TextTokenizer
@@ -131,6 +131,11 @@ class HookedSubject:
     def settable(self) -> bool:
         """Another number of recurrences than the model's own can be asked for."""
         return self._setting is not None or self._function is not None
+
+    @property
+    def no_one_map(self) -> str | None:
+        """Why no recurrence of it has eigenvalues of its own; None for a loop of one map."""
+        return no_one_map(self.facts)
 
     def start(
         self,

@@ -19,9 +19,13 @@ from loopscope.models.visits import AttentionView, LoopState, MapAttention, Quer
 PROBE_TOKENS = 11
 """A length that no other size of a model is likely to be taken for."""
 
+_FEW = 3
+"""Recurrences of the probe: enough to see the second one again, and what it passes on."""
+
 _SHORTER = 4
 """The second prompt of a padded batch has this many tokens less."""
 
+_ROUNDINGS = 64.0
 _ROUNDING = 1e-2
 _ROUNDING_IN_HALF = 0.3
 """Two computations of the same numbers differ by less than this, relative to the largest. Rounding is far below it, but
@@ -56,6 +60,11 @@ class Facts:
     prompt_enters: bool | None
     """The prompt enters the loop by more than the initial state. None where the loop does not carry its state
     unchanged, so that this was not tried."""
+    one_map: bool | None
+    """Entered with what the first recurrent layer receives in the second recurrence, the first one does what the second
+    does. None where fewer than two recurrences can be run."""
+    restarts: bool
+    """The first recurrent layer receives the same in every recurrence, so that what goes round passes beside it."""
     foresees: bool
     """The loop knows how often it will run: its first recurrences depend on it."""
     draws: bool
@@ -88,8 +97,15 @@ def measure_facts(
         own = len(records[0].carried) if looped else None
     recurrences = None
     if looped and settable:
-        recurrences = 3 if own == 2 else 2
-        records.append(_Record(start(probe, recurrences)).run())
+        recurrences = _FEW
+        try:
+            records.append(_Record(start(probe, recurrences)).run())
+        except Exception:
+            # It may have an embedding for each of its recurrences, and no more of them.
+            if own != 2:
+                raise
+            recurrences = own
+            records.append(_Record(start(probe, recurrences)).run())
     record = records[-1]
     again = _Record(start(probe, recurrences)).run()
     _require_same_again(again, record)
@@ -106,9 +122,12 @@ def measure_facts(
         prompt_enters = not elsewhere.same_loop(record)
     other_loop = record
     if recurrences is not None:
-        # No more than the model's own number if that can be, which may have an embedding for each of its recurrences.
-        other = recurrences + (1 if own is not None and own > 2 else -1)
-        other_loop = _Record(start(probe, other)).run()
+        other_loop = _Record(start(probe, recurrences - 1)).run()
+    one_map = restarts = None
+    if len(record.carried) > 1:
+        restarts = all(torch.equal(record.injected[0], state) for state in record.injected[1:])
+        entered = _Record(start(probe, recurrences, begins_with=record.injected[1])).run()
+        one_map = entered.repeats_second(record, exactly=again.same_loop(record))
     alone = _Record(start(probe_batch(max(1, tokens - _SHORTER)), recurrences)).run()
     _require_one_width([*record.visits, *alone.visits])
     can_pad = (takes_mask or causal) and not random
@@ -122,6 +141,8 @@ def measure_facts(
         heads=heads.pop() if len(heads) == 1 else None,
         carries=record.carries,
         prompt_enters=prompt_enters,
+        one_map=one_map,
+        restarts=restarts is True,
         foresees=not other_loop.same_loop(record, exactly=again.same_loop(record)),
         draws=draws,
         random=random,
@@ -235,6 +256,23 @@ class _Record:
         """The states are the same as far as both go: bit for bit, or but for rounding."""
         pairs = zip(self.carried, other.carried, strict=False)
         return all(torch.equal(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+
+    def repeats_second(self, other: _Record, *, exactly: bool) -> bool:
+        """Begun where the other's second recurrence begins, this one's first does the same: it passes on the same, and
+        the next receives the same."""
+        pairs = [(self.carried[0], other.carried[1])]
+        if len(other.injected) > 2:
+            pairs.append((self.injected[1], other.injected[2]))
+        return all(is_rounding(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+
+
+def is_rounding(got: Tensor, expected: Tensor) -> bool:
+    """For the same operations on the same numbers in tensors of the same shape, which may lie otherwise in memory."""
+    if not expected.numel():
+        return True
+    limit = min(_ROUNDINGS * torch.finfo(expected.dtype).eps, _ROUNDING_IN_HALF / 10)
+    apart = (got.double() - expected.double()).abs().amax()
+    return bool(apart <= limit * expected.double().abs().amax())
 
 
 def _behind(view: AttentionView | None) -> list[Tensor]:

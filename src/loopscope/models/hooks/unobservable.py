@@ -13,6 +13,20 @@ OF_ALL_LOOPS = (
 )
 
 
+def no_one_map(facts: Facts) -> str | None:
+    """Why the recurrences are not one map of what the first layer receives, so that there is nothing to linearise."""
+    if facts.restarts:
+        return (
+            "every recurrence begins with the same input of its first layer, so that what goes round passes beside it"
+        )
+    if facts.one_map is False:
+        return (
+            "entered with the same input of the first layer, two recurrences give different numbers: each is a map of "
+            "its own (an embedding or weights for every recurrence), or a part of the state passes beside that layer"
+        )
+    return None
+
+
 def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
@@ -52,6 +66,11 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
         found.append(
             f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
             "so there is no horizon."
+        )
+    reason = no_one_map(facts)
+    if reason is not None:
+        found.append(
+            f"Eigenvalues, and what a fixed point is one of: {reason}. A state that stops moving is seen all the same."
         )
     if facts.foresees:
         found.append(
