@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool
@@ -62,8 +62,7 @@ def linearise_hooked(
         run.close()
     state = inputs.last if state is None else state
     found = HookedRecurrence(subject, batch, seed, inputs.at, state, inputs.last_step.steps)
-    found.check(*inputs.early)
-    found.check_one_map(*inputs.late, "where the run stands")
+    found.check(inputs.early, inputs.late)
     return found
 
 
@@ -93,11 +92,13 @@ class HookedRecurrence:
         some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])
         return state.index_put((prompts,), self._following(some, state[prompts], gradients=False))
 
-    def check(self, before: States, after: States) -> None:
-        """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
-        tokens see later ones."""
-        name = self._subject.info.name
-        again = self.check_one_map(before, after, "near its start")
+    def check(self, early: Sequence[States], late: Sequence[States]) -> None:
+        """What the first layer receives before and after a recurrence near the start, and where the run stands. Raises
+        `ConfigError` if one that is entered anew does not lead from the one to the other, or if tokens see later
+        ones."""
+        self._entered_again(late[0], late[1], "where the run stands")
+        name, before = self._subject.info.name, early[0]
+        again = self._entered_again(before, early[1], "near its start")
         longest = int(self._batch.counts.argmax())
         earlier = slice(0, int(self._batch.counts[longest]) - 1)
         if earlier.stop:
@@ -110,15 +111,17 @@ class HookedRecurrence:
                     "a model in which no token looks ahead."
                 )
 
-    def check_one_map(self, before: States, after: States, where: str) -> States:
+    def _entered_again(self, before: States, after: States, where: str) -> States:
         """What follows `before`. Raises `ConfigError` if it is not `after`."""
         mask, again = self._batch.mask, self.apply(before)
         ends = after[mask].isfinite().all(-1)
-        if not is_rounding(again[mask][ends], after[mask][ends]):
+        got, wanted = again[mask][ends], after[mask][ends]
+        if not is_rounding(got, wanted):
+            name = self._subject.info.name
             raise ConfigError(
-                f"A recurrence of {self._subject.info.name} depends on more than what its first layer receives: entered "
-                f"again with it {where}, it differs by {_apart(again[mask][ends], after[mask][ends]):.1g} of its size, "
-                "so that it has no eigenvalues of its own; hook the layers between which the whole state passes."
+                f"A recurrence of {name} depends on more than what its first layer receives: entered again with it "
+                f"{where}, it differs by {_apart(got, wanted):.1g} of its size, so that it has no "
+                "eigenvalues of its own; hook the layers between which the whole state passes."
             )
         return again
 
