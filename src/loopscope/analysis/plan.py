@@ -42,6 +42,10 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     info = subject.info
     if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
         note(f"{info.name} turned out to have {subject.found}.")
+    if isinstance(subject, HookedSubject) and subject.branches is not None:
+        note(f"Of {info.name}, {subject.branches}.")
+    if info.prefix is not None:
+        note(f"{info.name} was trained to read a prompt in both directions, and --prefix {info.prefix} is in force.")
     exits = _exit_recurrences(subject, settings, note)
     maps, notes = choose_maps(info, lengths, settings)
     for message in notes:

@@ -96,7 +96,8 @@ class HookedRecurrence:
         """What the first layer receives before and after a recurrence near the start, and where the run stands. Raises
         `ConfigError` if one that is entered anew does not lead from the one to the other, or if tokens see later
         ones."""
-        self._entered_again(late[0], late[1], "where the run stands")
+        if len(late) == 2:
+            self._entered_again(late[0], late[1], "where the run stands")
         name, before = self._subject.info.name, early[0]
         again = self._entered_again(before, early[1], "near its start")
         longest = int(self._batch.counts.argmax())
@@ -168,7 +169,7 @@ class HookedRecurrence:
         """What the first layer receives in the second recurrence, if it receives this state in the first."""
         subject = self._subject
         recurrences = 2 if subject.settable else subject.facts.recurrences
-        forward = subject.forward(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
+        forward = subject.forward_of_prompts(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
         try:
             return next(event.state for event in forward if isinstance(event, Injected) and event.recurrence == 1)
         finally:

@@ -19,6 +19,7 @@ from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
 from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 from loopscope.models.hooks.pausing import ForwardContext, Setting
+from loopscope.models.hooks.probe import is_rounding
 from loopscope.models.subject import Batch
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -111,6 +112,50 @@ def calls_whatever_is_set(
     """How often the model calls the first layer of its loop, if that is the same whichever of the numbers is set."""
     found = {len(_Forward(call, batch, set_to(count)).calls([first])) for count in counts}
     return found.pop() if len(found) == 1 else None
+
+
+def branches(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any]) -> str | None:
+    """Why what the watched modules put out may be no states, in words; None where one receives what another put out.
+
+    A module that is given the residual stream and returns what is to be added to it is no layer: its output is not the
+    next one's input, and often that input is its own plus its output.
+    """
+    calls = _Forward(call, batch, extra).calls(layout.modules)
+    loop = slice(len(layout.prelude), len(calls) - len(layout.coda))
+    for part in (calls[: loop.start], calls[loop], calls[loop.stop :]):
+        found = _branches(part, layout)
+        if found is not None:
+            return found
+    return None
+
+
+def _branches(calls: Sequence[_Call], layout: HookLayout) -> str | None:
+    """Of one stage."""
+    pairs = [(one, after) for one, after in pairwise(calls) if one.put_out is not None and after.received is not None]
+    # From one recurrence to the next, something may be added to a state as well.
+    first = layout.recurrent[0].module if layout.recurrent else None
+    within = [pair for pair in pairs if pair[1].module is not first]
+    added = [one for one, after in pairs if _is_sum(after.received, one)]
+    if not pairs or any(_same(after.received, one.put_out) for one, after in pairs):
+        return None
+    if added:
+        return (
+            f"what {added[0].path} puts out is added to what it received before the next layer receives it; it returns "
+            "a branch, and so its 'states' are no states of the residual stream; watch the module around it"
+        )
+    if within:
+        return (
+            "no watched layer receives what the one before it put out, so that they may return branches which are "
+            "added outside, and their outputs be no states of the residual stream"
+        )
+    return None
+
+
+def _is_sum(received: Tensor | None, one: _Call) -> bool:
+    """What it received plus what it put out, to rounding."""
+    if received is None or one.received is None or one.put_out is None or one.put_out.shape != received.shape:
+        return False
+    return one.received.shape == received.shape and is_rounding(one.received + one.put_out, received)
 
 
 def _looped(layers: list[_Call], calls: list[_Call], found: Repeats, setting: str | _Argument | None) -> Found:

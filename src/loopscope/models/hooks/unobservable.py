@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loopscope.models.hooks.layout import HookLayout
-from loopscope.models.hooks.probe import Facts
+from loopscope.models.hooks.probe import Facts, Padding
+from loopscope.models.subject import PrefixReading
 
 OF_ALL_MODELS = ("Norms: where they stand within a layer.",)
 OF_ALL_LOOPS = (
@@ -11,6 +12,14 @@ OF_ALL_LOOPS = (
     "Noise floor: the rounding error of a recurrence would need the model's arithmetic in another dtype.",
     "Exit gates: what makes a model answer some tokens from an earlier recurrence.",
 )
+
+
+PREFIX: dict[PrefixReading, str] = {
+    "trained": "Direction: the model was trained to read a prompt in both directions (prefix_lm), and does so here; "
+    "with prefix='causal' (--prefix causal) no token sees a later one.",
+    "causal": "Direction: the model was trained to read a prompt in both directions (prefix_lm), and reads it causally "
+    "here; prefix='trained' (--prefix trained) reads it as it was trained.",
+}
 
 
 def no_one_map(facts: Facts) -> str | None:
@@ -22,14 +31,26 @@ def no_one_map(facts: Facts) -> str | None:
     if facts.one_map is False:
         return (
             "entered with the same input of the first layer, two recurrences give different numbers: each is a map of "
-            "its own (an embedding or weights for every recurrence), or a part of the state passes beside that layer"
+            "its own, by the number of the recurrence (an embedding or weights for each), or a part of the state "
+            "passes beside that layer"
         )
     return None
 
 
-def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
+def no_padding(padding: Padding, takes_mask: bool) -> str | None:
+    """Why the model cannot have prompts of different lengths in one batch; None where it can."""
+    if not (takes_mask or padding.causal):
+        return "the model takes no attention_mask and is not causal, so its tokens would look at padding"
+    return None if padding.effect is None else f"when a prompt is padded, {padding.effect}"
+
+
+def unobservable(
+    layout: HookLayout, facts: Facts, padding: Padding, branches: str | None, *, settable: bool, takes_mask: bool
+) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
+    if branches is not None:
+        found.append(f"Layers: {branches}.")
     if layout.recurrent:
         found += _of_the_loop(facts, settable)
     found += _of_attention(layout, facts)
@@ -37,15 +58,13 @@ def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask
         found.append(
             "Random states: they are drawn for a whole batch at once, so numbers depend on what is in a batch."
         )
-    if not takes_mask:
+    if not takes_mask and padding.causal and padding.effect is None:
         found.append(
             "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes rounding "
             "alone."
-            if facts.causal
-            else "Padding: the model takes no attention_mask and is not causal, so a batch needs prompts of one length."
         )
-    elif facts.padding is not None:
-        found.append(f"Padding: when a prompt is padded, {facts.padding}, so a batch needs prompts of one length.")
+    elif (reason := no_padding(padding, takes_mask)) is not None:
+        found.append(f"Padding: {reason}, so prompts of different lengths are run apart.")
     return found
 
 

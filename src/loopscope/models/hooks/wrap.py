@@ -20,6 +20,7 @@ from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences, check_weights, probe_of, trial
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
+from loopscope.models.subject import PrefixReading
 from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -113,7 +114,13 @@ def _find(
 
 
 def load_hooked(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, name: str | None = None, revision: str | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str | None = None,
+    revision: str | None = None,
+    prefix: PrefixReading = "causal",
 ) -> HookedSubject:
     """Load a folder with transformers' own modelling code, and hook the model.
 
@@ -138,6 +145,7 @@ def load_hooked(
         weights_sha256=store.sha256(),
         revision=revision,
         found=found.sentence,
+        prefix=prefix,
     )
 
 

@@ -21,7 +21,7 @@ from loopscope._util.hub import require
 from loopscope._util.wording import layout_text
 from loopscope.errors import CheckpointError, UnknownFamilyError
 from loopscope.models.checkpoints.metadata import Metadata
-from loopscope.models.hooks.calls import ModelCall
+from loopscope.models.hooks.calls import ModelCall, is_prefix_model
 from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import probe_of
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, decoder_layers
@@ -41,6 +41,10 @@ from loopscope.models.subject import Batch
 _UNSEEN_LOOP = "Loop: whether some of the layers are called more than once is seen when the model is loaded."
 _MEASURED = (
     "Attention: a layer's is seen if it computes one that is understood, which is measured when the model is loaded."
+)
+_PREFIX = (
+    "Direction: the model was trained to read a prompt in both directions (prefix_lm); analyze reads it so, and with "
+    "--prefix causal as a text in which no token sees a later one."
 )
 _MEASURED_OF_A_LOOP = (
     "Injection and initial state: shown only if the loop turns out to carry its state unchanged, which is measured "
@@ -95,6 +99,7 @@ def inspect_hooked(
             *((_UNSEEN_LOOP,) if found is None else ()),
             _MEASURED,
             *((_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()),
+            *((_PREFIX,) if is_prefix_model(model) else ()),
         ),
         tokenizer=tokenizer,
         memory=_memory(config, parameters, layout, run),
