@@ -112,7 +112,7 @@ def test_a_prompt_that_was_trained_to_be_read_in_both_directions(tmp_path: Path)
     study = loopscope.analyze(folder, IDS.tolist(), recurrences=2, horizon=2, device="cpu")
     assert study.manifest["model"]["prefix"] == study.manifest["settings"]["prefix"] == "trained"
     assert loopscope.inspect_model(folder).unobservable[-1].startswith("Direction: the model was trained to read")
-    with pytest.raises(ConfigError, match="prefix='causal' comes too late: .* with 'trained'"):
+    with pytest.raises(ConfigError, match=r"prefix='causal' comes too late: .* with 'trained'"):
         loopscope.analyze(trained, IDS.tolist(), recurrences=2, horizon=2, prefix="causal")
 
 
