@@ -217,6 +217,19 @@ def test_a_model_that_fails_beyond_its_own_number_says_when() -> None:
     assert "R = 1, 3 beside 4" in str(report)
 
 
+@pytest.mark.parametrize("extra", [3, -2])
+def test_tokens_beside_the_prompts_are_said_with_the_shape(extra: int) -> None:
+    class Registers(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            more = torch.cat((x.new_zeros(len(x), max(extra, 0), WIDTH), x), 1)[:, max(-extra, 0) :]
+            return functional.pad(super().run(tokens, more)[:, max(extra, 0) :], (0, 0, max(-extra, 0), 0))
+
+    message = rf"received no states .*, but \(1, {11 + extra}, 12\) for \(1, 11\) tokens; "
+    message += "states of 3 tokens beside the prompt's" if extra > 0 else "name modules that map"
+    with pytest.raises(ConfigError, match=message):
+        loopscope.hook(Registers(Step()).eval(), recurrent="body", set_recurrences="loops")
+
+
 class TestOfTheContract:
     """Its defaults are what was measured."""
 

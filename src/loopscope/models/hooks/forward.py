@@ -256,9 +256,16 @@ class _Worker:
         found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
         layer = self._spec.layout.stage(site.stage)[site.layer]
         if found is None or found.shape[:2] != batch:
+            seen = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
+            there = f", but {', '.join(str(shape) for shape in seen[:3])} for {batch} tokens" if seen else ""
+            advice = "name modules that map states to states"
+            if found is not None and found.shape[0] == batch[0] and found.shape[1] > batch[1]:
+                advice = (
+                    f"states of {found.shape[1] - batch[1]} tokens beside the prompt's (registers, puzzle or memory "
+                    "tokens) are not supported"
+                )
             raise ConfigError(
-                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map "
-                "states to states."
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){there}; {advice}."
             )
         width = self._spec.width
         if verb != "received" and width is not None and found.shape[2] != width:

@@ -132,6 +132,12 @@ def load_hooked(
     """
     transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
     store = TensorStore(folder)
+    if store.wrapper:
+        raise CheckpointError(
+            f"All tensors in {folder} are named with {store.wrapper!r} before them, as the wrapper was saved (of "
+            "torch.compile, DataParallel or PEFT) and not the model in it, and transformers knows no such names: save "
+            "the module inside, or rename the tensors."
+        )
     check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
     model = _load(transformers, folder, dtype).to(device)
     _check_finite(model, folder)
