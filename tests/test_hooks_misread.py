@@ -80,6 +80,19 @@ def test_a_prompt_that_halts_within_a_batch_is_refused(model: type[Model]) -> No
     assert_untouched(subject.model)
 
 
+def test_tokens_that_keep_their_state_are_said() -> None:
+    """A mixture of recursions: the layers are called for all tokens, and some are routed past them."""
+
+    class Routes(Model):
+        def step(self, x: Tensor, turn: int) -> Tensor:
+            return torch.where((x[..., :1] > 0) | (turn == 0), super().step(x, turn), x)
+
+    subject = loopscope.hook(Routes(Step()).eval())
+    assert any(sentence.startswith("Halting: of some tokens") for sentence in subject.unobservable)
+    assert check_subject(subject).passed
+    assert not loopscope.hook(Model(Step()).eval()).facts.keeps
+
+
 def test_a_state_that_rounds_to_the_same_input_has_not_halted() -> None:
     """It converges to a fixed point bit for bit, with and without something added in between."""
 

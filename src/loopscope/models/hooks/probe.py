@@ -82,6 +82,9 @@ class Facts:
     does. None where fewer than two recurrences can be run."""
     restarts: bool
     """The first recurrent layer receives the same in every recurrence, so that what goes round passes beside it."""
+    keeps: bool
+    """Some tokens begin a recurrence with what they began the last one with, while others go on from what was put
+    out."""
     foresees: bool
     """The loop knows how often it will run: its first recurrences depend on it."""
     draws: bool
@@ -165,6 +168,7 @@ def measure_facts(
         prompt_enters=prompt_enters,
         one_map=one_map,
         restarts=restarts is True,
+        keeps=record.keeps,
         foresees=not other_loop.same_loop(record, exactly=again.same_loop(record)),
         draws=draws,
         random=random,
@@ -312,6 +316,15 @@ class _Record:
         if len(self.carried) < 2:
             return None
         return all(torch.equal(state, begun) for state, begun in zip(self.carried[:-1], self.injected[1:], strict=True))
+
+    @property
+    def keeps(self) -> bool:
+        for before, ended, begun in zip(self.injected, self.carried, self.injected[1:], strict=False):
+            if before.shape == ended.shape == begun.shape:
+                goes_on = (begun == ended).all(-1)
+                if bool(goes_on.any()) and bool(((begun == before).all(-1) & ~goes_on).any()):
+                    return True
+        return False
 
     def same_loop(self, other: _Record, *, exactly: bool = True) -> bool:
         """The states are the same as far as both go: bit for bit, or but for rounding."""

@@ -86,6 +86,11 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
             f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
             "so there is no horizon."
         )
+    if facts.keeps:
+        found.append(
+            "Halting: of some tokens the model keeps the state from before a recurrence and throws away what its "
+            "layers put out, which is then no state of theirs."
+        )
     reason = no_one_map(facts)
     if reason is not None:
         found.append(

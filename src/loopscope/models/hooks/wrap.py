@@ -61,9 +61,10 @@ def hook(
       `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
     - `name`, `tokenizer`: for results and for prompts that are texts.
 
-    The module is run on a few tokens, about ten times, to measure what would otherwise be assumed: whether the loop
-    carries its state unchanged and the prompt enters by it alone, whether random numbers are drawn, whether anything is
-    overwritten in place, what padding does, how wide it is.
+    The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
+    carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
+    put out states or branches, whether random numbers are drawn, whether anything is overwritten in place, what padding
+    does, how wide it is.
 
     While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
     still. Weights are never changed. A model that torch has compiled is run without its compiled code.
