@@ -132,7 +132,7 @@ def test_what_is_no_function_of_its_first_layers_input_is_refused() -> None:
     for options in ({"hidden": True}, {"timed": 1.0}, {"timed": 1e-4}, {"restarts": True}):
         subject = hooked(**options)
         reason = "every recurrence begins with the same input" if "restarts" in options else "each is a map of its own"
-        with pytest.raises(ConfigError, match=f"have no eigenvalues: .*{reason}"):
+        with pytest.raises(ConfigError, match=f"No eigenvalues can be taken of Loop: .*{reason}"):
             leading_eigenvalues(subject, IDS[:1], settings=EXACT)
         assert any(sentence.startswith("Eigenvalues, and what a fixed point") for sentence in subject.unobservable)
         assert_untouched(subject.model)

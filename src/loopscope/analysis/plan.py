@@ -10,6 +10,7 @@ import torch
 from loopscope._util.memory import available_bytes
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.dynamics.eigenvalues.hooked import why_no_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
 from loopscope.measures.base import MapChoice, Plan
@@ -152,8 +153,8 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
             "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
             "--hooked-eigenvalues"
         )
-    elif isinstance(subject, HookedSubject) and subject.no_one_map is not None:
-        reason = subject.no_one_map
+    elif isinstance(subject, HookedSubject) and (against := why_no_eigenvalues(subject)) is not None:
+        reason = against
     elif replaced is not None:
         reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
     if reason is not None:

@@ -37,6 +37,14 @@ _FEWEST = 3
 """Recurrences that have to be run to see one again: the first begins where the model's own state does."""
 
 
+def why_no_eigenvalues(subject: HookedSubject) -> str | None:
+    """What its probe showed that stands against them; None for nothing. Whether it is causal is asked of a recurrence, as
+    an initial state may be drawn for a prompt as a whole."""
+    if subject.facts.dtype not in (torch.float32, torch.float64):
+        return f"it is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load it in float32"
+    return subject.no_one_map
+
+
 def linearise_hooked(
     subject: HookedSubject, batch: Batch, *, recurrences: int, seed: int, state: States | None = None
 ) -> HookedRecurrence:
@@ -45,7 +53,9 @@ def linearise_hooked(
     A model that cannot run another number runs its own. Raises `ConfigError` for a model whose recurrence cannot be
     entered: not causal, in half precision, run fewer than three times, or not a function of its first layer's input.
     """
-    _check_subject(subject)
+    reason = why_no_eigenvalues(subject)
+    if reason is not None:
+        raise ConfigError(f"No eigenvalues can be taken of {subject.info.name}: {reason}.")
     count = max(recurrences + 1, _FEWEST) if subject.settable else subject.facts.recurrences
     if count is None or count < _FEWEST:
         raise ConfigError(
@@ -203,13 +213,3 @@ class _Inputs(Observer):
 def _apart(states: Tensor, others: Tensor) -> float:
     """Largest difference over largest entry; NaN where a state overflowed, which is as good as none."""
     return float((states - others).abs().amax() / others.abs().amax())
-
-
-def _check_subject(subject: HookedSubject) -> None:
-    if subject.no_one_map is not None:
-        raise ConfigError(f"The recurrences of {subject.info.name} have no eigenvalues: {subject.no_one_map}.")
-    if subject.facts.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"{subject.info.name} is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load "
-            "it in float32."
-        )
