@@ -38,8 +38,8 @@ _FEWEST = 3
 
 
 def why_no_eigenvalues(subject: HookedSubject) -> str | None:
-    """What its probe showed that stands against them; None for nothing. Whether it is causal is asked of a recurrence, as
-    an initial state may be drawn for a prompt as a whole."""
+    """What its probe showed that stands against them; None for nothing. Whether it is causal is asked of a recurrence
+    alone, as an initial state may be drawn for a prompt as a whole."""
     if subject.facts.dtype not in (torch.float32, torch.float64):
         return f"it is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load it in float32"
     return subject.no_one_map
