@@ -175,6 +175,47 @@ class Timed(Model):
         return x
 
 
+class InADictionary(Model):
+    def make(self) -> None:
+        super().make()
+        self.options: dict[str, Any] = {"name": "body", "loops": 4}
+
+    def run(self, x: Tensor) -> Tensor:
+        for _ in range(self.options["loops"]):
+            x = self.over(self.body, x)
+        return x
+
+
+class WeightsForEach(Model):
+    """A small adapter before each recurrence, in a list of its own."""
+
+    def make(self) -> None:
+        super().make()
+        self.turns = 3
+        self.adapters = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)) for _ in range(self.turns)]
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        for turn in range(self.turns):
+            x = self.over(self.body, x + self.adapters[turn](x))
+        return x
+
+
+class Once(Model):
+    """As released it runs its loop once, so that nothing comes twice."""
+
+    def make(self) -> None:
+        super().make()
+        self.entry, self.heads, self.num_loops = nn.ModuleList([Block()]), 1, 1
+
+    def run(self, x: Tensor) -> Tensor:
+        x = self.entry[0](x)
+        for _ in range(self.num_loops):
+            x = self.over(self.body, x)
+        return x
+
+
 class Fixed(Model):
     def run(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -192,6 +233,9 @@ class Fixed(Model):
         (Stacks, (0, 8, 2, 0, None), "high sets"),
         (Chained, (0, 2, 3, 0, "core.norm"), "turns sets"),
         (Timed, (0, 2, 4, 0, None), "turns sets"),
+        (InADictionary, (0, 2, 4, 0, None), "options.loops sets"),
+        (WeightsForEach, (0, 2, 3, 0, None), "turns sets"),
+        (Once, (1, 2, 1, 0, None), "a loop of body 0 1, 1 times, with 1 layers before and 0 after it; num_loops sets"),
         (Fixed, (0, 2, 3, 0, None), "nothing was found that sets"),
     ],
 )
@@ -205,7 +249,7 @@ def test_a_model_alone_is_enough(model: type[nn.Module], layout: tuple[Any, ...]
     assert shown == layout
     assert setting in repr(subject)
     prelude, recurrent, times, coda = layout[:4]
-    recurrences = times + (subject.settable and model is not Timed)
+    recurrences = times + (subject.settable and model not in (Timed, WeightsForEach))
     trace = loopscope.capture(subject, IDS, recurrences=recurrences)
     assert len(trace.visits) == prelude + recurrent * recurrences + coda
     assert_untouched(bare)

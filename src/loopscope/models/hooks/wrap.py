@@ -110,7 +110,7 @@ def _find(
         extra = set_recurrences(model, trained)
     with trial(model, is_function=callable(set_recurrences), trained=trained):
         return find_layout(
-            ModelCall(model, forward), probe_of(model), extra=extra, find_setting=set_recurrences is None
+            ModelCall(model, forward), probe_of(model), extra=extra, with_setting=set_recurrences is None
         )
 
 
