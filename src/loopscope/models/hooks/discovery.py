@@ -120,14 +120,6 @@ def _looped_once(call: ModelCall, batch: Batch, layers: list[Call]) -> Found | N
     return None
 
 
-def calls_whatever_is_set(
-    call: ModelCall, batch: Batch, first: nn.Module, set_to: Callable[[int], Mapping[str, Any]], counts: Sequence[int]
-) -> int | None:
-    """How often the model calls the first layer of its loop, if that is the same whichever of the numbers is set."""
-    found = {len(WatchedForward(call, batch, set_to(count)).calls([first])) for count in counts}
-    return found.pop() if len(found) == 1 else None
-
-
 def branches(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any]) -> str | None:
     """Why what the watched modules put out may be no states, in words; None where one receives what another put out.
 

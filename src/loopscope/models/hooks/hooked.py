@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +15,12 @@ from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
-from loopscope.models.hooks.discovery import branches, calls_whatever_is_set, discover
+from loopscope.models.hooks.discovery import branches
 from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting
-from loopscope.models.hooks.probe import PROBE_TOKENS, Facts, Padding, measure_facts, measure_padding, probe_batch
+from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
+from loopscope.models.hooks.trial import check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
 from loopscope.models.subject import Batch, PrefixReading, SubjectInfo, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
@@ -30,48 +31,6 @@ SetRecurrences = str | Callable[[nn.Module, int], Mapping[str, Any] | None]
 may return more keyword arguments for the forward pass."""
 
 _Stop = TypeVar("_Stop", Ready, LoopState)
-
-
-def probe_of(model: nn.Module) -> Batch:
-    """A few tokens on the model's device, on which facts are measured."""
-    tokens = min(PROBE_TOKENS, _positions(model) or PROBE_TOKENS)
-    return probe_batch(tokens).to(next((each.device for each in model.parameters()), torch.device("cpu")))
-
-
-def _positions(model: nn.Module) -> int | None:
-    """The longest text, where a configuration like those of transformers says it."""
-    config: Any = getattr(model, "config", None)
-    if is_pretrained(model):
-        config = config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raises `ConfigError` for a model that cannot be run, as its weights are not there."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError(f"{type(model).__name__} has weights on the device 'meta', which are not there; load them.")
-
-
-@contextmanager
-def trial(model: nn.Module, *, is_function: bool, trained: int | None) -> Iterator[None]:
-    """Says of what the model raises within that it failed on the probe, and what may help."""
-    try:
-        yield
-    except LoopscopeError:
-        raise
-    except Exception as error:
-        advice = "check that it runs by itself, or pass forward="
-        if is_function and trained is None:
-            advice = (
-                "it was called with nothing set, to count its recurrences; give their number, as in "
-                f"trained_recurrences=4, which set_recurrences is then asked for, or {advice}"
-            )
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"{type(model).__name__} failed when it was tried on a few tokens ({type(error).__name__}: {reason}); "
-            f"{advice}."
-        ) from error
 
 
 class HookedSubject:
@@ -291,44 +250,13 @@ class HookedSubject:
                 )
             except ConfigError as error:
                 if self.settable and self.layout.recurrent:
-                    self._check_setting(probe, own, error)
+                    check_setting(self._call, probe, self.layout, self._setting or self._extra, own or 2, error)
                 raise
         if trained is not None and facts.recurrences != trained:
             raise ConfigError(
                 f"trained_recurrences={trained}, but the model's own number is {facts.recurrences}; leave it out."
             )
         return facts
-
-    def _check_setting(self, probe: Batch, own: int | None, error: ConfigError) -> None:
-        """Raises `ConfigError` if what is to set the number of recurrences changes nothing, and names what does."""
-        given = self._setting
-
-        def set_to(count: int) -> Mapping[str, Any]:
-            if given is None:
-                return self._extra(count)
-            given.set(count)
-            return {}
-
-        before = None if given is None else given.get()
-        first = self.layout.recurrent[0].module
-        try:
-            calls = calls_whatever_is_set(self._call, probe, first, set_to, (own or 2, (own or 2) + 1))
-        except Exception:  # then the first error says more
-            return
-        finally:
-            if given is not None and before is not None:
-                given.set(before)
-        if calls is None:
-            return
-        advice = "name what sets it, or leave it out to run the model's own number"
-        with suppress(Exception):
-            there = discover(self._call, probe).setting
-            advice = f"{there} does" if there is not None else advice
-        path = "set_recurrences" if given is None else f"set_recurrences={given.path!r}"
-        raise ConfigError(
-            f"{path} changed nothing: {type(self.model).__name__} called {self.layout.recurrent[0].path} {calls} times "
-            f"whatever number was set; {advice}."
-        ) from error
 
     def _info(self, name: str, weights_sha256: str | None, revision: str | None) -> SubjectInfo:
         kind = getattr(self.model.config, "model_type", None) if is_pretrained(self.model) else None
@@ -347,7 +275,7 @@ class HookedSubject:
             width=facts.width,
             heads=facts.heads,
             vocab_size=facts.vocab_size,
-            max_positions=_positions(self.model),
+            max_positions=positions_of(self.model),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             dtype=str(facts.dtype).removeprefix("torch."),
             device=str(self.device),

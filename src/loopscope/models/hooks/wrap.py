@@ -18,8 +18,9 @@ from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
-from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences, check_weights, probe_of, trial
+from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
+from loopscope.models.hooks.trial import check_weights, probe_of, trial
 from loopscope.models.subject import PrefixReading
 from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
 
