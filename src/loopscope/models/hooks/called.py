@@ -56,6 +56,8 @@ class WatchedForward:
         context = ForwardContext(model, setting=None, recurrences=0, seed=0)
         with ExitStack() as stack:
             for path, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # it takes no hooks
                 if path and (only is None or any(module is one for one in only)):
                     before = module.register_forward_pre_hook(self._before(path), with_kwargs=True)
                     stack.callback(before.remove)
