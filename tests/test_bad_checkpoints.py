@@ -107,6 +107,22 @@ def remove(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
 
+def rename(name: str) -> Change:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def move(inside: str) -> Change:
+    """All files into a folder below."""
+
+    def change(folder: Path) -> None:
+        files = list(folder.iterdir())
+        (folder / inside).mkdir(parents=True)
+        for path in files:
+            path.rename(folder / inside / path.name)
+
+    return change
+
+
 NATIVE: list[tuple[str, Change, str]] = [
     ("no config", remove("config.json"), "has no config.json; give the folder that holds"),
     ("broken JSON", write("config.json", '{"model_type": '), r"config\.json is not valid JSON \(.*line 1"),
@@ -119,6 +135,14 @@ NATIVE: list[tuple[str, Change, str]] = [
         remove("model.safetensors"),
         r"has no model\.safetensors \(and no model\.safetensors\.index\.json\)",
     ),
+    ("another name", rename("model-00001-of-00001.safetensors"), r"if model-00001-of-00001\.safetensors holds all of"),
+    (
+        "adapter alone",
+        rename("adapter_model.safetensors"),
+        r"adapter_model\.safetensors is an adapter, .*: merge it into",
+    ),
+    ("hub's cache", move("snapshots/abc"), r"it is a folder of the hub's cache, so give .*snapshots/abc\."),
+    ("folder around", move("model"), r"index\.json\); give .*/model, if that is the model"),
     ("empty weights", write("model.safetensors", b""), r"model\.safetensors is truncated or damaged"),
     ("garbage", write("model.safetensors", bytes(range(256)) * 40), r"model\.safetensors is truncated or damaged"),
     ("zeros", write("model.safetensors", bytes(4096)), r"model\.safetensors is truncated or damaged"),
@@ -327,6 +351,21 @@ def test_a_tensor_in_two_files_is_refused(native: Path) -> None:
     save_file({QUERY: torch.zeros(16, 12)}, native / "more.safetensors")
     index(native, {QUERY: "more.safetensors"})
     refused(native, f"'{re.escape(QUERY)}' is in both model.safetensors and more.safetensors")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+def test_names_with_the_prefix_of_a_wrapper_are_read_without_it(huginn: Path, wrapper: str) -> None:
+    expected = loopscope.load(huginn, device="cpu").info.to_dict()
+    weights = load_file(huginn / "model.safetensors")
+    save_file({wrapper + name: tensor for name, tensor in weights.items()}, huginn / "model.safetensors")
+    model = loopscope.load(huginn, device="cpu")
+    assert model.info.to_dict() == expected | {"weights_sha256": model.info.weights_sha256}
+    assert loopscope.inspect_model(huginn).family == "huginn"
+    assert torch.equal(model.model.get_parameter("embedding.weight"), weights["transformer.wte.weight"])
+    weights["more"] = torch.ones(2)
+    save_file({wrapper + name: tensor for name, tensor in weights.items()}, huginn / "model.safetensors")
+    with pytest.raises(CheckpointError, match="more"):
+        loopscope.load(huginn, device="cpu")
 
 
 def test_two_sets_of_weights_are_refused(native: Path) -> None:

@@ -95,6 +95,27 @@ def test_an_analysis_of_hrm_text(tmp_path: Path) -> None:
     assert "hrm_text (hooked)" in page.read_text()
 
 
+def test_a_prompt_that_was_trained_to_be_read_in_both_directions(tmp_path: Path) -> None:
+    folder = REFERENCE / "hrm-text-tiny"
+    causal, trained = load(folder), load(folder, prefix="trained")
+    both = torch.ones_like(IDS)
+    for subject, options in ((causal, {}), (trained, {"token_type_ids": both})):
+        expected = pretrained(subject)(IDS, use_cache=False, **options).logits
+        assert torch.equal(loopscope.capture(subject, IDS).logits, expected)
+        reading = subject.info.prefix
+        said = [sentence for sentence in subject.unobservable if sentence.startswith("Direction")]
+        assert len(said) == 1
+        assert ("reads it causally here" if reading == "causal" else "and does so here") in said[0]
+    assert (causal.facts.causal, trained.facts.causal) == (True, False)
+    check_subject(trained)
+    assert loopscope.load("demo:injected").info.prefix is None
+    study = loopscope.analyze(folder, IDS.tolist(), recurrences=2, horizon=2, device="cpu")
+    assert study.manifest["model"]["prefix"] == study.manifest["settings"]["prefix"] == "trained"
+    assert loopscope.inspect_model(folder).unobservable[-1].startswith("Direction: the model was trained to read")
+    with pytest.raises(ConfigError, match=r"prefix='causal' comes too late: .* with 'trained'"):
+        loopscope.analyze(trained, IDS.tolist(), recurrences=2, horizon=2, prefix="causal")
+
+
 def tiny(kind: str, **changes: Any) -> Any:
     """A random model of a kind of decoder."""
     sizes = {
@@ -195,18 +216,16 @@ def test_a_model_that_loops_over_shared_layers() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AlbertForMaskedLM(config).eval()
-    with pytest.raises(ConfigError, match="has no list of the 5 layers that its configuration names"):
-        loopscope.hook(model)
-    subject = loopscope.hook(
-        model,
-        recurrent="albert.encoder.albert_layer_groups.0",
-        set_recurrences="config.num_hidden_layers",
+    subject = loopscope.hook(model)
+    assert subject.found == (
+        "a loop of albert.encoder.albert_layer_groups 0, 5 times, with 0 layers before and 0 after it; "
+        "config.num_hidden_layers sets how often"
     )
     assert subject.info.trained_recurrences == 5
     assert subject.info.injection == "none"
     assert subject.facts.unseen == {}
     assert not subject.facts.causal
-    check_subject(subject, causal=False)
+    check_subject(subject)
     trace = loopscope.capture(subject, IDS, recurrences=7, attention=True)
     config.num_hidden_layers = 7
     states = model(IDS, output_hidden_states=True).hidden_states

@@ -118,8 +118,11 @@ def test_an_error_in_a_layer_reaches_the_caller() -> None:
     run = subject.start(BATCH, recurrences=3)
     run.advance()
     handle = layer(subject, 1).register_forward_pre_hook(fail)
-    with pytest.raises(ValueError, match="the layer is broken"):
+    with pytest.raises(
+        ConfigError, match=r"ForeignLoop failed at recurrence 2 of 3 \(ValueError: the layer is broken\)"
+    ) as caught:
         run.advance([Observer()])
+    assert isinstance(caught.value.__cause__, ValueError)
     handle.remove()
     assert_as_before(subject)
 

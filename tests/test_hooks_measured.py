@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -236,12 +238,29 @@ class Fails(ForeignLoop):
     ("model", "message"),
     [(Ahead, r"its logits change by [\d.]+ of their size"), (Fails, r"fails with NotImplementedError \(no padding")],
 )
-def test_padding_that_changes_numbers_is_refused(model: type[ForeignLoop], message: str) -> None:
+def test_prompts_whose_numbers_padding_changes_are_run_apart(model: type[ForeignLoop], message: str) -> None:
     subject = loopscope.hook(model().eval(), **PATHS)
-    loopscope.capture(subject, [[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(ConfigError, match=f"does not stand padding: when a prompt is padded, .*{message}"):
-        loopscope.capture(subject, [[1, 2, 3], [4, 5]])
-    assert any(sentence.startswith("Padding: when a prompt is padded") for sentence in subject.unobservable)
+    assert any(re.match(f"Padding: when a prompt is padded, .*{message}", each) for each in subject.unobservable)
+    prompts = [[1, 2, 3, 7], [4, 5], [6], [8, 9]]
+    whole = loopscope.capture(subject, prompts, recurrences=5, attention=True)
+    for row, ids in enumerate(prompts):
+        alone = loopscope.capture(subject, [ids], recurrences=5, attention=True)
+        close(whole.logits[row, : len(ids)], alone.logits[0])
+        for site in alone.visits:
+            close(whole.residual(*site)[row, : len(ids)], alone.residual(*site)[0])
+            maps = whole.attention(*site)[row]
+            close(maps[:, : len(ids), : len(ids)], alone.attention(*site)[0])
+            assert float(maps.sum()) == pytest.approx(float(alone.attention(*site)[0].sum()), rel=1e-5)
+    study = loopscope.analyze(subject, prompts, recurrences=4, horizon=4, batch_size=4)
+    one_by_one = loopscope.analyze(subject, prompts, recurrences=4, horizon=4, batch_size=1)
+    for name in ("residual_norm", "token_relative_step", "loss", "noise_floor_measured"):
+        if name in study.dataset:
+            np.testing.assert_allclose(study.dataset[name], one_by_one.dataset[name], rtol=1e-4, atol=1e-6)
+    assert_untouched(subject.model)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_before_a_prompt_is_refused() -> None:

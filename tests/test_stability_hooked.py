@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -88,13 +88,21 @@ def test_long_prompts_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 class Loop(nn.Module):
     """`loops` times two layers from the embeddings, with a hidden state beside that is no layer's business."""
 
-    def __init__(self, *, hidden: bool = False, timed: bool = False, causal: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        hidden: bool = False,
+        timed: float = 0.0,
+        restarts: bool = False,
+        late: bool = False,
+        causal: bool = True,
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.embedding, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
             self.body = nn.ModuleList([Block(causal=causal) for _ in range(2)])
-        self.loops, self.hidden, self.timed = 4, hidden, timed
+        self.loops, self.hidden, self.timed, self.restarts, self.late = 4, hidden, timed, restarts, late
 
     def forward(self, tokens: Tensor) -> Tensor:
         state = embedded = self.embedding(tokens)
@@ -102,9 +110,15 @@ class Loop(nn.Module):
         for turn in range(self.loops):
             if self.hidden:
                 beside = beside + 0.5 * state
-            state = state + beside + (turn * embedded if self.timed else 0)
+            state = state + beside + self.timed * turn * embedded
+            if self.late and turn > 2:
+                state = state + embedded
+            if self.restarts:
+                beside, state = state, embedded
             for layer in self.body.children():
                 state = layer(state)
+            if self.restarts:
+                state = state + beside / 2
         logits: Tensor = self.head(state)
         return logits
 
@@ -115,11 +129,136 @@ def hooked(**options: Any) -> HookedSubject:
 
 def test_what_is_no_function_of_its_first_layers_input_is_refused() -> None:
     assert np.isfinite(leading_eigenvalues(hooked(), IDS[:1], settings=EXACT).eigenvalues).all()
-    for options in ({"hidden": True}, {"timed": True}):
+    for options in ({"hidden": True}, {"timed": 1.0}, {"timed": 1e-4}, {"restarts": True}):
         subject = hooked(**options)
-        with pytest.raises(ConfigError, match="depends on more than what its first layer receives"):
+        reason = "every recurrence begins with the same input" if "restarts" in options else "each is a map of its own"
+        with pytest.raises(ConfigError, match=f"No eigenvalues can be taken of Loop: .*{reason}"):
             leading_eigenvalues(subject, IDS[:1], settings=EXACT)
+        assert any(sentence.startswith("Eigenvalues, and what a fixed point") for sentence in subject.unobservable)
         assert_untouched(subject.model)
+
+
+def test_a_study_leaves_them_out_with_the_reason() -> None:
+    said: list[str] = []
+
+    class Notes:
+        def start(self, steps: int, done: int) -> None: ...
+        def step(self) -> None: ...
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    settings: dict[str, Any] = {"recurrences": 4, "horizon": 4, "hooked_eigenvalues": True}
+    study = loopscope.analyze(hooked(timed=1.0), IDS, **settings, progress=Notes())
+    assert "predicted_rate" not in study.dataset
+    assert any("each is a map of its own" in message for message in said)
+
+
+def test_a_recurrence_that_leaves_the_first_ones_alone_is_found_where_the_run_stands() -> None:
+    """Two recurrences are one map and the fourth is another: the probe does not see it, the prompt's own run does."""
+    subject = hooked(late=True)
+    assert subject.no_one_map is None
+    with pytest.raises(ConfigError, match="entered again with it where the run stands"):
+        leading_eigenvalues(subject, IDS[:1], settings=EXACT)
+
+
+class Halves(nn.Module):
+    """x <- 0.25 x + 0.5 x + c, where the second part may go through a call whose backward pass is opaque."""
+
+    def __init__(self, *, opaque: bool = False) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.push = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half: Tensor = cast(Any, _Opaque).apply(x) if self.opaque else 0.5 * x
+        return 0.25 * x + half + self.push
+
+
+class _Opaque(torch.autograd.Function):
+    """As a fused kernel: both passes are right, and torch sees into neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() * np.float32(0.5))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.from_numpy(gradient.detach().numpy() * np.float32(0.5))
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 0.1 * gradient
+
+
+class Unseen(nn.Module):
+    """A loop of `Halves` whose gradients are not those of what it computes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.loops = way, 4
+        self.embedding, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.body = nn.ModuleList([Halves(opaque=way == "opaque backward")])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for _ in range(self.loops):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.way != "no_grad"):
+                x = self.body[0](x)
+            if self.way == "detached":
+                x = x.detach()
+            if self.way == "half detached":
+                x = x.detach() / 2 + x / 2
+            if self.way == "scaled":
+                x = cast(Any, _Scaled).apply(x)
+            if self.way == "numpy":
+                x = torch.from_numpy(x.detach().numpy().copy())
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("way", ["seen", "no_grad", "detached", "half detached", "scaled", "numpy", "opaque backward"])
+def test_a_derivative_that_does_not_see_all_of_the_map_is_not_believed(way: str) -> None:
+    subject = loopscope.hook(Unseen(way), recurrent="body", set_recurrences="loops")
+    found = leading_eigenvalues(subject, IDS, settings=EXACT, recurrences=20)
+    assert found.derivative == ("exact" if way == "seen" else "differences")
+    there = found.mask[..., None]
+    np.testing.assert_allclose(np.where(there, found.eigenvalues[..., :1], 0.75), 0.75, atol=1e-4)
+
+
+class Bent(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.up, self.activation, self.down = nn.Linear(64, 128), activation, nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bent: Tensor = x / 2 + self.down(self.activation(self.up(x)))
+        return bent
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardtanh()], ids=["ReLU", "Hardtanh"])
+def test_kinks_do_not_make_a_product_doubtful(activation: nn.Module) -> None:
+    class Kinked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.loops, self.embedding, self.head = 4, nn.Embedding(VOCAB, 64), nn.Linear(64, VOCAB)
+            self.body = nn.ModuleList([Bent(activation)])
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            for _ in range(self.loops):
+                x = self.body[0](x)
+            logits: Tensor = self.head(x)
+            return logits
+
+    subject = loopscope.hook(Kinked(), recurrent="body", set_recurrences="loops")
+    assert leading_eigenvalues(subject, IDS, settings=EXACT).derivative == "exact"
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

@@ -205,6 +205,17 @@ def test_the_record_says_what_was_put_around_a_text(tmp_path: Path) -> None:
     assert spelled.endswith("the first is 'b'.")
 
 
+def test_a_beginning_that_the_text_spells_out_again_is_said(tmp_path: Path) -> None:
+    tokenizer = loaded(folder(tmp_path, bpe(BOS), {}))
+    prompts = [Prompt("a", text="How many?"), Prompt("b", text=f"{BOS}What?"), Prompt("c", text=f"Not {BOS}{BOS}")]
+    record = tokenizer_record(tokenizer, encode_prompts(prompts, tokenizer, vocab_size=500), chat=False)
+    assert record is not None
+    assert record["notes"][-1].startswith(
+        f"1 of 3 prompts begin with {BOS} twice, as their text spells out what is put"
+    )
+    assert record["notes"][-1].endswith("The first is 'b'.")
+
+
 def test_without_a_text_there_is_nothing_to_keep() -> None:
     tokenizer = TextTokenizer(bpe(BOS))
     ids = encode_prompts([Prompt("a", token_ids=(5, 6))], tokenizer, vocab_size=400)

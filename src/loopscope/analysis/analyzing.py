@@ -56,7 +56,9 @@ def analyze(
         torch.set_num_threads(settings.threads)
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
-    subject = subject_of(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    subject = subject_of(
+        model, revision=settings.revision, dtype=settings.dtype, device=settings.device, prefix=settings.prefix
+    )
     progress = progress or SilentProgress()
     source = model if isinstance(model, str | Path) else None
     if source is None:
@@ -134,6 +136,8 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
     """Settings that say what a subject in memory is; others are refused rather than ignored."""
     info = subject.info
     actual: dict[str, Any] = {"dtype": info.dtype, "device": info.device, "revision": info.revision}
+    if info.prefix is not None:
+        actual["prefix"] = info.prefix
     if info.interventions:
         actual["intervene"] = info.interventions
     default = AnalyzeSettings()

@@ -354,7 +354,11 @@ class _Recipe:
         if self._subject is not None:
             return self._subject
         subject: Subject = load(
-            self._source, revision=info.revision, dtype=info.dtype, device=info.device.partition(":")[0]
+            self._source,
+            revision=info.revision,
+            dtype=info.dtype,
+            device=info.device.partition(":")[0],
+            prefix=info.prefix or "causal",
         )
         if subject.info.weights_sha256 != info.weights_sha256:
             raise WorkerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.dynamics.eigenvalues.hooked import why_no_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
 from loopscope.measures.base import MapChoice, Plan
@@ -31,6 +32,12 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     Raises `ConfigError` for settings that ask for what these prompts or this model do not have.
     """
     info = subject.info
+    if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
+        note(f"{info.name} turned out to have {subject.found}.")
+    if isinstance(subject, HookedSubject) and subject.branches is not None:
+        note(f"Of {info.name}, {subject.branches}.")
+    if info.prefix is not None:
+        note(f"{info.name} was trained to read a prompt in both directions, and --prefix {info.prefix} is in force.")
     exits = _exit_recurrences(subject, settings, note)
     maps, notes = choose_maps(info, lengths, settings)
     for message in notes:
@@ -115,6 +122,8 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
             "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
             "--hooked-eigenvalues"
         )
+    elif isinstance(subject, HookedSubject) and (against := why_no_eigenvalues(subject)) is not None:
+        reason = against
     elif replaced is not None:
         reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
     if reason is not None:

@@ -100,6 +100,9 @@ class AnalyzeSettings:
     takes less than twice as long, and float32 for others."""
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
+    prefix: Literal["trained", "causal"] = "trained"
+    """How a model reads its prompt that was trained to read one in both directions, as HRM-Text was: so (trained), or
+    as a text in which no token sees a later one (causal). Nothing to other models."""
     seed: int = 0
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""

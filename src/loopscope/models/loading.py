@@ -20,7 +20,7 @@ from loopscope.models.hooks.wrap import load_hooked
 from loopscope.models.inspection.facts import Dtype
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
-from loopscope.models.subject import Subject, find_device
+from loopscope.models.subject import PrefixReading, Subject, find_device
 from loopscope.prompts.tokenizer import load_tokenizer
 
 _AUTO_FLOAT64 = 50e6
@@ -37,6 +37,7 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     families: Sequence[Family] = (),
+    prefix: PrefixReading = "causal",
 ) -> NativeSubject | HookedSubject:
     """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
 
@@ -49,6 +50,9 @@ def load(
 
     `dtype` is float32, float64, bfloat16 or float16, or `auto`: float64 for a model of less than 50 million parameters
     on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one.
+
+    `prefix` is for a model that was trained to read its prompt in both directions, HRM-Text: `trained` reads it so,
+    `causal` as a text that no token looks ahead in. `loopscope analyze` reads it as it was trained.
 
     Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly, `PromptError`
     for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision of something
@@ -67,7 +71,9 @@ def load(
     except UnknownFamilyError as unknown:
         name = str(name_or_path)
         try:
-            return load_hooked(found.folder, dtype=_DTYPES[dtype], device=place, name=name, revision=found.revision)
+            return load_hooked(
+                found.folder, dtype=_DTYPES[dtype], device=place, name=name, revision=found.revision, prefix=prefix
+            )
         except MissingDependencyError as error:
             # What is unknown, and the command that installs what may know it.
             raise MissingDependencyError(f"{unknown} {error}") from None
@@ -99,9 +105,10 @@ def subject_of(
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    prefix: PrefixReading = "causal",
 ) -> Subject:
     """What a function that takes a model was given: a name or folder for `load`, which the other arguments are for, or
     a model in memory. Raises the errors of `load` and of `as_subject`."""
     if isinstance(model, str | Path):
-        return load(model, revision=revision, dtype=dtype, device=device)
+        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix)
     return as_subject(model)

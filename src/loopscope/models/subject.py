@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from loopscope.prompts.tokenizer import TextTokenizer
 
 InputIds = Tensor | np.ndarray | Sequence[Any]
 """Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
+
+PrefixReading = Literal["trained", "causal"]
+"""How a model reads a prompt that it was trained to read in both directions: so, or no token sees a later one."""
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -64,6 +67,9 @@ class SubjectInfo:
     other_states: tuple[int, ...] = ()
     """Recurrent layers that end a further state which goes around beside the loop state, such as HRM-Text's z_L: what a
     token tends to is judged there as after the last layer."""
+
+    prefix: PrefixReading | None = None
+    """Of a model that was trained to read a prompt in both directions; None for every other."""
 
     @property
     def is_looped(self) -> bool:

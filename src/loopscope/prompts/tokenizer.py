@@ -207,7 +207,12 @@ def tokenizer_record(
         "added_after": [] if chat else [token.text for token in tokenizer.after],
         "chat_template": "used" if chat else "none" if tokenizer.chat_template is None else "available, not used",
         "prompts_with_special_tokens": len(spelled),
-        "notes": [*tokenizer.notes, *_date(tokenizer, chat), *_spelled(spelled, len(prompts))],
+        "notes": [
+            *tokenizer.notes,
+            *_date(tokenizer, chat),
+            *_spelled(spelled, len(prompts)),
+            *_doubled(tokenizer, prompts),
+        ],
     }
 
 
@@ -222,6 +227,24 @@ def _date(tokenizer: TextTokenizer, chat: bool) -> list[str]:
     if not chat or tokenizer.chat_template is None or not tokenizer.chat_template.uses_date:
         return []
     return ["The chat template can write the current date, so the tokens of a prompt may differ from day to day."]
+
+
+def _doubled(tokenizer: TextTokenizer, prompts: Sequence[TokenizedPrompt]) -> list[str]:
+    """Prompts that begin with a special token twice, as a chat that was pasted as text does."""
+    found = [
+        prompt
+        for prompt in prompts
+        if prompt.text is not None and len(prompt.token_ids) > 1 and prompt.token_ids[0] == prompt.token_ids[1]
+    ]
+    names = {prompt.id: tokenizer.backend.id_to_token(prompt.token_ids[0]) or "" for prompt in found}
+    twice = [prompt for prompt in found if tokenizer.special_in(names[prompt.id])]
+    if not twice:
+        return []
+    return [
+        f"{len(twice)} of {len(prompts)} prompts begin with {names[twice[0].id]} twice, as their text spells out what "
+        "is put before it anyway: no model has seen that in training, and what it does with its first token changes; "
+        f"take it out of the text. The first is {twice[0].id!r}."
+    ]
 
 
 def _spelled(spelled: Sequence[TokenizedPrompt], count: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool
@@ -10,11 +10,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope._util.shapes import States, TokenMask
-from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, OwnMap, Products, TokenVectors
+from loopscope.dynamics.eigenvalues.krylov import (
+    DifferenceProducts,
+    ExactProducts,
+    OwnMap,
+    Products,
+    TokenVectors,
+    are_confirmed,
+)
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.forward import Injected
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.hooks.probe import is_rounding
 from loopscope.models.subject import Batch
 from loopscope.models.visits import Observer
 
@@ -22,11 +30,19 @@ _COPIED_TOKENS = 2048
 """Tokens of all copies of a prompt that are in one pass; the derivative keeps what every layer computes on them."""
 
 _SAME = 1e-3
-"""A recurrence entered anew has to give the state that the run has, but for this share of the largest entry: above
-rounding in float32, and far below what a hidden state or a count of the recurrences changes."""
+"""A prompt without its last token has to give the states that it has with it, but for this share of the largest entry:
+above what float32 loses in matrix products of another shape, and below what a token that looks ahead changes."""
 
 _FEWEST = 3
 """Recurrences that have to be run to see one again: the first begins where the model's own state does."""
+
+
+def why_no_eigenvalues(subject: HookedSubject) -> str | None:
+    """What its probe showed that stands against them; None for nothing. Whether it is causal is asked of a recurrence
+    alone, as an initial state may be drawn for a prompt as a whole."""
+    if subject.facts.dtype not in (torch.float32, torch.float64):
+        return f"it is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load it in float32"
+    return subject.no_one_map
 
 
 def linearise_hooked(
@@ -37,12 +53,14 @@ def linearise_hooked(
     A model that cannot run another number runs its own. Raises `ConfigError` for a model whose recurrence cannot be
     entered: not causal, in half precision, run fewer than three times, or not a function of its first layer's input.
     """
-    _check_subject(subject)
+    reason = why_no_eigenvalues(subject)
+    if reason is not None:
+        raise ConfigError(f"No eigenvalues can be taken of {subject.info.name}: {reason}.")
     count = max(recurrences + 1, _FEWEST) if subject.settable else subject.facts.recurrences
     if count is None or count < _FEWEST:
         raise ConfigError(
             f"{subject.info.name} runs {count} recurrences, and eigenvalues need {_FEWEST} to see that a recurrence is "
-            "the same again; tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
+            "the same again; tell loopscope.hook what sets them (set_recurrences)."
         )
     batch = batch.to(subject.device)
     inputs = _Inputs(min(recurrences, count - 1), subject.facts.dtype)
@@ -54,7 +72,7 @@ def linearise_hooked(
         run.close()
     state = inputs.last if state is None else state
     found = HookedRecurrence(subject, batch, seed, inputs.at, state, inputs.last_step.steps)
-    found.check(*inputs.early)
+    found.check(inputs.early, inputs.late)
     return found
 
 
@@ -84,18 +102,14 @@ class HookedRecurrence:
         some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])
         return state.index_put((prompts,), self._following(some, state[prompts], gradients=False))
 
-    def check(self, before: States, after: States) -> None:
-        """Raises `ConfigError` if a recurrence that is entered anew with `before` does not lead to `after`, or if
-        tokens see later ones."""
-        mask, name = self._batch.mask, self._subject.info.name
-        again = self.apply(before)
-        missed = _apart(again[mask], after[mask])
-        if not missed <= _SAME:
-            raise ConfigError(
-                f"A recurrence of {name} depends on more than what its first layer receives: entered again with it, it "
-                f"differs by {missed:.1g} of its size, so that it has no eigenvalues of its own; hook the layers "
-                "between which the whole state passes."
-            )
+    def check(self, early: Sequence[States], late: Sequence[States]) -> None:
+        """What the first layer receives before and after a recurrence near the start, and where the run stands. Raises
+        `ConfigError` if one that is entered anew does not lead from the one to the other, or if tokens see later
+        ones."""
+        if len(late) == 2:
+            self._entered_again(late[0], late[1], "where the run stands")
+        name, before = self._subject.info.name, early[0]
+        again = self._entered_again(before, early[1], "near its start")
         longest = int(self._batch.counts.argmax())
         earlier = slice(0, int(self._batch.counts[longest]) - 1)
         if earlier.stop:
@@ -107,6 +121,20 @@ class HookedRecurrence:
                     f"A recurrence of {name} is not causal, so that its tokens have no eigenvalues of their own; take "
                     "a model in which no token looks ahead."
                 )
+
+    def _entered_again(self, before: States, after: States, where: str) -> States:
+        """What follows `before`. Raises `ConfigError` if it is not `after`."""
+        mask, again = self._batch.mask, self.apply(before)
+        ends = after[mask].isfinite().all(-1)
+        got, wanted = again[mask][ends], after[mask][ends]
+        if not is_rounding(got, wanted):
+            name = self._subject.info.name
+            raise ConfigError(
+                f"A recurrence of {name} depends on more than what its first layer receives: entered again with it "
+                f"{where}, it differs by {_apart(got, wanted):.1g} of its size, so that it has no "
+                "eigenvalues of its own; hook the layers between which the whole state passes."
+            )
+        return again
 
     def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
         for row, those in enumerate(tokens):
@@ -127,10 +155,11 @@ class HookedRecurrence:
             # The fused kernels cannot be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH):
                 products = ExactProducts(exact, point)
-                products(torch.ones_like(point))
-        except (RuntimeError, NotImplementedError):  # in-place arithmetic, or an operation of its own
-            return DifferenceProducts(plain, point), "differences"
-        return products, "exact"
+                if are_confirmed(products, plain):
+                    return products, "exact"
+        except Exception:  # in-place arithmetic, or an operation of its own, which says so in its own way
+            pass
+        return DifferenceProducts(plain, point), "differences"
 
     def _own(self, row: int, places: Tensor, state: States, *, gradients: bool) -> OwnMap:
         count, end = len(places), int(places[-1]) + 1
@@ -150,7 +179,7 @@ class HookedRecurrence:
         """What the first layer receives in the second recurrence, if it receives this state in the first."""
         subject = self._subject
         recurrences = 2 if subject.settable else subject.facts.recurrences
-        forward = subject.forward(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
+        forward = subject.forward_of_prompts(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
         try:
             return next(event.state for event in forward if isinstance(event, Injected) and event.recurrence == 1)
         finally:
@@ -164,6 +193,8 @@ class _Inputs(Observer):
         self.at, self._dtype = at, dtype
         self.early: list[States] = []
         """Before the second and the third recurrence."""
+        self.late: list[States] = []
+        """Before the last recurrence, and after it."""
         self.last_step: LastStep
         self.last: States
 
@@ -172,6 +203,8 @@ class _Inputs(Observer):
             self.last_step = LastStep(state, self._dtype)
         if recurrence in (1, 2):
             self.early.append(state)
+        if recurrence in (self.at - 1, self.at):
+            self.late.append(state)
         if recurrence <= self.at:
             self.last_step.follow(state)
             self.last = state
@@ -180,11 +213,3 @@ class _Inputs(Observer):
 def _apart(states: Tensor, others: Tensor) -> float:
     """Largest difference over largest entry; NaN where a state overflowed, which is as good as none."""
     return float((states - others).abs().amax() / others.abs().amax())
-
-
-def _check_subject(subject: HookedSubject) -> None:
-    if subject.facts.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"{subject.info.name} is run through hooks in {subject.info.dtype}, whose rounding hides derivatives; load "
-            "it in float32."
-        )

@@ -10,7 +10,7 @@ from typing import Any
 from loopscope._util.hub import downloading, require
 from loopscope.errors import CheckpointError
 from loopscope.models.checkpoints.find import LEFT_OUT, find_checkpoint, is_hub_name, without_safetensors
-from loopscope.models.checkpoints.store import Headers, TensorHeader, TensorStore, read_json, refuse_adapter
+from loopscope.models.checkpoints.store import Headers, TensorHeader, TensorStore, read_json, refuse_adapter, wrapper_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def _remote_headers(name: str, commit: str) -> Headers:
     except errors.SafetensorsParsingError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"A safetensors file of {name!r} is damaged on the hub ({reason}).") from error
-    return {
+    headers = {
         tensor: TensorHeader(tuple(info.shape), info.dtype, file)
         for file, metadata in found.files_metadata.items()
         for tensor, info in metadata.tensors.items()
     }
+    cut = len(wrapper_of(headers))
+    return {tensor[cut:]: header for tensor, header in headers.items()}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -32,6 +32,7 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I32": 4,
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 
 _Version = tuple[int, int, int]
 """Inode, size and time of the last change: another file, or another content, has another one."""
@@ -67,9 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; give the folder that holds the checkpoint's config.json."
-        ) from None
+        advice = _inside(path.parent) or "; give the folder that holds the checkpoint's config.json"
+        raise CheckpointError(f"{path.parent} has no {path.name}{advice}.") from None
     except (ValueError, RecursionError) as error:  # of these, the second is what endless brackets give
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
     except OSError as error:
@@ -79,6 +79,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _inside(folder: Path) -> str:
+    """Where the checkpoint may be that is not in this folder, for the end of a message."""
+    snapshots = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        return f"; it is a folder of the hub's cache, so give the version in it, {snapshots[-1]}"
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    return f"; give {inside[0]}, if that is the model" if inside else ""
+
+
 def refuse_adapter(folder: Path) -> None:
     """Raise `CheckpointError` where the weights of a folder are not all of its model."""
     if (folder / _ADAPTER).is_file():
@@ -86,6 +95,17 @@ def refuse_adapter(folder: Path) -> None:
             f"{folder} holds an adapter ({_ADAPTER}), without which it is another model and which is not applied: "
             "merge it into the weights (PEFT's merge_and_unload) and give that folder."
         )
+
+
+def wrapper_of(names: Collection[str]) -> str:
+    """The prefix of a wrapper that all names have: a model that was saved as torch.compile, DataParallel or PEFT holds
+    it. Empty where there is none."""
+    prefix = ""
+    while names and (
+        found := next((one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in names)), None)
+    ):
+        prefix += found
+    return prefix
 
 
 class TensorStore:
@@ -113,6 +133,12 @@ class TensorStore:
                 self.headers[name] = header
                 self._offsets[name] = offset
         self._check_index()
+        self.wrapper = wrapper_of(self.headers)
+        """What was put before the name of every tensor; it is left out of `headers`."""
+        if self.wrapper:
+            cut = len(self.wrapper)
+            self.headers = {name[cut:]: header for name, header in self.headers.items()}
+            self._offsets = {name[cut:]: offset for name, offset in self._offsets.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of a tensor of floating-point numbers, in the dtype it is stored in.
@@ -174,7 +200,23 @@ class TensorStore:
                 f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
                 f"convert it with {conversion_command(self.folder, pickled)}"
             )
-        raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}).")
+        raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}){self._instead()}.")
+
+    def _instead(self) -> str:
+        """What there is in their place, and what to do."""
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if any(name.startswith("adapter") for name in others):
+            return (
+                f"; {others[0]} is an adapter, which is not applied: merge it into the weights (PEFT's "
+                "merge_and_unload) and give that folder"
+            )
+        if len(others) == 1:
+            return f"; if {others[0]} holds all of the weights, rename it to {_SINGLE}"
+        if others:
+            return (
+                f"; there are {', '.join(others[:3])}{' and others' if len(others) > 3 else ''}, and no index of them"
+            )
+        return _inside(self.folder)
 
     def _index(self) -> dict[str, str]:
         index = read_json(self.folder / _INDEX).get("weight_map")

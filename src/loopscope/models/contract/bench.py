@@ -127,6 +127,17 @@ def main_recurrences(info: SubjectInfo, asked: int | None) -> int:
     return count
 
 
+def default_others(subject: Subject, count: int, seed: int) -> tuple[int, ...]:
+    """1, and one more than the main run's number; one less for a hooked model that fails with more, as one with an
+    embedding for each of its recurrences does."""
+    if isinstance(subject, HookedSubject) and subject.settable and count:
+        try:
+            subject.bare_logits(Batch.of([[0]]), recurrences=count + 1, seed=seed)
+        except Exception:  # the other promises are still worth checking
+            return tuple(sorted({1, max(1, count - 1)}))
+    return (1, count + 1)
+
+
 def _own_forward(subject: Subject) -> RawLogits | None:
     if isinstance(subject, NativeSubject):
         # Under interventions a run is not what the bare module computes.

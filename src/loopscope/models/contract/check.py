@@ -9,8 +9,16 @@ from torch import nn
 
 from loopscope.errors import ConfigError
 from loopscope.models.contract import announcements, runs
-from loopscope.models.contract.bench import Bench, RawLogits, default_prompts, fingerprint, main_recurrences
+from loopscope.models.contract.bench import (
+    Bench,
+    RawLogits,
+    default_others,
+    default_prompts,
+    fingerprint,
+    main_recurrences,
+)
 from loopscope.models.contract.results import CheckFailed, CheckResult, CheckSkipped, ContractReport, Tolerances
+from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.loading import as_subject
 from loopscope.models.subject import Subject
 
@@ -54,8 +62,8 @@ def check_subject(
     recurrences: int | None = None,
     other_recurrences: Sequence[int] | None = None,
     seed: int = 0,
-    causal: bool = True,
-    same_loop: bool = True,
+    causal: bool | None = None,
+    same_loop: bool | None = None,
     tolerances: Tolerances | None = None,
     raise_on_failure: bool = True,
 ) -> ContractReport:
@@ -67,10 +75,11 @@ def check_subject(
     - `raw_logits`: the model's own forward pass (see `RawLogits`). Unless given, that of the bare module inside a model
       that loopscope loaded or hooked; for any other subject the comparison is skipped.
     - `recurrences`: of the main run; the trained number unless given.
-    - `other_recurrences`: must be honoured too; 1, and one more than `recurrences`, unless given.
-    - `causal`: no token attends to a later one.
+    - `other_recurrences`: must be honoured too; 1, and one more than `recurrences`, unless given. Of a hooked model
+      that fails with one more, one less.
+    - `causal`: no token attends to a later one. Unless given, what was measured of a hooked model, and True of others.
     - `same_loop`: the first recurrences of a long run are those of a short one; False for a loop that knows how often
-      it will run.
+      it will run. Unless given, likewise.
     - `tolerances`: where two computations may differ, and how much.
     - `raise_on_failure`: raise `ContractError` that lists all broken promises, each with layer, recurrence, got and
       expected; else they are in the report.
@@ -80,7 +89,12 @@ def check_subject(
     subject = as_subject(subject)
     info = subject.info
     count = main_recurrences(info, recurrences)
-    others = (1, count + 1) if other_recurrences is None else tuple(other_recurrences)
+    hooked = subject if isinstance(subject, HookedSubject) else None
+    others = default_others(subject, count, seed) if other_recurrences is None else tuple(other_recurrences)
+    if causal is None:
+        causal = hooked is None or hooked.padding(count or None).causal
+    if same_loop is None:
+        same_loop = hooked is None or not hooked.facts.foresees
     given = default_prompts(info) if prompts is None else [list(prompt) for prompt in prompts]
     if not given or not all(given):
         raise ConfigError("prompts holds an empty prompt or none at all; every prompt needs a token.")

@@ -54,6 +54,15 @@ def is_pretrained(model: nn.Module) -> bool:
     return package is not None and isinstance(model, package.PreTrainedModel)
 
 
+def is_prefix_model(model: nn.Module) -> bool:
+    """Whether a model of transformers was trained to read a prompt in both directions, as HRM-Text was: it then takes
+    `token_type_ids`, which are 1 in that block, and reads causally without them."""
+    if not is_pretrained(model):
+        return False
+    config: Any = model.config
+    return getattr(config, "prefix_lm", False) is True and "token_type_ids" in _parameters(model)
+
+
 class ModelCall:
     """Calls a model on a batch.
 
@@ -61,9 +70,13 @@ class ModelCall:
     `use_cache=False` to models of transformers. A `forward` of one's own is given everything, always.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+    def __init__(self, model: nn.Module, forward: Forward | None = None, *, prefix: bool = False) -> None:
+        """With `prefix`, a prompt is given as a block that is read in both directions (see `is_prefix_model`)."""
         self.model = model
+        self.prefix = prefix
         self._forward = forward
+        self.is_given = forward is not None
+        """The caller says how the model is called."""
         self._pretrained = is_pretrained(model)
         parameters: Mapping[str, inspect.Parameter] = {}
         if forward is None:
@@ -86,6 +99,8 @@ class ModelCall:
             if self.takes_mask and (self._needs_mask or not bool(batch.mask.all())):
                 # Models of transformers document ones and zeros, and some add them up.
                 arguments["attention_mask"] = batch.mask.long() if self._pretrained else batch.mask
+            if self.prefix:
+                arguments["token_type_ids"] = batch.mask.long()
             if self._takes_use_cache:
                 arguments["use_cache"] = False
             answer = self.model(batch.input_ids, **arguments)

@@ -16,6 +16,7 @@ from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.attention import AttentionWatch
 from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of, with_other
+from loopscope.models.hooks.halting import Halts
 from loopscope.models.hooks.layout import Cursor, HookLayout
 from loopscope.models.hooks.pausing import CallerState, ForwardContext, Pauses, Returned, SteppedCall
 from loopscope.models.subject import Batch
@@ -64,6 +65,9 @@ class ForwardSpec:
     """What the first recurrent layer receives at the first call in place of its own input, (batch, token, width)."""
     gradients: bool = False
     """States are announced with the gradients that flow from them, as to `begins_with`."""
+    carries: bool | None = None
+    """A recurrence begins with what the one before put out (True), or with that and something else (False), so that
+    prompts that do otherwise have stopped by themselves. None where nobody knows."""
 
 
 class HookedForward:
@@ -142,6 +146,7 @@ class _Worker:
         self._site: Site | None = None
         self._ends = 0
         """Calls of `loop_end` since the last layer of a recurrence."""
+        self._halts = None if one.carries is None else Halts(one.carries, one.batch)
         mask = None if bool(one.batch.mask.all()) else one.batch.mask
         batch, tokens = one.batch.input_ids.shape
         self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies)
@@ -181,6 +186,8 @@ class _Worker:
         changed = None
         if site.stage == "recurrent" and site.layer == 0:
             received = self._find(arguments_of(module, args, kwargs), site, "received")
+            if self._halts is not None:
+                self._halts.begin(site.recurrence, self._announced(received))
             if site.recurrence == 0 and self._spec.begins_with is not None:
                 other = self._spec.begins_with.clone()
                 changed = with_other(args, kwargs, received, other)
@@ -224,7 +231,7 @@ class _Worker:
         if is_last:
             self._ends = 0
             if layout.loop_end is None:
-                self._announce(LoopState(site.recurrence, state))
+                self._end_recurrence(LoopState(site.recurrence, state))
         elif not layout.recurrent and self._cursor.done["prelude"] == len(layout.prelude) and site.stage == "prelude":
             self._announce(Ready(state))
 
@@ -236,7 +243,12 @@ class _Worker:
         if self._ends == 1:
             site = Site("recurrent", len(self._spec.layout.recurrent) - 1, self._cursor.recurrences - 1)
             state = self._announced(self._find(outputs_of(output), site, "was followed by"))
-            self._announce(LoopState(site.recurrence, state))
+            self._end_recurrence(LoopState(site.recurrence, state))
+
+    def _end_recurrence(self, loop_state: LoopState) -> None:
+        if self._halts is not None:
+            self._halts.end(loop_state.state)
+        self._announce(loop_state)
 
     def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
         """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
@@ -244,9 +256,16 @@ class _Worker:
         found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
         layer = self._spec.layout.stage(site.stage)[site.layer]
         if found is None or found.shape[:2] != batch:
+            seen = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
+            there = f", but {', '.join(str(shape) for shape in seen[:3])} for {batch} tokens" if seen else ""
+            advice = "name modules that map states to states"
+            if found is not None and found.shape[0] == batch[0] and found.shape[1] > batch[1]:
+                advice = (
+                    f"states of {found.shape[1] - batch[1]} tokens beside the prompt's (registers, puzzle or memory "
+                    "tokens) are not supported"
+                )
             raise ConfigError(
-                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width); name modules that map "
-                "states to states."
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){there}; {advice}."
             )
         width = self._spec.width
         if verb != "received" and width is not None and found.shape[2] != width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -10,14 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States
+from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError, LoopscopeError
-from loopscope.models.hooks.calls import Forward, ModelCall, is_pretrained
+from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
+from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
+from loopscope.models.hooks.discovery import branches
 from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting
-from loopscope.models.hooks.probe import PROBE_TOKENS, Facts, measure_facts
-from loopscope.models.hooks.unobservable import unobservable
-from loopscope.models.subject import Batch, SubjectInfo, weights_digest
+from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
+from loopscope.models.hooks.trial import check_setting, check_weights, positions_of, probe_of, trial
+from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
+from loopscope.models.subject import Batch, PrefixReading, SubjectInfo, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
 from loopscope.prompts.tokenizer import TextTokenizer
 
@@ -47,20 +52,31 @@ class HookedSubject:
         tokenizer: TextTokenizer | None = None,
         weights_sha256: str | None = None,
         revision: str | None = None,
+        found: str | None = None,
+        prefix: PrefixReading = "causal",
     ) -> None:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ConfigError(
-                f"{type(model).__name__} has weights on the device 'meta', which are not there; load them."
-            )
+        check_weights(model)
+        self.found = found
+        """What was found of the layout by watching a forward pass, in words; None for one that was given."""
         self.model = model
         self.tokenizer = tokenizer
         self.layout = layout
-        self._call = ModelCall(model, forward)
+        is_prefix = is_prefix_model(model) and forward is None
+        self._prefix: PrefixReading | None = prefix if is_prefix else None
+        self._call = ModelCall(model, forward, prefix=self._prefix == "trained")
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
         self._facts: Facts | None = None
         self._facts = self._measure(trained_recurrences)
+        self.branches = branches(self._call, probe_of(model), layout, self._extra(trained_recurrences))
+        """Why what its layers put out may be no states, in words; None where they pass it on to each other."""
+        self._padding, self._padded_for = self._facts.behind, self._facts.recurrences or 0
         self.info = self._info(name or type(model).__name__, weights_sha256, revision)
+
+    def __repr__(self) -> str:
+        info = self.info
+        layout = layout_text(info.prelude, info.recurrent, info.coda, info.trained_recurrences)
+        return f"<{info.name}, {info.family}, {layout}" + (f": {self.found}>" if self.found else ">")
 
     @property
     def device(self) -> torch.device:
@@ -75,12 +91,25 @@ class HookedSubject:
     @property
     def unobservable(self) -> list[str]:
         """What cannot be seen of this model, in sentences."""
-        return unobservable(self.layout, self.facts, settable=self.settable, takes_mask=self._call.takes_mask)
+        found = unobservable(
+            self.layout,
+            self.facts,
+            self._padding,
+            self.branches,
+            settable=self.settable,
+            takes_mask=self._call.takes_mask,
+        )
+        return found if self._prefix is None else [*found, PREFIX[self._prefix]]
 
     @property
     def settable(self) -> bool:
         """Another number of recurrences than the model's own can be asked for."""
         return self._setting is not None or self._function is not None
+
+    @property
+    def no_one_map(self) -> str | None:
+        """Why no recurrence of it has eigenvalues of its own; None for a loop of one map."""
+        return no_one_map(self.facts)
 
     def start(
         self,
@@ -100,7 +129,7 @@ class HookedSubject:
         if facts.recurrences is not None and recurrences != facts.recurrences and not self.settable:
             raise ConfigError(
                 f"{self.info.name} runs its own {facts.recurrences} recurrences, and {recurrences} were asked for; "
-                "tell loopscope.hook how to set them, as in set_recurrences='config.total_ut_steps'."
+                "tell loopscope.hook what sets them (set_recurrences); given no layers either, it looks for both."
             )
         if not bool(batch.mask.all()):
             self._check_padding(batch)
@@ -112,16 +141,25 @@ class HookedSubject:
                 f"{self.info.name} is run through hooks and counts positions itself, from the first column on; put "
                 "padding behind the prompts, not before or within them."
             )
-        if not (self._call.takes_mask or self.facts.causal):
-            raise ConfigError(
-                f"{self.info.name} takes no attention_mask and is not causal, so its tokens would look at padding; run "
-                "prompts of one length together, or pass forward= to loopscope.hook."
-            )
-        if self.facts.padding is not None:
-            raise ConfigError(
-                f"{self.info.name} does not stand padding: when a prompt is padded, {self.facts.padding}; run prompts "
-                "of one length together, or pass forward= to loopscope.hook."
-            )
+
+    def padding(self, recurrences: int | None) -> Padding:
+        """What padding does in a run of that many recurrences; measured for more than were tried so far."""
+        longer = recurrences is not None and self.settable and recurrences > self._padded_for
+        if longer and no_padding(self._padding, self._call.takes_mask) is None:
+            with suppress(Exception):  # the run itself will say that the model cannot have so many
+                self._padding = measure_padding(
+                    self.forward,
+                    recurrences,
+                    probe_of(self.model).input_ids.shape[1],
+                    takes_mask=self._call.takes_mask,
+                    random=self.facts.random,
+                )
+                self._padded_for = recurrences or 0
+        return self._padding
+
+    def no_padding(self, recurrences: int | None) -> str | None:
+        """Why prompts of different lengths are run apart; None where they are one padded batch."""
+        return no_padding(self.padding(recurrences), self._call.takes_mask)
 
     def other_initial_state(self, batch: Batch, seed: int) -> None:
         """None: the model makes its own initial state."""
@@ -164,8 +202,27 @@ class HookedSubject:
                 width=None if facts is None else facts.width,
                 begins_with=begins_with,
                 gradients=gradients,
+                carries=None if facts is None or facts.restarts else facts.carries,
             )
         )
+
+    def forward_of_prompts(
+        self,
+        batch: Batch,
+        recurrences: int | None,
+        seed: int = 0,
+        begins_with: States | None = None,
+        gradients: bool = False,
+    ) -> SteppedForward:
+        """The same of prompts that may differ in length: one pass, or one for each length where padding is no way."""
+        if bool(batch.mask.all()) or self.no_padding(recurrences) is None:
+            return self.forward(batch, recurrences, seed, begins_with, gradients)
+
+        def begin(group: Group, prompts: Batch) -> HookedForward:
+            state = None if begins_with is None else begins_with[list(group.rows), : group.tokens]
+            return self.forward(prompts, recurrences, seed, state, gradients)
+
+        return ForwardsApart(batch.to(self.device), begin)
 
     def _context(self, recurrences: int | None, seed: int) -> ForwardContext:
         # A model that draws no random numbers leaves the generators alone, so they need not be saved.
@@ -178,30 +235,23 @@ class HookedSubject:
             return {}
         return self._function(self.model, recurrences) or {}
 
-    @property
-    def _positions(self) -> int | None:
-        """The longest text, where a configuration like those of transformers says it."""
-        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        return positions if isinstance(positions, int) else None
-
     def _measure(self, trained: int | None) -> Facts:
         own = self._setting.get() if self._setting is not None else trained
-        try:
-            facts = measure_facts(
-                self.forward,
-                looped=bool(self.layout.recurrent),
-                own=own,
-                settable=self.settable,
-                takes_mask=self._call.takes_mask,
-                tokens=min(PROBE_TOKENS, self._positions or PROBE_TOKENS),
-            )
-        except LoopscopeError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"{type(self.model).__name__} failed when it was tried on a few tokens ({type(error).__name__}: "
-                f"{error}); check that it runs by itself, or pass forward=."
-            ) from error
+        probe = probe_of(self.model)
+        with trial(self.model, is_function=self._function is not None, trained=trained):
+            try:
+                facts = measure_facts(
+                    self.forward,
+                    looped=bool(self.layout.recurrent),
+                    own=own,
+                    settable=self.settable,
+                    takes_mask=self._call.takes_mask,
+                    tokens=probe.input_ids.shape[1],
+                )
+            except ConfigError as error:
+                if self.settable and self.layout.recurrent:
+                    check_setting(self._call, probe, self.layout, self._setting or self._extra, own or 2, error)
+                raise
         if trained is not None and facts.recurrences != trained:
             raise ConfigError(
                 f"trained_recurrences={trained}, but the model's own number is {facts.recurrences}; leave it out."
@@ -225,13 +275,14 @@ class HookedSubject:
             width=facts.width,
             heads=facts.heads,
             vocab_size=facts.vocab_size,
-            max_positions=self._positions,
+            max_positions=positions_of(self.model),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             dtype=str(facts.dtype).removeprefix("torch."),
             device=str(self.device),
             weights_sha256=weights_sha256 or weights_digest(self.model),
             revision=revision,
             other_states=self.layout.other_states,
+            prefix=self._prefix,
         )
 
 
@@ -253,7 +304,7 @@ class HookedRun:
         self._closed = False
         self._decoded: tuple[Logits, list[Visit]] | None = None
         self.state: States | None = None
-        self._forward = subject.forward(batch, recurrences, seed)
+        self._forward = subject.forward_of_prompts(batch, recurrences, seed)
         ready = self._run_to(Ready, tuple(observers))
         if subject.facts.carries or not subject.info.is_looped:
             self.state = ready.state
@@ -304,7 +355,7 @@ class HookedRun:
         """Go on to the next event of a kind. What fails, here or in an observer, ends the run."""
         self._forward.listening = bool(observers)
         try:
-            for event in self._forward:
+            while (event := self._next()) is not None:
                 for observer in observers:
                     _tell(observer, event)
                 if isinstance(event, kind):
@@ -313,6 +364,28 @@ class HookedRun:
             self.close()
             raise
         raise AssertionError("the forward pass checks by itself that no recurrence is missing")
+
+    def _next(self) -> Event | None:
+        """The next event; where the model fails, when it did."""
+        try:
+            return self._forward.next()
+        except (LoopscopeError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            info, at = self._subject.info, self._done + 1
+            if not info.is_looped:
+                raise
+            trained = info.trained_recurrences
+            more = trained is not None and at > trained
+            advice = (
+                f"; its own number is {trained}, and it may have no weights for more: ask for fewer" if more else ""
+            )
+            if more:
+                advice += ", where an analysis runs twice its horizon"
+            raise ConfigError(
+                f"{info.name} failed at recurrence {at} of {self._recurrences} ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}){advice}."
+            ) from error
 
     def _decode(self) -> tuple[Logits, list[Visit]]:
         """The logits, and the coda's visits, which are kept for who asks again."""
@@ -331,7 +404,7 @@ class HookedRun:
                 f"The loop of {self._subject.info.name} depends on how often it will run, so that it has no answer "
                 f"after {self._done} of {self._recurrences} recurrences; start a run of {self._done}."
             )
-        forward = self._subject.forward(self._batch, self._done, self._seed)
+        forward = self._subject.forward_of_prompts(self._batch, self._done, self._seed)
         forward.listening = False
         for event in forward:
             if isinstance(event, LoopState) and event.recurrence == self._done - 1:
@@ -343,7 +416,7 @@ class HookedRun:
             raise ConfigError("This run was closed; start another.")
 
 
-def _rest(forward: HookedForward) -> tuple[Logits, list[Visit]]:
+def _rest(forward: SteppedForward) -> tuple[Logits, list[Visit]]:
     """Run to the end, after the last recurrence."""
     forward.listening = True
     coda = [event for event in forward if isinstance(event, Visit)]

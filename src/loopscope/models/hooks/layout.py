@@ -10,6 +10,7 @@ from torch import nn
 
 from loopscope._util.sites import Site, Stage
 from loopscope.errors import ConfigError
+from loopscope.models.hooks.calls import is_pretrained
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
 """A dotted path or a module, or several of them. A list of layers stands for its layers."""
@@ -181,23 +182,16 @@ def find_module(model: nn.Module, given: str | nn.Module, argument: str) -> Hook
     return HookedLayer(given, reached)
 
 
-def find_layout(model: nn.Module) -> tuple[HookLayout, str | None]:
-    """The layout, and the path of the attribute that holds the number of recurrences, None without a loop.
-
-    Raises `ConfigError` for a model whose layers cannot be told.
-    """
-    config = model.config
-    if hasattr(config, "H_cycles") and hasattr(config, "L_cycles"):
-        return _two_stacks(model, config), "config.H_cycles"
-    return HookLayout(prelude=_decoder_layers(model, config), recurrent=(), coda=()), None
-
-
-def _two_stacks(model: nn.Module, config: Any) -> HookLayout:
-    """HRM-Text. A recurrence is one high cycle: the L stack, L_cycles times, then the H stack.
+def two_stacks(model: nn.Module) -> HookLayout | None:
+    """Of HRM-Text; None for any other model. A recurrence is one high cycle: the L stack, L_cycles times, then the H
+    stack.
 
     Two states go around, z_H and z_L. The loop state is z_H, which the head reads at the end; z_L is whole after the
     last cycle of the L stack.
     """
+    config: Any = getattr(model, "config", None)
+    if not (is_pretrained(model) and hasattr(config, "H_cycles") and hasattr(config, "L_cycles")):
+        return None
     base = _base(model)
     low, high = (
         find_layers(model, f"{base}{name}.layers", "the layout of a two-stack model")
@@ -214,9 +208,10 @@ def _base(model: nn.Module) -> str:
     return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
-def _decoder_layers(model: nn.Module, config: Any) -> tuple[HookedLayer, ...]:
-    """The one list that has as many layers as the configuration says, all of one shape: modules with children."""
-    count = config.get_text_config(decoder=True).num_hidden_layers
+def decoder_layers(model: Any) -> tuple[HookedLayer, ...]:
+    """Of a model of transformers that cannot be run: the one list that has as many layers as the configuration says,
+    all of one shape: modules with children. Raises `ConfigError` where there is no such list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {
         path: module
         for path, module in model.named_modules()

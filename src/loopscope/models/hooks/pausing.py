@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -30,23 +29,29 @@ _PATIENCE = 30.0
 
 
 class Setting:
-    """The attribute at a dotted path in which a model keeps its number of recurrences."""
+    """The attribute, or the entry of a dictionary, at a dotted path, where a model keeps its number of recurrences."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
         *owner, self.name = path.split(".")
+        self.owner: Any = model
         try:
-            self.owner: Any = attrgetter(".".join(owner))(model) if owner else model
-            value = getattr(self.owner, self.name)
-        except AttributeError as error:
+            for part in owner:
+                self.owner = self.owner[part] if isinstance(self.owner, dict) else getattr(self.owner, part)
+            value = self.owner[self.name] if isinstance(self.owner, dict) else getattr(self.owner, self.name)
+        except (AttributeError, KeyError) as error:
             raise ConfigError(f"set_recurrences={path!r} leads nowhere: {error}.") from None
         if not isinstance(value, int) or isinstance(value, bool):
             raise ConfigError(f"set_recurrences={path!r} must be a whole number in the model, which has {value!r}.")
 
     def get(self) -> int:
-        return int(getattr(self.owner, self.name))
+        return int(self.owner[self.name] if isinstance(self.owner, dict) else getattr(self.owner, self.name))
 
     def set(self, value: int) -> None:
-        setattr(self.owner, self.name, value)
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = value
+        else:
+            setattr(self.owner, self.name, value)
 
 
 class ForwardContext:

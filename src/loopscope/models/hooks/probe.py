@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -19,9 +19,19 @@ from loopscope.models.visits import AttentionView, LoopState, MapAttention, Quer
 PROBE_TOKENS = 11
 """A length that no other size of a model is likely to be taken for."""
 
+_FEW = 3
+"""Recurrences of the probe: enough to see the second one again, and what it passes on."""
+
 _SHORTER = 4
 """The second prompt of a padded batch has this many tokens less."""
 
+_ROUNDINGS = 64.0
+_ROUNDINGS_OF_A_CHAIN = 1024.0
+_ROUNDINGS_IN_HALF = 4.0
+"""In units of the dtype's: what two orders of adding the same numbers leave. Where the loop enlarges it, it is that
+many times what becomes of one rounding at its start; of layers that are called once, the second number. In float32 they
+are 8e-6 and 1e-4, and a token that is looked at in earnest changes 1e-3 and more. In half precision a product is added
+up in float32 and rounded once."""
 _ROUNDING = 1e-2
 _ROUNDING_IN_HALF = 0.3
 """Two computations of the same numbers differ by less than this, relative to the largest. Rounding is far below it, but
@@ -37,6 +47,17 @@ class StartForward(Protocol):
     ) -> HookedForward:
         """None recurrences are the model's own number; `begins_with` is given to the first recurrent layer instead of
         what it would receive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What later tokens and padding do to a prompt, in a run of some number of recurrences."""
+
+    causal: bool
+    """What comes later does not change what came before, but for rounding."""
+    effect: str | None
+    """What happens to a prompt that is padded on the right, in words; None where its numbers stay the same but for
+    rounding, and where states are random or padding cannot be hidden, so that this was not tried."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,14 @@ class Facts:
     prompt_enters: bool | None
     """The prompt enters the loop by more than the initial state. None where the loop does not carry its state
     unchanged, so that this was not tried."""
+    one_map: bool | None
+    """Entered with what the first recurrent layer receives in the second recurrence, the first one does what the second
+    does. None where fewer than two recurrences can be run."""
+    restarts: bool
+    """The first recurrent layer receives the same in every recurrence, so that what goes round passes beside it."""
+    keeps: bool
+    """Some tokens begin a recurrence with what they began the last one with, while others go on from what was put
+    out."""
     foresees: bool
     """The loop knows how often it will run: its first recurrences depend on it."""
     draws: bool
@@ -64,13 +93,18 @@ class Facts:
     """Another seed gives other logits."""
     overwrites: bool
     """A layer's input or output, or what its attention was computed from, is changed in place later on."""
-    causal: bool
-    """What comes later does not change what came before."""
-    padding: str | None
-    """What happens to a prompt that is padded on the right, in words; None where its numbers stay the same, and where
-    states are random or padding cannot be hidden, so that this was not tried."""
+    behind: Padding
+    """What a later token and padding do, at the model's own number of recurrences."""
     unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
     """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
+
+    @property
+    def causal(self) -> bool:
+        return self.behind.causal
+
+    @property
+    def padding(self) -> str | None:
+        return self.behind.effect
 
 
 def measure_facts(
@@ -81,24 +115,29 @@ def measure_facts(
     Raises `ConfigError` for a model that cannot be run on the probe, calls its layers otherwise than announced, does
     not run as many recurrences as it is told, or gives other numbers when it is run again.
     """
-    probe = _batch(tokens)
+    probe = probe_batch(tokens)
     records = []
     if own is None or not (looped and settable):
         records.append(_Record(start(probe, None)).run())
         own = len(records[0].carried) if looped else None
     recurrences = None
     if looped and settable:
-        recurrences = 3 if own == 2 else 2
-        records.append(_Record(start(probe, recurrences)).run())
+        recurrences = _FEW
+        try:
+            records.append(_Record(start(probe, recurrences)).run())
+        except Exception:
+            # It may have an embedding for each of its recurrences, and no more of them.
+            if own != 2:
+                raise
+            recurrences = own
+            records.append(_Record(start(probe, recurrences)).run())
     record = records[-1]
     again = _Record(start(probe, recurrences)).run()
     _require_same_again(again, record)
     draws = any(record.forward.drew for record in records)
     another = _Record(start(probe, recurrences, 1)).run() if draws else record
     random = not torch.equal(another.logits, record.logits)
-    changed_batch = _batch(tokens, last=3)
-    changed = _Record(start(changed_batch, recurrences)).run()
-    causal = torch.equal(changed.logits[:, :-1], record.logits[:, :-1])
+    changed_batch = probe_batch(tokens, last=3)
     prompt_enters = None
     if record.carries:
         # The last token differs from the record's, and the loop begins with the record's state all the same.
@@ -106,12 +145,17 @@ def measure_facts(
         prompt_enters = not elsewhere.same_loop(record)
     other_loop = record
     if recurrences is not None:
-        # No more than the model's own number if that can be, which may have an embedding for each of its recurrences.
-        other = recurrences + (1 if own is not None and own > 2 else -1)
-        other_loop = _Record(start(probe, other)).run()
-    alone = _Record(start(_batch(max(1, tokens - _SHORTER)), recurrences)).run()
+        other_loop = _Record(start(probe, recurrences - 1)).run()
+    one_map = restarts = None
+    if len(record.carried) > 1:
+        restarts = all(torch.equal(record.injected[0], state) for state in record.injected[1:])
+        entered = _Record(start(probe, recurrences, begins_with=record.injected[1])).run()
+        one_map = entered.repeats_second(record, exactly=again.same_loop(record))
+    alone = _Record(start(probe_batch(max(1, tokens - _SHORTER)), recurrences)).run()
     _require_one_width([*record.visits, *alone.visits])
-    can_pad = (takes_mask or causal) and not random
+    # An acceleration may begin later than in the first few recurrences.
+    longest = recurrences if recurrences is None else max(own or 0, recurrences)
+    behind = measure_padding(start, longest, tokens, takes_mask=takes_mask, random=random)
     attention = {(visit.stage, visit.layer): visit.attention for visit in record.visits}
     heads = {view.heads for view in attention.values() if view is not None}
     return Facts(
@@ -122,12 +166,14 @@ def measure_facts(
         heads=heads.pop() if len(heads) == 1 else None,
         carries=record.carries,
         prompt_enters=prompt_enters,
+        one_map=one_map,
+        restarts=restarts is True,
+        keeps=record.keeps,
         foresees=not other_loop.same_loop(record, exactly=again.same_loop(record)),
         draws=draws,
         random=random,
         overwrites=any(record.overwrites for record in records),
-        causal=causal,
-        padding=_effect_of_padding(start, alone, recurrences, tokens) if can_pad else None,
+        behind=behind,
         unseen={place: record.forward.attention_calls[place] for place, view in attention.items() if view is None},
     )
 
@@ -153,28 +199,68 @@ def _require_one_width(visits: Sequence[Visit]) -> None:
         )
 
 
-def _effect_of_padding(start: StartForward, alone: _Record, recurrences: int | None, tokens: int) -> str | None:
-    """A prompt that is the shorter one of a batch against itself alone."""
-    short = alone.logits.shape[1]
-    ids, whole = _batch(tokens).input_ids, torch.ones(1, tokens, dtype=torch.bool)
-    padded = Batch(torch.cat((ids, ids)), torch.cat((whole, torch.arange(tokens)[None] < short)))
+def measure_padding(
+    start: StartForward, recurrences: int | None, tokens: int, *, takes_mask: bool, random: bool
+) -> Padding:
+    """A prompt with another last token, and one that is the shorter of a batch, against the same alone."""
+    probe = probe_batch(tokens)
+    record = _Record(start(probe, recurrences)).run()
+    changed = _Record(start(probe_batch(tokens, last=3), recurrences)).run()
+
+    def noise() -> float:
+        """How far the logits go where every entry of the first recurrence's input is off by a rounding."""
+        forward = start(probe, recurrences)
+        if not record.injected:
+            return 0.0
+        state = record.injected[0]
+        factors = torch.randn(state.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        forward.nudge(1 + factors.to(state.device) * torch.finfo(state.dtype).eps)
+        return _relative(_Record(forward).run().logits, record.logits)
+
+    before = changed.logits[:, :-1], record.logits[:, :-1]
+    causal = torch.equal(*before) or _explained(_relative(*before), record, noise)
+    if random or not (takes_mask or causal):
+        return Padding(causal, None)
+    short = max(1, tokens - _SHORTER)
+    alone = _Record(start(probe_batch(short), recurrences)).run()
+    whole = torch.ones_like(probe.mask)
+    padded = Batch(probe.input_ids.expand(2, tokens), torch.cat((whole, torch.arange(tokens)[None] < short)))
     try:
         together = _Record(start(padded, recurrences)).run()
     except Exception as error:  # its owner may never need padding
-        return f"it fails with {type(error).__name__} ({str(error).partition(chr(10))[0]})"
-    apart = _apart(together.logits[1:, :short], alone.logits)
-    return None if apart is None else f"its logits change by {apart:.2g} of their size"
+        return Padding(causal, f"it fails with {type(error).__name__} ({str(error).partition(chr(10))[0]})")
+    apart = _relative(together.logits[1:, :short], alone.logits)
+    if _explained(apart, record, noise):
+        return Padding(causal, None)
+    return Padding(causal, f"its logits change by {apart:.2g} of their size")
+
+
+def _explained(apart: float, record: _Record, noise: Callable[[], float]) -> bool:
+    """Whether rounding makes such a difference: a little of it at once, or as much as the loop makes of one."""
+    dtype = record.logits.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    at_once = _ROUNDINGS if record.injected else _ROUNDINGS_OF_A_CHAIN
+    if apart <= (_ROUNDINGS_IN_HALF if half else at_once) * torch.finfo(dtype).eps:
+        return True
+    return apart <= min(
+        (_ROUNDINGS_IN_HALF if half else _ROUNDINGS) * noise(), _ROUNDING_IN_HALF if half else _ROUNDING
+    )
 
 
 def _apart(got: Tensor, expected: Tensor) -> float | None:
-    """Largest difference relative to the largest magnitude, None for one that rounding explains."""
+    """How far they differ, None where that may be rounding."""
     limit = _ROUNDING_IN_HALF if expected.dtype in (torch.float16, torch.bfloat16) else _ROUNDING
-    scale = expected.double().abs().amax()
-    apart = float((got.double() - expected.double()).abs().amax() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+    apart = _relative(got, expected)
     return apart if apart > limit else None
 
 
-def _batch(tokens: int, last: int | None = None) -> Batch:
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest magnitude."""
+    scale = expected.double().abs().amax()
+    return float((got.double() - expected.double()).abs().amax() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def probe_batch(tokens: int, last: int | None = None) -> Batch:
     """Ids that every vocabulary has."""
     input_ids = torch.arange(tokens)[None] % 3
     if last is not None:
@@ -231,10 +317,36 @@ class _Record:
             return None
         return all(torch.equal(state, begun) for state, begun in zip(self.carried[:-1], self.injected[1:], strict=True))
 
+    @property
+    def keeps(self) -> bool:
+        for before, ended, begun in zip(self.injected, self.carried, self.injected[1:], strict=False):
+            if before.shape == ended.shape == begun.shape:
+                goes_on = (begun == ended).all(-1)
+                if bool(goes_on.any()) and bool(((begun == before).all(-1) & ~goes_on).any()):
+                    return True
+        return False
+
     def same_loop(self, other: _Record, *, exactly: bool = True) -> bool:
         """The states are the same as far as both go: bit for bit, or but for rounding."""
         pairs = zip(self.carried, other.carried, strict=False)
         return all(torch.equal(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+
+    def repeats_second(self, other: _Record, *, exactly: bool) -> bool:
+        """Begun where the other's second recurrence begins, this one's first does the same: it passes on the same, and
+        the next receives the same."""
+        pairs = [(self.carried[0], other.carried[1])]
+        if len(other.injected) > 2:
+            pairs.append((self.injected[1], other.injected[2]))
+        return all(is_rounding(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+
+
+def is_rounding(got: Tensor, expected: Tensor) -> bool:
+    """For the same operations on the same numbers in tensors of the same shape, which may lie otherwise in memory."""
+    if not expected.numel():
+        return True
+    limit = min(_ROUNDINGS * torch.finfo(expected.dtype).eps, _ROUNDING_IN_HALF / 10)
+    apart = (got.double() - expected.double()).abs().amax()
+    return bool(apart <= limit * expected.double().abs().amax())
 
 
 def _behind(view: AttentionView | None) -> list[Tensor]:

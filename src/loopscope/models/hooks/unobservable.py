@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loopscope.models.hooks.layout import HookLayout
-from loopscope.models.hooks.probe import Facts
+from loopscope.models.hooks.probe import Facts, Padding
+from loopscope.models.subject import PrefixReading
 
 OF_ALL_MODELS = ("Norms: where they stand within a layer.",)
 OF_ALL_LOOPS = (
@@ -13,9 +14,43 @@ OF_ALL_LOOPS = (
 )
 
 
-def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask: bool) -> list[str]:
+PREFIX: dict[PrefixReading, str] = {
+    "trained": "Direction: the model was trained to read a prompt in both directions (prefix_lm), and does so here; "
+    "with prefix='causal' (--prefix causal) no token sees a later one.",
+    "causal": "Direction: the model was trained to read a prompt in both directions (prefix_lm), and reads it causally "
+    "here; prefix='trained' (--prefix trained) reads it as it was trained.",
+}
+
+
+def no_one_map(facts: Facts) -> str | None:
+    """Why the recurrences are not one map of what the first layer receives, so that there is nothing to linearise."""
+    if facts.restarts:
+        return (
+            "every recurrence begins with the same input of its first layer, so that what goes round passes beside it"
+        )
+    if facts.one_map is False:
+        return (
+            "entered with the same input of the first layer, two recurrences give different numbers: each is a map of "
+            "its own, by the number of the recurrence (an embedding or weights for each), or a part of the state "
+            "passes beside that layer"
+        )
+    return None
+
+
+def no_padding(padding: Padding, takes_mask: bool) -> str | None:
+    """Why the model cannot have prompts of different lengths in one batch; None where it can."""
+    if not (takes_mask or padding.causal):
+        return "the model takes no attention_mask and is not causal, so its tokens would look at padding"
+    return None if padding.effect is None else f"when a prompt is padded, {padding.effect}"
+
+
+def unobservable(
+    layout: HookLayout, facts: Facts, padding: Padding, branches: str | None, *, settable: bool, takes_mask: bool
+) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
+    if branches is not None:
+        found.append(f"Layers: {branches}.")
     if layout.recurrent:
         found += _of_the_loop(facts, settable)
     found += _of_attention(layout, facts)
@@ -23,15 +58,13 @@ def unobservable(layout: HookLayout, facts: Facts, *, settable: bool, takes_mask
         found.append(
             "Random states: they are drawn for a whole batch at once, so numbers depend on what is in a batch."
         )
-    if not takes_mask:
+    if not takes_mask and padding.causal and padding.effect is None:
         found.append(
             "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes rounding "
             "alone."
-            if facts.causal
-            else "Padding: the model takes no attention_mask and is not causal, so a batch needs prompts of one length."
         )
-    elif facts.padding is not None:
-        found.append(f"Padding: when a prompt is padded, {facts.padding}, so a batch needs prompts of one length.")
+    elif (reason := no_padding(padding, takes_mask)) is not None:
+        found.append(f"Padding: {reason}, so prompts of different lengths are run apart.")
     return found
 
 
@@ -52,6 +85,16 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
         found.append(
             f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
             "so there is no horizon."
+        )
+    if facts.keeps:
+        found.append(
+            "Halting: of some tokens the model keeps the state from before a recurrence and throws away what its "
+            "layers put out, which is then no state of theirs."
+        )
+    reason = no_one_map(facts)
+    if reason is not None:
+        found.append(
+            f"Eigenvalues, and what a fixed point is one of: {reason}. A state that stops moving is seen all the same."
         )
     if facts.foresees:
         found.append(

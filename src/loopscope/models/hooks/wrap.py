@@ -16,9 +16,12 @@ from loopscope._util.hub import require
 from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
 from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.checkpoints.store import TensorStore
-from loopscope.models.hooks.calls import Forward, is_pretrained
+from loopscope.models.hooks.calls import Forward, ModelCall
+from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
-from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_layout, find_module
+from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
+from loopscope.models.hooks.trial import check_weights, probe_of, trial
+from loopscope.models.subject import PrefixReading
 from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -44,22 +47,25 @@ def hook(
 
     - `prelude`, `recurrent`, `coda`: the layers before, in and after the loop, as dotted paths (`"model.layers"`) or
       modules. A list of layers stands for its layers; a sequence gives the order of calls, in which a layer may come
-      more than once. `recurrent` is one recurrence. A feed-forward model's layers are its prelude. Decoders of
-      transformers are laid out by themselves if none of the three is given.
+      more than once. `recurrent` is one recurrence. A feed-forward model's layers are its prelude. If none of the three
+      is given, they are found: the model is run once, and what it calls more than once is the loop. Then the settings
+      and arguments that may hold the number of recurrences are tried, each set and set back, until one changes the
+      order of calls as it should. The subject's `found` says what was found.
     - `loop_end`: a module that is called once at the end of each recurrence, after its last layer, and whose output is
       what the loop carries on; the last layer's output is unless given.
-    - `set_recurrences`: dotted path of the attribute with the number of recurrences (`"config.total_ut_steps"`), which
-      is set for a run and restored; or a function of the model and the number, called when a run begins, that may
-      return keyword arguments for the model's forward. What it changes in the model stays changed. Without it only the
-      model's own number can be run.
+    - `set_recurrences`: dotted path of the attribute that the model reads the number of recurrences from at every call
+      (`"model.loops"`), which is set for a run and restored; or a function of the model and the number, called when a
+      run begins, that may return keyword arguments for the model's forward. What it changes in the model stays changed.
+      Without it only the model's own number can be run.
     - `trained_recurrences`: the model's own number, if it cannot be counted in a run with nothing set.
     - `forward`: `forward(model, input_ids, mask, **keyword_arguments) -> logits` if the model is not called as
       `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
     - `name`, `tokenizer`: for results and for prompts that are texts.
 
-    The module is run on a few tokens, about ten times, to measure what would otherwise be assumed: whether the loop
-    carries its state unchanged and the prompt enters by it alone, whether random numbers are drawn, whether anything is
-    overwritten in place, what padding does, how wide it is.
+    The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
+    carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
+    put out states or branches, whether random numbers are drawn, whether anything is overwritten in place, what padding
+    does, how wide it is.
 
     While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
     still. Weights are never changed. A model that torch has compiled is run without its compiled code.
@@ -70,10 +76,12 @@ def hook(
     """
     compiled = getattr(model, "_orig_mod", None)
     model = compiled if isinstance(compiled, nn.Module) else model
-    given = (prelude, recurrent, coda, loop_end)
-    if is_pretrained(model) and all(entry is None for entry in given):
-        layout, own_path = find_layout(model)
-        set_recurrences = set_recurrences or own_path
+    check_weights(model)
+    found: Found | None = None
+    if all(entry is None for entry in (prelude, recurrent, coda, loop_end)):
+        found = _find(model, forward, set_recurrences, trained_recurrences)
+        layout = found.layout
+        set_recurrences = set_recurrences or found.setting
     else:
         layout = HookLayout(
             prelude=find_layers(model, prelude, "prelude"),
@@ -91,11 +99,30 @@ def hook(
         forward=forward,
         name=name,
         tokenizer=tokenizer,
+        found=None if found is None else found.sentence,
     )
 
 
+def _find(
+    model: nn.Module, forward: Forward | None, set_recurrences: SetRecurrences | None, trained: int | None
+) -> Found:
+    extra = None
+    if callable(set_recurrences) and trained is not None:
+        extra = set_recurrences(model, trained)
+    with trial(model, is_function=callable(set_recurrences), trained=trained):
+        return find_layout(
+            ModelCall(model, forward), probe_of(model), extra=extra, with_setting=set_recurrences is None
+        )
+
+
 def load_hooked(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, name: str | None = None, revision: str | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str | None = None,
+    revision: str | None = None,
+    prefix: PrefixReading = "causal",
 ) -> HookedSubject:
     """Load a folder with transformers' own modelling code, and hook the model.
 
@@ -107,26 +134,36 @@ def load_hooked(
     """
     transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
     store = TensorStore(folder)
+    if store.wrapper:
+        raise CheckpointError(
+            f"All tensors in {folder} are named with {store.wrapper!r} before them, as the wrapper was saved (of "
+            "torch.compile, DataParallel or PEFT) and not the model in it, and transformers knows no such names: save "
+            "the module inside, or rename the tensors."
+        )
     check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
     model = _load(transformers, folder, dtype).to(device)
     _check_finite(model, folder)
-    layout, set_recurrences = find_layout(model)
+    found = _find(model.eval().requires_grad_(False), None, None, None)
     return HookedSubject(
-        model.eval().requires_grad_(False),
-        layout,
-        set_recurrences=set_recurrences,
+        model,
+        found.layout,
+        set_recurrences=found.setting,
         name=name or str(folder),
         tokenizer=load_tokenizer(folder),
         weights_sha256=store.sha256(),
         revision=revision,
+        found=found.sentence,
+        prefix=prefix,
     )
 
 
 def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with _silence(transformers):
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model, report = auto_class(transformers, config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -143,6 +180,15 @@ def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Modu
     _check_report(report, folder)
     loaded: nn.Module = model
     return loaded
+
+
+def auto_class(transformers: ModuleType, config: Any) -> Any:
+    """What makes a model with a head of this configuration: one that also sees pictures has no other."""
+    whole = transformers.AutoModelForImageTextToText
+    only_whole = type(config) in whole._model_mapping and type(config) not in (
+        transformers.AutoModelForCausalLM._model_mapping
+    )
+    return whole if only_whole else transformers.AutoModelForCausalLM
 
 
 def _check_report(report: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Inspection of a checkpoint that the transformers package would load, and hooks would watch.
 
-The model is built on torch's meta device: its modules and shapes are there, its weights are not.
+The model is built on torch's meta device: its modules and shapes are there, its weights are not. What it would call in
+which order can be seen all the same, as most models call the same layers whatever their numbers are.
 """
 
 from __future__ import annotations
@@ -8,20 +9,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopscope._util.hub import require
 from loopscope._util.wording import layout_text
 from loopscope.errors import CheckpointError, UnknownFamilyError
 from loopscope.models.checkpoints.metadata import Metadata
-from loopscope.models.hooks.layout import HookedLayer, HookLayout, find_layout
+from loopscope.models.hooks.calls import ModelCall, is_prefix_model
+from loopscope.models.hooks.discovery import Found, find_layout
+from loopscope.models.hooks.layout import HookedLayer, HookLayout, decoder_layers
+from loopscope.models.hooks.trial import probe_of
 from loopscope.models.hooks.unobservable import OF_ALL_LOOPS, OF_ALL_MODELS
+from loopscope.models.hooks.wrap import auto_class
 from loopscope.models.inspection.facts import (
     Inspection,
     MemoryEstimate,
@@ -31,9 +36,15 @@ from loopscope.models.inspection.facts import (
     TokenizerFacts,
     estimate_memory,
 )
+from loopscope.models.subject import Batch
 
+_UNSEEN_LOOP = "Loop: whether some of the layers are called more than once is seen when the model is loaded."
 _MEASURED = (
     "Attention: a layer's is seen if it computes one that is understood, which is measured when the model is loaded."
+)
+_PREFIX = (
+    "Direction: the model was trained to read a prompt in both directions (prefix_lm); analyze reads it so, and with "
+    "--prefix causal as a text in which no token sees a later one."
 )
 _MEASURED_OF_A_LOOP = (
     "Injection and initial state: shown only if the loop turns out to carry its state unchanged, which is measured "
@@ -53,9 +64,11 @@ def inspect_hooked(
     """
     transformers = require("transformers", f"{unknown} Anything else", "transformers")
     model = _skeleton(transformers, metadata, unknown)
-    layout, number = find_layout(model)
+    found = _watched(model)
+    chain = found or HookLayout(prelude=decoder_layers(model), recurrent=(), coda=())
+    layout, recurrences = (chain, None) if isinstance(chain, HookLayout) else (chain.layout, chain.recurrences)
+    in_words = layout_text(len(layout.prelude), len(layout.recurrent), len(layout.coda), recurrences)
     config = model.config.get_text_config(decoder=True)
-    recurrences: int | None = None if number is None else attrgetter(number)(model)
     parameters = _counts(model, layout)
     return Inspection(
         name=str(name),
@@ -63,7 +76,7 @@ def inspect_hooked(
         family=str(model.config.model_type),
         runs="through hooks",
         recognised_by=f"model_type {model.config.model_type!r} of transformers {transformers.__version__}",
-        layout=layout_text(len(layout.prelude), len(layout.recurrent), len(layout.coda), recurrences),
+        layout=f"a chain of {len(layout.prelude)} layers" if found is None else in_words,
         prelude=len(layout.prelude),
         recurrent=len(layout.recurrent),
         coda=len(layout.coda),
@@ -79,12 +92,14 @@ def inspect_hooked(
         mlp_width=_number(config, "intermediate_size"),
         vocab_size=_number(config, "vocab_size"),
         max_positions=_number(config, "max_position_embeddings"),
-        settings={},
+        settings={} if found is None else {"calls": found.sentence},
         # What is known before the model runs; a `HookedSubject` knows more.
         unobservable=(
             *OF_ALL_MODELS,
+            *((_UNSEEN_LOOP,) if found is None else ()),
             _MEASURED,
             *((_MEASURED_OF_A_LOOP, *OF_ALL_LOOPS) if layout.recurrent else ()),
+            *((_PREFIX,) if is_prefix_model(model) else ()),
         ),
         tokenizer=tokenizer,
         memory=_memory(config, parameters, layout, run),
@@ -97,7 +112,10 @@ def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFami
             str(metadata.folder), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(transformers, config).from_config(config, trust_remote_code=False).eval()
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # other products look at numbers, or at the device
+        return model
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise CheckpointError(
@@ -105,6 +123,30 @@ def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFami
             f"({reason}): describe the format (docs/adding-a-family.md), or load the model yourself and give it to "
             "loopscope.hook."
         ) from error
+
+
+def _watched(model: nn.Module) -> Found | None:
+    """What a forward pass without numbers shows; None for a model that asks for one on its way."""
+    tokens = probe_of(model).input_ids
+    batch = Batch(tokens, torch.ones(tokens.shape, dtype=torch.bool))  # its values are looked at
+    try:
+        with cast(Any, _Truths)():
+            return find_layout(ModelCall(model), batch)
+    except Exception:  # whatever stops it, the layers are still known
+        return None
+
+
+class _Truths(TorchDispatchMode):
+    """Answers yes where a model asks whether something holds of a tensor without values, as whether the prompt is one
+    text: what is asked on the way is whether a short cut may be taken."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        asks = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
+        if asks and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def _counts(model: Any, layout: HookLayout) -> ParameterCounts:
