@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope import leading_eigenvalues
+from loopscope.analysis.job import SilentProgress
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.hooked import HookedSubject
@@ -141,9 +142,7 @@ def test_what_is_no_function_of_its_first_layers_input_is_refused() -> None:
 def test_a_study_leaves_them_out_with_the_reason() -> None:
     said: list[str] = []
 
-    class Notes:
-        def start(self, steps: int, done: int) -> None: ...
-        def step(self) -> None: ...
+    class Notes(SilentProgress):
         def note(self, message: str) -> None:
             said.append(message)
 
