@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.errors import ConfigError
@@ -196,7 +196,7 @@ class AnalyzeSettings:
         object.__setattr__(self, "intervene", canonical)
 
     @classmethod
-    def preset(cls, name: Preset, **changes: Any) -> Self:
+    def preset(cls, name: Preset, **changes: Any) -> AnalyzeSettings:
         """Settings by what they cost, and changes of them, which win; `skip` leaves more out.
 
         `quick` is convergence, readout, and verdicts of the last layer with the noise floor that they rest on;
