@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, cast
 
 import tyro
 
@@ -52,7 +52,7 @@ class Analyze:
         flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in arguments}
         given = [field.name for field in fields(self.settings) if f"--{field.name.replace('_', '-')}" in flags]
         changes = {name: getattr(self.settings, name) for name in given}
-        return replace(self, settings=_AnalyzeSettings.preset(self.preset, **changes))
+        return replace(self, settings=cast(_AnalyzeSettings, _AnalyzeSettings.preset(self.preset, **changes)))
 
     def run(self) -> None:
         from loopscope._util.estimate import Phase
