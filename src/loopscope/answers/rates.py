@@ -141,6 +141,8 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
 
 
 def _not_yet(study: Study, codes: NDArray[np.integer]) -> int:
+    if not (codes == _UNKNOWN).any():
+        return 0
     shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view_study(study), Criterion())]
     return int((codes[shrink] == _UNKNOWN).sum())
 

@@ -92,8 +92,9 @@ def _group(view: StudyView, data: xarray.Dataset, prompt: int) -> PanelGroup:
     strings = view.strings(prompt)
     first = max(0, len(strings) - _TOKENS)
     # As arrays once, the token last: a data set takes longer to find one token than all that is said of it.
-    of_tokens = (values for values in data.isel(prompt=prompt).data_vars.values() if values.dims[-1:] == ("token",))
-    here = {str(values.name): values.values for values in of_tokens} | {"change": data["change"].values}
+    arrays = ((str(name), data.variables[name]) for name in data.data_vars)
+    here = {name: each.values[..., prompt, :] for name, each in arrays if each.dims[-2:] == ("prompt", "token")}
+    here["change"] = data["change"].values
     tokens = [_token(here, place, strings[place]) for place in range(first, len(strings))]
     entry = view.study.tokens[prompt]
     text = str(entry["text"] or "".join(strings))
