@@ -16,7 +16,7 @@ from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, depth_count, depth_of, variable
 from loopscope.measures.functions import widen
-from loopscope.measures.memory import Memory
+from loopscope.measures.memory import Memory, tile_entries, waiting_bytes
 from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
 HEAD_NAMES = (
@@ -36,16 +36,16 @@ _VISIT, _CHANGE = "depth head prompt", "layer recurrence head prompt"
 _NO_LOOP = "a feed-forward model has no recurrences"
 
 _TILE_ENTRIES = 2**18
-"""Probabilities in a tile: 1 MiB in float32, so that the passes over it stay in a processor's second cache. The fewer
+"""Probabilities in a tile on a CPU: 1 MiB in float32, so that the passes over it stay in its second cache. The fewer
 rows, the less of a tile lies beyond the diagonal, too."""
 _PENDING_BYTES = 2**25
-"""Of queries and keys that wait. Consecutive recurrences of a layer are done together, so that each map is made once
-and not once more for the change to the next; how many wait depends on the shapes and never on R."""
+"""Of queries and keys that wait on a CPU. Consecutive recurrences of a layer are done together, so that each map is made
+once and not once more for the change to the next; how many wait depends on the shapes and never on R."""
 
 
-def tiles(view: AttentionView, batch: int) -> list[tuple[int, int]]:
+def tiles(view: AttentionView, batch: int, device: torch.device) -> list[tuple[int, int]]:
     """(start, stop) of rows that together make a tile of moderate size."""
-    rows = max(1, _TILE_ENTRIES // (batch * view.heads * view.tokens))
+    rows = max(1, tile_entries(device, _TILE_ENTRIES) // (batch * view.heads * view.tokens))
     return [(start, min(start + rows, view.tokens)) for start in range(0, view.tokens, rows)]
 
 
@@ -111,10 +111,11 @@ class HeadMeasures(Measure):
     def memory(cls, batch: BatchInfo) -> Memory:
         layers, views = batch.info.recurrent, batch.attention_bytes
         # What waits, at least one recurrence of each layer, and the one that it is compared with.
-        waiting = min(max(_PENDING_BYTES, layers * views), layers * views * batch.recurrences)
+        most = waiting_bytes(batch.mask.device, _PENDING_BYTES)
+        waiting = min(max(most, layers * views), layers * views * batch.recurrences)
         rows = batch.prompts * (batch.info.heads or 0) * batch.tokens
         columns = 8 * rows * (waiting // max(1, layers * views))
-        tile = max(rows, min(_TILE_ENTRIES, rows * batch.tokens))
+        tile = max(rows, min(tile_entries(batch.mask.device, _TILE_ENTRIES), rows * batch.tokens))
         return Memory(kept=waiting + layers * views, visit=columns + 4 * 8 * tile)
 
     def visit(self, visit: Visit) -> None:
@@ -123,13 +124,14 @@ class HeadMeasures(Measure):
             return
         if visit.stage != "recurrent":
             sums = _Sums(self.batch, view)
-            for start, stop in tiles(view, self.batch.prompts):
+            for start, stop in tiles(view, self.batch.prompts, self.batch.mask.device):
                 sums.add(view.tile(start, stop), start)
             self._keep(depth_of(self.batch, visit.stage, visit.layer, 0), sums)
             return
         pending = self._pending[visit.layer]
         pending.append((visit.recurrence, view))
-        if sum(waiting.nbytes for _, waiting in pending) * len(self._pending) >= _PENDING_BYTES:
+        waiting = sum(waiting.nbytes for _, waiting in pending) * len(self._pending)
+        if waiting >= waiting_bytes(self.batch.mask.device, _PENDING_BYTES):
             self._flush(visit.layer)
 
     def _flush(self, layer: int) -> None:
@@ -142,7 +144,7 @@ class HeadMeasures(Measure):
         sums = [_Sums(self.batch, view) for view in views]
         places = (2, len(views), self.batch.prompts, self._heads)
         squares = torch.zeros(places, dtype=torch.float64, device=self.batch.mask.device)
-        for start, stop in tiles(views[0], self.batch.prompts):
+        for start, stop in tiles(views[0], self.batch.prompts, self.batch.mask.device):
             last = None if before is None else before.tile(start, stop)
             fixed = None if horizon is None else horizon.tile(start, stop)
             for index, view in enumerate(views):

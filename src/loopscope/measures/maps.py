@@ -84,7 +84,7 @@ class AttentionMaps(Measure):
     def _keep(self, view: AttentionView, codes: np.ndarray) -> None:
         """Rows and columns of the first tokens, into `codes` (head, query, key)."""
         count = codes.shape[-1]
-        for start, stop in tiles(view, 1):
+        for start, stop in tiles(view, 1, self.batch.mask.device):
             if start >= count:
                 return
             tile = view.rows(start, min(stop, count))[0, :, :, :count]

@@ -17,7 +17,7 @@ from torch.nn import functional
 from loopscope._util.shapes import Logits, States
 from loopscope.measures.base import BatchInfo, Measure, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import widen
-from loopscope.measures.memory import Memory
+from loopscope.measures.memory import Memory, tile_entries
 from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
@@ -33,8 +33,8 @@ _NO_EXITS = "the model was not read out after each recurrence of a full run (--e
 _NO_GATE = "the model has no exit gate"
 
 _PIECE_ENTRIES = 2**18
-"""Logits that are reduced together, in float64: 2 MiB and a few temporaries, so that the passes over them stay in the
-processor's cache."""
+"""Logits that are reduced together on a CPU, in float64: 2 MiB and a few temporaries, so that the passes over them stay
+in its cache."""
 
 
 def readout_grid(trained: int, recurrences: int, exits: int = 0) -> tuple[int, ...]:
@@ -177,7 +177,8 @@ class Readout(Measure):
         states, _ = batch.bytes
         logits = batch.mask.numel() * batch.info.vocab_size * batch.itemsize
         grid = len({*batch.plan.readout, *range(1, batch.plan.exits + 1)})
-        piece = 8 * max(batch.info.vocab_size, min(_PIECE_ENTRIES, batch.tokens * batch.info.vocab_size))
+        most = tile_entries(batch.mask.device, _PIECE_ENTRIES, 8)
+        piece = 8 * max(batch.info.vocab_size, min(most, batch.tokens * batch.info.vocab_size))
         return Memory(kept=grid * states, ended=min(4, grid) * logits + 6 * piece)
 
     def loop_state(self, loop_state: LoopState) -> None:
@@ -202,7 +203,7 @@ class Readout(Measure):
 
     def _pieces(self, logits: Logits) -> Iterator[tuple[int, slice]]:
         """All tokens, (row, some tokens) at a time."""
-        size = max(1, _PIECE_ENTRIES // logits.shape[-1])
+        size = max(1, tile_entries(logits.device, _PIECE_ENTRIES, 8) // logits.shape[-1])
         for row, length in enumerate(self._lengths):
             for start in range(0, length, size):
                 yield row, slice(start, min(start + size, length))
