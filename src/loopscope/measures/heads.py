@@ -39,8 +39,8 @@ _TILE_ENTRIES = 2**18
 """Probabilities in a tile on a CPU: 1 MiB in float32, so that the passes over it stay in its second cache. The fewer
 rows, the less of a tile lies beyond the diagonal, too."""
 _PENDING_BYTES = 2**25
-"""Of queries and keys that wait on a CPU. Consecutive recurrences of a layer are done together, so that each map is made
-once and not once more for the change to the next; how many wait depends on the shapes and never on R."""
+"""Of queries and keys that wait on a CPU. Consecutive recurrences of a layer are done together, so that each map is
+made once and not once more for the change to the next; how many wait depends on the shapes and never on R."""
 
 
 def tiles(view: AttentionView, batch: int, device: torch.device) -> list[tuple[int, int]]:
@@ -97,9 +97,8 @@ class HeadMeasures(Measure):
         assert info.heads is not None
         self._heads = heads = info.heads
         depths = depth_count(batch)
-        self._stats = np.full((len(HEAD_NAMES), depths, heads, batch.prompts), np.nan, dtype=batch.stored)
-        changes = (len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
-        self._changes = np.full(changes, np.nan, dtype=batch.stored)
+        self._stats = batch.unknown(len(HEAD_NAMES), depths, heads, batch.prompts)
+        self._changes = batch.unknown(len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
         self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
         self._before: list[AttentionView | None] = [None] * info.recurrent
         # Of each row, over the heads of the layers that can be seen: sum of squared changes, and how many there are.
@@ -166,7 +165,7 @@ class HeadMeasures(Measure):
                 for view, earlier in zip(views, [before, *views[:-1]], strict=True)
             ]
         )
-        values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2).cpu().numpy()
+        values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2)
         for index, (recurrence, _) in enumerate(pending):
             self._moving[recurrence] += 0 if before is None and index == 0 else self._heads
             self._keep(depth_of(self.batch, "recurrent", layer, recurrence), sums[index])
@@ -178,7 +177,7 @@ class HeadMeasures(Measure):
         return None if self.batch.horizon is None else self.batch.horizon.attention(layer)
 
     def _keep(self, depth: int, sums: _Sums) -> None:
-        self._stats[:, depth] = sums.finish().cpu().numpy()
+        self._stats[:, depth] = sums.finish()
 
     def result(self) -> xr.Dataset:
         for layer in range(len(self._pending)):
@@ -186,17 +185,17 @@ class HeadMeasures(Measure):
         found = dict(zip(HEAD_NAMES, self._stats, strict=True))
         if self._pending:
             found |= dict(zip(CHANGE_NAMES, self._changes, strict=True))
-            by_row = self._changes[0] / np.sqrt(self.batch.counts.cpu().numpy())
-            found["head_stable_from"] = stable_from(np.moveaxis(by_row, 1, -1), self.batch.plan.head_stable)
+            by_row = self._changes[0] / self.batch.counts.double().sqrt()
+            found["head_stable_from"] = stable_from(by_row.movedim(1, -1), self.batch.plan.head_stable)
             found["token_attention_change"] = self._token_change()
         return self.dataset(found)
 
-    def _token_change(self) -> np.ndarray:
+    def _token_change(self) -> Tensor:
         """Root mean square change of a token's own rows, over all heads and layers that can be seen."""
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to compare with
-            change = np.sqrt(self._moved.cpu().numpy() / self._moving[:, None, None])
-        change[:, ~self.batch.mask.cpu().numpy()] = np.nan
-        return change.astype(self.batch.stored)
+        # 0 / 0 is NaN: nothing to compare with.
+        moving = torch.from_numpy(self._moving).to(self._moved.device)
+        change = (self._moved / moving[:, None, None]).sqrt()
+        return change.masked_fill(~self.batch.mask, torch.nan).to(self.batch.stored)
 
 
 class _Sums:

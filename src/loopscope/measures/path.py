@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -34,7 +33,7 @@ class PathIndependence(Measure):
         self.second: Observer = _Second(self)
         self._first: list[tuple[Tensor, Tensor] | None] = [None] * batch.info.recurrent
         shape = (2, batch.info.recurrent, batch.recurrences, batch.prompts)
-        self._values = np.full(shape, np.nan, dtype=np.float64)
+        self._values = batch.unknown(*shape, dtype=torch.float64)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -56,7 +55,7 @@ class PathIndependence(Measure):
         # Relative to the mean of the two norms, so that neither run is the reference.
         size = (first[1] + norm) / 2
         found = masked_mean(torch.stack([away / size, turned]), self.batch.mask)
-        self._values[:, visit.layer, visit.recurrence] = found.cpu().numpy()
+        self._values[:, visit.layer, visit.recurrence] = found
 
     def result(self) -> xr.Dataset:
         return self.dataset({"path_distance": self._values[0], "path_cosine_distance": self._values[1]})

@@ -47,16 +47,15 @@ class CycleSimilarity(Measure):
 
     def result(self) -> xr.Dataset:
         visits = len(self._directions)
-        total = torch.zeros(visits, visits, dtype=torch.float64)
-        weight = torch.zeros(visits, visits, dtype=torch.float64)
+        total, weight = torch.zeros(2, visits, visits, dtype=torch.float64, device=self.batch.mask.device)
         for prompt in range(self.batch.prompts):
             # Directions of one prompt in a row: their product is the sum over its tokens of the cosines.
             rows = torch.stack([direction[prompt].flatten() for direction in self._directions])
-            mean = (rows @ rows.T).double().cpu() / float(self.batch.counts[prompt])
+            mean = (rows @ rows.T).double() / self.batch.counts[prompt]
             finite = torch.isfinite(mean)
             total += torch.where(finite, mean.clamp(-1.0, 1.0), 0.0)
             weight += finite
-        return self.dataset({"cycle_similarity": total.numpy(), "cycle_similarity_weight": weight.numpy()})
+        return self.dataset({"cycle_similarity": total, "cycle_similarity_weight": weight})
 
 
 class AttentionCycle(Measure):

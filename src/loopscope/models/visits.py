@@ -101,7 +101,7 @@ class QueryKeyAttention(AttentionView):
             scores = scores + (added if added.shape[-1] == 1 else added[..., :keys]).to(dtype)
         self._hide(scores, start, stop)
         probabilities = scores.softmax(-1)
-        if self.mask is not None and not bool((tokens := self.mask[:, start:stop]).all()):
+        if self.mask is not None and _may_hide((tokens := self.mask[:, start:stop]).logical_not()):
             # A row of padding may have no key to look at, which makes its softmax 0/0.
             probabilities.masked_fill_(~tokens[:, None, :, None], 0.0)
         return probabilities
@@ -123,8 +123,13 @@ class QueryKeyAttention(AttentionView):
         if self.window is not None and self.window < stop:
             scores.masked_fill_(position <= query[:, None] - self.window, float("-inf"))
         # Under a causal mask, padding after the last token is hidden already.
-        if self.mask is not None and (not self.causal or bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())):
+        if self.mask is not None and (not self.causal or _may_hide(self.mask[:, 1:] & ~self.mask[:, :-1])):
             scores.masked_fill_(~self.mask[:, None, None, :keys], float("-inf"))
+
+
+def _may_hide(places: Tensor) -> bool:
+    """Whether any of these is True. A GPU is not asked, which would be to wait for it: there one may be."""
+    return not places.is_cpu or bool(places.any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
