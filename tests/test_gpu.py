@@ -21,7 +21,9 @@ from loopscope.measures.horizon import Horizons
 from loopscope.measures.memory import tile_entries, waiting_bytes
 from loopscope.measures.readout import Readout
 from loopscope.measures.registry import MEASURES, asked_for
+from loopscope.models import visits
 from loopscope.models.subject import Batch
+from loopscope.models.visits import QueryKeyAttention
 from measuring import batch_info
 from small_models import PROMPTS, architecture, subject
 
@@ -139,3 +141,22 @@ def test_a_device_without_numbers_refuses_what_a_gpu_would_wait_for() -> None:
     for wait in waits:
         with nothing_waits(), pytest.raises((AssertionError, NotImplementedError, RuntimeError, TypeError)):
             wait()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_added_up_in_float32_are_those_of_widened_queries_and_keys(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's product for GPUs replaced by what it is documented to give."""
+
+    def product(one: Tensor, other: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert one.dtype == other.dtype == dtype
+        return torch.matmul(one.to(out_dtype), other.to(out_dtype))
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 7, 5, generator=generator).to(dtype) for heads in (6, 3))
+    view = QueryKeyAttention(query, key, 5**-0.5, torch.arange(7) < torch.tensor([[7], [4]]), window=3)
+    widened = view.tile(2, 6)
+    monkeypatch.setattr(visits, "_multiplies_widely", lambda query, key: True)
+    monkeypatch.setattr(torch, "bmm", product)
+    torch.testing.assert_close(view.tile(2, 6), widened, rtol=2e-6, atol=1e-7)
