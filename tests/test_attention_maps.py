@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, Block, ForeignLoop
 from loopscope import AnalyzeSettings
-from loopscope._util.map_codes import decode_maps, encode_maps
+from loopscope._util.map_codes import decode_maps
 from loopscope.analysis.job import SilentProgress
 from loopscope.analysis.settings import Part
 from loopscope.errors import ConfigError
-from loopscope.measures.maps import map_recurrences, map_tokens
+from loopscope.measures.maps import encode_maps, map_recurrences, map_tokens
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Subject
@@ -43,14 +43,14 @@ class Notes(SilentProgress):
 
 @given(st.floats(0, 1, width=32))
 def test_a_probability_comes_back_within_the_error_that_is_stated(probability: float) -> None:
-    code = encode_maps(np.array([probability], dtype=np.float32))
+    code = encode_maps(torch.tensor([probability])).numpy()
     found = float(decode_maps(code)[0])
     assert abs(found - probability) <= math.sqrt(probability) / 254 + 4e-6
     assert abs(found - probability) <= 0.004
 
 
 def test_certainty_impossibility_and_nothing_have_codes_of_their_own() -> None:
-    codes = encode_maps(np.array([0.0, 1.0, 1.0 + 1e-6, math.nan]))
+    codes = encode_maps(torch.tensor([0.0, 1.0, 1.0 + 1e-6, math.nan])).numpy()
     assert codes.tolist() == [0, 254, 254, 255]
     np.testing.assert_array_equal(decode_maps(codes), np.array([0, 1, 1, math.nan], dtype=np.float32))
 

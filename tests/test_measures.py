@@ -135,7 +135,7 @@ def test_quantiles_are_numpys_over_the_tokens_without_padding(
     padded = torch.from_numpy(values).to(dtype)
     for prompt, count in enumerate(counts):
         padded[prompt, count:] = torch.nan
-    found = quantiles(padded, torch.tensor(counts), LEVELS)
+    found = quantiles(padded, torch.tensor(counts), torch.tensor(LEVELS, dtype=padded.dtype))
     assert found.shape == (len(LEVELS), prompts)
     for prompt, count in enumerate(counts):
         wanted = np.quantile(values[prompt, :count], LEVELS)
@@ -144,13 +144,13 @@ def test_quantiles_are_numpys_over_the_tokens_without_padding(
 
 def test_quantiles_take_a_count_for_all_rows_above_them() -> None:
     values = torch.arange(24.0).reshape(2, 3, 4)
-    found = quantiles(values, torch.tensor([4, 2, 1]), (0.5,))
+    found = quantiles(values, torch.tensor([4, 2, 1]), torch.tensor([0.5]))
     assert found.tolist() == [[[1.5, 4.5, 8.0], [13.5, 16.5, 20.0]]]
 
 
 def test_quantiles_of_a_token_that_is_not_finite_are_nan_and_those_of_other_prompts_are_not() -> None:
     values = torch.tensor([[1.0, torch.inf, 3.0], [1.0, 2.0, torch.nan], [torch.nan, 2.0, 3.0]])
-    found = quantiles(values, torch.tensor([3, 2, 3]), (0.5,))
+    found = quantiles(values, torch.tensor([3, 2, 3]), torch.tensor([0.5]))
     assert found[0, 1].item() == 1.5
     assert bool(found[0, [0, 2]].isnan().all())
 

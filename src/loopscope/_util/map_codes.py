@@ -15,13 +15,6 @@ UNKNOWN = 255
 """Stands for nothing: beyond the prompt's end, attention that cannot be seen, or a state that is not finite."""
 
 
-def encode_maps(probabilities: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Probabilities as `round(254 sqrt(p))`, of any shape; NaN as 255."""
-    with np.errstate(invalid="ignore"):  # of NaN, which is no error here
-        steps = np.rint(HIGHEST * np.sqrt(probabilities))
-    return np.where(np.isnan(steps), UNKNOWN, np.minimum(steps, HIGHEST)).astype(np.uint8)
-
-
 def decode_maps(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The variable `attention_map` of a study as probabilities, `(code / 254)^2`, of any shape; 255 becomes NaN."""
     known = np.where(codes == UNKNOWN, np.nan, codes).astype(np.float32)

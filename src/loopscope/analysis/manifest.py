@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from loopscope.dynamics.verdicts import KINDS
 from loopscope.measures.base import Plan
 from loopscope.measures.behaviour import CHANGES
 from loopscope.measures.convergence import LEVELS
+from loopscope.measures.heads import fuses
 from loopscope.measures.maps import map_sites
 from loopscope.measures.registry import declared_variables
 from loopscope.measures.stability import RATE_REASONS, study_criterion
@@ -101,6 +103,8 @@ def manifest(
     info = subject.info
     plain = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
     digest = prompts_digest(list(prompts))
+    # Whose kernels reduce the attention maps that they know: they round otherwise than tiles.
+    fused = {"triton": importlib.import_module("triton").__version__} if fuses(subject.device, info.dtype) else {}
     source = (*PROMPT_SOURCE, "truncate", "chat")
     free = (
         *source,
@@ -138,6 +142,7 @@ def manifest(
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
+            **fused,
         },
         "threads": torch.get_num_threads(),
         # All that the numbers depend on: a folder is resumed only if this is the same.
@@ -145,7 +150,7 @@ def manifest(
             "model": {name: value for name, value in info.to_dict().items() if name != "name"},
             "settings": {name: value for name, value in plain.items() if name not in free},
             "prompts": {"count": len(prompts), "sha256": digest},
-            "versions": {name: version(name) for name in ("loopscope", "torch")},
+            "versions": {name: version(name) for name in ("loopscope", "torch")} | fused,
         },
     }
 

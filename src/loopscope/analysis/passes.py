@@ -184,7 +184,9 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
 def _measure_once(runs: _Runs, batch: BatchInfo, tick: Tick) -> list[Measure]:
     """A feed-forward model: one pass."""
     measures = [kind(batch) for kind in asked_for(batch)]
-    run = runs.start(0, [_FiniteGuard(batch), *measures])
+    guard = _FiniteGuard(batch)
+    run = runs.start(0, [guard, *measures])
+    guard.check()
     logits = run.decode(measures)
     tick("passes")
     for measure in measures:
@@ -263,19 +265,31 @@ class _OutsideTheLoop(Observer):
 
 
 class _FiniteGuard(Observer):
-    """Refuses states that are broken before the loop can be blamed."""
+    """Refuses states that are broken before the loop can be blamed, when the first recurrence is over: to ask layer by
+    layer would be to wait for a GPU each time."""
 
     def __init__(self, batch: BatchInfo) -> None:
         self._batch = batch
+        self._finite: dict[str, Tensor] = {}
 
     def visit(self, visit: Visit) -> None:
-        if visit.recurrence > 0:
+        if visit.recurrence == 0:
+            finite: Tensor = torch.isfinite(visit.residual).all(-1) | ~self._batch.mask
+            self._finite[visit.label] = finite.all(-1)
+
+    def loop_state(self, loop_state: LoopState) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises `NonFiniteError` for the first layer whose states are not finite."""
+        if not self._finite:
             return
-        finite: Tensor = torch.isfinite(visit.residual).all(-1) | ~self._batch.mask
+        labels, finite = list(self._finite), torch.stack(list(self._finite.values()))
+        self._finite.clear()
         if not bool(finite.all()):
-            row = int((~finite).any(-1).nonzero()[0])
+            layer, row = (~finite).nonzero()[0].tolist()
             raise NonFiniteError(
-                f"The state after {visit.label} of prompt {self._batch.first_prompt + row} is NaN or infinite in "
+                f"The state after {labels[layer]} of prompt {self._batch.first_prompt + row} is NaN or infinite in "
                 f"{self._batch.info.dtype}, before the loop could have made it grow; try a wider --dtype, "
                 f"or check the weights."
             )

@@ -227,15 +227,20 @@ class BatchInfo:
         return self.mask.numel() * width * self.itemsize
 
     @property
-    def stored(self) -> type[np.floating]:
+    def stored(self) -> torch.dtype:
         """What numbers of tokens, heads and quantiles are stored as: float64 of a model that runs in float64."""
-        return np.float64 if self.info.dtype == "float64" else np.float32
+        return torch.float64 if self.info.dtype == "float64" else torch.float32
+
+    def unknown(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An array of NaN that visits fill in, `stored` unless told otherwise. It stays on the device, for which nobody
+        waits that way, until the measure is asked for its arrays."""
+        return torch.full(shape, torch.nan, dtype=dtype or self.stored, device=self.mask.device)
 
     def squared_singular_values(self, visit: Visit) -> Tensor:
         """Of each prompt's states, (batch, value); the padding adds zeros. Measures of one visit share them."""
         if self._spectrum is None or self._spectrum[0] is not visit.residual:
             states = visit.residual.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-            self._spectrum = visit.residual, squared_singular_values(states).cpu()
+            self._spectrum = visit.residual, squared_singular_values(states)
         return self._spectrum[1]
 
     def row(self, prompt: int) -> int | None:
@@ -292,10 +297,17 @@ class Declared:
         return None
 
     @classmethod
-    def dataset(cls, arrays: Mapping[str, np.ndarray]) -> xr.Dataset:
-        """Arrays by name, with their declared dimensions; the weight of a sum has those of the sum."""
+    def dataset(cls, arrays: Mapping[str, np.ndarray | Tensor]) -> xr.Dataset:
+        """Arrays by name, with their declared dimensions, brought over from their device; the weight of a sum has the
+        dimensions of the sum."""
         return xr.Dataset(
-            {name: (cls.variables[name.removesuffix("_weight")].dims, values) for name, values in arrays.items()}
+            {
+                name: (
+                    cls.variables[name.removesuffix("_weight")].dims,
+                    values.cpu().numpy() if isinstance(values, Tensor) else values,
+                )
+                for name, values in arrays.items()
+            }
         )
 
 

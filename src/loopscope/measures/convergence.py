@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -45,8 +44,6 @@ TOKEN_NAMES = (
 )
 """Also kept token by token, for the last recurrent layer and the loop state."""
 
-_KEPT = [NAMES.index(name) for name in TOKEN_NAMES]
-
 
 class Convergence(Measure):
     """Compares each state with the one before it at the same site, and with that site's states at the horizons, in
@@ -79,10 +76,12 @@ class Convergence(Measure):
         self._previous: list[tuple[Tensor, Tensor] | None] = [None] * (self._layers + 1)
         self._last: tuple[Tensor, Tensor]
         shape = (self._layers, batch.recurrences, batch.prompts)
-        self._means = np.full((len(NAMES), *shape), np.nan, dtype=np.float64)
-        self._quantiles = np.full((len(NAMES), len(LEVELS), *shape), np.nan, dtype=batch.stored)
-        tokens = (len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens)
-        self._tokens = np.full(tokens, np.nan, dtype=batch.stored)
+        self._means = batch.unknown(len(NAMES), *shape, dtype=torch.float64)
+        self._quantiles = batch.unknown(len(NAMES), len(LEVELS), *shape)
+        self._tokens = batch.unknown(len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens)
+        # On the device once: lists would be copied there, and waited for, at every visit.
+        self._levels = torch.tensor(LEVELS, dtype=torch.float64, device=batch.mask.device)
+        self._kept = torch.tensor([NAMES.index(name) for name in TOKEN_NAMES], device=batch.mask.device)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -100,9 +99,8 @@ class Convergence(Measure):
             return
         values = self._compare(visit.layer, visit.residual)
         place = (visit.layer, visit.recurrence)
-        self._means[:, *place] = masked_mean(values, self.batch.mask).cpu().numpy()
-        found = quantiles(values, self.batch.counts, LEVELS).transpose(0, 1)
-        self._quantiles[:, :, *place] = found.cpu().numpy()
+        self._means[:, *place] = masked_mean(values, self.batch.mask)
+        self._quantiles[:, :, *place] = quantiles(values, self.batch.counts, self._levels).transpose(0, 1)
         if visit.layer == self._layers - 1:
             self._keep_tokens(0, visit.recurrence, values)
             self._last = (visit.residual, values)
@@ -131,18 +129,16 @@ class Convergence(Measure):
         return torch.stack([*values, norm])
 
     def _keep_tokens(self, site: int, recurrence: int, values: Tensor) -> None:
-        kept = values[_KEPT].masked_fill(~self.batch.mask, torch.nan)
-        self._tokens[:, site, recurrence] = kept.cpu().numpy()
+        kept = values.index_select(0, self._kept)
+        self._tokens[:, site, recurrence] = kept.masked_fill(~self.batch.mask, torch.nan)
 
     def result(self) -> xr.Dataset:
         norm = self._means[NAMES.index("residual_norm")]
-        with np.errstate(invalid="ignore", divide="ignore"):  # no growth is defined from a state of zeros or infinity
-            growth = norm / norm[:, :1]
         return self.dataset(
             {
                 **dict(zip(NAMES, self._means, strict=True)),
                 **{f"{name}_quantile": self._quantiles[index] for index, name in enumerate(NAMES)},
                 **{f"token_{name}": self._tokens[index] for index, name in enumerate(TOKEN_NAMES)},
-                "norm_growth": growth,
+                "norm_growth": norm / norm[:, :1],  # not finite from a state of zeros or infinity
             }
         )

@@ -98,7 +98,7 @@ def unrelated_degeneracy(
     return found.masked_fill(counts[:, None] == 1, torch.nan)
 
 
-def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) -> Quantiles:
+def quantiles(values: TokenValues, counts: Tensor, levels: Float[Tensor, " level"]) -> Quantiles:
     """Quantiles over the first `counts` entries of the last dimension, interpolated linearly (numpy's default).
 
     `counts` broadcasts against the leading dimensions. NaN where an entry that counts is not finite.
@@ -106,8 +106,7 @@ def quantiles(values: TokenValues, counts: Tensor, levels: tuple[float, ...]) ->
     counts = counts.expand(values.shape[:-1])
     counted = torch.arange(values.shape[-1], device=values.device) < counts.unsqueeze(-1)
     ordered = values.masked_fill(~counted, torch.inf).sort(dim=-1).values
-    level = torch.tensor(levels, dtype=values.dtype, device=values.device)
-    place = (counts - 1).unsqueeze(-1) * level
+    place = (counts - 1).unsqueeze(-1) * levels
     low = place.long()
     below = ordered.gather(-1, low)
     above = ordered.gather(-1, torch.minimum(low + 1, (counts - 1).unsqueeze(-1)))

@@ -1,11 +1,15 @@
 """Attention heads: what each one looks at in every visit, and how its map changes between recurrences.
 
-No map is ever whole: rows are made in tiles from queries and keys, added up, and dropped.
+No map is ever whole: rows are made in tiles from queries and keys, added up, and dropped; on a GPU, kernels of Triton's
+do so without writing them down.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import ClassVar, TypeGuard
 
 import numpy as np
 import torch
@@ -16,7 +20,7 @@ from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, depth_count, depth_of, variable
 from loopscope.measures.functions import widen
-from loopscope.measures.memory import Memory
+from loopscope.measures.memory import Memory, tile_entries, waiting_bytes
 from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
 HEAD_NAMES = (
@@ -36,17 +40,50 @@ _VISIT, _CHANGE = "depth head prompt", "layer recurrence head prompt"
 _NO_LOOP = "a feed-forward model has no recurrences"
 
 _TILE_ENTRIES = 2**18
-"""Probabilities in a tile: 1 MiB in float32, so that the passes over it stay in a processor's second cache. The fewer
+"""Probabilities in a tile on a CPU: 1 MiB in float32, so that the passes over it stay in its second cache. The fewer
 rows, the less of a tile lies beyond the diagonal, too."""
 _PENDING_BYTES = 2**25
-"""Of queries and keys that wait. Consecutive recurrences of a layer are done together, so that each map is made once
-and not once more for the change to the next; how many wait depends on the shapes and never on R."""
+"""Of queries and keys that wait on a CPU. Consecutive recurrences of a layer are done together, so that each map is
+made once and not once more for the change to the next; how many wait depends on the shapes and never on R."""
 
 
-def tiles(view: AttentionView, batch: int) -> list[tuple[int, int]]:
+def tiles(view: AttentionView, batch: int, device: torch.device) -> list[tuple[int, int]]:
     """(start, stop) of rows that together make a tile of moderate size."""
-    rows = max(1, _TILE_ENTRIES // (batch * view.heads * view.tokens))
+    rows = max(1, tile_entries(device, _TILE_ENTRIES) // (batch * view.heads * view.tokens))
     return [(start, min(start + rows, view.tokens)) for start in range(0, view.tokens, rows)]
+
+
+def fuses(device: torch.device, dtype: str) -> bool:
+    """Whether maps of a model in half precision are reduced by Triton's kernels there: on a GPU of Nvidia's that
+    multiplies bfloat16, or in Triton's interpreter, where it is asked for (TRITON_INTERPRET=1).
+
+    Not those of float32, which GPUs have no units to multiply: the kernels would need more registers than there are.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return False
+    if device.type == "cuda":
+        able = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return able and find_spec("triton") is not None
+
+
+_Maps = tuple[Sequence[AttentionView], AttentionView | None, AttentionView | None]
+"""Of consecutive recurrences of a layer, of the one before these, and of the horizon."""
+_FusedMaps = tuple[Sequence[QueryKeyAttention], QueryKeyAttention | None, QueryKeyAttention | None]
+
+
+def _can_be_fused(maps: _Maps) -> TypeGuard[_FusedMaps]:
+    """Whether the kernels know these."""
+    shapes = set()
+    for view in (*maps[0], *maps[1:]):
+        if isinstance(view, QueryKeyAttention) and view.causal and view.added is None:
+            shapes.add((view.query.shape, view.key.shape, view.query.dtype, view.key.dtype, view.scale, view.window))
+        elif view is not None:
+            return False
+    (query, key, dtype, key_dtype, _, _), *others = shapes
+    fits = dtype == key_dtype and query[2] == key[2] and query[3] <= 128
+    return not others and fits and dtype in (torch.bfloat16, torch.float16)
 
 
 class HeadMeasures(Measure):
@@ -97,9 +134,8 @@ class HeadMeasures(Measure):
         assert info.heads is not None
         self._heads = heads = info.heads
         depths = depth_count(batch)
-        self._stats = np.full((len(HEAD_NAMES), depths, heads, batch.prompts), np.nan, dtype=batch.stored)
-        changes = (len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
-        self._changes = np.full(changes, np.nan, dtype=batch.stored)
+        self._stats = batch.unknown(len(HEAD_NAMES), depths, heads, batch.prompts)
+        self._changes = batch.unknown(len(CHANGE_NAMES), info.recurrent, batch.recurrences, heads, batch.prompts)
         self._pending: list[list[tuple[int, AttentionView]]] = [[] for _ in range(info.recurrent)]
         self._before: list[AttentionView | None] = [None] * info.recurrent
         # Of each row, over the heads of the layers that can be seen: sum of squared changes, and how many there are.
@@ -111,25 +147,27 @@ class HeadMeasures(Measure):
     def memory(cls, batch: BatchInfo) -> Memory:
         layers, views = batch.info.recurrent, batch.attention_bytes
         # What waits, at least one recurrence of each layer, and the one that it is compared with.
-        waiting = min(max(_PENDING_BYTES, layers * views), layers * views * batch.recurrences)
+        most = waiting_bytes(batch.mask.device, _PENDING_BYTES)
+        waiting = min(max(most, layers * views), layers * views * batch.recurrences)
         rows = batch.prompts * (batch.info.heads or 0) * batch.tokens
         columns = 8 * rows * (waiting // max(1, layers * views))
-        tile = max(rows, min(_TILE_ENTRIES, rows * batch.tokens))
-        return Memory(kept=waiting + layers * views, visit=columns + 4 * 8 * tile)
+        tile = max(rows, min(tile_entries(batch.mask.device, _TILE_ENTRIES), rows * batch.tokens))
+        # Of the kernels: queries and keys of a layer side by side, and sums over the columns of blocks of rows.
+        fused = waiting // layers + 2 * views + rows * batch.tokens if fuses(batch.mask.device, batch.info.dtype) else 0
+        return Memory(kept=waiting + layers * views, visit=columns + max(4 * 8 * tile, fused))
 
     def visit(self, visit: Visit) -> None:
         view = visit.attention
         if view is None or view.heads != self._heads:
             return
         if visit.stage != "recurrent":
-            sums = _Sums(self.batch, view)
-            for start, stop in tiles(view, self.batch.prompts):
-                sums.add(view.tile(start, stop), start)
-            self._keep(depth_of(self.batch, visit.stage, visit.layer, 0), sums)
+            sums, _, _ = self._reduce([view], None, None)
+            self._keep(depth_of(self.batch, visit.stage, visit.layer, 0), sums[0])
             return
         pending = self._pending[visit.layer]
         pending.append((visit.recurrence, view))
-        if sum(waiting.nbytes for _, waiting in pending) * len(self._pending) >= _PENDING_BYTES:
+        waiting = sum(waiting.nbytes for _, waiting in pending) * len(self._pending)
+        if waiting >= waiting_bytes(self.batch.mask.device, _PENDING_BYTES):
             self._flush(visit.layer)
 
     def _flush(self, layer: int) -> None:
@@ -138,11 +176,44 @@ class HeadMeasures(Measure):
         if not pending:
             return
         views = [view for _, view in pending]
-        before, horizon = self._before[layer], self._at_horizon(layer)
-        sums = [_Sums(self.batch, view) for view in views]
-        places = (2, len(views), self.batch.prompts, self._heads)
-        squares = torch.zeros(places, dtype=torch.float64, device=self.batch.mask.device)
-        for start, stop in tiles(views[0], self.batch.prompts):
+        before = self._before[layer]
+        sums, squares, moved = self._reduce(views, before, self._at_horizon(layer))
+        distances = squares.sqrt()
+        bounds = torch.stack(
+            [
+                change_bound(view, earlier, self.batch.mask)
+                for view, earlier in zip(views, [before, *views[:-1]], strict=True)
+            ]
+        )
+        values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2)
+        for index, (recurrence, _) in enumerate(pending):
+            if before is not None or index > 0:
+                self._moving[recurrence] += self._heads
+                self._moved[recurrence] += moved[index]
+            self._keep(depth_of(self.batch, "recurrent", layer, recurrence), sums[index])
+            self._changes[:, layer, recurrence] = values[:, index]
+        self._before[layer] = views[-1]
+        pending.clear()
+
+    def _reduce(
+        self, views: Sequence[AttentionView], before: AttentionView | None, horizon: AttentionView | None
+    ) -> tuple[list[_Sums], Tensor, Tensor]:
+        """Of consecutive recurrences of a layer: what is added up of each map; squared distances to the map before and
+        to that at the horizon, (2, recurrence, batch, head), NaN where there is none; and the first of these by row,
+        over all heads, (recurrence, batch, token)."""
+        batch = self.batch
+        sums = [_Sums(batch, view) for view in views]
+        squares = torch.zeros(2, len(views), batch.prompts, self._heads, dtype=torch.float64, device=batch.mask.device)
+        moved = torch.zeros(len(views), *batch.mask.shape, dtype=torch.float64, device=batch.mask.device)
+        maps: _Maps = (views, before, horizon)
+        if fuses(batch.mask.device, batch.info.dtype) and _can_be_fused(maps):
+            from loopscope.measures.fused import map_statistics  # noqa: PLC0415 - needs Triton
+
+            found = map_statistics(*maps)
+            for each, columns, entropy in zip(sums, found.columns, found.entropy, strict=True):
+                each.add_rows(columns, entropy, 0)
+            return sums, torch.stack((found.change, found.away)).sum(-1), found.change.sum(2)
+        for start, stop in tiles(views[0], batch.prompts, batch.mask.device):
             last = None if before is None else before.tile(start, stop)
             fixed = None if horizon is None else horizon.tile(start, stop)
             for index, view in enumerate(views):
@@ -155,28 +226,15 @@ class HeadMeasures(Measure):
                     rows = _square_distances(tile, reference)
                     squares[place, index] += rows.sum(-1)
                     if place == 0:
-                        self._moved[pending[index][0], :, start:stop] += rows.sum(1)
+                        moved[index, :, start:stop] = rows.sum(1)
                 last = tile
-        distances = squares.sqrt()
-        bounds = torch.stack(
-            [
-                change_bound(view, earlier, self.batch.mask)
-                for view, earlier in zip(views, [before, *views[:-1]], strict=True)
-            ]
-        )
-        values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2).cpu().numpy()
-        for index, (recurrence, _) in enumerate(pending):
-            self._moving[recurrence] += 0 if before is None and index == 0 else self._heads
-            self._keep(depth_of(self.batch, "recurrent", layer, recurrence), sums[index])
-            self._changes[:, layer, recurrence] = values[:, index]
-        self._before[layer] = views[-1]
-        pending.clear()
+        return sums, squares, moved
 
     def _at_horizon(self, layer: int) -> AttentionView | None:
         return None if self.batch.horizon is None else self.batch.horizon.attention(layer)
 
     def _keep(self, depth: int, sums: _Sums) -> None:
-        self._stats[:, depth] = sums.finish().cpu().numpy()
+        self._stats[:, depth] = sums.finish()
 
     def result(self) -> xr.Dataset:
         for layer in range(len(self._pending)):
@@ -184,17 +242,17 @@ class HeadMeasures(Measure):
         found = dict(zip(HEAD_NAMES, self._stats, strict=True))
         if self._pending:
             found |= dict(zip(CHANGE_NAMES, self._changes, strict=True))
-            by_row = self._changes[0] / np.sqrt(self.batch.counts.cpu().numpy())
-            found["head_stable_from"] = stable_from(np.moveaxis(by_row, 1, -1), self.batch.plan.head_stable)
+            by_row = self._changes[0] / self.batch.counts.double().sqrt()
+            found["head_stable_from"] = stable_from(by_row.movedim(1, -1), self.batch.plan.head_stable)
             found["token_attention_change"] = self._token_change()
         return self.dataset(found)
 
-    def _token_change(self) -> np.ndarray:
+    def _token_change(self) -> Tensor:
         """Root mean square change of a token's own rows, over all heads and layers that can be seen."""
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to compare with
-            change = np.sqrt(self._moved.cpu().numpy() / self._moving[:, None, None])
-        change[:, ~self.batch.mask.cpu().numpy()] = np.nan
-        return change.astype(self.batch.stored)
+        # 0 / 0 is NaN: nothing to compare with.
+        moving = torch.from_numpy(self._moving).to(self._moved.device)
+        change = (self._moved / moving[:, None, None]).sqrt()
+        return change.masked_fill(~self.batch.mask, torch.nan).to(self.batch.stored)
 
 
 class _Sums:
@@ -209,10 +267,13 @@ class _Sums:
         self._relative = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, tile: Tensor, start: int) -> None:
-        self._columns[..., : tile.shape[-1]] += tile.sum(-2)
-        entropy = entropy_of_rows(tile)
+        self.add_rows(tile.sum(-2), entropy_of_rows(tile), start)
+
+    def add_rows(self, columns: Tensor, entropy: Tensor, start: int) -> None:
+        """Sums over the columns of some rows, and the entropies of these, the first of which is `start`."""
+        self._columns[..., : columns.shape[-1]] += columns
         self._entropy += entropy.sum(-1)
-        most = most_entropy(start + tile.shape[-2], entropy)[start:]
+        most = most_entropy(start + entropy.shape[-1], entropy)[start:]
         # The first row has one key to look at, and no entropy to be relative to.
         share = (entropy / most)[..., 1:] if start == 0 else entropy / most
         self._relative += share.sum(-1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
-from loopscope._util.map_codes import UNKNOWN, encode_maps
+from loopscope._util.map_codes import HIGHEST, UNKNOWN
 from loopscope._util.sites import Site
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.measures.heads import tiles
@@ -33,6 +34,12 @@ def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[Site]:
 def map_tokens(most: int, maps: int, limit: int) -> int:
     """Tokens of which maps can be kept: `most`, or as many as `limit` bytes have room for; 0 if none."""
     return min(most, math.isqrt(limit // maps))
+
+
+def encode_maps(probabilities: Tensor) -> Tensor:
+    """Probabilities as `round(254 sqrt(p))`, of any shape; NaN as 255 (`loopscope.map_codes`)."""
+    steps = (HIGHEST * probabilities.sqrt()).round().clamp(max=HIGHEST)
+    return torch.where(steps.isnan(), UNKNOWN, steps).to(torch.uint8)
 
 
 class AttentionMaps(Measure):
@@ -63,7 +70,8 @@ class AttentionMaps(Measure):
         self._rows = _mapped(batch)
         self._counts = [min(int(batch.counts[row]), choice.tokens) for row in self._rows]
         side = max(self._counts)
-        self._codes = np.full((len(self._rows), len(sites), self._heads, side, side), UNKNOWN, dtype=np.uint8)
+        shape = (len(self._rows), len(sites), self._heads, side, side)
+        self._codes = torch.full(shape, UNKNOWN, dtype=torch.uint8, device=batch.mask.device)
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
@@ -81,14 +89,14 @@ class AttentionMaps(Measure):
         for index, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             self._keep(view.prompt(row), self._codes[index, place, :, :count, :count])
 
-    def _keep(self, view: AttentionView, codes: np.ndarray) -> None:
+    def _keep(self, view: AttentionView, codes: Tensor) -> None:
         """Rows and columns of the first tokens, into `codes` (head, query, key)."""
         count = codes.shape[-1]
-        for start, stop in tiles(view, 1):
+        for start, stop in tiles(view, 1, self.batch.mask.device):
             if start >= count:
                 return
             tile = view.rows(start, min(stop, count))[0, :, :, :count]
-            codes[:, start:stop] = encode_maps(tile.cpu().numpy())
+            codes[:, start:stop] = encode_maps(tile)
 
     def result(self) -> xr.Dataset:
         return self.dataset({"attention_map": self._codes})

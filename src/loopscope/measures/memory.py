@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length
 from loopscope.dynamics.verdicts import KINDS
@@ -18,6 +20,30 @@ _OTHER = {"quantile": 5, "site": 2, "horizon": 2, "plane": 2, "change": 4, "pair
 """Lengths that depend on nothing."""
 _FEW = 6
 """Of a dimension that is not told here: settings of a method, components."""
+_GPU_TILE_BYTES, _GPU_TILE_SHARE = 2**29, 128
+"""Of entries that a GPU reduces at once, a few copies of which are there: enough that its work outweighs the 5 µs that
+each operation takes to start; and the share of its memory that they take at most."""
+_GPU_WAITING_SHARE = 32
+"""Of a GPU's memory, that what waits to be done together takes: 750 MiB of 24 GiB."""
+
+
+def tile_entries(device: torch.device, in_cache: int, itemsize: int = 4) -> int:
+    """Entries, of so many bytes, that are reduced at once: `in_cache` on a CPU, which its cache has room for, and on a
+    GPU as many as keep it busy, 2^27 of four bytes unless it is small."""
+    if device.type != "cuda":
+        return in_cache
+    return min(_GPU_TILE_BYTES, gpu_bytes(device) // _GPU_TILE_SHARE) // itemsize
+
+
+def waiting_bytes(device: torch.device, on_a_cpu: int) -> int:
+    """That what is done together may take while it waits: `on_a_cpu`, or a share of a GPU's memory."""
+    return gpu_bytes(device) // _GPU_WAITING_SHARE if device.type == "cuda" else on_a_cpu
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """All the memory that a GPU has. What is done at once follows it, and not what is free: numbers must not depend on
+    what else runs there."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

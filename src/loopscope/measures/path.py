@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -43,7 +42,7 @@ class PathIndependence(Measure):
         self.beside = tuple(_Beside(self, place) for place in range(starts))
         self._first: list[tuple[Tensor, Tensor] | None] = [None] * batch.info.recurrent
         shape = (2, starts, batch.info.recurrent, batch.recurrences, batch.prompts)
-        self._values = np.full(shape, np.nan, dtype=np.float64)
+        self._values = batch.unknown(*shape, dtype=torch.float64)
         self._ends: list[Tensor] = []
 
     @classmethod
@@ -64,7 +63,7 @@ class PathIndependence(Measure):
         assert first is not None  # the first run was advanced before
         away, turned = _apart(visit.residual, *first)
         found = masked_mean(torch.stack([away, turned]), self.batch.mask)
-        self._values[:, start, visit.layer, visit.recurrence] = found.cpu().numpy()
+        self._values[:, start, visit.layer, visit.recurrence] = found
         self._keep_end(visit)
 
     def _keep_end(self, visit: Visit) -> None:
@@ -73,22 +72,15 @@ class PathIndependence(Measure):
 
     def result(self) -> xr.Dataset:
         # As runs diverge, a distance is no number; then the farthest is none either.
-        farthest = self._values.max(1)
+        path, turned = self._values.amax(1)
         return self.dataset(
-            {"path_distance": farthest[0], "path_cosine_distance": farthest[1], "start_distance": self._between_ends()}
+            {"path_distance": path, "path_cosine_distance": turned, "start_distance": self._between_ends()}
         )
 
-    def _between_ends(self) -> np.ndarray:
-        count = len(self._ends)
-        found = np.zeros((count, count, *self.batch.mask.shape), dtype=np.float64)
-        for one in range(count):
-            first = self._ends[one]
-            norm = residual_norm(first.double())
-            for other in range(one):
-                away, _ = _apart(self._ends[other], first, norm)
-                found[one, other] = found[other, one] = away.cpu().numpy()
-        found[..., ~self.batch.mask.cpu().numpy()] = np.nan
-        return found.astype(self.batch.stored)
+    def _between_ends(self) -> Tensor:
+        ends = [(end, residual_norm(end.double())) for end in self._ends]
+        found = torch.stack([torch.stack([_apart(one, other, norm)[0] for other, norm in ends]) for one, _ in ends])
+        return found.where(self.batch.mask, torch.nan).to(self.batch.stored)
 
 
 def _apart(states: Tensor, reference: Tensor, reference_norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
@@ -48,11 +47,11 @@ class EffectiveRank(Measure):
 
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
-        self._ranks = np.full((depth_count(batch), batch.prompts), np.nan)
+        self._ranks = batch.unknown(depth_count(batch), batch.prompts, dtype=torch.float64)
 
     def visit(self, visit: Visit) -> None:
         depth = depth_of(self.batch, visit.stage, visit.layer, visit.recurrence)
-        self._ranks[depth] = _of_squares(self.batch.squared_singular_values(visit)).numpy()
+        self._ranks[depth] = _of_squares(self.batch.squared_singular_values(visit))
 
     def result(self) -> xr.Dataset:
         return self.dataset({"effective_rank": self._ranks})

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from torch.nn import functional
 from loopscope._util.shapes import Logits, States
 from loopscope.measures.base import BatchInfo, Measure, RunEnd, Variable, masked_mean, variable
 from loopscope.measures.functions import widen
-from loopscope.measures.memory import Memory
+from loopscope.measures.memory import Memory, tile_entries
 from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
@@ -33,8 +32,8 @@ _NO_EXITS = "the model was not read out after each recurrence of a full run (--e
 _NO_GATE = "the model has no exit gate"
 
 _PIECE_ENTRIES = 2**18
-"""Logits that are reduced together, in float64: 2 MiB and a few temporaries, so that the passes over them stay in the
-processor's cache."""
+"""Logits that are reduced together on a CPU, in float64: 2 MiB and a few temporaries, so that the passes over them stay
+in its cache."""
 
 
 def readout_grid(trained: int, recurrences: int, exits: int = 0) -> tuple[int, ...]:
@@ -84,8 +83,8 @@ class _Prediction:
     def mean_log(self, other: _Prediction) -> Tensor:
         """`sum_v p_v log q_v`. Logarithms of the shares are never formed, which would be one more pass over them."""
         found: Tensor = torch.linalg.vecdot(self.shares, other.scores)
-        if not bool(found.isfinite().all()):
-            # A score of -infinity: what has no probability counts for nothing.
+        if not self.scores.is_cpu or not bool(found.isfinite().all()):
+            # A score of -infinity: what has no probability counts for nothing. To ask a GPU would be to wait for it.
             found = torch.where(self.shares == 0, 0.0, self.shares * other.scores).sum(-1)
         return found - other.normalizer
 
@@ -167,17 +166,18 @@ class Readout(Measure):
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
         shape = (batch.prompts, batch.tokens)
-        self._tokens = np.full((4, len(self.grid), *shape), np.nan, dtype=batch.stored)
-        self._top1 = np.full((len(self.grid), *shape), -1, dtype=np.int64)
-        self._losses = np.full((len(self.grid), batch.prompts), np.nan)
-        self._to_previous, self._to_full = np.full((2, exits, *shape), np.nan, dtype=batch.stored)
+        self._tokens = batch.unknown(4, len(self.grid), *shape)
+        self._top1 = torch.full((len(self.grid), *shape), -1, dtype=torch.int64, device=batch.mask.device)
+        self._losses = batch.unknown(len(self.grid), batch.prompts, dtype=torch.float64)
+        self._to_previous, self._to_full = batch.unknown(2, exits, *shape)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
         states, _ = batch.bytes
         logits = batch.mask.numel() * batch.info.vocab_size * batch.itemsize
         grid = len({*batch.plan.readout, *range(1, batch.plan.exits + 1)})
-        piece = 8 * max(batch.info.vocab_size, min(_PIECE_ENTRIES, batch.tokens * batch.info.vocab_size))
+        most = tile_entries(batch.mask.device, _PIECE_ENTRIES, 8)
+        piece = 8 * max(batch.info.vocab_size, min(most, batch.tokens * batch.info.vocab_size))
         return Memory(kept=grid * states, ended=min(4, grid) * logits + 6 * piece)
 
     def loop_state(self, loop_state: LoopState) -> None:
@@ -202,7 +202,7 @@ class Readout(Measure):
 
     def _pieces(self, logits: Logits) -> Iterator[tuple[int, slice]]:
         """All tokens, (row, some tokens) at a time."""
-        size = max(1, _PIECE_ENTRIES // logits.shape[-1])
+        size = max(1, tile_entries(logits.device, _PIECE_ENTRIES, 8) // logits.shape[-1])
         for row, length in enumerate(self._lengths):
             for start in range(0, length, size):
                 yield row, slice(start, min(start + size, length))
@@ -231,14 +231,13 @@ class Readout(Measure):
         followed = functional.pad(mask[:, 1:], (0, 1))
         values[0].masked_fill_(~followed, torch.nan)
         index = self.grid.index(count)
-        self._losses[index] = masked_mean(values[0], followed).cpu().numpy()
-        kept = values.cpu().numpy()
-        self._tokens[:, index] = kept[:4]
-        self._top1[index] = top1.cpu().numpy()
+        self._losses[index] = masked_mean(values[0], followed)
+        self._tokens[:, index] = values[:4]
+        self._top1[index] = top1
         if full is not None:
-            self._to_full[count - 1] = kept[4]
+            self._to_full[count - 1] = values[4]
             if after is not None:
-                self._to_previous[count] = kept[5]
+                self._to_previous[count] = values[5]
 
     def result(self) -> xr.Dataset:
         found = {"loss": self._losses, **dict(zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True))}
@@ -248,7 +247,7 @@ class Readout(Measure):
             found |= self._exit_gate()
         return self.dataset(found)
 
-    def _exit_gate(self) -> dict[str, np.ndarray]:
+    def _exit_gate(self) -> dict[str, Tensor]:
         """What the model's own gate says, mean over tokens and token by token."""
         mask = self.batch.mask
         distribution = exit_distribution(self._gates)
@@ -256,7 +255,7 @@ class Readout(Measure):
         tokens = distribution.masked_fill(~mask[..., None], torch.nan).movedim(-1, 0)
         mean = masked_mean(distribution.movedim(-1, 0), mask)
         return {
-            "exit_probability": mean.double().cpu().numpy(),
-            "token_exit_probability": tokens.double().cpu().numpy().astype(self.batch.stored),
-            "token_exit_cumulated": widen(cumulated).cpu().numpy(),
+            "exit_probability": mean.double(),
+            "token_exit_probability": tokens.to(self.batch.stored),
+            "token_exit_cumulated": widen(cumulated),
         }

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
 from loopscope.measures.functions import residual_norm, widen
-from loopscope.measures.memory import Memory
+from loopscope.measures.memory import Memory, tile_entries
 from loopscope.models.visits import AttentionView, Visit
 
 _TILE_ENTRIES = 2**21
-"""Probabilities, of all visits together, in a tile of rows: 16 MiB in float64."""
+"""Probabilities, of all visits together, in a tile of rows on a CPU: 16 MiB in float64."""
 
 
 class CycleSimilarity(Measure):
@@ -47,16 +47,15 @@ class CycleSimilarity(Measure):
 
     def result(self) -> xr.Dataset:
         visits = len(self._directions)
-        total = torch.zeros(visits, visits, dtype=torch.float64)
-        weight = torch.zeros(visits, visits, dtype=torch.float64)
+        total, weight = torch.zeros(2, visits, visits, dtype=torch.float64, device=self.batch.mask.device)
         for prompt in range(self.batch.prompts):
             # Directions of one prompt in a row: their product is the sum over its tokens of the cosines.
             rows = torch.stack([direction[prompt].flatten() for direction in self._directions])
-            mean = (rows @ rows.T).double().cpu() / float(self.batch.counts[prompt])
+            mean = (rows @ rows.T).double() / self.batch.counts[prompt]
             finite = torch.isfinite(mean)
             total += torch.where(finite, mean.clamp(-1.0, 1.0), 0.0)
             weight += finite
-        return self.dataset({"cycle_similarity": total.numpy(), "cycle_similarity_weight": weight.numpy()})
+        return self.dataset({"cycle_similarity": total, "cycle_similarity_weight": weight})
 
 
 class AttentionCycle(Measure):
@@ -89,7 +88,7 @@ class AttentionCycle(Measure):
         visits = _visits(batch)
         row = visits * batch.prompts * (batch.info.heads or 0) * batch.tokens
         # Tiles of all visits, side by side once more, and one in the making.
-        tiles = 17 * max(row, min(_TILE_ENTRIES, row * batch.tokens))
+        tiles = 17 * max(row, min(tile_entries(batch.mask.device, _TILE_ENTRIES, 8), row * batch.tokens))
         return Memory(kept=visits * batch.attention_bytes, result=tiles)
 
     def visit(self, visit: Visit) -> None:
@@ -116,8 +115,9 @@ class AttentionCycle(Measure):
         found = np.full((prompts, len(self._views), len(self._views)), np.nan)
         if not views:
             return found
-        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=self.batch.mask.device)
-        step = max(1, _TILE_ENTRIES // (len(views) * prompts * self._heads * tokens))
+        device = self.batch.mask.device
+        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=device)
+        step = max(1, tile_entries(device, _TILE_ENTRIES, 8) // (len(views) * prompts * self._heads * tokens))
         for start in range(0, tokens, step):
             tiles = [view.tile(start, min(start + step, tokens)).double().flatten(1) for view in views]
             rows = torch.stack(tiles, dim=1)

@@ -96,8 +96,8 @@ class StageMeasures(Measure):
         super().__init__(batch)
         self._lengths = batch.counts.tolist()
         most = [min(length, batch.info.width) for length in self._lengths]
-        self._most = torch.tensor(most, dtype=torch.float64).log()
-        self._values = np.full((len(STAGE_NAMES), depth_count(batch), batch.prompts), np.nan, dtype=np.float64)
+        self._most = torch.tensor(most, dtype=torch.float64, device=batch.mask.device).log()
+        self._values = batch.unknown(len(STAGE_NAMES), depth_count(batch), batch.prompts, dtype=torch.float64)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -115,17 +115,17 @@ class StageMeasures(Measure):
             ratio, found = _massive(states[prompt, :length])
             massive.append(ratio)
             places.append(found)
-        place = torch.stack(places).double().cpu()
+        place = torch.stack(places)
         values = (
             entropy,
             torch.where(self._most > 0, entropy / self._most, torch.nan),
-            masked_mean(norms, self.batch.mask).cpu(),
-            norms.amax(-1).cpu(),
-            torch.stack(massive).cpu(),
+            masked_mean(norms, self.batch.mask),
+            norms.amax(-1),
+            torch.stack(massive),
             place[:, 0],
             place[:, 1],
         )
-        self._values[:, depth] = np.stack([value.double().numpy() for value in values])
+        self._values[:, depth] = torch.stack([value.double() for value in values])
 
     def result(self) -> xr.Dataset:
         return self.dataset(dict(zip(STAGE_NAMES, self._values, strict=True)))

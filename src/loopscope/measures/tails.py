@@ -34,7 +34,8 @@ class Tails(Observer):
     """
 
     def __init__(self, mask: Tensor, width: int, layers: Sequence[int], spans: Sequence[Span]) -> None:
-        self._mask = mask
+        # Places rather than a mask, whose number of places is known only when a device has counted them.
+        self._places = mask.flatten().nonzero()[:, 0]
         self._spans = tuple(dict.fromkeys(spans))
         self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
         self._kept = {(layer, span): _Kept(span[1] - span[0] - 1) for layer in layers for span in self._spans}
@@ -48,7 +49,7 @@ class Tails(Observer):
         if not spans:
             return
         # Once for all spans, which remember it until the next.
-        state = widen(visit.residual[self._mask])
+        state = widen(visit.residual.flatten(0, 1).index_select(0, self._places))
         for span in spans:
             self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence + 1 == span[1])
 

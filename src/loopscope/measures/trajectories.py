@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
-from loopscope.measures.functions import widen
 from loopscope.measures.memory import Memory
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
@@ -61,7 +60,7 @@ class Trajectories(Measure):
         self._rows = torch.tensor([row for row, _ in tracked], device=batch.mask.device)
         self._tokens = torch.tensor([token for _, token in tracked], device=batch.mask.device)
         shape = (len(tracked), batch.info.recurrent, batch.recurrences, batch.info.width)
-        self._states = np.full(shape, np.nan, dtype=np.float64)
+        self._states = batch.unknown(*shape, dtype=torch.float64)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -78,14 +77,14 @@ class Trajectories(Measure):
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
-            chosen: Tensor = widen(visit.residual[self._rows, self._tokens])
-            self._states[:, visit.layer, visit.recurrence] = chosen.double().cpu().numpy()
+            chosen: Tensor = visit.residual[self._rows, self._tokens]
+            self._states[:, visit.layer, visit.recurrence] = chosen
 
     def result(self) -> xr.Dataset:
         tracked, layers, recurrences, width = self._states.shape
         scores = np.empty((tracked, layers, recurrences, self.components))
         shares = np.empty((tracked, self.components))
-        for index, states in enumerate(self._states):
+        for index, states in enumerate(self._states.cpu().numpy()):
             found, shares[index] = principal_components(states.reshape(-1, width), self.components)
             scores[index] = found.reshape(layers, recurrences, self.components)
         return self.dataset({"trajectory": scores, "trajectory_variance": shares})

@@ -89,19 +89,13 @@ class QueryKeyAttention(AttentionView):
 
     def tile(self, start: int, stop: int) -> Rows:
         keys = min(stop, self.key.shape[2]) if self.causal else self.key.shape[2]
-        dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        query = self.query[:, :, start:stop].to(dtype) * self.scale
-        key = self.key[:, :, :keys].to(dtype)
-        batch, heads, rows, dim = query.shape
-        groups = key.shape[1]
-        grouped = query.reshape(batch, groups, heads // groups, rows, dim)
-        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, keys)
+        scores = self._scores(self.query[:, :, start:stop], self.key[:, :, :keys])
         if self.added is not None:
             added = self.added if self.added.shape[-2] == 1 else self.added[..., start:stop, :]
-            scores = scores + (added if added.shape[-1] == 1 else added[..., :keys]).to(dtype)
+            scores = scores + (added if added.shape[-1] == 1 else added[..., :keys]).to(scores.dtype)
         self._hide(scores, start, stop)
         probabilities = scores.softmax(-1)
-        if self.mask is not None and not bool((tokens := self.mask[:, start:stop]).all()):
+        if self.mask is not None and _may_hide((tokens := self.mask[:, start:stop]).logical_not()):
             # A row of padding may have no key to look at, which makes its softmax 0/0.
             probabilities.masked_fill_(~tokens[:, None, :, None], 0.0)
         return probabilities
@@ -111,6 +105,17 @@ class QueryKeyAttention(AttentionView):
         added = self.added if self.added is None or self.added.shape[0] == 1 else self.added[one]
         mask = None if self.mask is None else self.mask[one]
         return replace(self, query=self.query[one], key=self.key[one], mask=mask, added=added)
+
+    def _scores(self, query: Tensor, key: Tensor) -> Rows:
+        batch, heads, rows, dim = query.shape
+        groups, keys = key.shape[1:3]
+        if _multiplies_widely(query, key):
+            grouped = query.reshape(batch * groups, heads // groups * rows, dim)
+            wide = torch.bmm(grouped, key.reshape(batch * groups, keys, dim).mT, out_dtype=torch.float32)
+            return wide.mul_(self.scale).reshape(batch, heads, rows, keys)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        grouped = (query.to(dtype) * self.scale).reshape(batch, groups, heads // groups, rows, dim)
+        return (grouped @ key.to(dtype).unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, keys)
 
     def _hide(self, scores: Tensor, start: int, stop: int) -> None:
         """Set the scores of keys that may not be looked at to -infinity, in place."""
@@ -123,8 +128,20 @@ class QueryKeyAttention(AttentionView):
         if self.window is not None and self.window < stop:
             scores.masked_fill_(position <= query[:, None] - self.window, float("-inf"))
         # Under a causal mask, padding after the last token is hidden already.
-        if self.mask is not None and (not self.causal or bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())):
+        if self.mask is not None and (not self.causal or _may_hide(self.mask[:, 1:] & ~self.mask[:, :-1])):
             scores.masked_fill_(~self.mask[:, None, None, :keys], float("-inf"))
+
+
+def _multiplies_widely(query: Tensor, key: Tensor) -> bool:
+    """Whether a GPU's units for products of half precision can add them up in float32. The products are exact there, so
+    that nothing is lost against widening both first, which keeps those units idle."""
+    half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.is_cuda and "dtype" in torch.ops.aten.bmm.overloads()
+
+
+def _may_hide(places: Tensor) -> bool:
+    """Whether any of these is True. A GPU is not asked, which would be to wait for it: there one may be."""
+    return not places.is_cpu or bool(places.any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
