@@ -64,8 +64,14 @@ def displacement_verdicts(
     for motions in measure_tails(
         states, dtype, settings, first_recurrence, shorter=try_window, kinds_only=not try_window, noise=noise
     ):
-        verdict = _verdict(_decide(motions.whole, motions.later, settings))
-        if motions.shorter is not None and not same_limit(verdict.kind, _decide(motions.shorter, None, settings).kind):
+        finding = _decide(motions.whole, motions.later, settings)
+        kind = finding.kind if motions.shorter is None else _decide(motions.shorter, None, settings).kind
+        if kind.settles and finding.kind == Kind.BOUNDED:
+            # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
+            reason = f"{finding.reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
+            finding = finding._replace(kind=Kind.UNKNOWN, reason=reason)
+        verdict = _verdict(finding)
+        if not same_limit(verdict.kind, kind):
             verdict = dataclasses.replace(verdict, unstable=("window",))
         verdicts.append(verdict)
     return verdicts
