@@ -315,3 +315,43 @@ def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pyt
     monkeypatch.setattr("loopscope.models.checkpoints.load.available_memory", lambda device: 300_000)
     with pytest.raises(CheckpointError, match=r"The weights need 0\.4 MB in float32, and 0\.3 MB .* --dtype bfloat16"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "attention_bias = True; loopscope implements Llama"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2'; of the activations"),
+        ("qwen3", {"attention_bias": True, "head_dim": 8}, "attention_bias = True; loopscope implements Qwen3"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+            "rope_type is 'longrope'",
+        ),
+    ],
+    ids=["biases", "relu2", "qwen3-bias", "longrope"],
+)
+def test_a_known_family_with_a_setting_that_is_not_implemented(
+    kind: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    if "rope_parameters" in changes:
+        changes["rope_parameters"] |= {"rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 2.0}
+    model = tiny(kind, **changes)
+    model.save_pretrained(tmp_path)
+    subject = load(tmp_path)
+    assert subject.info.family == f"{kind} (hooked)"
+    (note,) = subject.notes
+    assert said in note
+    assert "so the code of transformers" in note
+    assert torch.equal(loopscope.capture(subject, IDS).logits, model(IDS, use_cache=False).logits)
+    found = loopscope.inspect_model(tmp_path)
+    assert (found.runs, found.prelude) == ("through hooks", subject.info.prelude)
+    assert said in found.recognised_by
+
+
+def test_a_setting_that_nobody_implements(tmp_path: Path) -> None:
+    tiny("llama", attention_bias=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "wavy"}))
+    with pytest.raises(CheckpointError, match=r"attention_bias = True; .*, and transformers .* cannot load it either"):
+        load(tmp_path)

@@ -57,7 +57,12 @@ def analyze(
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
     subject = subject_of(
-        model, revision=settings.revision, dtype=settings.dtype, device=settings.device, prefix=settings.prefix
+        model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        prefix=settings.prefix,
+        ignore_config=settings.ignore_config,
     )
     progress = progress or SilentProgress()
     source = model if isinstance(model, str | Path) else None
@@ -140,6 +145,7 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
         actual["prefix"] = info.prefix
     if info.interventions:
         actual["intervene"] = info.interventions
+    actual["ignore_config"] = info.ignored_config
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)

@@ -94,6 +94,9 @@ class AnalyzeSettings:
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hugging Face hub."""
+    ignore_config: tuple[str, ...] = ()
+    """A field of config.json that loopscope does not know, to be passed over where you know that it does not change
+    what the model computes. Again for several."""
     dtype: Dtype | Literal["auto"] = "float32"
     """What the model runs in. Measures are taken in float32, or float64 where that is the model's. auto takes float64,
     which sees nine more digits settle, for models of less than 50 million parameters on a CPU, where an analysis then

@@ -13,6 +13,7 @@ from torch import nn
 from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
 from loopscope.models.checkpoints.family import Family
 from loopscope.models.checkpoints.find import find_checkpoint
+from loopscope.models.checkpoints.layout import refuse_ignored
 from loopscope.models.checkpoints.load import load_checkpoint
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.hooked import HookedSubject
@@ -38,12 +39,13 @@ def load(
     device: str = "auto",
     families: Sequence[Family] = (),
     prefix: PrefixReading = "causal",
+    ignore_config: Sequence[str] = (),
 ) -> NativeSubject | HookedSubject:
     """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
 
     A string of the form `organisation/model` that is no folder is downloaded from the hub, without any code;
-    `revision` is a branch, a tag or a commit there. A model of a family that loopscope does not read itself is loaded
-    by the transformers package, if that is installed, and watched through hooks; see `loopscope.hook`.
+    `revision` is a branch, a tag or a commit there. A model of a family, or with a setting, that loopscope does not
+    read itself is loaded by transformers, if that is installed, and watched through hooks; see `loopscope.hook`.
 
     `families` describe formats of your own, and are asked before those that loopscope knows; see
     docs/adding-a-family.md.
@@ -53,6 +55,9 @@ def load(
 
     `prefix` is for a model that was trained to read its prompt in both directions, HRM-Text: `trained` reads it so,
     `causal` as a text that no token looks ahead in. `loopscope analyze` reads it as it was trained.
+
+    `ignore_config` names fields of config.json that loopscope does not know, to be passed over where you know that they
+    do not change what the model computes; the subject's `info` keeps them.
 
     Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly, `PromptError`
     for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision of something
@@ -67,12 +72,21 @@ def load(
         parameters = sum(math.prod(header.shape) for header in TensorStore(found.folder).headers.values())
         dtype = "float64" if place.type == "cpu" and parameters < _AUTO_FLOAT64 else "float32"
     try:
-        checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=place, families=families)
+        checkpoint = load_checkpoint(
+            found.folder, dtype=_DTYPES[dtype], device=place, families=families, ignore_config=ignore_config
+        )
     except UnknownFamilyError as unknown:
+        refuse_ignored(ignore_config, unknown)
         name = str(name_or_path)
         try:
             return load_hooked(
-                found.folder, dtype=_DTYPES[dtype], device=place, name=name, revision=found.revision, prefix=prefix
+                found.folder,
+                dtype=_DTYPES[dtype],
+                device=place,
+                name=name,
+                revision=found.revision,
+                prefix=prefix,
+                unknown=unknown,
             )
         except MissingDependencyError as error:
             # What is unknown, and the command that installs what may know it.
@@ -84,6 +98,7 @@ def load(
         tokenizer=load_tokenizer(found.folder),
         weights_sha256=checkpoint.weights_sha256,
         revision=found.revision,
+        ignored_config=ignore_config,
     )
 
 
@@ -106,9 +121,10 @@ def subject_of(
     dtype: str = "float32",
     device: str = "auto",
     prefix: PrefixReading = "causal",
+    ignore_config: Sequence[str] = (),
 ) -> Subject:
     """What a function that takes a model was given: a name or folder for `load`, which the other arguments are for, or
     a model in memory. Raises the errors of `load` and of `as_subject`."""
     if isinstance(model, str | Path):
-        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix)
+        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix, ignore_config=ignore_config)
     return as_subject(model)

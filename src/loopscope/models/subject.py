@@ -67,7 +67,8 @@ class SubjectInfo:
     other_states: tuple[int, ...] = ()
     """Recurrent layers that end a further state which goes around beside the loop state, such as HRM-Text's z_L: what a
     token tends to is judged there as after the last layer."""
-
+    ignored_config: tuple[str, ...] = ()
+    """Fields of config.json that loopscope does not know and that its user said to pass over."""
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
 
@@ -97,8 +98,8 @@ class SubjectInfo:
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.
-        lists = {"interventions": list(self.interventions), "other_states": list(self.other_states)}
-        return dataclasses.asdict(self) | lists
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -54,8 +54,11 @@ class HookedSubject:
         revision: str | None = None,
         found: str | None = None,
         prefix: PrefixReading = "causal",
+        notes: Sequence[str] = (),
     ) -> None:
         check_weights(model)
+        self.notes = tuple(notes)
+        """How the model came to be run through hooks, in sentences, where that is not what its owner asked for."""
         self.found = found
         """What was found of the layout by watching a forward pass, in words; None for one that was given."""
         self.model = model

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loopscope._util.hub import require
-from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
+from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
 from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, ModelCall
@@ -123,8 +123,11 @@ def load_hooked(
     name: str | None = None,
     revision: str | None = None,
     prefix: PrefixReading = "causal",
+    unknown: UnknownFamilyError | None = None,
 ) -> HookedSubject:
     """Load a folder with transformers' own modelling code, and hook the model.
+
+    `unknown` is why loopscope's own reader does not; the subject's `notes` say so.
 
     Only safetensors are read, and no code from the folder is run. transformers fills what a checkpoint lacks with
     random numbers, so its account of the loading is checked: a tensor that is missing, not wanted or of another shape
@@ -141,7 +144,9 @@ def load_hooked(
             "the module inside, or rename the tensors."
         )
     check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
-    model = _load(transformers, folder, dtype).to(device)
+    setting = isinstance(unknown, UnknownSettingError)
+    why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
+    model = _load(transformers, folder, dtype, why).to(device)
     _check_finite(model, folder)
     found = _find(model.eval().requires_grad_(False), None, None, None)
     return HookedSubject(
@@ -154,10 +159,11 @@ def load_hooked(
         revision=revision,
         found=found.sentence,
         prefix=prefix,
+        notes=(f"{why}, so the code of transformers {transformers.__version__} runs it, watched through hooks.",),
     )
 
 
-def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str) -> nn.Module:
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -174,8 +180,7 @@ def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Modu
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{folder} is of no family that loopscope reads itself, and transformers {transformers.__version__} cannot "
-            f"load it either: {reason}"
+            f"{why}, and transformers {transformers.__version__} cannot load it either: {reason}"
         ) from error
     _check_report(report, folder)
     loaded: nn.Module = model
