@@ -21,8 +21,9 @@ from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
 from loopscope.models.hooks.trial import check_weights, probe_of, trial
+from loopscope.models.hooks.unwrapping import unwrap
 from loopscope.models.subject import PrefixReading
-from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
+from loopscope.prompts.tokenizer import as_tokenizer, load_tokenizer
 
 
 def hook(
@@ -36,7 +37,7 @@ def hook(
     trained_recurrences: int | None = None,
     forward: Forward | None = None,
     name: str | None = None,
-    tokenizer: TextTokenizer | None = None,
+    tokenizer: object | None = None,
 ) -> HookedSubject:
     """Any torch module as a subject, which `capture`, `analyze` and the contract take.
 
@@ -60,7 +61,8 @@ def hook(
     - `trained_recurrences`: the model's own number, if it cannot be counted in a run with nothing set.
     - `forward`: `forward(model, input_ids, mask, **keyword_arguments) -> logits` if the model is not called as
       `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
-    - `name`, `tokenizer`: for results and for prompts that are texts.
+    - `name`, `tokenizer`: for results and for prompts that are texts; a tokenizer of transformers (a fast one) or of
+      the package tokenizers.
 
     The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
     carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
@@ -68,14 +70,14 @@ def hook(
     does, how wide it is.
 
     While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
-    still. Weights are never changed. A model that torch has compiled is run without its compiled code.
+    still. Weights are never changed. A model that torch has compiled is run without its compiled code, one in
+    `DataParallel` on one device, and one in PEFT with its adapters; paths are those of the module inside.
 
     Raises `ConfigError` for paths that lead nowhere, layers that are called in another order than given or not at all,
     layers whose first output is not the state, a model that fails on the probe, and one that gives other numbers when
     it is run again.
     """
-    compiled = getattr(model, "_orig_mod", None)
-    model = compiled if isinstance(compiled, nn.Module) else model
+    model, unwrapped = unwrap(model)
     check_weights(model)
     found: Found | None = None
     if all(entry is None for entry in (prelude, recurrent, coda, loop_end)):
@@ -98,8 +100,9 @@ def hook(
         trained_recurrences=trained_recurrences,
         forward=forward,
         name=name,
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else as_tokenizer(tokenizer),
         found=None if found is None else found.sentence,
+        notes=() if unwrapped is None else (unwrapped,),
     )
 
 
