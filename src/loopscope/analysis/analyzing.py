@@ -21,7 +21,7 @@ from loopscope.errors import ConfigError, PromptError
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import intervene
-from loopscope.models.subject import Subject
+from loopscope.models.subject import Subject, check_length
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokens import cut_text, encode_prompts
@@ -143,7 +143,7 @@ def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSett
             limit=settings.limit,
             seed=settings.sample_seed,
         )
-    return encode_prompts(
+    encoded = encode_prompts(
         prompts,
         subject.tokenizer,
         vocab_size=vocab_size,
@@ -151,6 +151,8 @@ def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSett
         truncate=settings.truncate,
         chat=settings.chat,
     )
+    check_length(subject.info, [len(prompt.token_ids) for prompt in encoded])
+    return encoded
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:

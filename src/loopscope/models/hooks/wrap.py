@@ -20,9 +20,9 @@ from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
-from loopscope.models.hooks.trial import check_weights, probe_of, trial
+from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
 from loopscope.models.hooks.unwrapping import unwrap
-from loopscope.models.subject import PrefixReading
+from loopscope.models.subject import Batch, PrefixReading
 from loopscope.prompts.tokenizer import as_tokenizer, load_tokenizer
 
 
@@ -38,6 +38,8 @@ def hook(
     forward: Forward | None = None,
     name: str | None = None,
     tokenizer: object | None = None,
+    probe: ProbeTokens | None = None,
+    tokens_before: int = 0,
 ) -> HookedSubject:
     """Any torch module as a subject, which `capture`, `analyze` and the contract take.
 
@@ -64,6 +66,11 @@ def hook(
     - `name`, `tokenizer`: for results and for prompts that are texts; a tokenizer of transformers (a fast one) or of
       the package tokenizers.
 
+    - `probe`: how many tokens the model is tried on, or the ids of one prompt, where it cannot be run on 11 of the ids
+      0 to 2: a board of 81 fields.
+    - `tokens_before`: tokens that the model puts before the text, such as registers or those of a puzzle; what is
+      announced has the text's states alone.
+
     The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
     carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
     put out states or branches, whether random numbers are drawn, whether anything is overwritten in place, what padding
@@ -81,7 +88,8 @@ def hook(
     check_weights(model)
     found: Found | None = None
     if all(entry is None for entry in (prelude, recurrent, coda, loop_end)):
-        found = _find(model, forward, set_recurrences, trained_recurrences)
+        call = ModelCall(model, forward, tokens_before=tokens_before)
+        found = _find(call, probe_of(model, probe), set_recurrences, trained_recurrences)
         layout = found.layout
         set_recurrences = set_recurrences or found.setting
     else:
@@ -103,19 +111,17 @@ def hook(
         tokenizer=None if tokenizer is None else as_tokenizer(tokenizer),
         found=None if found is None else found.sentence,
         notes=() if unwrapped is None else (unwrapped,),
+        probe=probe,
+        tokens_before=tokens_before,
     )
 
 
-def _find(
-    model: nn.Module, forward: Forward | None, set_recurrences: SetRecurrences | None, trained: int | None
-) -> Found:
+def _find(call: ModelCall, probe: Batch, set_recurrences: SetRecurrences | None, trained: int | None) -> Found:
     extra = None
     if callable(set_recurrences) and trained is not None:
-        extra = set_recurrences(model, trained)
-    with trial(model, is_function=callable(set_recurrences), trained=trained):
-        return find_layout(
-            ModelCall(model, forward), probe_of(model), extra=extra, with_setting=set_recurrences is None
-        )
+        extra = set_recurrences(call.model, trained)
+    with trial(call.model, is_function=callable(set_recurrences), trained=trained):
+        return find_layout(call, probe, extra=extra, with_setting=set_recurrences is None)
 
 
 def load_hooked(
@@ -151,7 +157,7 @@ def load_hooked(
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
     model = _load(transformers, folder, dtype, why).to(device)
     _check_finite(model, folder)
-    found = _find(model.eval().requires_grad_(False), None, None, None)
+    found = _find(ModelCall(model.eval().requires_grad_(False)), probe_of(model), None, None)
     return HookedSubject(
         model,
         found.layout,
