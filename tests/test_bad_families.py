@@ -137,7 +137,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     (
         LLAMA,
         {"model_type": "qwen3"},
-        "model_type 'qwen3', but its tensors are named as those of llama or mistral;",
+        "model_type 'qwen3', but its tensors are named as those of nanbeige or llama or mistral;",
     ),
     (QWEN3, {"model_type": "llama"}, "model_type 'llama', but its tensors are named as those of qwen3; one of the"),
     (OLMO2, {"model_type": "qwen3"}, "model_type 'qwen3', but its tensors are named as those of olmo2;"),
