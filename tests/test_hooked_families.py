@@ -355,3 +355,21 @@ def test_a_setting_that_nobody_implements(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "wavy"}))
     with pytest.raises(CheckpointError, match=r"attention_bias = True; .*, and transformers .* cannot load it either"):
         load(tmp_path)
+
+
+def test_what_goes_to_learned_sinks_is_a_measure_of_its_own() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    model = tiny("gpt_oss", num_local_experts=3, num_experts_per_tok=2, rope_parameters=rope)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.randn(4))
+    subject = loopscope.hook(model)
+    assert (subject.info.heads, subject.info.sink_heads) == (None, 4)
+    assert sum("what goes to it is measured (sink_mass)" in each for each in subject.unobservable) == 3
+    study = loopscope.analyze(subject, [IDS[0].tolist(), IDS[1, :4].tolist()])
+    for prompt, ids in enumerate((IDS[:1], IDS[1:, :4])):
+        attentions = model(ids, output_attentions=True, use_cache=False).attentions
+        expected = torch.cat([1 - maps.sum(-1).mean(-1) for maps in attentions])
+        torch.testing.assert_close(torch.from_numpy(study.dataset["sink_mass"].values[..., prompt]), expected.detach())
+    plain = loopscope.analyze(loopscope.hook(tiny("llama")), IDS)
+    assert "no attention of the model has a column beside the tokens" in plain.manifest["left_out"]["sink_mass"]

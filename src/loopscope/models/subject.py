@@ -67,6 +67,8 @@ class SubjectInfo:
     other_states: tuple[int, ...] = ()
     """Recurrent layers that end a further state which goes around beside the loop state, such as HRM-Text's z_L: what a
     token tends to is judged there as after the last layer."""
+    sink_heads: int | None = None
+    """Heads that give a part of their attention to a column beside the tokens (a learned sink); None without one."""
     only_tokens: int | None = None
     """A model that runs on prompts of that many tokens alone, such as boards."""
     ignored_config: tuple[str, ...] = ()

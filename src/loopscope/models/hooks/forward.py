@@ -217,16 +217,16 @@ class _Worker:
             return
         site = self._site
         assert site is not None  # a layer that ends has begun
-        attention = None
+        attention = sink = None
         if self._watching is not None:
             self._stop_watching()
-            attention, calls = self._watch.collect()
+            attention, sink, calls = self._watch.collect()
             self._listener.attention_calls[site.stage, site.layer] = calls
             if (site.stage, site.layer) in self._spec.blind:
                 attention = None
         state = self._announced(self._find(outputs_of(output), site, "put out"))
         if self._listener.listening:
-            self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention))
+            self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention, sink))
         is_last = self._cursor.leave(site)
         layout = self._spec.layout
         if is_last:

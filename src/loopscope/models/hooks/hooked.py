@@ -290,6 +290,7 @@ class HookedSubject:
             revision=revision,
             other_states=self.layout.other_states,
             only_tokens=facts.only_tokens,
+            sink_heads=facts.sink_heads,
             prefix=self._prefix,
         )
 

@@ -97,6 +97,9 @@ class Facts:
     """A layer's input or output, or what its attention was computed from, is changed in place later on."""
     behind: Padding
     """What a later token and padding do, at the model's own number of recurrences."""
+    sink_heads: int | None = None
+    """Heads that give a part of their attention to a column beside the tokens, where that is seen in a layer; None
+    without one, or where layers have different numbers."""
     unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
     """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
 
@@ -177,8 +180,14 @@ def measure_facts(
         random=random,
         overwrites=any(record.overwrites for record in records),
         behind=behind,
+        sink_heads=_sink_heads(record, heads),
         unseen={place: record.forward.attention_calls[place] for place, view in attention.items() if view is None},
     )
+
+
+def _sink_heads(record: _Record, heads: set[int]) -> int | None:
+    found = {visit.sink.shape[1] for visit in record.visits if visit.sink is not None}
+    return found.pop() if len(found) == 1 and not heads - found else None
 
 
 def _of_another_length(start: StartForward, probe: Batch, recurrences: int | None) -> _Record | None:

@@ -129,7 +129,8 @@ def _of_attention(layout: HookLayout, facts: Facts) -> list[str]:
         path = layout.stage(stage)[layer].path
         reason = {
             0: "no attention that is understood was computed in it, where one was expected",
-            1: "what was computed in it has other queries or keys than the prompt's tokens",
+            1: "what was computed in it has other queries or keys than the prompt's tokens"
+            + ("" if facts.sink_heads is None else "; of a sink beside them, what goes to it is measured (sink_mass)"),
         }.get(calls, f"{calls} attentions were computed in it, where one was expected")
         found.append(f"Attention of {stage}.{layer} ({path}): {reason}.")
     layers = len(layout.prelude) + len(layout.recurrent) + len(layout.coda)
