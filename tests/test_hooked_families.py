@@ -373,3 +373,17 @@ def test_what_goes_to_learned_sinks_is_a_measure_of_its_own() -> None:
         torch.testing.assert_close(torch.from_numpy(study.dataset["sink_mass"].values[..., prompt]), expected.detach())
     plain = loopscope.analyze(loopscope.hook(tiny("llama")), IDS)
     assert "no attention of the model has a column beside the tokens" in plain.manifest["left_out"]["sink_mass"]
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_tensors_that_were_saved_in_a_wrapper(wrapper: str, tmp_path: Path) -> None:
+    model = tiny("gemma2")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"{wrapper}{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(loopscope.capture(load(tmp_path), IDS).logits, model(IDS, use_cache=False).logits)
+    save_file(
+        {f"{wrapper}{name}": tensor for name, tensor in list(weights.items())[:-1]}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        load(tmp_path)

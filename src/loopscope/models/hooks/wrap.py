@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,16 +147,10 @@ def load_hooked(
     """
     transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
     store = TensorStore(folder)
-    if store.wrapper:
-        raise CheckpointError(
-            f"All tensors in {folder} are named with {store.wrapper!r} before them, as the wrapper was saved (of "
-            "torch.compile, DataParallel or PEFT) and not the model in it, and transformers knows no such names: save "
-            "the module inside, or rename the tensors."
-        )
     check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
     setting = isinstance(unknown, UnknownSettingError)
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
-    model = _load(transformers, folder, dtype, why).to(device)
+    model = _load(transformers, folder, dtype, why, store.wrapper).to(device)
     _check_finite(model, folder)
     found = _find(ModelCall(model.eval().requires_grad_(False)), probe_of(model), None, None)
     return HookedSubject(
@@ -172,7 +167,7 @@ def load_hooked(
     )
 
 
-def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str) -> nn.Module:
+def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str, wrapper: str) -> nn.Module:
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -185,6 +180,7 @@ def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str) 
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
+                key_mapping={f"^{re.escape(wrapper)}": ""} if wrapper else None,
             )
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
