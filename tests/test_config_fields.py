@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loopscope
+from loopscope.cli.commands import parse_and_run
 from loopscope.errors import CheckpointError, ConfigError, LoopscopeError
 from loopscope.models.inspection.inspecting import inspect_model
 
@@ -57,6 +58,16 @@ def test_a_field_that_is_passed_over_is_recorded(tmp_path: Path) -> None:
     assert "note_to_self, rope_scaling.remark" in page
     loaded = loopscope.load(folder, ignore_config=fields)
     assert loopscope.analyze(loaded, IDS).manifest["settings"]["ignore_config"] == list(fields)
+
+
+def test_the_command_takes_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(changed(tmp_path, "ouro-tiny", first=1, second=2))
+    with pytest.raises(CheckpointError, match=r"sets second = 2, .* pass over it with --ignore-config second"):
+        parse_and_run(["inspect", folder, "--ignore-config", "first"])
+    parse_and_run(["inspect", folder, "--ignore-config", "first", "--ignore-config", "second", "--json"])
+    assert json.loads(capsys.readouterr().out)["recognised_by"].endswith("passed over in config.json: first, second")
+    with pytest.raises(ConfigError, match="--ignore-config is of one model"):
+        parse_and_run(["inspect", folder, folder, "--ignore-config", "first"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,3 +119,42 @@ def test_what_a_board_needs_is_said() -> None:
     for wrong in (0, [], [[1], [2]], [1.5], torch.ones(2, 3)):
         with pytest.raises(ConfigError, match="probe must be a number of tokens, or the ids of one prompt"):
             loopscope.hook(Universal(), probe=wrong)  # type: ignore[arg-type]
+
+
+class Leak(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(0.5 * x + self.linear(x))
+
+
+class Registers(nn.Module):
+    """Learned tokens before the text, which does not look at them."""
+
+    def __init__(self, registers: int) -> None:
+        super().__init__()
+        self.loops, self.registers = 4, nn.Parameter(torch.randn(registers, 8))
+        self.embedding, self.body, self.head = nn.Embedding(9, 8), Leak(), nn.Linear(8, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.cat((self.registers.expand(len(tokens), -1, -1), self.embedding(tokens)), 1)
+        for _ in range(self.loops):
+            x = self.body(x)
+        logits: Tensor = self.head(x[:, len(self.registers) :])
+        return logits
+
+
+def test_tokens_before_the_text_change_nothing_of_a_text_that_does_not_look_at_them() -> None:
+    torch.manual_seed(0)
+    plain, more = Registers(0).eval(), Registers(3).eval()
+    more.load_state_dict(plain.state_dict() | {"registers": more.registers})
+    subjects = loopscope.hook(plain), loopscope.hook(more, tokens_before=3)
+    traces = [loopscope.capture(subject, [[1, 2, 3, 4], [5, 6]], recurrences=6) for subject in subjects]
+    assert torch.equal(traces[0].logits, traces[1].logits)
+    for recurrence in range(6):
+        assert torch.equal(traces[0].loop_state(recurrence), traces[1].loop_state(recurrence))
+        assert torch.equal(traces[0].injected(recurrence), traces[1].injected(recurrence))
+    values = [loopscope.leading_eigenvalues(subject, [[1, 2, 3, 4]]).eigenvalues for subject in subjects]
+    np.testing.assert_allclose(values[0][..., 0], values[1][..., 0], rtol=1e-4)

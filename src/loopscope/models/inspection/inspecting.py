@@ -89,7 +89,7 @@ def inspect_model(
     except UnknownFamilyError as unknown:
         refuse_ignored(ignore_config, unknown)
         return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
-    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
+    return inspect_native(name_or_path, metadata, layout, tokenizer, run, ignore_config)
 
 
 def _tokenizer(folder: Path) -> TokenizerFacts | None:
@@ -106,7 +106,12 @@ def _tokenizer(folder: Path) -> TokenizerFacts | None:
 
 
 def inspect_native(
-    name: str | Path, metadata: Metadata, layout: CheckpointLayout, tokenizer: TokenizerFacts | None, run: RunSize
+    name: str | Path,
+    metadata: Metadata,
+    layout: CheckpointLayout,
+    tokenizer: TokenizerFacts | None,
+    run: RunSize,
+    ignore_config: Sequence[str] = (),
 ) -> Inspection:
     architecture = layout.architecture
     return Inspection(
@@ -115,7 +120,7 @@ def inspect_native(
         family=layout.family,
         runs="natively",
         recognised_by=f"model_type {metadata.config.get('model_type')!r} and the names of its {len(metadata.headers)} "
-        "tensors",
+        "tensors" + (f"; passed over in config.json: {', '.join(ignore_config)}" if ignore_config else ""),
         layout=architecture.layout,
         prelude=architecture.prelude,
         recurrent=architecture.recurrent,
