@@ -126,6 +126,11 @@ def test_token_ids_of_any_library_are_prompts() -> None:
             loopscope.analyze(subject, bad, **FAST)
 
 
+def test_a_mapping_without_token_ids() -> None:
+    with pytest.raises(PromptError, match="are its input_ids, and it has text only"):
+        loopscope.analyze("demo:injected", {"text": ["The cat"]})
+
+
 def words() -> Tokenizer:
     backend = Tokenizer(models.WordLevel({"<s>": 0, "the": 1, "cat": 2, "sat": 3, "<unk>": 4}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

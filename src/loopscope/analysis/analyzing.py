@@ -27,8 +27,9 @@ from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokens import cut_text, encode_prompts
 from loopscope.study import Study
 
+TokenArray = Tensor | NDArray[Any]
 Prompts = (
-    str | Path | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | NDArray[Any] | Mapping[str, Any]
+    str | Path | Sequence[str] | Sequence[int] | Sequence[Sequence[int] | TokenArray] | TokenArray | Mapping[str, Any]
 )
 
 
@@ -95,6 +96,10 @@ def analyze(
 def _without_tensors(prompts: Prompts | None) -> Any:
     """Token ids as lists, of whatever library they are."""
     if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise PromptError(
+                f"Prompts in a mapping are its input_ids, and it has {', '.join(map(str, prompts))} only."
+            )
         ids, mask = _without_tensors(prompts["input_ids"]), _without_tensors(prompts.get("attention_mask"))
         if mask is None:
             return ids
