@@ -64,7 +64,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     # Settings that are not known to change nothing.
     (LLAMA, {"final_logit_softcapping": 30.0}, r"sets final_logit_softcapping = 30\.0, which loopscope does not know"),
     (LLAMA, {"sliding_window": 4096}, "sets sliding_window = 4096, .* a Llama model and which may change what it"),
-    (OLMO2, {"clip_qkv": 8.0}, "sets clip_qkv = 8.0, .* take it out of config.json"),
+    (OLMO2, {"clip_qkv": 8.0}, "sets clip_qkv = 8.0, .* pass over it with --ignore-config clip_qkv"),
     (OLMO2, {"layer_types": ["full_attention"] * 3}, "sets layer_types = "),
     (OURO, {"early_exit_step": 0}, "sets early_exit_step = 0"),
     (RETROFIT, {"attention_temperature": 2}, "sets attention_temperature = 2"),
@@ -123,6 +123,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     (RETROFIT_OLMO, {"tie_embeddings": True}, "tie_embeddings = True; loopscope implements retrofitted OLMo-2"),
     (HUGINN, {"tie_word_embeddings": False}, "tie_word_embeddings = False; loopscope implements Huginn with True only"),
     (RETROFIT, {"injection_type": "add"}, "injection_type = 'add'"),
+    (RETROFIT, {"initial_state_mode": "skip-adapter"}, "initial_state_mode = 'skip-adapter'; .* 'random' only"),
+    (RETROFIT_OLMO, {"initial_state_mode": "embed-init"}, "initial_state_mode = 'embed-init'; .* 'random' only"),
     (RETROFIT, {"init_values": {"embed_scale": 1.0}}, "lacks the field 'init_values.std'"),
     # Sizes that are not those of the tensors.
     (LLAMA, {"num_hidden_layers": 4}, r"lacks 9 tensors that a llama model .* first 'model\.layers\.3\."),
@@ -135,7 +137,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     (
         LLAMA,
         {"model_type": "qwen3"},
-        "model_type 'qwen3', but its tensors are named as those of llama or mistral;",
+        "model_type 'qwen3', but its tensors are named as those of nanbeige or llama or mistral;",
     ),
     (QWEN3, {"model_type": "llama"}, "model_type 'llama', but its tensors are named as those of qwen3; one of the"),
     (OLMO2, {"model_type": "qwen3"}, "model_type 'qwen3', but its tensors are named as those of olmo2;"),

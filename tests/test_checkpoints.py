@@ -167,7 +167,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, model: LoopedTransformer) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float8"}, "dtype must be auto or one of float32, float64, bfloat16, float16, got 'float8'"),
+        ({"dtype": "float8"}, "dtype must be auto, stored or one of float32, float64, bfloat16, float16, got 'float8'"),
         ({"device": "gpu"}, "device 'gpu' cannot be used .* try --device cpu"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used .* try --device cpu"),
     ],

@@ -315,3 +315,75 @@ def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pyt
     monkeypatch.setattr("loopscope.models.checkpoints.load.available_memory", lambda device: 300_000)
     with pytest.raises(CheckpointError, match=r"The weights need 0\.4 MB in float32, and 0\.3 MB .* --dtype bfloat16"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "attention_bias = True; loopscope implements Llama"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2'; of the activations"),
+        ("qwen3", {"attention_bias": True, "head_dim": 8}, "attention_bias = True; loopscope implements Qwen3"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+            "rope_type is 'longrope'",
+        ),
+    ],
+    ids=["biases", "relu2", "qwen3-bias", "longrope"],
+)
+def test_a_known_family_with_a_setting_that_is_not_implemented(
+    kind: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    if "rope_parameters" in changes:
+        changes["rope_parameters"] |= {"rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 2.0}
+    model = tiny(kind, **changes)
+    model.save_pretrained(tmp_path)
+    subject = load(tmp_path)
+    assert subject.info.family == f"{kind} (hooked)"
+    (note,) = subject.notes
+    assert said in note
+    assert "so the code of transformers" in note
+    assert torch.equal(loopscope.capture(subject, IDS).logits, model(IDS, use_cache=False).logits)
+    found = loopscope.inspect_model(tmp_path)
+    assert (found.runs, found.prelude) == ("through hooks", subject.info.prelude)
+    assert said in found.recognised_by
+
+
+def test_a_setting_that_nobody_implements(tmp_path: Path) -> None:
+    tiny("llama", attention_bias=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "wavy"}))
+    with pytest.raises(CheckpointError, match=r"attention_bias = True; .*, and transformers .* cannot load it either"):
+        load(tmp_path)
+
+
+def test_what_goes_to_learned_sinks_is_a_measure_of_its_own() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    model = tiny("gpt_oss", num_local_experts=3, num_experts_per_tok=2, rope_parameters=rope)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.randn(4))
+    subject = loopscope.hook(model)
+    assert (subject.info.heads, subject.info.sink_heads) == (None, 4)
+    assert sum("what goes to it is measured (sink_mass)" in each for each in subject.unobservable) == 3
+    study = loopscope.analyze(subject, [IDS[0].tolist(), IDS[1, :4].tolist()])
+    for prompt, ids in enumerate((IDS[:1], IDS[1:, :4])):
+        attentions = model(ids, output_attentions=True, use_cache=False).attentions
+        expected = torch.cat([1 - maps.sum(-1).mean(-1) for maps in attentions])
+        torch.testing.assert_close(torch.from_numpy(study.dataset["sink_mass"].values[..., prompt]), expected.detach())
+    plain = loopscope.analyze(loopscope.hook(tiny("llama")), IDS)
+    assert "no attention of the model has a column beside the tokens" in plain.manifest["left_out"]["sink_mass"]
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_tensors_that_were_saved_in_a_wrapper(wrapper: str, tmp_path: Path) -> None:
+    model = tiny("gemma2")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"{wrapper}{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(loopscope.capture(load(tmp_path), IDS).logits, model(IDS, use_cache=False).logits)
+    save_file(
+        {f"{wrapper}{name}": tensor for name, tensor in list(weights.items())[:-1]}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        load(tmp_path)

@@ -100,6 +100,23 @@ def test_what_is_not_plainly_the_attention_of_the_tokens_is_not_taken_for_it(cal
     assert seen(2, 5, None, call) is None
 
 
+@pytest.mark.parametrize("place", [0, 5])
+def test_what_goes_to_a_sink_is_seen_wherever_it_stands(place: int) -> None:
+    scores = torch.randn(2, 3, 5, 5).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
+    scores = torch.cat((scores[..., :place], torch.randn(2, 3, 1, 1).expand(2, 3, 5, 1), scores[..., place:]), -1)
+    watch = AttentionWatch(2, 5, None)
+    with watch:
+        maps = scores.softmax(-1)
+    view, sink, calls = watch.collect()
+    assert (view, calls) == (None, 1)
+    assert sink is not None
+    assert torch.equal(sink, maps[..., place])
+    looking_ahead = AttentionWatch(2, 5, None)
+    with looking_ahead:
+        torch.randn(2, 3, 5, 6).softmax(-1)
+    assert looking_ahead.collect() == (None, None, 1)  # no column is plainly the sink
+
+
 class Unusual(ForeignLoop):
     """Its first layer attends twice and its second not at all."""
 

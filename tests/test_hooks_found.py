@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import loopscope
 from foreign_models import VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
+from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop
 
@@ -387,3 +388,22 @@ def _reach(model: Any, path: str) -> Any:
     for part in path.split("."):
         model = getattr(model, part)
     return model
+
+
+def test_what_goes_to_inklings_sink_is_measured_at_every_visit(inkling: Path) -> None:
+    subject: Any = loopscope.load(inkling, device="cpu")
+    assert subject.info.sink_heads == 4
+    study = loopscope.analyze(subject, IDS, recurrences=3, horizon=3, skip=parts_except("heads"))
+    seen: list[torch.Tensor] = []
+    names = [name for name, module in subject.model.named_modules() if name.endswith("self_attn")]
+    handles = [
+        subject.model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        for name in names
+        if "language_model" in name
+    ]
+    with torch.no_grad():
+        subject.model(torch.tensor(IDS), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([1 - maps.sum(-1).mean(-1).T for maps in seen])
+    torch.testing.assert_close(torch.from_numpy(study.dataset["sink_mass"].values), expected)

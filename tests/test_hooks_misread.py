@@ -238,7 +238,7 @@ def test_tokens_beside_the_prompts_are_said_with_the_shape(extra: int) -> None:
             return functional.pad(super().run(tokens, more)[:, max(extra, 0) :], (0, 0, max(-extra, 0), 0))
 
     message = rf"received no states .*, but \(1, {11 + extra}, 12\) for \(1, 11\) tokens; "
-    message += "states of 3 tokens beside the prompt's" if extra > 0 else "name modules that map"
+    message += "if 3 tokens stand before the prompt's.*, say tokens_before=3" if extra > 0 else "name modules that map"
     with pytest.raises(ConfigError, match=message):
         loopscope.hook(Registers(Step()).eval(), recurrent="body", set_recurrences="loops")
 

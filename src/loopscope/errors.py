@@ -4,6 +4,7 @@
     ├── ConfigError               a setting or a configuration file
     ├── CheckpointError           a model's files: missing, damaged, unknown, not fitting
     │   └── UnknownFamilyError    a model's files may be whole, but loopscope has no reader for them
+    │       └── UnknownSettingError   it has one for the family, but not with a setting of these files
     ├── PromptError               prompts, token ids, tokenizers
     ├── NonFiniteError            NaN or infinity where a finite number is needed
     ├── StudyError                an output folder or a saved study
@@ -32,7 +33,11 @@ class CheckpointError(LoopscopeError):
 
 
 class UnknownFamilyError(CheckpointError):
-    """Neither the config nor the names of the tensors belong to a family that loopscope reads itself."""
+    """loopscope has no reader of its own for these files; the package transformers may have one."""
+
+
+class UnknownSettingError(UnknownFamilyError):
+    """A family that loopscope reads itself has a setting that its reader lacks."""
 
 
 class PromptError(LoopscopeError):

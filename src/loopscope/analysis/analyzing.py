@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from loopscope.analysis.folder import begun_batch_size
 from loopscope.analysis.job import Job, Progress, SilentProgress
@@ -19,13 +21,16 @@ from loopscope.errors import ConfigError, PromptError
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import intervene
-from loopscope.models.subject import Subject
+from loopscope.models.subject import Subject, check_length
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokens import cut_text, encode_prompts
 from loopscope.study import Study
 
-Prompts = str | Path | Sequence[str] | Sequence[Sequence[int]]
+TokenArray = Tensor | NDArray[Any]
+Prompts = (
+    str | Path | Sequence[str] | Sequence[int] | Sequence[Sequence[int] | TokenArray] | TokenArray | Mapping[str, Any]
+)
 
 
 def analyze(
@@ -41,14 +46,18 @@ def analyze(
 
     **Arguments**
 
-    - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a native model.
-    - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids.
+    - `model`: a shipped model's name, a checkpoint folder, a name on the hub, a subject, or a torch module, which is
+      hooked as `loopscope.hook` does.
+    - `prompts`: a file, a preset's name, a list of texts, or a list of lists of token ids; a tensor or array of ids,
+      (prompt, token) or (token,), a list of those, or what a tokenizer of transformers makes of texts (`input_ids` and
+      `attention_mask`), of which padding is left out.
     - `out`: folder for the study; a run that was interrupted is resumed. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
       `intervene=["damp=0.5"]`.
 
     Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
     """
+    prompts = _without_tensors(prompts)
     if "intervene" in changes:
         changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
@@ -57,15 +66,20 @@ def analyze(
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
     loaded = _read(prompts, settings)
     subject = subject_of(
-        model, revision=settings.revision, dtype=settings.dtype, device=settings.device, prefix=settings.prefix
+        model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        prefix=settings.prefix,
+        ignore_config=settings.ignore_config,
     )
     progress = progress or SilentProgress()
     source = model if isinstance(model, str | Path) else None
     if source is None:
         settings = _settings_of(subject, settings)
-    elif settings.dtype == "auto":
+    elif settings.dtype in ("auto", "stored"):
+        progress.note(f"{subject.info.name} runs in {subject.info.dtype} (--dtype {settings.dtype}).")
         settings = dataclasses.replace(settings, dtype=check_dtype(subject.info.dtype))
-        progress.note(f"{subject.info.name} runs in {subject.info.dtype} (--dtype auto).")
     if subject.info.interventions != settings.intervene:
         subject = intervene(subject, settings.intervene)
     if str(settings.system_prompt) == PADDING:
@@ -77,6 +91,26 @@ def analyze(
         settings = dataclasses.replace(settings, batch_size=begun_batch_size(Path(out)) or "auto")
     job = Job(subject, tokenized, settings, progress, source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
+
+
+def _without_tensors(prompts: Prompts | None) -> Any:
+    """Token ids as lists, of whatever library they are."""
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise PromptError(
+                f"Prompts in a mapping are its input_ids, and it has {', '.join(map(str, prompts))} only."
+            )
+        ids, mask = _without_tensors(prompts["input_ids"]), _without_tensors(prompts.get("attention_mask"))
+        if mask is None:
+            return ids
+        return [[token for token, real in zip(*row, strict=True) if real] for row in zip(ids, mask, strict=True)]
+    if isinstance(prompts, Tensor | np.ndarray):
+        return (prompts[None] if prompts.ndim == 1 else prompts).tolist()
+    if isinstance(prompts, list | tuple) and prompts and all(isinstance(entry, int) for entry in prompts):
+        return [prompts]
+    if isinstance(prompts, list | tuple):
+        return [entry.tolist() if isinstance(entry, Tensor | np.ndarray) else entry for entry in prompts]
+    return prompts
 
 
 def _source(prompts: Prompts | None) -> dict[str, Any]:
@@ -114,7 +148,7 @@ def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSett
             limit=settings.limit,
             seed=settings.sample_seed,
         )
-    return encode_prompts(
+    encoded = encode_prompts(
         prompts,
         subject.tokenizer,
         vocab_size=vocab_size,
@@ -122,6 +156,8 @@ def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSett
         truncate=settings.truncate,
         chat=settings.chat,
     )
+    check_length(subject.info, [len(prompt.token_ids) for prompt in encoded])
+    return encoded
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:
@@ -140,10 +176,11 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
         actual["prefix"] = info.prefix
     if info.interventions:
         actual["intervene"] = info.interventions
+    actual["ignore_config"] = info.ignored_config
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)
-        if asked not in (value, getattr(default, name), "auto"):
+        if asked not in (value, getattr(default, name), "auto", "stored"):
             raise ConfigError(
                 f"{name}={asked!r} comes too late: {subject.info.name} is loaded already, with {value!r}."
             )

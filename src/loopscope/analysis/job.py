@@ -359,6 +359,7 @@ class _Recipe:
             dtype=info.dtype,
             device=info.device.partition(":")[0],
             prefix=info.prefix or "causal",
+            ignore_config=info.ignored_config,
         )
         if subject.info.weights_sha256 != info.weights_sha256:
             raise WorkerError(

@@ -118,6 +118,7 @@ def manifest(
         "device",
         "dtype",
         "revision",
+        "ignore_config",
         "neuron_limit",
     )
     return {

@@ -148,7 +148,7 @@ class Foreseen:
     """Bytes that an option would save, where that is more than a twentieth."""
 
 
-def foresee(name: str | Path, revision: str | None, run: RunSize) -> Foreseen | None:
+def foresee(name: str | Path, revision: str | None, run: RunSize, ignore_config: Sequence[str] = ()) -> Foreseen | None:
     """By the same count that `analyze` acts on, with the memory that is free here; None for a model that is not run
     natively, whose layers are known once it is loaded.
 
@@ -156,7 +156,9 @@ def foresee(name: str | Path, revision: str | None, run: RunSize) -> Foreseen | 
     """
     metadata = read_metadata(name, revision)
     try:
-        architecture = find_layout(metadata.config, metadata.headers, str(name)).architecture
+        architecture = find_layout(
+            metadata.config, metadata.headers, str(name), ignore_config=ignore_config
+        ).architecture
     except UnknownFamilyError:
         return None
     with torch.device("meta"):

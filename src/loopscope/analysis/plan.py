@@ -32,6 +32,8 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     Raises `ConfigError` for settings that ask for what these prompts or this model do not have.
     """
     info = subject.info
+    for sentence in subject.notes if isinstance(subject, HookedSubject) else ():
+        note(sentence)
     if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
         note(f"{info.name} turned out to have {subject.found}.")
     if isinstance(subject, HookedSubject) and subject.branches is not None:

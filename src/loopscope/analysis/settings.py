@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.errors import ConfigError
-from loopscope.models.inspection.facts import Dtype
+from loopscope.models.inspection.facts import DtypeName, dtype_name
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import parse_interventions
 
@@ -94,10 +94,13 @@ class AnalyzeSettings:
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hugging Face hub."""
-    dtype: Dtype | Literal["auto"] = "float32"
+    ignore_config: tuple[str, ...] = ()
+    """A field of config.json that loopscope does not know, to be passed over where you know that it does not change
+    what the model computes. Again for several."""
+    dtype: DtypeName | Literal["auto", "stored"] = "float32"
     """What the model runs in. Measures are taken in float32, or float64 where that is the model's. auto takes float64,
     which sees nine more digits settle, for models of less than 50 million parameters on a CPU, where an analysis then
-    takes less than twice as long, and float32 for others."""
+    takes less than twice as long, and float32 for others. stored takes what the checkpoint's weights are stored in."""
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
     prefix: Literal["trained", "causal"] = "trained"
@@ -191,6 +194,7 @@ class AnalyzeSettings:
         check_engine(self.engine, self.workers, self.address)
         for entry in self.track:
             _parse_tracked(entry)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         # As they are written again, so that 0 and 0.0 make the same study.
         canonical = tuple(str(each) for each in self.interventions)
         object.__setattr__(self, "intervene", canonical)

@@ -23,6 +23,7 @@ class _AnalyzeSettings(AnalyzeSettings):
     """The same settings, of which one flag may be given several times rather than the last one winning."""
 
     intervene: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ class Inspect:
     run_size: Annotated[RunSize, tyro.conf.arg(name="")]
     revision: str | None = None
     """A branch, tag or commit of the model, if there is one, on the hub."""
+    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field of config.json that loopscope does not know, to be passed over. Again for several."""
     json: bool = False
     """Print JSON, for programs: an object, of several models a list of them."""
 
@@ -222,11 +225,16 @@ class Inspect:
             raise ConfigError("No model was given; name one such as demo:injected, or a checkpoint folder.")
         if self.revision is not None and len(self.models) > 1:
             raise ConfigError("--revision is of one model; inspect the models of several revisions one by one.")
-        found = [inspect_model(model, revision=self.revision, run=self.run_size) for model in self.models]
+        if self.ignore_config and len(self.models) > 1:
+            raise ConfigError("--ignore-config is of one model; inspect such models one by one.")
+        found = [
+            inspect_model(model, revision=self.revision, run=self.run_size, ignore_config=self.ignore_config)
+            for model in self.models
+        ]
         if len(found) > 1 and not self.json:
             say_inspections(found)
             return
-        foreseen = [foresee(model, self.revision, self.run_size) for model in self.models]
+        foreseen = [foresee(model, self.revision, self.run_size, self.ignore_config) for model in self.models]
         if self.json:
             say_json(found, foreseen)
         else:

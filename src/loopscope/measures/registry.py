@@ -15,6 +15,7 @@ from loopscope.measures.path import PathIndependence
 from loopscope.measures.rank import EffectiveRank
 from loopscope.measures.readout import Readout
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
+from loopscope.measures.sinks import SinkMass
 from loopscope.measures.stability import TokenStability
 from loopscope.measures.stages import StageMeasures
 from loopscope.measures.trajectories import Trajectories
@@ -30,6 +31,7 @@ MEASURES: tuple[type[Measure], ...] = (
     CycleSimilarity,
     AttentionCycle,
     HeadMeasures,
+    SinkMass,
     AttentionMaps,
     StageMeasures,
     EffectiveRank,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import get_args
 
@@ -11,13 +12,15 @@ import torch
 from torch import nn
 
 from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
-from loopscope.models.checkpoints.family import Family
+from loopscope.models.checkpoints.family import ROTATION_TABLES, Family
 from loopscope.models.checkpoints.find import find_checkpoint
+from loopscope.models.checkpoints.layout import refuse_ignored
 from loopscope.models.checkpoints.load import load_checkpoint
-from loopscope.models.checkpoints.store import TensorStore
+from loopscope.models.checkpoints.store import Headers, TensorStore
 from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.hooks.wrap import load_hooked
-from loopscope.models.inspection.facts import Dtype
+from loopscope.models.hooks.unwrapping import unwrap
+from loopscope.models.hooks.wrap import hook, load_hooked
+from loopscope.models.inspection.facts import Dtype, dtype_name
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import PrefixReading, Subject, find_device
@@ -34,45 +37,57 @@ def load(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str = "auto",
     families: Sequence[Family] = (),
     prefix: PrefixReading = "causal",
+    ignore_config: Sequence[str] = (),
 ) -> NativeSubject | HookedSubject:
     """Load a shipped model (`demo:injected`), a checkpoint folder, or a model of the Hugging Face hub.
 
     A string of the form `organisation/model` that is no folder is downloaded from the hub, without any code;
-    `revision` is a branch, a tag or a commit there. A model of a family that loopscope does not read itself is loaded
-    by the transformers package, if that is installed, and watched through hooks; see `loopscope.hook`.
+    `revision` is a branch, a tag or a commit there. A model of a family, or with a setting, that loopscope does not
+    read itself is loaded by transformers, if that is installed, and watched through hooks; see `loopscope.hook`.
 
     `families` describe formats of your own, and are asked before those that loopscope knows; see
     docs/adding-a-family.md.
 
-    `dtype` is float32, float64, bfloat16 or float16, or `auto`: float64 for a model of less than 50 million parameters
-    on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one.
+    `dtype` is float32, float64, bfloat16 or float16, by torch's object or by name (`bf16`, `fp16`); or `stored`, the
+    narrowest that holds all of the checkpoint's weights as they are; or `auto`, float64 for a model of less than 50
+    million parameters on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one.
 
     `prefix` is for a model that was trained to read its prompt in both directions, HRM-Text: `trained` reads it so,
     `causal` as a text that no token looks ahead in. `loopscope analyze` reads it as it was trained.
+
+    `ignore_config` names fields of config.json that loopscope does not know, to be passed over where you know that they
+    do not change what the model computes; the subject's `info` keeps them.
 
     Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly, `PromptError`
     for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision of something
     that is not on the hub, `MissingDependencyError` for a hub name without the extra `hub`, and `StorageError` where
     the disk is too full for a download.
     """
-    if dtype not in (*_DTYPES, "auto"):
-        raise ConfigError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    name = dtype_name(dtype)
+    if name not in (*_DTYPES, "auto", "stored"):
+        raise ConfigError(f"dtype must be auto, stored or one of {', '.join(_DTYPES)}, got {dtype!r}.")
     found = find_checkpoint(name_or_path, revision)
     place = find_device(device)
-    if dtype == "auto":
-        parameters = sum(math.prod(header.shape) for header in TensorStore(found.folder).headers.values())
-        dtype = "float64" if place.type == "cpu" and parameters < _AUTO_FLOAT64 else "float32"
+    taken = _DTYPES[name] if name in _DTYPES else _choose_dtype(name, TensorStore(found.folder).headers, place)
     try:
-        checkpoint = load_checkpoint(found.folder, dtype=_DTYPES[dtype], device=place, families=families)
+        checkpoint = load_checkpoint(
+            found.folder, dtype=taken, device=place, families=families, ignore_config=ignore_config
+        )
     except UnknownFamilyError as unknown:
-        name = str(name_or_path)
+        refuse_ignored(ignore_config, unknown)
         try:
             return load_hooked(
-                found.folder, dtype=_DTYPES[dtype], device=place, name=name, revision=found.revision, prefix=prefix
+                found.folder,
+                dtype=taken,
+                device=place,
+                name=str(name_or_path),
+                revision=found.revision,
+                prefix=prefix,
+                unknown=unknown,
             )
         except MissingDependencyError as error:
             # What is unknown, and the command that installs what may know it.
@@ -84,31 +99,40 @@ def load(
         tokenizer=load_tokenizer(found.folder),
         weights_sha256=checkpoint.weights_sha256,
         revision=found.revision,
+        ignored_config=ignore_config,
     )
 
 
-def as_subject(model: Subject | nn.Module) -> Subject:
-    """What a function that takes a model in memory was given: a subject already, or loopscope's own model.
+def _choose_dtype(name: str, headers: Headers, place: torch.device) -> torch.dtype:
+    if name == "stored":
+        names = {header.dtype for tensor, header in headers.items() if not ROTATION_TABLES.fullmatch(tensor)}
+        stored = [_DTYPES[each] for each in names & _DTYPES.keys()] or [torch.float32]
+        narrowest: torch.dtype = reduce(torch.promote_types, stored)
+        return narrowest
+    parameters = sum(math.prod(header.shape) for header in headers.values())
+    return torch.float64 if place.type == "cpu" and parameters < _AUTO_FLOAT64 else torch.float32
 
-    Raises `ConfigError` for any other torch module, since only its owner knows which of its layers are which.
-    """
-    if isinstance(model, LoopedTransformer):
-        return NativeSubject(model)
-    if isinstance(model, nn.Module):
-        raise ConfigError(f"{type(model).__name__} is a torch module; wrap it first, as in loopscope.hook(model).")
-    return model
+
+def as_subject(model: Subject | nn.Module) -> Subject:
+    """What a function that takes a model in memory was given: a subject already, loopscope's own model, or any other
+    torch module, which is hooked. Raises `ConfigError` as `loopscope.hook` does."""
+    if not isinstance(model, nn.Module):
+        return model
+    inside, _ = unwrap(model)
+    return NativeSubject(inside) if isinstance(inside, LoopedTransformer) else hook(model)
 
 
 def subject_of(
     model: str | Path | nn.Module | Subject,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str = "auto",
     prefix: PrefixReading = "causal",
+    ignore_config: Sequence[str] = (),
 ) -> Subject:
     """What a function that takes a model was given: a name or folder for `load`, which the other arguments are for, or
     a model in memory. Raises the errors of `load` and of `as_subject`."""
     if isinstance(model, str | Path):
-        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix)
+        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix, ignore_config=ignore_config)
     return as_subject(model)

@@ -67,7 +67,12 @@ class SubjectInfo:
     other_states: tuple[int, ...] = ()
     """Recurrent layers that end a further state which goes around beside the loop state, such as HRM-Text's z_L: what a
     token tends to is judged there as after the last layer."""
-
+    sink_heads: int | None = None
+    """Heads that give a part of their attention to a column beside the tokens (a learned sink); None without one."""
+    only_tokens: int | None = None
+    """A model that runs on prompts of that many tokens alone, such as boards."""
+    ignored_config: tuple[str, ...] = ()
+    """Fields of config.json that loopscope does not know and that its user said to pass over."""
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
 
@@ -97,8 +102,8 @@ class SubjectInfo:
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.
-        lists = {"interventions": list(self.interventions), "other_states": list(self.other_states)}
-        return dataclasses.asdict(self) | lists
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,13 @@ def _nested(given: Sequence[Any]) -> list[list[int]]:
     if not nested or not all(nested):
         raise ConfigError("input_ids is empty; a prompt needs at least one token.")
     return nested
+
+
+def check_length(info: SubjectInfo, lengths: Iterable[int]) -> None:
+    """Raises `ConfigError` for prompts of a length that the model cannot be run on."""
+    other = [length for length in lengths if info.only_tokens not in (None, length)]
+    if other:
+        raise ConfigError(f"{info.name} runs on prompts of {info.only_tokens} tokens only; one has {other[0]}.")
 
 
 def check_state(state: Tensor, shape: tuple[int, ...], name: str) -> None:

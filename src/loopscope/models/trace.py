@@ -162,7 +162,7 @@ def capture(
 
     **Arguments**
 
-    - `model`: a name or folder for `load`, a native model, or any subject.
+    - `model`: a name or folder for `load`, any subject, or a torch module, which is hooked as `loopscope.hook` does.
     - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right.
     - `recurrences`: the trained number unless given.
     - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.

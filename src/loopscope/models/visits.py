@@ -189,6 +189,8 @@ class Visit:
     """The layer's raw output, (batch, token, width). It must not be changed in place."""
     attention: AttentionView | None
     """None where the layer's attention cannot be seen."""
+    sink: Tensor | None = None
+    """What each query gives to a column beside the tokens, (batch, head, query); None where there is none."""
 
     @property
     def site(self) -> Site:

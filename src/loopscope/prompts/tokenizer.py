@@ -137,6 +137,32 @@ def load_tokenizer(folder: Path) -> TextTokenizer | None:
     return TextTokenizer(backend, chat_template=template, notes=notes, named=config.named)
 
 
+def as_tokenizer(given: Any) -> TextTokenizer:
+    """A tokenizer in memory: ours, one of the package tokenizers, or a fast one of transformers, which is one with
+    named tokens and a chat template. Raises `PromptError` for anything else."""
+    if isinstance(given, TextTokenizer):
+        return given
+    backend = getattr(given, "backend_tokenizer", given)
+    if not isinstance(backend, Tokenizer):
+        raise PromptError(
+            f"tokenizer is a {type(given).__name__}; what can be used is a tokenizer of the package tokenizers or a "
+            "fast one of transformers; leave it out, and give lists of token ids."
+        )
+    named = {
+        name: text
+        for name, text in getattr(given, "special_tokens_map", {}).items()
+        if isinstance(text, str)  # not the lists of more of them
+    }
+    template = getattr(given, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return TextTokenizer(
+        backend,
+        chat_template=ChatTemplate(template, named) if isinstance(template, str) else None,
+        named=named,
+    )
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json, and switch off the truncation and padding that it may ask for.
 

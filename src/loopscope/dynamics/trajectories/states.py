@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopscope.errors import ConfigError
-from loopscope.models.inspection.facts import Dtype
+from loopscope.models.inspection.facts import Dtype, dtype_name
 
 _SIGNIFICAND_BITS: dict[Dtype, int] = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 """With the implicit one."""
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 _FEW = 64
 """Tokens that the check of the axes looks at."""
 _FROM = 16
@@ -27,8 +26,7 @@ _FROM = 16
 def check_dtype(dtype: object) -> Dtype:
     """The name of a dtype, from its name or from torch's or numpy's object. Raises `ConfigError` for one of which
     nothing is known."""
-    name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
-    name = _SHORT.get(name, name)
+    name = dtype_name(dtype)
     known: Dtype
     for known in get_args(Dtype):
         if name == known:

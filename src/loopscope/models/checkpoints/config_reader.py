@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from loopscope.errors import CheckpointError
+from loopscope.errors import CheckpointError, ConfigError, UnknownSettingError
 
 # fmt: off
 IGNORED_FIELDS = frozenset({
     # Where the file comes from, and which code and tokenizer go with it.
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "name_or_path",
     "_name_or_path", "_commit_hash", "tokenizer_class", "task_specific_params", "finetuning_task",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version", "is_llama_config",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", "is_llama_config", "internal_version",
     # Training: initial values, dropout (there is none in evaluation), savings of memory.
     "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "gradient_checkpointing", "neftune_noise_alpha", "pretraining_tp",
@@ -45,6 +45,41 @@ RAVEN_IGNORED_FIELDS = IGNORED_FIELDS | {
 _LEFT_OUT = object()
 
 
+class Remaining(Mapping[str, Any]):
+    """A config without the fields that its owner says to pass over, for any reader of it.
+
+    Nested ones are named as in messages, `rope_scaling.beta`. A field that the reader asks for means something to it,
+    and is an error; so is one that is not there. Raises `ConfigError`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], passed_over: Collection[str], prefix: str = "") -> None:
+        self._config, self._prefix = config, prefix
+        self._passed_over = {name for name in passed_over if "." not in name or name in config}
+        self._within: dict[str, list[str]] = {}
+        for name in set(passed_over) - self._passed_over:
+            outer, _, inner = name.partition(".")
+            self._within.setdefault(outer, []).append(inner)
+        for name in (*self._passed_over, *self._within):
+            if name not in config or (name in self._within and not isinstance(config[name], Mapping)):
+                what = "field" if name in self._passed_over else "object"
+                raise ConfigError(f"--ignore-config names {prefix}{name}, and config.json has no such {what}.")
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._passed_over:
+            raise ConfigError(
+                f"--ignore-config cannot pass over {self._prefix}{name}: loopscope knows that field, and what it says "
+                "belongs to the model."
+            )
+        value = self._config[name]
+        return Remaining(value, self._within[name], f"{self._prefix}{name}.") if name in self._within else value
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._config if name not in self._passed_over)
+
+    def __len__(self) -> int:
+        return len(self._config) - len(self._passed_over)
+
+
 class ConfigReader:
     """Typed access to the fields of a family's config, which remembers what was read."""
 
@@ -60,10 +95,9 @@ class ConfigReader:
         self._read.add(name)
         found = self.config.get(name, value)
         if found != value and not (found is None and value is False):
-            raise CheckpointError(
+            raise UnknownSettingError(
                 f"config.json has {self.prefix}{name} = {reprlib.repr(found)}; loopscope implements {self.family} with "
-                f"{value!r} only, and loading it approximately would give wrong numbers: run the model by its own code "
-                "and watch it with loopscope.hook."
+                f"{value!r} only."
             )
 
     def has(self, name: str) -> bool:
@@ -138,8 +172,8 @@ class ConfigReader:
             if not unset and name not in self._read and name not in harmless:
                 raise CheckpointError(
                     f"config.json sets {self.prefix}{name} = {reprlib.repr(value)}, which loopscope does not know in "
-                    f"a {self.family} model and which may change what it computes; if it does not, take it out of "
-                    "config.json."
+                    f"a {self.family} model and which may change what it computes; if it does not, pass over it with "
+                    f"--ignore-config {self.prefix}{name}."
                 )
 
     def _get(self, name: str, default: Any = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loopscope.errors import CheckpointError, ConfigError, UnknownFamilyError
 from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.config_reader import Remaining
 from loopscope.models.checkpoints.families import FAMILIES
 from loopscope.models.checkpoints.family import Family, TensorSlice, parameter_shapes
 from loopscope.models.checkpoints.store import READABLE, Headers, TensorStore, read_json
@@ -44,15 +45,21 @@ def read_layout(folder: Path, families: Sequence[Family] = ()) -> CheckpointLayo
 
 
 def find_layout(
-    config: Mapping[str, Any], headers: Headers, where: str, families: Sequence[Family] = ()
+    config: Mapping[str, Any],
+    headers: Headers,
+    where: str,
+    families: Sequence[Family] = (),
+    ignore_config: Collection[str] = (),
 ) -> CheckpointLayout:
     """The layout of a checkpoint whose config and headers come from anywhere; `where` names it in messages.
 
-    Raises `CheckpointError` as `read_layout` does.
+    `ignore_config` names fields of the config to pass over. Raises `CheckpointError` as `read_layout` does, and for one
+    of these fields that the family knows, `ConfigError` for one that is not there.
     """
     family = _recognise(config, headers, where, (*families, *FAMILIES))
+    remaining = Remaining(config, ignore_config)
     try:
-        architecture = family.architecture(config)
+        architecture = family.architecture(remaining)
     except ConfigError as error:
         raise CheckpointError(f"{where}/config.json: {error}") from None
     parts = family.parts(architecture, headers.keys())
@@ -75,6 +82,15 @@ def find_layout(
         config=config,
         files=tuple(sorted({header.file for header in headers.values()})),
     )
+
+
+def refuse_ignored(ignore_config: Collection[str], unknown: UnknownFamilyError) -> None:
+    """Raise `ConfigError` for fields to pass over in a config that loopscope does not read itself."""
+    if ignore_config:
+        raise ConfigError(
+            f"--ignore-config is for models that loopscope reads itself, and this one it does not: {unknown} Leave the "
+            "option out; what runs the model then reads config.json by itself."
+        )
 
 
 def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, families: Sequence[Family]) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from loopscope.errors import CheckpointError
+from loopscope.errors import UnknownSettingError
 from loopscope.models.architecture import Activation, Architecture
 from loopscope.models.checkpoints.config_reader import IGNORED_FIELDS, ConfigReader
 from loopscope.models.checkpoints.family import Config, Family, ParameterName, TensorSlice, parameter_shapes, parse_name
@@ -54,9 +54,9 @@ def read_llama_like(
     width, heads = fields.integer("hidden_size"), fields.count("num_attention_heads")
     activation = fields.text("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise CheckpointError(
+        raise UnknownSettingError(
             f"config.json has hidden_act = {activation!r}; of the activations, loopscope implements "
-            f"{', '.join(_ACTIVATIONS)}: run the model by its own code and watch it with loopscope.hook."
+            f"{', '.join(_ACTIVATIONS)}."
         )
     positions = fields.count("max_position_embeddings", max_positions)
     return {

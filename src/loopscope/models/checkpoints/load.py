@@ -98,8 +98,9 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     families: Sequence[Family] = (),
+    ignore_config: Sequence[str] = (),
 ) -> Checkpoint:
-    """Build the native model and fill it, block by block.
+    """Build the native model and fill it, block by block. `ignore_config` is explained at `find_layout`.
 
     While it runs, the process holds the weights in `dtype` and some tens of megabytes more. Raises `CheckpointError`
     for a family that is not known, a setting that is not implemented, a tensor that is missing, unknown or of the wrong
@@ -107,7 +108,7 @@ def load_checkpoint(
     weight that is NaN or infinite in `dtype`.
     """
     store = TensorStore(folder)
-    layout = find_layout(read_json(folder / "config.json"), store.headers, str(folder), families)
+    layout = find_layout(read_json(folder / "config.json"), store.headers, str(folder), families, ignore_config)
     check_memory(layout.architecture.parameters, dtype, torch.device(device))
     for copy, original in layout.copies.items():
         _check_copy(copy, original, store)

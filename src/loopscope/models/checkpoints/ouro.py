@@ -19,8 +19,8 @@ _NORMS = {
     "norm_3": "post_attention_layernorm",
     "norm_4": "post_attention_layernorm_2",
 }
-_HARMLESS = IGNORED_FIELDS | {"chunk_size"}
-"""A size for computing in pieces, which the published code does not use."""
+_HARMLESS = IGNORED_FIELDS | {"chunk_size", "rltt_logprob_chunk_size", "rltt_loop_level_checkpointing"}
+"""Sizes for computing in pieces, which the published code does not use, and how training by RLTT saves memory."""
 
 
 def _recognises(names: Collection[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loopscope.errors import CheckpointError
+from loopscope.errors import CheckpointError, UnknownSettingError
 from loopscope.models.architecture import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from loopscope.models.checkpoints.config_reader import ConfigReader
 
@@ -78,9 +78,8 @@ def _scaling(kind: str, rope: ConfigReader, max_positions: int) -> RopeScaling |
             )
         case "yarn":
             return _yarn(rope, max_positions)
-    raise CheckpointError(
-        f"config.json: {rope.prefix}rope_type is {kind!r}; of the rotary scalings, loopscope implements {_SCALINGS}: "
-        "run the model by its own code and watch it with loopscope.hook."
+    raise UnknownSettingError(
+        f"config.json: {rope.prefix}rope_type is {kind!r}; of the rotary scalings, loopscope implements {_SCALINGS}."
     )
 
 
@@ -140,7 +139,7 @@ def _layer_types(fields: ConfigReader, layers: int) -> list[str]:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers.")
     for kind in kinds:
         if kind not in _LAYER_KINDS:
-            raise CheckpointError(
+            raise UnknownSettingError(
                 f"config.json: layer_types names {kind!r}; loopscope implements {' and '.join(_LAYER_KINDS)} only."
             )
     return kinds

@@ -163,6 +163,7 @@ def _retrofit_architecture(config: Config, *, olmo: bool) -> Architecture:
     fields = raven_fields(config, "retrofitted OLMo-2" if olmo else "retrofitted Llama")
     for option in ("tie_embeddings", "tie_word_embeddings", "qk_bias"):
         fields.require(option, False)
+    fields.require("initial_state_mode", "random")  # of the embedding, or without the adapter, it is another model
     width, heads = fields.integer("n_embd"), fields.count("n_heads")
     init = fields.mapping("init_values")
     embedding_scale = init.number("embed_scale")

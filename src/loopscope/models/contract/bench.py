@@ -110,7 +110,8 @@ def default_prompts(info: SubjectInfo) -> list[list[int]]:
     """Random token ids in prompts of different lengths, the same for every model of this vocabulary."""
     draw = random.Random(0)
     longest = min(max(_LENGTHS), info.max_positions or max(_LENGTHS))
-    return [[draw.randrange(info.vocab_size) for _ in range(min(length, longest))] for length in _LENGTHS]
+    lengths = [info.only_tokens or min(length, longest) for length in _LENGTHS]
+    return [[draw.randrange(info.vocab_size) for _ in range(length)] for length in lengths]
 
 
 def main_recurrences(info: SubjectInfo, asked: int | None) -> int:

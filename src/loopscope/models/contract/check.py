@@ -84,7 +84,7 @@ def check_subject(
     - `raise_on_failure`: raise `ContractError` that lists all broken promises, each with layer, recurrence, got and
       expected; else they are in the report.
 
-    Raises `ConfigError` for arguments that do not fit the subject, and for a torch module that is none yet.
+    Raises `ConfigError` for arguments that do not fit the subject.
     """
     subject = as_subject(subject)
     info = subject.info

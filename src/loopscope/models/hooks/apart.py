@@ -117,7 +117,8 @@ class ForwardsApart:
             case Visit(stage, layer, recurrence):
                 visits = [event for event in events if isinstance(event, Visit)]
                 attention = self._attention([visit.attention for visit in visits])
-                return Visit(stage, layer, recurrence, self._states([visit.residual for visit in visits]), attention)
+                state = self._states([visit.residual for visit in visits])
+                return Visit(stage, layer, recurrence, state, attention, self._sink([visit.sink for visit in visits]))
 
     def _states(self, states: Sequence[Tensor | None]) -> Tensor:
         batch, tokens = self._batch.input_ids.shape
@@ -130,6 +131,10 @@ class ForwardsApart:
             whole[list(group.rows)] = state[:, places]
         assert whole is not None  # a batch has a prompt
         return whole
+
+    def _sink(self, sinks: Sequence[Tensor | None]) -> Tensor | None:
+        seen = [sink.mT for sink in sinks if sink is not None]
+        return self._states(seen).mT if len(seen) == len(sinks) else None
 
     def _attention(self, views: Sequence[AttentionView | None]) -> AttentionView | None:
         seen = [view for view in views if view is not None]

@@ -39,12 +39,19 @@ class AttentionWatch(TorchFunctionMode):
         self._mask = mask
         self._copies = copies
         self._calls: list[AttentionView | None] = []
+        self._sinks: list[Tensor | None] = []
         self._masks: tuple[Tensor, int, Tensor] | None = None
 
-    def collect(self) -> tuple[AttentionView | None, int]:
-        """The attention of the layer that ran, None unless exactly one call was understood; and how many calls."""
+    def collect(self) -> tuple[AttentionView | None, Tensor | None, int]:
+        """The attention of the layer that ran, None unless exactly one call was understood; what went to a column
+        beside the tokens, (batch, head, query), likewise; and how many calls."""
         calls, self._calls = self._calls, []
-        return (calls[0] if len(calls) == 1 else None), len(calls)
+        sinks, self._sinks = self._sinks, []
+        return (
+            (calls[0] if len(calls) == 1 else None),
+            (sinks[0] if len(calls) == len(sinks) == 1 else None),
+            len(calls),
+        )
 
     def __torch_function__(
         self,
@@ -65,20 +72,24 @@ class AttentionWatch(TorchFunctionMode):
             self._calls.append(self._scaled_dot_product(*args, **kwargs))
         elif func is functional.multi_head_attention_forward:
             self._calls.append(self._multi_head(func, args, kwargs))
-        elif self._is_map(result, *args[1:2], **kwargs):
+        elif (beside := self._columns_beside(result, *args[1:2], **kwargs)) == 0:
             self._calls.append(MapAttention(self._kept(result), self._mask))
+        elif beside == 1:
+            self._calls.append(None)
+            self._sinks.append(_sink(result.detach()))
 
     def _multi_head(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AttentionView | None:
         """`nn.MultiheadAttention` computes in here, out of sight, but hands out the maps when it is asked to."""
         _, maps = func(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))
-        return MapAttention(maps.detach(), self._mask) if self._is_map(maps, -1) else None
+        return MapAttention(maps.detach(), self._mask) if self._columns_beside(maps, -1) == 0 else None
 
-    def _is_map(self, result: Tensor, dim: int | None = None, **others: Any) -> bool:
+    def _columns_beside(self, result: Tensor, dim: int | None = None, **others: Any) -> int | None:
+        """How many columns more than tokens there are in a softmax over (batch, head, query, key); None for another."""
         batch, tokens = self._shape
         over_keys = result.ndim == 4 and dim in (-1, 3)
-        return over_keys and result.shape[0] == batch and result.shape[2:] == (tokens, tokens)
+        return result.shape[3] - tokens if over_keys and result.shape[::2] == (batch, tokens) else None
 
     def _scaled_dot_product(
         self,
@@ -123,3 +134,18 @@ class AttentionWatch(TorchFunctionMode):
             added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
             self._masks = (mask, version, added[(None,) * (4 - mask.ndim)])
         return self._masks[2]
+
+
+def _sink(maps: Tensor) -> Tensor | None:
+    """The column that is no token of causal maps with one more, (batch, head, query); None where it cannot be told.
+
+    The first token looks at itself and at that column: where it stands at the end, the first row has nothing in
+    between, and where it stands in front, nothing behind the second.
+    """
+    first = maps[:, :, 0]
+    if first.shape[-1] < 3:
+        return None
+    at_end, in_front = bool((first[..., 1:-1] == 0).all()), bool((first[..., 2:] == 0).all())
+    if at_end == in_front:
+        return None
+    return maps[..., -1 if at_end else 0].clone()

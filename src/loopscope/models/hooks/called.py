@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Call:
     @property
     def width(self) -> int | None:
         """Of the states, for a module that maps states to states."""
-        if self.received is None or self.put_out is None or self.received.shape[:2] != self.put_out.shape[:2]:
+        if self.received is None or self.put_out is None or self.received.shape != self.put_out.shape:
             return None
         return self.put_out.shape[2]
 
@@ -49,6 +50,8 @@ class WatchedForward:
         self._call, self._batch, self._extra = call, batch, extra
         self._calls: list[Call] = []
         self._open: list[Call] = []
+        self.longer: Counter[tuple[nn.Module, tuple[int, ...]]] = Counter()
+        """How often a module mapped what may be states of more tokens than there are to as many, by their shape."""
 
     def calls(self, only: Sequence[nn.Module] | None = None) -> list[Call]:
         """Of all modules, or of those."""
@@ -81,9 +84,16 @@ class WatchedForward:
         while (done := self._open.pop()).module is not module:
             pass  # it failed, and the model went on without it
         done.put_out, done.end = self._states(outputs_of(output)), len(self._calls)
+        received = {tuple(each.shape) for each in args if isinstance(each, Tensor)}
+        batch, tokens = self._batch.input_ids.shape
+        for each in outputs_of(output):
+            shape = tuple(each.shape) if isinstance(each, Tensor) else ()
+            if len(shape) == 3 and shape[0] == batch and shape[1] > tokens and shape in received:
+                self.longer[module, shape] += 1
 
     def _states(self, values: Sequence[Any]) -> Tensor | None:
-        shape = self._batch.input_ids.shape
+        batch, tokens = self._batch.input_ids.shape
+        shape = (batch, tokens + self._call.tokens_before)
         floats = (each for each in values if isinstance(each, Tensor) and each.is_floating_point())
         return next((each for each in floats if each.ndim == 3 and each.shape[:2] == shape), None)
 

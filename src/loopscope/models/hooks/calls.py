@@ -70,9 +70,13 @@ class ModelCall:
     `use_cache=False` to models of transformers. A `forward` of one's own is given everything, always.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward | None = None, *, prefix: bool = False) -> None:
-        """With `prefix`, a prompt is given as a block that is read in both directions (see `is_prefix_model`)."""
+    def __init__(
+        self, model: nn.Module, forward: Forward | None = None, *, prefix: bool = False, tokens_before: int = 0
+    ) -> None:
+        """With `prefix`, a prompt is given as a block that is read in both directions (see `is_prefix_model`). The
+        model's states have `tokens_before` tokens more than the prompt, in front of it."""
         self.model = model
+        self.tokens_before = tokens_before
         self.prefix = prefix
         self._forward = forward
         self.is_given = forward is not None

@@ -61,8 +61,11 @@ def discover(
     layers that are called once. What the model itself raises is passed on.
     """
     model = call.model
-    calls = WatchedForward(call, batch, extra or {}).calls()
+    watched = WatchedForward(call, batch, extra or {})
+    calls = watched.calls()
     layers = _layer_calls(model, calls)
+    if not _comes_twice(layers):
+        _refuse_longer(watched, batch)
     if not layers:
         seen = ", ".join(dict.fromkeys(one.path for one in calls if one.path))[:200] or "no module"
         raise ConfigError(f"No layers can be told in {type(model).__name__}, which called {seen}; {_ADVICE}.")
@@ -81,6 +84,19 @@ def discover(
     assert found is not None  # or it would not have been taken
     setting, found = find_setting(call, batch, looped, found) if with_setting and not extra else (None, found)
     return _looped(looped, calls, found, setting)
+
+
+def _refuse_longer(watched: WatchedForward, batch: Batch) -> None:
+    """Raises `ConfigError` where no loop is seen in the prompt's tokens, but some module is called again and again with
+    states of more of them."""
+    shapes = [shape for (module, shape), times in watched.longer.most_common() if times > 1]
+    if shapes:
+        batches, tokens = batch.input_ids.shape
+        raise ConfigError(
+            f"A module is called {watched.longer.most_common()[0][1]} times with states of {shapes[0]}, for "
+            f"{(batches, tokens)} tokens; if the model puts {shapes[0][1] - tokens} tokens before the text (registers, "
+            f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens})."
+        )
 
 
 def _one_loop(layers: Sequence[Call]) -> Repeats | None:

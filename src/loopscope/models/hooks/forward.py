@@ -188,13 +188,14 @@ class _Worker:
             received = self._find(arguments_of(module, args, kwargs), site, "received")
             if self._halts is not None:
                 self._halts.begin(site.recurrence, self._announced(received))
+            before = self._spec.call.tokens_before
             if site.recurrence == 0 and self._spec.begins_with is not None:
-                other = self._spec.begins_with.clone()
+                other = torch.cat((received[:, :before], self._spec.begins_with), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
-                other = (received * factors).to(received.dtype)
+                other = torch.cat((received[:, :before], (received[:, before:] * factors).to(received.dtype)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             self._begin_recurrence(site, self._announced(received))
@@ -216,16 +217,16 @@ class _Worker:
             return
         site = self._site
         assert site is not None  # a layer that ends has begun
-        attention = None
+        attention = sink = None
         if self._watching is not None:
             self._stop_watching()
-            attention, calls = self._watch.collect()
+            attention, sink, calls = self._watch.collect()
             self._listener.attention_calls[site.stage, site.layer] = calls
             if (site.stage, site.layer) in self._spec.blind:
                 attention = None
         state = self._announced(self._find(outputs_of(output), site, "put out"))
         if self._listener.listening:
-            self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention))
+            self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention, sink))
         is_last = self._cursor.leave(site)
         layout = self._spec.layout
         if is_last:
@@ -252,17 +253,20 @@ class _Worker:
 
     def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
         """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
-        batch = tuple(self._spec.batch.input_ids.shape)
+        prompts, tokens = self._spec.batch.input_ids.shape
+        batch = (prompts, tokens + self._spec.call.tokens_before)
         found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
         layer = self._spec.layout.stage(site.stage)[site.layer]
         if found is None or found.shape[:2] != batch:
             seen = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
-            there = f", but {', '.join(str(shape) for shape in seen[:3])} for {batch} tokens" if seen else ""
+            there = (
+                f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
+            )
             advice = "name modules that map states to states"
-            if found is not None and found.shape[0] == batch[0] and found.shape[1] > batch[1]:
+            if found is not None and found.shape[0] == prompts and found.shape[1] > tokens:
                 advice = (
-                    f"states of {found.shape[1] - batch[1]} tokens beside the prompt's (registers, puzzle or memory "
-                    "tokens) are not supported"
+                    f"if {found.shape[1] - tokens} tokens stand before the prompt's, as registers or those of a puzzle "
+                    f"do, say tokens_before={found.shape[1] - tokens}; in other places they are not supported"
                 )
             raise ConfigError(
                 f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){there}; {advice}."
@@ -276,7 +280,7 @@ class _Worker:
         return found
 
     def _announced(self, state: Tensor) -> Tensor:
-        seen = state if self._spec.gradients else state.detach()
+        seen = (state if self._spec.gradients else state.detach())[:, self._spec.call.tokens_before :]
         return seen.clone() if self._spec.copies else seen
 
     def _check_end(self, where: str, held: bool) -> None:

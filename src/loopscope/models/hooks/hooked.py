@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -20,9 +20,9 @@ from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, In
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting
 from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
-from loopscope.models.hooks.trial import check_setting, check_weights, positions_of, probe_of, trial
+from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
-from loopscope.models.subject import Batch, PrefixReading, SubjectInfo, weights_digest
+from loopscope.models.subject import Batch, PrefixReading, SubjectInfo, check_length, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
 from loopscope.prompts.tokenizer import TextTokenizer
 
@@ -54,8 +54,13 @@ class HookedSubject:
         revision: str | None = None,
         found: str | None = None,
         prefix: PrefixReading = "causal",
+        notes: Sequence[str] = (),
+        probe: ProbeTokens | None = None,
+        tokens_before: int = 0,
     ) -> None:
         check_weights(model)
+        self.notes = tuple(notes)
+        """How the model came to be run through hooks, in sentences, where that is not what its owner asked for."""
         self.found = found
         """What was found of the layout by watching a forward pass, in words; None for one that was given."""
         self.model = model
@@ -63,12 +68,13 @@ class HookedSubject:
         self.layout = layout
         is_prefix = is_prefix_model(model) and forward is None
         self._prefix: PrefixReading | None = prefix if is_prefix else None
-        self._call = ModelCall(model, forward, prefix=self._prefix == "trained")
+        self._probe = probe_of(model, probe)
+        self._call = ModelCall(model, forward, prefix=self._prefix == "trained", tokens_before=tokens_before)
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
         self._facts: Facts | None = None
         self._facts = self._measure(trained_recurrences)
-        self.branches = branches(self._call, probe_of(model), layout, self._extra(trained_recurrences))
+        self.branches = branches(self._call, self._probe, layout, self._extra(trained_recurrences))
         """Why what its layers put out may be no states, in words; None where they pass it on to each other."""
         self._padding, self._padded_for = self._facts.behind, self._facts.recurrences or 0
         self.info = self._info(name or type(model).__name__, weights_sha256, revision)
@@ -98,6 +104,7 @@ class HookedSubject:
             self.branches,
             settable=self.settable,
             takes_mask=self._call.takes_mask,
+            tokens_before=self._call.tokens_before,
         )
         return found if self._prefix is None else [*found, PREFIX[self._prefix]]
 
@@ -131,6 +138,7 @@ class HookedSubject:
                 f"{self.info.name} runs its own {facts.recurrences} recurrences, and {recurrences} were asked for; "
                 "tell loopscope.hook what sets them (set_recurrences); given no layers either, it looks for both."
             )
+        check_length(self.info, batch.counts.tolist())
         if not bool(batch.mask.all()):
             self._check_padding(batch)
         return HookedRun(self, batch.to(self.device), recurrences if self.info.is_looped else 0, seed, observers)
@@ -150,7 +158,7 @@ class HookedSubject:
                 self._padding = measure_padding(
                     self.forward,
                     recurrences,
-                    probe_of(self.model).input_ids.shape[1],
+                    self._probe,
                     takes_mask=self._call.takes_mask,
                     random=self.facts.random,
                 )
@@ -237,7 +245,6 @@ class HookedSubject:
 
     def _measure(self, trained: int | None) -> Facts:
         own = self._setting.get() if self._setting is not None else trained
-        probe = probe_of(self.model)
         with trial(self.model, is_function=self._function is not None, trained=trained):
             try:
                 facts = measure_facts(
@@ -246,11 +253,11 @@ class HookedSubject:
                     own=own,
                     settable=self.settable,
                     takes_mask=self._call.takes_mask,
-                    tokens=probe.input_ids.shape[1],
+                    probe=self._probe,
                 )
             except ConfigError as error:
                 if self.settable and self.layout.recurrent:
-                    check_setting(self._call, probe, self.layout, self._setting or self._extra, own or 2, error)
+                    check_setting(self._call, self._probe, self.layout, self._setting or self._extra, own or 2, error)
                 raise
         if trained is not None and facts.recurrences != trained:
             raise ConfigError(
@@ -282,6 +289,8 @@ class HookedSubject:
             weights_sha256=weights_sha256 or weights_digest(self.model),
             revision=revision,
             other_states=self.layout.other_states,
+            only_tokens=facts.only_tokens,
+            sink_heads=facts.sink_heads,
             prefix=self._prefix,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopscope._util.shapes import States
 from loopscope._util.sites import Stage
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.forward import HookedForward, Injected
 from loopscope.models.subject import Batch
 from loopscope.models.visits import AttentionView, LoopState, MapAttention, QueryKeyAttention, Visit
@@ -66,6 +66,8 @@ class Facts:
 
     recurrences: int | None
     """The model's own number; None without a loop."""
+    only_tokens: int | None
+    """Prompts of that many tokens alone can be run; None where other numbers can."""
     width: int
     vocab_size: int
     dtype: torch.dtype
@@ -95,6 +97,9 @@ class Facts:
     """A layer's input or output, or what its attention was computed from, is changed in place later on."""
     behind: Padding
     """What a later token and padding do, at the model's own number of recurrences."""
+    sink_heads: int | None = None
+    """Heads that give a part of their attention to a column beside the tokens, where that is seen in a layer; None
+    without one, or where layers have different numbers."""
     unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
     """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
 
@@ -108,14 +113,13 @@ class Facts:
 
 
 def measure_facts(
-    start: StartForward, *, looped: bool, own: int | None, settable: bool, takes_mask: bool, tokens: int
+    start: StartForward, *, looped: bool, own: int | None, settable: bool, takes_mask: bool, probe: Batch
 ) -> Facts:
     """Run the probe with the model's `own` recurrences, unless they are known already, and with another number.
 
     Raises `ConfigError` for a model that cannot be run on the probe, calls its layers otherwise than announced, does
     not run as many recurrences as it is told, or gives other numbers when it is run again.
     """
-    probe = probe_batch(tokens)
     records = []
     if own is None or not (looped and settable):
         records.append(_Record(start(probe, None)).run())
@@ -137,11 +141,10 @@ def measure_facts(
     draws = any(record.forward.drew for record in records)
     another = _Record(start(probe, recurrences, 1)).run() if draws else record
     random = not torch.equal(another.logits, record.logits)
-    changed_batch = probe_batch(tokens, last=3)
     prompt_enters = None
     if record.carries:
         # The last token differs from the record's, and the loop begins with the record's state all the same.
-        elsewhere = _Record(start(changed_batch, recurrences, begins_with=record.injected[0])).run()
+        elsewhere = _Record(start(with_other_end(probe), recurrences, begins_with=record.injected[0])).run()
         prompt_enters = not elsewhere.same_loop(record)
     other_loop = record
     if recurrences is not None:
@@ -151,15 +154,18 @@ def measure_facts(
         restarts = all(torch.equal(record.injected[0], state) for state in record.injected[1:])
         entered = _Record(start(probe, recurrences, begins_with=record.injected[1])).run()
         one_map = entered.repeats_second(record, exactly=again.same_loop(record))
-    alone = _Record(start(probe_batch(max(1, tokens - _SHORTER)), recurrences)).run()
-    _require_one_width([*record.visits, *alone.visits])
+    another_length = _of_another_length(start, probe, recurrences)
+    _require_one_width([*record.visits, *(another_length.visits if another_length is not None else ())])
     # An acceleration may begin later than in the first few recurrences.
     longest = recurrences if recurrences is None else max(own or 0, recurrences)
-    behind = measure_padding(start, longest, tokens, takes_mask=takes_mask, random=random)
+    behind = measure_padding(
+        start, longest, probe, takes_mask=takes_mask, random=random, only_tokens=another_length is None
+    )
     attention = {(visit.stage, visit.layer): visit.attention for visit in record.visits}
     heads = {view.heads for view in attention.values() if view is not None}
     return Facts(
         recurrences=own,
+        only_tokens=probe.input_ids.shape[1] if another_length is None else None,
         width=record.visits[0].residual.shape[-1],
         vocab_size=record.logits.shape[-1],
         dtype=record.visits[0].residual.dtype,
@@ -174,8 +180,27 @@ def measure_facts(
         random=random,
         overwrites=any(record.overwrites for record in records),
         behind=behind,
+        sink_heads=_sink_heads(record, heads),
         unseen={place: record.forward.attention_calls[place] for place, view in attention.items() if view is None},
     )
+
+
+def _sink_heads(record: _Record, heads: set[int]) -> int | None:
+    found = {visit.sink.shape[1] for visit in record.visits if visit.sink is not None}
+    return found.pop() if len(found) == 1 and not heads - found else None
+
+
+def _of_another_length(start: StartForward, probe: Batch, recurrences: int | None) -> _Record | None:
+    """A shorter prompt, or a longer one; None for a model that fails on both, as one of boards does."""
+    longer = Batch(*(torch.cat((each, each[:, :1]), 1) for each in (probe.input_ids, probe.mask)))
+    for other in (shortened(probe), longer):
+        try:
+            return _Record(start(other, recurrences)).run()
+        except LoopscopeError:
+            raise
+        except Exception:
+            continue
+    return None
 
 
 def _require_same_again(again: _Record, record: _Record) -> None:
@@ -200,12 +225,17 @@ def _require_one_width(visits: Sequence[Visit]) -> None:
 
 
 def measure_padding(
-    start: StartForward, recurrences: int | None, tokens: int, *, takes_mask: bool, random: bool
+    start: StartForward,
+    recurrences: int | None,
+    probe: Batch,
+    *,
+    takes_mask: bool,
+    random: bool,
+    only_tokens: bool = False,
 ) -> Padding:
     """A prompt with another last token, and one that is the shorter of a batch, against the same alone."""
-    probe = probe_batch(tokens)
     record = _Record(start(probe, recurrences)).run()
-    changed = _Record(start(probe_batch(tokens, last=3), recurrences)).run()
+    changed = _Record(start(with_other_end(probe), recurrences)).run()
 
     def noise() -> float:
         """How far the logits go where every entry of the first recurrence's input is off by a rounding."""
@@ -219,12 +249,13 @@ def measure_padding(
 
     before = changed.logits[:, :-1], record.logits[:, :-1]
     causal = torch.equal(*before) or _explained(_relative(*before), record, noise)
-    if random or not (takes_mask or causal):
+    if random or only_tokens or not (takes_mask or causal):
         return Padding(causal, None)
-    short = max(1, tokens - _SHORTER)
-    alone = _Record(start(probe_batch(short), recurrences)).run()
-    whole = torch.ones_like(probe.mask)
-    padded = Batch(probe.input_ids.expand(2, tokens), torch.cat((whole, torch.arange(tokens)[None] < short)))
+    cut = shortened(probe)
+    short, tokens = cut.input_ids.shape[1], probe.input_ids.shape[1]
+    alone = _Record(start(cut, recurrences)).run()
+    shown = torch.arange(tokens, device=probe.mask.device)[None] < short
+    padded = Batch(probe.input_ids.expand(2, tokens), torch.cat((probe.mask, shown)))
     try:
         together = _Record(start(padded, recurrences)).run()
     except Exception as error:  # its owner may never need padding
@@ -260,12 +291,24 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).abs().amax() / scale.clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def probe_batch(tokens: int, last: int | None = None) -> Batch:
+def probe_batch(tokens: int) -> Batch:
     """Ids that every vocabulary has."""
     input_ids = torch.arange(tokens)[None] % 3
-    if last is not None:
-        input_ids[:, -1] = last
     return Batch(input_ids, torch.ones_like(input_ids, dtype=torch.bool))
+
+
+def with_other_end(probe: Batch) -> Batch:
+    """The last token is another of the prompt, or, where they are all the same, one that is not."""
+    input_ids = probe.input_ids.clone()
+    others = input_ids[input_ids != input_ids[0, -1]]
+    input_ids[0, -1] = others[0] if len(others) else (input_ids[0, -1] == 0).long()
+    return Batch(input_ids, probe.mask)
+
+
+def shortened(probe: Batch) -> Batch:
+    """The same without its last few tokens."""
+    tokens = max(1, probe.input_ids.shape[1] - _SHORTER)
+    return Batch(probe.input_ids[:, :tokens], probe.mask[:, :tokens])
 
 
 @dataclass

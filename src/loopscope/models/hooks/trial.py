@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.called import WatchedForward
@@ -18,11 +18,27 @@ from loopscope.models.hooks.pausing import Setting
 from loopscope.models.hooks.probe import PROBE_TOKENS, probe_batch
 from loopscope.models.subject import Batch
 
+ProbeTokens = int | Sequence[int] | Tensor
+"""How many tokens, or the ids of one prompt."""
 
-def probe_of(model: nn.Module) -> Batch:
-    """A few tokens on the model's device, on which facts are measured."""
-    tokens = min(PROBE_TOKENS, positions_of(model) or PROBE_TOKENS)
-    return probe_batch(tokens).to(next((each.device for each in model.parameters()), torch.device("cpu")))
+
+def probe_of(model: nn.Module, given: ProbeTokens | None = None) -> Batch:
+    """A few tokens on the model's device, on which facts are measured; `given` are those, or how many.
+
+    Raises `ConfigError` for what is neither.
+    """
+    if given is None:
+        given = min(PROBE_TOKENS, positions_of(model) or PROBE_TOKENS)
+    if isinstance(given, int) and given > 0:
+        probe = probe_batch(given)
+    else:
+        tokens = torch.as_tensor(given)
+        if tokens.ndim == 2 and len(tokens) == 1:
+            tokens = tokens[0]
+        if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ConfigError(f"probe must be a number of tokens, or the ids of one prompt, got {given!r:.80}.")
+        probe = Batch.of([tokens.tolist()])
+    return probe.to(next((each.device for each in model.parameters()), torch.device("cpu")))
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -48,11 +64,14 @@ def trial(model: nn.Module, *, is_function: bool, trained: int | None) -> Iterat
     except LoopscopeError:
         raise
     except Exception as error:
-        advice = "check that it runs by itself, or pass forward="
+        advice = (
+            "check that it runs by itself; give loopscope.hook the tokens it takes, or how many, as probe=, or say how "
+            "it is called as forward="
+        )
         if is_function and trained is None:
             advice = (
                 "it was called with nothing set, to count its recurrences; give their number, as in "
-                f"trained_recurrences=4, which set_recurrences is then asked for, or {advice}"
+                f"trained_recurrences=4, which set_recurrences is then asked for; or {advice}"
             )
         reason = str(error).partition("\n")[0]
         raise ConfigError(

@@ -45,10 +45,27 @@ def no_padding(padding: Padding, takes_mask: bool) -> str | None:
 
 
 def unobservable(
-    layout: HookLayout, facts: Facts, padding: Padding, branches: str | None, *, settable: bool, takes_mask: bool
+    layout: HookLayout,
+    facts: Facts,
+    padding: Padding,
+    branches: str | None,
+    *,
+    settable: bool,
+    takes_mask: bool,
+    tokens_before: int,
 ) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
+    if tokens_before:
+        found.append(
+            f"Tokens before the text: the states of the {tokens_before} that the model puts there, and so attention to "
+            "them."
+        )
+    if facts.only_tokens is not None:
+        found.append(
+            f"Other lengths: the model failed on fewer and on more than {facts.only_tokens} tokens, so prompts must "
+            "have that many."
+        )
     if branches is not None:
         found.append(f"Layers: {branches}.")
     if layout.recurrent:
@@ -58,6 +75,8 @@ def unobservable(
         found.append(
             "Random states: they are drawn for a whole batch at once, so numbers depend on what is in a batch."
         )
+    if facts.only_tokens is not None:
+        return found  # which leaves nothing to pad
     if not takes_mask and padding.causal and padding.effect is None:
         found.append(
             "Padding: the model takes no attention_mask, and as it is causal, padding behind a prompt changes rounding "
@@ -108,8 +127,12 @@ def _of_attention(layout: HookLayout, facts: Facts) -> list[str]:
     found = []
     for (stage, layer), calls in facts.unseen.items():
         path = layout.stage(stage)[layer].path
-        reason = "no attention that is understood was" if calls == 0 else f"{calls} attentions were"
-        found.append(f"Attention of {stage}.{layer} ({path}): {reason} computed in it, where one was expected.")
+        reason = {
+            0: "no attention that is understood was computed in it, where one was expected",
+            1: "what was computed in it has other queries or keys than the prompt's tokens"
+            + ("" if facts.sink_heads is None else "; of a sink beside them, what goes to it is measured (sink_mass)"),
+        }.get(calls, f"{calls} attentions were computed in it, where one was expected")
+        found.append(f"Attention of {stage}.{layer} ({path}): {reason}.")
     layers = len(layout.prelude) + len(layout.recurrent) + len(layout.coda)
     if facts.heads is None and len(facts.unseen) < layers:
         found.append("Heads: the layers have different numbers of them, so that they are not compared head by head.")

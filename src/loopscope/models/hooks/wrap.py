@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,17 @@ import torch
 from torch import nn
 
 from loopscope._util.hub import require
-from loopscope.errors import CheckpointError, ConfigError, NonFiniteError
+from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
 from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
-from loopscope.models.hooks.trial import check_weights, probe_of, trial
-from loopscope.models.subject import PrefixReading
-from loopscope.prompts.tokenizer import TextTokenizer, load_tokenizer
+from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
+from loopscope.models.hooks.unwrapping import unwrap
+from loopscope.models.subject import Batch, PrefixReading
+from loopscope.prompts.tokenizer import as_tokenizer, load_tokenizer
 
 
 def hook(
@@ -36,7 +38,9 @@ def hook(
     trained_recurrences: int | None = None,
     forward: Forward | None = None,
     name: str | None = None,
-    tokenizer: TextTokenizer | None = None,
+    tokenizer: object | None = None,
+    probe: ProbeTokens | None = None,
+    tokens_before: int = 0,
 ) -> HookedSubject:
     """Any torch module as a subject, which `capture`, `analyze` and the contract take.
 
@@ -60,7 +64,13 @@ def hook(
     - `trained_recurrences`: the model's own number, if it cannot be counted in a run with nothing set.
     - `forward`: `forward(model, input_ids, mask, **keyword_arguments) -> logits` if the model is not called as
       `model(input_ids, attention_mask=...)`; the mask is True for tokens, (batch, token).
-    - `name`, `tokenizer`: for results and for prompts that are texts.
+    - `name`, `tokenizer`: for results and for prompts that are texts; a tokenizer of transformers (a fast one) or of
+      the package tokenizers.
+
+    - `probe`: how many tokens the model is tried on, or the ids of one prompt, where it cannot be run on 11 of the ids
+      0 to 2: a board of 81 fields.
+    - `tokens_before`: tokens that the model puts before the text, such as registers or those of a puzzle; what is
+      announced has the text's states alone.
 
     The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
     carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
@@ -68,18 +78,19 @@ def hook(
     does, how wide it is.
 
     While a run computes, the module is in evaluation mode; each module's own mode is back whenever the run stands
-    still. Weights are never changed. A model that torch has compiled is run without its compiled code.
+    still. Weights are never changed. A model that torch has compiled is run without its compiled code, one in
+    `DataParallel` on one device, and one in PEFT with its adapters; paths are those of the module inside.
 
     Raises `ConfigError` for paths that lead nowhere, layers that are called in another order than given or not at all,
     layers whose first output is not the state, a model that fails on the probe, and one that gives other numbers when
     it is run again.
     """
-    compiled = getattr(model, "_orig_mod", None)
-    model = compiled if isinstance(compiled, nn.Module) else model
+    model, unwrapped = unwrap(model)
     check_weights(model)
     found: Found | None = None
     if all(entry is None for entry in (prelude, recurrent, coda, loop_end)):
-        found = _find(model, forward, set_recurrences, trained_recurrences)
+        call = ModelCall(model, forward, tokens_before=tokens_before)
+        found = _find(call, probe_of(model, probe), set_recurrences, trained_recurrences)
         layout = found.layout
         set_recurrences = set_recurrences or found.setting
     else:
@@ -98,21 +109,20 @@ def hook(
         trained_recurrences=trained_recurrences,
         forward=forward,
         name=name,
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else as_tokenizer(tokenizer),
         found=None if found is None else found.sentence,
+        notes=() if unwrapped is None else (unwrapped,),
+        probe=probe,
+        tokens_before=tokens_before,
     )
 
 
-def _find(
-    model: nn.Module, forward: Forward | None, set_recurrences: SetRecurrences | None, trained: int | None
-) -> Found:
+def _find(call: ModelCall, probe: Batch, set_recurrences: SetRecurrences | None, trained: int | None) -> Found:
     extra = None
     if callable(set_recurrences) and trained is not None:
-        extra = set_recurrences(model, trained)
-    with trial(model, is_function=callable(set_recurrences), trained=trained):
-        return find_layout(
-            ModelCall(model, forward), probe_of(model), extra=extra, with_setting=set_recurrences is None
-        )
+        extra = set_recurrences(call.model, trained)
+    with trial(call.model, is_function=callable(set_recurrences), trained=trained):
+        return find_layout(call, probe, extra=extra, with_setting=set_recurrences is None)
 
 
 def load_hooked(
@@ -123,8 +133,11 @@ def load_hooked(
     name: str | None = None,
     revision: str | None = None,
     prefix: PrefixReading = "causal",
+    unknown: UnknownFamilyError | None = None,
 ) -> HookedSubject:
     """Load a folder with transformers' own modelling code, and hook the model.
+
+    `unknown` is why loopscope's own reader does not; the subject's `notes` say so.
 
     Only safetensors are read, and no code from the folder is run. transformers fills what a checkpoint lacks with
     random numbers, so its account of the loading is checked: a tensor that is missing, not wanted or of another shape
@@ -134,16 +147,12 @@ def load_hooked(
     """
     transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
     store = TensorStore(folder)
-    if store.wrapper:
-        raise CheckpointError(
-            f"All tensors in {folder} are named with {store.wrapper!r} before them, as the wrapper was saved (of "
-            "torch.compile, DataParallel or PEFT) and not the model in it, and transformers knows no such names: save "
-            "the module inside, or rename the tensors."
-        )
     check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
-    model = _load(transformers, folder, dtype).to(device)
+    setting = isinstance(unknown, UnknownSettingError)
+    why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
+    model = _load(transformers, folder, dtype, why, store.wrapper).to(device)
     _check_finite(model, folder)
-    found = _find(model.eval().requires_grad_(False), None, None, None)
+    found = _find(ModelCall(model.eval().requires_grad_(False)), probe_of(model), None, None)
     return HookedSubject(
         model,
         found.layout,
@@ -154,10 +163,11 @@ def load_hooked(
         revision=revision,
         found=found.sentence,
         prefix=prefix,
+        notes=(f"{why}, so the code of transformers {transformers.__version__} runs it, watched through hooks.",),
     )
 
 
-def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str, wrapper: str) -> nn.Module:
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -170,12 +180,12 @@ def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype) -> nn.Modu
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
+                key_mapping={f"^{re.escape(wrapper)}": ""} if wrapper else None,
             )
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{folder} is of no family that loopscope reads itself, and transformers {transformers.__version__} cannot "
-            f"load it either: {reason}"
+            f"{why}, and transformers {transformers.__version__} cannot load it either: {reason}"
         ) from error
     _check_report(report, folder)
     loaded: nn.Module = model

@@ -11,11 +11,22 @@ from loopscope._util.ranges import Count, Range, check_ranges
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+DtypeName = Literal["float32", "float64", "bfloat16", "float16", "bf16", "fp16"]
+"""With the names that others use for them."""
 
-_ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+_ITEMSIZE: dict[str, int] = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 _ALLOCATOR = 2
 """What a process holds for each byte of a layer's tensors that is alive. From `benchmarks/memory.py`, see there."""
+
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def dtype_name(given: object) -> str:
+    """The name of a dtype, from a name or from torch's or numpy's object; another name is returned as it is."""
+    name = getattr(given, "__name__", str(given)).removeprefix("torch.")
+    return _SHORT.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +41,12 @@ class RunSize:
     """How often the recurrent block runs."""
     horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
     """Of an analysis, which runs twice as many."""
-    dtype: Dtype = "float32"
+    dtype: DtypeName = "float32"
     """What the model runs in."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopscope._util.hub import require
 from loopscope._util.wording import layout_text
-from loopscope.errors import CheckpointError, UnknownFamilyError
+from loopscope.errors import CheckpointError, UnknownFamilyError, UnknownSettingError
 from loopscope.models.checkpoints.metadata import Metadata
 from loopscope.models.hooks.calls import ModelCall, is_prefix_model
 from loopscope.models.hooks.discovery import Found, find_layout
@@ -75,7 +75,8 @@ def inspect_hooked(
         revision=metadata.revision,
         family=str(model.config.model_type),
         runs="through hooks",
-        recognised_by=f"model_type {model.config.model_type!r} of transformers {transformers.__version__}",
+        recognised_by=f"model_type {model.config.model_type!r} of transformers {transformers.__version__}; "
+        + (str(unknown).rstrip(".") if isinstance(unknown, UnknownSettingError) else "loopscope has no reader for it"),
         layout=f"a chain of {len(layout.prelude)} layers" if found is None else in_words,
         prelude=len(layout.prelude),
         recurrent=len(layout.recurrent),

@@ -21,7 +21,7 @@ from loopscope.models.architecture import (
     YarnScaling,
 )
 from loopscope.models.checkpoints.family import Family, parameter_shapes, parse_name
-from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout
+from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout, refuse_ignored
 from loopscope.models.checkpoints.metadata import Metadata, read_metadata
 from loopscope.models.inspection.facts import (
     Inspection,
@@ -70,12 +70,13 @@ def inspect_model(
     revision: str | None = None,
     run: RunSize | None = None,
     families: Sequence[Family] = (),
+    ignore_config: Sequence[str] = (),
 ) -> Inspection:
     """What a model is and what running it would take, without loading a weight.
 
     Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
     its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
-    own.
+    own, and `ignore_config` fields of config.json to pass over, as for `load`.
 
     Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
     load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
@@ -84,10 +85,11 @@ def inspect_model(
     metadata = read_metadata(name_or_path, revision)
     tokenizer = _tokenizer(metadata.folder)
     try:
-        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families)
+        layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families, ignore_config)
     except UnknownFamilyError as unknown:
+        refuse_ignored(ignore_config, unknown)
         return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
-    return inspect_native(name_or_path, metadata, layout, tokenizer, run)
+    return inspect_native(name_or_path, metadata, layout, tokenizer, run, ignore_config)
 
 
 def _tokenizer(folder: Path) -> TokenizerFacts | None:
@@ -104,7 +106,12 @@ def _tokenizer(folder: Path) -> TokenizerFacts | None:
 
 
 def inspect_native(
-    name: str | Path, metadata: Metadata, layout: CheckpointLayout, tokenizer: TokenizerFacts | None, run: RunSize
+    name: str | Path,
+    metadata: Metadata,
+    layout: CheckpointLayout,
+    tokenizer: TokenizerFacts | None,
+    run: RunSize,
+    ignore_config: Sequence[str] = (),
 ) -> Inspection:
     architecture = layout.architecture
     return Inspection(
@@ -113,7 +120,7 @@ def inspect_native(
         family=layout.family,
         runs="natively",
         recognised_by=f"model_type {metadata.config.get('model_type')!r} and the names of its {len(metadata.headers)} "
-        "tensors",
+        "tensors" + (f"; passed over in config.json: {', '.join(ignore_config)}" if ignore_config else ""),
         layout=architecture.layout,
         prelude=architecture.prelude,
         recurrent=architecture.recurrent,

@@ -38,6 +38,7 @@ class NativeSubject:
         tokenizer: TextTokenizer | None = None,
         weights_sha256: str | None = None,
         revision: str | None = None,
+        ignored_config: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -65,6 +66,7 @@ class NativeSubject:
             weights_sha256=weights_sha256 or weights_digest(model),
             exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
             revision=revision,
+            ignored_config=tuple(ignored_config),
         )
 
     @property

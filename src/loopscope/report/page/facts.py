@@ -29,6 +29,8 @@ def header_facts(view: StudyView) -> list[tuple[str, str]]:
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
     facts += _interventions(view.study)
+    ignored = model.get("ignored_config")
+    facts += [("config.json without", ", ".join(ignored))] if ignored else []
     facts += _beginning(view.manifest.get("tokenizer"))
     facts.append(("run in", view.dtype))
     if "parameters" in model:
