@@ -49,6 +49,12 @@ def rotations(time: Array, *periods: float) -> Array:
     return np.asarray(0.2 * np.stack(waves, axis=-1) @ plane)
 
 
+@pytest.mark.parametrize(("size", "doubts"), [(1.0, ()), (2e-5, ("noise",))])
+def test_an_orbit_as_small_as_remembered_rounding_is_marked(size: float, doubts: tuple[str, ...]) -> None:
+    (verdict,) = judge(rounded(size * rotations(np.arange(256.0), 9.3)), dtype="float32")
+    assert (verdict.kind, verdict.unstable) == (Kind.ORBIT, doubts)
+
+
 @pytest.mark.parametrize(
     ("family", "numbers"),
     [

@@ -90,7 +90,13 @@ def judged_answer(judged: JudgedFiles) -> Answer:
     """The same of trajectories that another tool captured."""
     shares = trajectory_shares(judged)
     total = len(judged.trajectories)
-    unstable = sum(bool(each.verdict.unstable) for each in judged.trajectories)
+    unstable, small = (
+        sum(doubt in each.verdict.unstable for each in judged.trajectories) for doubt in ("window", "noise")
+    )
+    noise = (
+        f"{_of(small, total)} verdicts are of motion so small that it may be rounding which a slow mode remembers: a "
+        "run of the model, with a twin, tells."
+    )
     return _answer(
         _TRAJECTORIES,
         shares,
@@ -99,6 +105,7 @@ def judged_answer(judged: JudgedFiles) -> Answer:
         _evidence(shares, "trajectories"),
         [
             *([f"{_of(unstable, total)} verdicts change within a shorter window."] if unstable else []),
+            *([noise] if small else []),
             *_rounded(str(judged.manifest["dtype"])),
             *_dependence(len({(each.file, each.array) for each in judged.trajectories}), "array", "trajectories"),
         ],

@@ -84,7 +84,8 @@ class Verdict:
     p_value: float = math.nan
     """That noise alone would look as structured as this, corrected for how many shapes were tried."""
     unstable: tuple[str, ...] = ()
-    """What changes the verdict: `window`, `horizon`, `seed`."""
+    """What changes the verdict, such as a shorter `window`; or may, where no twin was run: `noise`, of motion so small
+    that it may be rounding which a slow mode remembers."""
     evidence: dict[str, float] = field(default_factory=dict)
     """Further numbers, by name."""
     displacement: tuple[float, ...] = ()

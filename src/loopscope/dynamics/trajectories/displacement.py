@@ -57,7 +57,8 @@ def displacement_verdicts(
 
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
     a clear answer. With `try_window`, a verdict that the last two thirds of the tail do not share is marked as
-    unstable.
+    unstable. So is, without a measured noise, motion that is new in a recurrence by no more than some roundings: one
+    mode in hundreds that noise drives looks like a true one.
     """
     verdicts = []
     # All tokens are measured together, since shapes are fitted in batches, and decided one by one.
@@ -71,9 +72,10 @@ def displacement_verdicts(
             reason = f"{finding.reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
             finding = finding._replace(kind=Kind.UNKNOWN, reason=reason)
         verdict = _verdict(finding)
-        if not same_limit(verdict.kind, kind):
-            verdict = dataclasses.replace(verdict, unstable=("window",))
-        verdicts.append(verdict)
+        doubts = [] if same_limit(verdict.kind, kind) else ["window"]
+        if verdict.kind.moves and _amplified(finding.motion, settings):
+            doubts.append("noise")
+        verdicts.append(dataclasses.replace(verdict, unstable=tuple(doubts)))
     return verdicts
 
 

@@ -25,7 +25,7 @@ _MOST_GROUPS = 12
 """Arrays whose trajectories can be picked."""
 _MOST_TOKENS = 400
 """Of each, so that the page stays light."""
-_COLUMNS = ("trajectory", "kind", "reason", "period", "noise floor", "changes with")
+_COLUMNS = ("trajectory", "kind", "reason", "period", "noise floor", "may change with")
 
 
 def render_behaviour(judged: JudgedFiles) -> str:
@@ -118,7 +118,7 @@ def _panel(trajectories: Sequence[JudgedTrajectory]) -> TokenPanel:
 def _token(each: JudgedTrajectory) -> PanelToken:
     verdict = each.verdict
     numbers = {name: float(getattr(verdict, name)) for name in FACTS}
-    changes = [("changes with", listed(verdict.unstable))] if verdict.unstable else []
+    changes = [("may change with", listed(verdict.unstable))] if verdict.unstable else []
     return PanelToken(
         label=str(each.token),
         kind=verdict.kind,
