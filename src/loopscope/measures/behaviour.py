@@ -264,7 +264,7 @@ class Behaviour(Measure):
                 changed[CHANGES.index(name), told] = _differ([verdict.kind for verdict in known], found)
         return changed
 
-    def _changes_with_seed(self, layer: int, codes: NDArray[np.int8], noise: Noise) -> NDArray[np.int8]:
+    def _changes_with_seed(self, layer: int, codes: NDArray[np.integer], noise: Noise) -> NDArray[np.int8]:
         """Likewise, (token,): whether two runs from different initial states are told apart."""
         assert self._seed is not None
         changed = np.full(len(codes), -1, dtype=np.int8)
