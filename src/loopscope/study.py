@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,22 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.reading import foreign, open_file, parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
 from loopscope._util.wording import layout_text
-from loopscope.errors import StudyError
+from loopscope.errors import StudyError, last_resort, one_line
 
 MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
 _ENGINE: Literal["netcdf4"] = "netcdf4"
+_FILES, _OWN = "files", "checksum"
+"""Entries of the manifest: the SHA-256 of each other file, and of the manifest without this entry."""
+_MOST_TOKENS = 2**32
+"""Bytes of the tokens' file."""
+_MOST_ARRAYS = 1100
+"""Bytes of the arrays to one of their file: what compresses best does so a thousandfold."""
 
 _ALWAYS = ("token_count", "diverged_at")
 _LOOPED = (
@@ -57,6 +65,7 @@ class Study:
     """Where it was loaded from or saved to."""
 
     @classmethod
+    @last_resort("reading a study")
     def load(cls, folder: str | Path) -> Study:
         """Read a finished study.
 
@@ -77,13 +86,15 @@ class Study:
             if not (folder / name).is_file():
                 raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
+            check_files(folder, manifest)
             dataset = read_arrays(folder / ARRAYS)
             # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
-            lines = (folder / TOKENS).read_text(encoding="utf-8").split("\n")
-            tokens = [json.loads(line) for line in lines if line]
-        except (OSError, ValueError, KeyError) as error:
+            lines = read_text(folder / TOKENS, _MOST_TOKENS).split("\n")
+            tokens = [parse_json(line) for line in lines if line]
+            _check_tokens(tokens, dataset)
+        except (OSError, ValueError) as error:
             raise StudyError(
-                f"The study in {folder} is damaged ({error}); run the analysis again into a new folder."
+                f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
             ) from None
         return cls(dataset, manifest, tokens, folder)
 
@@ -92,8 +103,9 @@ class Study:
         folder = Path(folder)
         write_atomically(folder / TOKENS, tokens_file(self.tokens))
         write_atomically(folder / ARRAYS, netcdf(self.dataset))
-        write_manifest(folder, self.manifest)
-        return Study(self.dataset, self.manifest, self.tokens, folder)
+        files = {name: sha256_of(folder / name) for name in (ARRAYS, TOKENS)}
+        manifest = write_manifest(folder, {**self.manifest, _FILES: files})
+        return Study(self.dataset, manifest, self.tokens, folder)
 
 
 def netcdf(dataset: xr.Dataset) -> memoryview:
@@ -108,8 +120,32 @@ def netcdf(dataset: xr.Dataset) -> memoryview:
 
 def read_arrays(path: Path) -> xr.Dataset:
     """What `netcdf` made, read whole: a file that stays open would break when it is written again."""
-    with xr.open_dataset(path, engine=_ENGINE) as opened:
+    with open_file(path), foreign(), xr.open_dataset(path, engine=_ENGINE) as opened:
+        if opened.nbytes > _MOST_ARRAYS * path.stat().st_size + 2**20:
+            raise ValueError(f"{path.name} says that it holds {opened.nbytes:,} bytes")
         return opened.load()
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a file that is another than the one that the manifest was written with. An older manifest
+    says nothing of them."""
+    for name, known in manifest.get(_FILES, {}).items():
+        if sha256_of(folder / name) != known:
+            raise ValueError(f"{name} is not the file that was written: its checksum is another one")
+
+
+def _check_tokens(tokens: Sequence[Any], dataset: xr.Dataset) -> None:
+    """Raises `ValueError` where they are not those of the arrays' prompts."""
+    if len(tokens) != dataset.sizes.get("prompt"):
+        raise ValueError(f"{TOKENS} has {len(tokens)} prompts, and {ARRAYS} {dataset.sizes.get('prompt')}")
+    counts = dataset["token_count"].values if "token_count" in dataset else [None] * len(tokens)
+    for number, (entry, count) in enumerate(zip(tokens, counts, strict=True), 1):
+        fields = entry if isinstance(entry, dict) else {}
+        ids, strings = fields.get("token_ids"), fields.get("token_strings")
+        whole = isinstance(ids, list) and isinstance(strings, list) and len(ids) == len(strings)
+        placed = all(type(fields.get(name, 0)) is int for name in ("system_tokens", "suffix_tokens"))
+        if not (whole and placed and count in (None, len(ids or ()))):
+            raise ValueError(f"line {number} of {TOKENS} is no prompt of this study")
 
 
 def tokens_file(tokens: Sequence[Mapping[str, Any]]) -> bytes:
@@ -121,21 +157,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a study folder, finished or not. Raises `StudyError` where there is none."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         what = "is not a study (it has no manifest.json)" if folder.is_dir() else "does not exist"
         raise StudyError(f"{folder} {what}; give the --out folder of a `loopscope analyze` run.") from None
     except OSError as error:
-        raise StudyError(f"{path} cannot be read: {error.strerror}.") from None
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise StudyError(f"{path} is damaged ({error}); run the analysis again into a new folder.") from None
     if not isinstance(manifest, dict):
         raise StudyError(f"{path} does not hold a JSON object; it is not a study's manifest.")
+    if manifest.get(_OWN, _digest(manifest)) != _digest(manifest):
+        raise StudyError(
+            f"{path} was changed since it was written (its checksum is another one), so what it says of the numbers "
+            "may be wrong; run the analysis again into a new folder, or put the file back."
+        )
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written: with a checksum of itself, by which a change is told from what another version wrote."""
+    whole = {**manifest, _OWN: _digest(manifest)}
+    write_atomically(folder / MANIFEST, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
+    return whole
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != _OWN}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

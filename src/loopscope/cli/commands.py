@@ -9,12 +9,14 @@ from typing import Annotated, Literal, Protocol
 
 import tyro
 
+from loopscope._util.ranges import Processes, check_ranges
 from loopscope.analysis.settings import AnalyzeSettings, Preset
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.experiment import ExperimentCommand
 from loopscope.cli.rates import CountRates
+from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
 
 
@@ -163,10 +165,13 @@ class Train:
     """Training text, instead of the configuration's."""
     test_data: Path | None = None
     """Held-out text, instead of the configuration's."""
-    threads: int | None = None
+    threads: Processes | None = None
     """CPU threads; torch's choice unless given."""
     device: str = "cpu"
     """A torch device."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "--")
 
     def run(self) -> None:
         from loopscope.cli.console import say
@@ -212,7 +217,6 @@ class Inspect:
     def run(self) -> None:
         from loopscope.analysis.memory import foresee
         from loopscope.cli.inspection import say_inspection, say_inspections, say_json
-        from loopscope.errors import ConfigError
         from loopscope.models.inspection.inspecting import inspect_model
 
         if not self.models:
@@ -263,7 +267,12 @@ Command = (
 
 
 def parse_and_run(arguments: list[str]) -> None:
-    """Parse a command line and run its command."""
+    """Parse a command line and run its command. Raises `ConfigError` for what is no text."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
     command: _Command = tyro.cli(
         Command,
         prog="loopscope",

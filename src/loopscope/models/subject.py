@@ -279,8 +279,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # Of which a number can be read back, as none can of the device meta.
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
+        raise ConfigError(f"The device {name!r} cannot be used ({one_line(error)}); try --device cpu.") from None
     return device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from loopscope._util.reading import read_json, read_text
 from loopscope.errors import PromptError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -58,8 +58,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise PromptError(f"{path} is not readable JSON ({error}); get the file again.") from error
     if not isinstance(content, dict):
         raise PromptError(f"{path} must hold a JSON object, got a {type(content).__name__}; get the file again.")
@@ -108,7 +108,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), []
+            return read_text(file), []
         except (OSError, ValueError) as error:
             raise PromptError(f"{file} is not readable text ({error}); get the file again.") from error
     given = config.get("chat_template")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from loopscope._util import reading
+from loopscope._util.reading import foreign, is_there, open_file, parse_json
 from loopscope.errors import CheckpointError
 from loopscope.models.checkpoints.find import conversion_command, is_pickled
 
@@ -65,15 +65,15 @@ Headers = Mapping[str, TensorHeader]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint; `CheckpointError` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder that holds the checkpoint's config.json."
         ) from None
-    except (ValueError, RecursionError) as error:  # of these, the second is what endless brackets give
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
@@ -141,13 +141,13 @@ class TensorStore:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @contextmanager
-    def _open(self, path: Path) -> Iterator[BufferedReader]:
+    def _open(self, path: Path) -> Iterator[BinaryIO]:
         """A file, which must not have been changed since its header was read, nor be changed while it is open.
 
         A training run may write its next checkpoint over the one that is being loaded, whose values would then be read
         from where the tensors used to lie.
         """
-        with _reading(path), path.open("rb") as file:
+        with _reading(path), open_file(path) as file:
             before = _version(file)
             yield file
             if not before == _version(file) == self._versions.get(path.name):
@@ -158,7 +158,7 @@ class TensorStore:
         if index.exists():
             names = sorted({str(name) for name in self._index().values()})
             for name in names:
-                if not (self.folder / name).is_file() or Path(name).name != name:
+                if Path(name).name != name or not is_there(self.folder / name):
                     raise CheckpointError(f"{index} names the file {name!r}, which is not in {self.folder}.")
             if single.is_file() and _SINGLE not in names:
                 raise CheckpointError(
@@ -192,7 +192,7 @@ class TensorStore:
                 )
 
 
-def _version(file: BufferedReader) -> _Version:
+def _version(file: BinaryIO) -> _Version:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -203,13 +203,13 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
     The library checks the file: that its header is sound, and that the tensors fill the rest of it without gaps. As it
     does not tell where they lie, the header is then read again: its length in eight bytes, and JSON.
     """
-    with _reading(path):
+    # Our own way of opening first, as it opens nothing but files.
+    with _reading(path), open_file(path) as file, foreign():
         with safe_open(path, framework="numpy"):
             pass
-        with path.open("rb") as file:
-            version = _version(file)
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
+        version = _version(file)
+        length = int.from_bytes(file.read(8), "little")
+        entries = parse_json(file.read(length).decode())
     return version, [
         (name, TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
@@ -221,7 +221,7 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except SafetensorError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
