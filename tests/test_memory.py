@@ -16,12 +16,12 @@ import loopscope
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope._util.shapes import States
-from loopscope.analysis.job import Job, SilentProgress, ran_out
+from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.memory import foresee
 from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.cli import main
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, ran_out
 from loopscope.measures.memory import array_bytes
 from loopscope.measures.registry import asked_for
 from loopscope.models.inspection.facts import RunSize

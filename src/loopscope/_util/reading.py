@@ -13,8 +13,9 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loopscope.errors import LoopscopeError, one_line
 
@@ -26,7 +27,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 """In JSON; two of them may make a character."""
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A file to read bytes from; pipes, devices and folders are refused, rather than waited for."""
     try:
         # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.

@@ -56,8 +56,10 @@ class JudgeTrajectories:
         from loopscope.cli.console import say
         from loopscope.dynamics.trajectories.files import judge_files
         from loopscope.dynamics.trajectories.settings import parse_settings
+        from loopscope.dynamics.verdicts import check_folder
         from loopscope.report.page.write import write_behaviour_report
 
+        check_folder(self.out)
         with ProgressBar("tokens") as progress:
             judged = judge_files(
                 self.states,

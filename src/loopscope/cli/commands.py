@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -250,6 +252,9 @@ class _Command(Protocol):
     def run(self) -> None: ...
 
 
+_LONG = 300
+"""Characters of an argument."""
+
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
@@ -273,13 +278,22 @@ def parse_and_run(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
-    command: _Command = tyro.cli(
-        Command,
-        prog="loopscope",
-        description="An instrument for looking inside looped language models.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    # The parser repeats an argument in its messages, which are then as long.
+    said = io.StringIO() if max(map(len, arguments), default=0) > _LONG else sys.stderr
+    try:
+        with redirect_stderr(said):
+            command: _Command = tyro.cli(
+                Command,
+                prog="loopscope",
+                description="An instrument for looking inside looped language models.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stopped:
+        if isinstance(said, io.StringIO) and stopped.code:
+            lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+            raise ConfigError(" ".join(filter(None, lines))) from None
+        raise
     if isinstance(command, Analyze):
         command = command.with_preset(arguments)
     command.run()

@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
+from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError, last_resort
 from loopscope.models.checkpoints.family import Family
 from loopscope.models.checkpoints.find import find_checkpoint
 from loopscope.models.checkpoints.load import load_checkpoint
@@ -30,6 +30,7 @@ _AUTO_FLOAT64 = 50e6
 _DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
+@last_resort("loading a model")
 def load(
     name_or_path: str | Path,
     *,

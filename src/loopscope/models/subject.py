@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
 from loopscope._util.sites import Site, sites_in_order
-from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.errors import ConfigError, NonFiniteError, one_line
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer

@@ -35,6 +35,7 @@ from loopscope.answers.comparison.subjects import (
     same_prompts,
 )
 from loopscope.answers.stages import repetition
+from loopscope.errors import last_resort
 from loopscope.study import Study
 
 SPANS = ("block", "pass")
@@ -43,6 +44,7 @@ SPANS = ("block", "pass")
 _Arrays = dict[str, NDArray[np.float64]]
 
 
+@last_resort("comparing studies")
 def compare(
     studies: Sequence[Study | str | Path],
     *,

@@ -20,8 +20,9 @@ from loopscope._util.estimate import Phase
 from loopscope._util.files import clear_leftovers
 from loopscope._util.progress import ProgressBar
 from loopscope._util.ranges import Range
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, last_resort
 from loopscope.experiments.training.config import TrainConfig
+from loopscope.experiments.training.cost import check_cost
 from loopscope.experiments.training.data import DataFiles, load_texts
 from loopscope.experiments.training.evaluate import Score, bigram_entropy, scores_by_recurrences, unigram_entropy
 from loopscope.experiments.training.run_folder import RunFolder, TrainingProgress, load_state, save_state
@@ -84,6 +85,7 @@ class TrainResult:
         return self.results is not None
 
 
+@last_resort("training a model")
 def train(
     config: TrainConfig,
     out: Path,
@@ -126,6 +128,7 @@ class _Run:
     """A run with its model and text in memory."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, data: DataFiles, device: torch.device) -> None:
+        check_cost([config], device)
         self.config = config
         self.folder = folder
         self.texts = load_texts(config, data, folder.tokenizer)

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -141,7 +142,7 @@ class TensorStore:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @contextmanager
-    def _open(self, path: Path) -> Iterator[BinaryIO]:
+    def _open(self, path: Path) -> Iterator[BufferedReader]:
         """A file, which must not have been changed since its header was read, nor be changed while it is open.
 
         A training run may write its next checkpoint over the one that is being loaded, whose values would then be read
@@ -192,7 +193,7 @@ class TensorStore:
                 )
 
 
-def _version(file: BinaryIO) -> _Version:
+def _version(file: BufferedReader) -> _Version:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -10,6 +10,7 @@ from loopscope.answers.answer import Answer
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import JudgedFiles
+from loopscope.errors import last_resort
 from loopscope.experiments.load import Experiment
 from loopscope.report.page.comparison_page import render_comparison
 from loopscope.report.page.experiment_page import render_experiments
@@ -19,6 +20,7 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
 
 
+@last_resort("drawing a report")
 def write_report(
     study: Study,
     path: str | Path,
