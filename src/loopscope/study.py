@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -86,6 +87,7 @@ class Study:
             if not (folder / name).is_file():
                 raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
+            _check_manifest(manifest)
             check_files(folder, manifest)
             dataset = read_arrays(folder / ARRAYS)
             # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
@@ -132,6 +134,35 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name, known in manifest.get(_FILES, {}).items():
         if sha256_of(folder / name) != known:
             raise ValueError(f"{name} is not the file that was written: its checksum is another one")
+
+
+_SHAPE: Mapping[str, tuple[type, ...]] = {
+    "model": (dict,),
+    "model.name": (str,),
+    "model.layout": (dict,),
+    "settings": (dict,),
+    "prompts?": (dict,),
+    "tokenizer?": (dict, NoneType),
+    "tokenizer.bos": (dict, NoneType),
+    "tokenizer.bos.text": (str,),
+    "behaviour?": (dict,),
+    "stability?": (dict,),
+    "left_out?": (dict,),
+}
+"""Entries of a manifest; with a mark, those that some studies lack."""
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for one that is no study's, which a checksum cannot tell in an older study."""
+    for place, kinds in _SHAPE.items():
+        *above, last = place.removesuffix("?").split(".")
+        inner: Any = manifest
+        for name in above:
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        # What is absent, or null, has no entries; whether it may be, its own line says.
+        if isinstance(inner, Mapping) and not (last not in inner and place.endswith("?")):
+            if not isinstance(inner.get(last, ()), kinds):
+                raise ValueError(f"{MANIFEST} has no entry {'.'.join((*above, last))} of the right kind")
 
 
 def _check_tokens(tokens: Sequence[Any], dataset: xr.Dataset) -> None:

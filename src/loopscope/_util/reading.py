@@ -57,8 +57,8 @@ def read_bytes(path: Path, most: int = _LARGEST) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most:,} are read")
-        # A file of the system may have more than it says.
-        return file.read(most)
+        # Files of the system say that they have nothing. Room for what is asked for is made before anything is read.
+        return file.read(size or 2**20)
 
 
 def read_text(path: Path, most: int = _LARGEST) -> str:
