@@ -21,9 +21,10 @@ import xarray
 from filelock import FileLock
 
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope._util.netcdf import netcdf
 from loopscope.cli import main
 from loopscope.errors import FolderBusyError, StorageError, StudyError
-from loopscope.study import netcdf, write_manifest
+from loopscope.study import write_manifest
 from small_models import checkpoint
 
 COMMAND = str(Path(sys.executable).with_name("loopscope"))

@@ -242,7 +242,15 @@ def options() -> Iterator[Fault]:
         shown = " ".join(each if len(each) < 40 else each[:20] + "..." for each in more)
         return Fault("options", shown, lambda folder: analyze(tiny(folder / "m"), folder, *more))
 
-    for name in ("recurrences", "horizon", "threads", "components", "other-starts", "map-tokens", "eigenvalue-products"):
+    for name in (
+        "recurrences",
+        "horizon",
+        "threads",
+        "components",
+        "other-starts",
+        "map-tokens",
+        "eigenvalue-products",
+    ):
         for value in (NINES, "2147483648", "999999999", "-1"):
             yield given(f"--{name}={value}")
     yield given("--track", "0:999999999999999999")
@@ -305,18 +313,26 @@ def trajectories() -> Iterator[Fault]:
 
     yield given("npz with a name twice", "a.npz", twice)
     whole = {"a.npy": states}
-    yield given("npz checksum", "a.npz", lambda path: archive(path, whole, lambda c: c.replace(states[200:210], b"x" * 10)))
+    yield given(
+        "npz checksum", "a.npz", lambda path: archive(path, whole, lambda c: c.replace(states[200:210], b"x" * 10))
+    )
     yield given("npz cut", "a.npz", lambda path: archive(path, whole, lambda c: c[: len(c) // 2]))
     yield given(
         "npz encrypted", "a.npz",
         lambda path: archive(path, whole, lambda c: c.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")),
     )  # fmt: skip
     method = b"PK\x01\x02\x14\x03\x14\x00\x00\x00"
-    yield given("npz method 99", "a.npz", lambda path: archive(path, whole, lambda c: c.replace(method + b"\0\0", method + b"\x63\0")))
+    yield given(
+        "npz method 99",
+        "a.npz",
+        lambda path: archive(path, whole, lambda c: c.replace(method + b"\0\0", method + b"\x63\0")),
+    )
     yield given("npz of 16 GB", "a.npz", lambda path: archive(path, {"a.npy": npy("(1024000000, 4)")}))
     yield given("window", "a.npy", plain(states), "--set", f"window={NINES}")
     yield given("first recurrence", "a.npy", plain(states), "--first-recurrence", NINES)
-    yield Fault("trajectories", "no file", lambda folder: ["behaviour", "--dtype", "float32", "--out", str(folder / "o")])
+    yield Fault(
+        "trajectories", "no file", lambda folder: ["behaviour", "--dtype", "float32", "--out", str(folder / "o")]
+    )
     for name in ("manifest.json", "notes.txt"):
 
         def holds(path: Path, name: str = name) -> None:
@@ -346,7 +362,15 @@ def sweeps() -> Iterator[Fault]:
         def make(folder: Path) -> list[str]:
             content = change if isinstance(change, str) else json.dumps(change(json.loads(json.dumps(SWEEP))))
             (folder / "s.json").write_text(content)
-            return ["experiment", "training", str(folder / "s.json"), "--out", str(folder / "out"), "--engine", "serial"]
+            return [
+                "experiment",
+                "training",
+                str(folder / "s.json"),
+                "--out",
+                str(folder / "out"),
+                "--engine",
+                "serial",
+            ]
 
         return Fault("sweeps", name, make)
 
@@ -381,7 +405,9 @@ def sweeps() -> Iterator[Fault]:
         for command in ("again", "report"):
             for what, content in (("deep", DEEP), ("null", "null"), ("list", "[]"), ("garbage", "\xff")):
 
-                def make(folder: Path, damaged: str = damaged, command: str = command, content: str = content) -> list[str]:
+                def make(
+                    folder: Path, damaged: str = damaged, command: str = command, content: str = content
+                ) -> list[str]:
                     out = folder / "out"
                     (out / "cells").mkdir(parents=True)
                     (out / "grid.json").write_text('{"kind": "training", "finished": true, "cells": ["a"]}')
@@ -389,7 +415,15 @@ def sweeps() -> Iterator[Fault]:
                     (out / damaged).write_text(content, encoding="latin-1")
                     (folder / "s.json").write_text(json.dumps(SWEEP))
                     if command == "again":
-                        return ["experiment", "training", str(folder / "s.json"), "--out", str(out), "--engine", "serial"]
+                        return [
+                            "experiment",
+                            "training",
+                            str(folder / "s.json"),
+                            "--out",
+                            str(out),
+                            "--engine",
+                            "serial",
+                        ]
                     return ["experiment", "report", str(out), "--out", str(folder / "r.html")]
 
                 yield Fault("sweeps", f"{command}, {damaged} {what}", make)
@@ -452,15 +486,24 @@ def studies(whole: Path) -> Iterator[Fault]:
         def copied(folder: Path) -> Path:
             shutil.copytree(whole, folder / "study")
             if old:
-                edited(folder / "study" / "manifest.json", lambda m: {k: v for k, v in m.items() if k not in ("files", "checksum")})
+                edited(
+                    folder / "study" / "manifest.json",
+                    lambda m: {k: v for k, v in m.items() if k not in ("files", "checksum")},
+                )
             change(folder / "study")
             return folder / "study"
 
         kind = "old studies" if old else "studies"
         yield Fault(kind, f"report {name}", lambda folder: ["report", str(copied(folder))])
         yield Fault(kind, f"rates {name}", lambda folder: ["rates", str(copied(folder))])
-        yield Fault(kind, f"compare {name}", lambda folder: ["compare", str(copied(folder)), str(whole), "--out", str(folder / "c")])
-        yield Fault(kind, f"resume {name}", lambda folder: [*analyze("demo:injected", folder), "--out", str(copied(folder))])
+        yield Fault(
+            kind,
+            f"compare {name}",
+            lambda folder: ["compare", str(copied(folder)), str(whole), "--out", str(folder / "c")],
+        )
+        yield Fault(
+            kind, f"resume {name}", lambda folder: [*analyze("demo:injected", folder), "--out", str(copied(folder))]
+        )
 
     def manifest(change: Callable[[Any], Any]) -> Callable[[Path], object]:
         return lambda study: edited(study / "manifest.json", change)

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
-from loopscope._util.reading import foreign, open_file, parse_json, read_json, read_text, sha256_of
+from loopscope._util.netcdf import netcdf, read_arrays
+from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
 from loopscope._util.wording import layout_text
 from loopscope.errors import StudyError, last_resort, one_line
@@ -24,13 +25,10 @@ MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
-_ENGINE: Literal["netcdf4"] = "netcdf4"
 _FILES, _OWN = "files", "checksum"
 """Entries of the manifest: the SHA-256 of each other file, and of the manifest without this entry."""
 _MOST_TOKENS = 2**32
 """Bytes of the tokens' file."""
-_MOST_ARRAYS = 1100
-"""Bytes of the arrays to one of their file: what compresses best does so a thousandfold."""
 
 _ALWAYS = ("token_count", "diverged_at")
 _LOOPED = (
@@ -110,24 +108,6 @@ class Study:
         return Study(self.dataset, manifest, self.tokens, folder)
 
 
-def netcdf(dataset: xr.Dataset) -> memoryview:
-    """The dataset as the bytes of one NetCDF file; made in memory, since HDF5 does not survive a full disk."""
-    encoding = {
-        str(name): {"zlib": True, "complevel": 1, "shuffle": True}
-        for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind in "fu" and variable.size > 1000
-    }
-    return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
-
-
-def read_arrays(path: Path) -> xr.Dataset:
-    """What `netcdf` made, read whole: a file that stays open would break when it is written again."""
-    with open_file(path), foreign(), xr.open_dataset(path, engine=_ENGINE) as opened:
-        if opened.nbytes > _MOST_ARRAYS * path.stat().st_size + 2**20:
-            raise ValueError(f"{path.name} says that it holds {opened.nbytes:,} bytes")
-        return opened.load()
-
-
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a file that is another than the one that the manifest was written with. An older manifest
     says nothing of them."""
@@ -160,9 +140,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         for name in above:
             inner = inner.get(name) if isinstance(inner, dict) else None
         # What is absent, or null, has no entries; whether it may be, its own line says.
-        if isinstance(inner, Mapping) and not (last not in inner and place.endswith("?")):
-            if not isinstance(inner.get(last, ()), kinds):
-                raise ValueError(f"{MANIFEST} has no entry {'.'.join((*above, last))} of the right kind")
+        checked = isinstance(inner, Mapping) and (last in inner or not place.endswith("?"))
+        if checked and not isinstance(inner.get(last, ()), kinds):
+            raise ValueError(f"{MANIFEST} has no entry {'.'.join((*above, last))} of the right kind")
 
 
 def _check_tokens(tokens: Sequence[Any], dataset: xr.Dataset) -> None:
@@ -327,9 +307,17 @@ def view_study(study: Study) -> StudyView:
         injection = str(model["injection"] or "unknown") if looped else "none"
         dtype = str(manifest["settings"]["dtype"])
         horizon = int(manifest["settings"]["horizon"]) if looped else 0
+        trained = None if model.get("trained_recurrences") is None else int(model["trained_recurrences"])
+        head_stable = float(manifest["settings"].get("head_stable", np.nan))
+        exit_threshold = None if model.get("exit_threshold") is None else float(model["exit_threshold"])
+        interventions = tuple(manifest["settings"].get("intervene", ()))
     except KeyError as error:
         raise StudyError(
             f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
+        ) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StudyError(
+            f"An entry of the study's manifest is of the wrong kind ({one_line(error)}); analyze the model again."
         ) from error
     for name in _ALWAYS + (_LOOPED if looped else ()):
         if name not in dataset:
@@ -337,7 +325,6 @@ def view_study(study: Study) -> StudyView:
     if looped and "noise_floor" not in dataset:
         dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
     dataset = dataset.assign(_from_cosines(dataset))
-    trained = model.get("trained_recurrences")
     return StudyView(
         study=study,
         dataset=dataset,
@@ -347,12 +334,12 @@ def view_study(study: Study) -> StudyView:
         coda=coda,
         recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
         horizon=horizon,
-        trained=int(trained) if trained is not None else None,
+        trained=trained,
         injection=injection,
-        head_stable=float(manifest["settings"].get("head_stable", np.nan)),
-        exit_threshold=None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
+        head_stable=head_stable,
+        exit_threshold=exit_threshold,
         dtype=dtype,
-        interventions=tuple(manifest["settings"].get("intervene", ())),
+        interventions=interventions,
     )
 
 

@@ -59,13 +59,14 @@ class JudgeTrajectories:
         from loopscope.dynamics.verdicts import check_folder
         from loopscope.report.page.write import write_behaviour_report
 
+        settings = parse_settings(self.method, self.set)
         check_folder(self.out)
         with ProgressBar("tokens") as progress:
             judged = judge_files(
                 self.states,
                 self.dtype,
                 self.method,
-                settings=parse_settings(self.method, self.set),
+                settings=settings,
                 array=self.array,
                 first_recurrence=self.first_recurrence,
                 check_order=self.check_order,

@@ -19,6 +19,8 @@ from loopscope._util.reading import parse_json
 
 _MOST = 2**28
 """Bytes of an answer."""
+SECONDS, CHARACTERS = 10.0, 100_000
+"""Of processor time for a request, and one second more for so many characters of it."""
 
 
 class RefusedError(Exception):
@@ -43,6 +45,7 @@ class Sandbox:
             request: dict[str, Any] = {"run": run, "program": digest, "arguments": arguments}
             if digest not in self._known:
                 request["content"] = content
+            request["seconds"] = SECONDS + len(json.dumps(request)) / CHARACTERS
             answer = self._asked(process, json.dumps(request).encode() + b"\n")
             if not answer.endswith(b"\n"):
                 raise RefusedError(self._ended(process, len(answer)))

@@ -1,6 +1,6 @@
 """The process that runs what comes with a checkpoint: its chat template, and a tokenizer that could take for ever.
 
-A request is a line of JSON on standard input, `{"run": NAME, "program": DIGEST, ...}`, and so is its answer on standard
+A request is a line of JSON on standard input, `{"run": NAME, "program": DIGEST, "seconds": LIMIT, ...}`, and so is its answer on standard
 output, `{"found": ...}` or `{"refused": REASON}`. What takes too much processor time is ended by the system, and what
 takes too much memory gets none.
 """
@@ -24,9 +24,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from loopscope.errors import one_line
 
-SECONDS = 10.0
-"""Of processor time for one request, and one more for so many characters: `CHARACTERS`."""
-CHARACTERS = 100_000
 MEMORY = 2 * 2**30
 """Bytes of address space."""
 
@@ -39,10 +36,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     programs: dict[str, Any] = {}
     for line in sys.stdin.buffer:
-        # Its default action ends the process, whatever it is doing, also where Python would not come to look.
-        signal.setitimer(signal.ITIMER_PROF, SECONDS + len(line) / CHARACTERS)
         try:
-            answer = {"found": _answer(json.loads(line), programs)}
+            request = json.loads(line)
+            # Its default action ends the process, whatever it is doing, also where Python would not come to look.
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            answer = {"found": _answer(request, programs)}
         except TemplateError as error:  # its own words
             answer = {"refused": (str(error).splitlines() or ["it is no template"])[0].rstrip(".")}
         except BaseException as error:

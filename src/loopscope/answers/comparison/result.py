@@ -13,10 +13,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import read_json
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
-from loopscope.study import MANIFEST, netcdf, read_arrays
+from loopscope.study import MANIFEST
 
 COMPARISON_FILE = "comparison.json"
 ARRAYS = "comparison.nc"
