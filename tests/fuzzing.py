@@ -25,19 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
-import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 
 import loopscope
 from loopscope import Study
-from loopscope.analysis.analyzing import analyze
 from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.settings import AnalyzeSettings
-from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import Comparison
 from loopscope.dynamics.trajectories.files import judge_files
 from loopscope.errors import LoopscopeError, UnforeseenError
-from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from loopscope.experiments.load import load_experiment
 from loopscope.experiments.sweep import Sweep
 from loopscope.experiments.training.config import TrainConfig
@@ -50,6 +46,7 @@ from loopscope.prompts.load import load_prompts
 from loopscope.prompts.tokenizer import load_tokenizer
 from loopscope.prompts.tokens import encode_prompts
 from loopscope.study import view_study
+from whole_inputs import whole_inputs
 
 SECONDS, MEMORY, LONGEST = 20.0, 2**30, 600
 """Of processor time for an input, bytes that the process may grow by, and characters of a sentence."""
@@ -110,12 +107,27 @@ def _contents(folder: Path) -> dict[Path, tuple[int, int]]:
 
 # Damage
 
-NUMBERS = st.sampled_from([-1, 0, 1, 2, 7, 1000, 10**6, 10**9, 2**31, 2**63, 10**30, 10**400, -(10**400), 0.5, -0.5, 1e300])
+NUMBERS = st.sampled_from(
+    [-1, 0, 1, 2, 7, 1000, 10**6, 10**9, 2**31, 2**63, 10**30, 10**400, -(10**400), 0.5, -0.5, 1e300]
+)
 SPECIAL = st.sampled_from([float("nan"), float("inf"), -float("inf")])
 TEXTS = st.sampled_from(
-    ["", " ", "x", "\ud800", "a\0b", "x" * 5000, "</script>", "../../etc/passwd", "🙂", "(a+)+$", "\\g<1>", "{text:>1000000000}"]
+    [
+        "",
+        " ",
+        "x",
+        "\ud800",
+        "a\0b",
+        "x" * 5000,
+        "</script>",
+        "../../etc/passwd",
+        "🙂",
+        "(a+)+$",
+        "\\g<1>",
+        "{text:>1000000000}",
+    ]
 ) | st.text(max_size=8)
-DEEP = functools.reduce(lambda inner, _: [inner], range(90), [])
+DEEP = json.loads("[" * 90 + "]" * 90)
 VALUES = (
     st.none() | st.booleans() | NUMBERS | SPECIAL | TEXTS
     | st.sampled_from([[], {}, [[]], {"a": {}}, DEEP, [1] * 300, ["x"] * 3, [{}], {"kind": "x"}, {"Regex": "(x+x+)+y"}])
@@ -196,71 +208,6 @@ def in_bytes(name: str, read: Callable[[Path], object]) -> Callable[[Path, Any],
         return lambda: read(folder)
 
     return prepare
-
-
-# Whole inputs
-
-
-@functools.cache
-def whole_inputs() -> Path:
-    """A folder with a small one of every kind."""
-    from small_models import checkpoint
-    from staged_study import staged_study
-
-    folder = Path(tempfile.mkdtemp(prefix="loopscope-fuzz-"))
-    checkpoint(folder / "model")
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
-    analyze(
-        folder / "model", ["one two"], out=folder / "study", recurrences=4, horizon=8, device="cpu", batch_size=1,
-        skip=("stability", "heads"),
-    )  # fmt: skip
-    curve = [0.1, 0.4, 0.5, 0.3, 0.2, 0.6, 0.7, 0.9]
-    compare([staged_study(curve, model="a"), staged_study(curve, model="b")]).save(folder / "comparison")
-    states = np.cumsum(np.random.default_rng(0).normal(size=(2, 40, 4)), 1).astype(np.float32)
-    np.save(folder / "states.npy", states)
-    np.savez(folder / "states.npz", a=states, b=states[0])
-    np.savez_compressed(folder / "small.npz", a=states)
-    (folder / "sweep.json").write_text(json.dumps(SWEEP))
-    (folder / "train.json").write_text(json.dumps(TRAIN))
-    lines = [{"id": f"p{n}", "q": f"question {n}", "system": "be kind", "ids": [1, 2, n]} for n in range(4)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cells = folder / "experiment" / "cells"
-    cells.mkdir(parents=True)
-    (cells / "a.json").write_text(json.dumps(CELL.to_dict()))
-    (folder / "experiment" / "grid.json").write_text('{"kind": "phase", "finished": true, "cells": ["a"]}')
-    (folder / "run").mkdir()
-    log = [{"kind": "start", "step": 0}, *({"kind": "step", "step": step, "loss": 1.5} for step in range(1, 6))]
-    (folder / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    return folder
-
-
-TOKENIZER_CONFIG: dict[str, Any] = {
-    "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True,
-    "added_tokens_decoder": {"256": {"content": "<s>", "special": True}, "257": {"content": "</s>", "special": True}},
-    "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}",
-}  # fmt: skip
-SHAPE = {
-    "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp_width": 32, "prelude": 0, "recurrent": 1, "coda": 0,
-    "recurrences": 2, "injection": "linear",
-}  # fmt: skip
-SWEEP = {
-    "task": {"kind": "automaton", "cells": 4, "steps": 2, "documents": 40, "test_documents": 8, "seed": 0},
-    "base": {"architecture": SHAPE, "steps": 2, "batch_size": 2, "optimizer": {"peak_lr": 0.01}, "evaluation": {"every": 5}},
-    "grids": [{"architecture.recurrences": [2, 4], "architecture.injection": ["none", "linear"]}],
-    "recipes": {"wide": {"architecture.mlp_width": 64}},
-    "seeds": 2, "controls": ["equal-depth"], "study": {"prompts": 1, "horizon": 8, "beyond": 2},
-}  # fmt: skip
-TRAIN = {
-    "architecture": SHAPE | {"vocab_size": 300}, "data": {"train": "prompts.jsonl", "test": "t", "template": "{q}"},
-    "steps": 4, "batch_size": 2, "context": 8, "seed": 0, "recurrences": {"distribution": "poisson-lognormal", "cap": 4},
-    "optimizer": {"peak_lr": 0.01, "betas": [0.9, 0.95]}, "penalties": {"last_step": 0.1},
-    "evaluation": {"recurrences": [1, 2], "every": 2},
-}  # fmt: skip
-CELL = CellResult(
-    cell=Cell(norm="pre", injection="linear", depth=2, seed=0), outcome=CellOutcome.FIXED_POINT, settling="fixed point",
-    degeneracy=0.5, drift=0.0, norm_growth=1.0, counts=(1, 2), distance=(0.5, 0.1), norm=(1.0, 1.0), radius=0.9,
-    radius_median=0.8, radius_error=0.01, predicted={"fixed point": 16}, observed_rate=0.9,
-)  # fmt: skip
 
 
 # What reads them
@@ -383,7 +330,7 @@ FRAGMENTS = st.sampled_from(
         "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% if x %}", "{% endif %}", "{{ 9 ** 9 ** 9 }}",
         "{{ strftime_now('%d') }}", "{% set x = x ~ x %}", "{{ '%9999999999d' % 1 }}", "{{ x.y.z }}", "{{ lipsum(9) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ namespace(a=1).a }}", "{{", "{%", "{{ \ud800 }}",
-        "{{ cycler.__init__.__globals__ }}", "{% include 'x' %}", "{{ messages | map('upper') | list }}", "{{ [1]*99 }}",
+        "{{ cycler.__init__.__globals__ }}", "{% include 'x' %}", "{{ messages | map('upper') | list }}",
     ]
 )  # fmt: skip
 DIGITS = st.sampled_from(["0", "1", "-1", "7", "9" * 12, "9" * 5000, "1e400", "nan", "*", "x", "²", "٣"])
@@ -396,7 +343,7 @@ FORMS = st.sampled_from(
 INTERVENTIONS = st.lists(
     st.builds(lambda form, digits: form.format(*digits), FORMS, st.lists(DIGITS, min_size=4, max_size=4)), max_size=3
 )
-OPTIONS = {
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     name: NUMBERS.filter(lambda value: isinstance(value, int))
     for name in (
         "recurrences", "horizon", "seed", "sample_seed", "limit", "truncate", "threads", "components", "other_starts",
@@ -404,12 +351,16 @@ OPTIONS = {
         "map_tokens", "map_limit", "memory_limit", "keep_limit", "batch_size", "chunk",
     )
 }  # fmt: skip
-OPTIONS |= {name: NUMBERS | SPECIAL for name in ("head_stable", "neuron_limit")}
-OPTIONS |= {name: st.lists(OPTIONS["seed"], max_size=3).map(tuple) for name in ("readout", "map_prompts", "map_recurrences")}
+OPTIONS |= dict.fromkeys(("head_stable", "neuron_limit"), NUMBERS | SPECIAL)
+OPTIONS |= {
+    name: st.lists(OPTIONS["seed"], max_size=3).map(tuple) for name in ("readout", "map_prompts", "map_recurrences")
+}
 OPTIONS |= {"track": st.lists(st.text(string.digits + ":-x", max_size=9) | TEXTS, max_size=2).map(tuple)}
 OPTIONS |= {"intervene": INTERVENTIONS.map(tuple)}
 SETTINGS = st.lists(
-    st.sampled_from(sorted(OPTIONS)).flatmap(lambda name: st.tuples(st.just(name), OPTIONS[name])), min_size=1, max_size=3
+    st.sampled_from(sorted(OPTIONS)).flatmap(lambda name: st.tuples(st.just(name), OPTIONS[name])),
+    min_size=1,
+    max_size=3,
 ).map(dict)
 
 KINDS = (
@@ -437,7 +388,9 @@ KINDS = (
         in_json("comparison/comparison.json", lambda folder: Comparison.load(folder / "comparison")),
     ),
     Kind("sweeps", JSON_DAMAGE, in_json("sweep.json", read_sweep)),
-    Kind("cells", JSON_DAMAGE, in_json("experiment/cells/a.json", lambda folder: load_experiment(folder / "experiment"))),
+    Kind(
+        "cells", JSON_DAMAGE, in_json("experiment/cells/a.json", lambda folder: load_experiment(folder / "experiment"))
+    ),
     Kind("grids", JSON_DAMAGE, in_json("experiment/grid.json", lambda folder: load_experiment(folder / "experiment"))),
     Kind("training", JSON_DAMAGE, in_json("train.json", read_training)),
     Kind("training logs", JSON_DAMAGE, prepare_log),

@@ -1,8 +1,8 @@
 """The process that runs what comes with a checkpoint: its chat template, and a tokenizer that could take for ever.
 
-A request is a line of JSON on standard input, `{"run": NAME, "program": DIGEST, "seconds": LIMIT, ...}`, and so is its answer on standard
-output, `{"found": ...}` or `{"refused": REASON}`. What takes too much processor time is ended by the system, and what
-takes too much memory gets none.
+A request is a line of JSON on standard input, `{"run": NAME, "program": DIGEST, "seconds": LIMIT, ...}`, and so is its
+answer on standard output, `{"found": ...}` or `{"refused": REASON}`. What takes too much processor time is ended by the
+system, and what takes too much memory gets none.
 """
 
 from __future__ import annotations
