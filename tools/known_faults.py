@@ -26,19 +26,8 @@ import torch
 import loopscope.cli
 import loopscope.experiments.run_sweep
 import loopscope.report.page.write
-from fault_inputs import (
-    ANALYZE,
-    Fault,
-    configs,
-    options,
-    prompts,
-    studies,
-    sweeps,
-    templates,
-    tokenizers,
-    training,
-    trajectories,
-)
+from fault_folders import studies, sweeps, training, trajectories
+from fault_inputs import ANALYZE, Fault, configs, options, prompts, templates, tokenizers
 
 SECONDS, MEMORY, LONGEST = 60, 4 * 2**30, 700
 

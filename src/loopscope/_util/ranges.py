@@ -32,7 +32,7 @@ class Range:
     def broken_by(self, value: int | float) -> str | None:
         """What the value must be and is not; None for a value within the range. NaN is within none."""
         if isinstance(value, int) and abs(value) > _MOST:
-            return f"be at most {_MOST if self.most is None else self.most:,}"
+            return f"be at most {_MOST if self.most is None else self.most}"
         if self.above is not None and not (value > self.above and self._may_be(value)):
             if self.above == 0:
                 return "be positive" if self.infinite else "be a positive finite number"
@@ -40,7 +40,7 @@ class Range:
         if self.least is not None and not value >= self.least:
             return "not be negative" if self.least == 0 else f"be at least {self.least}"
         if self.most is not None and not value <= self.most:
-            return f"be at most {self.most:,}"
+            return f"be at most {self.most}"
         if self.below is not None and not value < self.below:
             return f"be below {self.below}"
         return None if self._may_be(value) else "be a finite number"

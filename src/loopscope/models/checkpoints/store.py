@@ -172,7 +172,7 @@ class TensorStore:
         pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
+                f"The folder holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
                 f"convert it with {conversion_command(self.folder, pickled)}"
             )
         raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}).")

@@ -33,7 +33,7 @@ _FORMS = {
 _BRANCH = re.compile(r"(mlp|attention):([a-z]+)\.(\*|\d{1,9})(?:@(\d{1,9})(-(\d{1,9})?)?)?=(.+)", re.ASCII)
 _INJECT = re.compile(r"inject(?:@(\d{1,9}))?=frozen", re.ASCII)
 _DAMP = re.compile(r"damp=(.+)", re.ASCII)
-_START = re.compile(r"start=(?:(zeros|prelude)|seed:(-?\d{1,9})|scale:(.+))", re.ASCII)
+_START = re.compile(r"start=(?:(zeros|prelude)|seed:(-?\d{1,19})|scale:(.+))", re.ASCII)
 _TOKEN = re.compile(r"token:(-?\d{1,9})@(\d{1,9})=(?:(zeros|noise)|token:(-?\d{1,9}))", re.ASCII)
 
 
