@@ -73,8 +73,10 @@ def _signals(received: list[signal.Signals]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # After a signal this process is about to end, which takes some time too.
+        if last < 0:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _written(error: BaseException, arguments: Sequence[str]) -> Path | str:

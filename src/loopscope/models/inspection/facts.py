@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from loopscope._util.ranges import Count, Range, check_ranges
+from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 _ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
+_MOST_TOKENS = 10**7
 _ALLOCATOR = 2
 """What a process holds for each byte of a layer's tensors that is alive. From `benchmarks/memory.py`, see there."""
 
@@ -35,6 +37,10 @@ class RunSize:
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
+        if self.tokens * self.batch_size > _MOST_TOKENS:
+            raise ConfigError(
+                f"--tokens times --batch-size must be at most {_MOST_TOKENS:,}, got {self.tokens * self.batch_size:,}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
