@@ -102,11 +102,10 @@ class ClaimedFolder(ABC):
     def __enter__(self: FolderT) -> FolderT:
         with ExitStack() as stack:
             stack.enter_context(held_folder(self.folder))
-            if self.first.exists():
-                self.check()
-                clear_leftovers(self.folder)
-            else:
-                self._check_empty()
+            there = self.first.exists()
+            (self.check if there else self._check_empty)()
+            clear_leftovers(self.folder)
+            if not there:
                 self.begin()
             self._held = stack.pop_all()
         return self
