@@ -2,8 +2,8 @@
 
     python tools/crash.py [EVERY]
 
-Of an analysis, a training run and a sweep, each a process of its own (a fork of one that has imported loopscope) that is
-ended by SIGKILL right before its n-th operation on a file in its folder; EVERY tries every so many operations alone.
+Of an analysis, a training run and a sweep, each a process of its own (a fork of one that has imported loopscope) that
+is ended by SIGKILL right before its n-th operation on a file in its folder; EVERY tries every so many operations alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray
-from fault_folders import SWEEP
-from fault_inputs import ANALYZE, tiny
 
 import loopscope.cli
 import loopscope.experiments.run_sweep
+from fault_folders import SWEEP
+from fault_inputs import ANALYZE, tiny
 from loopscope import Study
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
@@ -94,7 +94,9 @@ def campaign(name: str, command: Callable[[Path], list[str]], every: int) -> int
             if not alike or names(out) != found_names or weights(out) != found_weights:
                 wrong += 1
                 print(f"{name}, operation {number}: {sorted(names(out) ^ found_names) or 'other numbers'}")
-        print(f"{name:10s} {operations:4d} operations, {tried:4d} tried, {killed:4d} killed, {wrong:3d} wrong", flush=True)
+        print(
+            f"{name:10s} {operations:4d} operations, {tried:4d} tried, {killed:4d} killed, {wrong:3d} wrong", flush=True
+        )
     return wrong
 
 

@@ -8,7 +8,7 @@
     ├── NonFiniteError            NaN or infinity where a finite number is needed
     ├── StudyError                an output folder or a saved study
     ├── FolderBusyError           another process is writing to the folder of a study or a training run
-    ├── StorageError              writing failed: full disk, no permission
+    ├── StorageError              writing failed: full disk, no permission; a path that the system refuses
     ├── WorkerError               work that was handed to other processes failed there
     ├── MissingDependencyError    an optional package is needed and not installed
     ├── ContractError             a subject breaks promises that loopscope relies on
@@ -64,7 +64,7 @@ class FolderBusyError(LoopscopeError):
 
 
 class StorageError(LoopscopeError):
-    """A file could not be written."""
+    """A file could not be written, or its place not be used."""
 
 
 class MissingDependencyError(LoopscopeError):
@@ -103,6 +103,9 @@ def last_resort(doing: str) -> Iterator[None]:
                 f"Memory ran out while loopscope was {doing} ({one_line(error)}); ask for less at a time, or take a "
                 "machine with more."
             ) from error
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            # The system says itself what is wrong, and with what.
+            raise StorageError(f"{error.filename} cannot be used ({error.strerror}); check the path.") from error
         raise UnforeseenError(
             f"loopscope was {doing} when something happened that it does not know ({one_line(error)}); if its input "
             "is sound, please report this."
@@ -119,7 +122,8 @@ def ran_out(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an exception of others says, short enough to be put into a sentence."""
-    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = (said.strip().splitlines() or [""])[0].rstrip(".")
     name = type(error).__name__
     shown = line if isinstance(error, OSError | ValueError) and line else f"{name}: {line}" if line else name
     return shortened(shown, _LONGEST_WORD)

@@ -17,9 +17,9 @@ from loopscope.errors import CheckpointError, ConfigError
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that are read by unpickling, which can run code."""
 
-# One line, so that it can be copied, and short, so that it fits into a message. `weights_only` refuses pickles that would
-# run code; clones give tensors that share memory, such as a tied head, each its own, without which safetensors refuses
-# to write them.
+# One line, so that it can be copied, and short, so that it fits into a message. `weights_only` refuses pickles that
+# would run code; clones give tensors that share memory, such as a tied head, each its own, without which safetensors
+# refuses to write them.
 _SCRIPT = (
     "import sys,torch,pathlib,safetensors.torch as s;d=pathlib.Path(sys.argv[1]);"
     "s.save_file({n:t.clone().contiguous() for f in d.glob(sys.argv[2]) "
