@@ -120,8 +120,10 @@ class TextTokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
         if self._program is not None:
-            found = sandbox().call("encode", self._program, text=text, add_special_tokens=add_special_tokens)
-            return Encoded(*found)
+            ids, tokens, offsets, mask = sandbox().call(
+                "encode", self._program, text=text, add_special_tokens=add_special_tokens
+            )
+            return Encoded(ids, tokens, [(start, end) for start, end in offsets], mask)
         with foreign():
             encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask)
