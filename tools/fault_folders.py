@@ -9,10 +9,12 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray
 
 import loopscope.cli
 import loopscope.experiments.run_sweep
@@ -100,6 +102,11 @@ SWEEP: dict[str, Any] = {
     },
     "seeds": 1, "controls": [], "study": {"prompts": 1, "horizon": 8, "beyond": 1},
 }  # fmt: skip
+ARRAYS = {
+    "no": ("relative_distance_second_horizon_quantile", "verdict_rate", "horizon_drift", "layer_cosine", "token_count"),
+    "nothing along": ("layer", "recurrence", "prompt", "depth", "quantile", "token", "horizon", "judged_layer", "site"),
+    "words for": ("horizon_relative_step", "horizon_drift", "verdict_level"),
+}
 HUGE = int("1" + "0" * 400)
 
 
@@ -274,6 +281,17 @@ def studies(whole: Path) -> Iterator[Fault]:
 
         return edit
 
+    def rewritten(study: Path, what: str, name: str) -> None:
+        with xarray.open_dataset(study / "study.nc") as opened:
+            data = opened.load().drop_encoding()
+        if what == "no":
+            data = data.drop_vars(name)
+        elif what == "nothing along":
+            data = data.isel({name: slice(0)})
+        else:
+            data[name] = data[name].dims, np.full(data[name].shape, "x")
+        data.to_netcdf(study / "study.nc")
+
     def flipped(study: Path, place: float) -> None:
         content = bytearray((study / "study.nc").read_bytes())
         content[int(place * len(content))] ^= 0xFF
@@ -295,6 +313,11 @@ def studies(whole: Path) -> Iterator[Fault]:
         "strings 5": tokens(lambda lines: [line | {"token_strings": 5} for line in lines]),
         "system tokens": tokens(lambda lines: [line | {"system_tokens": [1]} for line in lines]),
         **{f"flip at {place}": (lambda study, place=place: flipped(study, place)) for place in (0.05, 0.3, 0.6, 0.95)},  # type: ignore[misc]
+        **{
+            f"arrays with {what} {name}": partial(rewritten, what=what, name=name)
+            for what, name_list in ARRAYS.items()
+            for name in name_list
+        },
         "arrays cut": lambda study: (study / "study.nc").write_bytes((study / "study.nc").read_bytes()[:5000]),
     }
     for name, change in changes.items():

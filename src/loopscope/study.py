@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from loopscope._util.files import write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
+from loopscope._util.study_shape import check_files, check_manifest, check_tokens
 from loopscope._util.wording import layout_text
 from loopscope.errors import StudyError, last_resort, one_line
 
@@ -85,13 +86,13 @@ class Study:
             if not (folder / name).is_file():
                 raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
-            _check_manifest(manifest)
+            check_manifest(manifest)
             check_files(folder, manifest)
             dataset = read_arrays(folder / ARRAYS)
             # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
             lines = read_text(folder / TOKENS, _MOST_TOKENS).split("\n")
             tokens = [parse_json(line) for line in lines if line]
-            _check_tokens(tokens, dataset)
+            check_tokens(tokens, dataset)
         except (OSError, ValueError) as error:
             raise StudyError(
                 f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
@@ -108,55 +109,20 @@ class Study:
         return Study(self.dataset, manifest, self.tokens, folder)
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a file that is another than the one that the manifest was written with. An older manifest
-    says nothing of them."""
-    for name, known in manifest.get(_FILES, {}).items():
-        if sha256_of(folder / name) != known:
-            raise ValueError(f"{name} is not the file that was written: its checksum is another one")
-
-
-_SHAPE: Mapping[str, tuple[type, ...]] = {
-    "model": (dict,),
-    "model.name": (str,),
-    "model.layout": (dict,),
-    "settings": (dict,),
-    "prompts?": (dict,),
-    "tokenizer?": (dict, NoneType),
-    "tokenizer.bos": (dict, NoneType),
-    "tokenizer.bos.text": (str,),
-    "behaviour?": (dict,),
-    "stability?": (dict,),
-    "left_out?": (dict,),
-}
-"""Entries of a manifest; with a mark, those that some studies lack."""
-
-
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for one that is no study's, which a checksum cannot tell in an older study."""
-    for place, kinds in _SHAPE.items():
-        *above, last = place.removesuffix("?").split(".")
-        inner: Any = manifest
-        for name in above:
-            inner = inner.get(name) if isinstance(inner, dict) else None
-        # What is absent, or null, has no entries; whether it may be, its own line says.
-        checked = isinstance(inner, Mapping) and (last in inner or not place.endswith("?"))
-        if checked and not isinstance(inner.get(last, ()), kinds):
-            raise ValueError(f"{MANIFEST} has no entry {'.'.join((*above, last))} of the right kind")
-
-
-def _check_tokens(tokens: Sequence[Any], dataset: xr.Dataset) -> None:
-    """Raises `ValueError` where they are not those of the arrays' prompts."""
-    if len(tokens) != dataset.sizes.get("prompt"):
-        raise ValueError(f"{TOKENS} has {len(tokens)} prompts, and {ARRAYS} {dataset.sizes.get('prompt')}")
-    counts = dataset["token_count"].values if "token_count" in dataset else [None] * len(tokens)
-    for number, (entry, count) in enumerate(zip(tokens, counts, strict=True), 1):
-        fields = entry if isinstance(entry, dict) else {}
-        ids, strings = fields.get("token_ids"), fields.get("token_strings")
-        whole = isinstance(ids, list) and isinstance(strings, list) and len(ids) == len(strings)
-        placed = all(type(fields.get(name, 0)) is int for name in ("system_tokens", "suffix_tokens"))
-        if not (whole and placed and count in (None, len(ids or ()))):
-            raise ValueError(f"line {number} of {TOKENS} is no prompt of this study")
+@contextmanager
+def trusted(studies: Sequence[Study]) -> Iterator[None]:
+    """Whoever reads studies relies on what an analysis writes. Of one that has no checksums, it may have been edited:
+    what then goes wrong is `StudyError`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+        unknown = [study.folder or "in memory" for study in studies if _FILES not in study.manifest]
+        if not unknown:
+            raise
+        raise StudyError(
+            f"The study {unknown[0]} has no checksums, as an earlier release wrote it, and cannot be read as it is "
+            f"({one_line(error)}); analyse the model again."
+        ) from error
 
 
 def tokens_file(tokens: Sequence[Mapping[str, Any]]) -> bytes:

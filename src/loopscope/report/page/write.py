@@ -17,7 +17,7 @@ from loopscope.report.page.experiment_page import render_experiments
 from loopscope.report.page.study_page import render_page
 from loopscope.report.page.verdict_page import render_behaviour
 from loopscope.report.settings import ReportSettings
-from loopscope.study import Study
+from loopscope.study import Study, trusted
 
 
 @last_resort("drawing a report")
@@ -36,9 +36,11 @@ def write_report(
     the file cannot be written.
     """
     path, settings = Path(path), settings or ReportSettings()
-    if answers is None:
-        answers = quick_answers(study, settings.criterion)
-    write_atomically(path, render_page(study, settings, answers).encode())
+    with trusted([study]):
+        if answers is None:
+            answers = quick_answers(study, settings.criterion)
+        page = render_page(study, settings, answers)
+    write_atomically(path, page.encode())
     return path
 
 
