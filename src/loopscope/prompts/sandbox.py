@@ -34,6 +34,8 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._known: set[str] = set()
         self._lock = threading.Lock()
+        # A fork of this process has one of its own, rather than half of what is written to this one.
+        os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
 
     def call(self, run: str, content: Mapping[str, Any], **arguments: Any) -> Any:
@@ -65,6 +67,11 @@ class Sandbox:
         if process is not None:
             process.kill()
             process.communicate()
+
+    def _forget(self) -> None:
+        self._process = None
+        self._known.clear()
+        self._lock = threading.Lock()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
