@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from staged_study import staged_study
 def whole_inputs() -> Path:
     """A folder with a small one of every kind."""
     folder = Path(tempfile.mkdtemp(prefix="loopscope-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     checkpoint(folder / "model")
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
     analyze(
