@@ -23,7 +23,7 @@ DEMO := out/demo
 DEMO_ANALYSIS := demo:injected --prompts word-problems --limit 16 --recurrences 32 --horizon 64
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs-check bench pins clean
+.PHONY: help install demo test lint format docs-check bench crash fuzz pins clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,13 @@ docs-check: $(TEST_STAMP) ## Run the commands of README and docs/, with their ou
 
 bench: $(TEST_STAMP) ## Print the cost of an analysis as ratios to the bare forward passes
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+fuzz: $(TEST_STAMP) ## Try 5,000 damaged inputs and those that once failed, and print the counts by kind
+	$(BIN)/python tests/fuzzing.py 5000
+	$(BIN)/python tools/known_faults.py
+
+crash: $(TEST_STAMP) ## Kill an analysis, a training run and a sweep at each operation on a file, and run them again
+	$(BIN)/python tools/crash.py
 
 # Everything moves to its newest release but torch, which stays at the version that constraints.txt names: of torch there
 # are several builds, and an index may offer a newer one than the tests know.

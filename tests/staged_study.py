@@ -79,7 +79,8 @@ def staged_study(
     }
     manifest["prompts"] = {"source": prompts, "count": 3, "tokens": 150, "sha256": prompts}
     dataset = xarray.Dataset({name: value for name, value in data.items() if name not in without})
-    return Study(dataset, manifest, base.tokens)
+    tokens = [{**entry, "token_ids": [1] * 50, "token_strings": ["a"] * 50} for entry in base.tokens]
+    return Study(dataset, manifest, tokens)
 
 
 def answer_of(comparison: Comparison, key: str) -> Answer:

@@ -108,7 +108,7 @@ def test_a_missing_field_is_named() -> None:
         ({"recurrences": 0}, "recurrences must be at least 1, got 0"),
         ({"coda": -1}, "coda must not be negative, got -1"),
         ({"width": 10**15}, "width must be at most 1000000, got 1000000000000000"),
-        ({"prelude": 10**9}, "prelude must be at most 10000, got 1000000000"),
+        ({"prelude": 10**9}, "prelude must be at most 1000, got 1000000000"),
         ({"prelude": 0, "recurrent": 0, "coda": 0}, "at least one layer"),
         ({"heads": 3}, r"heads \(3\) must be a multiple of kv_heads \(2\)"),
         ({"head_dim": 5}, "a rotated head needs an even head_dim, got 5"),

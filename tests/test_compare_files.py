@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from loopscope.answers.comparison.null import curve_similarity
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli import main
 from loopscope.errors import ConfigError, LoopscopeError, StudyError
-from loopscope.study import Study
+from loopscope.study import Study, read_manifest, write_manifest
 from staged_study import OTHER, SHAPE, answer_of, at, staged_study
 
 SETTINGS = CompareSettings()
@@ -58,8 +57,7 @@ def test_input_that_cannot_be_compared(folders: list[Path], tmp_path: Path) -> N
     study = Study.load(folders[0])
     running = tmp_path / "running"
     study.save(running)
-    manifest = json.loads((running / "manifest.json").read_text(encoding="utf-8"))
-    (running / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}), encoding="utf-8")
+    write_manifest(running, {**read_manifest(running), "status": "running"})
     for studies, message in (
         ([folders[0]], "at least two studies, got 1"),
         ([], "at least two studies, got 0"),

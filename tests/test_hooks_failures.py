@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import loopscope
 from foreign_models import PATHS, ForeignLoop, assert_untouched
 from loopscope.analysis.job import SilentProgress
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, UnforeseenError
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.hooks.pausing import Pauses, Returned, SteppedCall
 from loopscope.models.subject import Batch
@@ -201,7 +201,7 @@ def test_an_analysis_that_fails_between_recurrences() -> None:
         def step(self, phase: str, count: int = 1) -> None:
             raise RuntimeError("no more")
 
-    with pytest.raises(RuntimeError, match="no more"):
+    with pytest.raises(UnforeseenError, match="no more"):
         loopscope.analyze(subject, [[1, 2, 3]], recurrences=4, horizon=4, progress=Progress())
     assert_as_before(subject)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from loopscope.models.interventions.kinds import Damp, ScaleBranch
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch
+from loopscope.study import read_manifest, write_manifest
 from random_model import random_model
 from slow_interventions import Changes, run_changed
 from small_models import (
@@ -287,8 +287,7 @@ def test_a_study_goes_on_with_the_same_interventions_and_refuses_others(tmp_path
     out = tmp_path / "study"
     settings: dict[str, Any] = {**SHORT, "threads": 1, "device": "cpu", "batch_size": 1}
     first = analyze(model, ["one", "two"], out=out, intervene=["damp=0.50"], **settings)
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    (out / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}), encoding="utf-8")
+    write_manifest(out, {**read_manifest(out), "status": "running"})
     for other in ([], ["damp=0.25"], ["damp=0.5", "start=zeros"]):
         with pytest.raises(StudyError, match=r"holds another study.*intervene was \['damp=0.5'\]"):
             analyze(model, ["one", "two"], out=out, intervene=other, **settings)

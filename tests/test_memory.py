@@ -16,12 +16,12 @@ import loopscope
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope._util.shapes import States
-from loopscope.analysis.job import Job, SilentProgress, ran_out
+from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.memory import foresee
 from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.cli import main
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, UnforeseenError, ran_out
 from loopscope.measures.memory import array_bytes
 from loopscope.measures.registry import asked_for
 from loopscope.models.inspection.facts import RunSize
@@ -127,8 +127,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def other() -> Exception:
         return RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
 
-    with pytest.raises(RuntimeError, match="must match"):
+    with pytest.raises(UnforeseenError, match="must match") as caught:
         analyze(small(error=other), PROMPTS, settings=SETTINGS, batch_size=5)
+    assert type(caught.value.__cause__) is RuntimeError
 
 
 def test_a_folder_that_was_begun_with_much_memory_is_resumed_with_its_shards(

@@ -21,9 +21,10 @@ import xarray
 from filelock import FileLock
 
 from loopscope import AnalyzeSettings, Study, analyze
+from loopscope._util.netcdf import netcdf
 from loopscope.cli import main
 from loopscope.errors import FolderBusyError, StorageError, StudyError
-from loopscope.study import netcdf
+from loopscope.study import write_manifest
 from small_models import checkpoint
 
 COMMAND = str(Path(sys.executable).with_name("loopscope"))
@@ -241,14 +242,16 @@ def test_a_damaged_shard_is_measured_again(
     xarray.testing.assert_identical(analyze(model, settings=settings(prompts), out=interrupted).dataset, whole)
 
 
-@pytest.mark.parametrize("left", [".manifest.json.x1y2", "manifest.json", ".lock"])
+@pytest.mark.parametrize("left", [".manifest.json.x1y2z3_4.part", "manifest.json", ".lock"])
 def test_a_run_that_was_killed_at_its_very_start_goes_on(model: Path, prompts: Path, tmp_path: Path, left: str) -> None:
     few = settings(prompts, limit=2)
     wanted = analyze(model, settings=few, out=tmp_path / "whole")
     out = tmp_path / "study"
     out.mkdir()
-    manifest = json.dumps({**wanted.manifest, "status": "running"})
-    (out / left).write_text({"manifest.json": manifest, ".lock": ""}.get(left, manifest[:50]), encoding="utf-8")
+    write_manifest(out, {**wanted.manifest, "status": "running"})
+    content = (out / "manifest.json").read_text(encoding="utf-8")
+    (out / "manifest.json").unlink()
+    (out / left).write_text({"manifest.json": content, ".lock": ""}.get(left, content[:50]), encoding="utf-8")
     xarray.testing.assert_identical(analyze(model, settings=few, out=out).dataset, wanted.dataset)
 
 

@@ -23,6 +23,7 @@ from loopscope.measures.readout import TOKEN_READOUTS
 from loopscope.measures.registry import DECLARED, declared_variables
 from loopscope.measures.stages import STAGE_NAMES
 from loopscope.models.architecture import Architecture
+from loopscope.study import read_manifest, write_manifest
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, subject
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
@@ -224,14 +225,14 @@ def test_the_manifest_says_what_was_run_on_what(study: Study) -> None:
 @pytest.mark.parametrize("text", ["one\u2028two", "one\u0085two\x1c", 'tab\tquote"back\\slash', "line\r\nfeed", "漢🙂"])
 def test_any_text_survives(text: str, study: Study, tmp_path: Path) -> None:
     tokens = [{"id": "a", "text": text, "token_ids": [1], "token_strings": [text], "system_tokens": 0}] * 2
-    Study(study.dataset, study.manifest, tokens).save(tmp_path / "study")
+    few = study.dataset.isel(prompt=slice(2)).assign(token_count=("prompt", [1, 1]))
+    Study(few, study.manifest, tokens).save(tmp_path / "study")
     assert Study.load(tmp_path / "study").tokens == tokens
 
 
 def edit_manifest(**changes: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
-        path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+        write_manifest(folder, read_manifest(folder) | changes)
 
     return edit
 

@@ -183,12 +183,12 @@ def test_a_run_that_was_stopped_and_killed_ends_with_the_same_bits(
 
     status, _ = start_and_signal(texts, out, signal.SIGKILL, after_step=12)
     assert status == -signal.SIGKILL
-    (out / ".state.safetensors.half").write_bytes(b"what a kill in the middle of writing leaves")
+    (out / ".state.safetensors.half_way.part").write_bytes(b"what a kill in the middle of writing leaves")
     assert not (out / "results.json").exists()
 
     result = run(CONFIG, texts, out)
     assert result.finished
-    assert not (out / ".state.safetensors.half").exists()
+    assert not (out / ".state.safetensors.half_way.part").exists()
     for name in ("model.safetensors", "tokenizer.json"):
         assert (out / name).read_bytes() == (uninterrupted.folder / name).read_bytes(), name
     assert len(log_of(out, "resume")) == 2

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.netcdf import netcdf, read_arrays
+from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
+from loopscope._util.study_shape import check_files, check_manifest, check_tokens
 from loopscope._util.wording import layout_text
-from loopscope.errors import StudyError
+from loopscope.errors import StudyError, last_resort, one_line
 
 MANIFEST = "manifest.json"
 ARRAYS = "study.nc"
 TOKENS = "tokens.jsonl"
 
-_ENGINE: Literal["netcdf4"] = "netcdf4"
+_FILES, _OWN = "files", "checksum"
+"""Entries of the manifest: the SHA-256 of each other file, and of the manifest without this entry."""
+_MOST_TOKENS = 2**32
+"""Bytes of the tokens' file."""
 
 _ALWAYS = ("token_count", "diverged_at")
 _LOOPED = (
@@ -57,6 +65,7 @@ class Study:
     """Where it was loaded from or saved to."""
 
     @classmethod
+    @last_resort("reading a study")
     def load(cls, folder: str | Path) -> Study:
         """Read a finished study.
 
@@ -77,13 +86,16 @@ class Study:
             if not (folder / name).is_file():
                 raise StudyError(f"{folder} lacks {name}; run the analysis again into a new folder.")
         try:
+            check_manifest(manifest)
+            check_files(folder, manifest)
             dataset = read_arrays(folder / ARRAYS)
             # At line feeds alone: a prompt may hold other line ends, which JSON leaves as they are.
-            lines = (folder / TOKENS).read_text(encoding="utf-8").split("\n")
-            tokens = [json.loads(line) for line in lines if line]
-        except (OSError, ValueError, KeyError) as error:
+            lines = read_text(folder / TOKENS, _MOST_TOKENS).split("\n")
+            tokens = [parse_json(line) for line in lines if line]
+            check_tokens(tokens, dataset)
+        except (OSError, ValueError) as error:
             raise StudyError(
-                f"The study in {folder} is damaged ({error}); run the analysis again into a new folder."
+                f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
             ) from None
         return cls(dataset, manifest, tokens, folder)
 
@@ -92,24 +104,25 @@ class Study:
         folder = Path(folder)
         write_atomically(folder / TOKENS, tokens_file(self.tokens))
         write_atomically(folder / ARRAYS, netcdf(self.dataset))
-        write_manifest(folder, self.manifest)
-        return Study(self.dataset, self.manifest, self.tokens, folder)
+        files = {name: sha256_of(folder / name) for name in (ARRAYS, TOKENS)}
+        manifest = write_manifest(folder, {**self.manifest, _FILES: files})
+        return Study(self.dataset, manifest, self.tokens, folder)
 
 
-def netcdf(dataset: xr.Dataset) -> memoryview:
-    """The dataset as the bytes of one NetCDF file; made in memory, since HDF5 does not survive a full disk."""
-    encoding = {
-        str(name): {"zlib": True, "complevel": 1, "shuffle": True}
-        for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind in "fu" and variable.size > 1000
-    }
-    return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))
-
-
-def read_arrays(path: Path) -> xr.Dataset:
-    """What `netcdf` made, read whole: a file that stays open would break when it is written again."""
-    with xr.open_dataset(path, engine=_ENGINE) as opened:
-        return opened.load()
+@contextmanager
+def trusted(studies: Sequence[Study]) -> Iterator[None]:
+    """Whoever reads studies relies on what an analysis writes. Of one that has no checksums, it may have been edited:
+    what then goes wrong is `StudyError`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+        unknown = [study.folder or "in memory" for study in studies if _FILES not in study.manifest]
+        if not unknown:
+            raise
+        raise StudyError(
+            f"The study {unknown[0]} has no checksums, as an earlier release wrote it, and cannot be read as it is "
+            f"({one_line(error)}); analyse the model again."
+        ) from error
 
 
 def tokens_file(tokens: Sequence[Mapping[str, Any]]) -> bytes:
@@ -121,21 +134,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a study folder, finished or not. Raises `StudyError` where there is none."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         what = "is not a study (it has no manifest.json)" if folder.is_dir() else "does not exist"
         raise StudyError(f"{folder} {what}; give the --out folder of a `loopscope analyze` run.") from None
     except OSError as error:
-        raise StudyError(f"{path} cannot be read: {error.strerror}.") from None
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise StudyError(f"{path} is damaged ({error}); run the analysis again into a new folder.") from None
     if not isinstance(manifest, dict):
         raise StudyError(f"{path} does not hold a JSON object; it is not a study's manifest.")
+    if manifest.get(_OWN, _digest(manifest)) != _digest(manifest):
+        raise StudyError(
+            f"{path} was changed since it was written (its checksum is another one), so what it says of the numbers "
+            "may be wrong; run the analysis again into a new folder, or put the file back."
+        )
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written: with a checksum of itself, by which a change is told from what another version wrote."""
+    whole = {**manifest, _OWN: _digest(manifest)}
+    write_atomically(folder / MANIFEST, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
+    return whole
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != _OWN}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,9 +273,17 @@ def view_study(study: Study) -> StudyView:
         injection = str(model["injection"] or "unknown") if looped else "none"
         dtype = str(manifest["settings"]["dtype"])
         horizon = int(manifest["settings"]["horizon"]) if looped else 0
+        trained = None if model.get("trained_recurrences") is None else int(model["trained_recurrences"])
+        head_stable = float(manifest["settings"].get("head_stable", np.nan))
+        exit_threshold = None if model.get("exit_threshold") is None else float(model["exit_threshold"])
+        interventions = tuple(manifest["settings"].get("intervene", ()))
     except KeyError as error:
         raise StudyError(
             f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
+        ) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StudyError(
+            f"An entry of the study's manifest is of the wrong kind ({one_line(error)}); analyze the model again."
         ) from error
     for name in _ALWAYS + (_LOOPED if looped else ()):
         if name not in dataset:
@@ -257,7 +291,6 @@ def view_study(study: Study) -> StudyView:
     if looped and "noise_floor" not in dataset:
         dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
     dataset = dataset.assign(_from_cosines(dataset))
-    trained = model.get("trained_recurrences")
     return StudyView(
         study=study,
         dataset=dataset,
@@ -267,12 +300,12 @@ def view_study(study: Study) -> StudyView:
         coda=coda,
         recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
         horizon=horizon,
-        trained=int(trained) if trained is not None else None,
+        trained=trained,
         injection=injection,
-        head_stable=float(manifest["settings"].get("head_stable", np.nan)),
-        exit_threshold=None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
+        head_stable=head_stable,
+        exit_threshold=exit_threshold,
         dtype=dtype,
-        interventions=tuple(manifest["settings"].get("intervene", ())),
+        interventions=interventions,
     )
 
 

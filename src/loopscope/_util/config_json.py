@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from loopscope._util.reading import read_json
 from loopscope.errors import ConfigError
 
 _T = TypeVar("_T")
@@ -41,7 +41,7 @@ def read_object(path: Path, what: str) -> Mapping[str, Any]:
     Raises `ConfigError` for a file that cannot be read, is not JSON, or holds something else.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except OSError as error:
         raise ConfigError(
             f"The {what} {path} cannot be read ({error.strerror}); give the path of a JSON file."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from loopscope.errors import FolderBusyError, StorageError, StudyError
 
 _LOCK = ".lock"
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -34,7 +36,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -43,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
         temporary = None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise storage_error(path, error) from error
     finally:
         if temporary is not None:
@@ -64,7 +66,7 @@ def held_folder(folder: Path) -> Iterator[None]:
         raise FolderBusyError(
             f"Another loopscope process is writing to {folder}; wait for it or choose another --out."
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise storage_error(folder, error) from None
     try:
         yield
@@ -100,10 +102,10 @@ class ClaimedFolder(ABC):
     def __enter__(self: FolderT) -> FolderT:
         with ExitStack() as stack:
             stack.enter_context(held_folder(self.folder))
-            if self.first.exists():
-                self.check()
-            else:
-                self._check_empty()
+            there = self.first.exists()
+            (self.check if there else self._check_empty)()
+            clear_leftovers(self.folder)
+            if not there:
                 self.begin()
             self._held = stack.pop_all()
         return self
@@ -120,14 +122,23 @@ class ClaimedFolder(ABC):
             )
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """The sentence for a file that could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def clear_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote to a folder or to one below it, of which
+    nobody else may be writing to."""
+    for path in folder.rglob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError | ValueError) -> StorageError:
+    """The sentence for a file that could not be written; `ValueError` is what a name that none can have gives."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
             f"There is no room left to write {path}; free some space and run the same command again, what "
             f"was finished is kept."
         )
-    return StorageError(f"{path} cannot be written ({error.strerror or error}); choose a folder that can.")
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"{path} cannot be written ({reason}); choose a folder that can.")
 
 
 def _umask() -> int:

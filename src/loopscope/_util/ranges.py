@@ -31,6 +31,8 @@ class Range:
 
     def broken_by(self, value: int | float) -> str | None:
         """What the value must be and is not; None for a value within the range. NaN is within none."""
+        if isinstance(value, int) and abs(value) > _MOST:
+            return f"be at most {_MOST if self.most is None else self.most}"
         if self.above is not None and not (value > self.above and self._may_be(value)):
             if self.above == 0:
                 return "be positive" if self.infinite else "be a positive finite number"
@@ -47,7 +49,13 @@ class Range:
         return math.isfinite(value) or (self.infinite and not math.isnan(value))
 
 
-Count = Annotated[int, Range(1)]
+_MOST = 2**53
+"""Of whole numbers without a range of their own: what floating-point numbers can hold, and code multiply."""
+
+Count = Annotated[int, Range(1, 10**6)]
+Seed = Annotated[int, Range(0)]
+Processes = Annotated[int, Range(1, 1024)]
+"""Or threads."""
 Positive = Annotated[float, Range(above=0)]
 
 
@@ -65,7 +73,13 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             if broken:
                 shown = name.replace("_", "-") if prefix == "--" else name
                 why = f", {allowed.why}" if allowed.why else ""
-                raise ConfigError(f"{prefix}{shown} must {broken}{why}, got {value}.")
+                raise ConfigError(f"{prefix}{shown} must {broken}{why}, got {_number(value)}.")
+
+
+def _number(value: int | float) -> str:
+    """Python writes no whole number of more than 4300 digits."""
+    huge = isinstance(value, int) and value.bit_length() > 200
+    return f"one of about {int(value).bit_length() * 0.301:.0f} digits" if huge else str(value)
 
 
 @cache

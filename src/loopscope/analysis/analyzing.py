@@ -17,7 +17,7 @@ from loopscope.analysis.job import Job, Progress, SilentProgress
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.trajectories.states import check_dtype
-from loopscope.errors import ConfigError, PromptError
+from loopscope.errors import ConfigError, PromptError, last_resort
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import intervene
@@ -33,6 +33,7 @@ Prompts = (
 )
 
 
+@last_resort("analysing a model")
 def analyze(
     model: str | Path | Subject | nn.Module,
     prompts: Prompts | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import xarray as xr
 from loopscope._util.config_json import differences
 from loopscope._util.files import ClaimedFolder, atomic_file, write_atomically
 from loopscope._util.map_codes import UNKNOWN
+from loopscope._util.reading import foreign, open_file, parse_json
 from loopscope.errors import StudyError
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
 
@@ -51,8 +51,9 @@ class StudyFolder(ClaimedFolder):
     def has(self, index: int) -> bool:
         """Shard `index` is on disk and readable."""
         try:
-            self.read(index)
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            with foreign():
+                self.read(index)
+        except (OSError, ValueError):
             return False
         return True
 
@@ -67,8 +68,8 @@ class StudyFolder(ClaimedFolder):
     def read(self, index: int) -> xr.Dataset:
         """A shard from disk."""
         # Opened here: numpy leaves the file of a damaged archive open.
-        with self._path(index).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            dims = json.loads(str(stored["dims"]))
+        with open_file(self._path(index)) as file, np.load(file, allow_pickle=False) as stored:
+            dims = parse_json(str(stored["dims"]))
             found = {}
             for key in stored.files:
                 kind, slash, name = key.partition("/")
@@ -81,8 +82,12 @@ class StudyFolder(ClaimedFolder):
     def finish(self, study: Study) -> Study:
         """Write the study and drop the shards."""
         saved = study.save(self.folder)
-        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
+        self.drop_shards()
         return saved
+
+    def drop_shards(self) -> None:
+        """Of a finished study; a process that was killed when it had just finished it left them."""
+        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
         return self.folder / _SHARDS / f"{index:05d}.npz"
@@ -96,7 +101,10 @@ def _key(name: str, arrays: xr.Dataset) -> str:
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = differences(_comparable(found.get("identity", {})), _comparable(wanted["identity"]))
+    known = found.get("identity")
+    if not isinstance(known, dict) or not isinstance(known.get("settings", {}), dict):
+        raise StudyError(f"{folder} holds something else than a study of this kind; choose another --out.")
+    differing = differences(_comparable(known), _comparable(wanted["identity"]))
     if differing:
         some = [f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items()][:3]
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -144,7 +152,9 @@ def begun_batch_size(folder: Path) -> int | None:
     """Prompts to a shard of the study that was begun there, if one was."""
     if not (folder / MANIFEST).exists():
         return None
-    found = read_manifest(folder).get("identity", {}).get("settings", {}).get("batch_size")
+    found: Any = read_manifest(folder)
+    for name in ("identity", "settings", "batch_size"):
+        found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, int) else None
 
 

@@ -28,7 +28,7 @@ from loopscope.analysis.memory import MemoryPlan, kept_bytes, most_prompts, peak
 from loopscope.analysis.passes import measure_batch, steps_of
 from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings
-from loopscope.errors import ConfigError, WorkerError
+from loopscope.errors import ConfigError, WorkerError, ran_out
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.registry import absent_variables, why_absent
 from loopscope.models.loading import load
@@ -127,6 +127,7 @@ class Job:
         started = time.monotonic()
         with StudyFolder(folder, self._manifest(), self._tokens()) as study:
             if study.is_complete:
+                study.drop_shards()
                 self.progress.note(f"{folder} already holds this study, finished; nothing to do.")
                 return Study.load(folder)
             missing = [index for index in range(self.shards) if not study.has(index)]
@@ -366,11 +367,6 @@ class _Recipe:
                 f"{info.name} has other weights where a worker runs; give all machines the same checkpoint."
             )
         return intervene(subject, info.interventions)
-
-
-def ran_out(error: Exception) -> bool:
-    """Whether an exception says that there is no more memory: torch has no class of its own for that on a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def give_memory_back(device: torch.device) -> None:

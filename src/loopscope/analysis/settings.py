@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from loopscope._util.ranges import Count, Range, check_ranges
+from loopscope._util.ranges import Count, Processes, Range, check_ranges
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import DtypeName, dtype_name
 from loopscope.models.interventions.kinds import Intervention
@@ -71,7 +71,7 @@ class AnalyzeSettings:
     """Take a text file as running text, and cut it into prompts of that many tokens each."""
     limit: int | None = None
     """Use that many prompts: the first ones, or a random subset with --sample-seed."""
-    sample_seed: int | None = None
+    sample_seed: Annotated[int, Range()] | None = None
     """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
     system_prompt: Path | None = None
     """A text file that is put before every prompt, or the name of a shipped one: persona (long), maths (short), or
@@ -106,7 +106,7 @@ class AnalyzeSettings:
     prefix: Literal["trained", "causal"] = "trained"
     """How a model reads its prompt that was trained to read one in both directions, as HRM-Text was: so (trained), or
     as a text in which no token sees a later one (causal). Nothing to other models."""
-    seed: int = 0
+    seed: Annotated[int, Range()] = 0
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
     batch_size: Count | Literal["auto"] = "auto"
@@ -114,13 +114,13 @@ class AnalyzeSettings:
     as there is room for (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
     memory_limit: Annotated[int, Range(0)] | None = None
     """MiB that what runs at once may take beside the model, in each worker; half of what is free unless given."""
-    threads: Count | None = None
+    threads: Processes | None = None
     """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
     given."""
     engine: EngineName = "serial"
     """Where batches of prompts are run: in this process (serial), in worker processes of this machine (processes), or
     on a Ray cluster (ray). Each worker loads the model. See docs/engines.md."""
-    workers: Count | None = None
+    workers: Processes | None = None
     """How many work side by side; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
@@ -130,7 +130,7 @@ class AnalyzeSettings:
     damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
     or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
 
-    other_starts: Count = 1
+    other_starts: Annotated[int, Range(1, 1024)] = 1
     """Other initial states from which the measured recurrences are run too, to see whether all end in one place; each
     takes --recurrences more."""
     cycle_recurrences: Count = 8
@@ -138,7 +138,7 @@ class AnalyzeSettings:
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
     """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative,
     from the end."""
-    components: Count = 3
+    components: Annotated[int, Range(1, 1024)] = 3
     """Principal components to keep."""
     readout: tuple[Count, ...] = ()
     """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
@@ -152,13 +152,13 @@ class AnalyzeSettings:
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
     states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept until they are."""
-    eigenvalue_products: Count = 40
+    eigenvalue_products: Annotated[int, Range(1, 10**4)] = 40
     """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
     takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""
     eigenvalue_every: Annotated[int, Range(0)] = 1
     """Take eigenvalues of every n-th token of a prompt, counted from its last; 0 takes those of the last alone. What a
     token does follows from all before it, so that with other numbers than 1 nothing is predicted."""
-    eigenvalue_search: Annotated[int, Range(0)] = 200
+    eigenvalue_search: Annotated[int, Range(0, 10**6)] = 200
     """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
     --horizon; 0 takes the state as it is."""
     hooked_eigenvalues: bool = False

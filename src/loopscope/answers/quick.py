@@ -26,7 +26,7 @@ from loopscope.answers.settled import (
 )
 from loopscope.answers.stability import STABILITY, stability_answer
 from loopscope.answers.stages import STAGES, stages_answer
-from loopscope.study import Study, StudyView, view_study
+from loopscope.study import Study, StudyView, trusted, view_study
 
 _LOOPED: tuple[tuple[Question, Callable[[StudyView, Criterion], Answer]], ...] = (
     (FIXED_POINT, fixed_point_answer),
@@ -56,8 +56,11 @@ def quick_answers(study: Study, criterion: Criterion | None = None) -> list[Answ
 
     Raises `StudyError` if the study lacks a variable that the questions need.
     """
-    criterion = criterion or Criterion()
-    view = view_study(study)
+    with trusted([study]):
+        return _answers(view_study(study), criterion or Criterion())
+
+
+def _answers(view: StudyView, criterion: Criterion) -> list[Answer]:
     if view.looped:
         answers = [question.declined(view) or ask(view, criterion) for question, ask in _LOOPED]
     else:

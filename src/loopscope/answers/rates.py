@@ -17,7 +17,7 @@ from loopscope.answers.settling import Settling, horizon_settling
 from loopscope.answers.token_kinds import at_places, ends_of_states, least_settled, verdict_codes
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
-from loopscope.study import Study, view_study
+from loopscope.study import Study, trusted, view_study
 
 ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "last token")
 """Of tokens; one token can have several, but that of the beginning of text neither is of the question nor of the system
@@ -111,6 +111,11 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
 
     Raises `StudyError` for a study without verdicts, or without those of the layer.
     """
+    with trusted([study]):
+        return _rates(study, layer, method)
+
+
+def _rates(study: Study, layer: int | None, method: str) -> Rates:
     codes = verdict_codes(study, method)
     layers = [int(each) for each in study.dataset["judged_layer"].values]
     chosen = ends_of_states(study) if layer is None else [layer]

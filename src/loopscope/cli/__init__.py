@@ -2,29 +2,93 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 __all__ = ["main"]
 
+_TIDYING = 2.0
+"""Seconds after a signal for which others are ignored: somebody who presses Ctrl-C twice wants no more left behind."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `loopscope ARGUMENTS` and exit: 0, 2 for input that cannot be used (with one sentence), 130 after Ctrl-C."""
+    """Run `loopscope ARGUMENTS` and exit: 0; 2 for input that cannot be used, with one sentence; 70 for what nobody
+    foresaw, with one sentence and the traceback in a file; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     from loopscope.cli.commands import parse_and_run  # tyro takes a tenth of a second to import
-    from loopscope.errors import LoopscopeError
+    from loopscope.errors import LoopscopeError, UnforeseenError, last_resort, shortened
 
     # A waiting OpenMP thread would spin, which on a busy machine costs many times the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    stopped_by = [signal.SIGINT]
     try:
-        parse_and_run(sys.argv[1:] if arguments is None else list(arguments))
+        with _signals(stopped_by), last_resort(f"running `{shortened(' '.join(['loopscope', *given]), 120)}`"):
+            parse_and_run(given)
+    except UnforeseenError as error:
+        print(f"loopscope: {error} The full account is in {_written(error, given)}.", file=sys.stderr)
+        sys.exit(os.EX_SOFTWARE if hasattr(os, "EX_SOFTWARE") else 70)
     except LoopscopeError as error:
         print(f"loopscope: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("loopscope: interrupted; what was finished is kept, the same command resumes it.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped_by[-1])
     except BrokenPipeError:
         # The reader of our output has gone, as in `loopscope models | head -1`.
         sys.stderr.close()
         sys.exit(1)
+
+
+@contextmanager
+def _signals(received: list[signal.Signals]) -> Iterator[None]:
+    """SIGTERM and SIGHUP are answered as Ctrl-C is: workers are ended, locks and temporary files go. A signal that the
+    caller ignores, as `nohup` does, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -_TIDYING
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= _TIDYING:
+            received.append(signal.Signals(number))
+            raise KeyboardInterrupt
+
+    watched = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in watched}
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        # After a signal this process is about to end, which takes some time too.
+        if last < 0:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _written(error: BaseException, arguments: Sequence[str]) -> Path | str:
+    """The file that holds the traceback: beside the output, or where temporary files are."""
+    account = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+    out = next((after for flag, after in itertools.pairwise(arguments) if flag == "--out"), None)
+    for folder in ([] if out is None else [Path(out).parent]) + [Path(tempfile.gettempdir())]:
+        try:
+            handle, path = tempfile.mkstemp(prefix="loopscope-", suffix=".traceback.txt", dir=folder)
+            with os.fdopen(handle, "wb") as file:
+                file.write(account)
+        except (OSError, ValueError):
+            continue
+        return Path(path)
+    return "no file, since none can be written"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.ranges import Count, Processes, Range, Seed, check_ranges
 from loopscope._util.table import Table
 from loopscope.models.inspection.facts import Dtype
 
@@ -39,7 +39,7 @@ class JudgeTrajectories:
     """displacement looks at the shape of the motion; cosine, after the paper, at the cosine to the last state."""
     array: str | None = None
     """The array to take from files that hold several; all of them unless given."""
-    first_recurrence: int = 0
+    first_recurrence: Annotated[int, Range(0)] = 0
     """Index of the first state, from 0, if the beginning of the trajectory was cut off."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
@@ -48,19 +48,25 @@ class JudgeTrajectories:
     report: bool = True
     """Also write report.html."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "--")
+
     def run(self) -> None:
         from loopscope._util.progress import ProgressBar
         from loopscope.cli.console import say
         from loopscope.dynamics.trajectories.files import judge_files
         from loopscope.dynamics.trajectories.settings import parse_settings
+        from loopscope.dynamics.verdicts import check_folder
         from loopscope.report.page.write import write_behaviour_report
 
+        settings = parse_settings(self.method, self.set)
+        check_folder(self.out)
         with ProgressBar("tokens") as progress:
             judged = judge_files(
                 self.states,
                 self.dtype,
                 self.method,
-                settings=parse_settings(self.method, self.set),
+                settings=settings,
                 array=self.array,
                 first_recurrence=self.first_recurrence,
                 check_order=self.check_order,
@@ -84,9 +90,9 @@ class Calibrate:
     """Dtypes whose noise they carry."""
     method: tuple[_Method, ...] = ("displacement", "cosine")
     """Methods to try."""
-    seed: int = 0
+    seed: Seed = 0
     """The same seed makes the same trajectories."""
-    threads: Count | None = None
+    threads: Processes | None = None
     """CPU threads; torch's choice unless given."""
     json: bool = False
     """Print JSON, for programs."""

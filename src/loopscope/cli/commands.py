@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, cast
 
 import tyro
 
+from loopscope._util.ranges import Processes, check_ranges
 from loopscope.analysis.settings import AnalyzeSettings, Preset
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.experiment import ExperimentCommand
 from loopscope.cli.rates import CountRates
+from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
 
 
@@ -167,10 +171,13 @@ class Train:
     """Training text, instead of the configuration's."""
     test_data: Path | None = None
     """Held-out text, instead of the configuration's."""
-    threads: int | None = None
+    threads: Processes | None = None
     """CPU threads; torch's choice unless given."""
     device: str = "cpu"
     """A torch device."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "--")
 
     def run(self) -> None:
         from loopscope.cli.console import say
@@ -218,7 +225,6 @@ class Inspect:
     def run(self) -> None:
         from loopscope.analysis.memory import foresee
         from loopscope.cli.inspection import say_inspection, say_inspections, say_json
-        from loopscope.errors import ConfigError
         from loopscope.models.inspection.inspecting import inspect_model
 
         if not self.models:
@@ -257,6 +263,9 @@ class _Command(Protocol):
     def run(self) -> None: ...
 
 
+_LONG = 300
+"""Characters of an argument."""
+
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Report, tyro.conf.subcommand("report")]
@@ -274,14 +283,28 @@ Command = (
 
 
 def parse_and_run(arguments: list[str]) -> None:
-    """Parse a command line and run its command."""
-    command: _Command = tyro.cli(
-        Command,
-        prog="loopscope",
-        description="An instrument for looking inside looped language models.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """Parse a command line and run its command. Raises `ConfigError` for what is no text."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
+    # The parser repeats an argument in its messages, which are then as long.
+    said = io.StringIO() if max(map(len, arguments), default=0) > _LONG else sys.stderr
+    try:
+        with redirect_stderr(said):
+            command: _Command = tyro.cli(
+                Command,
+                prog="loopscope",
+                description="An instrument for looking inside looped language models.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stopped:
+        if isinstance(said, io.StringIO) and stopped.code:
+            lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+            raise ConfigError(" ".join(filter(None, lines))) from None
+        raise
     if isinstance(command, Analyze):
         command = command.with_preset(arguments)
     command.run()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.ranges import Processes, Range, check_ranges
 from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.errors import ConfigError
 from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from loopscope.experiments.cells import Cell, CellResult
 
 
+_Seeds = Annotated[int, Range(1, 1000)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _GridCommand:
     """What every experiment takes."""
@@ -29,7 +32,7 @@ class _GridCommand:
     """Folder for the results, a file a cell; an experiment that was interrupted is resumed."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
-    workers: Count | None = None
+    workers: Processes | None = None
     """How many work side by side, each on one thread; one for each CPU unless given."""
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
@@ -55,7 +58,7 @@ class _RandomModels(_GridCommand):
     """How the prompt enters each recurrence."""
     width: int = 192
     """Of the residual stream."""
-    seeds: Count = 3
+    seeds: _Seeds = 3
     """Models of each design."""
     recurrences: int = 128
     """The horizon; twice as many are run."""
@@ -121,7 +124,7 @@ class Phase(_RandomModels):
     width: int = 128
     depth: int = 4
     """Recurrent layers."""
-    seeds: Count = 2
+    seeds: _Seeds = 2
     """Models of each design and scale."""
     std: tuple[float, ...] = SCALES
     """Standard deviations of the weights."""

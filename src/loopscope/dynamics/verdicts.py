@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loopscope._util.files import write_atomically
+from loopscope._util.reading import is_there
+from loopscope.errors import StudyError
 
 _VERDICTS = "verdicts.jsonl"
 _MANIFEST = "manifest.json"
+_OWN = (_VERDICTS, _MANIFEST, "report.html", ".lock")
 
 
 class Kind(StrEnum):
@@ -124,8 +127,12 @@ class JudgedFiles:
     manifest: dict[str, Any]
 
     def save(self, folder: str | Path) -> None:
-        """Write verdicts.jsonl, a line a token, and manifest.json, each whole or not at all. Raises `StorageError`."""
+        """Write verdicts.jsonl, a line a token, and manifest.json, each whole or not at all.
+
+        Raises `StudyError` for a folder of something else, `StorageError`.
+        """
         folder = Path(folder)
+        check_folder(folder)
         lines = [
             {
                 "file": each.file,
@@ -139,6 +146,14 @@ class JudgedFiles:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(folder / _VERDICTS, text.encode())
         write_atomically(folder / _MANIFEST, (json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `StudyError` for a folder that holds anything but verdicts, which may be replaced."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN) if folder.is_dir() else []
+    if others or (is_there(folder / _MANIFEST) and not is_there(folder / _VERDICTS)):
+        found = others[0] if others else _MANIFEST
+        raise StudyError(f"{folder} already holds other files ({found}); choose a new or empty folder for --out.")
 
 
 def _plain(value: Any) -> Any:

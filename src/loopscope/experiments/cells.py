@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from loopscope._util.files import ClaimedFolder, write_atomically
-from loopscope._util.ranges import Count, Positive, Range, check_ranges
+from loopscope._util.ranges import Positive, Range, Seed, check_ranges
+from loopscope._util.reading import read_json
 from loopscope.dynamics.verdicts import Kind
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.designs import InjectionName, NormName
@@ -60,18 +61,18 @@ class Cell:
 
     norm: NormName
     injection: InjectionName
-    depth: Count
+    depth: Annotated[int, Range(1, 1000)]
     """Recurrent layers; there is no prelude and no coda."""
-    seed: Annotated[int, Range(0)]
+    seed: Seed
     std: Positive = 0.02
     """Of every matrix's entries."""
     injection_scale: Annotated[float, Range(0)] = 1.0
     """Factor on the injection: on its matrix, or on what is added."""
-    width: Annotated[int, Range(32)] = 192
-    tokens: Count = 16
+    width: Annotated[int, Range(32, 2**14)] = 192
+    tokens: Annotated[int, Range(1, 10**4)] = 16
     """Random ones, in each prompt."""
-    prompts: Count = 1
-    recurrences: Annotated[int, Range(8)] = 128
+    prompts: Annotated[int, Range(1, 10**4)] = 1
+    recurrences: Annotated[int, Range(8, 10**5)] = 128
     """The horizon; twice as many are run."""
     judged: bool = False
     """Also judge what each token tends to."""
@@ -191,7 +192,7 @@ class GridFolder(ClaimedFolder, Generic[ResultT]):
 
     def check(self) -> None:
         try:
-            found = json.loads(self.first.read_text(encoding="utf-8")).get("kind")
+            found = read_json(self.first).get("kind")
         except (OSError, ValueError, AttributeError):
             found = None
         if found != self.kind:
@@ -206,7 +207,7 @@ class GridFolder(ClaimedFolder, Generic[ResultT]):
         if not path.is_file():
             return None
         try:
-            found = self._from_dict(json.loads(path.read_text(encoding="utf-8")))
+            found = self._from_dict(read_json(path))
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return None
         return found if found.cell == cell else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from loopscope._util.reading import read_json
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import CELLS, GRID_FILE, CellResult
 from loopscope.experiments.sweep_cells import SweepResult
@@ -40,7 +40,7 @@ def load_experiment(folder: str | Path) -> Experiment:
             f"{folder} is not an experiment (it has no {GRID_FILE}); give the --out folder of `loopscope experiment`."
         )
     try:
-        manifest = json.loads((folder / GRID_FILE).read_text(encoding="utf-8"))
+        manifest = read_json(folder / GRID_FILE)
         kind = manifest["kind"]
         names = manifest.get("cells")
         if kind not in get_args(ExperimentKind):
@@ -50,7 +50,7 @@ def load_experiment(folder: str | Path) -> Experiment:
         else:
             # The last part alone: a name in a manifest leads to no other folder.
             paths = [folder / CELLS / f"{Path(name).name}.json" for name in names]
-        entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        entries = [read_json(path) for path in paths]
         found: dict[str, Any] = (
             {"trained": tuple(SweepResult.from_dict(entry) for entry in entries)}
             if kind == "training"

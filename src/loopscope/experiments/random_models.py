@@ -20,6 +20,7 @@ from loopscope.dynamics.verdicts import KINDS
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from loopscope.experiments.designs import NormName
 from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.load import check_memory
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.study import Study, view_study
@@ -141,7 +142,9 @@ def _counted(codes: np.ndarray, names: list[str]) -> dict[str, int]:
 
 
 def _model(cell: Cell) -> NativeSubject:
-    model = LoopedTransformer(architecture_of(cell)).initialize(cell.seed, cell.std)
+    architecture = architecture_of(cell)
+    check_memory(architecture.parameters, torch.float32, torch.device("cpu"))
+    model = LoopedTransformer(architecture).initialize(cell.seed, cell.std)
     with torch.no_grad():
         if model.injection is not None:
             # W = [on the state ; on the prompt]: only the prompt's share is scaled.

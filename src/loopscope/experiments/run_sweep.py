@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -28,6 +29,7 @@ from loopscope.experiments.random_models import dynamics_of
 from loopscope.experiments.run import run_cells
 from loopscope.experiments.sweep import Sweep
 from loopscope.experiments.sweep_cells import AutomatonTask, PassCurves, SweepCell, SweepResult
+from loopscope.experiments.training.cost import check_cost
 from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.experiments.training.loop import TrainResult, train
 from loopscope.experiments.training.run_folder import RunFolder
@@ -75,6 +77,7 @@ def run_sweep(
                 f"This sweep has no design named {name!r}; its designs are {', '.join(map(repr, names))}."
             )
     asked = [cell for cell in cells if cell.design in only] if only else cells
+    check_cost([cell.config for cell in asked], torch.device("cpu"))
     work = functools.partial(run_sweep_cell, out=out, base=base)
     return run_cells(work, asked, KIND, SweepResult.from_dict, out, grid=cells, engine=engine, progress=progress)
 

@@ -6,15 +6,24 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from loopscope._util.config_json import build, read_object
-from loopscope._util.ranges import Count, check_ranges
+from loopscope._util.ranges import Range, check_ranges
 from loopscope.errors import ConfigError
-from loopscope.experiments.sweep_cells import UNRUNNABLE, ControlName, StudySettings, SweepCell, Task, require
+from loopscope.experiments.sweep_cells import (
+    UNRUNNABLE,
+    ControlName,
+    StudySettings,
+    SweepCell,
+    Task,
+    object_in,
+    require,
+)
 from loopscope.experiments.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -25,6 +34,8 @@ from loopscope.experiments.training.config import (
 from loopscope.models.architecture import Architecture
 
 _SAME_PARAMETERS = 0.06
+_MOST_MODELS = 2000
+"""Looped ones, of one sweep."""
 _DECIDED = ("data", "seed")
 """Fields of a training configuration that neither the base nor a design may name."""
 
@@ -40,7 +51,7 @@ class Sweep:
     """Each: dotted fields of the configuration with the values to try, all combinations of them."""
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named designs: dotted fields with one value each."""
-    seeds: Count = 5
+    seeds: Annotated[int, Range(1, 1000)] = 5
     """Models of each design; fewer tell only of what is far larger than their spread."""
     controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
     """Feed-forward models that are trained beside each looped one."""
@@ -50,6 +61,12 @@ class Sweep:
         check_ranges(self, UNRUNNABLE)
         decided = [name for name in _DECIDED if name in self.base]
         require(not decided, f"base has a field {decided[:1]}, which the sweep decides; leave it out")
+        designs = len(self.recipes) + sum(math.prod(map(len, grid.values())) for grid in self.grids)
+        require(
+            designs * self.seeds <= _MOST_MODELS,
+            f"it asks for {designs:,} designs with {self.seeds} seeds each, and at most {_MOST_MODELS:,} models are "
+            "trained; leave values out",
+        )
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
@@ -149,10 +166,10 @@ class Sweep:
             )
             _set(fields, name, value)
         fields["seed"] = seed
-        recurrences = fields.get("architecture", {}).get("recurrences", 1)
-        evaluation = fields.setdefault("evaluation", {})
+        recurrences = object_in(fields, "architecture").get("recurrences", 1)
+        fields["evaluation"] = evaluation = object_in(fields, "evaluation")
         require("recurrences" not in evaluation, "evaluation.recurrences is decided by the sweep; leave it out")
-        if isinstance(recurrences, int) and recurrences >= 1:
+        if isinstance(recurrences, int) and 1 <= recurrences <= 10**6:
             evaluation["recurrences"] = _numbers(recurrences, self.study.beyond)
         return TrainConfig.from_dict(fields)
 

@@ -9,12 +9,13 @@ import dataclasses
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from loopscope._util.config_json import build
-from loopscope._util.ranges import Count, Range, check_ranges
+from loopscope._util.ranges import Count, Range, Seed, check_ranges
 from loopscope.errors import ConfigError
 from loopscope.experiments.cells import Dynamics
 from loopscope.experiments.training.config import (
@@ -37,6 +38,14 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(f"{UNRUNNABLE}{message}.")
 
 
+def object_in(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a part of a training configuration; empty where there is none. Raises `ConfigError` for another
+    thing."""
+    found = config.get(name, {})
+    require(isinstance(found, dict), f"{name} must be an object, got {reprlib.repr(found)}")
+    return dict(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutomatonTask:
     """Given a row of bits and a number n, write the row that n steps of a cellular automaton make of it.
@@ -53,8 +62,8 @@ class AutomatonTask:
     """The most that are asked for; n is drawn between 1 and it."""
     documents: Count = 20000
     """For training."""
-    test_documents: Count = 256
-    seed: Annotated[int, Range(0)] = 0
+    test_documents: Annotated[int, Range(1, 20000)] = 256
+    seed: Seed = 0
 
     answer_after: ClassVar[str] = ">"
 
@@ -69,7 +78,7 @@ class AutomatonTask:
     def fill(self, config: dict[str, Any]) -> None:
         """Put what the task decides into a training configuration."""
         config["data"] = {"train": "data/train.txt", "test": "data/test.txt", "answer_after": self.answer_after}
-        config["architecture"] = {"vocab_size": _BYTES} | config.get("architecture", {})
+        config["architecture"] = {"vocab_size": _BYTES} | object_in(config, "architecture")
         asked = config.setdefault("context", self.document_tokens)
         require(
             asked == self.document_tokens,
@@ -124,10 +133,10 @@ _TASKS: dict[str, type[AutomatonTask] | type[TextTask] | type[Gsm8kTask]] = {
 class StudySettings:
     """How each trained model is analysed, on the first documents of the test text."""
 
-    prompts: Count = 8
-    horizon: Annotated[int, Range(8)] = 64
+    prompts: Annotated[int, Range(1, 10**4)] = 8
+    horizon: Annotated[int, Range(8, 10**5)] = 64
     """Twice as many recurrences are run."""
-    beyond: Count = 8
+    beyond: Annotated[int, Range(1, 1024)] = 8
     """Losses and stages are taken up to this many times the trained number of recurrences."""
 
     def __post_init__(self) -> None:

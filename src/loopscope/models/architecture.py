@@ -29,7 +29,9 @@ StateInit = Literal["embeddings", "normal"]
 # The ends are far above any model: a larger number comes from a damaged file, and would fail later, in torch, without
 # its name.
 _Size = Annotated[int, Range(1, 10**6)]
-_Layers = Annotated[int, Range(0, 10**4)]
+MOST_LAYERS = 1000
+_Tokens = Annotated[int, Range(1, 10**9)]
+_Layers = Annotated[int, Range(0, MOST_LAYERS)]
 
 _IMPOSSIBLE = "This architecture cannot be built: "
 
@@ -149,7 +151,7 @@ class Architecture:
     rope_base: Positive = 10000.0
     rope_scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
 
-    sliding_window: Count | None = None
+    sliding_window: _Tokens | None = None
     """A token looks at itself and at the tokens before it, that many in all (Mistral); None for all of them."""
     full_attention_layers: tuple[int, ...] = ()
     """Layers that look at every earlier token all the same, counted from 0 over prelude, recurrent and coda."""
@@ -173,7 +175,7 @@ class Architecture:
     exit_threshold: Annotated[float, Range()] = 1.0
     """The model answers with the first recurrence at which the cumulated probability to have stopped reaches it."""
 
-    max_positions: int | None = None
+    max_positions: _Tokens | None = None
     """Longest sequence the model was made for, if it says."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError
+from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError, last_resort
 from loopscope.models.checkpoints.family import ROTATION_TABLES, Family
 from loopscope.models.checkpoints.find import find_checkpoint
 from loopscope.models.checkpoints.layout import refuse_ignored
@@ -33,6 +33,7 @@ _AUTO_FLOAT64 = 50e6
 _DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
+@last_resort("loading a model")
 def load(
     name_or_path: str | Path,
     *,

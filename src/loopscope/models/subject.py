@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
 from loopscope._util.sites import Site, sites_in_order
-from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.errors import ConfigError, NonFiniteError, one_line
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
@@ -297,8 +297,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # Of which a number can be read back, as none can of the device meta.
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
+        raise ConfigError(f"The device {name!r} cannot be used ({one_line(error)}); try --device cpu.") from None
     return device

@@ -1,25 +1,18 @@
 """Chat templates: the text that a prompt becomes when it is a user's turn.
 
-A template is a Jinja program from a model's folder. It runs in Jinja's sandbox, sees nothing but the messages and the
-names of special tokens, and has the few extensions and functions that published templates rely on (those that
-transformers documents under "Chat templates").
+A template is a Jinja program from a model's folder. It runs in Jinja's sandbox within a process of its own, sees
+nothing but the messages and the names of special tokens, and has the few extensions and functions that published
+templates rely on (those that transformers documents under "Chat templates").
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
-from typing import Any, NoReturn
-
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from datetime import datetime, timedelta
 
 from loopscope.errors import PromptError
+from loopscope.prompts.sandbox import RefusedError, sandbox
 
 _MARK = "\ue000prompt\ue000"
 """Stands in for the prompt to find where a template puts it; of characters that no text has a use for."""
@@ -83,52 +76,14 @@ class ChatTemplate:
     def _render(self, prompt: str, system: str | None, now: datetime) -> str:
         turns = [] if system is None else [{"role": "system", "content": system}]
         turns.append({"role": "user", "content": prompt})
+        date = now if now.tzinfo is not None else now.astimezone()
+        offset = date.utcoffset() or timedelta()
+        when = (date.replace(tzinfo=None).isoformat(), offset.total_seconds(), date.tzname() or "")
+        content = {"source": self.source, "variables": self._variables}
         try:
-            return self._compiled.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                strftime_now=now.strftime,
-                **self._variables,
-            )
-        except Exception as error:  # a template's own mistakes are of any kind
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            text: str = sandbox().call("render", content, turns=turns, now=when)
+            return text
+        except RefusedError as error:
             role = "the system prompt and the prompt" if system is not None else "the prompt"
             instead = "leave --system-prompt or --chat out" if system is not None else "leave --chat out"
-            raise PromptError(f"The model's chat template refuses {role} ({reason}); {instead}.") from error
-
-    @cached_property
-    def _compiled(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        return environment.from_string(self.source)
-
-
-class _GenerationBlocks(Extension):
-    """`{% generation %}` marks the assistant's turns for training; what is between is written as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+            raise PromptError(f"The model's chat template refuses {role} ({error}); {instead}.") from error

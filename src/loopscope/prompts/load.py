@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from loopscope._util.reading import is_there
 from loopscope.errors import PromptError
 from loopscope.prompts.prompt import Prompt, subsample
 from loopscope.prompts.sources import (
@@ -128,7 +129,7 @@ def _read_records(path: Path, field: str | None) -> tuple[list[Record], str]:
 def _existing(source: str) -> Path:
     """The file that the user named, or the reason why it is none."""
     path = Path(source).expanduser()
-    if _exists(path):
+    if is_there(path):
         return path
     if any(character.isspace() for character in source):
         raise PromptError(f"There is no file {_abridged(source)}; if this is a prompt itself, give it with --text.")
@@ -138,13 +139,6 @@ def _existing(source: str) -> Path:
     close = difflib.get_close_matches(source.lower(), names, n=1)
     hint = f"did you mean {close[0]}, or another of" if close else "give the path of a file, or one of the presets"
     raise PromptError(f"{source!r} is neither a file nor a preset; {hint} {', '.join(names)}.")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no name of a file: a whole prompt is longer than names may be
-        return False
 
 
 def _prompt(record: Record, field: str, system: str | None) -> Prompt:
@@ -188,7 +182,7 @@ def read_system_prompt(source: Path) -> str | None:
         return None
     if name in SHIPPED_SYSTEM_PROMPTS:
         return _shipped(name)
-    if not source.exists() and len(source.parts) == 1 and not source.suffix:
+    if not is_there(source) and len(source.parts) == 1 and not source.suffix:
         raise PromptError(
             f"{name!r} is neither a file nor the name of a system prompt; give the path of a file, or one of "
             f"{', '.join(system_prompt_names())}."

@@ -6,7 +6,7 @@ value that is not used does no harm.
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from loopscope._util.hub import downloading, require
-from loopscope.errors import PromptError
+from loopscope._util.reading import foreign, parse_json, read_bytes
+from loopscope.errors import PromptError, one_line
 
 TEXT_FIELD = "text"
 """Where the records of a plain text file have their text."""
@@ -61,8 +62,8 @@ def read_json_lines(path: Path) -> list[Record]:
     rows = []
     for number, line in _lines(path):
         try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            fields = parse_json(line)
+        except ValueError as error:
             raise PromptError(
                 f"Line {number} of {path} is not JSON ({_reason(error)}); "
                 "a JSONL file holds one complete JSON object on each line."
@@ -81,23 +82,23 @@ def read_parquet(path: Path, field: str) -> list[Record]:
 
     Raises `MissingDependencyError` without pyarrow, `PromptError` for a damaged file or an unknown column.
     """
-    _read_bytes(path, 4)
+    content = io.BytesIO(_read_bytes(path))
     parquet = require("pyarrow.parquet", f"The parquet file {path}")
     try:
-        names = parquet.read_schema(path).names
-        if field not in names:
-            raise PromptError(f"{path} has no field {field!r}; its fields are {', '.join(names)}.")
-        columns = [name for name in dict.fromkeys((field, "id")) if name in names]
-        rows = parquet.read_table(path, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
+        with foreign():
+            names = parquet.read_schema(content).names
+            if field not in names:
+                raise PromptError(f"{path} has no field {field!r}; its fields are {', '.join(names)}.")
+            columns = [name for name in dict.fromkeys((field, "id")) if name in names]
+            rows = parquet.read_table(content, columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
         raise PromptError(f"{path} is not a readable parquet file ({_reason(error)}); get it again.") from error
     return _records(list(enumerate(rows, 1)), "Row", path)
 
 
-def _read_bytes(path: Path, size: int = -1) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(size)
+        return read_bytes(path)
     except FileNotFoundError as error:
         raise PromptError(f"The file {path} does not exist; check the path.") from error
     except IsADirectoryError as error:
@@ -133,9 +134,7 @@ def _reason(error: Exception) -> str:
     """What went wrong, on one line and without a closing stop."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return one_line(error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from loopscope.errors import PromptError
+from loopscope._util.reading import foreign, parse_json, read_text
+from loopscope.errors import PromptError, one_line
 from loopscope.prompts.chat import ChatTemplate
 from loopscope.prompts.prompt import TokenizedPrompt
+from loopscope.prompts.sandbox import RefusedError, sandbox
 from loopscope.prompts.tokenizer_config import TokenizerConfig
+
+_LONGEST = 2_000_000
+"""Characters of a text: tokens take 300 bytes each while they are made."""
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, an entry each."""
+
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
+    """First character in the text, and the one behind the last."""
+    special_tokens_mask: list[int]
+    """1 for what the tokenizer added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +57,20 @@ class TextTokenizer:
         chat_template: ChatTemplate | None = None,
         notes: Sequence[str] = (),
         named: Mapping[str, str] = MappingProxyType({}),
+        program: Mapping[str, Any] | None = None,
     ) -> None:
-        """`named` are special tokens by the names under which files declare them: `pad_token` and so on."""
+        """`named` are special tokens by the names under which files declare them: `pad_token` and so on. `program`, for
+        the sandbox, reads text in the place of the backend, which then is its vocabulary alone."""
         if backend.truncation is not None or backend.padding is not None:
             backend = Tokenizer.from_str(backend.to_str())  # the caller's own stays as it is
             backend.no_truncation()
             backend.no_padding()
         self.backend = backend
+        self._program = program
         self.chat_template = chat_template
         self.notes = tuple(notes)
         """What a user should know of this tokenizer, in sentences: where its files contradict each other."""
-        self.before, self.after = _added(backend)
+        self.before, self.after = self._added()
         """Special tokens that it puts in front of a text and behind it."""
         self._special = {
             token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
@@ -79,25 +99,64 @@ class TextTokenizer:
         """Number of tokens, added ones included."""
         return self.backend.get_vocab_size()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
-        """Token ids (`.ids`) with their pieces (`.tokens`) and places in the text (`.offsets`).
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """Token ids with their pieces and places in the text.
 
         Special tokens that the text itself spells out, such as `<s>`, become those tokens, as everywhere else. Raises
-        `PromptError` for a text that the tokenizer has no tokens for.
+        `PromptError` for a text that the tokenizer has no tokens for, and for one that is too long to be a prompt.
         """
+        shown = text if len(text) <= 40 else text[:39] + "…"
+        if len(text) > _LONGEST:
+            raise PromptError(
+                f"The text {shown!r} has {len(text):,} characters, and at most {_LONGEST:,} are read; put its parts "
+                "into files of their own."
+            )
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the library raises nothing more specific
-            shown = text if len(text) <= 40 else text[:39] + "…"
+            return self._encode(text, add_special_tokens=add_special_tokens)
+        except (ValueError, RefusedError) as error:
             raise PromptError(
                 f"The model's tokenizer cannot read {shown!r} ({error}); leave this prompt out."
             ) from error
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        if self._program is not None:
+            ids, tokens, offsets, mask = sandbox().call(
+                "encode", self._program, text=text, add_special_tokens=add_special_tokens
+            )
+            return Encoded(ids, tokens, [(start, end) for start, end in offsets], mask)
+        with foreign():
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask)
+
+    def _added(self) -> tuple[tuple[SpecialToken, ...], tuple[SpecialToken, ...]]:
+        """Special tokens that encoding puts in front of a text and behind it."""
+        encoding = self._probe()
+        added = [bool(mark) for mark in encoding.special_tokens_mask]
+        tokens = [SpecialToken(text, id_) for text, id_ in zip(encoding.tokens, encoding.ids, strict=True)]
+        first = added.index(False) if False in added else len(added)
+        last = len(added) - added[::-1].index(False) if False in added else len(added)
+        return tuple(tokens[:first]), tuple(tokens[last:])
+
+    def _probe(self) -> Encoded:
+        """The encoding of some text that leaves at least one token of its own, if any does."""
+        known = sorted(self.backend.get_vocab(with_added_tokens=False))
+        for text in ("a", *known[:1000]):  # a tokenizer of whole words knows no others
+            with suppress(ValueError, RefusedError):
+                encoding = self._encode(text)
+                if 0 in encoding.special_tokens_mask:
+                    return encoding
+        return self.encode("")
 
     def name(self, token: int) -> str:
         """A readable piece for a token without a text around it: decoded alone, by number where that is impossible."""
         known = self.backend.id_to_token(token) if 0 <= token < 2**32 else None  # which the library has no room for
         if known is None:
             return f"<{token}>"
+        if self._program is not None:
+            try:
+                return sandbox().call("decode", self._program, ids=[token]) or known
+            except RefusedError:
+                return known
         return self.backend.decode([token], skip_special_tokens=False) or known
 
     def special_in(self, text: str) -> tuple[str, ...]:
@@ -121,20 +180,26 @@ def load_tokenizer(folder: Path) -> TextTokenizer | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    backend = read_tokenizer(path)
+    text, fields = _read(path)
     config = TokenizerConfig.read(folder)
+    tame = is_tame(fields)
+    backend = _made(path, text if tame else json.dumps({name: fields.get(name) for name in _VOCABULARY}))
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token in config.tokens:
-        if token.content not in present:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    added = [token for token in config.tokens if token.content not in present]
+    for token in added:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     template = None if config.chat_template is None else ChatTemplate(config.chat_template, config.named)
-    before, after = _added(backend)
-    notes = [
+    program = None if tame else {"tokenizer": text, "added": [_fields_of(token) for token in added]}
+    try:
+        found = TextTokenizer(backend, chat_template=template, notes=config.notes, named=config.named, program=program)
+    except PromptError as error:
+        raise PromptError(f"{path} cannot be used: {error}") from error
+    found.notes = (
         *config.notes,
-        *_contradiction("bos", config.add_bos, config.named, before, "in front of"),
-        *_contradiction("eos", config.add_eos, config.named, after, "behind"),
-    ]
-    return TextTokenizer(backend, chat_template=template, notes=notes, named=config.named)
+        *_contradiction("bos", config.add_bos, config.named, found.before, "in front of"),
+        *_contradiction("eos", config.add_eos, config.named, found.after, "behind"),
+    )
+    return found
 
 
 def as_tokenizer(given: Any) -> TextTokenizer:
@@ -168,36 +233,85 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
     Raises `PromptError` if the file is missing or no tokenizer.
     """
-    if not path.is_file():
-        raise PromptError(f"The tokenizer {path} does not exist; a model's tokenizer is its file tokenizer.json.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise PromptError(f"{path} is not a readable tokenizer ({error}); get the file again.") from error
+    tokenizer = _made(path, _read(path)[0])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _added(backend: Tokenizer) -> tuple[tuple[SpecialToken, ...], tuple[SpecialToken, ...]]:
-    """Special tokens that encoding puts in front of a text and behind it."""
-    encoding = _probe(backend)
-    added = [bool(mark) for mark in encoding.special_tokens_mask]
-    tokens = [SpecialToken(text, id_) for text, id_ in zip(encoding.tokens, encoding.ids, strict=True)]
-    first = added.index(False) if False in added else len(added)
-    last = len(added) - added[::-1].index(False) if False in added else len(added)
-    return tuple(tokens[:first]), tuple(tokens[last:])
+_VOCABULARY = ("version", "added_tokens", "model")
 
 
-def _probe(backend: Tokenizer) -> Encoding:
-    """The encoding of some text that leaves at least one token of its own, if any does."""
-    known = sorted(backend.get_vocab(with_added_tokens=False))
-    for text in ("a", *known[:1000]):  # a tokenizer of whole words knows no others
-        with suppress(Exception):  # the library raises nothing more specific for a word that it does not know
-            encoding = backend.encode(text)
-            if 0 in encoding.special_tokens_mask:
-                return encoding
-    return backend.encode("")
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text and what it says."""
+    try:
+        text = read_text(path)
+        fields = parse_json(text)
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no JSON object")
+    except FileNotFoundError:
+        raise PromptError(
+            f"The tokenizer {path} does not exist; a model's tokenizer is its file tokenizer.json."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} is not a readable tokenizer ({one_line(error)}); get the file again.") from error
+    return text, fields
+
+
+def _made(path: Path, text: str) -> Tokenizer:
+    try:
+        with foreign():
+            return Tokenizer.from_str(text)
+    except ValueError as error:
+        raise PromptError(f"{path} is not a readable tokenizer ({one_line(error)}); get the file again.") from error
+
+
+def _fields_of(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def is_tame(fields: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer takes a time and gives a number of tokens in proportion to its text, and cannot fail: it has
+    no expressions, and replaces nothing by what is longer."""
+    parts = [fields.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            if not _is_tame_part(part):
+                return False
+            parts += [each for name, each in part.items() if name != "special_tokens"]
+    return True
+
+
+_TAME = {"BertNormalizer", "BertPreTokenizer", "BertProcessing", "ByteFallback", "ByteLevel", "Digits", "Fuse"} | {
+    *("Lowercase", "Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Prepend", "Punctuation", "Replace", "RobertaProcessing"),
+    *("Sequence", "Strip", "StripAccents", "TemplateProcessing", "Whitespace", "WhitespaceSplit", "WordPiece"),
+}
+_FEW = 64
+"""Characters that a part may add, or tokens."""
+
+
+def _is_tame_part(part: Mapping[str, Any]) -> bool:
+    match part.get("type"):
+        case "Replace":
+            pattern, content = part.get("pattern"), part.get("content")
+            replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            return isinstance(replaced, str) and isinstance(content, str) and 1 <= len(content) <= len(replaced)
+        case "Prepend":
+            return len(str(part.get("prepend"))) <= _FEW
+        case "TemplateProcessing":
+            tokens, single = part.get("special_tokens"), part.get("single")
+            if not isinstance(tokens, dict) or not isinstance(single, list) or len(single) > _FEW:
+                return False
+            named = [each["SpecialToken"]["id"] for each in single if "SpecialToken" in each]
+            return all(len(tokens.get(name, {}).get("ids", ())) == 1 for name in named)
+        case str(kind):
+            return kind in _TAME
+    # A part of a part, such as a pattern.
+    return "Regex" not in part
 
 
 def _contradiction(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from loopscope.errors import PromptError
+from loopscope._util.reading import read_json, read_text
+from loopscope.errors import PromptError, one_line
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that have names, under which chat templates use them."""
@@ -58,9 +58,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is not readable JSON ({error}); get the file again.") from error
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} is not readable JSON ({one_line(error)}); get the file again.") from error
     if not isinstance(content, dict):
         raise PromptError(f"{path} must hold a JSON object, got a {type(content).__name__}; get the file again.")
     return content
@@ -84,10 +84,10 @@ def _declared(config: Mapping[str, Any], named: Mapping[str, str], folder: Path)
     if isinstance(decoder, Mapping):
         try:
             tokens += [_added_token(decoder[id_]) for id_ in sorted(decoder, key=int)]
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PromptError(
-                f"{folder / 'tokenizer_config.json'} has an unreadable added_tokens_decoder ({error}); get the file "
-                "again."
+                f"{folder / 'tokenizer_config.json'} has an unreadable added_tokens_decoder ({one_line(error)}); get "
+                "the file again."
             ) from error
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     listed = extra.values() if isinstance(extra, Mapping) else extra if isinstance(extra, list) else []
@@ -108,9 +108,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), []
+            return read_text(file), []
         except (OSError, ValueError) as error:
-            raise PromptError(f"{file} is not readable text ({error}); get the file again.") from error
+            raise PromptError(f"{file} is not readable text ({one_line(error)}); get the file again.") from error
     given = config.get("chat_template")
     if given is None:
         given = _read_object(folder / "chat_template.json").get("chat_template")
@@ -118,7 +118,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
         return given, []
     templates = {}
     if isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
-        templates = {entry.get("name"): entry.get("template") for entry in given}
+        templates = {str(entry.get("name")): entry.get("template") for entry in given}
     default = templates.get("default")
     if isinstance(default, str):
         return default, []

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from tokenizers import Encoding
-
 from loopscope.errors import PromptError
 from loopscope.prompts.chat import RenderedChat
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
-from loopscope.prompts.tokenizer import SpecialToken, TextTokenizer
+from loopscope.prompts.tokenizer import Encoded, SpecialToken, TextTokenizer
 
 BETWEEN = "\n\n"
 """A blank line between system prompt and prompt."""
@@ -131,6 +129,8 @@ def _encode(prompt: Prompt, tokenizer: TextTokenizer | None, now: datetime | Non
     assert tokenizer is not None  # or encode_prompts would have
     whole = _whole(prompt.text, prompt.system, tokenizer, now)
     encoding = tokenizer.encode(whole.text, add_special_tokens=now is None)
+    if all(encoding.special_tokens_mask):
+        raise PromptError(f"Prompt {prompt.id!r} has no tokens; the tokenizer leaves nothing of its text.")
     tokens = text_tokens(encoding, whole.text)
     before = _tokens_before(tokens, whole.start)
     return TokenizedPrompt(
@@ -184,7 +184,7 @@ def _tokens_after(tokens: Sequence[TextToken], boundary: int) -> int:
     return next((count for count, token in trailing if not token.added and token.start < boundary), len(tokens))
 
 
-def text_tokens(encoding: Encoding, text: str) -> list[TextToken]:
+def text_tokens(encoding: Encoded, text: str) -> list[TextToken]:
     """What each token stands for in the text; special tokens that the tokenizer added keep their names.
 
     Blanks that a tokenizer leaves out of its offsets go to the token after them, and a character whose bytes are

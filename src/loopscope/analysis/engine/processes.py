@@ -39,7 +39,7 @@ class ProcessWorker:
         # A file rather than a pipe, which nobody would read while the worker runs.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loopscope.analysis.engine.worker"],
+            [sys.executable, "-m", "loopscope.analysis.engine.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -6,14 +6,18 @@ import os
 import pickle
 import struct
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
-from loopscope.errors import LoopscopeError, WorkerError
+from loopscope.errors import LoopscopeError, WorkerError, last_resort
 
 _LENGTH = struct.Struct("<Q")
 """Of the message that follows."""
+_LOOK = 1.0
+"""Seconds between looks at whether the parent is there."""
 
 
 def pack_work(work: Callable[[Any], Any]) -> bytes:
@@ -55,6 +59,7 @@ def receive(pipe: IO[bytes]) -> bytes | None:
 
 def main() -> None:
     """Until standard input ends."""
+    _end_with(int(sys.argv[1]))
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # Whatever a model's code prints must not get between the results.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -72,14 +77,33 @@ def main() -> None:
         send(results, pickle.dumps(found))
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after the one that started it, however that ended: a worker in the middle of its item would
+    go on for a long time without anybody to take its result."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def answer(work: Any, item: Any) -> tuple[str, Any]:
     """(`result`, what the work makes of the item) or (`error`, what it raised)."""
     try:
         return "result", work(item)
     except LoopscopeError as error:
         return "error", error
-    except Exception:
-        return "error", WorkerError(f"A worker failed:\n{traceback.format_exc()}")
+    except BaseException as error:
+        try:
+            with last_resort("at work in a worker"):
+                raise
+        except LoopscopeError as told:
+            # A cause is not sent along.
+            told.add_note(f"In the worker:\n{''.join(traceback.format_exception(error))}")
+            return "error", told
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from loopscope.answers.comparison.subjects import (
     same_prompts,
 )
 from loopscope.answers.stages import repetition
-from loopscope.study import Study
+from loopscope.errors import last_resort
+from loopscope.study import Study, trusted
 
 SPANS = ("block", "pass")
 """What of a pass is put on 0 to 100 %: the recurrent block alone, or prelude, block and coda together."""
@@ -43,6 +44,7 @@ SPANS = ("block", "pass")
 _Arrays = dict[str, NDArray[np.float64]]
 
 
+@last_resort("comparing studies")
 def compare(
     studies: Sequence[Study | str | Path],
     *,
@@ -62,6 +64,11 @@ def compare(
     settings = settings or CompareSettings()
     loaded = [study if isinstance(study, Study) else Study.load(study) for study in studies]
     refuse_repeats(loaded)
+    with trusted(loaded):
+        return _compared(loaded, reference, settings)
+
+
+def _compared(loaded: Sequence[Study], reference: str | Path | None, settings: CompareSettings) -> Comparison:
     labels = distinct_labels(loaded)
     curves = [stage_curves(study, label) for study, label in zip(loaded, labels, strict=True)]
     chosen = choose_reference(labels, loaded, reference)

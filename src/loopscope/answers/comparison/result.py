@@ -13,9 +13,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
+from loopscope._util.netcdf import netcdf, read_arrays
+from loopscope._util.reading import read_json
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
-from loopscope.study import MANIFEST, netcdf, read_arrays
+from loopscope.study import MANIFEST
 
 COMPARISON_FILE = "comparison.json"
 ARRAYS = "comparison.nc"
@@ -66,7 +68,7 @@ class Comparison:
                     f"{folder} is not a comparison (it has no {name}); give the --out folder of `loopscope compare`."
                 )
         try:
-            manifest = json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8"))
+            manifest = read_json(folder / COMPARISON_FILE)
             dataset = read_arrays(folder / ARRAYS)
             found = cls(dataset, manifest, folder)
             _ = found.settings  # which raises for entries that are none

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from loopscope._util.ranges import Range, check_ranges
+from loopscope._util.ranges import Count, Range, Seed, check_ranges
 from loopscope.errors import ConfigError
 
 
@@ -16,12 +16,12 @@ class CompareSettings:
     alpha: Annotated[float, Range(above=0, below=1)] = 0.05
     """Curves are alike if at most this share of each null correlates as well: the curve with its layers shuffled, with
     random phases, on bent depth. Curves with so few points that no order could be that rare are not judged."""
-    shuffles: int = 9999
+    shuffles: Count = 9999
     """Orders of the layers to try. Where there are no more orders than that, every one is tried. Of the smooth nulls as
     many curves, 1999 at most."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Seed = 0
     """Seed of the curves that are tried, and of the draws of prompts."""
-    grid: Annotated[int, Range(3)] = 101
+    grid: Annotated[int, Range(3, 10**4)] = 101
     """Points of the common grid of relative depth, from the first layer to the last."""
 
     level_tolerance: Annotated[float, Range(above=0, most=1)] = 0.1

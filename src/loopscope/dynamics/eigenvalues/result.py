@@ -48,7 +48,7 @@ class EigenvalueSettings:
     search: Annotated[int, Range(0)] = 200
     """Recurrences that the search may evaluate; 0 takes the point as it is. Where small random models have a fixed
     point that repels, half of them need up to 40, and one in ten more than 130."""
-    block_bytes: Count = 2**30
+    block_bytes: Annotated[int, Range(1)] = 2**30
     """Tokens of a native model are taken in blocks whose basis vectors, and what is recorded for their derivative, take
     about so much memory at most; one token at the least."""
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from loopscope._util.reading import foreign, is_there, open_file, sha256_of
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
 from loopscope.dynamics.trajectories.states import as_states, check_dtype
 from loopscope.dynamics.trajectories.tail import tail_paths
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Verdict
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, last_resort, one_line
+from loopscope.models.checkpoints.load import available_memory
 
 _DRAWN = 12
 """Trajectories of each kind whose way is kept, to be drawn: those that move most."""
 
 
+@last_resort("judging trajectories")
 def judge_files(
     paths: Sequence[str | Path],
     dtype: object,
@@ -41,6 +46,8 @@ def judge_files(
     `array` names the array within a file that holds several. Raises `ConfigError` for a file that cannot be read or
     holds no trajectory; the message names it.
     """
+    if not paths:
+        raise ConfigError("No file of states was given; give .npy, .npz or .safetensors files.")
     chosen = settings or method_settings(method)
     judged, sources = [], []
     for path in map(Path, paths):
@@ -59,7 +66,7 @@ def judge_files(
             except ConfigError as error:
                 raise ConfigError(f"{path}{f', array {name!r}' if name else ''}: {error}") from None
             recurrences = tensor.shape[1]
-            sources.append({"file": str(path), "array": name, "shape": list(states.shape), "sha256": _digest(path)})
+            sources.append({"file": str(path), "array": name, "shape": list(states.shape), "sha256": sha256_of(path)})
             paths_there = _paths(tensor, verdicts)
             judged += [
                 JudgedTrajectory(
@@ -102,35 +109,64 @@ def load_trajectories(path: str | Path, array: str | None = None) -> Iterator[tu
     Raises `ConfigError` for a missing or damaged file, another format, and a name that the file does not have.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not is_there(path) or path.is_dir():
+        what = "is a folder" if is_there(path) else "does not exist"
         raise ConfigError(f"{path} {what}; give a .npy, .npz or .safetensors file.")
     readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path} is no .npy, .npz or .safetensors file; save the states as one of these.")
     try:
-        yield from reader(path, array)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); save the states again without pickled objects.") from None
+        with foreign(), open_file(path) as file:
+            yield from reader(path, file, array)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({one_line(error)}); save the states again without pickled objects."
+        ) from None
 
 
-def _read_npy(path: Path, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
+def _read_npy(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
     if array is not None:
         raise ConfigError(f"{path} holds one array without a name; leave --array out.")
-    yield "", np.load(path, mmap_mode="r", allow_pickle=False)
+    states = np.load(path, mmap_mode="r", allow_pickle=False)
+    _check_size(path, states.nbytes)
+    yield "", states
 
 
-def _read_npz(path: Path, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        for name in _chosen(path, list(stored.files), array):
-            yield name, stored[name]
+def _read_npz(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
+    with zipfile.ZipFile(file) as archive:
+        there = [entry.filename for entry in archive.infolist()]
+        for name in _chosen(path, [name.removesuffix(".npy") for name in there], array):
+            if there.count(f"{name}.npy") != 1:
+                raise ValueError(f"{name} is in it {there.count(f'{name}.npy')} times as an array")
+            held = archive.getinfo(f"{name}.npy").file_size
+            _check_size(path, held)
+            with archive.open(f"{name}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                shape, _, dtype = read_header(member)
+            # numpy makes room for what the header says before it reads.
+            if math.prod(shape) * dtype.itemsize > held:
+                raise ValueError(f"{name} has the shape {shape}, for which there are {held:,} bytes")
+            with archive.open(f"{name}.npy") as member:
+                yield name, np.lib.format.read_array(member, allow_pickle=False)
 
 
-def _read_safetensors(path: Path, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
+def _read_safetensors(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
     with safe_open(path, framework="pt") as stored:
         for name in _chosen(path, list(stored.keys()), array):
+            _check_size(path, math.prod(stored.get_slice(name).get_shape()))
             yield name, stored.get_tensor(name)
+
+
+def _check_size(path: Path, nbytes: int) -> None:
+    """States are held twice while they are judged."""
+    free = available_memory(torch.device("cpu"))
+    if 2 * nbytes > free:
+        raise ConfigError(
+            f"The states in {path} have {nbytes:,} bytes, which twice would not fit into the {free:,} of memory that "
+            "are free; judge fewer tokens at a time."
+        )
 
 
 def _chosen(path: Path, names: list[str], array: str | None) -> list[str]:
@@ -139,8 +175,3 @@ def _chosen(path: Path, names: list[str], array: str | None) -> list[str]:
     if array not in names:
         raise ConfigError(f"{path} has no array {array!r}; it has {', '.join(names) or 'none'}.")
     return [array]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ _Share = Annotated[float, Range(above=0, below=1)]
 class DisplacementSettings:
     """How a trajectory is judged by what its motion within the tail looks like."""
 
-    window: Annotated[int, Range(16)] = 256
+    window: Annotated[int, Range(16, 2**14)] = 256
     """The tail that is judged: the second half of the trajectory, at most this many recurrences. Slow motion is told
     better by a long one, at a cost that grows with its square."""
     least_recurrences: Annotated[int, Range(16)] = 16
@@ -131,7 +131,7 @@ class CosineSettings:
     """A state is at its last one if the cosine differs from 1 by at most this (arXiv 2604.11791)."""
     rho: Positive = 0.9
     """It is a fixed point if that holds for this share of the window (arXiv 2604.11791)."""
-    window: Annotated[int, Range(8)] = 128
+    window: Annotated[int, Range(8, 10**6)] = 128
     """At most this many last recurrences are looked at; the paper's horizon is 128. The second half of the trajectory,
     if that is shorter."""
     least_recurrences: Annotated[int, Range(8)] = 16

@@ -133,8 +133,8 @@ def _stacked(trajectories: list[Any]) -> Tensor:
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:
-    if array.dtype.kind != "f":
-        raise ConfigError(f"States are floating-point numbers; the array holds {array.dtype}.")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ConfigError(f"States are floating-point numbers of at most 64 bits; the array holds {array.dtype}.")
     # A copy, for arrays that are mapped read-only or of another byte order.
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from loopscope._util.config_json import build, read_object
-from loopscope._util.ranges import Count, Positive, Range, check_ranges
+from loopscope._util.ranges import Count, Positive, Range, Seed, check_ranges
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 
@@ -126,13 +126,13 @@ class TrainConfig:
 
     architecture: Architecture
     data: DataConfig
-    steps: Count
+    steps: Annotated[int, Range(1, 10**8)]
     """Optimizer steps."""
-    batch_size: Count = 16
+    batch_size: Annotated[int, Range(1, 10**5)] = 16
     """Windows in a step."""
     context: Count = 256
     """T: input tokens in a window."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Seed = 0
     """Fixes initial weights, order of documents, sampled recurrences and initial states."""
     init_std: Positive = 0.02
     """Standard deviation of the initial weights."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import string
 from collections.abc import Iterable
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from loopscope._util.files import write_atomically
+from loopscope._util.reading import parse_json, read_text, sha256_of
 from loopscope.errors import ConfigError, PromptError
 from loopscope.experiments.training.config import DataConfig, TrainConfig
 from loopscope.prompts.tokenizer import read_tokenizer
@@ -27,6 +26,8 @@ Tokens = NDArray[np.int64]
 """Token ids, one after the other or in windows."""
 Scored = NDArray[np.bool_]
 """Which tokens count."""
+_LARGEST = 2**32
+"""Bytes of a text."""
 # Separate streams of random numbers under one seed; the values only have to differ (see step.py).
 _ORDER = 0
 
@@ -112,11 +113,11 @@ class DataFiles:
 
 def _sha256(path: Path, what: str, option: str) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise ConfigError(
-            f"The {what} {path} cannot be read ({error.strerror}); put the file there or name another with {option}."
+            f"The {what} {path} cannot be read ({error.strerror or error}); put the file there or name another with "
+            f"{option}."
         ) from error
 
 
@@ -128,7 +129,7 @@ def read_documents(path: Path, template: str) -> list[str]:
     for a template that cannot be used or a file without documents.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The text {path} cannot be read as UTF-8: {error}.") from error
     if path.suffix == ".jsonl":
@@ -146,10 +147,12 @@ def read_documents(path: Path, template: str) -> list[str]:
 
 def _template_fields(template: str) -> list[str]:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(f"The template {template!r} cannot be read: {error}.") from error
-    if not names or not all(name.isidentifier() for name in names):
+    names = [name for _, name, _, _ in parts if name is not None]
+    # A width would make what it likes of a text.
+    if not names or not all(name.isidentifier() for name in names) or any(spec for _, _, spec, _ in parts):
         raise ConfigError(f"The template {template!r} must name fields of the text, like '{{question}}'.")
     return names
 
@@ -157,7 +160,7 @@ def _template_fields(template: str) -> list[str]:
 def _record(line: str, fields: list[str], where: str) -> dict[str, str | int | float]:
     """The wanted fields of one JSON line."""
     try:
-        record: Any = json.loads(line)
+        record: Any = parse_json(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
     if not isinstance(record, dict):

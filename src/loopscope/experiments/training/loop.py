@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,9 +17,12 @@ import torch
 from rich.console import Console
 
 from loopscope._util.estimate import Phase
+from loopscope._util.files import clear_leftovers
 from loopscope._util.progress import ProgressBar
-from loopscope.errors import ConfigError
+from loopscope._util.ranges import Range
+from loopscope.errors import ConfigError, last_resort
 from loopscope.experiments.training.config import TrainConfig
+from loopscope.experiments.training.cost import check_cost
 from loopscope.experiments.training.data import DataFiles, load_texts
 from loopscope.experiments.training.evaluate import Score, bigram_entropy, scores_by_recurrences, unigram_entropy
 from loopscope.experiments.training.run_folder import RunFolder, TrainingProgress, load_state, save_state
@@ -38,7 +41,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request; a second one interrupts at once, as usual.
+    """Turn the first Ctrl-C (or SIGTERM, or SIGHUP) into a request; a second one interrupts at once, as usual.
 
     Only the main thread of a program may handle signals; elsewhere the request is never made.
     """
@@ -46,8 +49,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in watched}
+    named = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in named}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -57,7 +61,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.made = True
         restore()
 
-    for number in watched:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield request
@@ -72,7 +76,7 @@ class TrainResult:
     folder: Path
     step: int
     """Finished steps."""
-    results: dict[str, Any] | None
+    results: Mapping[str, Any] | None
     """What results.json holds; None if the run was stopped before its end."""
 
     @property
@@ -81,6 +85,7 @@ class TrainResult:
         return self.results is not None
 
 
+@last_resort("training a model")
 def train(
     config: TrainConfig,
     out: Path,
@@ -111,7 +116,7 @@ def train(
     folder = RunFolder(out)
     with folder.held(), _threads(threads):
         folder.claim(config.to_dict(), data.hashes())
-        folder.clear_leftovers()
+        clear_leftovers(out)
         results = folder.read_results()
         if results is not None:
             console.print(f"The training run in {out} is already finished.", highlight=False, markup=False)
@@ -123,6 +128,7 @@ class _Run:
     """A run with its model and text in memory."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, data: DataFiles, device: torch.device) -> None:
+        check_cost([config], device)
         self.config = config
         self.folder = folder
         self.texts = load_texts(config, data, folder.tokenizer)
@@ -242,8 +248,9 @@ def _by_number(scores: dict[int, Score]) -> dict[str, dict[str, float]]:
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
     """Run torch on that many threads, and give it back its own number afterwards."""
-    if number is not None and number < 1:
-        raise ConfigError(f"threads must be at least 1, got {number}.")
+    broken = None if number is None else Range(1, 1024).broken_by(number)
+    if broken:
+        raise ConfigError(f"threads must {broken}, got {number}.")
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.optim import AdamW
 
-from loopscope._util.config_json import differences
+from loopscope._util.config_json import differences, read_object
 from loopscope._util.files import held_folder, storage_error, write_atomically
+from loopscope._util.reading import foreign, open_file, parse_json, read_bytes
 from loopscope.errors import CheckpointError, ConfigError
-
-_MODEL = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> TrainingProgre
     Raises `CheckpointError` for a damaged file or one of another model.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            progress = TrainingProgress(**json.loads(file.metadata()["progress"]))
+        with open_file(path), foreign(), safe_open(path, framework="pt") as file:
+            progress = TrainingProgress(**parse_json(file.metadata()["progress"]))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))
@@ -68,7 +67,7 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> TrainingProgre
                         "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device, copy=True),
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device, copy=True),
                     }
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The training state {path} is damaged or of another model ({error}); delete its folder to start again."
         ) from error
@@ -117,10 +116,7 @@ class RunFolder:
                 left.unlink(missing_ok=True)
             write_atomically(self.identity, _json(wanted))
             return
-        try:
-            found = json.loads(self.identity.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.identity} cannot be read ({error}); choose another output folder.") from error
+        found = read_object(self.identity, "record of a training run")
         places = {"config.data.train", "config.data.test", "config.data.tokenizer"}
         differing = [name for name in differences(found, wanted) if name not in places]
         if differing:
@@ -128,12 +124,6 @@ class RunFolder:
                 f"The output folder {self.path} holds a run with another configuration, differing in "
                 f"{', '.join(differing)}; choose another folder, or delete this one to start again."
             )
-
-    def clear_leftovers(self) -> None:
-        """Remove the temporary files of a process that was killed while it wrote."""
-        for name in ("train.json", "log.jsonl", "state.safetensors", "results.json", *_MODEL):
-            for temporary in self.path.glob(f".{name}.*"):
-                temporary.unlink(missing_ok=True)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log. Raises `StorageError`."""
@@ -144,38 +134,36 @@ class RunFolder:
             raise storage_error(self.log, error) from error
 
     def rewind_log(self, step: int) -> None:
-        """Drop what was logged after the last checkpoint (it will be done again), and a line cut short by a crash."""
+        """Drop what was logged after the last checkpoint (it will be done again), and a last line cut short by a crash.
+
+        Raises `ConfigError` for a damaged log: its lines are results.
+        """
         if not self.log.exists():
             return
-        kept = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write_atomically(self.log, "".join(kept).encode())
+        kept = [entry for entry in self._lines() if entry.get("step", 0) <= step]
+        write_atomically(self.log, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        try:
+            *whole, last = read_bytes(self.log).split(b"\n")
+            found = [parse_json(line.decode()) for line in whole]
+            with suppress(ValueError):
+                found.append(parse_json(last.decode()))
+            if not all(isinstance(entry, dict) and isinstance(entry.get("step", 0), int) for entry in found):
+                raise ValueError("not every line is an object of a step")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"The log {self.log} is damaged ({error}); train the model again.") from error
+        return found
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
-        """Lines of the log of one kind, in their order. Raises `StorageError`, and `ConfigError` for a damaged log."""
-        try:
-            lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
-        except OSError as error:
-            raise storage_error(self.log, error) from error
-        except ValueError as error:
-            raise ConfigError(f"The log {self.log} is damaged ({error}); train the model again.") from error
-        return [line for line in lines if line.get("kind") == kind]
+        """Lines of the log of one kind, in their order. Raises `ConfigError` for a damaged log."""
+        return [entry for entry in self._lines() if entry.get("kind") == kind]
 
-    def read_results(self) -> dict[str, Any] | None:
+    def read_results(self) -> Mapping[str, Any] | None:
         """Results of a finished run; None for one that is not."""
         if not self.results.exists():
             return None
-        try:
-            results: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.results} cannot be read ({error}); delete it to have it made again.") from error
-        return results
+        return read_object(self.results, "record of results")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_atomically(self.results, _json(results))

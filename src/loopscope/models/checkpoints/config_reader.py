@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loopscope.errors import CheckpointError, ConfigError, UnknownSettingError
+from loopscope.models.architecture import MOST_LAYERS
 
 # fmt: off
 IGNORED_FIELDS = frozenset({
@@ -116,6 +117,13 @@ class ConfigReader:
         value = self.integer(name, default)
         if value < 1:
             raise self._wrong(name, "at least 1", value)
+        return value
+
+    def layers(self, name: str) -> int:
+        """A number of layers, checked before anything is made for each of them."""
+        value = self.integer(name)
+        if not 0 <= value <= MOST_LAYERS:
+            raise self._wrong(name, f"a number of layers from 0 to {MOST_LAYERS:,}", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

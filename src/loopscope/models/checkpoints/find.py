@@ -11,19 +11,19 @@ from importlib.resources import files
 from pathlib import Path, PurePath
 
 from loopscope._util.hub import downloading, require
+from loopscope._util.reading import is_there
 from loopscope.errors import CheckpointError, ConfigError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that are read by unpickling, which can run code."""
 
-# One line, so that it can be copied. `weights_only` refuses pickles that would run code; clones give tensors that
-# share memory, such as a tied head, each its own, without which safetensors refuses to write them.
+# One line, so that it can be copied, and short, so that it fits into a message. `weights_only` refuses pickles that
+# would run code; clones give tensors that share memory, such as a tied head, each its own, without which safetensors
+# refuses to write them.
 _SCRIPT = (
-    "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; "
-    "folder = Path(sys.argv[1]); save_file({name: tensor.clone().contiguous() "
-    "for file in sorted(folder.glob(sys.argv[2])) "
-    "for name, tensor in torch.load(file, map_location='cpu', weights_only=True).items()}, "
-    "folder / 'model.safetensors', metadata={'format': 'pt'})"
+    "import sys,torch,pathlib,safetensors.torch as s;d=pathlib.Path(sys.argv[1]);"
+    "s.save_file({n:t.clone().contiguous() for f in d.glob(sys.argv[2]) "
+    "for n,t in torch.load(f,map_location='cpu',weights_only=True).items()},d/'model.safetensors',{'format':'pt'})"
 )
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
@@ -31,7 +31,7 @@ LEFT_OUT = (
     "*/*",  # below the top level lie copies for other programs
     "consolidated*",  # the same weights a second time, for another program
 )
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 _PREFIX = "demo:"
 
@@ -128,7 +128,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Fo
     name = str(name_or_path)
     path = Path(name_or_path).expanduser()
     local = _local(name, path)
-    if local is None and isinstance(name_or_path, str) and is_hub_name(name) and not path.exists():
+    if local is None and isinstance(name_or_path, str) and is_hub_name(name) and not is_there(path):
         return FoundCheckpoint(*download_model(name, revision))
     if local is not None and revision is None:
         return FoundCheckpoint(local, None)
@@ -137,7 +137,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Fo
             f"--revision {revision} chooses a version on the Hugging Face hub, and {name!r} is here already; leave it "
             "out."
         )
-    if path.exists():
+    if is_there(path):
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and model.safetensors.")
     raise CheckpointError(
         f"{name!r} is neither a folder nor a shipped model{_suggestion(_PREFIX + name)}; the shipped ones are "
@@ -148,7 +148,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Fo
 def _local(name: str, path: Path) -> Path | None:
     """The folder of a shipped model or of a path; None where there is none."""
     if not name.startswith(_PREFIX):
-        return path if path.is_dir() else None
+        return path if is_there(path) and path.is_dir() else None
     if name in demo_names():
         return _demo_folder() / name.removeprefix(_PREFIX)
     raise CheckpointError(

@@ -121,7 +121,7 @@ def has_llama_layers(names: Collection[str]) -> bool:
 def _llama_architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "Llama")
     architecture = Architecture(
-        prelude=fields.integer("num_hidden_layers"), recurrent=0, coda=0, **read_llama_like(fields)
+        prelude=fields.layers("num_hidden_layers"), recurrent=0, coda=0, **read_llama_like(fields)
     )
     fields.close(IGNORED_FIELDS)
     return architecture
@@ -140,7 +140,7 @@ LLAMA = Family(
 def _mistral_architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "Mistral")
     architecture = Architecture(
-        prelude=fields.integer("num_hidden_layers"),
+        prelude=fields.layers("num_hidden_layers"),
         recurrent=0,
         coda=0,
         sliding_window=fields.optional_integer("sliding_window", 4096),
@@ -167,7 +167,7 @@ def _olmo2_recognises(names: Collection[str]) -> bool:
 def _olmo2_architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "OLMo-2")
     architecture = Architecture(
-        prelude=fields.integer("num_hidden_layers"),
+        prelude=fields.layers("num_hidden_layers"),
         recurrent=0,
         coda=0,
         norm_placement="branch-out",
@@ -200,7 +200,7 @@ def _qwen3_recognises(names: Collection[str]) -> bool:
 
 def _qwen3_architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "Qwen3")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     architecture = Architecture(
         prelude=layers,
         recurrent=0,

@@ -7,6 +7,7 @@ blocks in memory, whatever the dtypes and the size of the largest tensor. A mode
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,14 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return min([int(psutil.virtual_memory().available), *_left_by_groups()])
+    return min([int(psutil.virtual_memory().available), *_left_by_groups(), *_left_by_limit()])
+
+
+def _left_by_limit() -> Iterator[int]:
+    """Of the address space that `ulimit -v` allows."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield max(0, limit - psutil.Process().memory_info().vms)
 
 
 def check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> None:

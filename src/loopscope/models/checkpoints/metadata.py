@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loopscope._util.hub import downloading, require
+from loopscope._util.reading import is_there
 from loopscope.errors import CheckpointError
 from loopscope.models.checkpoints.find import LEFT_OUT, find_checkpoint, is_hub_name, without_safetensors
 from loopscope.models.checkpoints.store import Headers, TensorHeader, TensorStore, read_json, refuse_adapter, wrapper_of
@@ -32,7 +33,7 @@ def read_metadata(name_or_path: str | Path, revision: str | None = None) -> Meta
     Takes names and raises errors as `find_checkpoint` does, and `CheckpointError` for a damaged file.
     """
     name = str(name_or_path)
-    if isinstance(name_or_path, str) and is_hub_name(name) and not Path(name).expanduser().exists():
+    if isinstance(name_or_path, str) and is_hub_name(name) and not is_there(Path(name).expanduser()):
         return _hub_metadata(name, revision)
     found = find_checkpoint(name_or_path, revision)
     config = read_json(found.folder / "config.json")

@@ -29,7 +29,7 @@ def _recognises(names: Collection[str]) -> bool:
 
 def _architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "Ouro")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     architecture = Architecture(
         prelude=0,
         recurrent=layers,

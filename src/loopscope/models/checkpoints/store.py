@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from loopscope._util import reading
+from loopscope._util.reading import foreign, is_there, open_file, parse_json
 from loopscope.errors import CheckpointError
 from loopscope.models.checkpoints.find import conversion_command, is_pickled
 
@@ -66,14 +67,14 @@ Headers = Mapping[str, TensorHeader]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint; `CheckpointError` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path)
     except FileNotFoundError:
         advice = _inside(path.parent) or "; give the folder that holds the checkpoint's config.json"
         raise CheckpointError(f"{path.parent} has no {path.name}{advice}.") from None
-    except (ValueError, RecursionError) as error:  # of these, the second is what endless brackets give
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
@@ -173,7 +174,7 @@ class TensorStore:
         A training run may write its next checkpoint over the one that is being loaded, whose values would then be read
         from where the tensors used to lie.
         """
-        with _reading(path), path.open("rb") as file:
+        with _reading(path), open_file(path) as file:
             before = _version(file)
             yield file
             if not before == _version(file) == self._versions.get(path.name):
@@ -184,7 +185,7 @@ class TensorStore:
         if index.exists():
             names = sorted({str(name) for name in self._index().values()})
             for name in names:
-                if not (self.folder / name).is_file() or Path(name).name != name:
+                if Path(name).name != name or not is_there(self.folder / name):
                     raise CheckpointError(f"{index} names the file {name!r}, which is not in {self.folder}.")
             if single.is_file() and _SINGLE not in names:
                 raise CheckpointError(
@@ -197,7 +198,7 @@ class TensorStore:
         pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
+                f"The folder holds {pickled[0]} and no {_SINGLE}; pickle files can run code and are not read: "
                 f"convert it with {conversion_command(self.folder, pickled)}"
             )
         raise CheckpointError(f"{self.folder} has no {_SINGLE} (and no {_INDEX}){self._instead()}.")
@@ -245,13 +246,13 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
     The library checks the file: that its header is sound, and that the tensors fill the rest of it without gaps. As it
     does not tell where they lie, the header is then read again: its length in eight bytes, and JSON.
     """
-    with _reading(path):
+    # Our own way of opening first, as it opens nothing but files.
+    with _reading(path), open_file(path) as file, foreign():
         with safe_open(path, framework="numpy"):
             pass
-        with path.open("rb") as file:
-            version = _version(file)
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
+        version = _version(file)
+        length = int.from_bytes(file.read(8), "little")
+        entries = parse_json(file.read(length).decode())
     return version, [
         (name, TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
@@ -263,7 +264,7 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except SafetensorError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None

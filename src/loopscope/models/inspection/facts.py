@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from loopscope._util.ranges import Count, Range, check_ranges
+from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -16,6 +17,7 @@ DtypeName = Literal["float32", "float64", "bfloat16", "float16", "bf16", "fp16"]
 
 _ITEMSIZE: dict[str, int] = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
+_MOST_TOKENS = 10**7
 _ALLOCATOR = 2
 """What a process holds for each byte of a layer's tensors that is alive. From `benchmarks/memory.py`, see there."""
 
@@ -47,6 +49,10 @@ class RunSize:
     def __post_init__(self) -> None:
         check_ranges(self, "--")
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.tokens * self.batch_size > _MOST_TOKENS:
+            raise ConfigError(
+                f"--tokens times --batch-size must be at most {_MOST_TOKENS:,}, got {self.tokens * self.batch_size:,}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from loopscope.errors import UnknownFamilyError
+from loopscope.errors import UnknownFamilyError, last_resort
 from loopscope.models.architecture import (
     Architecture,
     Injection,
@@ -64,6 +64,7 @@ _ROTARY: dict[Rotary, str] = {
 }
 
 
+@last_resort("inspecting a model")
 def inspect_model(
     name_or_path: str | Path,
     *,

@@ -30,11 +30,11 @@ _FORMS = {
     "start": "start=zeros|prelude|seed:N|scale:FACTOR",
     "token": "token:INDEX@T=zeros|noise|token:INDEX",
 }
-_BRANCH = re.compile(r"(mlp|attention):([a-z]+)\.(\*|\d+)(?:@(\d+)(-(\d+)?)?)?=(.+)", re.ASCII)
-_INJECT = re.compile(r"inject(?:@(\d+))?=frozen", re.ASCII)
+_BRANCH = re.compile(r"(mlp|attention):([a-z]+)\.(\*|\d{1,9})(?:@(\d{1,9})(-(\d{1,9})?)?)?=(.+)", re.ASCII)
+_INJECT = re.compile(r"inject(?:@(\d{1,9}))?=frozen", re.ASCII)
 _DAMP = re.compile(r"damp=(.+)", re.ASCII)
-_START = re.compile(r"start=(?:(zeros|prelude)|seed:(-?\d+)|scale:(.+))", re.ASCII)
-_TOKEN = re.compile(r"token:(-?\d+)@(\d+)=(?:(zeros|noise)|token:(-?\d+))", re.ASCII)
+_START = re.compile(r"start=(?:(zeros|prelude)|seed:(-?\d{1,19})|scale:(.+))", re.ASCII)
+_TOKEN = re.compile(r"token:(-?\d{1,9})@(\d{1,9})=(?:(zeros|noise)|token:(-?\d{1,9}))", re.ASCII)
 
 
 def parse_interventions(texts: str | Sequence[str | Intervention]) -> tuple[Intervention, ...]:

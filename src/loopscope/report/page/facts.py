@@ -13,7 +13,7 @@ from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.study import Study, StudyView
 
-_HIDDEN = ("identity", "status")
+_HIDDEN = ("identity", "status", "files", "checksum")
 """Entries of the manifest for programs: what a resumed run must agree on, and whether it is complete."""
 
 

@@ -10,15 +10,17 @@ from loopscope.answers.answer import Answer
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import JudgedFiles
+from loopscope.errors import last_resort
 from loopscope.experiments.load import Experiment
 from loopscope.report.page.comparison_page import render_comparison
 from loopscope.report.page.experiment_page import render_experiments
 from loopscope.report.page.study_page import render_page
 from loopscope.report.page.verdict_page import render_behaviour
 from loopscope.report.settings import ReportSettings
-from loopscope.study import Study
+from loopscope.study import Study, trusted
 
 
+@last_resort("drawing a report")
 def write_report(
     study: Study,
     path: str | Path,
@@ -34,9 +36,11 @@ def write_report(
     the file cannot be written.
     """
     path, settings = Path(path), settings or ReportSettings()
-    if answers is None:
-        answers = quick_answers(study, settings.criterion)
-    write_atomically(path, render_page(study, settings, answers).encode())
+    with trusted([study]):
+        if answers is None:
+            answers = quick_answers(study, settings.criterion)
+        page = render_page(study, settings, answers)
+    write_atomically(path, page.encode())
     return path
 
 
