@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # tests start, and those of `--shapes` and the tests themselves by every worker.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# What a shell starts in the background, or nohup, is told to ignore these, and so is all that it starts in turn. Some
+# tests send them.
+for name, answer in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), answer)
 
 # What modules make when they are imported stays, and looking for garbage in it was a tenth of all time.
 gc.disable()

@@ -199,8 +199,6 @@ def test_leftovers_of_a_killed_process_go_and_other_files_stay(tmp_path: Path) -
 def test_signals_are_answered_as_ctrl_c_is(number: signal.Signals, status: int, tmp_path: Path) -> None:
     script = (
         "import os, signal, time, loopscope.cli, loopscope.cli.commands as c\n"
-        # Whatever started the tests may have told its children to ignore it, as nohup does.
-        f"signal.signal({int(number)}, signal.{'default_int_handler' if number == signal.SIGINT else 'SIG_DFL'})\n"
         "def run(self):\n"
         "    try:\n"
         f"        os.kill(os.getpid(), {int(number)}); time.sleep(20)\n"
