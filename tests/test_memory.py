@@ -222,7 +222,7 @@ def test_verdicts_of_some_tokens_at_a_time_are_those_of_all(monkeypatch: pytest.
 def test_each_option_saves_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 2**34)
     run = RunSize(tokens=100, batch_size=2, recurrences=32, horizon=32)
-    said = foresee("demo:injected", None, run)
+    said = foresee(loopscope.inspect_model("demo:injected", run=run))
     assert said is not None
     model = loopscope.load("demo:injected", device="cpu")
     assert isinstance(model, NativeSubject)

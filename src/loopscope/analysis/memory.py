@@ -7,7 +7,6 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -16,16 +15,14 @@ from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.plan import choose
 from loopscope.analysis.settings import AnalyzeSettings, Part
-from loopscope.errors import ConfigError, UnknownFamilyError
+from loopscope.errors import ConfigError
 from loopscope.measures.base import BatchInfo, Measure, Plan
 from loopscope.measures.horizon import Horizons
 from loopscope.measures.memory import Memory, array_bytes
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.registry import asked_for, why_absent
-from loopscope.models.checkpoints.layout import find_layout
 from loopscope.models.checkpoints.load import available_memory
-from loopscope.models.checkpoints.metadata import read_metadata
-from loopscope.models.inspection.facts import RunSize, numbers_in_a_layer
+from loopscope.models.inspection.facts import Inspection, numbers_in_a_layer
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
@@ -148,22 +145,15 @@ class Foreseen:
     """Bytes that an option would save, where that is more than a twentieth."""
 
 
-def foresee(name: str | Path, revision: str | None, run: RunSize, ignore_config: Sequence[str] = ()) -> Foreseen | None:
-    """By the same count that `analyze` acts on, with the memory that is free here; None for a model that is not run
-    natively, whose layers are known once it is loaded.
-
-    Raises as `inspect_model` does.
-    """
-    metadata = read_metadata(name, revision)
-    try:
-        architecture = find_layout(
-            metadata.config, metadata.headers, str(name), ignore_config=ignore_config
-        ).architecture
-    except UnknownFamilyError:
+def foresee(inspection: Inspection) -> Foreseen | None:
+    """By the same count that `analyze` acts on, with the memory that is free here, of the run that was inspected; None
+    for a model that is not run natively, whose layers are known once it is loaded."""
+    if inspection.architecture is None or inspection.memory is None:
         return None
+    run = inspection.memory.run
     with torch.device("meta"):
-        model = LoopedTransformer(architecture).to(getattr(torch, run.dtype))
-    subject = NativeSubject(model, name=str(name), weights_sha256="not loaded")
+        model = LoopedTransformer(inspection.architecture).to(getattr(torch, run.dtype))
+    subject = NativeSubject(model, name=inspection.name, weights_sha256="not loaded")
     settings = AnalyzeSettings(
         recurrences=run.recurrences, horizon=run.horizon, batch_size=run.batch_size, dtype=run.dtype
     )

@@ -240,7 +240,7 @@ class Inspect:
         if len(found) > 1 and not self.json:
             say_inspections(found)
             return
-        foreseen = [foresee(model, self.revision, self.run_size, self.ignore_config) for model in self.models]
+        foreseen = [foresee(inspection) for inspection in found]
         if self.json:
             say_json(found, foreseen)
         else:

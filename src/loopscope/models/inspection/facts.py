@@ -228,6 +228,8 @@ class Inspection:
     """What loopscope cannot see in this model."""
     tokenizer: TokenizerFacts | None
     memory: MemoryEstimate | None
+    architecture: Architecture | None = None
+    """Of a model that is run natively."""
 
     @property
     def trained_depth(self) -> int:
@@ -240,4 +242,6 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self) | {"trained_depth": self.trained_depth}
+        found = dataclasses.asdict(dataclasses.replace(self, architecture=None)) | {"trained_depth": self.trained_depth}
+        del found["architecture"]
+        return found

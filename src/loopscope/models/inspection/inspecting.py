@@ -142,6 +142,7 @@ def inspect_native(
         unobservable=(),
         tokenizer=tokenizer,
         memory=estimate_memory(Sizes.of(architecture), run),
+        architecture=architecture,
     )
 
 
