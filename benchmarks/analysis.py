@@ -16,9 +16,7 @@ tensors back as soon as they are freed: what the C library keeps of them varies 
 from __future__ import annotations
 
 import functools
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, KEEP_MEMORY, in_a_process
 
 from loopscope import analyze, load
 from loopscope.analysis.settings import AnalyzeSettings, HorizonMethod, Part, Preset
@@ -53,8 +52,6 @@ WIDE = Architecture(
     injection="linear",
     state_init="normal",
 )
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 METHODS: tuple[HorizonMethod, ...] = ("second-pass", "keep")
 _EXPENSIVE: tuple[Part, ...] = ("behaviour", "stability", "maps", "neurons")
 SECTIONS: dict[str, tuple[tuple[Part, ...], float]] = {
@@ -139,13 +136,6 @@ def time_ratio(method: HorizonMethod, skip: tuple[Part, ...]) -> float:
     return best["analysis"] / best["bare"]
 
 
-def in_a_process(*arguments: str, **environment: str) -> list[float]:
-    """The numbers that this script prints in a process of its own."""
-    command = [sys.executable, __file__, *arguments]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
-    return [float(number) for number in process.stdout.split()]
-
-
 def analyse_once(recurrences: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         analyze("demo:injected", prompts(32), out=folder, device="cpu", recurrences=recurrences, horizon=128)
@@ -156,16 +146,18 @@ def main(what: str, questions: str | None) -> None:
     if what in ("all", "time"):
         for section, (_, most) in SECTIONS.items():
             for method in METHODS:
-                (ratio,) = in_a_process("time-ratio", section, method, **KEEP_MEMORY)
+                (ratio,) = in_a_process(__file__, "time-ratio", section, method, **KEEP_MEMORY)
                 print(f"time: {section} / bare forward passes, {method}: {ratio:.2f} (at most {most})", flush=True)
     if questions is not None:
         for name, (most, without) in WHOLE.items():
-            ratios = in_a_process("whole-ratios", name, questions, **KEEP_MEMORY)
+            ratios = in_a_process(__file__, "whole-ratios", name, questions, **KEEP_MEMORY)
             for preset, ratio, bound in zip_longest(PRESETS, ratios, (most, without)):
                 limit = "" if bound is None else f" (at most {bound})"
                 print(f"{preset} / a run to 2H, {name}: {ratio:.2f}{limit}", flush=True)
     if what in ("all", "memory"):
-        (small,), (large,) = (in_a_process("analyse-once", count, **GIVE_MEMORY_BACK) for count in ("32", "256"))
+        (small,), (large,) = (
+            in_a_process(__file__, "analyse-once", count, **GIVE_MEMORY_BACK) for count in ("32", "256")
+        )
         print(f"memory: peak {small:.0f} MiB at R = 32, {large:.0f} MiB at R = 256: {large / small:.3f} (at most 1.05)")
 
 

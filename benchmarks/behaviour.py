@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, in_a_process
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.judge import judge
@@ -32,7 +30,6 @@ DISTINCT = 650
 RESTING = ("contraction", "noise only")
 MOST_SECONDS = 8.0
 """For 10,000 tokens; not reached."""
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 BLOCK = 256
 
 
@@ -83,12 +80,6 @@ def peak(tokens: int, dtype: Dtype) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / 2**20)
 
 
-def in_a_process(*arguments: str) -> float:
-    command = [sys.executable, __file__, *arguments]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_MEMORY_BACK)
-    return float(process.stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=3000, help="of each timing")
@@ -99,7 +90,7 @@ def main() -> None:
         peak(arguments.peak, "float32")
         return
     # Before this process grows: the system counts its peak as that of the processes that it starts.
-    small, large = (in_a_process("--peak", str(tokens)) for tokens in (1000, 2000))
+    (small,), (large,) = (in_a_process(__file__, "--peak", str(tokens), **GIVE_MEMORY_BACK) for tokens in (1000, 2000))
     print(
         f"memory: beside the states, {small:.0f} MiB with 1,000 tokens, {large:.0f} MiB with 2,000: "
         f"{large / small:.3f} (at most 1.1)",

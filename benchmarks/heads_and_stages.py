@@ -20,17 +20,15 @@ hundred MiB, which says nothing about what an analysis needs.
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, KEEP_MEMORY, in_a_process, memory
 
 from loopscope import analyze, load
 from loopscope.analysis.plan import choose
@@ -47,8 +45,6 @@ from loopscope.models.subject import Batch, Subject
 from loopscope.models.visits import Observer
 
 ROUNDS = 5
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 MOST = 1.6
 """What an analysis may cost over its bare forward passes."""
 NOT_ASKED: tuple[Part, ...] = ("path-independence", "trajectories", "readout", "noise-floor")
@@ -149,25 +145,17 @@ def analyse_once(tokens: int, recurrences: int) -> float:
     prompt = np.random.default_rng(0).integers(0, WIDE.vocab_size, size=tokens).tolist()
     with tempfile.TemporaryDirectory() as folder:
         analyze(wide(), [prompt], out=folder, recurrences=recurrences, horizon=8, skip=NOT_ASKED)
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def in_a_process(*arguments: str, **environment: str) -> list[float]:
-    """The numbers that this script prints in a process of its own."""
-    command = [sys.executable, __file__, *arguments]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
-    return [float(number) for number in process.stdout.split()]
+    return memory("VmHWM")
 
 
 def peak(tokens: int, recurrences: int) -> float:
-    return in_a_process("analyse-once", str(tokens), str(recurrences), **GIVE_MEMORY_BACK)[0]
+    return in_a_process(__file__, "analyse-once", str(tokens), str(recurrences), **GIVE_MEMORY_BACK)[0]
 
 
 def main(what: str) -> None:
     if what in ("all", "time"):
         for name in CASES:
-            whole, alone = in_a_process("time-ratios", name, **KEEP_MEMORY)
+            whole, alone = in_a_process(__file__, "time-ratios", name, **KEEP_MEMORY)
             print(f"time, {name}: analysis / its bare passes {whole:.2f} (at most {MOST})", flush=True)
             print(f"time, {name}: measured pass / bare pass {alone:.2f}", flush=True)
     if what in ("all", "memory"):

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from support.own_process import KEEP_MEMORY
 
 from loopscope import Observer, Visit, hook, load
 from loopscope.models.hooks.hooked import HookedSubject
@@ -29,7 +30,6 @@ from loopscope.models.subject import Batch
 
 ROUNDS = 9
 RECURRENCES = 8
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}  # of glibc
 
 
 def small() -> LoopedTransformer:

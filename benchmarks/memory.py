@@ -16,15 +16,14 @@ import ctypes
 import dataclasses
 import gc
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, in_a_process, memory
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -179,8 +178,7 @@ def clear_peak() -> None:
 
 
 def peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(memory("VmHWM") * 2**20)
 
 
 def pass_once(architecture: Architecture, run: RunSize) -> int:
@@ -240,21 +238,14 @@ def peak_of_a_study(questions: str, recurrences: int, *keep: str) -> int:
     return peak()
 
 
-def in_a_process(*arguments: str) -> list[int]:
-    """The numbers that this script prints in a process of its own."""
-    process = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
-    )
-    return [int(number) for number in process.stdout.split()]
+def apart(*arguments: str) -> list[int]:
+    """Bytes that this script prints in a process of its own."""
+    return [int(number) for number in in_a_process(__file__, *arguments, **GIVE_MEMORY_BACK)]
 
 
 def measured_activations(architecture: Architecture, run: RunSize) -> int:
     """Bytes that a run adds to its process at most."""
-    return in_a_process("pass-once", json.dumps([architecture.to_dict(), dataclasses.asdict(run)]))[0]
+    return apart("pass-once", json.dumps([architecture.to_dict(), dataclasses.asdict(run)]))[0]
 
 
 def say(name: str, said: int, measured: int) -> None:
@@ -273,14 +264,14 @@ def main(what: str) -> None:
                 say(f"{name}, {run.batch_size} x {run.tokens} tokens, {run.dtype}", said, measured)
     if what in ("all", "analyses"):
         for name in CASES:
-            say(f"analysis, {name}", *in_a_process("analyse-once", name))
+            say(f"analysis, {name}", *apart("analyse-once", name))
     if what == "growth":
         for keep in ((), ("keep-none",)):
-            small, large = (in_a_process("study", sys.argv[2], count, *keep)[0] for count in ("32", "256"))
+            small, large = (apart("study", sys.argv[2], count, *keep)[0] for count in ("32", "256"))
             shown = f"{small / 2**20:.0f} and {large / 2**20:.0f} MiB, ratio {large / small:.2f}"
             print(f"peak at R = H = 32 and 256{', --keep-limit 0' if keep else ''}: {shown}", flush=True)
     if what == "depth":
-        say("analysis, 24 layers of width 512", *in_a_process("analyse-once", "depth"))
+        say("analysis, 24 layers of width 512", *apart("analyse-once", "depth"))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, in_a_process, memory
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -45,7 +43,6 @@ RECURRENCES = (8, 32, 128)
 TOKENS, VOCABULARY = 256, 1024
 TOLERANCE = 1e-3
 """Of the largest number of a visit: what float32 may differ from float64 by after 128 recurrences."""
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # of glibc
 
 Found = tuple[list[Tensor], list[Tensor], list[Tensor]]
 """States (token, width), column sums (head, key) and row entropies (head, query) of every visit, in order."""
@@ -246,12 +243,6 @@ def prompt() -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, size=(1, TOKENS)))
 
 
-def memory(which: str) -> float:
-    """Of this process, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(which))
-
-
 def one_way(way: str, recurrences: int, path: str) -> None:
     """Print seconds and MiB, and leave the numbers in a file."""
     package, work = ("torch", slowly) if way == "slowly" else WAYS[way]
@@ -264,11 +255,8 @@ def one_way(way: str, recurrences: int, path: str) -> None:
 
 
 def measured(way: str, recurrences: int, path: str) -> tuple[float, float]:
-    command = [sys.executable, __file__, way, str(recurrences), path]
-    environment = os.environ | GIVE_MEMORY_BACK
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    seconds, peak = process.stdout.split()[-2:]
-    return float(seconds), float(peak)
+    seconds, peak = in_a_process(__file__, way, str(recurrences), path, **GIVE_MEMORY_BACK)
+    return seconds, peak
 
 
 def right(found: str, wanted: str) -> list[int]:

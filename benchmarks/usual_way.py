@@ -15,17 +15,15 @@ that of the process with the model loaded. The numbers of both are compared: bot
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from support.own_process import GIVE_MEMORY_BACK, in_a_process, memory
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,7 +67,6 @@ STAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Of the states of one visit, (batch, token, width)."""
 
-GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # of glibc
 
 Numbers = dict[str, np.ndarray]
 
@@ -185,12 +182,6 @@ def native(model: LoopedTransformer, prompt: list[int], recurrences: int, keep: 
     return work
 
 
-def memory(which: str) -> float:
-    """Of this process, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(which))
-
-
 def one_way(way: str, recurrences: int, path: str) -> None:
     """Print seconds and MiB, and leave the numbers in a file."""
     model = LoopedTransformer(SHAPE).initialize(0).eval().requires_grad_(False)
@@ -207,11 +198,8 @@ def one_way(way: str, recurrences: int, path: str) -> None:
 
 
 def measured(way: str, recurrences: int, path: str) -> tuple[float, float]:
-    command = [sys.executable, __file__, way, str(recurrences), path]
-    environment = os.environ | GIVE_MEMORY_BACK
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    seconds, peak = process.stdout.split()
-    return float(seconds), float(peak)
+    seconds, peak = in_a_process(__file__, way, str(recurrences), path, **GIVE_MEMORY_BACK)
+    return seconds, peak
 
 
 def largest_difference(one: str, two: str) -> float:
