@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopscope import AnalyzeSettings, analyze, capture
-from loopscope.dynamics.trajectories.calibration import calibrate, sensitivity
+from loopscope.dynamics.trajectories.calibration import calibrate
 from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.sensitivity import judge_over_grid
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.synthetic import CASES, make_trajectory
@@ -246,8 +247,9 @@ def test_an_unknown_number_type_is_named() -> None:
 def test_the_defaults_lie_in_the_middle_of_the_sensitivity_map() -> None:
     states = torch.stack([torch.from_numpy(rounded(path, "float32")) for path, _ in SHAPES.values()])
     for chosen, method in ((DisplacementSettings(), "displacement"), (CosineSettings(), "cosine")):
-        places = sensitivity(states, "float32", chosen)
-        verdicts = judge(states, "float32", method)  # type: ignore[arg-type]
+        verdicts, places = judge_over_grid(states, "float32", chosen)
+        alone = judge(states, "float32", method)  # type: ignore[arg-type]
+        assert [verdict.reason for verdict in verdicts] == [verdict.reason for verdict in alone]
         assert [KINDS[place] for place in places[:, 2, 2]] == [verdict.kind for verdict in verdicts]
 
 

@@ -18,7 +18,7 @@ from loopscope._util.sites import STAGES, Site
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.observed_rate import RateSettings
 from loopscope.dynamics.prediction import PREDICTED_KINDS
-from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID
+from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMENT_GRID
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.verdicts import KINDS
 from loopscope.measures.base import Plan

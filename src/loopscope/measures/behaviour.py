@@ -11,11 +11,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.calibration import COSINE_GRID, DISPLACEMENT_GRID, sensitivity
 from loopscope.dynamics.trajectories.displacement import same_limit
-from loopscope.dynamics.trajectories.judge import judge, trial_kinds
+from loopscope.dynamics.trajectories.judge import judge_by_all, trial_kinds
 from loopscope.dynamics.trajectories.noise import Noise
-from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
+from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, judge_over_grid
+from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
@@ -164,11 +164,16 @@ class Behaviour(Measure):
             verdicts: list[Verdict] = []
             cosine: list[Verdict] = []
             for tokens in self._pieces(torch.arange(mask.sum())):
-                states, of_these = self._tails.trajectories(layer, self._second, tokens), noise.take(tokens)
-                verdicts += self._judge(states, of_these)
-                cosine += self._judge(states, None)
-                if last:
-                    self._of_the_last_layer(states, tokens, of_these)
+                states = self._tails.trajectories(layer, self._second, tokens)
+                # Where the kinds of the last layer are told for other thresholds, they are for the same motion.
+                places = self.batch.mask.cpu().nonzero()[tokens].numpy() if last else None
+                verdicts += self._judge(states, self._settings, noise.take(tokens), places)
+                cosine += self._judge(states, self._cosine, None, places)
+                finite = states.isfinite().all(-1).all(-1)
+                if places is not None and bool(finite.any()):
+                    prompts, columns = places[finite.numpy()].T
+                    paths = tail_paths(states[finite], self._second[0]).numpy()
+                    self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
             self._arrays["verdict"][place][mask] = self._kinds[layer] = _codes(verdicts)
             self._arrays["verdict_cosine"][place][mask] = _codes(cosine)
             for name in VERDICT_NUMBERS:
@@ -221,24 +226,29 @@ class Behaviour(Measure):
         twin, tokens = self.batch.twin, int(self.batch.counts.sum())
         return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer)
 
-    def _judge(self, states: Tensor, noise: Noise | None) -> list[Verdict]:
-        """By the displacement method, or by the cosine one, which knows of no noise. States that are no longer finite
-        have diverged in the loop: broken ones were refused before it."""
-        finite = states.isfinite().all(-1).all(-1)
+    def _judge(
+        self, states: Tensor, settings: Settings, noise: Noise | None, places: NDArray[np.integer] | None
+    ) -> list[Verdict]:
+        """By one of the methods; of the tokens at some (token, prompt and position), also how the kinds depend on its
+        thresholds. States that are no longer finite have diverged in the loop: broken ones were refused before it."""
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
         verdicts = [gone] * len(states)
-        if bool(finite.any()):
-            found = judge(
-                states[finite],
-                self._dtype,
-                "cosine" if noise is None else "displacement",
-                settings=self._cosine if noise is None else self._settings,
-                first_recurrence=self._second[0],
-                check_order=False,
-                noise=None if noise is None else noise.take(finite.nonzero()[:, 0]),
-            )
-            for place, verdict in zip(finite.nonzero()[:, 0].tolist(), found, strict=True):
-                verdicts[place] = verdict
+        rows = states.isfinite().all(-1).all(-1).nonzero()[:, 0]
+        if len(rows):
+            finite, noise = states[rows], None if noise is None else noise.take(rows)
+            first = self._second[0]
+            if places is None:
+                found, _ = judge_by_all(
+                    finite, self._dtype, settings, first_recurrence=first, check_order=False, noise=noise
+                )
+            else:
+                found, kinds = judge_over_grid(finite, self._dtype, settings, first, noise)
+                name = "cosine" if isinstance(settings, CosineSettings) else "displacement"
+                counts = self._arrays[f"{name}_sensitivity"]
+                for kind in range(len(KINDS)):
+                    np.add.at(counts[..., kind], places[rows.numpy(), 0], kinds == kind)
+            for row, verdict in zip(rows.tolist(), found, strict=True):
+                verdicts[row] = verdict
         return verdicts
 
     def _try(self, states: Tensor, span: Span, noise: Noise) -> list[Kind]:
@@ -280,23 +290,6 @@ class Behaviour(Measure):
             for rows in self._pieces(torch.from_numpy(told.nonzero()[0]))
             for kind in self._try(tails.trajectories(layer, span, rows), span, noise.take(rows))
         ]
-
-    def _of_the_last_layer(self, states: Tensor, tokens: Tensor, noise: Noise) -> None:
-        """Paths, and how the kinds depend on the thresholds, of some tokens."""
-        finite = states.isfinite().all(-1).all(-1)
-        if not bool(finite.any()):
-            return
-        places = self.batch.mask.cpu().nonzero()[tokens[finite]]
-        prompts, columns = places.numpy().T
-        states, noise = states[finite], noise.take(finite.nonzero()[:, 0])
-        self._arrays["tail_path"][:, :, prompts, columns] = (
-            tail_paths(states, self._second[0]).numpy().transpose(2, 1, 0)
-        )
-        for settings, name in ((self._settings, "displacement"), (self._cosine, "cosine")):
-            found = sensitivity(states, self._dtype, settings, self._second[0], noise)
-            counts = self._arrays[f"{name}_sensitivity"]
-            for kind in range(len(KINDS)):
-                np.add.at(counts[..., kind], prompts, found == kind)
 
 
 def _curves(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -1,25 +1,18 @@
-"""How often each method is right on trajectories whose truth is known, and how its kinds depend on two settings."""
+"""How often each method is right on trajectories whose truth is known."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
-from torch import Tensor
 
-from loopscope.dynamics.trajectories.cosine import cosine_kinds, measure_turns
-from loopscope.dynamics.trajectories.displacement import decide_kind, measure_tails
 from loopscope.dynamics.trajectories.judge import judge
-from loopscope.dynamics.trajectories.noise import Noise
-from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method
+from loopscope.dynamics.trajectories.settings import Method
 from loopscope.dynamics.trajectories.synthetic import CASES, LENGTHS, WIDTHS, Trajectory, generate
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.verdicts import Kind
 from loopscope.models.inspection.facts import Dtype
 
 _SHAPED = (Kind.ORBIT, Kind.SLIDER)
@@ -145,42 +138,6 @@ def calibrate(
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Two settings of a method and the values that they are given; the defaults lie in the middle."""
-
-    names: tuple[str, str]
-    values: tuple[tuple[float, ...], tuple[float, ...]]
-
-
-DISPLACEMENT_GRID = Grid(
-    ("floor_factor", "unexplained"), ((7.5, 15.0, 30.0, 60.0, 120.0), (0.0125, 0.025, 0.05, 0.1, 0.2))
-)
-COSINE_GRID = Grid(("tau", "rho"), ((0.005, 0.02, 0.05, 0.1, 0.2), (0.5, 0.75, 0.9, 0.95, 1.0)))
-
-
-def sensitivity(
-    states: Tensor,
-    dtype: Dtype,
-    settings: DisplacementSettings | CosineSettings,
-    first_recurrence: int = 0,
-    noise: Noise | None = None,
-) -> Int64[np.ndarray, "token first second"]:
-    """The kind of each of some finite trajectories (token, recurrence, width), as its place in `KINDS`, for every pair
-    of values of the method's grid. All other settings are as given."""
-    grid = COSINE_GRID if isinstance(settings, CosineSettings) else DISPLACEMENT_GRID
-    changed = [[_changed(settings, grid, (first, second)) for second in grid.values[1]] for first in grid.values[0]]
-    found = np.empty((len(states), len(grid.values[0]), len(grid.values[1])), dtype=np.int64)
-    decide = _decider(states, dtype, settings, [each for row in changed for each in row], first_recurrence, noise)
-    # Where noise was measured, no multiple of the rounding decides.
-    rows = 1 if noise is not None and grid is DISPLACEMENT_GRID and not noise.floor.isnan().any() else len(changed)
-    for row, settings_row in enumerate(changed[:rows]):
-        for column, each in enumerate(settings_row):
-            found[:, row, column] = [KINDS.index(kind) for kind in decide(each)]
-    found[:, rows:] = found[:, :1]
-    return found
-
-
 def _batches(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
     waiting: dict[tuple[int, ...], list[Trajectory]] = defaultdict(list)
     held = 0
@@ -208,25 +165,3 @@ def _count(score: CaseScore, trajectory: Trajectory, kind: Kind) -> None:
 
 def _is_fixed(trajectory: Trajectory) -> bool:
     return trajectory.decidable and Kind.FIXED_POINT in trajectory.truth
-
-
-def _decider(
-    states: Tensor,
-    dtype: Dtype,
-    settings: DisplacementSettings | CosineSettings,
-    others: list[Any],
-    first_recurrence: int,
-    noise: Noise | None,
-) -> Callable[[Any], list[Kind]]:
-    """From settings to kinds; what does not depend on the thresholds is measured once."""
-    if isinstance(settings, CosineSettings):
-        return partial(cosine_kinds, measure_turns(states, settings))
-    motions = measure_tails(states, dtype, settings, first_recurrence, others=others, noise=noise)
-    return lambda changed: [decide_kind(motion, changed) for motion in motions]
-
-
-def _changed(
-    settings: DisplacementSettings | CosineSettings, grid: Grid, pair: tuple[float, float]
-) -> DisplacementSettings | CosineSettings:
-    changes: dict[str, Any] = dict(zip(grid.names, pair, strict=True))
-    return dataclasses.replace(settings, **changes)

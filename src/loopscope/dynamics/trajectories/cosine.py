@@ -33,16 +33,13 @@ class Turns:
     """Share of the steps in which c_t rises."""
 
 
-def cosine_verdicts(
-    states: Float[Tensor, "token recurrence width"], dtype: Dtype, settings: CosineSettings
-) -> list[Verdict]:
-    """A verdict for each of some finite trajectories of one length.
+def cosine_verdicts(turns: Turns, dtype: Dtype, settings: CosineSettings) -> list[Verdict]:
+    """A verdict for each token.
 
     A fixed point if 1 - c_t <= tau for at least a share rho of the window; else an orbit if the spectrum of c_t, its
     trend taken out, has one dominant peak; else a slider if c_t approaches 1 monotonically; else unknown. It sees no
     norms, so nothing diverges, and no floor.
     """
-    turns = measure_turns(states, settings)
     rounding = rounding_step(dtype)
     return [
         _verdict(turns, token, kind, rounding, settings) for token, kind in enumerate(cosine_kinds(turns, settings))
@@ -50,7 +47,7 @@ def cosine_verdicts(
 
 
 def measure_turns(states: Float[Tensor, "token recurrence width"], settings: CosineSettings) -> Turns:
-    """What the method looks at; it depends on the window alone."""
+    """What the method looks at in finite trajectories of one length; it depends on the window alone."""
     window = min(settings.window, max(settings.least_recurrences, states.shape[1] // 2))
     tail = states[:, -window:].double()
     # Of unit vectors u, v: 1 - cos = ||u - v||^2 / 2, which does not cancel.

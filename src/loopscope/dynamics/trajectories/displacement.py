@@ -44,27 +44,16 @@ class TokenMotions:
     shorter: Motion | None = None
 
 
-def displacement_verdicts(
-    states: Float[Tensor, "token recurrence width"],
-    dtype: Dtype,
-    settings: DisplacementSettings,
-    first_recurrence: int = 0,
-    *,
-    try_window: bool = True,
-    noise: Noise | None = None,
-) -> list[Verdict]:
-    """A verdict for each of some finite trajectories of one length, on their tails; `noise` is what was measured of it.
+def displacement_verdicts(measured: Sequence[TokenMotions], settings: DisplacementSettings) -> list[Verdict]:
+    """A verdict for each token, from what `measure_tails` says of it.
 
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
-    a clear answer. With `try_window`, a verdict that the last two thirds of the tail do not share is marked as
+    a clear answer. A verdict that the last two thirds of the tail do not share, where they were measured, is marked as
     unstable. So is, without a measured noise, motion that is new in a recurrence by no more than some roundings: one
     mode in hundreds that noise drives looks like a true one.
     """
     verdicts = []
-    # All tokens are measured together, since shapes are fitted in batches, and decided one by one.
-    for motions in measure_tails(
-        states, dtype, settings, first_recurrence, shorter=try_window, kinds_only=not try_window, noise=noise
-    ):
+    for motions in measured:
         finding = _decide(motions.whole, motions.later, settings)
         kind = finding.kind if motions.shorter is None else _decide(motions.shorter, None, settings).kind
         if kind.settles and finding.kind == Kind.BOUNDED:
@@ -111,8 +100,9 @@ def measure_tails(
     kinds_only: bool = False,
     noise: Noise | None = None,
 ) -> list[TokenMotions]:
-    """All that a verdict needs of finite trajectories, by these settings or by `others`, which may have other
-    thresholds.
+    """All that a verdict needs of finite trajectories of one length, by these settings or by `others`, which may have
+    other thresholds. Shapes are fitted to all tokens together, which are decided one by one; `noise` is what was
+    measured of it.
 
     `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window;
     `kinds_only` leaves out what decides no kind.

@@ -10,10 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.cosine import cosine_verdicts
-from loopscope.dynamics.trajectories.displacement import displacement_kinds, displacement_verdicts
+from loopscope.dynamics.trajectories.cosine import cosine_kinds, cosine_verdicts, measure_turns
+from loopscope.dynamics.trajectories.displacement import (
+    decide_kind,
+    displacement_kinds,
+    displacement_verdicts,
+    measure_tails,
+)
 from loopscope.dynamics.trajectories.noise import Noise
-from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Method, method_settings
+from loopscope.dynamics.trajectories.settings import (
+    CosineSettings,
+    DisplacementSettings,
+    Method,
+    Settings,
+    method_settings,
+)
 from loopscope.dynamics.trajectories.states import (
     as_states,
     check_axes,
@@ -41,7 +52,7 @@ def judge(
     dtype: object,
     method: Method = "displacement",
     *,
-    settings: DisplacementSettings | CosineSettings | None = None,
+    settings: Settings | None = None,
     first_recurrence: int = 0,
     check_order: bool = True,
     try_window: bool = True,
@@ -67,6 +78,32 @@ def judge(
     chosen = settings or method_settings(method)
     if isinstance(chosen, DisplacementSettings) != (method == "displacement"):
         raise ConfigError(f"These are settings of another method than {method}: {type(chosen).__name__}.")
+    return judge_by_all(
+        states,
+        dtype,
+        chosen,
+        first_recurrence=first_recurrence,
+        check_order=check_order,
+        try_window=try_window,
+        noise=noise,
+        progress=progress,
+    )[0]
+
+
+def judge_by_all(
+    states: NDArray[Any] | Tensor | Sequence[Any],
+    dtype: object,
+    chosen: Settings,
+    others: Sequence[Settings] = (),
+    *,
+    first_recurrence: int = 0,
+    check_order: bool = True,
+    try_window: bool = True,
+    noise: Noise | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[Verdict], list[list[Kind]]]:
+    """What `judge` says by the chosen settings, and the kinds alone by each of the others, which have other thresholds
+    of the same method: the motion is measured once for all of them."""
     if first_recurrence < 0:
         raise ConfigError(f"first_recurrence counts from 0, got {first_recurrence}.")
     tensor = as_states(states)
@@ -85,22 +122,24 @@ def judge(
     finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
     if not bool(finite.any()):
         raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
-    verdicts: list[Verdict | None] = [None] * len(tensor)
+    told: dict[int, tuple[Verdict, list[Kind]]] = {}
     whole = finite.all(-1)
+    method: Method = "displacement" if isinstance(chosen, DisplacementSettings) else "cosine"
     for token in (~whole).nonzero()[:, 0].tolist():
-        verdicts[token] = _not_finite(tensor[token], finite[token], method)
+        verdict = _not_finite(tensor[token], finite[token], method)
+        told[token] = verdict, [verdict.kind] * len(others)
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
         measured = None if noise is None else noise.take(rows)
-        some = _judge(tensor[rows], coarse, chosen, first_recurrence, try_window, measured)
-        for token, verdict in zip(rows.tolist(), some, strict=True):
-            verdicts[token] = verdict
+        judged = _judge(tensor[rows], coarse, chosen, others, first_recurrence, try_window, measured)
+        told |= zip(rows.tolist(), judged, strict=True)
         progress(len(rows))
-    judged = [verdict for verdict in verdicts if verdict is not None]
-    if coarse == declared:
-        return judged
-    doubt = f" (The dtype is given as {declared}, but every number is one of {coarse}, which they are judged as.)"
-    return [dataclasses.replace(verdict, reason=verdict.reason + doubt) for verdict in judged]
+    verdicts = [told[token][0] for token in range(len(tensor))]
+    kinds = [[told[token][1][place] for token in range(len(tensor))] for place in range(len(others))]
+    if coarse != declared:
+        doubt = f" (The dtype is given as {declared}, but every number is one of {coarse}, which they are judged as.)"
+        verdicts = [dataclasses.replace(verdict, reason=verdict.reason + doubt) for verdict in verdicts]
+    return verdicts, kinds
 
 
 def trial_kinds(
@@ -117,24 +156,36 @@ def trial_kinds(
 def _judge(
     states: Tensor,
     dtype: Dtype,
-    settings: DisplacementSettings | CosineSettings,
+    settings: Settings,
+    others: Sequence[Settings],
     first_recurrence: int,
     try_window: bool,
     noise: Noise | None,
-) -> list[Verdict]:
+) -> Iterator[tuple[Verdict, list[Kind]]]:
     zero = (states == 0).all(-1).all(-1)
     if isinstance(settings, CosineSettings):
-        found = cosine_verdicts(states, dtype, settings)
+        turns = measure_turns(states, settings)
+        found = cosine_verdicts(turns, dtype, settings)
+        kinds = [cosine_kinds(turns, each) for each in others if isinstance(each, CosineSettings)]
     else:
-        found = displacement_verdicts(states, dtype, settings, first_recurrence, try_window=try_window, noise=noise)
-    return [
-        dataclasses.replace(
-            verdict, kind=Kind.UNKNOWN, reason="Every number is 0: this may be padding, or nothing ran."
+        alike = [each for each in others if isinstance(each, DisplacementSettings)]
+        motions = measure_tails(
+            states,
+            dtype,
+            settings,
+            first_recurrence,
+            others=alike,
+            shorter=try_window,
+            kinds_only=not try_window,
+            noise=noise,
         )
-        if empty
-        else verdict
-        for verdict, empty in zip(found, zero.tolist(), strict=True)
-    ]
+        found = displacement_verdicts(motions, settings)
+        kinds = [[decide_kind(motion, each) for motion in motions] for each in alike]
+    for token, verdict in enumerate(found):
+        if zero[token]:
+            reason = "Every number is 0: this may be padding, or nothing ran."
+            verdict = dataclasses.replace(verdict, kind=Kind.UNKNOWN, reason=reason)
+        yield verdict, [its[token] for its in kinds]
 
 
 def _chunks(rows: Tensor, recurrences: int, width: int) -> Iterator[Tensor]:

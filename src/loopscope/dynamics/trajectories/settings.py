@@ -146,7 +146,10 @@ class CosineSettings:
         check_ranges(self, "The setting ")
 
 
-def method_settings(method: str, changed: dict[str, Any] | None = None) -> DisplacementSettings | CosineSettings:
+Settings = DisplacementSettings | CosineSettings
+
+
+def method_settings(method: str, changed: dict[str, Any] | None = None) -> Settings:
     """Settings of a method by its name, with some of them changed. Raises `ConfigError` for names that are none."""
     known: dict[str, type[DisplacementSettings] | type[CosineSettings]] = {
         "displacement": DisplacementSettings,
@@ -161,7 +164,7 @@ def method_settings(method: str, changed: dict[str, Any] | None = None) -> Displ
     return known[method](**(changed or {}))
 
 
-def parse_settings(method: str, texts: Sequence[str]) -> DisplacementSettings | CosineSettings:
+def parse_settings(method: str, texts: Sequence[str]) -> Settings:
     """Settings of a method with changes written as NAME=VALUE. Raises `ConfigError`."""
     changed: dict[str, Any] = {}
     for text in texts:
