@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from loopscope import Study, analyze
 from loopscope._util.shapes import Logits, States
 from loopscope._util.sites import Stage
-from loopscope.dynamics.verdicts import KINDS, Kind
-from loopscope.measures.behaviour import VERDICT_NUMBERS
+from loopscope.dynamics.verdicts import KINDS, VERDICT_NUMBERS, Kind
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.stages import STAGE_NAMES
 from loopscope.models.architecture import Injection

@@ -20,8 +20,8 @@ from loopscope.analysis.memory import kept_bytes
 from loopscope.analysis.passes import steps_of
 from loopscope.analysis.settings import HorizonMethod, Part
 from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
+from loopscope.dynamics.verdicts import VERDICT_NUMBERS
 from loopscope.measures.base import Plan
-from loopscope.measures.behaviour import VERDICT_NUMBERS
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
 from loopscope.measures.registry import DECLARED

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from dataclasses import dataclass
+from inspect import signature
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from loopscope import AnalyzeSettings, analyze
 from loopscope._util.estimate import Estimate, Phase
 from loopscope._util.progress import ProgressBar
 from loopscope._util.wording import duration
+from loopscope.analysis.job import SilentProgress, shown
+from loopscope.errors import ConfigError
 
 COSTS = st.floats(0.01, 20)
 
@@ -162,3 +167,25 @@ def test_steps_of_a_job_without_a_known_end_are_counted() -> None:
 )
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_who_calls_from_python_has_a_bar_in_a_terminal_or_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a name that is no setting is answered with the nearest one, before anything is loaded."""
+    known = signature(analyze).parameters
+    assert known["recurrences"].default == AnalyzeSettings().recurrences
+    assert {"prompts", "out", "progress", "skip"} <= known.keys()
+    with pytest.raises(ConfigError, match="no option 'recurrence'; did you mean recurrences"):
+        analyze("demo:injected", "a text", recurrence=4)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for progress, bar in ((None, False), (False, False), (True, True)):
+        with shown(progress) as told:
+            assert isinstance(told, ProgressBar) == bar
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with shown(None) as told:
+        told.start([Phase("passes", 4)])
+        told.step("passes", 2)
+    assert "passes 2 of 4" in stream.getvalue()
+    given = SilentProgress()
+    with shown(given) as told:
+        assert told is given

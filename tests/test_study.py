@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ import xarray
 from document_variables import documented
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.analysis.settings import Part
+from loopscope.answers.quick import quick_answers
 from loopscope.errors import StudyError
 from loopscope.measures.convergence import TOKEN_NAMES
 from loopscope.measures.heads import HEAD_NAMES
@@ -175,6 +177,14 @@ def test_coordinates_say_what_each_entry_is(study: Study) -> None:
     for name, size in (("layer", 2), ("recurrence", 5), ("prompt", 5), ("token", 8), ("component", 2)):
         assert dataset[name].values.tolist() == list(range(size))
     assert dataset["token_count"].values.tolist() == [len(prompt) for prompt in PROMPTS]
+
+
+def test_a_notebook_shows_a_study_as_its_answers(study: Study) -> None:
+    assert len(repr(study)) < 200
+    shown = study._repr_html_()
+    for answer in quick_answers(study):
+        assert escape(answer.question) in shown
+        assert escape(answer.verdict) in shown
 
 
 def test_what_is_saved_is_loaded(study: Study) -> None:

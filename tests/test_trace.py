@@ -10,12 +10,13 @@ from torch import Tensor
 
 import loopscope
 from loopscope import LoopedTransformer, Observer, Visit
-from loopscope.errors import ConfigError, NonFiniteError
+from loopscope.errors import ConfigError, NonFiniteError, PromptError
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch, Run, Subject
 from loopscope.models.visits import LoopState
 from random_model import random_ids, random_model
+from small_models import INJECTED, hooked_native
 
 FEED_FORWARD: dict[str, Any] = {
     "prelude": 3,
@@ -189,8 +190,9 @@ IDS = random_ids(2, 3)
         ({"initial_state": torch.zeros(2, 3, 11)}, r"shape \(2, 3, 11\); .* need \(2, 3, 12\)"),
         ({"initial_state": torch.zeros(1, 3, 12)}, r"shape \(1, 3, 12\); .* need \(2, 3, 12\)"),
         ({"recurrences": 0}, "recurrences must be at least 1, got 0"),
-        ({"input_ids": "The cat sat"}, "must be token ids, got text; encode it first"),
-        ({"input_ids": ["The cat", "sat"]}, "must be token ids, got text"),
+        ({"input_ids": "The cat sat"}, "unnamed has no tokenizer, so that it takes token ids and no text"),
+        ({"input_ids": ["The cat", "sat"]}, "unnamed has no tokenizer"),
+        ({"input_ids": ["The cat", 3]}, "token ids and texts mixed"),
         ({"input_ids": [[1, 2.0]]}, "must be lists of whole numbers, got"),
         ({"input_ids": [1, [2]]}, "must be lists of whole numbers, got"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "hides a whole prompt"),
@@ -237,6 +239,52 @@ def test_a_folder_or_a_subject_is_captured_as_its_model(model: LoopedTransformer
     narrow = loopscope.capture(tmp_path, IDS).logits
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_after_a_recurrence_are_those_of_a_run_that_ends_there(model: LoopedTransformer) -> None:
+    trace = loopscope.capture(model, IDS, recurrences=3)
+    for recurrence in range(3):
+        alone = loopscope.capture(model, IDS, recurrences=recurrence + 1).logits
+        assert torch.equal(trace.logits_at(recurrence), alone)
+    with pytest.raises(KeyError, match="There is no recurrence 3"):
+        trace.logits_at(3)
+
+
+def test_a_hooked_model_is_decoded_as_it_runs() -> None:
+    native, hooked = hooked_native(INJECTED)
+    told = loopscope.capture(hooked, IDS, recurrences=3, readout=True)
+    known = loopscope.capture(native, IDS, recurrences=3)
+    for recurrence in range(3):
+        torch.testing.assert_close(told.logits_at(recurrence), known.logits_at(recurrence))
+    with pytest.raises(ConfigError, match=r"call capture\(\.\.\., readout=True\)"):
+        loopscope.capture(hooked, IDS, recurrences=3).logits_at(0)
+
+
+def test_a_subject_is_called_as_its_model_is_with_ids_or_text() -> None:
+    native, hooked = hooked_native(INJECTED)
+    for subject in (native, hooked):
+        assert torch.equal(subject(IDS, recurrences=3), loopscope.capture(subject, IDS, recurrences=3).logits)
+    demo = loopscope.load("demo:injected")
+    text = "Ann has 3 apples."
+    assert demo.tokenizer is not None
+    ids = demo.tokenizer.encode(text).ids
+    assert torch.equal(demo(text, recurrences=2), loopscope.capture(demo, [ids], recurrences=2).logits)
+    assert torch.equal(loopscope.capture(demo, [text], recurrences=2).logits, demo(ids, recurrences=2))
+    assert demo.tokenizer.decode(ids, skip_special_tokens=True) == text
+    with pytest.raises(PromptError, match="99999 is the number of no token"):
+        demo.tokenizer.decode([99999])
+
+
+def test_what_a_notebook_shows_is_short_and_no_markup() -> None:
+    subject = NativeSubject(random_model(), name="<b>mine</b>")
+    trace = loopscope.capture(subject, IDS, recurrences=2)
+    assert repr(trace) == (
+        "<Trace of <b>mine</b>: 2 prompts of 6 tokens, 2 recurrences, 6 residual states, 0 attention maps>"
+    )
+    for shown in (subject, trace):
+        assert "&lt;b&gt;mine" in shown._repr_html_()
+        assert "<b>" not in shown._repr_html_()
+        assert len(repr(shown)) < 200
 
 
 def test_observers_are_told_what_a_trace_keeps(model: LoopedTransformer) -> None:

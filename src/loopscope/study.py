@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from loopscope._util.cards import cards
 from loopscope._util.files import write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
 from loopscope._util.study_shape import check_files, check_manifest, check_tokens
-from loopscope._util.wording import layout_text
+from loopscope._util.wording import layout_text, plural
 from loopscope.errors import StudyError, last_resort, one_line
 
 MANIFEST = "manifest.json"
@@ -53,7 +55,7 @@ _COSINES = {
 """What older studies have instead of the distance of a cosine from 1. In float32 it says nothing below 1e-7."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Study:
     """Everything that report, figures and comparisons read. The variables are listed in docs/study.md."""
 
@@ -107,6 +109,22 @@ class Study:
         files = {name: sha256_of(folder / name) for name in (ARRAYS, TOKENS)}
         manifest = write_manifest(folder, {**self.manifest, _FILES: files})
         return Study(self.dataset, manifest, self.tokens, folder)
+
+    def __repr__(self) -> str:
+        return f"<Study of {self._described()}>"
+
+    def _repr_html_(self) -> str:
+        """The cards of the report, as a notebook shows them."""
+        # By its name, since answers read studies, and studies do not know of answers.
+        answers = import_module("loopscope.answers.quick").quick_answers(self)
+        return cards(self._described(), [answer._repr_html_() for answer in answers])
+
+    def _described(self) -> str:
+        model, sizes = self.manifest["model"], self.dataset.sizes
+        facts = [layout_text(*(int(model["layout"][name]) for name in STAGES))]
+        facts += [plural(int(sizes[name]), name) for name in ("recurrence", "prompt") if name in sizes]
+        place = "" if self.folder is None else f", in {self.folder}"
+        return f"{model['name']}: {', '.join(facts)}, {plural(len(self.dataset.data_vars), 'variable')}{place}"
 
 
 @contextmanager

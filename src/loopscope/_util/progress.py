@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,11 @@ _EVERY = 30.0
 """Seconds between two lines where there is no terminal; and what a job must take for its time to be worth a line."""
 _LOOK = 0.5
 """Seconds between two looks at the clock while nothing is reported."""
+
+
+def in_notebook() -> bool:
+    """Whether this is a kernel, whose standard error is shown under a cell."""
+    return "ipykernel" in sys.modules
 
 
 class ProgressBar:
@@ -35,7 +41,12 @@ class ProgressBar:
         transient: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        # A cell shows a line that is written over as a terminal does, and needs no widgets for it.
+        self._console = console or (
+            Console(file=sys.stderr, force_terminal=True, force_jupyter=False, width=100)
+            if in_notebook()
+            else Console(stderr=True)
+        )
         self._now, self._last = unit, tuple(last)
         self._clock = clock
         self._began = self._said = clock()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loopscope.analysis.folder import begun_batch_size
-from loopscope.analysis.job import Job, Progress, SilentProgress
+from loopscope.analysis.job import Job, Progress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.trajectories.states import check_dtype
@@ -27,12 +29,28 @@ from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
 from loopscope.prompts.tokens import cut_text, encode_prompts
 from loopscope.study import Study
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 TokenArray = Tensor | NDArray[Any]
 Prompts = (
     str | Path | Sequence[str] | Sequence[int] | Sequence[Sequence[int] | TokenArray] | TokenArray | Mapping[str, Any]
 )
 
 
+def _with_options(function: _F) -> _F:
+    """Its signature lists the settings, for whoever completes names by it."""
+    known = signature(function)
+    options = [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in dataclasses.fields(AnalyzeSettings)
+        if each.name not in known.parameters
+    ]
+    own = [each for each in known.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    vars(function)["__signature__"] = known.replace(parameters=[*own, *options])
+    return function
+
+
+@_with_options
 @last_resort("analysing a model")
 def analyze(
     model: str | Path | Subject | nn.Module,
@@ -40,7 +58,7 @@ def analyze(
     *,
     out: str | Path | None = None,
     settings: AnalyzeSettings | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **changes: Any,
 ) -> Study:
     """Run prompts through a model to its horizon and beyond, and measure how each layer's state settles.
@@ -55,13 +73,27 @@ def analyze(
     - `out`: folder for the study; a run that was interrupted is resumed. Nothing is written without it.
     - `settings`, `changes`: `AnalyzeSettings`, and fields of it to change, e.g. `recurrences=64, horizon=128`, or
       `intervene=["damp=0.5"]`.
+    - `progress`: True for a bar, False for none; in a terminal or a notebook there is one unless said otherwise. Or an
+      object that is notified.
 
     Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
     """
     prompts = _without_tensors(prompts)
+    _check_names(changes)
     if "intervene" in changes:
         changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
+    with shown(progress) as told:
+        return _analyze(model, prompts, out, settings, told)
+
+
+def _analyze(
+    model: str | Path | Subject | nn.Module,
+    prompts: Any,
+    out: str | Path | None,
+    settings: AnalyzeSettings,
+    progress: Progress,
+) -> Study:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     # Before the model: a mistyped path should not cost the loading of a large checkpoint.
@@ -74,7 +106,6 @@ def analyze(
         prefix=settings.prefix,
         ignore_config=settings.ignore_config,
     )
-    progress = progress or SilentProgress()
     source = model if isinstance(model, str | Path) else None
     if source is None:
         settings = _settings_of(subject, settings)
@@ -92,6 +123,16 @@ def analyze(
         settings = dataclasses.replace(settings, batch_size=begun_batch_size(Path(out)) or "auto")
     job = Job(subject, tokenized, settings, progress, source)
     return job.run_in_memory() if out is None else job.run_in(Path(out))
+
+
+def _check_names(changes: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for what is no setting."""
+    known = [each.name for each in dataclasses.fields(AnalyzeSettings)]
+    for name in changes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]}?" if close else "help(loopscope.AnalyzeSettings) lists what there is."
+            raise ConfigError(f"analyze has no option {name!r}; {meant}")
 
 
 def _without_tensors(prompts: Prompts | None) -> Any:

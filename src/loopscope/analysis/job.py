@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ import torch
 import xarray as xr
 
 from loopscope._util.estimate import Phase
+from loopscope._util.progress import ProgressBar, in_notebook
 from loopscope._util.wording import plural
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
@@ -70,6 +72,18 @@ class SilentProgress:
     def first_batch(self, memory: int | None) -> None: ...
 
     def note(self, message: str) -> None: ...
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress]:
+    """What to notify: the object that was given, or a bar, which by itself is there in a terminal or a notebook."""
+    if progress is not None and not isinstance(progress, bool):
+        yield progress
+    elif progress or (progress is None and (sys.stderr.isatty() or in_notebook())):
+        with ProgressBar("loading") as bar:
+            yield bar
+    else:
+        yield SilentProgress()
 
 
 class Job:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
+from loopscope._util.cards import card
 from loopscope._util.ranges import Positive, Range, check_ranges
 from loopscope._util.statistics import Share
 from loopscope._util.wording import plural
@@ -100,7 +101,7 @@ class Claim(StrEnum):
     SETTLED_AT_DEPTH = "it has settled at the trained depth"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Answer:
     """One question about a model, answered from the numbers of a study."""
 
@@ -127,6 +128,12 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<{self.question} {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return card(self.question, self.verdict, self.sentence)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from loopscope._util.cards import card
 from loopscope._util.files import write_atomically
 from loopscope._util.reading import is_there
 from loopscope.errors import StudyError
@@ -63,7 +64,11 @@ MOVING_CODES = tuple(code for code, kind in enumerate(KINDS) if kind.moves)
 """Of those that go on moving."""
 
 
-@dataclass(frozen=True, kw_only=True)
+VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_value")
+"""Fields of a `Verdict` that a study keeps, as `verdict_<name>`."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Verdict:
     """What one token's state tends to, with its evidence. Lengths are relative to the state's norm."""
 
@@ -97,6 +102,18 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: NaN becomes null."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    def __repr__(self) -> str:
+        changes = f", changed by {' and '.join(self.unstable)}" if self.unstable else ""
+        return f"<{self.kind}{changes}: {self.reason}>"
+
+    def _repr_html_(self) -> str:
+        numbers = {name: getattr(self, name) for name in VERDICT_NUMBERS}
+        shown = {name.replace("_", " "): f"{value:.3g}" for name, value in numbers.items() if math.isfinite(value)}
+        title = f"by the {self.method} method" + (
+            f", changed by {' and '.join(self.unstable)}" if self.unstable else ""
+        )
+        return card(title, str(self.kind), self.reason, shown)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from loopscope._util.files import write_atomically
 from loopscope._util.statistics import finite_or_none
 from loopscope._util.wording import listed, plural, significant
-from loopscope.analysis.job import Job, Progress, SilentProgress
+from loopscope.analysis.job import Job, Progress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.answers.predictions import token_eigenvalues, untaken_tokens
@@ -125,7 +125,7 @@ def control(
     eta: float | None = None,
     radius: float = _RADIUS,
     horizon: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Control:
     """Run the prompts of a study with tokens that orbit, slide, keep moving or diverge again, in a damped loop.
 
@@ -137,6 +137,7 @@ def control(
     - `eta`: step of the damped loop. Unless given, the largest with which the eigenvalues of all tokens of these
       prompts come to at most `radius`, or, where none does, the one that makes the largest modulus smallest.
     - `horizon`: of the damped run; a small step needs more recurrences. That of the study unless given.
+    - `progress`: as in `analyze`.
 
     A study that was damped already is damped further: its step is multiplied.
 
@@ -156,14 +157,10 @@ def control(
         raise ConfigError(f"A horizon of {settings.horizon} recurrences is too short for verdicts; give at least 8.")
     subject = _subject(study, model, settings)
     source = study.manifest["model"]["name"] if model is None else model
-    job = Job(
-        subject,
-        _prompts(study, prompts),
-        settings,
-        progress or SilentProgress(),
-        source if isinstance(source, str | Path) else None,
-    )
-    after = job.run_in(Path(out)) if out is not None else job.run_in_memory()
+    of = source if isinstance(source, str | Path) else None
+    with shown(progress) as told:
+        job = Job(subject, _prompts(study, prompts), settings, told, of)
+        after = job.run_in(Path(out)) if out is not None else job.run_in_memory()
     later = _verdicts(after)
     first = codes[prompts, : later.shape[1]]
     transitions = np.zeros((len(KINDS), len(KINDS)), dtype=np.int64)

@@ -18,7 +18,7 @@ from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMEN
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
-from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
+from loopscope.dynamics.verdicts import KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
 from loopscope.measures.tails import DIMENSIONS, Span, Tails
@@ -27,8 +27,6 @@ from loopscope.models.visits import Visit
 
 CHANGES = ("window", "horizon", "half-horizon", "seed")
 """What a verdict is tried against."""
-VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_value")
-"""Fields of a `Verdict` that a study keeps, as `verdict_<name>`."""
 
 _TOKEN = "judged_layer prompt token"
 _KIND_NAMES = tuple(str(kind) for kind in KINDS)

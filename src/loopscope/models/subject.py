@@ -13,15 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loopscope._util.cards import card
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
 from loopscope._util.sites import Site, sites_in_order
+from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError, NonFiniteError, one_line
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
 
 InputIds = Tensor | np.ndarray | Sequence[Any]
-"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length."""
+"""Token ids, (batch, token) or (token,), or lists of them, which may differ in length; or a text, or several."""
 
 PrefixReading = Literal["trained", "causal"]
 """How a model reads a prompt that it was trained to read in both directions: so, or no token sees a later one."""
@@ -133,6 +135,88 @@ class Batch:
         return self.mask.sum(-1)
 
 
+def batch_for(subject: Subject, given: InputIds, mask: Tensor | None = None) -> Batch:
+    """The prompts that a caller gave, of which texts are encoded with what the tokenizer puts around them.
+
+    Raises `ConfigError` for what are no prompts of this model.
+    """
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, list | tuple) and texts and all(isinstance(each, str) for each in texts):
+        if subject.tokenizer is None:
+            raise ConfigError(
+                f"{subject.info.name} has no tokenizer, so that it takes token ids and no text; loopscope.hook takes a "
+                "tokenizer."
+            )
+        given = [subject.tokenizer.encode(text).ids for text in texts]
+    return as_batch(given, mask, subject.info)
+
+
+def recurrences_of(info: SubjectInfo, asked: int | None) -> int:
+    """How many to run where so many were asked for, the trained number unless any were; 0 of a feed-forward model.
+
+    Raises `ConfigError`.
+    """
+    if not info.is_looped:
+        if asked not in (None, 1):
+            raise ConfigError(f"{info.name} has no recurrent layers, so recurrences={asked} means nothing.")
+        return 0
+    count = info.trained_recurrences if asked is None else asked
+    if not isinstance(count, int | None):
+        raise ConfigError(f"recurrences must be a whole number, got {count!r}.")
+    if count is None or count < 1:
+        raise ConfigError(f"recurrences must be at least 1, got {count}.")
+    return count
+
+
+def logits_of(
+    subject: Subject, given: InputIds, recurrences: int | None, attention_mask: Tensor | None, seed: int
+) -> Logits:
+    """What a model answers, (batch, token, vocabulary), with nothing kept on the way."""
+    batch, count = batch_for(subject, given, attention_mask), recurrences_of(subject.info, recurrences)
+    run = subject.start(batch, recurrences=count, seed=seed)
+    try:
+        for _ in range(count):
+            run.advance()
+        return run.answer()
+    finally:
+        run.close()
+
+
+class CallableSubject:
+    """What our own subjects have beside the protocol: they are called as a model is, and show themselves."""
+
+    info: SubjectInfo
+
+    def __call__(
+        self,
+        input_ids: InputIds,
+        *,
+        recurrences: int | None = None,
+        attention_mask: Tensor | None = None,
+        seed: int = 0,
+    ) -> Logits:
+        """What the model answers, (batch, token, vocabulary); the arguments are those of `capture`. No gradients."""
+        assert isinstance(self, Subject)
+        return logits_of(self, input_ids, recurrences, attention_mask, seed)
+
+    def __repr__(self) -> str:
+        return f"<{self.info.name}, {', '.join(self._facts_shown().values())}>"
+
+    def _repr_html_(self) -> str:
+        return card("Model", self.info.name, rows=self._facts_shown())
+
+    def _facts_shown(self) -> dict[str, str]:
+        info = self.info
+        found = {
+            "family": info.family,
+            "layout": layout_text(info.prelude, info.recurrent, info.coda, info.trained_recurrences),
+            "width": f"width {info.width}",
+            "parameters": f"{info.parameters:,} parameters",
+            "dtype": f"{info.dtype} on {info.device}",
+        }
+        return found | ({"interventions": ", ".join(info.interventions)} if info.interventions else {})
+
+
 def as_batch(given: InputIds, mask: Tensor | None, info: SubjectInfo) -> Batch:
     """The prompts that a caller gave, for the model that `info` is of; lists are padded on the right.
 
@@ -171,7 +255,7 @@ def _batch(given: InputIds, mask: Tensor | None) -> Batch:
 def _nested(given: Sequence[Any]) -> list[list[int]]:
     """Lists of token ids, of one or several prompts, with the numbers of whatever library they are of."""
     if isinstance(given, str) or any(isinstance(entry, str) for entry in given):
-        raise ConfigError("input_ids must be token ids, got text; encode it first, as in model.tokenizer.encode(text).")
+        raise ConfigError("input_ids are token ids and texts mixed; give only ids, or only texts.")
     plain = [entry.tolist() if isinstance(entry, Tensor | np.ndarray | np.generic) else entry for entry in given]
     several = all(isinstance(entry, Sequence) for entry in plain)
     nested: list[list[Any]] = [list(entry) for entry in plain] if several else [plain]

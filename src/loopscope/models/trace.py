@@ -8,15 +8,26 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from loopscope._util.cards import card
 from loopscope._util.shapes import Logits, Maps, States, TokenIds, TokenMask, TokenValues
 from loopscope._util.sites import Site, Stage
+from loopscope._util.wording import plural
 from loopscope.errors import ConfigError
 from loopscope.models.interventions.kinds import Intervention
 from loopscope.models.interventions.parsing import check_recurrences, parse_interventions
 from loopscope.models.loading import subject_of
 from loopscope.models.native.exit import exit_distribution, exit_step
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, InputIds, Subject, SubjectInfo, as_batch, check_state
+from loopscope.models.subject import (
+    Batch,
+    InputIds,
+    Run,
+    Subject,
+    SubjectInfo,
+    batch_for,
+    check_state,
+    recurrences_of,
+)
 from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 
 _Kept = TypeVar("_Kept")
@@ -26,7 +37,13 @@ class Trace:
     """What `capture` returns. Layers and recurrences count from 0; a feed-forward model's layers are its prelude."""
 
     def __init__(
-        self, recorder: _Recorder, batch: Batch, info: SubjectInfo, initial_state: States | None, logits: Logits
+        self,
+        recorder: _Recorder,
+        batch: Batch,
+        info: SubjectInfo,
+        initial_state: States | None,
+        logits: Logits,
+        readout: Run | list[Logits],
     ) -> None:
         self.input_ids: TokenIds = batch.input_ids
         self.mask: TokenMask = batch.mask
@@ -37,6 +54,21 @@ class Trace:
         self._info = info
         self.recurrences: int = len(recorder.loop_states)
         self._recorder = recorder
+        self._readout = readout
+
+    def __repr__(self) -> str:
+        return f"<Trace of {self._info.name}: {', '.join(self._facts_shown().values())}>"
+
+    def _repr_html_(self) -> str:
+        return card("Trace", self._info.name, rows=self._facts_shown())
+
+    def _facts_shown(self) -> dict[str, str]:
+        return {
+            "input": f"{plural(len(self.mask), 'prompt')} of {plural(int(self.mask.sum()), 'token')}",
+            "loop": plural(self.recurrences, "recurrence"),
+            "states": plural(len(self._recorder.residuals), "residual state"),
+            "attention": plural(len(self._recorder.attention), "attention map"),
+        }
 
     @property
     def visits(self) -> list[Site]:
@@ -81,6 +113,21 @@ class Trace:
     def injected(self, recurrence: int) -> States:
         """The state after injection, the input of recurrent layer 0, (batch, token, width)."""
         return self._recorder.injections[self._checked(recurrence)]
+
+    def logits_at(self, recurrence: int) -> Logits:
+        """Logits of the state after a recurrence, decoded by the coda, (batch, token, vocabulary).
+
+        Computed when asked for, or, of a hooked model, kept by `capture(..., readout=True)`: `ConfigError` without.
+        """
+        place = self._checked(recurrence)
+        if isinstance(self._readout, list):
+            if not self._readout:
+                raise ConfigError(
+                    f"{self._info.name} is run through hooks, and its states can only be decoded as it runs; call "
+                    "capture(..., readout=True)."
+                )
+            return self._readout[place]
+        return self._readout.decode(state=self._recorder.loop_states[place])
 
     def gate(self, recurrence: int) -> TokenValues:
         """The exit gate's answer after a recurrence, before its sigmoid, (batch, token).
@@ -154,6 +201,7 @@ def capture(
     recurrences: int | None = None,
     initial_state: Tensor | None = None,
     attention: bool = False,
+    readout: bool = False,
     attention_mask: Tensor | None = None,
     seed: int = 0,
     intervene: str | Sequence[str | Intervention] = (),
@@ -163,9 +211,11 @@ def capture(
     **Arguments**
 
     - `model`: a name or folder for `load`, any subject, or a torch module, which is hooked as `loopscope.hook` does.
-    - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right.
+    - `input_ids`: (batch, token), (token,), or lists of ids, which may differ in length and are padded on the right;
+      or a text, or several, for a model with a tokenizer.
     - `recurrences`: the trained number unless given.
     - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
+    - `readout`: keep the logits after every recurrence, which `logits_at` needs of a hooked model.
     - `attention_mask`: True for tokens, of the shape of `input_ids`, where those are a tensor that holds padding.
     - `intervene`: what to change in the computation, such as `["mlp:prelude.1=0", "damp=0.5"]`; the forms are in
       docs/interventions.md.
@@ -175,7 +225,7 @@ def capture(
     """
     subject = intervened(subject_of(model), intervene)
     info = subject.info
-    batch = as_batch(input_ids, attention_mask, info)
+    batch = batch_for(subject, input_ids, attention_mask)
     if initial_state is not None:
         if not info.is_looped:
             raise ConfigError(f"{info.name} has no recurrent layers, so initial_state means nothing.")
@@ -183,27 +233,21 @@ def capture(
         started = [each for each in info.interventions if each.startswith("start=")]
         if started:
             raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
-    count = _recurrences(subject, recurrences)
+    count = recurrences_of(info, recurrences)
     check_recurrences(parse_interventions(info.interventions), count)
     recorder = _Recorder(attention)
     run = subject.start(batch, recurrences=count, seed=seed, initial_state=initial_state, observers=[recorder])
+    goes_on = info.state_can_be_set
+    """The trace decodes what it is asked for by this run."""
     try:
         first = run.state
+        kept: list[Logits] = []
         for _ in range(count):
             run.advance([recorder])
-        return Trace(recorder, batch, info, first, run.answer([recorder]))
+            if readout and not goes_on:
+                kept.append(run.decode())
+        logits = run.answer([recorder])
+        return Trace(recorder, batch, info, first, logits, run if goes_on else kept)
     finally:
-        run.close()
-
-
-def _recurrences(subject: Subject, asked: int | None) -> int:
-    if not subject.info.is_looped:
-        if asked not in (None, 1):
-            raise ConfigError(f"{subject.info.name} has no recurrent layers, so recurrences={asked} means nothing.")
-        return 0
-    count = subject.info.trained_recurrences if asked is None else asked
-    if not isinstance(count, int | None):
-        raise ConfigError(f"recurrences must be a whole number, got {count!r}.")
-    if count is None or count < 1:
-        raise ConfigError(f"recurrences must be at least 1, got {count}.")
-    return count
+        if not goes_on:
+            run.close()

@@ -61,7 +61,7 @@ def _answer(request: dict[str, Any], programs: dict[str, Any]) -> Any:
         return _render(programs[digest], **arguments)
     tokenizer: Tokenizer = programs[digest]
     if run == "decode":
-        return tokenizer.decode(arguments["ids"], skip_special_tokens=False)
+        return tokenizer.decode(arguments["ids"], skip_special_tokens=arguments["skip_special_tokens"])
     found = tokenizer.encode(arguments["text"], add_special_tokens=arguments["add_special_tokens"])
     return found.ids, found.tokens, found.offsets, found.special_tokens_mask
 

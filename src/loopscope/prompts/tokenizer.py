@@ -128,6 +128,24 @@ class TextTokenizer:
             encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask)
 
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Token ids as text. Raises `PromptError` for an id that is none of this tokenizer's."""
+        plain = [int(each) for each in ids]
+        for each in plain:
+            if not 0 <= each < 2**32 or self.backend.id_to_token(each) is None:
+                raise PromptError(f"{each} is the number of no token of this tokenizer, which has {self.vocab_size:,}.")
+        try:
+            return self._decode(plain, skip_special_tokens)
+        except (ValueError, RefusedError) as error:
+            raise PromptError(f"The model's tokenizer cannot write these tokens as text ({error}).") from error
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        if self._program is not None:
+            text: str = sandbox().call("decode", self._program, ids=ids, skip_special_tokens=skip_special_tokens)
+            return text
+        with foreign():
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
     def _added(self) -> tuple[tuple[SpecialToken, ...], tuple[SpecialToken, ...]]:
         """Special tokens that encoding puts in front of a text and behind it."""
         encoding = self._probe()
@@ -152,12 +170,10 @@ class TextTokenizer:
         known = self.backend.id_to_token(token) if 0 <= token < 2**32 else None  # which the library has no room for
         if known is None:
             return f"<{token}>"
-        if self._program is not None:
-            try:
-                return sandbox().call("decode", self._program, ids=[token]) or known
-            except RefusedError:
-                return known
-        return self.backend.decode([token], skip_special_tokens=False) or known
+        try:
+            return self._decode([token], False) or known
+        except RefusedError:
+            return known
 
     def special_in(self, text: str) -> tuple[str, ...]:
         """Special tokens that a text spells out and that encoding it therefore gives, sorted."""

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope._util.shapes import Logits, States
-from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
@@ -22,7 +21,7 @@ from loopscope.models.hooks.pausing import ForwardContext, Setting
 from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
 from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
-from loopscope.models.subject import Batch, PrefixReading, SubjectInfo, check_length, weights_digest
+from loopscope.models.subject import Batch, CallableSubject, PrefixReading, SubjectInfo, check_length, weights_digest
 from loopscope.models.visits import LoopState, Observer, Visit
 from loopscope.prompts.tokenizer import TextTokenizer
 
@@ -33,7 +32,7 @@ may return more keyword arguments for the forward pass."""
 _Stop = TypeVar("_Stop", Ready, LoopState)
 
 
-class HookedSubject:
+class HookedSubject(CallableSubject):
     """A torch module as a subject. Made by `loopscope.hook`, which says what the arguments are.
 
     The module's weights are not touched. While a run computes, the module is in evaluation mode and has hooks; between
@@ -79,10 +78,8 @@ class HookedSubject:
         self._padding, self._padded_for = self._facts.behind, self._facts.recurrences or 0
         self.info = self._info(name or type(model).__name__, weights_sha256, revision)
 
-    def __repr__(self) -> str:
-        info = self.info
-        layout = layout_text(info.prelude, info.recurrent, info.coda, info.trained_recurrences)
-        return f"<{info.name}, {info.family}, {layout}" + (f": {self.found}>" if self.found else ">")
+    def _facts_shown(self) -> dict[str, str]:
+        return super()._facts_shown() | ({"found": self.found} if self.found else {})
 
     @property
     def device(self) -> torch.device:

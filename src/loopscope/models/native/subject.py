@@ -21,12 +21,12 @@ from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, RunInterventions, initial_noise
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.native.transformer import Sequence as TokenSequence
-from loopscope.models.subject import Batch, Subject, SubjectInfo, weights_digest
+from loopscope.models.subject import Batch, CallableSubject, Subject, SubjectInfo, weights_digest
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
 
 
-class NativeSubject:
+class NativeSubject(CallableSubject):
     """The native looped transformer as a subject."""
 
     def __init__(
