@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 import xarray
 
-from loopscope import Comparison, compare, write_comparison
+from loopscope import Comparison, analyze, compare, quick_answers, side_by_side, write_comparison
+from loopscope.analysis.settings import parts_except
 from loopscope.answers.answer import Outcome
 from loopscope.answers.comparison.curves import MEASURES
 from loopscope.answers.comparison.findings import comparison_answers
@@ -24,6 +28,13 @@ from staged_study import OTHER, SHAPE, answer_of, at, staged_study
 SETTINGS = CompareSettings()
 
 
+@cache
+def demo_study(intervene: tuple[str, ...] = ()) -> Study:
+    text = "Ann has 3 apples and buys 4 more."
+    skip = parts_except("readout", "stages", "noise-floor")
+    return analyze("demo:injected", [text], recurrences=8, horizon=32, skip=skip, intervene=intervene, threads=1)
+
+
 def test_parts_that_were_skipped_leave_the_others() -> None:
     heads = ["colsum_concentration", "sink_score", "relative_mixing_score"]
     comparison = compare([staged_study(SHAPE, model="a"), staged_study(SHAPE, model="b", without=heads)])
@@ -32,18 +43,49 @@ def test_parts_that_were_skipped_leave_the_others() -> None:
     assert answer_of(comparison, "stages-0").outcome is Outcome.YES
 
 
-def test_a_study_without_any_stage_measure_is_refused() -> None:
+@pytest.mark.parametrize("what", ["skipped", "diverged"])
+def test_a_study_without_stages_has_answers_beside_the_others(what: str) -> None:
     names = ["colsum_concentration", "sink_score", "relative_mixing_score", "relative_residual_entropy"]
-    bare = staged_study(SHAPE, model="b", without=[*names, "mean_token_norm", "massive_activation"])
-    with pytest.raises(StudyError, match="b has no stage measures"):
-        compare([staged_study(SHAPE, model="a"), bare])
+    missing = [*names, "mean_token_norm", "massive_activation"] if what == "skipped" else []
+    bare = staged_study([SHAPE, OTHER], (2, 4, 2), model="b", without=missing)
+    if what == "diverged":
+        bare.dataset["diverged_at"][:] = 3
+    comparison = compare([staged_study(SHAPE, model="a"), bare])
+    assert answer_of(comparison, "stages-0").outcome is Outcome.CANNOT_TELL
+    known = {answer.key: answer.verdict for answer in quick_answers(bare)}
+    assert {key: cell.verdict for key, cell in comparison.cells("b").items()}.items() <= known.items()
+    assert "b has no attention concentration" in answer_of(comparison, "limits").sentence
 
 
-def test_a_diverged_study_is_refused() -> None:
-    study = staged_study(SHAPE, model="b")
-    study.dataset["diverged_at"][:] = 3
-    with pytest.raises(StudyError, match="Every prompt of the study b diverged"):
-        compare([staged_study(SHAPE, model="a"), study])
+def test_answers_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
+    turning = demo_study(intervene=("attention:recurrent.*=6",))
+    comparison = compare([demo_study(), turning])
+    label = "demo:injected with attention:recurrent.*=6"
+    assert comparison.labels == ["demo:injected", label]
+    table = side_by_side(comparison)
+    assert table.differing == ["changed while it ran"]
+    question, (still, moving) = table.rows["fixed_point"]
+    assert question == "Does it settle?"
+    assert still is not None
+    assert moving is not None
+    assert (still.verdict, moving.verdict) == ("yes", "no")
+    answer = answer_of(comparison, "stages-0")
+    assert answer.outcome is not Outcome.YES
+    assert "it was changed while it ran (attention:recurrent.*=6)" in answer.sentence
+    limits = answer_of(comparison, "limits").sentence
+    assert f"{label} has 1 prompt: what all of them show may fail for up to 80 %" in limits
+
+    again = side_by_side(Comparison.load(str(comparison.save(tmp_path).folder)))
+    assert again == table
+    rows = list(csv.reader(io.StringIO(table.to_csv())))
+    assert rows[0] == ["question", "demo:injected", "demo:injected: value", label, f"{label}: value"]
+    losses = {row[0]: float(row[2]) for row in rows if row[0].startswith("Loss after")}
+    means = demo_study().dataset["loss"].mean("prompt").sel(readout_recurrence=[1, 4, 8])
+    np.testing.assert_allclose([losses[f"Loss after {count}"] for count in (1, 4, 8)], means, rtol=1e-6)
+    latex = table.to_latex()
+    assert r"recurrent.*=6" in latex
+    assert r"100 \%" in latex
+    assert latex.count(r"\\") == 1 + len(table.heads) + len(table.rows)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loopscope.answers.answer import Answer, Criterion
     from loopscope.answers.comparison.comparing import compare
     from loopscope.answers.comparison.result import Comparison
+    from loopscope.answers.comparison.side_by_side import side_by_side
     from loopscope.answers.quick import quick_answers
     from loopscope.answers.rates import study_rates
     from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
@@ -60,6 +61,7 @@ _HOMES = {
     "leading_eigenvalues": "dynamics.eigenvalues.of_model",
     "load": "models.loading",
     "quick_answers": "answers.quick",
+    "side_by_side": "answers.comparison.side_by_side",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
     "write_figures": "report.figures.write",
@@ -92,6 +94,7 @@ __all__ = [
     "leading_eigenvalues",
     "load",
     "quick_answers",
+    "side_by_side",
     "study_rates",
     "write_comparison",
     "write_figures",

@@ -67,16 +67,10 @@ class StageCurves:
 def stage_curves(study: Study, name: str) -> StageCurves:
     """The curves of a study; `name` is what messages call it.
 
-    Raises `StudyError` for a study without a stage measure, without a prompt that stayed finite, or with visits that do
-    not fit its layout.
+    Of a study without stage measures, or without a prompt that stayed finite, all are NaN. Raises `StudyError` for
+    visits that do not fit the layout.
     """
     view = view_study(study)
-    if "depth" not in view.dataset.sizes or not any(entry.variable in view.dataset for entry in STAGE_QUANTITIES):
-        raise StudyError(
-            f"The study {name} has no stage measures to compare; analyze the model again without --skip heads stages."
-        )
-    if not view.finite.sizes["prompt"]:
-        raise StudyError(f"Every prompt of the study {name} diverged, so it has no stages to compare.")
     try:
         prelude, recurrent, coda = (
             int(study.manifest["model"]["layout"][stage]) for stage in ("prelude", "recurrent", "coda")
@@ -85,7 +79,7 @@ def stage_curves(study: Study, name: str) -> StageCurves:
         raise StudyError(f"The manifest of the study {name} has no entry {error}; analyze the model again.") from error
     recurrences = view.recurrences if recurrent else 1
     visits = prelude + recurrent * recurrences + coda
-    if view.finite.sizes["depth"] != visits:
+    if view.finite.sizes.get("depth", visits) != visits:
         raise StudyError(
             f"The study {name} has {view.finite.sizes['depth']} visits, but its layout "
             f"{layout_text(prelude, recurrent, coda, recurrences)} has {visits}; analyze the model again."

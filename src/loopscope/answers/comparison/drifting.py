@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from loopscope._util.statistics import wilson_interval
 from loopscope._util.wording import listed, percent, plural
-from loopscope.answers.answer import Answer, Evidence, Outcome, Question
+from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.limits import LIMITS
 
@@ -98,6 +99,15 @@ def _caveats(comparison: Comparison, label: str) -> list[str]:
                 f"The prompts of {label} have {tokens[0]:.0f} tokens on average, those of {comparison.reference} "
                 f"{tokens[1]:.0f}; the levels of attention concentration and sink rate depend on length."
             )
+    if changes := study.get("interventions"):
+        found.append(f"{label} was changed while it ran ({', '.join(changes)}).")
+    count, needed = study["prompts"]["count"], Criterion().min_prompts
+    if count and count < needed:
+        low, _ = wilson_interval(count, count)
+        found.append(
+            f"{label} has {plural(count, 'prompt')}: what all of them show may fail for up to "
+            f"{math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
+        )
     if study["dtype"] != reference["dtype"]:
         found.append(f"{label} ran in {study['dtype']}, {comparison.reference} in {reference['dtype']}.")
     if study["missing"]:

@@ -172,6 +172,7 @@ def _other_model(comparison: Comparison, label: str, index: int) -> Answer:
         sentence = f"The block alone, on 0 to 100 %: {_or_unknown(block)}.{passes} "
         sentence += f"Prelude, block and coda together: {_or_unknown(whole)}."
     sentence += _alone(comparison, label, spans)
+    outcome, sentence = _held_back(comparison, label, outcome, sentence)
     if looped and (whole.known or block.known):
         sentence += _repeating(comparison, label)
     who = f"each pass of {label}" if looped else label
@@ -200,9 +201,28 @@ def _same_model(comparison: Comparison, label: str, index: int) -> Answer:
         sentence = (
             f"Pass against the same pass there: {whole}. No measure's level differs by more than {percent(tolerance)}."
         )
+    outcome, sentence = _held_back(comparison, label, outcome, sentence)
     text = f"{label}: does {study['model']} go through the same stages as in {comparison.reference}?"
     evidence = _evidence(comparison, label) | {f"level difference, {name}": value for name, value in known.items()}
     return _question(comparison, label, index, text).says(outcome, verdict, sentence, evidence)
+
+
+def _held_back(comparison: Comparison, label: str, outcome: Outcome, sentence: str) -> tuple[Outcome, str]:
+    """No plain yes of a loop that was changed while it ran, or is not seen to settle."""
+    changes = comparison.studies[label].get("interventions") or ()
+    settles = comparison.cells(label).get("fixed_point")
+    reasons = [f"it was changed while it ran ({', '.join(changes)})"] if changes else []
+    if settles is not None and (
+        settles.outcome in (Outcome.NO, Outcome.NOT_YET, Outcome.CANNOT_TELL)
+        or settles.value < Criterion().prompts_needed
+    ):
+        reasons.append(f"whether its state settles is answered with {settles.verdict}")
+    if not reasons:
+        return outcome, sentence
+    return (
+        Outcome.PARTLY if outcome is Outcome.YES else outcome,
+        f"{sentence} Mind that {listed(reasons)}.",
+    )
 
 
 def _question(comparison: Comparison, label: str, index: int, text: str) -> Question:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from loopscope._util.files import write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import read_json
+from loopscope.answers.comparison.cells import Cell
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
 from loopscope.study import MANIFEST
@@ -51,6 +52,10 @@ class Comparison:
         """What the manifest says of each study, by label."""
         return {str(entry["label"]): entry for entry in self.manifest["studies"]}
 
+    def cells(self, label: str) -> dict[str, Cell]:
+        """What a study says to each question, by key; of an older comparison nothing."""
+        return {cell["key"]: Cell.from_dict(cell) for cell in self.studies[label].get("answers", ())}
+
     def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Of one study's pass: relative depth in percent and the measure's values, both over the layers that it has."""
         data = self.dataset.sel(study=label, measure=measure)
@@ -71,7 +76,9 @@ class Comparison:
             manifest = read_json(folder / COMPARISON_FILE)
             dataset = read_arrays(folder / ARRAYS)
             found = cls(dataset, manifest, folder)
-            _ = found.settings  # which raises for entries that are none
+            # Which raise for entries that are none.
+            _ = found.settings
+            _ = [found.cells(label) for label in found.studies]
             if found.labels != list(found.studies) or found.reference not in found.labels:
                 raise ValueError(f"{COMPARISON_FILE} and {ARRAYS} name different studies")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from loopscope.answers.comparison.cells import cells_of
 from loopscope.answers.comparison.curves import MEASURES, StageCurves
 from loopscope.errors import StudyError
 from loopscope.study import Study
@@ -33,7 +34,8 @@ def refuse_repeats(studies: Sequence[Study]) -> None:
 def distinct_labels(studies: Sequence[Study]) -> list[str]:
     """A name for each study: the shortest of several that tells all of them apart.
 
-    The model's; of one model alone that of the prompts, or of the folder; else model and prompts, and model and folder.
+    The model's; of one model alone that of the prompts, or of the folder; else model and prompts, model and what was
+    changed in it, and model and folder.
     What has the same name in all of these is numbered. A checkpoint folder goes by its last part, if that tells models
     apart.
     """
@@ -44,6 +46,7 @@ def distinct_labels(studies: Sequence[Study]) -> list[str]:
         ways += [_prompts_name, _folder_name]
     ways += [
         lambda study: _prompts_name(study) and f"{model(study)} on {_prompts_name(study)}",
+        lambda study: f"{model(study)} with {', '.join(_changes(study))}" if _changes(study) else model(study),
         lambda study: _folder_name(study) and f"{model(study)} in {_folder_name(study)}",
     ]
     for way in ways:
@@ -114,6 +117,9 @@ def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) ->
         "prompts": {name: _prompts(study).get(name) for name in ("source", "count", "tokens", "sha256")},
         "diverged_prompts": int((study.dataset["diverged_at"] >= 0).sum()),
         "dtype": manifest["settings"]["dtype"],
+        "horizon": manifest["settings"].get("horizon") if curves.looped else None,
+        "interventions": list(_changes(study)),
+        "answers": [cell.to_dict() for cell in cells_of(study)],
         "missing": missing,
         "same_model_as_reference": same_model(study, reference),
         "same_prompts_as_reference": same_prompts(study, reference),
@@ -146,6 +152,10 @@ def _prompts_name(study: Study) -> str:
     """The name of a preset, or of a file and the folder it is in: test.jsonl alone says little."""
     source = str(_prompts(study).get("source") or "")
     return "/".join(Path(source).parts[-2:]) if source else ""
+
+
+def _changes(study: Study) -> tuple[str, ...]:
+    return tuple(study.manifest["settings"].get("intervene", ()))
 
 
 def _folder_name(study: Study) -> str:

@@ -1,0 +1,109 @@
+"""The answers of several studies as one table, a row a question and a column a study."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loopscope.answers.comparison.cells import Cell, place_of
+from loopscope.answers.comparison.result import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """The answers of several studies as one table."""
+
+    labels: list[str]
+    heads: dict[str, list[str]]
+    """Facts of each study by what they are: one a study."""
+    differing: list[str]
+    """Those facts that are not the same in all studies."""
+    rows: dict[str, tuple[str, list[Cell | None]]]
+    """By key: the question, and what each study says; None where it was not asked."""
+
+    def to_csv(self) -> str:
+        """A line a fact and a question; the value alone stands in a second column of each study."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["question", *(name for label in self.labels for name in (label, f"{label}: value"))])
+        for name, facts in self.heads.items():
+            writer.writerow([name, *(cell for fact in facts for cell in (fact, ""))])
+        for question, cells in self.rows.values():
+            writer.writerow([question, *(each for cell in cells for each in _both(cell))])
+        return stream.getvalue()
+
+    def to_latex(self) -> str:
+        """A `tabular` for a paper, with the rules of the package booktabs."""
+        lines = [
+            r"\begin{tabular}{l" + "l" * len(self.labels) + "}",
+            r"\toprule",
+            " & ".join(["", *map(_latex, self.labels)]) + r" \\",
+            r"\midrule",
+            *(" & ".join([_latex(name), *map(_latex, facts)]) + r" \\" for name, facts in self.heads.items()),
+            r"\midrule",
+        ]
+        for question, cells in self.rows.values():
+            texts = [_latex(cell.text) if cell is not None else "--" for cell in cells]
+            lines.append(" & ".join([_latex(question), *texts]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def side_by_side(comparison: Comparison) -> SideBySide:
+    """The table of a comparison, in the order in which its studies were given."""
+    studies = [comparison.studies[label] for label in comparison.labels]
+    cells = [comparison.cells(label) for label in comparison.labels]
+    # In the order of the study that was asked most.
+    keys = dict.fromkeys(key for each in sorted(cells, key=len, reverse=True) for key in each)
+    heads = {name: [facts_in_words(study).get(name, "–") for study in studies] for name in _HEADS}
+    return SideBySide(
+        labels=comparison.labels,
+        heads=heads,
+        differing=[name for name, facts in heads.items() if len(set(facts)) > 1],
+        rows={
+            key: (next(each[key].question for each in cells if key in each), [each.get(key) for each in cells])
+            for key in sorted(keys, key=place_of)
+        },
+    )
+
+
+_HEADS = ("model", "prompts", "tokens", "recurrences", "horizon", "dtype", "changed while it ran")
+
+
+def facts_in_words(study: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader must know of a study before its answers, from its entry in a comparison."""
+    prompts, changes = study["prompts"], study.get("interventions") or ()
+    source = f" of {prompts['source']}" if prompts.get("source") else ""
+    return {
+        "model": str(study["model"]),
+        "prompts": f"{prompts['count']:,}{source}" if prompts.get("count") else "–",
+        "tokens": f"{prompts['tokens']:,}" if prompts.get("tokens") else "–",
+        "recurrences": str(study["recurrences"] or "feed-forward"),
+        "horizon": str(study.get("horizon") or "–"),
+        "dtype": str(study["dtype"]),
+        "changed while it ran": ", ".join(changes) or "no",
+    }
+
+
+def _both(cell: Cell | None) -> tuple[str, str]:
+    return ("", "") if cell is None else (cell.text, f"{cell.value:.9g}" if math.isfinite(cell.value) else "")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def _latex(text: str) -> str:
+    """Text that LaTeX shows as it is."""
+    return "".join(_LATEX.get(character, character) for character in text if character.isprintable())
