@@ -33,10 +33,10 @@ from loopscope.models.subject import find_device
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """The signal by which somebody asked the run to stop; None unless somebody did."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.signal: int | None = None
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.made = True
+        request.signal = number
         restore()
 
     for number in before:
@@ -78,6 +78,8 @@ class TrainResult:
     """Finished steps."""
     results: Mapping[str, Any] | None
     """What results.json holds; None if the run was stopped before its end."""
+    stopped_by: int | None = None
+    """The signal that it was then stopped by."""
 
     @property
     def finished(self) -> bool:
@@ -152,10 +154,10 @@ class _Run:
                 report = self._step(step)
                 figures = f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s"
                 bar.step("training", figures=figures)
-                if stop.made:
+                if stop.signal is not None:
                     self._save()
                     bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
-                    return TrainResult(self.folder.path, step + 1, None)
+                    return TrainResult(self.folder.path, step + 1, None, stop.signal)
         results = self._finish()
         return TrainResult(self.folder.path, config.steps, results)
 
