@@ -1,6 +1,6 @@
 """Commands that are ended, or whose disk fails, at any moment: run again they give the same, and leave nothing over.
 
-    python tools/crash.py [--quick] [COMMAND:CAMPAIGN ...]
+    python tools/crash.py [--quick] [PART OF "COMMAND:CAMPAIGN" ...]
 
 Each command is a process of its own, a fork of one that has imported loopscope. A campaign does one thing to it again
 and again, runs the command once more, and compares with an undisturbed run: arrays, weights bit for bit, names of
@@ -22,7 +22,10 @@ import torch
 
 from crash_campaigns import Campaign, Child, Command, full, read_only
 from fault_folders import SWEEP
-from fault_inputs import ANALYZE, tiny
+from fault_inputs import ANALYZE, DEMO, tiny
+from loopscope.models.architecture import Architecture
+from loopscope.models.checkpoints.native import save_checkpoint
+from loopscope.models.native.transformer import LoopedTransformer
 
 CAMPAIGNS: dict[str, Callable[[Campaign], tuple[int, int]]] = {
     "killed at each operation": Campaign.kills,
@@ -51,12 +54,11 @@ def commands(folder: Path) -> list[Command]:
     (folder / "sweep.json").write_text(json.dumps(SWEEP))
     text = ["--text", "one two", "three", "four five six", "--batch-size", "1", "--threads", "1"]
     analyze = ["analyze", str(model), *ANALYZE, *text]
-    # A study with tokens that do not settle.
-    moving = folder / "moving"
-    arguments = ["--recurrences", "8", "--horizon", "16", "--device", "cpu", "--no-report", "--skip", "heads", *text]
-    code, said = Child(["analyze", "demo:uninjected", *arguments, "--out", str(moving)]).end()
+    moving, turning = folder / "moving", _turning(folder / "turning")
+    arguments = ["--recurrences", "8", "--horizon", "32", "--device", "cpu", "--no-report", "--skip", "heads", *text]
+    code, said = Child(["analyze", str(turning), *arguments, "--out", str(moving)]).end()
     assert code == 0, said
-    control = ["control", str(moving), "--no-report", "--eta", "0.5"]
+    control = ["control", str(moving), "--model", str(turning), "--no-report", "--eta", "0.5"]
     sweep = ["experiment", "training", str(folder / "sweep.json"), "--engine"]
     processes = ["processes", "--workers", "2"]
 
@@ -71,6 +73,17 @@ def commands(folder: Path) -> list[Command]:
         given("analyze, two workers", [*analyze, "--engine", *processes], workers=2),
         given("sweep, two workers", [*sweep, *processes], times=12, workers=2),
     ]
+
+
+def _turning(folder: Path) -> Path:
+    """A model of which some tokens orbit."""
+    architecture = Architecture(
+        vocab_size=1024, width=16, heads=2, kv_heads=2, head_dim=8, mlp_width=32, prelude=1, recurrent=2, coda=1,
+        recurrences=4, injection="linear", norm_placement="branch-in-out", loop_norm="recurrence",
+        state_init="embeddings",
+    )  # fmt: skip
+    save_checkpoint(folder, LoopedTransformer(architecture).initialize(0, 0.6), (DEMO / "tokenizer.json").read_text())
+    return folder
 
 
 def main(arguments: list[str]) -> int:
