@@ -70,9 +70,7 @@ def test_an_index_names_files_of_its_own_folder_alone(file: str, tmp_path: Path)
     checkpoint(tmp_path / "outside")
     named = str(tmp_path) + file if file.startswith("/") else file
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"head.weight": named}}))
-    with pytest.raises(
-        CheckpointError, match=r"index\.json names the file .*, which is not in|which names other files"
-    ):
+    with pytest.raises(CheckpointError, match=r"json names the file .*, which is not in|, which names other files"):
         loopscope.load(model, device="cpu")
 
 
@@ -87,7 +85,7 @@ def test_what_a_link_leads_to_is_neither_run_nor_shown(name: str, tmp_path: Path
         (model / name).unlink(missing_ok=True)
         (model / name).symlink_to(outside)
         if content is None and "tokenizer" in name:  # which a model can do without
-            assert loopscope.load(model, device="cpu")
+            loopscope.load(model, device="cpu")
             continue
         with pytest.raises(LoopscopeError) as refused:
             loopscope.load(model, device="cpu")

@@ -66,6 +66,9 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(self.said.fileno(), 2)
             sys.stderr = os.fdopen(2, "w", closefd=False)
+            # What is started in the background is told to ignore these.
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             before()
             try:
                 loopscope.cli.main(arguments)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from loopscope._util.signals import STOPPING
+
 __all__ = ["main"]
 
 _TIDYING = 2.0
@@ -66,8 +68,7 @@ def _signals(received: list[signal.Signals]) -> Iterator[None]:
             received.append(signal.Signals(number))
             raise KeyboardInterrupt
 
-    watched = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in watched}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     for number, handler in before.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)

@@ -20,6 +20,7 @@ from loopscope._util.estimate import Phase
 from loopscope._util.files import clear_leftovers
 from loopscope._util.progress import ProgressBar
 from loopscope._util.ranges import Range
+from loopscope._util.signals import STOPPING
 from loopscope.errors import ConfigError, last_resort
 from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.cost import check_cost
@@ -49,8 +50,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    named = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in named}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
