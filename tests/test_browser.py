@@ -46,10 +46,10 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-MARKUP = '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b><a href="javascript:hacked=3">a</a>'
+MARKUP = (
+    '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b><a href="javascript: hacked = 3">a</a>'
+)
 HOSTILE = MARKUP + "/long" * 40
-BRIEF = " <img src=x onerror=hacked=4>"
-"""Where there is no room for more, so that the page's own words are as long as they may be."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def looped(browser: Browser, study: Study, tmp_path_factory: pytest.TempPathFact
         dataclasses.replace(
             answer,
             question=answer.question + MARKUP,
-            verdict=BRIEF,
+            verdict=f"{answer.verdict} <b>b</b>",
             sentence=answer.sentence + MARKUP,
             evidence={**answer.evidence, "layer <b>b</b>": "<b>b</b>"},
             limits=[*answer.limits, MARKUP],
@@ -143,7 +143,7 @@ def hostile(sections: list[Section]) -> list[Section]:
     """With captions that are markup."""
 
     def panel(given: Panel) -> Panel:
-        return dataclasses.replace(given, title=BRIEF)
+        return dataclasses.replace(given, title=f"{given.title} <b>b</b>")
 
     def figure(given: Drawn) -> Drawn:
         if not isinstance(given, Plot):
