@@ -15,12 +15,17 @@ import pytest
 import xarray
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
+from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.comparing import compare
+from loopscope.answers.quick import quick_answers
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from loopscope.experiments.load import Experiment, load_experiment
-from loopscope.report.page.write import write_comparison, write_experiments, write_report
+from loopscope.report.figures.plot import Drawn, Panel, Plot, Section
+from loopscope.report.page import study_page
+from loopscope.report.page.write import write_behaviour_report, write_comparison, write_experiments, write_report
 from loopscope.study import Study
 from synthetic_study import contracting, feed_forward_study, looped_study, overflowing, with_behaviour
+from test_report_behaviour import judged
 
 # One worker, and so one browser, for all of them.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
@@ -41,7 +46,10 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b>' + "/long" * 40
+MARKUP = (
+    '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b><a href="javascript: hacked = 3">a</a>'
+)
+HOSTILE = MARKUP + "/long" * 40
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +120,42 @@ def study() -> Study:
 
 @pytest.fixture(scope="module")
 def looped(browser: Browser, study: Study, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """A report on it."""
-    return open_report(browser, study, tmp_path_factory.mktemp("report") / "report.html", width=1600)
+    """A report on it, whose answers and captions are hostile too."""
+    answers = [
+        dataclasses.replace(
+            answer,
+            question=answer.question + MARKUP,
+            verdict=f"{answer.verdict} <b>b</b>",
+            sentence=answer.sentence + MARKUP,
+            evidence={**answer.evidence, "layer <b>b</b>": "<b>b</b>"},
+            limits=[*answer.limits, MARKUP],
+        )
+        for answer in quick_answers(study, Criterion())
+    ]
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_page, "_sections", lambda *given, made=study_page._sections: hostile(made(*given)))
+        write_report(study, path, answers=answers)
+    return open_page(browser, path, width=1600)
+
+
+def hostile(sections: list[Section]) -> list[Section]:
+    """With captions that are markup."""
+
+    def panel(given: Panel) -> Panel:
+        return dataclasses.replace(given, title=f"{given.title} <b>b</b>")
+
+    def figure(given: Drawn) -> Drawn:
+        if not isinstance(given, Plot):
+            return given
+        return dataclasses.replace(
+            given,
+            question=given.question + MARKUP,
+            reading=given.reading + MARKUP,
+            panels=[*map(panel, given.panels)],
+        )
+
+    return [dataclasses.replace(each, figures=[*map(figure, each.figures)]) for each in sections]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +208,21 @@ def assert_sound(opened: Opened) -> None:
     assert beyond_the_edge(opened.page) == 0
     assert opened.problems == []
     assert opened.requests == [opened.url]
-    assert opened.page.evaluate("typeof hacked") == "undefined"
+    assert_inert(opened.page)
+
+
+def assert_inert(page: Page) -> None:
+    """No text became markup or a script, and the policy that would have stopped it is there."""
+    assert page.evaluate("typeof hacked") == "undefined"
+    assert page.locator("img[src=x], a[href^=javascript], main b, header b").count() == 0
+    (policy,) = page.locator("meta[http-equiv=Content-Security-Policy]").evaluate_all(
+        "(all) => all.map((m) => m.content)"
+    )
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+    assert rules.keys() == {"default-src", "script-src", "style-src", "img-src", "base-uri", "form-action"}
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert all(source.startswith("'sha256-") for source in rules["script-src"].split())
+    assert "http" not in policy
 
 
 def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> None:
@@ -177,8 +233,7 @@ def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> Non
 
 
 def test_hostile_text_is_shown_and_does_nothing(looped: Opened) -> None:
-    assert looped.page.evaluate("typeof hacked") == "undefined"
-    assert looped.page.locator("img, b").count() == 0
+    assert_inert(looped.page)
     assert looped.page.locator("h1").inner_text() == HOSTILE
     shown = looped.page.locator("[data-plot^=data-tokens] .ytick").first.text_content() or ""
     assert shown.startswith("<script>hacked")
@@ -377,6 +432,13 @@ def test_another_prompt_can_be_chosen_on_a_telephone(looped: Opened) -> None:
 
 def test_a_report_of_which_all_diverged_on_a_telephone(browser: Browser, tmp_path: Path) -> None:
     opened = open_report(browser, looped_study(overflowing, prompts=2), tmp_path / "report.html", width=400)
+    assert_sound(opened)
+    opened.page.close()
+
+
+def test_verdicts_on_trajectories(browser: Browser, tmp_path: Path) -> None:
+    """Of files and reasons with hostile names."""
+    opened = open_page(browser, write_behaviour_report(judged(), tmp_path / "page.html"), width=1400)
     assert_sound(opened)
     opened.page.close()
 

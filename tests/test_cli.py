@@ -7,14 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loopscope import AnalyzeSettings, Study
+from loopscope.analysis.settings import Preset
 from loopscope.cli import main
 from loopscope.cli.commands import Analyze
+from loopscope.errors import ConfigError
 from loopscope.models.checkpoints.find import demo_names
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.transformer import LoopedTransformer
@@ -309,6 +312,24 @@ def test_an_option_that_does_not_exist_is_refused_with_help(
     assert run("analyze", good, "--text", "one", "--horizons", "3", "--out", tmp_path / "study") == 2
     shown = capsys.readouterr()
     assert "--horizons" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            ("--preset", "fast"),
+            r"Invalid choice 'fast' for .*'--preset': expected one of \('quick', .*\); --help",
+        ),
+        (("--horizon", "no"), r"Error parsing --horizon: .*'no'; --help"),
+    ],
+)
+def test_a_value_that_an_option_does_not_have_is_refused_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: tuple[str, str], said: str
+) -> None:
+    assert matches(said, refused(capsys, "analyze", "demo:injected", "--out", tmp_path / "study", *option))
+    with pytest.raises(ConfigError, match="no preset 'fast'; the presets are quick, standard, full"):
+        AnalyzeSettings.preset(cast(Preset, "fast"))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from loopscope.study import Study
 from report_page import Page, decoded, page_of
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 
-HOSTILE = '<script>alert(1)</script>"&'
+HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2">"&'
 
 
 @pytest.fixture(scope="module")

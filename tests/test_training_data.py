@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from loopscope.errors import ConfigError
+from loopscope.errors import ConfigError, PromptError
 from loopscope.experiments.training.config import DataConfig
 from loopscope.experiments.training.data import (
     BEGIN,
@@ -25,6 +25,7 @@ from loopscope.experiments.training.data import (
     train_tokenizer,
     windows,
 )
+from loopscope.prompts.tokenizer import as_tokenizer, ids_of
 
 TEXT = [f"Number {number} is the double of {number / 2}; the next is {number + 1}." for number in range(60)]
 
@@ -188,3 +189,29 @@ def test_text_shorter_than_a_window_is_refused(tokenizer: Tokenizer) -> None:
     corpus = Corpus.encode(["short"], tokenizer)
     with pytest.raises(ConfigError, match="fewer than one window of 65"):
         BatchStream(corpus, context=64, batch_size=1, seed=0)
+
+
+def with_expressions(tokenizer: Tokenizer, pattern: str) -> Tokenizer:
+    fields = json.loads(tokenizer.to_str())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, fields["pre_tokenizer"]]}
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+def test_a_tokenizer_with_expressions_reads_text_within_limits(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splitting = with_expressions(tokenizer, "[0-9]+")
+    alone = [splitting.encode(text, add_special_tokens=False).ids for text in TEXT]
+    monkeypatch.setattr("loopscope.prompts.tokenizer._LONGEST", 2 * len(TEXT[0]))  # so that there are several groups
+    assert ids_of(TEXT, splitting) == alone
+    monkeypatch.setattr("loopscope.prompts.sandbox.SECONDS", 0.3)
+    endless = with_expressions(tokenizer, "(a+)+$")
+    with pytest.raises(PromptError, match="cannot read the text"):
+        Corpus.encode(["a" * 40 + "!"], endless)
+    # Neither does one in memory, which a hooked module is given.
+    with pytest.raises(PromptError, match="tokenizer cannot read"):
+        as_tokenizer(endless).encode("a" * 40 + "!")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(endless.to_str())
+    assert load_tokenizer(path, 320).to_str() == endless.to_str()

@@ -8,7 +8,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -49,7 +49,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise storage_error(path, error) from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that cannot be written to any more, which has been said
+                Path(temporary).unlink()
 
 
 @contextmanager
@@ -72,7 +73,8 @@ def held_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         # While it is held: whoever opened the file before sees that it is gone, and makes a new one.
-        (folder / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / _LOCK).unlink()
         lock.release()
 
 

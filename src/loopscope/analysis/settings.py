@@ -204,9 +204,11 @@ class AnalyzeSettings:
         """Settings by what they cost, and changes of them, which win; `skip` leaves more out.
 
         `quick` is convergence, readout, and verdicts of the last layer with the noise floor that they rest on;
-        `standard` the defaults; `full` everything that those leave out for its cost. Raises `ConfigError` for a change
-        of something that the preset leaves out.
+        `standard` the defaults; `full` everything that those leave out for its cost. Raises `ConfigError` for another
+        name, and for a change of something that the preset leaves out.
         """
+        if name not in _PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; the presets are {', '.join(_PRESETS)}.")
         chosen = _PRESETS[name]
         skip: tuple[Part, ...] = chosen.get("skip", ())
         for part in skip:

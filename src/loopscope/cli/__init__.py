@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from loopscope._util.signals import STOPPING
+
 __all__ = ["main"]
 
 _TIDYING = 2.0
@@ -24,7 +26,6 @@ _TIDYING = 2.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `loopscope ARGUMENTS` and exit: 0; 2 for input that cannot be used, with one sentence; 70 for what nobody
     foresaw, with one sentence and the traceback in a file; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
-    from loopscope.cli.commands import parse_and_run  # tyro takes a tenth of a second to import
     from loopscope.errors import LoopscopeError, UnforeseenError, last_resort, shortened
 
     # A waiting OpenMP thread would spin, which on a busy machine costs many times the work itself.
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stopped_by = [signal.SIGINT]
     try:
         with _signals(stopped_by), last_resort(f"running `{shortened(' '.join(['loopscope', *given]), 120)}`"):
+            from loopscope.cli.commands import parse_and_run  # tyro takes a tenth of a second to import
+
             parse_and_run(given)
     except UnforeseenError as error:
         print(f"loopscope: {error} The full account is in {_written(error, given)}.", file=sys.stderr)
@@ -65,8 +68,7 @@ def _signals(received: list[signal.Signals]) -> Iterator[None]:
             received.append(signal.Signals(number))
             raise KeyboardInterrupt
 
-    watched = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in watched}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     for number, handler in before.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)

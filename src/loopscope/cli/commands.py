@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, cast
 
@@ -188,8 +190,8 @@ class Train:
         config = TrainConfig.load(self.config)
         data = DataFiles.of(config.data, self.config.parent, train=self.train_data, test=self.test_data)
         result = train(config, self.out, data, threads=self.threads, device=self.device)
-        if not result.finished:
-            sys.exit(130)
+        if result.stopped_by is not None:
+            signal.raise_signal(result.stopped_by)  # answered as in any other command
         say(f"model  {result.folder}")
 
 
@@ -265,6 +267,8 @@ class _Command(Protocol):
 
 _LONG = 300
 """Characters of an argument."""
+_OF_ONE_OPTION = ("Invalid choice", "Value error")
+"""What the parser's boxes are headed by that say what is wrong with a value in their first paragraph."""
 
 Command = (
     Annotated[Analyze, tyro.conf.subcommand("analyze")]
@@ -289,8 +293,7 @@ def parse_and_run(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
-    # The parser repeats an argument in its messages, which are then as long.
-    said = io.StringIO() if max(map(len, arguments), default=0) > _LONG else sys.stderr
+    said = io.StringIO()
     try:
         with redirect_stderr(said):
             command: _Command = tyro.cli(
@@ -301,9 +304,21 @@ def parse_and_run(arguments: list[str]) -> None:
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stopped:
-        if isinstance(said, io.StringIO) and stopped.code:
-            lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+        box = said.getvalue()
+        lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+        # The parser repeats an argument in its messages, which are then as long.
+        if stopped.code and max(map(len, arguments), default=0) > _LONG:
             raise ConfigError(" ".join(filter(None, lines))) from None
+        if stopped.code and lines[0] in _OF_ONE_OPTION:
+            # A rule ends it, of hyphens where the terminal has no lines, and there the title has one too.
+            paragraphs = groupby(lines[1:], lambda line: line.strip("-") != "")
+            problem = (
+                " ".join(next(words for some, words in paragraphs if some))
+                .rstrip(".")
+                .replace(". Expected", ": expected")
+            )
+            raise ConfigError(f"{problem[:1].upper()}{problem[1:]}; --help says what each option takes.") from None
+        sys.stderr.write(box)
         raise
     if isinstance(command, Analyze):
         command = command.with_preset(arguments)

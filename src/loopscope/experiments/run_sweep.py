@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ def run_sweep_cell(cell: SweepCell, *, out: Path, base: Path) -> SweepResult:
     data = DataFiles.of(cell.config.data, out if made else base)
     folder = out / RUNS / cell.name
     trained = train(cell.config, folder, data, threads=1, console=Console(file=io.StringIO()))
-    if not trained.finished:
+    if trained.stopped_by is not None:
+        signal.raise_signal(trained.stopped_by)
         raise KeyboardInterrupt
     study = _study(cell, folder, data)
     return _result(cell, trained, study, time.monotonic() - started)

@@ -54,7 +54,7 @@ def main() -> None:
 def _answer(request: dict[str, Any], programs: dict[str, Any]) -> Any:
     run, digest = request["run"], request["program"]
     if "content" in request:
-        make: Callable[[Any], Any] = _tokenizer if run in ("encode", "decode") else lambda content: content
+        make: Callable[[Any], Any] = _tokenizer if run != "render" else lambda content: content
         programs[digest] = make(request["content"])
     arguments = request["arguments"]
     if run == "render":
@@ -62,6 +62,8 @@ def _answer(request: dict[str, Any], programs: dict[str, Any]) -> Any:
     tokenizer: Tokenizer = programs[digest]
     if run == "decode":
         return tokenizer.decode(arguments["ids"], skip_special_tokens=arguments["skip_special_tokens"])
+    if run == "ids":
+        return [each.ids for each in tokenizer.encode_batch(arguments["texts"], add_special_tokens=False)]
     found = tokenizer.encode(arguments["text"], add_special_tokens=arguments["add_special_tokens"])
     return found.ids, found.tokens, found.offsets, found.special_tokens_mask
 

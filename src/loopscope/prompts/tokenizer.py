@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from loopscope._util.reading import foreign, parse_json, read_text
@@ -60,7 +62,7 @@ class TextTokenizer:
         program: Mapping[str, Any] | None = None,
     ) -> None:
         """`named` are special tokens by the names under which files declare them: `pad_token` and so on. `program`, for
-        the sandbox, reads text in the place of the backend, which then is its vocabulary alone."""
+        the sandbox, reads text in the place of the backend, of which only the vocabulary is then used."""
         if backend.truncation is not None or backend.padding is not None:
             backend = Tokenizer.from_str(backend.to_str())  # the caller's own stays as it is
             backend.no_truncation()
@@ -241,18 +243,53 @@ def as_tokenizer(given: Any) -> TextTokenizer:
         backend,
         chat_template=ChatTemplate(template, named) if isinstance(template, str) else None,
         named=named,
+        program=_program_of(backend),
     )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json, and switch off the truncation and padding that it may ask for.
 
-    Raises `PromptError` if the file is missing or no tokenizer.
+    Raises `PromptError` if the file is missing or no tokenizer, and if it takes too much to be made.
     """
-    tokenizer = _made(path, _read(path)[0])
+    text, fields = _read(path)
+    if not is_tame(fields):
+        try:
+            sandbox().call("ids", {"tokenizer": text, "added": []}, texts=[])
+        except RefusedError as error:
+            raise PromptError(f"{path} is not a readable tokenizer ({error}); get the file again.") from error
+    tokenizer = _made(path, text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def ids_of(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of many texts, without special tokens around them. Raises `PromptError` if they cannot be had within
+    the sandbox's limits, which a tokenizer that is tame does not need."""
+    program = _program_of(tokenizer)
+    found: list[list[int]] = []
+    try:
+        if program is None:
+            with foreign():
+                return [each.ids for each in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        # As many at a time as a single text may be long.
+        ends = np.cumsum([len(text) for text in texts])
+        for _, group in groupby(zip(texts, ends // _LONGEST, strict=True), lambda each: each[1]):
+            found += sandbox().call("ids", program, texts=[text for text, _ in group])
+    except (ValueError, RefusedError) as error:
+        raise PromptError(f"The tokenizer cannot read the text ({one_line(error)}); use another one.") from error
+    return found
+
+
+def _program_of(backend: Tokenizer) -> dict[str, Any] | None:
+    """For the sandbox; None for a tokenizer that is tame, or has parts in Python, which only this process has."""
+    try:
+        with foreign():
+            text = backend.to_str()
+    except ValueError:
+        return None
+    return None if is_tame(parse_json(text)) else {"tokenizer": text, "added": []}
 
 
 _VOCABULARY = ("version", "added_tokens", "model")

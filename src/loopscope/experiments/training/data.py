@@ -17,7 +17,7 @@ from loopscope._util.files import write_atomically
 from loopscope._util.reading import parse_json, read_text, sha256_of
 from loopscope.errors import ConfigError, PromptError
 from loopscope.experiments.training.config import DataConfig, TrainConfig
-from loopscope.prompts.tokenizer import read_tokenizer
+from loopscope.prompts.tokenizer import ids_of, read_tokenizer
 
 BEGIN = "<|begin|>"
 END = "<|end|>"
@@ -185,8 +185,7 @@ class Corpus:
     @classmethod
     def encode(cls, documents: list[str], tokenizer: Tokenizer) -> Corpus:
         begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
-        encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
-        framed = [[begin, *encoding.ids, end] for encoding in encodings]
+        framed = [[begin, *ids, end] for ids in ids_of(documents, tokenizer)]
         starts = np.cumsum([0, *(len(ids) for ids in framed)], dtype=np.int64)
         return cls(tokens=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in framed]), starts=starts)
 
@@ -279,7 +278,8 @@ def load_texts(config: TrainConfig, data: DataFiles, tokenizer_path: Path) -> Te
     """Read, tokenize and cut the text of a run.
 
     The tokenizer is the one at `tokenizer_path` if the run has one already; otherwise it is read or trained as the
-    configuration says, and kept there. Raises `ConfigError` for unusable text and tokenizers.
+    configuration says, and kept there. Raises `ConfigError` for unusable text and tokenizers, `PromptError` for a
+    tokenizer that takes too much to read the text.
     """
     documents = read_documents(data.train, config.data.template)
     tokenizer = _tokenizer(config, data, tokenizer_path, documents)
@@ -305,7 +305,7 @@ def _answer_token(config: TrainConfig, tokenizer: Tokenizer) -> int | None:
     text = config.data.answer_after
     if text is None:
         return None
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    (ids,) = ids_of([text], tokenizer)
     if len(ids) != 1:
         raise ConfigError(
             f"data.answer_after must be one token, but {text!r} is {len(ids)} of them here; name one that is."

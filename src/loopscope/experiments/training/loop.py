@@ -20,6 +20,7 @@ from loopscope._util.estimate import Phase
 from loopscope._util.files import clear_leftovers
 from loopscope._util.progress import ProgressBar
 from loopscope._util.ranges import Range
+from loopscope._util.signals import STOPPING
 from loopscope.errors import ConfigError, last_resort
 from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.cost import check_cost
@@ -33,10 +34,10 @@ from loopscope.models.subject import find_device
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """The signal by which somebody asked the run to stop; None unless somebody did."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.signal: int | None = None
 
 
 @contextmanager
@@ -49,8 +50,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    named = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in named}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
@@ -58,7 +58,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.made = True
+        request.signal = number
         restore()
 
     for number in before:
@@ -78,6 +78,8 @@ class TrainResult:
     """Finished steps."""
     results: Mapping[str, Any] | None
     """What results.json holds; None if the run was stopped before its end."""
+    stopped_by: int | None = None
+    """The signal that it was then stopped by."""
 
     @property
     def finished(self) -> bool:
@@ -152,10 +154,10 @@ class _Run:
                 report = self._step(step)
                 figures = f"loss {report.loss:.3f}  {self.progress.tokens_per_second:,.0f} tokens/s"
                 bar.step("training", figures=figures)
-                if stop.made:
+                if stop.signal is not None:
                     self._save()
                     bar.note(f"Stopped after step {step + 1} of {config.steps}; the same command resumes it.")
-                    return TrainResult(self.folder.path, step + 1, None)
+                    return TrainResult(self.folder.path, step + 1, None, stop.signal)
         results = self._finish()
         return TrainResult(self.folder.path, config.steps, results)
 
