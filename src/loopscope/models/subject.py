@@ -75,6 +75,8 @@ class SubjectInfo:
     """Fields of config.json that loopscope does not know and that its user said to pass over."""
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
+    placement: str | None = None
+    """Where the layers lie of a model that was loaded with a device map."""
 
     @property
     def is_looped(self) -> bool:

@@ -149,7 +149,8 @@ class _Worker:
         self._halts = None if one.carries is None else Halts(one.carries, one.batch)
         mask = None if bool(one.batch.mask.all()) else one.batch.mask
         batch, tokens = one.batch.input_ids.shape
-        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies)
+        self._home = one.batch.input_ids.device
+        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies, home=self._home)
         self._watching: ExitStack | None = None
 
     def run(self, pauses: Pauses[Event]) -> Logits:
@@ -190,12 +191,13 @@ class _Worker:
                 self._halts.begin(site.recurrence, self._announced(received))
             before = self._spec.call.tokens_before
             if site.recurrence == 0 and self._spec.begins_with is not None:
-                other = torch.cat((received[:, :before], self._spec.begins_with), 1)
+                other = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
-                other = torch.cat((received[:, :before], (received[:, before:] * factors).to(received.dtype)), 1)
+                nudged = received[:, before:] * factors.to(received.device)
+                other = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             self._begin_recurrence(site, self._announced(received))
@@ -281,7 +283,8 @@ class _Worker:
 
     def _announced(self, state: Tensor) -> Tensor:
         seen = (state if self._spec.gradients else state.detach())[:, self._spec.call.tokens_before :]
-        return seen.clone() if self._spec.copies else seen
+        here = seen.to(self._home)
+        return here.clone() if self._spec.copies and here.device == state.device else here
 
     def _check_end(self, where: str, held: bool) -> None:
         end = self._spec.layout.loop_end

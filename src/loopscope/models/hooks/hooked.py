@@ -18,7 +18,7 @@ from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is
 from loopscope.models.hooks.discovery import branches
 from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
 from loopscope.models.hooks.layout import HookLayout
-from loopscope.models.hooks.pausing import ForwardContext, Setting
+from loopscope.models.hooks.pausing import ForwardContext, Setting, devices_of
 from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
 from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
@@ -86,7 +86,7 @@ class HookedSubject:
 
     @property
     def device(self) -> torch.device:
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return devices_of(self.model)[0]
 
     @property
     def facts(self) -> Facts:

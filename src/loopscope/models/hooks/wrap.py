@@ -15,7 +15,7 @@ from torch import nn
 
 from loopscope._util.hub import require
 from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
-from loopscope.models.checkpoints.load import check_memory
+from loopscope.models.checkpoints.free_memory import check_memory
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int64
@@ -44,6 +44,9 @@ class RotationTable:
 
     cos: Rotation
     sin: Rotation
+
+    def on(self, device: torch.device) -> RotationTable:
+        return RotationTable(self.cos.to(device), self.sin.to(device))
 
 
 def rotation_table(
@@ -139,6 +142,21 @@ class AttentionContext:
     """The same for layers with a sliding window, (batch or 1, 1, query, key)."""
     mix: Mix = mix_values
     """How values are mixed; another function of the same value has other derivatives."""
+    _copies: dict[torch.device, AttentionContext] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> AttentionContext:
+        """The same for layers on another device, made once for each."""
+        table = None if self.rotation is None else self.rotation.cos
+        tensors = [each for each in (table, self.mask, self.allowed, self.near) if each is not None]
+        if all(each.device == device for each in tensors):
+            return self
+        if device not in self._copies:
+            mask, allowed, near = (
+                None if each is None else each.to(device) for each in (self.mask, self.allowed, self.near)
+            )
+            rotation = None if self.rotation is None else self.rotation.on(device)
+            self._copies[device] = replace(self, rotation=rotation, mask=mask, allowed=allowed, near=near)
+        return self._copies[device]
 
 
 class Attention(nn.Module):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from loopscope._util.shapes import States
 from loopscope.models.architecture import Activation, Architecture, NormPlacement
 from loopscope.models.native.attention import Attention, AttentionContext, RMSNorm
 from loopscope.models.native.interventions import UNCHANGED, BranchScale
-from loopscope.models.visits import AttentionView
+from loopscope.models.visits import QueryKeyAttention
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -74,6 +75,11 @@ class Layer(nn.Module):
 
     def __init__(self, architecture: Architecture, window: int | None = None) -> None:
         super().__init__()
+        self.brought_from: Mapping[str, Tensor] | None = None
+        """Its weights by name, where it has them only while it runs; they are read, or copied, when they are asked for.
+        """
+        self.device: torch.device | None = None
+        """Where it runs, if that is not where its weights are."""
         self.on_residual = architecture.norm_placement == "residual"
         self.attention = Attention(architecture, window)
         self.mlp = MLP(architecture)
@@ -84,9 +90,33 @@ class Layer(nn.Module):
 
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = norm(1), norm(2), norm(3), norm(4)
 
+    def weight(self, name: str) -> Tensor:
+        """One of its parameters, wherever it lies."""
+        return self.get_parameter(name) if self.brought_from is None else self.brought_from[name]
+
+    def visit(
+        self,
+        x: States,
+        context: AttentionContext,
+        scale: BranchScale = UNCHANGED,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[States, QueryKeyAttention]:
+        """`forward` where this layer runs: state and context are moved there, and weights are brought there, in
+        another `dtype` if one is given. What comes out stays there."""
+        device = self.device or self.mlp.down.weight.device
+        arguments = (x.to(device), context.on(device), scale)
+        if self.brought_from is None and dtype is None:
+            answer: tuple[States, QueryKeyAttention] = self(*arguments)
+            return answer
+        weights = dict(self.named_parameters() if self.brought_from is None else self.brought_from.items())
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        brought: tuple[States, QueryKeyAttention] = functional_call(self, weights, arguments)
+        return brought
+
     def forward(
         self, x: States, context: AttentionContext, scale: BranchScale = UNCHANGED
-    ) -> tuple[States, AttentionView]:
+    ) -> tuple[States, QueryKeyAttention]:
         branch, view = self.attention(self.norm_1(x), context)
         x = self._add(x, branch, self.norm_2, scale.attention)
         return self._add(x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp), view

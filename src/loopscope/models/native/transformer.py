@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
-from loopscope._util.sites import Stage
+from loopscope._util.sites import STAGES, Stage
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.attention import AttentionContext, RMSNorm, RotationTable, rotation_table
@@ -73,8 +74,13 @@ class LoopedTransformer(nn.Module):
         if not architecture.tied_embeddings:
             self.head = nn.Linear(architecture.width, architecture.vocab_size, bias=False)
 
+    def layers(self, *stages: Stage) -> tuple[Layer, ...]:
+        """Unique layers of these stages, or of all, in order."""
+        return tuple(cast(Layer, layer) for stage in stages or STAGES for layer in getattr(self, stage))
+
     @property
     def device(self) -> torch.device:
+        """Where states are between layers, and everything that belongs to none; layers may lie elsewhere."""
         return self.embedding.weight.device
 
     @property
@@ -97,7 +103,7 @@ class LoopedTransformer(nn.Module):
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if name.endswith(("bias", "decay")) else 1.0)
             if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
-                for layer in (*self.prelude, *self.recurrent, *self.coda):
+                for layer in self.layers():
                     for norm in (layer.norm_2, layer.norm_4):
                         norm.weight.fill_(branch_gain)
         return self
@@ -162,7 +168,7 @@ class LoopedTransformer(nn.Module):
         """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence."""
         context, applied = self._context(input_ids, attention_mask), applied or AppliedInterventions()
         embedded = self.embed(input_ids)
-        encoded = self._stage("prelude", self.prelude, embedded, 0, context, applied, observers)
+        encoded = self._stage("prelude", embedded, 0, context, applied, observers)
         return Sequence(input_ids, encoded, context, applied)
 
     def embed(self, input_ids: TokenIds) -> States:
@@ -195,7 +201,7 @@ class LoopedTransformer(nn.Module):
         state = self._input(received, sequence, recurrence)
         for observer in observers:
             observer.injected(recurrence, state)
-        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, applied, observers)
+        state = self._stage("recurrent", state, recurrence, sequence.context, applied, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
         if self.architecture.eta != 1.0:
@@ -233,7 +239,7 @@ class LoopedTransformer(nn.Module):
         """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
         if self.architecture.loop_norm == "loop":
             state = self.norm(state)
-        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.applied, observers)
+        hidden = self._stage("coda", state, 0, sequence.context, sequence.applied, observers)
         return self.unembed(hidden if self._is_normed else self.norm(hidden))
 
     def unembed(self, hidden: States) -> Logits:
@@ -249,19 +255,20 @@ class LoopedTransformer(nn.Module):
     def _stage(
         self,
         stage: Stage,
-        layers: nn.ModuleList,
         state: States,
         recurrence: int,
         context: AttentionContext,
         applied: AppliedInterventions,
         observers: Iterable[Observer],
     ) -> States:
-        for index, layer in enumerate(layers):
-            state, view = layer(state, context, applied.scale(stage, index, recurrence))
-            visit = Visit(stage, index, recurrence, state, view)
-            for observer in observers:
-                observer.visit(visit)
-        return state
+        home, observers = self.device, tuple(observers)
+        for index, layer in enumerate(self.layers(stage)):
+            state, view = layer.visit(state, context, applied.scale(stage, index, recurrence))
+            if observers:
+                visit = Visit(stage, index, recurrence, state.to(home), view.on(home))
+                for observer in observers:
+                    observer.visit(visit)
+        return state.to(home)
 
     def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
         tokens = input_ids.shape[1]
