@@ -19,14 +19,14 @@ _CPU = torch.device("cpu")
 
 
 class _Elsewhere(Tensor):
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> _Elsewhere:
         made: _Elsewhere = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=device
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     @classmethod
@@ -41,22 +41,23 @@ class _Elsewhere(Tensor):
                 return _Elsewhere(result, args[0].device)
             return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return _run(func, args, kwargs or {})
+    __torch_dispatch__: Any = classmethod(lambda cls, func, types, args=(), kwargs=None: _run(func, args, kwargs or {}))
 
 
 class LogicalDevices(TorchDispatchMode):
     """In force, `lazy:0`, `lazy:1` ... are devices. `moves` counts the tensors that were copied from one to another."""
 
-    moves = 0
+    def __init__(self) -> None:
+        initialise: Callable[[], None] = super().__init__
+        initialise()
+        self.moves = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if "device" not in kwargs and _Elsewhere not in types:
+            return func(*args, **kwargs)
         if func.overloadpacket is torch.ops.aten._to_copy and kwargs.get("device", args[0].device) != args[0].device:
             self.moves += 1
         return _run(func, args, kwargs)
@@ -80,7 +81,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def _inside(value: Any) -> Any:
     if isinstance(value, torch.device):
         return _CPU
-    return value.inner if isinstance(value, _Elsewhere) else value
+    return value.held if isinstance(value, _Elsewhere) else value
 
 
 def _outside(value: Any, device: torch.device) -> Any:

@@ -39,6 +39,8 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         note(sentence)
     if isinstance(subject, NativeSubject) and subject.placement is not None and subject.placement.is_spread:
         note(_where_layers_lie(info.name, subject.placement, settings))
+    elif info.placement is not None:
+        note(f"{info.name} lies on {info.placement}.")
     if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
         note(f"{info.name} turned out to have {subject.found}.")
     if isinstance(subject, HookedSubject) and subject.branches is not None:

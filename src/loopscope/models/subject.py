@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
 from loopscope._util.sites import Site, sites_in_order
@@ -76,7 +76,7 @@ class SubjectInfo:
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
     placement: str | None = None
-    """Where the layers lie of a model that was loaded with a device map."""
+    """Where the layers lie of a model that is not on one device."""
 
     @property
     def is_looped(self) -> bool:
@@ -284,10 +284,10 @@ class Subject(Protocol):
         """
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of the names and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, values in (*model.named_parameters(), *model.named_buffers()):
+    for name, values in weights:
         digest.update(name.encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

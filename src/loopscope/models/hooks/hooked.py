@@ -16,6 +16,7 @@ from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
 from loopscope.models.hooks.discovery import branches
+from loopscope.models.hooks.dispatched import placement_of, weights_of
 from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting, devices_of
@@ -286,7 +287,8 @@ class HookedSubject:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             dtype=str(facts.dtype).removeprefix("torch."),
             device=str(self.device),
-            weights_sha256=weights_sha256 or weights_digest(self.model),
+            weights_sha256=weights_sha256 or weights_digest(weights_of(self.model)),
+            placement=placement_of(self.model),
             revision=revision,
             other_states=self.layout.other_states,
             only_tokens=facts.only_tokens,

@@ -13,6 +13,7 @@ from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.called import WatchedForward
 from loopscope.models.hooks.calls import ModelCall, is_pretrained
 from loopscope.models.hooks.discovery import discover
+from loopscope.models.hooks.dispatched import is_dispatched
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import Setting, devices_of
 from loopscope.models.hooks.probe import PROBE_TOKENS, probe_batch
@@ -52,7 +53,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 def check_weights(model: nn.Module) -> None:
     """Raises `ConfigError` for a model that cannot be run, as its weights are not there."""
-    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_dispatched(model):
         raise ConfigError(f"{type(model).__name__} has weights on the device 'meta', which are not there; load them.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,11 +66,11 @@ class NativeSubject:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            weights_sha256=weights_sha256 or weights_digest(model),
+            weights_sha256=weights_sha256 or weights_digest(model.named_parameters()),
             exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
             revision=revision,
             ignored_config=tuple(ignored_config),
-            placement=None if placement is None else str(placement),
+            placement=str(placement) if placement is not None and placement.is_spread else None,
         )
 
     @property
@@ -255,7 +254,6 @@ class NativeRun:
 
     def _recurrence_in(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Outputs of the recurrent layers in one recurrence from here, one by one, computed in another dtype."""
-
         context, applied = _context_in(self._sequence.context, dtype), self._sequence.applied
         frozen, injection = applied.frozen(self._recurrence), self._model.injection
         state = applied.received(self.state, self._recurrence).to(dtype)

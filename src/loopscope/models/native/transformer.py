@@ -105,7 +105,7 @@ class LoopedTransformer(nn.Module):
             if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
                 for layer in self.layers():
                     for norm in (layer.norm_2, layer.norm_4):
-                        norm.weight.fill_(branch_gain)
+                        norm.get_parameter("weight").fill_(branch_gain)
         return self
 
     def forward(
