@@ -75,6 +75,9 @@ class SubjectInfo:
     """Fields of config.json that loopscope does not know and that its user said to pass over."""
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
+    injection_factors: tuple[float, float] | None = None
+    """Mean and largest factor by which the injection alone shrinks a coordinate of the state in each recurrence, of a
+    model whose weights say it (`bounded` and `diagonal`); Parcae's authors call the mean the contraction factor."""
     placement: str | None = None
     """Where the layers lie of a model that is not on one device."""
 
@@ -100,7 +103,7 @@ class SubjectInfo:
     @property
     def can_start_elsewhere(self) -> bool:
         """The prompt enters at every recurrence, so another initial state is still the same prompt."""
-        return self.injection in ("linear", "add", "bounded")
+        return self.injection in ("linear", "add", "bounded", "diagonal")
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.

@@ -164,10 +164,12 @@ class CallerState:
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
-    """Where its weights are; the first is where what goes in, and all that is announced, is put. What accelerate brings
-    from memory or disk, while a layer runs, is on the device meta until then, and does not count."""
-    devices = dict.fromkeys(weight.device for weight in model.parameters() if not weight.is_meta)
-    return list(devices) or [torch.device("cpu")]
+    """Where its weights are; the first is where what goes in, and all that is announced, is put. Those that accelerate
+    brings from memory or disk, while a layer runs, are on the device meta until then, and run where its hook says."""
+    devices = dict.fromkeys(weight.device for weight in model.parameters())
+    there = [device for device in devices if device.type != "meta"]
+    runs = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return there or ([] if runs is None else [torch.device(runs)]) or list(devices) or [torch.device("cpu")]
 
 
 class Abandoned(BaseException):

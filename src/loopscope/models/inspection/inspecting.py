@@ -45,6 +45,8 @@ _INJECTION: dict[Injection, str] = {
     "add": "prelude output added to the state, in every recurrence",
     "bounded": "what was in the state decays, by a learned factor below 1 per coordinate, and a linear map of the "
     "prelude's output is added, in every recurrence",
+    "diagonal": "what was in the state decays, by a learned factor below 1 per coordinate, and a linear map of the "
+    "prelude's output is added in learned steps, in every recurrence",
 }
 _NORMS: dict[NormPlacement, str] = {
     "pre": "RMS norm before each branch (pre-norm)",
@@ -61,6 +63,7 @@ _QK_NORM: dict[QkNorm, str] = {
     "none": "",
     "head": "RMS norm on queries and keys, per head",
     "full": "RMS norm on queries and keys, over all heads together",
+    "unweighted": "RMS norm without weights on queries and keys, per head, behind the rotation",
 }
 _ROTARY: dict[Rotary, str] = {
     "none": "no rotation",
@@ -193,9 +196,10 @@ def settings_in_words(architecture: Architecture) -> dict[str, str]:
 
 
 def _of_the_loop(architecture: Architecture) -> dict[str, str]:
+    after = ", then a linear map, before the coda" if architecture.readout_map else ""
     words = {
         "injection": _INJECTION[architecture.injection],
-        "loop norm": _LOOP_NORM[architecture.loop_norm],
+        "loop norm": _LOOP_NORM[architecture.loop_norm] + after,
         "initial state": "the prelude's output" if architecture.prelude else "the token embeddings",
         "exit gate": "none",
     }
@@ -211,7 +215,9 @@ def _of_the_loop(architecture: Architecture) -> dict[str, str]:
 
 
 def _norms(architecture: Architecture) -> str:
-    parts = [_NORMS[architecture.norm_placement], _QK_NORM[architecture.qk_norm], f"eps {architecture.norm_eps:g}"]
+    prelude = "RMS norm on the prelude's output" if architecture.prelude_norm else ""
+    parts = [_NORMS[architecture.norm_placement], prelude, _QK_NORM[architecture.qk_norm]]
+    parts.append(f"eps {architecture.norm_eps:g}")
     return "; ".join(part for part in parts if part)
 
 
@@ -222,6 +228,9 @@ def _attention(architecture: Architecture) -> str:
         parts.append(f"{groups} for keys and values")
     if architecture.qk_bias:
         parts.append("bias on queries and keys")
+    if architecture.value_embeddings:
+        count = len(architecture.value_embeddings)
+        parts.append(f"a gated embedding of the token in the values of {count} of {architecture.layers} layers")
     if architecture.sliding_window is not None:
         parts.append(_window(architecture, architecture.sliding_window))
     return ", ".join(parts)

@@ -21,6 +21,7 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu-tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "halved-relu2": lambda x: functional.relu(x).square() * 0.5,
 }
 
 
@@ -38,9 +39,38 @@ class BoundedInjection(nn.Module):
         self.decay = nn.Parameter(torch.zeros(width))
         self.weight = nn.Parameter(torch.zeros(width, width))
 
+    @property
+    def factors(self) -> Tensor:
+        """On the state, (width,)."""
+        return torch.sigmoid(self.decay)
+
     def forward(self, both: Tensor) -> Tensor:
         state, encoded = both.split(self.width, dim=-1)
-        mixed: Tensor = torch.sigmoid(self.decay) * state + functional.linear(encoded, self.weight)
+        mixed: Tensor = self.factors * state + functional.linear(encoded, self.weight)
+        return mixed
+
+
+class DiagonalInjection(nn.Module):
+    """`exp(-d exp(a)) * s + d * W e` of `[s ; e]`, with `d = softplus(b)`, (..., 2 width) to (..., width) (Parcae).
+
+    A linear system that forgets, in steps of learned length: every factor on the state lies between 0 and 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.rate_log = nn.Parameter(torch.zeros(width))
+        self.step_bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    @property
+    def factors(self) -> Tensor:
+        """On the state, (width,)."""
+        return torch.exp(-functional.softplus(self.step_bias) * torch.exp(self.rate_log))
+
+    def forward(self, both: Tensor) -> Tensor:
+        state, encoded = both.split(self.width, dim=-1)
+        mixed: Tensor = state * self.factors + functional.softplus(self.step_bias) * (encoded @ self.weight.T)
         return mixed
 
 
@@ -73,7 +103,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
+    def __init__(self, architecture: Architecture, place: int) -> None:
+        """`place` counts over prelude, recurrent and coda."""
         super().__init__()
         self.brought_from: Mapping[str, Tensor] | None = None
         """Its weights by name, where it has them only while it runs; they are read, or copied, when they are asked for.
@@ -81,7 +112,7 @@ class Layer(nn.Module):
         self.device: torch.device | None = None
         """Where it runs, if that is not where its weights are."""
         self.on_residual = architecture.norm_placement == "residual"
-        self.attention = Attention(architecture, window)
+        self.attention = Attention(architecture, place)
         self.mlp = MLP(architecture)
         present = _NORMS[architecture.norm_placement]
 

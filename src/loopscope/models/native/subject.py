@@ -19,6 +19,7 @@ from loopscope.models.interventions.parsing import check_fits, parse_interventio
 from loopscope.models.native.attention import AttentionContext, Mix, RotationTable, mix_values
 from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, RunInterventions, initial_noise
+from loopscope.models.native.layer import BoundedInjection, DiagonalInjection
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.native.transformer import Sequence as TokenSequence
 from loopscope.models.subject import Batch, Subject, SubjectInfo, weights_digest
@@ -70,6 +71,7 @@ class NativeSubject:
             exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
             revision=revision,
             ignored_config=tuple(ignored_config),
+            injection_factors=_factors(model),
             placement=str(placement) if placement is not None and placement.is_spread else None,
         )
 
@@ -139,6 +141,13 @@ class NativeSubject:
             if self.interventions
             else AppliedInterventions()
         )
+
+
+def _factors(model: LoopedTransformer) -> tuple[float, float] | None:
+    if not isinstance(model.injection, BoundedInjection | DiagonalInjection) or model.injection.weight.is_meta:
+        return None
+    factors = model.injection.factors.detach().double()
+    return float(factors.mean()), float(factors.max())
 
 
 class NativeRun:
