@@ -156,7 +156,8 @@ class _Worker:
     def run(self, pauses: Pauses[Event]) -> Logits:
         self._pauses = pauses
         self._thread = threading.get_ident()
-        with ExitStack() as stack:
+        with ExitStack() as self._stack:
+            stack = self._stack
             self._caller.enter(stack)
             stack.enter_context(torch.set_grad_enabled(self._spec.gradients))
             # Hooks come and go while nobody else computes, who might be looking through them.
@@ -252,6 +253,19 @@ class _Worker:
         if self._halts is not None:
             self._halts.end(loop_state.state)
         self._announce(loop_state)
+        if self._halts is not None and loop_state.recurrence + 1 == self._spec.recurrences:
+            for module in self._spec.call.model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                    self._stack.callback(module.register_forward_pre_hook(self._behind).remove)
+
+    def _behind(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        state = next((v for v in args if isinstance(v, Tensor)), None)
+        shape = (*self._spec.batch.input_ids.shape, self._spec.width)
+        if threading.get_ident() != self._thread or self._halts is None or state is None:
+            return
+        before = self._spec.call.tokens_before
+        if (state.shape[0], state.shape[1] - before if state.ndim == 3 else -1, state.shape[-1]) == shape:
+            self._halts.behind(self._cursor.recurrences, self._announced(state))
 
     def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
         """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
