@@ -1,4 +1,4 @@
-"""Parcae: pickles that a converter makes readable, and numbers of its published code (`parcae-tiny/make.py`)."""
+"""Parcae: pickles that a converter makes readable, and numbers of its published code (`parcae/make.py`)."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from loopscope.errors import CheckpointError, LoopscopeError
 from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.subject import Batch
 
-REFERENCE = Path(__file__).resolve().parent / "reference" / "parcae-tiny"
+REFERENCE = Path(__file__).resolve().parent / "parcae"
 CASE = json.loads((REFERENCE / "case.json").read_text())
 
 

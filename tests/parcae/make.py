@@ -1,6 +1,6 @@
 """Makes this folder's files with the published code of Parcae (github.com/SandyResearch/parcae, commit dee8363):
 
-PYTHONPATH=<a checkout of it> python tests/reference/parcae-tiny/make.py
+PYTHONPATH=<a checkout of it> python tests/parcae/make.py
 """
 
 import dataclasses
