@@ -73,7 +73,7 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         ({"max_positions": "many"}, "field 'max_positions' of the Architecture must be int or null"),
         (
             {"injection": "linaer"},
-            "field 'injection' of the Architecture must be one of none, linear, add, bounded, got 'linaer'",
+            "field 'injection' of the Architecture must be one of none, linear, add, bounded, diagonal, got 'linaer'",
         ),
         ({"injection": ["linear"]}, "'injection' of the Architecture must be one of none, linear, add"),
         ({"rope_scaling": SCALING | {"beta": 1}}, "Unknown field 'beta' in the Llama3Scaling"),

@@ -312,7 +312,7 @@ def test_without_the_package_the_command_that_installs_it_is_said(
 
 
 def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loopscope.models.checkpoints.load.available_memory", lambda device: 300_000)
+    monkeypatch.setattr("loopscope.models.checkpoints.free_memory.available_memory", lambda device: 300_000)
     with pytest.raises(CheckpointError, match=r"The weights need 0\.4 MB in float32, and 0\.3 MB .* --dtype bfloat16"):
         load(folder)
 

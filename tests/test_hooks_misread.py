@@ -66,6 +66,14 @@ class HaltsWithInjection(Halts):
     injects = True
 
 
+class HaltsBeforeTheLast(Halts):
+    def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+        for turn in range(self.loops):
+            stays = ((tokens == 9).any(-1) & (turn == self.loops - 1))[:, None, None]
+            x = torch.where(stays, x, self.body[0](x))
+        return x
+
+
 @pytest.mark.parametrize("model", [Halts, HaltsWithInjection])
 def test_a_prompt_that_halts_within_a_batch_is_refused(model: type[Model]) -> None:
     subject = loopscope.hook(model(Step()).eval())
@@ -77,6 +85,15 @@ def test_a_prompt_that_halts_within_a_batch_is_refused(model: type[Model]) -> No
             loopscope.capture(subject, prompts)
         with pytest.raises(ConfigError, match="stop prompts, or tokens, by itself"):
             loopscope.analyze(subject, prompts, recurrences=4, horizon=4)
+    assert_untouched(subject.model)
+
+
+def test_a_prompt_that_halts_before_the_very_last_recurrence_is_noticed_behind_the_loop() -> None:
+    subject = loopscope.hook(HaltsBeforeTheLast(Step()).eval())
+    loopscope.capture(subject, [GOING, GOING])
+    for prompts, row in (([HALTING, GOING], 0), ([GOING, HALTING], 1)):
+        with pytest.raises(ConfigError, match=f"put out for prompt {row} of the batch in recurrence 4 of the loop"):
+            loopscope.capture(subject, prompts)
     assert_untouched(subject.model)
 
 

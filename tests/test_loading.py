@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from loopscope import LoopedTransformer
 from loopscope.errors import CheckpointError
 from loopscope.models.architecture import Architecture
-from loopscope.models.checkpoints import load as memory
+from loopscope.models.checkpoints import free_memory as memory
 from loopscope.models.checkpoints.family import parameter_shapes
+from loopscope.models.checkpoints.free_memory import available_memory
 from loopscope.models.checkpoints.layout import read_layout
-from loopscope.models.checkpoints.load import available_memory, load_checkpoint
+from loopscope.models.checkpoints.load import load_checkpoint
 from published import HUGINN, RETROFIT_LLAMA, publish
 from test_model_settings import CASES
 
@@ -122,10 +123,13 @@ def test_more_weights_than_memory_are_refused_before_loading(tmp_path: Path) -> 
     assert read_layout(tmp_path).architecture == architecture
     sizes = r"The weights need \d+\.\d GB in {}, and \d+\.\d GB of memory are available on cpu; "
     with pytest.raises(
-        CheckpointError, match=sizes.format("float32") + r"--dtype bfloat16 needs \d+\.\d GB, or take a"
+        CheckpointError,
+        match=sizes.format("float32") + r"--dtype bfloat16 needs \d+\.\d GB, --device-map auto .*, or take a",
     ):
         load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=sizes.format("bfloat16") + "take a machine with more"):
+    with pytest.raises(
+        CheckpointError, match=sizes.format("bfloat16") + "--device-map auto spreads .*, or take a machine with more"
+    ):
         load_checkpoint(tmp_path, dtype=torch.bfloat16)
 
 

@@ -103,6 +103,7 @@ def _analyze(
         revision=settings.revision,
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
         prefix=settings.prefix,
         ignore_config=settings.ignore_config,
     )
@@ -219,6 +220,8 @@ def _settings_of(subject: Subject, settings: AnalyzeSettings) -> AnalyzeSettings
     if info.interventions:
         actual["intervene"] = info.interventions
     actual["ignore_config"] = info.ignored_config
+    if settings.device_map is not None:
+        raise ConfigError(f"device_map comes too late: {info.name} is loaded already; give it to loopscope.load.")
     default = AnalyzeSettings()
     for name, value in actual.items():
         asked = getattr(settings, name)

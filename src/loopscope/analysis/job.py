@@ -195,7 +195,7 @@ class Job:
                 self.progress.first_batch(None)  # which is the workers'
             finished_before = True
 
-        work = _ShardWork(_Recipe(self.subject, self._source), tuple(self.prompts), settings)
+        work = _ShardWork(_Recipe(self.subject, self._source, self.settings.device_map), tuple(self.prompts), settings)
         run_items(work, shards, finished, engine, self.progress.note)
 
     def run(self, index: int) -> xr.Dataset:
@@ -357,8 +357,9 @@ class _Notes(SilentProgress):
 class _Recipe:
     """A subject on its way to a worker: what it is loaded from there, or the model itself."""
 
-    def __init__(self, subject: Subject, source: str | Path | None) -> None:
+    def __init__(self, subject: Subject, source: str | Path | None, device_map: str | None) -> None:
         self._info = subject.info
+        self._device_map = device_map
         self._subject = subject if source is None else None
         # A worker may stand in another folder.
         self._source = str(Path(source).resolve() if source and Path(source).exists() else source)
@@ -373,6 +374,7 @@ class _Recipe:
             revision=info.revision,
             dtype=info.dtype,
             device=info.device.partition(":")[0],
+            device_map=self._device_map,
             prefix=info.prefix or "causal",
             ignore_config=info.ignored_config,
         )

@@ -116,6 +116,7 @@ def manifest(
         "memory_limit",
         "horizon_method",
         "device",
+        "device_map",
         "dtype",
         "revision",
         "ignore_config",
@@ -148,7 +149,7 @@ def manifest(
         "threads": torch.get_num_threads(),
         # All that the numbers depend on: a folder is resumed only if this is the same.
         "identity": {
-            "model": {name: value for name, value in info.to_dict().items() if name != "name"},
+            "model": {name: value for name, value in info.to_dict().items() if name not in ("name", "placement")},
             "settings": {name: value for name, value in plain.items() if name not in free},
             "prompts": {"count": len(prompts), "sha256": digest},
             "versions": {name: version(name) for name in ("loopscope", "torch")} | fused,

@@ -21,7 +21,7 @@ from loopscope.measures.horizon import Horizons
 from loopscope.measures.memory import Memory, array_bytes
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.registry import asked_for, why_absent
-from loopscope.models.checkpoints.load import available_memory
+from loopscope.models.checkpoints.free_memory import available_memory
 from loopscope.models.inspection.facts import Inspection, numbers_in_a_layer
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
@@ -45,7 +45,10 @@ class MemoryPlan:
         self._subject, self._plan, self._settings = subject, plan, settings
         self._machine = available_memory(torch.device("cpu"))
         workers = 1 if settings.engine == "serial" else settings.workers or cpu_count()
+        placement = subject.placement if isinstance(subject, NativeSubject) else None
         free = available_memory(subject.device)
+        if placement is not None:
+            free = max(0, free - placement.largest_brought)
         if workers > 1:
             item = planned_batch(subject, Batch.of([[0]]), plan).itemsize
             free = max(0, free // workers - _WORKER - subject.info.parameters * item)
@@ -56,6 +59,9 @@ class MemoryPlan:
         """Of these, that what runs at once may take."""
         self.budget = keep_budget(subject, settings, self.free)
         """Bytes of states that may be kept."""
+        elsewhere = () if placement is None else placement.elsewhere
+        self._elsewhere = {str(device): int(_BATCH_SHARE * available_memory(device)) for device in elsewhere}
+        """Bytes for one layer's run of a batch, on devices other than the subject's own."""
 
     def kept(self, batch: Batch) -> int:
         """Bytes of states that are kept rather than made twice; 0 where they would not fit."""
@@ -75,9 +81,16 @@ class MemoryPlan:
     def at_once(self, lengths: Sequence[int], most: int) -> int:
         """Prompts of these lengths, one batch after the other, that a batch has room for; at least 1."""
         for size in range(min(most, len(lengths)), 1, -1):
-            if self.needed(_largest(lengths, size)) <= self.room:
+            batch = _largest(lengths, size)
+            if self.needed(batch) <= self.room and self._too_small(batch) is None:
                 return size
         return 1
+
+    def _too_small(self, batch: Batch) -> str | None:
+        """Another device that has no room to run a layer."""
+        planned = planned_batch(self._subject, batch, self._plan)
+        run = batch.mask.numel() * planned.itemsize * numbers_in_a_layer(planned.sizes)
+        return next((device for device, room in self._elsewhere.items() if run > room), None)
 
     def check(self, lengths: Sequence[int]) -> None:
         """Raises `ConfigError` where the longest prompt does not fit even alone, whatever the error of the estimate, or
@@ -88,6 +101,12 @@ class MemoryPlan:
             raise ConfigError(
                 f"A prompt of {max(lengths):,} tokens needs about {size_text(needed)} beside the model, and "
                 f"{size_text(self.free)} may be taken on {self._subject.device}; {self._advice(lengths, needed)}."
+            )
+        device = self._too_small(alone)
+        if device is not None:
+            raise ConfigError(
+                f"A prompt of {max(lengths):,} tokens needs more than {size_text(self._elsewhere[device])} on {device} "
+                "while a layer runs there; put fewer layers there (--device-map), or take shorter prompts (--truncate)."
             )
         arrays = self._study(lengths)
         if 2 * arrays * (1 - _ERROR) > self._machine:

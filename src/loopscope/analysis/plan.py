@@ -13,7 +13,10 @@ from loopscope.measures.behaviour import can_be_judged
 from loopscope.measures.maps import map_recurrences, map_sites, map_tokens
 from loopscope.measures.readout import readout_grid
 from loopscope.measures.stability import replaced_at, study_eigenvalues
+from loopscope.models.checkpoints.free_memory import size_text
+from loopscope.models.checkpoints.placement import Placement
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Subject, SubjectInfo
 
 _EXITS_IF_UNKNOWN = 8
@@ -34,6 +37,10 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     info = subject.info
     for sentence in subject.notes if isinstance(subject, HookedSubject) else ():
         note(sentence)
+    if isinstance(subject, NativeSubject) and subject.placement is not None and subject.placement.is_spread:
+        note(_where_layers_lie(info.name, subject.placement, settings))
+    elif info.placement is not None:
+        note(f"{info.name} lies on {info.placement}.")
     if isinstance(subject, HookedSubject) and subject.found is not None and info.is_looped:
         note(f"{info.name} turned out to have {subject.found}.")
     if isinstance(subject, HookedSubject) and subject.branches is not None:
@@ -60,6 +67,22 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         eigenvalues=_eigenvalues(subject, settings, note),
         maps=maps,
     )
+
+
+def _where_layers_lie(name: str, placement: Placement, settings: AnalyzeSettings) -> str:
+    """With what it costs."""
+    loop, others = placement.read("recurrent"), placement.read("prelude", "coda")
+    passes = 2 * settings.horizon + settings.recurrences
+    each = []
+    if loop:
+        each.append(
+            f"{size_text(loop)} of its loop {passes:,} times or more, once in every recurrence "
+            f"({size_text(loop * passes)})"
+        )
+    if others:
+        each.append(f"{size_text(others)} before and behind the loop once in every run and readout")
+    cost = f" For each batch, the disk is read for {' and for '.join(each)}." if each else ""
+    return f"{name} lies on {placement}.{cost}"
 
 
 def choose_maps(
@@ -118,7 +141,7 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
     if not info.is_looped or "stability" in settings.skip:
         return None
     replaced = replaced_at(settings.interventions, 2 * settings.horizon)
-    reason = None
+    reason = subject.no_eigenvalues if isinstance(subject, NativeSubject) else None
     if isinstance(subject, HookedSubject) and not settings.hooked_eigenvalues:
         reason = (
             "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
@@ -126,7 +149,7 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
         )
     elif isinstance(subject, HookedSubject) and (against := why_no_eigenvalues(subject)) is not None:
         reason = against
-    elif replaced is not None:
+    elif reason is None and replaced is not None:
         reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
     if reason is not None:
         note(f"Eigenvalues are left out for {info.name}: {reason}.")

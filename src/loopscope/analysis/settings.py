@@ -103,6 +103,9 @@ class AnalyzeSettings:
     takes less than twice as long, and float32 for others. stored takes what the checkpoint's weights are stored in."""
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
+    device_map: str | None = None
+    """Where layers go of a model that the device has no room for: auto (other GPUs, memory, disk), or places by layers
+    such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk; see docs/models.md. Numbers are those of one device."""
     prefix: Literal["trained", "causal"] = "trained"
     """How a model reads its prompt that was trained to read one in both directions, as HRM-Text was: so (trained), or
     as a text in which no token sees a later one (causal). Nothing to other models."""

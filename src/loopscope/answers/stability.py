@@ -63,9 +63,10 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     return STABILITY.says(
         outcome,
         verdict,
-        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_growth(data, criterion)}"
+        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_injected(view)}"
+        f"{_growth(data, criterion)}"
         f"{_confirmed(found)}",
-        _evidence(data, counts, total, pairs, found) | _non_normality(view),
+        _evidence(data, counts, total, pairs, found) | _injection_factors(view) | _non_normality(view),
         _limits(view, counts, total, pairs),
         figure="stability-rates" if pairs.predicted.size else None,
         claims=_claims(view, outcome),
@@ -139,6 +140,22 @@ def _rates(data: xarray.Dataset, pairs: RatePairs) -> str:
             f"uncertainty in {percent(float(within.mean()))} of {plural(within.size, 'token')}."
         )
     return said
+
+
+def _injection_factors(view: StudyView) -> Evidence:
+    """Of a model whose weights say by what its injection alone shrinks the state."""
+    factors = view.manifest["model"].get("injection_factors")
+    return {} if factors is None else {"injection_factor_mean": factors[0], "injection_factor_largest": factors[1]}
+
+
+def _injected(view: StudyView) -> str:
+    factors = [significant(float(factor), 3) for factor in _injection_factors(view).values()]
+    if not factors:
+        return ""
+    return (
+        f" The injection alone would shrink a coordinate of the state by a factor of {factors[0]} (mean; at most "
+        f"{factors[1]}) in each recurrence, say the weights; what the layers add makes the difference."
+    )
 
 
 def _growth(data: xarray.Dataset, criterion: Criterion) -> str:

@@ -221,6 +221,10 @@ class Inspect:
     """A branch, tag or commit of the model, if there is one, on the hub."""
     ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field of config.json that loopscope does not know, to be passed over. Again for several."""
+    device: str = "auto"
+    """A torch device, for --device-map."""
+    device_map: str | None = None
+    """Say where layers would go on this machine, as analyze has it: auto, or places by layers."""
     json: bool = False
     """Print JSON, for programs: an object, of several models a list of them."""
 
@@ -236,7 +240,14 @@ class Inspect:
         if self.ignore_config and len(self.models) > 1:
             raise ConfigError("--ignore-config is of one model; inspect such models one by one.")
         found = [
-            inspect_model(model, revision=self.revision, run=self.run_size, ignore_config=self.ignore_config)
+            inspect_model(
+                model,
+                revision=self.revision,
+                run=self.run_size,
+                ignore_config=self.ignore_config,
+                device=self.device,
+                device_map=self.device_map,
+            )
             for model in self.models
         ]
         if len(found) > 1 and not self.json:

@@ -165,6 +165,7 @@ def _memory(inspection: Inspection, memory: MemoryEstimate) -> list[tuple[str, s
     return [
         *([("note", f"the model has {longest:,} positions, so prompts must be shorter")] if too_long else []),
         ("weights", size(memory.weights)),
+        *([("layers lie on", inspection.placement)] if inspection.placement is not None else []),
         ("one forward", f"about {size(memory.activations)} more{about}"),
         ("all states", f"{size(memory.kept_states)}{loops}, if they are kept (capture)"),
         ("one map", f"{size(memory.attention_map)}, all heads of one visit, only while it is looked at"),

@@ -257,6 +257,7 @@ def _subject(study: Study, model: str | Path | Subject | None, settings: Analyze
         revision=settings.revision,
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
         ignore_config=settings.ignore_config,
     )
     if subject.info.weights_sha256 != recorded["weights_sha256"]:

@@ -20,7 +20,7 @@ from loopscope.dynamics.verdicts import KINDS
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from loopscope.experiments.designs import NormName
 from loopscope.models.architecture import Architecture
-from loopscope.models.checkpoints.load import check_memory
+from loopscope.models.checkpoints.free_memory import check_memory
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.study import Study, view_study

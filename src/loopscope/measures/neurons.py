@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -61,8 +61,8 @@ def folded_unembedding(model: LoopedTransformer) -> Float[Tensor, "vocabulary wi
 
 def folded_output(layer: Layer) -> Float[Tensor, "width neuron"]:
     """What its MLP's neurons write, with the weights of the norm behind the MLP in it, where there is one."""
-    output = widen(layer.mlp.down.weight)
-    return output * widen(layer.norm_4.weight)[:, None] if isinstance(layer.norm_4, RMSNorm) else output
+    output = widen(layer.weight("mlp.down.weight"))
+    return output * widen(layer.weight("norm_4.weight"))[:, None] if isinstance(layer.norm_4, RMSNorm) else output
 
 
 def _unembedding(model: LoopedTransformer) -> Tensor:
@@ -122,9 +122,8 @@ class Neurons(Declared):
 
     @classmethod
     def count(cls, model: LoopedTransformer) -> xr.Dataset:
-        layers = (*model.prelude, *model.recurrent, *model.coda)
-        raw = _shares([layer.mlp.down.weight for layer in layers], _unembedding(model))
-        folded = _shares([folded_output(layer) for layer in layers], folded_unembedding(model))
+        raw = _shares((layer.weight("mlp.down.weight") for layer in model.layers()), _unembedding(model))
+        folded = _shares((folded_output(layer) for layer in model.layers()), folded_unembedding(model))
         return cls.dataset({**raw, **{f"folded_{name}": values for name, values in folded.items()}})
 
 
@@ -133,8 +132,8 @@ def _tera_operations(sizes: Sizes) -> float:
     return 4e-12 * layers * sizes.mlp_width * sizes.vocab_size * sizes.width
 
 
-def _shares(outputs: Sequence[Tensor], unembedding: Tensor) -> dict[str, np.ndarray]:
-    moments = [neuron_moments(output, unembedding) for output in outputs]
+def _shares(outputs: Iterable[Tensor], unembedding: Tensor) -> dict[str, np.ndarray]:
+    moments = [neuron_moments(output.to(unembedding.device), unembedding) for output in outputs]
     stored = torch.float64 if unembedding.dtype == torch.float64 else torch.float32
     kurtosis, skew = (np.stack([pair[index].to(stored).cpu().numpy() for pair in moments]) for index in (0, 1))
     stands_out = kurtosis > KURTOSIS

@@ -121,7 +121,7 @@ _FLAGS = {
     "eigenvalue_exact": ("differences", "automatic differentiation"),
     "point_searched": ("the run stood there", "a search found it"),
 }
-_NO_EIGENVALUES = "eigenvalues were not taken (of a hooked model: --hooked-eigenvalues)"
+_NO_EIGENVALUES = "eigenvalues were not taken (of a hooked model: --hooked-eigenvalues; of a loop on disk: never)"
 
 _ETAS = np.linspace(1 / 64, 1, 64)
 """Dampings under which an eigenvalue may lead. Between two of them no other corner of the hull gains more than 1e-3."""

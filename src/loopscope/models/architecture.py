@@ -17,19 +17,20 @@ from loopscope._util.ranges import Count, Positive, Range, check_ranges
 from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError
 
-Injection = Literal["none", "linear", "add", "bounded"]
+Injection = Literal["none", "linear", "add", "bounded", "diagonal"]
 NormPlacement = Literal["pre", "residual", "branch-in-out", "branch-out"]
 LoopNorm = Literal["none", "recurrence", "loop"]
-QkNorm = Literal["none", "head", "full"]
+QkNorm = Literal["none", "head", "full", "unweighted"]
 Rotary = Literal["none", "halves", "adjacent"]
 Mlp = Literal["gated", "plain"]
-Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu-tanh", "relu", "halved-relu2"]
 StateInit = Literal["embeddings", "normal"]
 
 # The ends are far above any model: a larger number comes from a damaged file, and would fail later, in torch, without
 # its name.
 _Size = Annotated[int, Range(1, 10**6)]
 MOST_LAYERS = 1000
+VALUE_GATE_INPUTS = 32
 _Tokens = Annotated[int, Range(1, 10**9)]
 _Layers = Annotated[int, Range(0, MOST_LAYERS)]
 
@@ -129,7 +130,8 @@ class Architecture:
     injection: Injection = "none"
     """How the prelude's output e enters the state s at the start of each recurrence: not at all, `[s ; e] W`, s + e,
     or `sigmoid(a) * s + W e` with a learned a per coordinate (bounded: what was in the state decays, so that its norm
-    stays below a bound whatever layers whose branches read normed states add)."""
+    stays below a bound whatever layers whose branches read normed states add), or, with a learned step
+    `d = softplus(b)` per coordinate, `exp(-d exp(a)) * s + d * W e` (diagonal; Parcae)."""
     eta: Annotated[float, Range(above=0, most=1)] = 1.0
     """A recurrence passes on `(1 - eta) s + eta F(s)`, F being injection, layers and norm; 1 for F itself."""
     norm_placement: NormPlacement = "pre"
@@ -140,10 +142,15 @@ class Architecture:
     """The final norm is also applied to the state at the end of each recurrence (Ouro), or once after the loop
     (Huginn).
     """
+    prelude_norm: bool = False
+    """The prelude's output e is what an RMS norm of its own makes of the last layer's (Parcae)."""
+    readout_map: bool = False
+    """After the loop, a linear map is applied to the state, before coda and head (Parcae)."""
     norm_eps: Positive = 1e-6
 
     qk_norm: QkNorm = "none"
-    """RMS norm on queries and keys before the rotation: per head (Qwen3), or over all heads together (OLMo-2)."""
+    """RMS norm on queries and keys before the rotation: per head (Qwen3), or over all heads together (OLMo-2); or per
+    head and behind the rotation, without weights (Parcae)."""
     qk_bias: bool = False
     """A learned bias added to queries and keys before the rotation (Huginn)."""
     rotary: Rotary = "halves"
@@ -156,8 +163,13 @@ class Architecture:
     full_attention_layers: tuple[int, ...] = ()
     """Layers that look at every earlier token all the same, counted from 0 over prelude, recurrent and coda."""
 
+    value_embeddings: tuple[int, ...] = ()
+    """Layers, counted likewise, that have an embedding of the tokens for their values: each head adds it, times
+    `2 sigmoid(w . x)` of the first 32 coordinates of what the layer's attention receives (Parcae)."""
+
     mlp: Mlp = "gated"
     activation: Activation = "silu"
+    """`halved-relu2` is relu(x)^2 / 2."""
 
     tied_embeddings: bool = False
     """The unembedding is the embedding."""
@@ -204,6 +216,12 @@ class Architecture:
             f"full_attention_layers must lie between 0 and {self.layers - 1}, got {list(self.full_attention_layers)}",
         )
         self._require(
+            all(0 <= layer < self.layers for layer in self.value_embeddings)
+            and (not self.value_embeddings or self.width >= VALUE_GATE_INPUTS),
+            f"value_embeddings must lie between 0 and {self.layers - 1}, in a model at least {VALUE_GATE_INPUTS} wide, "
+            f"got {list(self.value_embeddings)} in one of {self.width}",
+        )
+        self._require(
             not self.exit_gate or (self.loop_norm == "recurrence" and self.coda == 0),
             "an exit gate reads the normed state that the head reads too, so it needs loop_norm 'recurrence' and no "
             "coda",
@@ -216,6 +234,7 @@ class Architecture:
                 ("state_init", "embeddings"),
                 ("recurrences", 1),
                 ("eta", 1.0),
+                ("readout_map", False),
             ):
                 value = getattr(self, name)
                 self._require(
@@ -246,14 +265,17 @@ class Architecture:
         width, hidden = self.width, self.mlp_width
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = 2 * width * queries + 2 * width * keys
-        attention += {"none": 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
+        attention += {"head": 2 * self.head_dim, "full": queries + keys}.get(self.qk_norm, 0)
         attention += queries + keys if self.qk_bias else 0
         mlp = (3 if self.mlp == "gated" else 2) * width * hidden
         norms = (2 if self.norm_placement in ("pre", "branch-out") else 4) * width
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * width
-        injection = {"linear": 2 * width * width, "bounded": width * width + width}.get(self.injection, 0)
+        square = width * width
+        injection = {"linear": 2 * square, "bounded": square + width, "diagonal": square + 2 * width}
+        values = len(self.value_embeddings) * (self.vocab_size * keys + self.kv_heads * VALUE_GATE_INPUTS)
+        around = values + injection.get(self.injection, 0) + self.readout_map * square + self.prelude_norm * width
         gate = width + 1 if self.exit_gate else 0
-        return self.layers * (attention + mlp + norms) + embeddings + injection + gate + width
+        return self.layers * (attention + mlp + norms) + embeddings + around + gate + width
 
     def visits(self, recurrences: int) -> int:
         """Realised depth: p + k R + c layer applications."""
@@ -268,7 +290,8 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""
         fields = dataclasses.asdict(self)
-        fields["full_attention_layers"] = list(self.full_attention_layers)
+        for name in ("full_attention_layers", "value_embeddings"):
+            fields[name] = list(fields[name])
         return fields
 
     @classmethod

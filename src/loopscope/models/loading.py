@@ -16,6 +16,7 @@ from loopscope.models.checkpoints.family import ROTATION_TABLES, Family
 from loopscope.models.checkpoints.find import find_checkpoint
 from loopscope.models.checkpoints.layout import refuse_ignored
 from loopscope.models.checkpoints.load import load_checkpoint
+from loopscope.models.checkpoints.placement import DeviceMap
 from loopscope.models.checkpoints.store import Headers, TensorStore
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.hooks.unwrapping import unwrap
@@ -40,6 +41,7 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     families: Sequence[Family] = (),
     prefix: PrefixReading = "causal",
     ignore_config: Sequence[str] = (),
@@ -57,6 +59,12 @@ def load(
     narrowest that holds all of the checkpoint's weights as they are; or `auto`, float64 for a model of less than 50
     million parameters on a CPU, else float32. `device` is a torch device, or `auto` for a GPU where there is one.
 
+    `device_map` is for a model that one device has no room for: `auto`, which fills the device, then other GPUs, and
+    keeps what is left in memory or leaves it on disk; or places by layers, as a mapping or as text, such as
+    `prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk`. What belongs to no layer is on `device`, to which layers on disk
+    (and in memory, `cpu`, where that is a GPU) are brought one at a time, whenever they run. The numbers are those of
+    one device. A model that transformers loads takes its own names of modules, and needs the package accelerate.
+
     `prefix` is for a model that was trained to read its prompt in both directions, HRM-Text: `trained` reads it so,
     `causal` as a text that no token looks ahead in. `loopscope analyze` reads it as it was trained.
 
@@ -64,9 +72,9 @@ def load(
     do not change what the model computes; the subject's `info` keeps them.
 
     Raises `CheckpointError` or `NonFiniteError` for a checkpoint that cannot be had or loaded exactly, `PromptError`
-    for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, or a revision of something
-    that is not on the hub, `MissingDependencyError` for a hub name without the extra `hub`, and `StorageError` where
-    the disk is too full for a download.
+    for a damaged tokenizer, `ConfigError` for another dtype, a device that is not there, a map of devices that does not
+    fit the model, or a revision of something that is not on the hub, `MissingDependencyError` for a hub name without
+    the extra `hub`, and `StorageError` where the disk is too full for a download.
     """
     name = dtype_name(dtype)
     if name not in (*_DTYPES, "auto", "stored"):
@@ -76,7 +84,12 @@ def load(
     taken = _DTYPES[name] if name in _DTYPES else _choose_dtype(name, TensorStore(found.folder).headers, place)
     try:
         checkpoint = load_checkpoint(
-            found.folder, dtype=taken, device=place, families=families, ignore_config=ignore_config
+            found.folder,
+            dtype=taken,
+            device=place,
+            families=families,
+            ignore_config=ignore_config,
+            device_map=device_map,
         )
     except UnknownFamilyError as unknown:
         refuse_ignored(ignore_config, unknown)
@@ -85,6 +98,7 @@ def load(
                 found.folder,
                 dtype=taken,
                 device=place,
+                device_map=device_map,
                 name=str(name_or_path),
                 revision=found.revision,
                 prefix=prefix,
@@ -101,6 +115,7 @@ def load(
         weights_sha256=checkpoint.weights_sha256,
         revision=found.revision,
         ignored_config=ignore_config,
+        placement=checkpoint.placement,
     )
 
 
@@ -129,11 +144,20 @@ def subject_of(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     prefix: PrefixReading = "causal",
     ignore_config: Sequence[str] = (),
 ) -> Subject:
     """What a function that takes a model was given: a name or folder for `load`, which the other arguments are for, or
     a model in memory. Raises the errors of `load` and of `as_subject`."""
     if isinstance(model, str | Path):
-        return load(model, revision=revision, dtype=dtype, device=device, prefix=prefix, ignore_config=ignore_config)
+        return load(
+            model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            prefix=prefix,
+            ignore_config=ignore_config,
+        )
     return as_subject(model)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from loopscope._util.cards import card
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask
@@ -77,6 +77,11 @@ class SubjectInfo:
     """Fields of config.json that loopscope does not know and that its user said to pass over."""
     prefix: PrefixReading | None = None
     """Of a model that was trained to read a prompt in both directions; None for every other."""
+    injection_factors: tuple[float, float] | None = None
+    """Mean and largest factor by which the injection alone shrinks a coordinate of the state in each recurrence, of a
+    model whose weights say it (`bounded` and `diagonal`); Parcae's authors call the mean the contraction factor."""
+    placement: str | None = None
+    """Where the layers lie of a model that is not on one device."""
 
     @property
     def is_looped(self) -> bool:
@@ -100,7 +105,7 @@ class SubjectInfo:
     @property
     def can_start_elsewhere(self) -> bool:
         """The prompt enters at every recurrence, so another initial state is still the same prompt."""
-        return self.injection in ("linear", "add", "bounded")
+        return self.injection in ("linear", "add", "bounded", "diagonal")
 
     def to_dict(self) -> dict[str, Any]:
         # A list, as JSON gives it back: what was written is compared with what is to be written.
@@ -366,10 +371,10 @@ class Subject(Protocol):
         """
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of the names and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, values in (*model.named_parameters(), *model.named_buffers()):
+    for name, values in weights:
         digest.update(name.encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -100,6 +100,13 @@ class QueryKeyAttention(AttentionView):
             probabilities.masked_fill_(~tokens[:, None, :, None], 0.0)
         return probabilities
 
+    def on(self, device: torch.device) -> QueryKeyAttention:
+        """The same on another device."""
+        if self.query.device == device:
+            return self
+        mask, added = (None if each is None else each.to(device) for each in (self.mask, self.added))
+        return replace(self, query=self.query.to(device), key=self.key.to(device), mask=mask, added=added)
+
     def prompt(self, row: int) -> QueryKeyAttention:
         one = slice(row, row + 1)
         added = self.added if self.added is None or self.added.shape[0] == 1 else self.added[one]

@@ -68,7 +68,12 @@ class SideBySide:
 
     def __call__(self, query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:
         mixed = [
-            mix_values(each_query, each_key, each_value, None if allowed is None else self._seen(row, allowed))
+            mix_values(
+                each_query,
+                each_key,
+                each_value,
+                self._seen(row, allowed, query.device) if allowed is not None else None,
+            )
             for row, (each_query, each_key, each_value) in enumerate(
                 zip(*(each.split(self._counts, dim=2) for each in (query, key, value)), strict=True)
             )
@@ -81,15 +86,15 @@ class SideBySide:
         found: list[Others | None] = []
         splits = zip(*(each.detach().split(self._counts, dim=2) for each in (key, value)), strict=True)
         for row, (each_key, each_value) in enumerate(splits):
-            among = tokens[row, self._places[row]].nonzero()[:, 0]
-            seen = self._seen(row, allowed)[:, :, among]
+            among = tokens[row, self._places[row]].nonzero()[:, 0].to(key.device)
+            seen = self._seen(row, allowed, key.device)[:, :, among]
             # No token sees beyond the last of them.
             end = int(among[-1]) + 1 if len(among) else 0
             found.append(Others(each_key[:, :, :end], each_value[:, :, :end], seen[..., :end], among) if end else None)
         return found
 
-    def _seen(self, row: int, allowed: Tensor | None) -> Bool[Tensor, "1 1 query key"]:
-        places = self._places[row]
+    def _seen(self, row: int, allowed: Tensor | None, device: torch.device) -> Bool[Tensor, "1 1 query key"]:
+        places = self._places[row].to(device)
         seen: Tensor = (
             places[:, None] >= places if allowed is None else allowed[row % len(allowed), 0, places][:, places]
         )

@@ -43,8 +43,11 @@ def linearise_native(
     """Run the prompts that many recurrences, or take the state given for that after them; derivatives are taken of
     `at_once` tokens at most.
 
-    Raises `ConfigError` for interventions that make the recurrence there unlike those around it.
+    Raises `ConfigError` for interventions that make the recurrence there unlike those around it, and for a loop whose
+    layers are not all on devices.
     """
+    if subject.no_eigenvalues is not None:
+        raise ConfigError(f"No eigenvalues can be taken of {subject.info.name}: {subject.no_eigenvalues}.")
     _check_interventions(subject, recurrences, given=state is not None)
     batch = batch.to(subject.device)
     run = subject.start(batch, recurrences=recurrences, seed=seed, initial_state=state)

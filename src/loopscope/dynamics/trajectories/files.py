@@ -23,7 +23,7 @@ from loopscope.dynamics.trajectories.states import as_states, check_dtype
 from loopscope.dynamics.trajectories.tail import tail_paths
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Verdict
 from loopscope.errors import ConfigError, last_resort, one_line
-from loopscope.models.checkpoints.load import available_memory
+from loopscope.models.checkpoints.free_memory import available_memory
 
 _DRAWN = 12
 """Trajectories of each kind whose way is kept, to be drawn: those that move most."""

@@ -9,7 +9,7 @@ import torch
 from loopscope._util.wording import duration
 from loopscope.errors import ConfigError
 from loopscope.experiments.training.config import TrainConfig
-from loopscope.models.checkpoints.load import available_memory
+from loopscope.models.checkpoints.free_memory import available_memory
 
 _FASTEST = 1e15
 """Floating-point operations a second of the fastest single devices, in their lowest useful precision."""

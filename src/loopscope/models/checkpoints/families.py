@@ -7,6 +7,7 @@ from loopscope.models.checkpoints.llama import LLAMA, MISTRAL, OLMO2, QWEN3
 from loopscope.models.checkpoints.nanbeige import NANBEIGE
 from loopscope.models.checkpoints.native import NATIVE
 from loopscope.models.checkpoints.ouro import OURO
+from loopscope.models.checkpoints.parcae import PARCAE
 from loopscope.models.checkpoints.raven import HUGINN, RETROFIT_LLAMA, RETROFIT_OLMO
 
 FAMILIES: tuple[Family, ...] = (
@@ -16,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     RETROFIT_OLMO,
     OURO,
     NANBEIGE,
+    PARCAE,
     LLAMA,
     MISTRAL,
     OLMO2,

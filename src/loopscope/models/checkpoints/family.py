@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loopscope._util.sites import STAGES
-from loopscope.models.architecture import Architecture
+from loopscope.models.architecture import VALUE_GATE_INPUTS, Architecture
 from loopscope.models.native.transformer import LoopedTransformer
 
 _IN_LAYER = re.compile(r"(prelude|recurrent|coda)\.(\d+)\.(.+)")
@@ -69,14 +69,27 @@ def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     fewest = {stage: min(count, 1) for stage, count in layers.items()}
     with torch.device("meta"):
         model = LoopedTransformer(
-            dataclasses.replace(architecture, **fewest, sliding_window=None, full_attention_layers=())
+            dataclasses.replace(
+                architecture, **fewest, sliding_window=None, full_attention_layers=(), value_embeddings=()
+            )
         )
+    keys = architecture.kv_heads * architecture.head_dim
+    of_values = {
+        "attention.value_embedding.weight": (architecture.vocab_size, keys),
+        "attention.value_gate.weight": (architecture.kv_heads, VALUE_GATE_INPUTS),
+    }
     shapes: dict[str, tuple[int, ...]] = {}
+    place = 0
     for name, module in model.named_children():
         below = {leaf: tuple(parameter.shape) for leaf, parameter in module.named_parameters()}
         if name in layers:
             one = {leaf.removeprefix("0."): shape for leaf, shape in below.items()}
-            below = {f"{layer}.{leaf}": shape for layer in range(layers[name]) for leaf, shape in one.items()}
+            below = {}
+            for layer in range(layers[name]):
+                more = of_values if place in architecture.value_embeddings else {}
+                of_attention = {leaf: shape for leaf, shape in one.items() if leaf.startswith("attention.")}
+                below |= {f"{layer}.{leaf}": shape for leaf, shape in (of_attention | more | one).items()}
+                place += 1
         shapes |= {f"{name}.{leaf}": shape for leaf, shape in below.items()}
     return shapes
 

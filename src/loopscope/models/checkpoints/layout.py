@@ -95,7 +95,9 @@ def refuse_ignored(ignore_config: Collection[str], unknown: UnknownFamilyError) 
 
 def _recognise(config: Mapping[str, Any], names: Collection[str], where: str, families: Sequence[Family]) -> Family:
     """The family that both the config's model_type and the tensors' names belong to."""
-    model_type = config.get("model_type")
+    # Files of no library have no model_type, and name the class that read them.
+    names_of_it = ("model_type", "_class_name", "model_class_name")
+    model_type = next((config[name] for name in names_of_it if config.get(name)), None)
     by_type = [family for family in families if model_type in family.model_types]
     by_names = [family for family in families if family.recognises(names)]
     for family in by_type:

@@ -7,84 +7,44 @@ blocks in memory, whatever the dtypes and the size of the largest tensor. A mode
 from __future__ import annotations
 
 import math
-import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from loopscope._util.sites import STAGES
 from loopscope.errors import CheckpointError, NonFiniteError
 from loopscope.models.checkpoints.family import Family, TensorSlice
+from loopscope.models.checkpoints.free_memory import check_memory
 from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout
+from loopscope.models.checkpoints.placement import DISK, DeviceMap, Placement, place_layers
 from loopscope.models.checkpoints.store import TensorHeader, TensorStore, read_json
+from loopscope.models.native.layer import Layer
 from loopscope.models.native.transformer import LoopedTransformer
-
-_GROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUP = Path("/proc/self/cgroup")
 
 _BLOCK = 8 * 2**20
 """Bytes that are read at a time: little beside a model, and enough that opening the file again costs nothing."""
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device: the free ones of a GPU, or those that the machine, and the control groups that
-    containers and job schedulers put this process in, leave to it.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return min([int(psutil.virtual_memory().available), *_left_by_groups(), *_left_by_limit()])
+class _Brought(Mapping[str, Tensor]):
+    """Weights that are read, or copied to a device, whenever they are asked for."""
 
+    def __init__(self, bring: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._bring = bring
 
-def _left_by_limit() -> Iterator[int]:
-    """Of the address space that `ulimit -v` allows."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        yield max(0, limit - psutil.Process().memory_info().vms)
+    def __getitem__(self, name: str) -> Tensor:
+        return self._bring[name]()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bring)
 
-def check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `CheckpointError` where that many weights alone need more than there is."""
-    available = available_memory(device)
-    needed = parameters * dtype.itemsize
-    if needed <= available:
-        return
-    narrower = ""
-    if dtype.itemsize > torch.bfloat16.itemsize:
-        narrower = f"--dtype bfloat16 needs {_size(parameters * torch.bfloat16.itemsize)}, or "
-    raise CheckpointError(
-        f"The weights need {_size(needed)} in {str(dtype).removeprefix('torch.')}, and {_size(available)} of memory "
-        f"are available on {device}; {narrower}take a machine with more."
-    )
-
-
-def _left_by_groups() -> Iterator[int]:
-    """What each control group (version 2) that this process is in leaves; nothing where there is none or no limit.
-
-    Cached files count as used, but are given back when memory is needed.
-    """
-    try:
-        own = next(line[3:] for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return
-    group = _GROUPS / own.lstrip("/")
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(_GROUPS):
-            return
-        try:
-            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no limit, which is spelled max, or the topmost group, which has no files
-            continue
-        yield max(0, limit - used + int(statistics["active_file"]) + int(statistics["inactive_file"]))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    def __len__(self) -> int:
+        return len(self._bring)
 
 
 @dataclass(frozen=True)
@@ -98,6 +58,8 @@ class Checkpoint:
     """tokenizer.json, where there is one."""
     weights_sha256: str
     config: Mapping[str, Any]
+    placement: Placement | None = None
+    """Where its layers lie, if that was asked for."""
 
 
 def load_checkpoint(
@@ -107,8 +69,10 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     families: Sequence[Family] = (),
     ignore_config: Sequence[str] = (),
+    device_map: DeviceMap | None = None,
 ) -> Checkpoint:
-    """Build the native model and fill it, block by block. `ignore_config` is explained at `find_layout`.
+    """Build the native model and fill it, block by block. `ignore_config` is explained at `find_layout`, and
+    `device_map` at `loopscope.load`; layers that it leaves on disk are read once, to be checked.
 
     While it runs, the process holds the weights in `dtype` and some tens of megabytes more. Raises `CheckpointError`
     for a family that is not known, a setting that is not implemented, a tensor that is missing, unknown or of the wrong
@@ -117,10 +81,15 @@ def load_checkpoint(
     """
     store = TensorStore(folder)
     layout = find_layout(read_json(folder / "config.json"), store.headers, str(folder), families, ignore_config)
-    check_memory(layout.architecture.parameters, dtype, torch.device(device))
+    home, placement = torch.device(device), None
+    if device_map is not None:
+        placement = place_layers(layout.architecture, dtype, home, device_map)
+    else:
+        otherwise = "--device-map auto spreads layers over devices and the disk"
+        check_memory(layout.architecture.parameters, dtype, home, otherwise)
     for copy, original in layout.copies.items():
         _check_copy(copy, original, store)
-    model = _fill(layout, store, dtype, device)
+    model = _fill(layout, store, dtype, home, placement)
     tokenizer = folder / "tokenizer.json"
     return Checkpoint(
         model=model.eval().requires_grad_(False),
@@ -129,20 +98,47 @@ def load_checkpoint(
         tokenizer=tokenizer if tokenizer.is_file() else None,
         weights_sha256=store.sha256(),
         config=layout.config,
+        placement=placement,
     )
 
 
 def _fill(
-    layout: CheckpointLayout, store: TensorStore, dtype: torch.dtype, device: torch.device | str
+    layout: CheckpointLayout,
+    store: TensorStore,
+    dtype: torch.dtype,
+    home: torch.device,
+    placement: Placement | None,
 ) -> LoopedTransformer:
     with torch.device("meta"):
         model = LoopedTransformer(layout.architecture)
+    brought: dict[str, dict[str, Callable[[], Tensor]]] = defaultdict(dict)
     for name, parameter in list(model.named_parameters()):
-        values = torch.empty(parameter.shape, dtype=dtype, device=device)
-        _read(layout.parts[name], store, values)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+        stage, _, rest = name.partition(".")
+        layer = f"{stage}.{rest.partition('.')[0]}" if stage in STAGES else ""
+        read = partial(_values, layout.parts[name], store, parameter.shape, dtype)
+        if placement is None or not layer or not placement.is_brought(layer):
+            values = read(home if placement is None or not layer else placement.runs_on(layer))
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+            continue
+        if placement.layers[layer] == DISK:
+            read(home)  # so that what is damaged is refused here
+            brought[layer][name.removeprefix(f"{layer}.")] = partial(read, home)
+        else:
+            brought[layer][name.removeprefix(f"{layer}.")] = partial(read(torch.device("cpu")).to, home)
+    for layer, weights in brought.items():
+        module = model.get_submodule(layer)
+        assert isinstance(module, Layer)
+        module.brought_from, module.device = _Brought(weights), home
     return model
+
+
+def _values(
+    part: TensorSlice, store: TensorStore, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    values = torch.empty(shape, dtype=dtype, device=device)
+    _read(part, store, values)
+    return values
 
 
 def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:

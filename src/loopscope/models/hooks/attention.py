@@ -32,12 +32,22 @@ class AttentionWatch(TorchFunctionMode):
     not seen.
     """
 
-    def __init__(self, batch: int, tokens: int, mask: TokenMask | None, *, copies: bool = False) -> None:
-        """`copies` for a model that overwrites what its attention was computed from, such as a buffer of keys."""
+    def __init__(
+        self,
+        batch: int,
+        tokens: int,
+        mask: TokenMask | None,
+        *,
+        copies: bool = False,
+        home: torch.device | None = None,
+    ) -> None:
+        """`copies` for a model that overwrites what its attention was computed from, such as a buffer of keys; `home`
+        is where what is kept of layers on several devices goes."""
         super().__init__()
         self._shape = (batch, tokens)
         self._mask = mask
         self._copies = copies
+        self._home = home
         self._calls: list[AttentionView | None] = []
         self._sinks: list[Tensor | None] = []
         self._masks: tuple[Tensor, int, Tensor] | None = None
@@ -76,14 +86,15 @@ class AttentionWatch(TorchFunctionMode):
             self._calls.append(MapAttention(self._kept(result), self._mask))
         elif beside == 1:
             self._calls.append(None)
-            self._sinks.append(_sink(result.detach()))
+            sink = _sink(result.detach())
+            self._sinks.append(None if sink is None else sink.to(self._home))
 
     def _multi_head(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AttentionView | None:
         """`nn.MultiheadAttention` computes in here, out of sight, but hands out the maps when it is asked to."""
         _, maps = func(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))
-        return MapAttention(maps.detach(), self._mask) if self._columns_beside(maps, -1) == 0 else None
+        return MapAttention(maps.detach().to(self._home), self._mask) if self._columns_beside(maps, -1) == 0 else None
 
     def _columns_beside(self, result: Tensor, dim: int | None = None, **others: Any) -> int | None:
         """How many columns more than tokens there are in a softmax over (batch, head, query, key); None for another."""
@@ -122,7 +133,8 @@ class AttentionWatch(TorchFunctionMode):
         )
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if self._copies else tensor.detach()
+        kept = tensor.detach().to(self._home)
+        return kept.clone() if self._copies and kept.device == tensor.device else kept
 
     def _added(self, mask: Tensor) -> Tensor:
         """A mask as what is added to the scores. The layers of a model share it, so the last one made is kept."""
@@ -131,7 +143,7 @@ class AttentionWatch(TorchFunctionMode):
         # Torch counts the changes of a tensor, but not of one that was made in inference mode.
         version = -1 if mask.is_inference() else mask._version
         if self._masks is None or self._masks[0] is not mask or self._masks[1] != version or version < 0:
-            added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+            added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf")).to(self._home)
             self._masks = (mask, version, added[(None,) * (4 - mask.ndim)])
         return self._masks[2]
 

@@ -95,7 +95,8 @@ class WatchedForward:
         batch, tokens = self._batch.input_ids.shape
         shape = (batch, tokens + self._call.tokens_before)
         floats = (each for each in values if isinstance(each, Tensor) and each.is_floating_point())
-        return next((each for each in floats if each.ndim == 3 and each.shape[:2] == shape), None)
+        found = next((each for each in floats if each.ndim == 3 and each.shape[:2] == shape), None)
+        return None if found is None else found.to(self._batch.input_ids.device)
 
 
 def is_same(one: Tensor | None, other: Tensor | None) -> bool:

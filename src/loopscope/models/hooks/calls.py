@@ -139,4 +139,4 @@ def _logits(answer: Any, input_ids: TokenIds) -> Logits:
             f"The model returned {found.dtype} of shape {tuple(found.shape)} for {tuple(input_ids.shape)} tokens, "
             "where logits are (batch, token, vocabulary); give forward=, which returns them."
         )
-    return found.detach()
+    return found.detach().to(input_ids.device)

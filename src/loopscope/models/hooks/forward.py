@@ -149,13 +149,15 @@ class _Worker:
         self._halts = None if one.carries is None else Halts(one.carries, one.batch)
         mask = None if bool(one.batch.mask.all()) else one.batch.mask
         batch, tokens = one.batch.input_ids.shape
-        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies)
+        self._home = one.batch.input_ids.device
+        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies, home=self._home)
         self._watching: ExitStack | None = None
 
     def run(self, pauses: Pauses[Event]) -> Logits:
         self._pauses = pauses
         self._thread = threading.get_ident()
-        with ExitStack() as stack:
+        with ExitStack() as self._stack:
+            stack = self._stack
             self._caller.enter(stack)
             stack.enter_context(torch.set_grad_enabled(self._spec.gradients))
             # Hooks come and go while nobody else computes, who might be looking through them.
@@ -190,12 +192,13 @@ class _Worker:
                 self._halts.begin(site.recurrence, self._announced(received))
             before = self._spec.call.tokens_before
             if site.recurrence == 0 and self._spec.begins_with is not None:
-                other = torch.cat((received[:, :before], self._spec.begins_with), 1)
+                other = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
-                other = torch.cat((received[:, :before], (received[:, before:] * factors).to(received.dtype)), 1)
+                nudged = received[:, before:] * factors.to(received.device)
+                other = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
             self._begin_recurrence(site, self._announced(received))
@@ -250,6 +253,19 @@ class _Worker:
         if self._halts is not None:
             self._halts.end(loop_state.state)
         self._announce(loop_state)
+        if self._halts is not None and loop_state.recurrence + 1 == self._spec.recurrences:
+            for module in self._spec.call.model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                    self._stack.callback(module.register_forward_pre_hook(self._behind).remove)
+
+    def _behind(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        state = next((v for v in args if isinstance(v, Tensor)), None)
+        shape = (*self._spec.batch.input_ids.shape, self._spec.width)
+        if threading.get_ident() != self._thread or self._halts is None or state is None:
+            return
+        before = self._spec.call.tokens_before
+        if (state.shape[0], state.shape[1] - before if state.ndim == 3 else -1, state.shape[-1]) == shape:
+            self._halts.behind(self._cursor.recurrences, self._announced(state))
 
     def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
         """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
@@ -281,7 +297,8 @@ class _Worker:
 
     def _announced(self, state: Tensor) -> Tensor:
         seen = (state if self._spec.gradients else state.detach())[:, self._spec.call.tokens_before :]
-        return seen.clone() if self._spec.copies else seen
+        here = seen.to(self._home)
+        return here.clone() if self._spec.copies and here.device == state.device else here
 
     def _check_end(self, where: str, held: bool) -> None:
         end = self._spec.layout.loop_end

@@ -34,15 +34,19 @@ class Halts:
         ended, before = self._ended, self._before
         if ended is not None and before is not None:
             stopped = self._kept(received, before, ended) if self._carries else self._again(received, before, ended)
-            if bool(stopped.any()):
-                prompt = int(stopped.int().argmax())
-                raise ConfigError(
-                    f"The model went on without what its layers put out for prompt {prompt} of the batch in recurrence "
-                    f"{recurrence} of the loop: it seems to stop prompts, or tokens, by itself, while the others of a "
-                    "batch go on. What its layers compute for them is thrown away and is no state; switch halting off, "
-                    "or run prompts in batches of those that stop together."
-                )
+            _refuse(stopped, recurrence)
         self._before = received.detach()
+
+    def behind(self, recurrences: int, received: States) -> None:
+        """The same of what a module receives after the last recurrence, where some prompts go on with what was put out.
+
+        Where something is added between recurrences, it is not added behind the loop, so that nothing can be told.
+        """
+        ended, before = self._ended, self._before
+        if self._carries and recurrences > 1 and ended is not None and before is not None:
+            goes_on = ((received == ended).all(-1) | ~self._mask).all(-1)
+            if bool(goes_on.any()):
+                _refuse(self._kept(received, before, ended), recurrences)
 
     def end(self, state: States) -> None:
         self._last_ended, self._ended = self._ended, state.detach()
@@ -59,3 +63,14 @@ class Halts:
         moved = (ended - self._last_ended).abs().amax(-1) > least * ended.abs().amax(-1)
         same = (received == before).all(-1) | ~self._mask
         return same.all(-1) & (moved & self._mask).any(-1)
+
+
+def _refuse(stopped: Tensor, recurrence: int) -> None:
+    if bool(stopped.any()):
+        prompt = int(stopped.int().argmax())
+        raise ConfigError(
+            f"The model went on without what its layers put out for prompt {prompt} of the batch in recurrence "
+            f"{recurrence} of the loop: it seems to stop prompts, or tokens, by itself, while the others of a "
+            "batch go on. What its layers compute for them is thrown away and is no state; switch halting off, "
+            "or run prompts in batches of those that stop together."
+        )

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from loopscope._util.shapes import Logits, States
-from loopscope.errors import ConfigError, LoopscopeError
+from loopscope.errors import ConfigError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
 from loopscope.models.hooks.discovery import branches
-from loopscope.models.hooks.forward import Event, ForwardSpec, HookedForward, Injected, Ready
+from loopscope.models.hooks.dispatched import placement_of, weights_of
+from loopscope.models.hooks.forward import ForwardSpec, HookedForward
 from loopscope.models.hooks.layout import HookLayout
-from loopscope.models.hooks.pausing import ForwardContext, Setting
+from loopscope.models.hooks.pausing import ForwardContext, Setting, devices_of
 from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
+from loopscope.models.hooks.run import HookedRun
 from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
 from loopscope.models.subject import Batch, CallableSubject, PrefixReading, SubjectInfo, check_length, weights_digest
-from loopscope.models.visits import LoopState, Observer, Visit
+from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
 
 SetRecurrences = str | Callable[[nn.Module, int], Mapping[str, Any] | None]
 """A dotted path of the attribute that holds the number of recurrences, or a function of the model and the number that
 may return more keyword arguments for the forward pass."""
-
-_Stop = TypeVar("_Stop", Ready, LoopState)
 
 
 class HookedSubject(CallableSubject):
@@ -83,7 +82,7 @@ class HookedSubject(CallableSubject):
 
     @property
     def device(self) -> torch.device:
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return devices_of(self.model)[0]
 
     @property
     def facts(self) -> Facts:
@@ -138,7 +137,8 @@ class HookedSubject(CallableSubject):
         check_length(self.info, batch.counts.tolist())
         if not bool(batch.mask.all()):
             self._check_padding(batch)
-        return HookedRun(self, batch.to(self.device), recurrences if self.info.is_looped else 0, seed, observers)
+        batch, count = batch.to(self.device), recurrences if self.info.is_looped else 0
+        return HookedRun(lambda done: self.forward_of_prompts(batch, done, seed), self.info, facts, count, observers)
 
     def _check_padding(self, batch: Batch) -> None:
         if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
@@ -283,160 +283,11 @@ class HookedSubject(CallableSubject):
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             dtype=str(facts.dtype).removeprefix("torch."),
             device=str(self.device),
-            weights_sha256=weights_sha256 or weights_digest(self.model),
+            weights_sha256=weights_sha256 or weights_digest(weights_of(self.model)),
+            placement=placement_of(self.model),
             revision=revision,
             other_states=self.layout.other_states,
             only_tokens=facts.only_tokens,
             sink_heads=facts.sink_heads,
             prefix=self._prefix,
         )
-
-
-class HookedRun:
-    """One forward pass of a hooked module, which stands still between two recurrences.
-
-    What the module answers before the last recurrence is found by another forward pass with that many recurrences and
-    the same seed.
-    """
-
-    def __init__(
-        self, subject: HookedSubject, batch: Batch, recurrences: int, seed: int, observers: Iterable[Observer]
-    ) -> None:
-        self._subject = subject
-        self._batch = batch
-        self._recurrences = recurrences
-        self._seed = seed
-        self._done = 0
-        self._closed = False
-        self._decoded: tuple[Logits, list[Visit]] | None = None
-        self.state: States | None = None
-        self._forward = subject.forward_of_prompts(batch, recurrences, seed)
-        ready = self._run_to(Ready, tuple(observers))
-        if subject.facts.carries or not subject.info.is_looped:
-            self.state = ready.state
-
-    def advance(self, observers: Iterable[Observer] = ()) -> None:
-        self._check_open()
-        if self._done == self._recurrences:
-            raise ConfigError(
-                f"This run was started for {self._recurrences} recurrences, which are done; start one for more."
-            )
-        self._decoded = None
-        self.state = self._run_to(LoopState, tuple(observers)).state
-        self._done += 1
-
-    def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:
-        """What the model adds between two recurrences, such as the prompt, is nudged with the state."""
-        self._forward.nudge(factors)
-
-    def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
-        self._check_open()
-        if state is not None:
-            raise ConfigError(
-                f"{self._subject.info.name} is run through hooks, which cannot give its coda another state to decode; "
-                "start a run of that many recurrences."
-            )
-        observers = tuple(observers)
-        if self._decoded is None:
-            self._decoded = self._decode()
-        logits, coda = self._decoded
-        for visit in coda:
-            for observer in observers:
-                observer.visit(visit)
-        return logits
-
-    def answer(self, observers: Iterable[Observer] = ()) -> Logits:
-        return self.decode(observers)
-
-    def close(self) -> None:
-        self._closed = True
-        self._decoded = None
-        self._forward.close()
-
-    def rounding_error(self) -> Float[Tensor, "layer batch token"] | None:
-        """None: the module's arithmetic cannot be done in another dtype from outside."""
-        return None
-
-    def _run_to(self, kind: type[_Stop], observers: tuple[Observer, ...]) -> _Stop:
-        """Go on to the next event of a kind. What fails, here or in an observer, ends the run."""
-        self._forward.listening = bool(observers)
-        try:
-            while (event := self._next()) is not None:
-                for observer in observers:
-                    _tell(observer, event)
-                if isinstance(event, kind):
-                    return event
-        except BaseException:
-            self.close()
-            raise
-        raise AssertionError("the forward pass checks by itself that no recurrence is missing")
-
-    def _next(self) -> Event | None:
-        """The next event; where the model fails, when it did."""
-        try:
-            return self._forward.next()
-        except (LoopscopeError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            info, at = self._subject.info, self._done + 1
-            if not info.is_looped:
-                raise
-            trained = info.trained_recurrences
-            more = trained is not None and at > trained
-            advice = (
-                f"; its own number is {trained}, and it may have no weights for more: ask for fewer" if more else ""
-            )
-            if more:
-                advice += ", where an analysis runs twice its horizon"
-            raise ConfigError(
-                f"{info.name} failed at recurrence {at} of {self._recurrences} ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}){advice}."
-            ) from error
-
-    def _decode(self) -> tuple[Logits, list[Visit]]:
-        """The logits, and the coda's visits, which are kept for who asks again."""
-        if self._done == self._recurrences:
-            try:
-                return _rest(self._forward)
-            except BaseException:
-                self.close()
-                raise
-        if self._done == 0:
-            raise ConfigError(
-                f"{self._subject.info.name} answers after at least one recurrence; call advance before decode."
-            )
-        if self._subject.facts.foresees:
-            raise ConfigError(
-                f"The loop of {self._subject.info.name} depends on how often it will run, so that it has no answer "
-                f"after {self._done} of {self._recurrences} recurrences; start a run of {self._done}."
-            )
-        forward = self._subject.forward_of_prompts(self._batch, self._done, self._seed)
-        forward.listening = False
-        for event in forward:
-            if isinstance(event, LoopState) and event.recurrence == self._done - 1:
-                break
-        return _rest(forward)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("This run was closed; start another.")
-
-
-def _rest(forward: SteppedForward) -> tuple[Logits, list[Visit]]:
-    """Run to the end, after the last recurrence."""
-    forward.listening = True
-    coda = [event for event in forward if isinstance(event, Visit)]
-    assert forward.logits is not None  # all its events came
-    return forward.logits, coda
-
-
-def _tell(observer: Observer, event: Event) -> None:
-    match event:
-        case Visit():
-            observer.visit(event)
-        case Injected(recurrence, state):
-            observer.injected(recurrence, state)
-        case LoopState():
-            observer.loop_state(event)
-        case Ready():
-            pass

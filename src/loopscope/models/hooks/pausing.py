@@ -6,9 +6,10 @@ import contextvars
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -69,7 +70,7 @@ class ForwardContext:
         self._has_fast_path = any(isinstance(module, nn.MultiheadAttention) for module in self._modules)
         self._setting = setting
         self._recurrences = recurrences
-        self._generators = _Generators(seed, _device(model)) if seed is not None else None
+        self._generators = _Generators(seed, devices_of(model)) if seed is not None else None
         self._back: ExitStack | None = None
 
     @property
@@ -107,16 +108,16 @@ class ForwardContext:
 
 
 class _Generators:
-    """The process's random generators, of the CPU and of the model's device, as one run leaves and finds them."""
+    """The process's random generators, of the CPU and of the model's devices, as one run leaves and finds them."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
         self._sources: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [
             (torch.get_rng_state, torch.set_rng_state)
         ]
         own = [torch.Generator().manual_seed(seed).get_state()]
-        if device.type == "cuda":
+        for device in (each for each in devices if each.type == "cuda"):
             self._sources.append(
-                (lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
+                (partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
             )
             own.append(torch.Generator(device).manual_seed(seed).get_state())
         self._first = self._own = own
@@ -162,8 +163,13 @@ class CallerState:
             stack.enter_context(self._default_device)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Where its weights are; the first is where what goes in, and all that is announced, is put. Those that accelerate
+    brings from memory or disk, while a layer runs, are on the device meta until then, and run where its hook says."""
+    devices = dict.fromkeys(weight.device for weight in model.parameters())
+    there = [device for device in devices if device.type != "meta"]
+    runs = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return there or ([] if runs is None else [torch.device(runs)]) or list(devices) or [torch.device("cpu")]
 
 
 class Abandoned(BaseException):

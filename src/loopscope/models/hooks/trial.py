@@ -13,8 +13,9 @@ from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.called import WatchedForward
 from loopscope.models.hooks.calls import ModelCall, is_pretrained
 from loopscope.models.hooks.discovery import discover
+from loopscope.models.hooks.dispatched import is_dispatched
 from loopscope.models.hooks.layout import HookLayout
-from loopscope.models.hooks.pausing import Setting
+from loopscope.models.hooks.pausing import Setting, devices_of
 from loopscope.models.hooks.probe import PROBE_TOKENS, probe_batch
 from loopscope.models.subject import Batch
 
@@ -38,7 +39,7 @@ def probe_of(model: nn.Module, given: ProbeTokens | None = None) -> Batch:
         if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ConfigError(f"probe must be a number of tokens, or the ids of one prompt, got {given!r:.80}.")
         probe = Batch.of([tokens.tolist()])
-    return probe.to(next((each.device for each in model.parameters()), torch.device("cpu")))
+    return probe.to(devices_of(model)[0])
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -52,7 +53,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 def check_weights(model: nn.Module) -> None:
     """Raises `ConfigError` for a model that cannot be run, as its weights are not there."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_dispatched(model):
         raise ConfigError(f"{type(model).__name__} has weights on the device 'meta', which are not there; load them.")
 
 

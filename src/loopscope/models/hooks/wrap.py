@@ -15,10 +15,12 @@ from torch import nn
 
 from loopscope._util.hub import require
 from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
-from loopscope.models.checkpoints.load import check_memory
+from loopscope.models.checkpoints.free_memory import check_memory
+from loopscope.models.checkpoints.placement import DeviceMap, parse_device_map
 from loopscope.models.checkpoints.store import TensorStore
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
+from loopscope.models.hooks.dispatched import weights_of
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
 from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
@@ -130,12 +132,15 @@ def load_hooked(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    device_map: DeviceMap | None = None,
     name: str | None = None,
     revision: str | None = None,
     prefix: PrefixReading = "causal",
     unknown: UnknownFamilyError | None = None,
 ) -> HookedSubject:
     """Load a folder with transformers' own modelling code, and hook the model.
+
+    With `device_map`, transformers and accelerate place its modules, by the names that they have there.
 
     `unknown` is why loopscope's own reader does not; the subject's `notes` say so.
 
@@ -147,10 +152,21 @@ def load_hooked(
     """
     transformers = require("transformers", "A model of a family that loopscope does not read itself", "transformers")
     store = TensorStore(folder)
-    check_memory(sum(math.prod(header.shape) for header in store.headers.values()), dtype, device)
+    places = None if device_map is None else parse_device_map(device_map)
+    if places is None:
+        check_memory(
+            sum(math.prod(header.shape) for header in store.headers.values()),
+            dtype,
+            device,
+            "--device-map auto spreads it",
+        )
+    else:
+        require("accelerate", "A device map for a model that transformers loads", "devices")
     setting = isinstance(unknown, UnknownSettingError)
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
-    model = _load(transformers, folder, dtype, why, store.wrapper).to(device)
+    model = _load(transformers, folder, dtype, why, store.wrapper, places)
+    if places is None:
+        model = model.to(device)
     _check_finite(model, folder)
     found = _find(ModelCall(model.eval().requires_grad_(False)), probe_of(model), None, None)
     return HookedSubject(
@@ -167,7 +183,14 @@ def load_hooked(
     )
 
 
-def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str, wrapper: str) -> nn.Module:
+def _load(
+    transformers: ModuleType,
+    folder: Path,
+    dtype: torch.dtype,
+    why: str,
+    wrapper: str,
+    places: str | dict[str, str] | None,
+) -> nn.Module:
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -180,10 +203,16 @@ def _load(transformers: ModuleType, folder: Path, dtype: torch.dtype, why: str, 
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
+                device_map=places,
                 key_mapping={f"^{re.escape(wrapper)}": ""} if wrapper else None,
             )
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
+        if places is not None and "device" in reason:
+            raise ConfigError(
+                f"The device map does not do for {folder}, whose modules transformers {transformers.__version__} "
+                f"places: {reason}"
+            ) from error
         raise CheckpointError(
             f"{why}, and transformers {transformers.__version__} cannot load it either: {reason}"
         ) from error
@@ -220,7 +249,7 @@ def _check_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights_of(model):
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(
                 f"The weight {name!r} in {folder} holds NaN or infinity in {parameter.dtype}; the checkpoint is "

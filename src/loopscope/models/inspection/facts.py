@@ -230,6 +230,8 @@ class Inspection:
     memory: MemoryEstimate | None
     architecture: Architecture | None = None
     """Of a model that is run natively."""
+    placement: str | None = None
+    """Where its layers would go, with the memory that is free here; None unless that was asked for."""
 
     @property
     def trained_depth(self) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from loopscope.errors import UnknownFamilyError, last_resort
 from loopscope.models.architecture import (
@@ -23,6 +26,7 @@ from loopscope.models.architecture import (
 from loopscope.models.checkpoints.family import Family, parameter_shapes, parse_name
 from loopscope.models.checkpoints.layout import CheckpointLayout, find_layout, refuse_ignored
 from loopscope.models.checkpoints.metadata import Metadata, read_metadata
+from loopscope.models.checkpoints.placement import DeviceMap, place_layers
 from loopscope.models.inspection.facts import (
     Inspection,
     ParameterCounts,
@@ -32,6 +36,7 @@ from loopscope.models.inspection.facts import (
     estimate_memory,
 )
 from loopscope.models.inspection.hooked import inspect_hooked
+from loopscope.models.subject import find_device
 from loopscope.prompts.tokenizer import load_tokenizer
 
 _INJECTION: dict[Injection, str] = {
@@ -40,6 +45,8 @@ _INJECTION: dict[Injection, str] = {
     "add": "prelude output added to the state, in every recurrence",
     "bounded": "what was in the state decays, by a learned factor below 1 per coordinate, and a linear map of the "
     "prelude's output is added, in every recurrence",
+    "diagonal": "what was in the state decays, by a learned factor below 1 per coordinate, and a linear map of the "
+    "prelude's output is added in learned steps, in every recurrence",
 }
 _NORMS: dict[NormPlacement, str] = {
     "pre": "RMS norm before each branch (pre-norm)",
@@ -56,12 +63,14 @@ _QK_NORM: dict[QkNorm, str] = {
     "none": "",
     "head": "RMS norm on queries and keys, per head",
     "full": "RMS norm on queries and keys, over all heads together",
+    "unweighted": "RMS norm without weights on queries and keys, per head, behind the rotation",
 }
 _ROTARY: dict[Rotary, str] = {
     "none": "no rotation",
     "halves": "rotary, coordinates i and i + d/2",
     "adjacent": "rotary, coordinates 2i and 2i + 1",
 }
+_BY_ACCELERATE = "decided by transformers and accelerate, when the model is loaded"
 
 
 @last_resort("inspecting a model")
@@ -72,12 +81,15 @@ def inspect_model(
     run: RunSize | None = None,
     families: Sequence[Family] = (),
     ignore_config: Sequence[str] = (),
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
 ) -> Inspection:
     """What a model is and what running it would take, without loading a weight.
 
     Takes the names that `load` takes. Of a model on the hub only config.json, the tokenizer's files and the headers of
     its tensors are downloaded. `run` is the size of run for which memory is estimated; `families` are formats of your
-    own, and `ignore_config` fields of config.json to pass over, as for `load`.
+    own, and `ignore_config` fields of config.json to pass over, as for `load`. With `device_map`, as there too, it is
+    said where layers would go now.
 
     Raises `CheckpointError` for a folder that is no checkpoint, or one that neither loopscope nor transformers could
     load; `MissingDependencyError` where transformers would be needed to know; `PromptError` for a damaged tokenizer.
@@ -89,8 +101,13 @@ def inspect_model(
         layout = find_layout(metadata.config, metadata.headers, str(name_or_path), families, ignore_config)
     except UnknownFamilyError as unknown:
         refuse_ignored(ignore_config, unknown)
-        return inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
-    return inspect_native(name_or_path, metadata, layout, tokenizer, run, ignore_config)
+        hooked = inspect_hooked(name_or_path, metadata, unknown, tokenizer, run)
+        return hooked if device_map is None else replace(hooked, placement=_BY_ACCELERATE)
+    found = inspect_native(name_or_path, metadata, layout, tokenizer, run, ignore_config)
+    if device_map is None:
+        return found
+    dtype: torch.dtype = getattr(torch, run.dtype)
+    return replace(found, placement=str(place_layers(layout.architecture, dtype, find_device(device), device_map)))
 
 
 def _tokenizer(folder: Path) -> TokenizerFacts | None:
@@ -179,9 +196,10 @@ def settings_in_words(architecture: Architecture) -> dict[str, str]:
 
 
 def _of_the_loop(architecture: Architecture) -> dict[str, str]:
+    after = ", then a linear map, before the coda" if architecture.readout_map else ""
     words = {
         "injection": _INJECTION[architecture.injection],
-        "loop norm": _LOOP_NORM[architecture.loop_norm],
+        "loop norm": _LOOP_NORM[architecture.loop_norm] + after,
         "initial state": "the prelude's output" if architecture.prelude else "the token embeddings",
         "exit gate": "none",
     }
@@ -197,7 +215,9 @@ def _of_the_loop(architecture: Architecture) -> dict[str, str]:
 
 
 def _norms(architecture: Architecture) -> str:
-    parts = [_NORMS[architecture.norm_placement], _QK_NORM[architecture.qk_norm], f"eps {architecture.norm_eps:g}"]
+    prelude = "RMS norm on the prelude's output" if architecture.prelude_norm else ""
+    parts = [_NORMS[architecture.norm_placement], prelude, _QK_NORM[architecture.qk_norm]]
+    parts.append(f"eps {architecture.norm_eps:g}")
     return "; ".join(part for part in parts if part)
 
 
@@ -208,6 +228,9 @@ def _attention(architecture: Architecture) -> str:
         parts.append(f"{groups} for keys and values")
     if architecture.qk_bias:
         parts.append("bias on queries and keys")
+    if architecture.value_embeddings:
+        count = len(architecture.value_embeddings)
+        parts.append(f"a gated embedding of the token in the values of {count} of {architecture.layers} layers")
     if architecture.sliding_window is not None:
         parts.append(_window(architecture, architecture.sliding_window))
     return ", ".join(parts)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loopscope._util.shapes import Keys, Queries, Rotation, States, TokenMask
-from loopscope.models.architecture import Architecture, LinearScaling, Llama3Scaling, RopeScaling, Rotary, YarnScaling
+from loopscope._util.shapes import Keys, Queries, Rotation, States, TokenIds, TokenMask
+from loopscope.models.architecture import (
+    VALUE_GATE_INPUTS,
+    Architecture,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    Rotary,
+    YarnScaling,
+)
 from loopscope.models.visits import QueryKeyAttention
 
 Mix = Callable[[Queries, Keys, Keys, Tensor | None], Queries]
@@ -44,6 +52,9 @@ class RotationTable:
 
     cos: Rotation
     sin: Rotation
+
+    def on(self, device: torch.device) -> RotationTable:
+        return RotationTable(self.cos.to(device), self.sin.to(device))
 
 
 def rotation_table(
@@ -130,6 +141,7 @@ def mix_values(query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -
 class AttentionContext:
     """What every layer of one run shares."""
 
+    input_ids: TokenIds
     rotation: RotationTable | None
     mask: TokenMask | None
     """True for tokens; None where no row is padded."""
@@ -139,16 +151,31 @@ class AttentionContext:
     """The same for layers with a sliding window, (batch or 1, 1, query, key)."""
     mix: Mix = mix_values
     """How values are mixed; another function of the same value has other derivatives."""
+    _copies: dict[torch.device, AttentionContext] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> AttentionContext:
+        """The same for layers on another device, made once for each."""
+        if self.input_ids.device == device:
+            return self
+        if device not in self._copies:
+            mask, allowed, near = (
+                None if each is None else each.to(device) for each in (self.mask, self.allowed, self.near)
+            )
+            rotation = None if self.rotation is None else self.rotation.on(device)
+            self._copies[device] = replace(
+                self, input_ids=self.input_ids.to(device), rotation=rotation, mask=mask, allowed=allowed, near=near
+            )
+        return self._copies[device]
 
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v per head, with optional q/k norm (before the bias) and q/k bias (before the
-    rotation).
+    rotation), or a q/k norm without weights (after it), and an embedding of the tokens in the values.
     """
 
-    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
+    def __init__(self, architecture: Architecture, place: int) -> None:
         super().__init__()
-        self.window = window
+        self.window = architecture.window(place)
         self.head_dim = architecture.head_dim
         self.rotary = architecture.rotary
         self.norm_per_head = architecture.qk_norm == "head"
@@ -160,7 +187,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(query_width, architecture.width, bias=False)
         self.query_norm: RMSNorm | None = None
         self.key_norm: RMSNorm | None = None
-        if architecture.qk_norm != "none":
+        self.norms_rotated = architecture.qk_norm == "unweighted"
+        if architecture.qk_norm in ("head", "full"):
             widths = (self.head_dim, self.head_dim) if self.norm_per_head else (query_width, key_width)
             self.query_norm = RMSNorm(widths[0], architecture.norm_eps)
             self.key_norm = RMSNorm(widths[1], architecture.norm_eps)
@@ -169,11 +197,21 @@ class Attention(nn.Module):
         if architecture.qk_bias:
             self.query_bias = nn.Parameter(torch.zeros(query_width))
             self.key_bias = nn.Parameter(torch.zeros(key_width))
+        self.value_embedding: nn.Embedding | None = None
+        self.value_gate: nn.Linear | None = None
+        if place in architecture.value_embeddings:
+            # As for the token embeddings, not drawn by nn.Embedding.
+            table = torch.empty(architecture.vocab_size, key_width).uniform_(-1, 1)
+            self.value_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+            self.value_gate = nn.Linear(VALUE_GATE_INPUTS, architecture.kv_heads, bias=False)
 
     def forward(self, x: States, context: AttentionContext) -> tuple[States, QueryKeyAttention]:
         query = self._heads(self.query(x), self.query_norm, self.query_bias, context)
         key = self._heads(self.key(x), self.key_norm, self.key_bias, context)
         value = self._split(self.value(x))
+        if self.value_embedding is not None and self.value_gate is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_INPUTS]))
+            value = value + gate.transpose(1, 2)[..., None] * self._split(self.value_embedding(context.input_ids))
         allowed = context.allowed if self.window is None else context.near
         mixed = context.mix(query, key, value, allowed)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
@@ -185,7 +223,8 @@ class Attention(nn.Module):
         if bias is not None:
             x = x + bias
         split = self._split(x)
-        return split if context.rotation is None else rotate(split, context.rotation, self.rotary)
+        turned = split if context.rotation is None else rotate(split, context.rotation, self.rotary)
+        return functional.rms_norm(turned, turned.shape[-1:]) if self.norms_rotated else turned
 
     def _split(self, x: Tensor) -> Tensor:
         """From (batch, token, head * head_dim) to (batch, head, token, head_dim)."""

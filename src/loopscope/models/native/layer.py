@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from loopscope._util.shapes import States
 from loopscope.models.architecture import Activation, Architecture, NormPlacement
 from loopscope.models.native.attention import Attention, AttentionContext, RMSNorm
 from loopscope.models.native.interventions import UNCHANGED, BranchScale
-from loopscope.models.visits import AttentionView
+from loopscope.models.visits import QueryKeyAttention
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu-tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "halved-relu2": lambda x: functional.relu(x).square() * 0.5,
 }
 
 
@@ -37,9 +39,38 @@ class BoundedInjection(nn.Module):
         self.decay = nn.Parameter(torch.zeros(width))
         self.weight = nn.Parameter(torch.zeros(width, width))
 
+    @property
+    def factors(self) -> Tensor:
+        """On the state, (width,)."""
+        return torch.sigmoid(self.decay)
+
     def forward(self, both: Tensor) -> Tensor:
         state, encoded = both.split(self.width, dim=-1)
-        mixed: Tensor = torch.sigmoid(self.decay) * state + functional.linear(encoded, self.weight)
+        mixed: Tensor = self.factors * state + functional.linear(encoded, self.weight)
+        return mixed
+
+
+class DiagonalInjection(nn.Module):
+    """`exp(-d exp(a)) * s + d * W e` of `[s ; e]`, with `d = softplus(b)`, (..., 2 width) to (..., width) (Parcae).
+
+    A linear system that forgets, in steps of learned length: every factor on the state lies between 0 and 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.rate_log = nn.Parameter(torch.zeros(width))
+        self.step_bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    @property
+    def factors(self) -> Tensor:
+        """On the state, (width,)."""
+        return torch.exp(-functional.softplus(self.step_bias) * torch.exp(self.rate_log))
+
+    def forward(self, both: Tensor) -> Tensor:
+        state, encoded = both.split(self.width, dim=-1)
+        mixed: Tensor = state * self.factors + functional.softplus(self.step_bias) * (encoded @ self.weight.T)
         return mixed
 
 
@@ -72,10 +103,16 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
+    def __init__(self, architecture: Architecture, place: int) -> None:
+        """`place` counts over prelude, recurrent and coda."""
         super().__init__()
+        self.brought_from: Mapping[str, Tensor] | None = None
+        """Its weights by name, where it has them only while it runs; they are read, or copied, when they are asked for.
+        """
+        self.device: torch.device | None = None
+        """Where it runs, if that is not where its weights are."""
         self.on_residual = architecture.norm_placement == "residual"
-        self.attention = Attention(architecture, window)
+        self.attention = Attention(architecture, place)
         self.mlp = MLP(architecture)
         present = _NORMS[architecture.norm_placement]
 
@@ -84,9 +121,33 @@ class Layer(nn.Module):
 
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = norm(1), norm(2), norm(3), norm(4)
 
+    def weight(self, name: str) -> Tensor:
+        """One of its parameters, wherever it lies."""
+        return self.get_parameter(name) if self.brought_from is None else self.brought_from[name]
+
+    def visit(
+        self,
+        x: States,
+        context: AttentionContext,
+        scale: BranchScale = UNCHANGED,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[States, QueryKeyAttention]:
+        """`forward` where this layer runs: state and context are moved there, and weights are brought there, in
+        another `dtype` if one is given. What comes out stays there."""
+        device = self.device or self.mlp.down.weight.device
+        arguments = (x.to(device), context.on(device), scale)
+        if self.brought_from is None and dtype is None:
+            answer: tuple[States, QueryKeyAttention] = self(*arguments)
+            return answer
+        weights = dict(self.named_parameters() if self.brought_from is None else self.brought_from.items())
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        brought: tuple[States, QueryKeyAttention] = functional_call(self, weights, arguments)
+        return brought
+
     def forward(
         self, x: States, context: AttentionContext, scale: BranchScale = UNCHANGED
-    ) -> tuple[States, AttentionView]:
+    ) -> tuple[States, QueryKeyAttention]:
         branch, view = self.attention(self.norm_1(x), context)
         x = self._add(x, branch, self.norm_2, scale.attention)
         return self._add(x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp), view

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,11 +13,13 @@ from torch.func import functional_call
 
 from loopscope._util.shapes import Logits, States, TokenMask
 from loopscope.errors import ConfigError
+from loopscope.models.checkpoints.placement import Placement
 from loopscope.models.interventions.kinds import Intervention, StartScaled
 from loopscope.models.interventions.parsing import check_fits, parse_interventions
 from loopscope.models.native.attention import AttentionContext, Mix, RotationTable, mix_values
 from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, RunInterventions, initial_noise
+from loopscope.models.native.layer import BoundedInjection, DiagonalInjection
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.native.transformer import Sequence as TokenSequence
 from loopscope.models.subject import Batch, CallableSubject, Subject, SubjectInfo, weights_digest
@@ -39,9 +40,12 @@ class NativeSubject(CallableSubject):
         weights_sha256: str | None = None,
         revision: str | None = None,
         ignored_config: Sequence[str] = (),
+        placement: Placement | None = None,
     ) -> None:
+        """`placement` is where the model's layers lie, if not all on one device."""
         self.model = model
         self.tokenizer = tokenizer
+        self.placement = placement
         self.interventions: tuple[Intervention, ...] = ()
         architecture = model.architecture
         self.info = SubjectInfo(
@@ -63,15 +67,27 @@ class NativeSubject(CallableSubject):
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            weights_sha256=weights_sha256 or weights_digest(model),
+            weights_sha256=weights_sha256 or weights_digest(model.named_parameters()),
             exit_threshold=architecture.exit_threshold if architecture.exit_gate else None,
             revision=revision,
             ignored_config=tuple(ignored_config),
+            injection_factors=_factors(model),
+            placement=str(placement) if placement is not None and placement.is_spread else None,
         )
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def no_eigenvalues(self) -> str | None:
+        """Why no eigenvalues of its recurrence can be taken; None where they can."""
+        if all(layer.brought_from is None for layer in self.model.layers("recurrent")):
+            return None
+        return (
+            f"layers of its loop are brought to {self.device} one at a time, and the recorded derivative of a "
+            "recurrence would hold all of them"
+        )
 
     def intervened(self, interventions: str | Sequence[str | Intervention]) -> NativeSubject:
         """The same model, every run of which applies these interventions, in place of those that this one has.
@@ -125,6 +141,13 @@ class NativeSubject(CallableSubject):
             if self.interventions
             else AppliedInterventions()
         )
+
+
+def _factors(model: LoopedTransformer) -> tuple[float, float] | None:
+    if not isinstance(model.injection, BoundedInjection | DiagonalInjection) or model.injection.weight.is_meta:
+        return None
+    factors = model.injection.factors.detach().double()
+    return float(factors.mean()), float(factors.max())
 
 
 class NativeRun:
@@ -240,10 +263,6 @@ class NativeRun:
 
     def _recurrence_in(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Outputs of the recurrent layers in one recurrence from here, one by one, computed in another dtype."""
-
-        def call(module: torch.nn.Module, *arguments: Any) -> Any:
-            return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, arguments)
-
         context, applied = _context_in(self._sequence.context, dtype), self._sequence.applied
         frozen, injection = applied.frozen(self._recurrence), self._model.injection
         state = applied.received(self.state, self._recurrence).to(dtype)
@@ -251,12 +270,14 @@ class NativeRun:
         if frozen is not None:
             state = frozen.to(dtype)
         elif injection is not None:
-            state = call(injection, torch.cat((state, encoded), dim=-1))
+            weights = {name: weight.to(dtype) for name, weight in injection.named_parameters()}
+            state = functional_call(injection, weights, (torch.cat((state, encoded), dim=-1),))
         else:
             state = self._model.inject(state, encoded)
-        for index, layer in enumerate(self._model.recurrent):
-            state, _ = call(layer, state, context, applied.scale("recurrent", index, self._recurrence))
-            yield state
+        for index, layer in enumerate(self._model.layers("recurrent")):
+            scale = applied.scale("recurrent", index, self._recurrence)
+            state, _ = layer.visit(state, context, scale, dtype=dtype)
+            yield state.to(self._model.device)
 
 
 class _Recurrence(nn.Module):

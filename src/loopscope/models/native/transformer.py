@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
-from loopscope._util.sites import Stage
+from loopscope._util.sites import STAGES, Stage
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.attention import AttentionContext, RMSNorm, RotationTable, rotation_table
 from loopscope.models.native.exit import ExitRule
 from loopscope.models.native.interventions import AppliedInterventions, initial_noise
-from loopscope.models.native.layer import BoundedInjection, Layer
+from loopscope.models.native.layer import BoundedInjection, DiagonalInjection, Layer
 from loopscope.models.visits import LoopState, Observer, Visit
 
 
@@ -40,8 +41,9 @@ class Sequence:
                 each[:, 0].expand(*tokens.shape, -1)[tokens][None, None] for each in (rotation.cos, rotation.sin)
             )
             rotation = RotationTable(cos, sin)
-        context = dataclasses.replace(self.context, rotation=rotation, mask=None)
-        return Sequence(self.input_ids[tokens][None], self.encoded[tokens][None], context, self.applied.of(tokens))
+        input_ids = self.input_ids[tokens][None]
+        context = dataclasses.replace(self.context, input_ids=input_ids, rotation=rotation, mask=None)
+        return Sequence(input_ids, self.encoded[tokens][None], context, self.applied.of(tokens))
 
 
 class LoopedTransformer(nn.Module):
@@ -57,24 +59,35 @@ class LoopedTransformer(nn.Module):
         # Not drawn by nn.Embedding: its normal_ on the meta device imports torch's compiler, which takes seconds.
         weight = torch.empty(architecture.vocab_size, architecture.width).uniform_(-1, 1)
         self.embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-        layers = [Layer(architecture, architecture.window(layer)) for layer in range(architecture.layers)]
+        layers = [Layer(architecture, place) for place in range(architecture.layers)]
         loop, after = architecture.prelude, architecture.prelude + architecture.recurrent
         self.prelude = nn.ModuleList(layers[:loop])
         self.recurrent = nn.ModuleList(layers[loop:after])
         self.coda = nn.ModuleList(layers[after:])
-        self.injection: nn.Linear | BoundedInjection | None = None
+        self.prelude_norm = RMSNorm(architecture.width, architecture.norm_eps) if architecture.prelude_norm else None
+        self.injection: nn.Linear | BoundedInjection | DiagonalInjection | None = None
         if architecture.injection == "linear":
             self.injection = nn.Linear(2 * architecture.width, architecture.width, bias=False)
         elif architecture.injection == "bounded":
             self.injection = BoundedInjection(architecture.width)
+        elif architecture.injection == "diagonal":
+            self.injection = DiagonalInjection(architecture.width)
+        self.readout_map: nn.Linear | None = None
+        if architecture.readout_map:
+            self.readout_map = nn.Linear(architecture.width, architecture.width, bias=False)
         self.norm = RMSNorm(architecture.width, architecture.norm_eps)
         self.exit_gate = nn.Linear(architecture.width, 1) if architecture.exit_gate else None
         self.head: nn.Linear | None = None
         if not architecture.tied_embeddings:
             self.head = nn.Linear(architecture.width, architecture.vocab_size, bias=False)
 
+    def layers(self, *stages: Stage) -> tuple[Layer, ...]:
+        """Unique layers of these stages, or of all, in order."""
+        return tuple(cast(Layer, layer) for stage in stages or STAGES for layer in getattr(self, stage))
+
     @property
     def device(self) -> torch.device:
+        """Where states are between layers, and everything that belongs to none; layers may lie elsewhere."""
         return self.embedding.weight.device
 
     @property
@@ -95,11 +108,11 @@ class LoopedTransformer(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(0.0 if name.endswith(("bias", "decay")) else 1.0)
+                    parameter.fill_(0.0 if name.endswith(("bias", "decay", "log")) else 1.0)
             if self.architecture.norm_placement in ("branch-in-out", "branch-out"):
-                for layer in (*self.prelude, *self.recurrent, *self.coda):
+                for layer in self.layers():
                     for norm in (layer.norm_2, layer.norm_4):
-                        norm.weight.fill_(branch_gain)
+                        norm.get_parameter("weight").fill_(branch_gain)
         return self
 
     def forward(
@@ -162,8 +175,10 @@ class LoopedTransformer(nn.Module):
         """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence."""
         context, applied = self._context(input_ids, attention_mask), applied or AppliedInterventions()
         embedded = self.embed(input_ids)
-        encoded = self._stage("prelude", self.prelude, embedded, 0, context, applied, observers)
-        return Sequence(input_ids, encoded, context, applied)
+        encoded = self._stage("prelude", embedded, 0, context, applied, observers)
+        return Sequence(
+            input_ids, encoded if self.prelude_norm is None else self.prelude_norm(encoded), context, applied
+        )
 
     def embed(self, input_ids: TokenIds) -> States:
         """Token embeddings times the embedding scale, as the first layer receives them."""
@@ -195,7 +210,7 @@ class LoopedTransformer(nn.Module):
         state = self._input(received, sequence, recurrence)
         for observer in observers:
             observer.injected(recurrence, state)
-        state = self._stage("recurrent", self.recurrent, state, recurrence, sequence.context, applied, observers)
+        state = self._stage("recurrent", state, recurrence, sequence.context, applied, observers)
         if self.architecture.loop_norm == "recurrence":
             state = self.norm(state)
         if self.architecture.eta != 1.0:
@@ -233,7 +248,9 @@ class LoopedTransformer(nn.Module):
         """Run the coda from a loop state (or, without a loop, from the prelude's output), then norm and head."""
         if self.architecture.loop_norm == "loop":
             state = self.norm(state)
-        hidden = self._stage("coda", self.coda, state, 0, sequence.context, sequence.applied, observers)
+        if self.readout_map is not None:
+            state = self.readout_map(state)
+        hidden = self._stage("coda", state, 0, sequence.context, sequence.applied, observers)
         return self.unembed(hidden if self._is_normed else self.norm(hidden))
 
     def unembed(self, hidden: States) -> Logits:
@@ -249,19 +266,20 @@ class LoopedTransformer(nn.Module):
     def _stage(
         self,
         stage: Stage,
-        layers: nn.ModuleList,
         state: States,
         recurrence: int,
         context: AttentionContext,
         applied: AppliedInterventions,
         observers: Iterable[Observer],
     ) -> States:
-        for index, layer in enumerate(layers):
-            state, view = layer(state, context, applied.scale(stage, index, recurrence))
-            visit = Visit(stage, index, recurrence, state, view)
-            for observer in observers:
-                observer.visit(visit)
-        return state
+        home, observers = self.device, tuple(observers)
+        for index, layer in enumerate(self.layers(stage)):
+            state, view = layer.visit(state, context, applied.scale(stage, index, recurrence))
+            if observers:
+                visit = Visit(stage, index, recurrence, state.to(home), view.on(home))
+                for observer in observers:
+                    observer.visit(visit)
+        return state.to(home)
 
     def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
         tokens = input_ids.shape[1]
@@ -271,15 +289,19 @@ class LoopedTransformer(nn.Module):
         # A window as long as the text hides nothing, and causality alone lets the fast kernels apply.
         near = None if window is None or window >= tokens else ((behind >= 0) & (behind < window))[None, None]
         if mask is None or bool(mask.all()):
-            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), None, None, near)
+            return AttentionContext(
+                input_ids, rotation_table(self.architecture, position[None], self.dtype), None, None, near
+            )
         if not bool(mask.any(-1).all()):
             raise ConfigError("A row of attention_mask has no token; leave empty prompts out of the batch.")
         if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             # Padding comes last, so no token can look at it.
-            return AttentionContext(rotation_table(self.architecture, position[None], self.dtype), mask, None, near)
+            return AttentionContext(
+                input_ids, rotation_table(self.architecture, position[None], self.dtype), mask, None, near
+            )
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
         itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
         allowed = (((behind >= 0) & mask[:, None, :]) | itself)[:, None]
         near = allowed if near is None else allowed & (near | itself)
-        return AttentionContext(rotation_table(self.architecture, places, self.dtype), mask, allowed, near)
+        return AttentionContext(input_ids, rotation_table(self.architecture, places, self.dtype), mask, allowed, near)
