@@ -100,6 +100,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("loopscope")
     if name not in _HOMES:
         raise AttributeError(f"module 'loopscope' has no attribute {name!r}")
     value = getattr(import_module(f"loopscope.{_HOMES[name]}"), name)

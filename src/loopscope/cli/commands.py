@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
-import io
+import re
 import sys
-from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, cast
+from typing import Annotated, Literal
 
 import tyro
 
+import loopscope
 from loopscope._util.ranges import Processes, check_ranges
-from loopscope.analysis.settings import AnalyzeSettings, Preset
+from loopscope.analysis.settings import (
+    AnalyzeSettings,
+    MachineSettings,
+    MeasureSettings,
+    Preset,
+    PromptSettings,
+    RunSettings,
+)
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
-from loopscope.cli.experiment import ExperimentCommand
+from loopscope.cli.experiment import EXPERIMENTS
+from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.rates import CountRates
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AnalyzeSettings(AnalyzeSettings):
-    """The same settings, of which one flag may be given several times rather than the last one winning."""
+class _Shown:
+    """How the answers of a study are shown."""
 
-    intervene: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    verbose: bool = False
+    """Show each answer in sentences, with its numbers, rather than on a line."""
+    json: bool = False
+    """Print JSON, for programs."""
+    open: bool = False
+    """Open the report in a browser."""
 
 
-@dataclass(frozen=True)
-class Analyze:
+@dataclass(frozen=True, kw_only=True)
+class Analyze(_Shown):
     """Run prompts through a model and measure how each layer's state settles.
 
     Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was
-    interrupted is resumed when the same command is given again.
+    interrupted is resumed when the same command is given again, with its --out.
     """
 
     model: tyro.conf.Positional[str]
     """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
     organisation/model."""
-    out: Path
-    """Folder for the study."""
-    settings: Annotated[_AnalyzeSettings, tyro.conf.arg(name="")]
+    prompt: PromptSettings
+    run_: Annotated[RunSettings, tyro.conf.arg(name="run")]
+    machine: MachineSettings
+    measure: MeasureSettings
+    out: Path | None = None
+    """Folder for the study; runs/MODEL-TIME unless given."""
     preset: Preset = "standard"
     """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer;
     1.7 times a bare run to twice the horizon on the shipped models. standard: 3.1 times where tokens settle, 4.0 where
@@ -51,29 +67,58 @@ class Analyze:
     times, and more where these come in. An option wins; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The command line, which tells an option that was given from its default."""
 
-    def with_preset(self, arguments: list[str]) -> Analyze:
-        """With the settings of the preset but for those that the arguments give."""
-        flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in arguments}
-        given = [field.name for field in fields(self.settings) if f"--{field.name.replace('_', '-')}" in flags]
-        changes = {name: getattr(self.settings, name) for name in given}
-        return replace(self, settings=cast(_AnalyzeSettings, _AnalyzeSettings.preset(self.preset, **changes)))
+    @property
+    def settings(self) -> AnalyzeSettings:
+        """Those of the preset but for what the command line gives."""
+        parts = (self.prompt, self.run_, self.machine, self.measure)
+        flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in self.given}
+        options = {name: value for part in parts for name, value in vars(part).items()}
+        changes = {name: value for name, value in options.items() if f"--{name.replace('_', '-')}" in flags}
+        return AnalyzeSettings.preset(self.preset, **changes)
 
     def run(self) -> None:
         from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
         from loopscope.analysis.analyzing import analyze
         from loopscope.answers.quick import quick_answers
-        from loopscope.cli.console import REPORT_SECONDS, say, say_answers
+        from loopscope.cli.answered import say_study
+        from loopscope.cli.console import REPORT_SECONDS
         from loopscope.report.page.write import write_report
 
+        settings = self.settings
+        name = re.sub(r"[^\w.]+", "-", Path(self.model).name)
+        out = self.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         last = (Phase("report", 1, seconds=REPORT_SECONDS),) if self.report else ()
-        with ProgressBar("loading", last=last) as progress:
-            study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
-            answers = quick_answers(study)
-            report = write_report(study, self.out / "report.html", answers=answers) if self.report else None
-        say_answers(answers)
-        say(f"study  {self.out}" if report is None else f"report  {report}")
+        try:
+            with ProgressBar("loading", last=last) as progress:
+                study = analyze(self.model, out=out, settings=settings, progress=progress)
+                answers = quick_answers(study)
+                report = write_report(study, out / "report.html", answers=answers) if self.report else None
+        except KeyboardInterrupt:
+            if self.out is None:
+                print(f"loopscope: to go on with it, add --out {out}", file=sys.stderr)
+            raise
+        say_study(answers, out, report, verbose=self.verbose, json=self.json, open=self.open)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(_Shown):
+    """Show the answers of a study."""
+
+    study: tyro.conf.Positional[Path]
+    """The --out folder of an analysis."""
+
+    def run(self) -> None:
+        from loopscope.answers.quick import quick_answers
+        from loopscope.cli.answered import say_study
+        from loopscope.study import Study
+
+        answers, report = quick_answers(Study.load(self.study)), self.study / "report.html"
+        there = report if report.is_file() else None
+        say_study(answers, self.study, there, verbose=self.verbose, json=self.json, open=self.open)
 
 
 @dataclass(frozen=True)
@@ -86,12 +131,11 @@ class Report:
     """Where to write it; report.html in the study's folder unless given."""
 
     def run(self) -> None:
-        from loopscope.cli.console import say
+        from loopscope.cli.console import say_path
         from loopscope.report.page.write import write_report
         from loopscope.study import Study
 
-        study = Study.load(self.study)
-        say(f"report  {write_report(study, self.out or self.study / 'report.html')}")
+        say_path("report", write_report(Study.load(self.study), self.out or self.study / "report.html"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +158,7 @@ class Compare:
     def run(self) -> None:
         from loopscope.answers.comparison.comparing import compare
         from loopscope.answers.comparison.findings import comparison_answers
-        from loopscope.cli.console import say, say_answers
+        from loopscope.cli.console import say_answers, say_path
         from loopscope.report.page.write import write_comparison
 
         comparison = compare(self.studies, reference=self.reference, settings=self.settings)
@@ -123,7 +167,7 @@ class Compare:
             comparison = comparison.save(self.out)
         path = write_comparison(comparison, self.out if alone else self.out / "report.html")
         say_answers(comparison_answers(comparison))
-        say(f"report  {path}")
+        say_path("report", path)
 
 
 @dataclass(frozen=True)
@@ -180,7 +224,7 @@ class Train:
         check_ranges(self, "--")
 
     def run(self) -> None:
-        from loopscope.cli.console import say
+        from loopscope.cli.console import say_path
         from loopscope.experiments.training.config import TrainConfig
         from loopscope.experiments.training.data import DataFiles
         from loopscope.experiments.training.loop import train
@@ -190,17 +234,7 @@ class Train:
         result = train(config, self.out, data, threads=self.threads, device=self.device)
         if not result.finished:
             sys.exit(130)
-        say(f"model  {result.folder}")
-
-
-@dataclass(frozen=True)
-class RunExperiment:
-    """Experiments over grids of models: which designs make fixed points."""
-
-    experiment: ExperimentCommand
-
-    def run(self) -> None:
-        self.experiment.run()
+        say_path("model", result.folder)
 
 
 @dataclass(frozen=True)
@@ -217,7 +251,7 @@ class Inspect:
     run_size: Annotated[RunSize, tyro.conf.arg(name="")]
     revision: str | None = None
     """A branch, tag or commit of the model, if there is one, on the hub."""
-    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    ignore_config: tuple[str, ...] = ()
     """A field of config.json that loopscope does not know, to be passed over. Again for several."""
     json: bool = False
     """Print JSON, for programs: an object, of several models a list of them."""
@@ -257,54 +291,35 @@ class Models:
         say_models()
 
 
-class _Command(Protocol):
-    """What the parser makes of a command line."""
-
-    def run(self) -> None: ...
-
-
-_LONG = 300
-"""Characters of an argument."""
-
-Command = (
-    Annotated[Analyze, tyro.conf.subcommand("analyze")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[JudgeTrajectories, tyro.conf.subcommand("behaviour")]
-    | Annotated[CountRates, tyro.conf.subcommand("rates")]
-    | Annotated[ControlTokens, tyro.conf.subcommand("control")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Figures, tyro.conf.subcommand("figures")]
-    | Annotated[RunExperiment, tyro.conf.subcommand("experiment")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-)
+COMMANDS: Commands = {
+    "analyze": Analyze,
+    "show": Show,
+    "report": Report,
+    "compare": Compare,
+    "rates": CountRates,
+    "figures": Figures,
+    "control": ControlTokens,
+    "behaviour": JudgeTrajectories,
+    "calibrate": Calibrate,
+    "experiment": EXPERIMENTS,
+    "train": Train,
+    "inspect": Inspect,
+    "models": Models,
+}
 
 
 def parse_and_run(arguments: list[str]) -> None:
-    """Parse a command line and run its command. Raises `ConfigError` for what is no text."""
+    """Parse a command line and run its command. Raises `ConfigError` for one that cannot be understood."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
-    # The parser repeats an argument in its messages, which are then as long.
-    said = io.StringIO() if max(map(len, arguments), default=0) > _LONG else sys.stderr
-    try:
-        with redirect_stderr(said):
-            command: _Command = tyro.cli(
-                Command,
-                prog="loopscope",
-                description="An instrument for looking inside looped language models.",
-                args=arguments,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stopped:
-        if isinstance(said, io.StringIO) and stopped.code:
-            lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
-            raise ConfigError(" ".join(filter(None, lines))) from None
-        raise
+    if arguments == ["--version"]:
+        print(f"loopscope {loopscope.__version__}")
+        return
+    command = parse(COMMANDS, arguments)
     if isinstance(command, Analyze):
-        command = command.with_preset(arguments)
-    command.run()
+        command = replace(command, given=tuple(arguments))
+    if command is not None:
+        command.run()
