@@ -360,7 +360,7 @@ def test_what_there_is_is_said_without_being_asked(capsys: pytest.CaptureFixture
 
 def test_other_words_for_model_and_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Analyze] = []
-    monkeypatch.setattr(Analyze, "run", found.append)
+    monkeypatch.setattr(Analyze, "run", lambda command: found.append(command))
     for words in (
         "-o study --model=demo:injected",
         "--model demo:injected --output study",

@@ -71,7 +71,9 @@ def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
     for place, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--model" and flag not in flags and {"model", "models"} & set(get_type_hints(cls)):
-            arguments = [*arguments[:place], *([value] if equals else []), *arguments[place + 1 :]]
+            model = [value] if equals else arguments[place + 1 : place + 2]
+            # First, since behind another option it could be one more value of that.
+            arguments = [*model, *arguments[:place], *arguments[place + (1 if equals else 2) :]]
         elif flag.startswith("--") and flag.replace("_", "-") not in flags:
             begun = [each for each in flags if each.startswith(flag)]
             near = list(dict.fromkeys([*begun, *difflib.get_close_matches(flag, flags, cutoff=0.5)]))[:3]
