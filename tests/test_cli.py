@@ -362,11 +362,11 @@ def test_other_words_for_model_and_folder(monkeypatch: pytest.MonkeyPatch) -> No
     found: list[Analyze] = []
     monkeypatch.setattr(Analyze, "run", lambda command: found.append(command))
     for words in (
-        "-o study --model=demo:injected",
-        "--model demo:injected --output study",
-        "demo:injected --out study",
+        "-o study --model=demo:injected --text one",
+        "--text one --model demo:injected --output study",
+        "demo:injected --out study --text one",
     ):
-        assert run("analyse", "--text", "one", *words.split()) == 0
+        assert run("analyse", *words.split()) == 0
     assert {(command.model, command.out) for command in found} == {("demo:injected", Path("study"))}
 
 
