@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loopscope.models.subject import Subject
     from loopscope.models.trace import Trace, capture
     from loopscope.models.visits import Observer, Visit
+    from loopscope.report.exported import write_export
     from loopscope.report.figures.write import write_figures
     from loopscope.report.page.write import write_comparison, write_report
     from loopscope.study import Study
@@ -62,6 +63,7 @@ _HOMES = {
     "quick_answers": "answers.quick",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
+    "write_export": "report.exported",
     "write_figures": "report.figures.write",
     "write_report": "report.page.write",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "quick_answers",
     "study_rates",
     "write_comparison",
+    "write_export",
     "write_figures",
     "write_report",
 ]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.table
 from rich.console import Console
 from rich.markup import escape
 
@@ -33,12 +32,14 @@ _LINES = {
     "criteria": ("Do two criteria agree?", "agree", "on {}"),
     "exit_rule": ("Would an exit rule save?", "best_saved_of_measured", "saves {}"),
     "heads": ("Do its heads stabilise?", "share_of_heads_stable", "{} do"),
-    "stages": ("Do its stages repeat?", "repetition of residual entropy", "explains {}"),
+    "stages": ("Do its stages repeat?", "repetition of ", "explains {}"),
     "limits": ("What limits this", "prompts", "prompts: {}"),
 }
 """Of each answer its question in a few words, and the number of its evidence that says most, with how it is said."""
 _SHARES = ("moves {}", "{} away", "{} apart", "{} after 1", "on {}", "saves {}", "{} do", "explains {}")
 """Of these numbers that are percentages."""
+_COLUMN, _VERDICT = 27, 30
+"""Characters of a question, and of a verdict that leaves room for its number."""
 
 
 def say_study(
@@ -52,12 +53,14 @@ def say_study(
     elif verbose:
         say_answers(answers)
     else:
-        table = rich.table.Table.grid(padding=(0, 2))
+        console = Console(highlight=False)
         for answer in answers:
             question, key, words = _LINES[answer.key]
             style = _STYLES.get(answer.outcome, "yellow")
-            table.add_row(question, f"[{style}]{escape(answer.verdict)}[/]", f"[dim]{_number(answer, key, words)}[/]")
-        Console(highlight=False).print(table)
+            number = "  " + _number(answer, key, words)
+            if _COLUMN + max(_VERDICT, len(answer.verdict)) + len(number) > console.width:
+                number = ""
+            console.print(f"{question:{_COLUMN}}[{style}]{escape(f'{answer.verdict:{_VERDICT}}')}[/]{number}".rstrip())
     name, path = ("study", folder) if report is None else ("report", report)
     if not json:
         say_path(name, path)
@@ -66,9 +69,12 @@ def say_study(
 
 
 def _number(answer: Answer, key: str, words: str) -> str:
-    value = answer.evidence.get(key)
-    if value is None:
+    found = [
+        value for name, value in answer.evidence.items() if name == key or (name.startswith(key) and key[-1] == " ")
+    ]
+    if not found:
         return ""
+    value = min(found)  # of several quantities the least
     if isinstance(value, str):  # a count and its interval
         return words.format(value.partition(",")[0])
     if words in _SHARES:

@@ -204,6 +204,31 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write the arrays of studies as tables: tokens, readouts, visits, heads, prompts, and a row for each study.
+
+    csv, parquet, or a folder that the Hugging Face hub takes as a data set: tables, manifests and a card.
+    """
+
+    studies: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of analyses."""
+    out: Path
+    """Folder for the tables."""
+    to: Literal["csv", "parquet", "hub-folder"] = "parquet"
+    """parquet needs pyarrow: pip install 'loopscope[hub]'."""
+    licence: str = "unknown"
+    """Of the data set, in the card of a hub-folder: an identifier of the hub such as mit or cc-by-4.0."""
+
+    def run(self) -> None:
+        from loopscope.cli.console import say_path
+        from loopscope.report.exported import write_export
+        from loopscope.study import Study
+
+        studies = [Study.load(folder) for folder in self.studies]
+        say_path("export", write_export(studies, self.out, to=self.to, licence=self.licence))
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model from a configuration; the same command resumes a run that was interrupted."""
 
@@ -298,6 +323,7 @@ COMMANDS: Commands = {
     "compare": Compare,
     "rates": CountRates,
     "figures": Figures,
+    "export": Export,
     "control": ControlTokens,
     "behaviour": JudgeTrajectories,
     "calibrate": Calibrate,
