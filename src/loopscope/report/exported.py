@@ -22,7 +22,7 @@ STUDIES = "studies"
 """The table with one row for each study, as a leaderboard wants it."""
 _TITLE = "# Dynamics of looped language models, measured by loopscope"
 _ABOUT = (
-    "A row of `studies` is a study, one of the other tables a prompt, a token, a token's readout, a visit of a layer or "
+    "A row of `studies` is a study; one of the other tables a prompt, a token, a token's readout, a layer's visit or "
     "a head of one, in the study that the column `study` names. What the columns mean is in loopscope's docs/study.md, "
     "every setting and threshold in `manifests/`. The texts of the prompts are among the data."
 )
@@ -88,9 +88,7 @@ def _row(name: str, study: Study) -> dict[str, str | int | float | None]:
 def _card(rows: Sequence[pd.DataFrame], tables: Sequence[str], licence: str) -> str:
     """README.md of a data set, whose head is YAML; texts in it are JSON, which YAML reads as well."""
     facts = [row.iloc[0] for row in rows]
-    hub = sorted(
-        {fact["model"] for fact in facts if fact["model"].count("/") == 1 and not Path(fact["model"]).exists()}
-    )
+    hub = sorted({fact["model"] for fact in facts if fact["revision"]})  # of a model that is a folder there is none
     configs = "".join(
         f"- config_name: {table}\n  data_files: data/{table}.parquet\n"
         + ("  default: true\n" if table == STUDIES else "")
