@@ -30,13 +30,13 @@ _LINES = {
     "loss": ("Does the loss improve?", "loss_at_last_readout", "{} nats"),
     "final": ("When is its answer final?", "tokens_final_after_1", "{} after 1"),
     "criteria": ("Do two criteria agree?", "agree", "on {}"),
-    "exit_rule": ("Would an exit rule save?", "best_saved_of_measured", "saves {}"),
+    "exit_rule": ("Would an exit rule save?", "best_recurrences", "{} on average"),
     "heads": ("Do its heads stabilise?", "share_of_heads_stable", "{} do"),
     "stages": ("Do its stages repeat?", "repetition of ", "explains {}"),
     "limits": ("What limits this", "prompts", "prompts: {}"),
 }
 """Of each answer its question in a few words, and the number of its evidence that says most, with how it is said."""
-_SHARES = ("moves {}", "{} away", "{} apart", "{} after 1", "on {}", "saves {}", "{} do", "explains {}")
+_SHARES = ("moves {}", "{} away", "{} apart", "{} after 1", "on {}", "{} do", "explains {}")
 """Of these numbers that are percentages."""
 _COLUMN, _VERDICT = 27, 30
 """Characters of a question, and of a verdict that leaves room for its number."""
