@@ -23,7 +23,7 @@ DEMO := out/demo
 DEMO_ANALYSIS := demo:injected --prompts word-problems --limit 16 --recurrences 32 --horizon 64
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs-check bench crash fuzz pins clean
+.PHONY: help install demo test lint format docs docs-check bench crash fuzz pins clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ format: $(TEST_STAMP) ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
 
+docs: $(RUN_STAMP) ## Build the documentation's site; the last line is the path of its first page
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python tools/build_site.py
+
 docs-check: $(TEST_STAMP) ## Run the commands of README and docs/, with their output
 	$(BIN)/python tools/run_doc_commands.py
 
@@ -79,7 +83,7 @@ pins: ## Resolve the dependencies anew and write constraints.txt
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
 	grep '^torch==' constraints.txt > build/pins/torch.txt
-	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --editable '.[devices,figures,hub,ray,test,transformers]'
+	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --editable '.[devices,docs,figures,hub,ray,test,transformers]'
 	@echo '# The versions that the tests run with. Written by `make pins`; do not edit, but for the line of torch.' > build/pins/constraints.txt
 	build/pins/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> build/pins/constraints.txt
 	mv build/pins/constraints.txt constraints.txt

@@ -2,7 +2,7 @@
 
     python benchmarks/stability.py
     python benchmarks/stability.py --products 60
-    python benchmarks/stability.py --cost ../shared/data/gsm8k/test.jsonl
+    python benchmarks/stability.py --cost questions.jsonl
 
 Random looped models of 4 layers on 12 tokens: three norm placements, several weight scales, injection added, or by one
 random matrix, or with a gain on the state of its own, which sets how fast they settle; two widths, float64 and float32.

@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import loopscope
 from loopscope import AnalyzeSettings, Study
 from loopscope.analysis.settings import Preset
-from loopscope.cli import main
-from loopscope.cli.commands import Analyze
+from loopscope.cli import console, main
+from loopscope.cli.commands import COMMANDS, Analyze
 from loopscope.errors import ConfigError
+from loopscope.models.checkpoints import FAMILIES
 from loopscope.models.checkpoints.find import demo_names
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.transformer import LoopedTransformer
 from small_models import architecture, byte_tokenizer, checkpoint
+from synthetic_study import contracting, looped_study, with_behaviour
 
 COMMAND = str(Path(sys.executable).with_name("loopscope"))
 SHORT = ("--recurrences", "3", "--horizon", "3", "--device", "cpu")
@@ -304,30 +307,113 @@ def test_the_shipped_models_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert demo_names()
     for name in demo_names():
         assert name in shown
-
-
-def test_an_option_that_does_not_exist_is_refused_with_help(
-    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
-) -> None:
-    assert run("analyze", good, "--text", "one", "--horizons", "3", "--out", tmp_path / "study") == 2
-    shown = capsys.readouterr()
-    assert "--horizons" in shown.out + shown.err
+    assert tuple(family.name for family in FAMILIES) == console.FAMILIES
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("arguments", "said"),
     [
-        (
-            ("--preset", "fast"),
-            r"Invalid choice 'fast' for .*'--preset': expected one of \('quick', .*\); --help",
-        ),
-        (("--horizon", "no"), r"Error parsing --horizon: .*'no'; --help"),
+        ("analyze demo:injected --recurrence 3", ["loopscope analyze has no option --recurrence", "--recurrences"]),
+        ("analyze demo:injected --prompt hi", ["loopscope analyze has no option --prompt", "--prompts"]),
+        ("experiment phase --seed 3", ["loopscope experiment phase has no option --seed", "--seeds"]),
     ],
 )
-def test_a_value_that_an_option_does_not_have_is_refused_in_a_sentence(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: tuple[str, str], said: str
+def test_an_option_that_does_not_exist_is_answered_in_three_lines(
+    capsys: pytest.CaptureFixture[str], arguments: str, said: list[str]
 ) -> None:
-    assert matches(said, refused(capsys, "analyze", "demo:injected", "--out", tmp_path / "study", *option))
+    assert run(*arguments.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert said[0] in lines[0]
+    assert lines[1].startswith(f"The nearest are {said[1]}")
+    assert lines[2].endswith(" --help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyz"], "no command 'analyz'; did you mean analyze"),
+        (["experiment", "phases"], "no command 'phases'; did you mean phase"),
+        (["analyze", "demo:injected", "--limit", "x"], "--limit: .*INT .*'x'"),
+        (["analyze", "demo:injected", "--preset", "slow"], "'slow' .*--preset.*quick"),
+        (["analyze"], "Missing .*MODEL"),
+        (["models", "all"], "'?all"),
+    ],
+)
+def test_commands_and_values_that_cannot_be_meant(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert matches(message, line)
+    assert "None" not in line
+
+
+def test_what_there_is_is_said_without_being_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"\n  {name} ") == 2 for name in COMMANDS)
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"loopscope {loopscope.__version__}\n"
+    assert run("analyse", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert [name for name in ("prompt", "run", "machine", "measure") if f" {name} options " not in shown] == []
+
+
+def test_other_words_for_model_and_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Analyze] = []
+    monkeypatch.setattr(Analyze, "run", lambda command: found.append(command))
+    for words in (
+        "-o study --model=demo:injected --text one",
+        "--text one --model demo:injected --output study",
+        "demo:injected --out study --text one",
+    ):
+        assert run("analyse", *words.split()) == 0
+    assert {(command.model, command.out) for command in found} == {("demo:injected", Path("study"))}
+
+
+def test_a_study_without_a_folder_is_named_after_its_model(
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("analyze", good, "--text", "one", *SHORT, "--preset", "quick", "--no-report") == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert capsys.readouterr().out.splitlines()[-1] == f"study  {folder.relative_to(tmp_path)}"
+    assert matches(r"good-\d{8}-\d{6}$", folder.name)
+    assert len(Study.load(folder).tokens) == 1
+
+
+def test_answers_of_a_study_are_shown_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    study = with_behaviour(looped_study(contracting(), recurrences=16, horizon=32))
+    study.save(tmp_path)
+    answers = loopscope.quick_answers(study)
+    assert run("show", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(answers) + 1 <= 15
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert all(answer.verdict in line for answer, line in zip(answers, lines, strict=False))
+    assert lines[-1] == f"study  {tmp_path}"
+    assert run("show", tmp_path, "--verbose") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(answer.sentence.split()) in shown for answer in answers)
+    assert run("show", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["key"] for entry in found["answers"]] == [answer.key for answer in answers]
+
+
+def test_neither_help_nor_models_wait_for_torch() -> None:
+    code = "import sys, loopscope.cli\ntry: loopscope.cli.main(sys.argv[1:])\n"
+    code += "finally: print({'torch', 'xarray', 'numpy'} & set(sys.modules))"
+    for command in (["--help"], ["models"]):
+        process = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+        assert process.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_preset_that_does_not_exist_is_refused_in_python_too() -> None:
     with pytest.raises(ConfigError, match="no preset 'fast'; the presets are quick, standard, full"):
         AnalyzeSettings.preset(cast(Preset, "fast"))
 

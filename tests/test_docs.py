@@ -1,5 +1,6 @@
 """The commands of README.md and docs/*.md work, and the tool that runs them sees what it should."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from run_doc_commands import CHECKOUT, Block, DocumentError, default_documents, find_blocks, make_scratch, run_block
+from run_notebook import code_cells, run_notebook
 from warm_python import WarmPython
 
 SHARED = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
@@ -69,6 +71,31 @@ def test_a_python_block_is_a_script(tmp_path: Path, warm: WarmPython) -> None:
     result = run_block(block, make_scratch(tmp_path / "scratch", None), warm)
     assert result.returncode == 0
     assert "its $HOME" in result.stdout
+
+
+def test_the_cells_of_a_notebook_are_one_script_and_show_what_they_end_with(tmp_path: Path, warm: WarmPython) -> None:
+    picture = "class Picture:\n    def _repr_png_(self):\n        return b'png'"
+    sources = [f"{picture}\nprint(1)\nPicture()", "names = 2", "names"]
+    cells = [{"cell_type": "code", "source": source.splitlines(keepends=True)} for source in sources]
+    notebook = tmp_path / "page.ipynb"
+    notebook.write_text(
+        json.dumps({"cells": [{"cell_type": "markdown", "source": ["words"]}, *cells]}), encoding="utf-8"
+    )
+    (block,) = find_blocks(notebook)
+    assert run_block(block, make_scratch(tmp_path / "scratch", None), warm).returncode == 0
+    run_notebook(notebook)
+    shown = [cell["outputs"] for cell in code_cells(notebook)]
+    assert [output["output_type"] for output in shown[0]] == ["stream", "execute_result"]
+    assert shown[0][1]["data"]["image/png"] == "cG5n\n"
+    assert shown[1] == []
+    assert shown[2][0]["data"]["text/plain"] == ["2"]
+
+
+def test_the_notebook_is_kept_with_its_figures_and_small() -> None:
+    path = CHECKOUT / "docs" / "tour.ipynb"
+    assert path.stat().st_size < 1e6
+    for cell in code_cells(path):
+        assert any("image/png" in output.get("data", {}) for output in cell["outputs"])
 
 
 def test_a_comment_leaves_the_next_block_out_and_no_other(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run the commands that README.md and docs/*.md show, so that the documentation cannot promise what does not work.
+"""Run the commands that README.md and docs/ show, so that the documentation cannot promise what does not work.
 
     python tools/run_doc_commands.py [DOCUMENT ...]
 
@@ -7,7 +7,7 @@ script each) are run from top to bottom, README first, all in one scratch folder
 wrote before, and an analysis that another document has made under the same name is resumed, which is finished at once
 if it is the same and an error if it is not. The folder looks like a checkout beside the shared data: links stand for
 the project's files, and outputs land in the scratch folder. Output is not compared; a command must exit with 0. A
-block right after `<!-- not run: the reason -->` is left out.
+block right after `<!-- not run: the reason -->` is left out. Of a notebook all cells together are one script.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from run_notebook import code_cells
 from warm_python import WarmPython
 
 __all__ = ["Block", "default_documents", "find_blocks", "make_scratch", "run_block"]
@@ -62,12 +63,16 @@ class Block:
 
 
 def default_documents(checkout: Path = CHECKOUT) -> list[Path]:
-    """README.md and the pages below docs/."""
-    return [path for path in (checkout / "README.md", *sorted(checkout.glob("docs/**/*.md"))) if path.is_file()]
+    """README.md, and the pages and notebooks below docs/."""
+    below = [*sorted(checkout.glob("docs/**/*.md")), *sorted(checkout.glob("docs/**/*.ipynb"))]
+    return [path for path in (checkout / "README.md", *below) if path.is_file()]
 
 
 def find_blocks(document: Path) -> list[Block]:
     """The document's blocks of commands, in order; DocumentError names a block without a command."""
+    if document.suffix == ".ipynb":
+        script = "\n".join("".join(cell["source"]) for cell in code_cells(document))
+        return [Block(document, 1, _python(script + "\n"), None)]
     blocks = []
     reason: str | None = None
     for token in MarkdownIt("commonmark").parse(document.read_text(encoding="utf-8")):
@@ -83,10 +88,13 @@ def find_blocks(document: Path) -> list[Block]:
             elif language == "bash":
                 blocks.append(Block(document, line, token.content, reason))
             elif language == "python":
-                script = f"python - <<'{END_OF_PYTHON}'\n{token.content}{END_OF_PYTHON}\n"
-                blocks.append(Block(document, line, script, reason))
+                blocks.append(Block(document, line, _python(token.content), reason))
         reason = None
     return blocks
+
+
+def _python(script: str) -> str:
+    return f"python - <<'{END_OF_PYTHON}'\n{script}{END_OF_PYTHON}\n"
 
 
 def _commands(session: str, place: str) -> str:

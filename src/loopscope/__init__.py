@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopscope.models.subject import Subject
     from loopscope.models.trace import Trace, capture
     from loopscope.models.visits import Observer, Visit
+    from loopscope.report.exported import write_export
     from loopscope.report.figures.write import write_figures
     from loopscope.report.page.write import write_comparison, write_report
     from loopscope.study import Study
@@ -64,6 +65,7 @@ _HOMES = {
     "side_by_side": "answers.comparison.side_by_side",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
+    "write_export": "report.exported",
     "write_figures": "report.figures.write",
     "write_report": "report.page.write",
 }
@@ -97,12 +99,15 @@ __all__ = [
     "side_by_side",
     "study_rates",
     "write_comparison",
+    "write_export",
     "write_figures",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("loopscope")
     if name not in _HOMES:
         raise AttributeError(f"module 'loopscope' has no attribute {name!r}")
     value = getattr(import_module(f"loopscope.{_HOMES[name]}"), name)

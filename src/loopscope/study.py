@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.cards import cards
 from loopscope._util.files import write_atomically
+from loopscope._util.frames import study_frames
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
@@ -100,6 +101,19 @@ class Study:
                 f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
             ) from None
         return cls(dataset, manifest, tokens, folder)
+
+    def to_pandas(self) -> dict[str, Any]:
+        """Tidy frames of pandas by name: `prompts`, `tokens`, `readouts`, `visits` and `heads`, whose columns are the
+        variables of docs/study.md; those of which the study has nothing are absent."""
+        return study_frames(self.dataset, self.tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """A flat dictionary of finite numbers, such as `loss/loss_at_last_readout` and `tokens/orbit`, for trackers.
+
+        Raises `StudyError` if the study lacks a variable that the answers need.
+        """
+        # By its name, since answers read studies, and studies do not know of answers.
+        return cast(dict[str, float], import_module("loopscope.answers.metrics").study_metrics(self))
 
     def save(self, folder: str | Path) -> Study:
         """Write the study, each file whole or not at all, the manifest last. Raises `StorageError`."""

@@ -56,8 +56,8 @@ def parts_except(*kept: Part) -> tuple[Part, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeSettings:
-    """What to run, on which prompts, and how far."""
+class PromptSettings:
+    """Which prompts."""
 
     prompts: str | None = None
     """A file (.txt: a prompt a line; .jsonl: with --field), or the name of a preset such as word-problems."""
@@ -81,6 +81,11 @@ class AnalyzeSettings:
     truncate: int | None = None
     """Keep only the first tokens of each prompt, that many of them."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How far the model is run, and as what."""
+
     recurrences: Count = 64
     """How many recurrences to measure."""
     horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
@@ -88,35 +93,44 @@ class AnalyzeSettings:
     horizon_method: HorizonMethod = "auto"
     """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The
     numbers are the same. auto keeps them while they fit into --keep-limit."""
-    keep_limit: Annotated[int, Range(0)] | None = None
-    """MiB of states that auto may keep; if not given, a sixteenth of what is free on the model's device, shared by all
-    workers."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a model on the Hugging Face hub."""
-    ignore_config: tuple[str, ...] = ()
-    """A field of config.json that loopscope does not know, to be passed over where you know that it does not change
-    what the model computes. Again for several."""
+    intervene: tuple[str, ...] = ()
+    """Change the model's computation: mlp:STAGE.LAYER[@RECURRENCES]=FACTOR, attention:... likewise, inject[@T]=frozen,
+    damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
+    or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
     dtype: DtypeName | Literal["auto", "stored"] = "float32"
     """What the model runs in. Measures are taken in float32, or float64 where that is the model's. auto takes float64,
     which sees nine more digits settle, for models of less than 50 million parameters on a CPU, where an analysis then
     takes less than twice as long, and float32 for others. stored takes what the checkpoint's weights are stored in."""
-    device: str = "auto"
-    """A torch device; auto takes a GPU where there is one."""
-    device_map: str | None = None
-    """Where layers go of a model that the device has no room for: auto (other GPUs, memory, disk), or places by layers
-    such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk; see docs/models.md. Numbers are those of one device."""
     prefix: Literal["trained", "causal"] = "trained"
     """How a model reads its prompt that was trained to read one in both directions, as HRM-Text was: so (trained), or
     as a text in which no token sees a later one (causal). Nothing to other models."""
     seed: Annotated[int, Range()] = 0
     """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
     model that draws its own."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hugging Face hub."""
+    ignore_config: tuple[str, ...] = ()
+    """A field of config.json that loopscope does not know, to be passed over where you know that it does not change
+    what the model computes. Again for several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """On what it is run, and how much at once."""
+
+    device: str = "auto"
+    """A torch device; auto takes a GPU where there is one."""
+    device_map: str | None = None
+    """Where layers go of a model that the device has no room for: auto (other GPUs, memory, disk), or places by layers
+    such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk; see docs/models.md. Numbers are those of one device."""
     batch_size: Count | Literal["auto"] = "auto"
     """Prompts that are saved, and run, together; fewer are run at once where memory is short. auto takes as many
     as there is room for (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
     memory_limit: Annotated[int, Range(0)] | None = None
     """MiB that what runs at once may take beside the model, in each worker; half of what is free unless given."""
+    keep_limit: Annotated[int, Range(0)] | None = None
+    """MiB of states that auto may keep; if not given, a sixteenth of what is free on the model's device, shared by all
+    workers."""
     threads: Processes | None = None
     """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
     given."""
@@ -128,10 +142,10 @@ class AnalyzeSettings:
     address: str = "auto"
     """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
-    intervene: tuple[str, ...] = ()
-    """Change the model's computation: mlp:STAGE.LAYER[@RECURRENCES]=FACTOR, attention:... likewise, inject[@T]=frozen,
-    damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
-    or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What is measured."""
 
     other_starts: Annotated[int, Range(1, 1024)] = 1
     """Other initial states from which the measured recurrences are run too, to see whether all end in one place; each
@@ -182,6 +196,11 @@ class AnalyzeSettings:
     for small models; minutes on a GPU where it is a hundred."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSettings):
+    """What to run, on which prompts, and how far. Its parts are the groups of `loopscope analyze --help`."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")

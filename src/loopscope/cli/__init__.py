@@ -84,7 +84,7 @@ def _signals(received: list[signal.Signals]) -> Iterator[None]:
 def _written(error: BaseException, arguments: Sequence[str]) -> Path | str:
     """The file that holds the traceback: beside the output, or where temporary files are."""
     account = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-    out = next((after for flag, after in itertools.pairwise(arguments) if flag == "--out"), None)
+    out = next((after for flag, after in itertools.pairwise(arguments) if flag in ("--out", "--output", "-o")), None)
     for folder in ([] if out is None else [Path(out).parent]) + [Path(tempfile.gettempdir())]:
         try:
             handle, path = tempfile.mkstemp(prefix="loopscope-", suffix=".traceback.txt", dir=folder)

@@ -41,7 +41,7 @@ class JudgeTrajectories:
     """The array to take from files that hold several; all of them unless given."""
     first_recurrence: Annotated[int, Range(0)] = 0
     """Index of the first state, from 0, if the beginning of the trajectory was cut off."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: tuple[str, ...] = ()
     """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
     check_order: bool = True
     """Refuse arrays whose recurrences seem to run along another axis."""
@@ -53,7 +53,7 @@ class JudgeTrajectories:
 
     def run(self) -> None:
         from loopscope._util.progress import ProgressBar
-        from loopscope.cli.console import say
+        from loopscope.cli.console import say_path
         from loopscope.dynamics.trajectories.files import judge_files
         from loopscope.dynamics.trajectories.settings import parse_settings
         from loopscope.dynamics.verdicts import check_folder
@@ -75,9 +75,9 @@ class JudgeTrajectories:
         judged.save(self.out)
         _say_kinds(judged)
         if self.report:
-            say(f"report  {write_behaviour_report(judged, self.out / 'report.html')}")
+            say_path("report", write_behaviour_report(judged, self.out / "report.html"))
         else:
-            say(f"verdicts  {self.out / 'verdicts.jsonl'}")
+            say_path("verdicts", self.out / "verdicts.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,50 +2,65 @@
 
 from __future__ import annotations
 
-import io
+import re
 import signal
 import sys
-from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, cast
+from typing import Annotated, Literal
 
 import tyro
 
+import loopscope
 from loopscope._util.ranges import Processes, check_ranges
-from loopscope.analysis.settings import AnalyzeSettings, Preset
+from loopscope.analysis.settings import (
+    AnalyzeSettings,
+    MachineSettings,
+    MeasureSettings,
+    Preset,
+    PromptSettings,
+    RunSettings,
+)
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
-from loopscope.cli.experiment import ExperimentCommand
+from loopscope.cli.experiment import EXPERIMENTS
+from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.rates import CountRates
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AnalyzeSettings(AnalyzeSettings):
-    """The same settings, of which one flag may be given several times rather than the last one winning."""
+class _Shown:
+    """How the answers of a study are shown."""
 
-    intervene: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    verbose: bool = False
+    """Show each answer in sentences, with its numbers, rather than on a line."""
+    json: bool = False
+    """Print JSON, for programs."""
+    open: bool = False
+    """Open the report in a browser."""
 
 
-@dataclass(frozen=True)
-class Analyze:
+@dataclass(frozen=True, kw_only=True)
+class Analyze(_Shown):
     """Run prompts through a model and measure how each layer's state settles.
 
     Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was
-    interrupted is resumed when the same command is given again.
+    interrupted is resumed when the same command is given again, with its --out.
     """
 
     model: tyro.conf.Positional[str]
     """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
     organisation/model."""
-    out: Path
-    """Folder for the study."""
-    settings: Annotated[_AnalyzeSettings, tyro.conf.arg(name="")]
+    prompt: PromptSettings
+    run_: Annotated[RunSettings, tyro.conf.arg(name="run")]
+    machine: MachineSettings
+    measure: MeasureSettings
+    out: Path | None = None
+    """Folder for the study; runs/MODEL-TIME unless given."""
     preset: Preset = "standard"
     """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer;
     1.7 times a bare run to twice the horizon on the shipped models. standard: 3.1 times where tokens settle, 4.0 where
@@ -53,29 +68,58 @@ class Analyze:
     times, and more where these come in. An option wins; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The command line, which tells an option that was given from its default."""
 
-    def with_preset(self, arguments: list[str]) -> Analyze:
-        """With the settings of the preset but for those that the arguments give."""
-        flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in arguments}
-        given = [field.name for field in fields(self.settings) if f"--{field.name.replace('_', '-')}" in flags]
-        changes = {name: getattr(self.settings, name) for name in given}
-        return replace(self, settings=cast(_AnalyzeSettings, _AnalyzeSettings.preset(self.preset, **changes)))
+    @property
+    def settings(self) -> AnalyzeSettings:
+        """Those of the preset but for what the command line gives."""
+        parts = (self.prompt, self.run_, self.machine, self.measure)
+        flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in self.given}
+        options = {name: value for part in parts for name, value in vars(part).items()}
+        changes = {name: value for name, value in options.items() if f"--{name.replace('_', '-')}" in flags}
+        return AnalyzeSettings.preset(self.preset, **changes)
 
     def run(self) -> None:
         from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
         from loopscope.analysis.analyzing import analyze
         from loopscope.answers.quick import quick_answers
-        from loopscope.cli.console import REPORT_SECONDS, say, say_answers
+        from loopscope.cli.answered import say_study
+        from loopscope.cli.console import REPORT_SECONDS
         from loopscope.report.page.write import write_report
 
+        settings = self.settings
+        name = re.sub(r"[^\w.]+", "-", Path(self.model).name)
+        out = self.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         last = (Phase("report", 1, seconds=REPORT_SECONDS),) if self.report else ()
-        with ProgressBar("loading", last=last) as progress:
-            study = analyze(self.model, out=self.out, settings=self.settings, progress=progress)
-            answers = quick_answers(study)
-            report = write_report(study, self.out / "report.html", answers=answers) if self.report else None
-        say_answers(answers)
-        say(f"study  {self.out}" if report is None else f"report  {report}")
+        try:
+            with ProgressBar("loading", last=last) as progress:
+                study = analyze(self.model, out=out, settings=settings, progress=progress)
+                answers = quick_answers(study)
+                report = write_report(study, out / "report.html", answers=answers) if self.report else None
+        except KeyboardInterrupt:
+            if self.out is None:
+                print(f"loopscope: to go on with it, add --out {out}", file=sys.stderr)
+            raise
+        say_study(answers, out, report, verbose=self.verbose, json=self.json, open=self.open)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(_Shown):
+    """Show the answers of a study."""
+
+    study: tyro.conf.Positional[Path]
+    """The --out folder of an analysis."""
+
+    def run(self) -> None:
+        from loopscope.answers.quick import quick_answers
+        from loopscope.cli.answered import say_study
+        from loopscope.study import Study
+
+        answers, report = quick_answers(Study.load(self.study)), self.study / "report.html"
+        there = report if report.is_file() else None
+        say_study(answers, self.study, there, verbose=self.verbose, json=self.json, open=self.open)
 
 
 @dataclass(frozen=True)
@@ -88,12 +132,11 @@ class Report:
     """Where to write it; report.html in the study's folder unless given."""
 
     def run(self) -> None:
-        from loopscope.cli.console import say
+        from loopscope.cli.console import say_path
         from loopscope.report.page.write import write_report
         from loopscope.study import Study
 
-        study = Study.load(self.study)
-        say(f"report  {write_report(study, self.out or self.study / 'report.html')}")
+        say_path("report", write_report(Study.load(self.study), self.out or self.study / "report.html"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +159,7 @@ class Compare:
     def run(self) -> None:
         from loopscope.answers.comparison.comparing import compare
         from loopscope.answers.comparison.findings import comparison_answers
-        from loopscope.cli.console import say, say_answers
+        from loopscope.cli.console import say_answers, say_path
         from loopscope.report.page.write import write_comparison
 
         comparison = compare(self.studies, reference=self.reference, settings=self.settings)
@@ -125,7 +168,7 @@ class Compare:
             comparison = comparison.save(self.out)
         path = write_comparison(comparison, self.out if alone else self.out / "report.html")
         say_answers(comparison_answers(comparison))
-        say(f"report  {path}")
+        say_path("report", path)
 
 
 @dataclass(frozen=True)
@@ -162,6 +205,31 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write the arrays of studies as tables: tokens, readouts, visits, heads, prompts, and a row for each study.
+
+    csv, parquet, or a folder that the Hugging Face hub takes as a data set: tables, manifests and a card.
+    """
+
+    studies: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of analyses."""
+    out: Path
+    """Folder for the tables."""
+    to: Literal["csv", "parquet", "hub-folder"] = "parquet"
+    """parquet needs pyarrow: pip install 'loopscope[hub]'."""
+    licence: str = "unknown"
+    """Of the data set, in the card of a hub-folder: an identifier of the hub such as mit or cc-by-4.0."""
+
+    def run(self) -> None:
+        from loopscope.cli.console import say_path
+        from loopscope.report.exported import write_export
+        from loopscope.study import Study
+
+        studies = [Study.load(folder) for folder in self.studies]
+        say_path("export", write_export(studies, self.out, to=self.to, licence=self.licence))
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model from a configuration; the same command resumes a run that was interrupted."""
 
@@ -182,7 +250,7 @@ class Train:
         check_ranges(self, "--")
 
     def run(self) -> None:
-        from loopscope.cli.console import say
+        from loopscope.cli.console import say_path
         from loopscope.experiments.training.config import TrainConfig
         from loopscope.experiments.training.data import DataFiles
         from loopscope.experiments.training.loop import train
@@ -192,17 +260,7 @@ class Train:
         result = train(config, self.out, data, threads=self.threads, device=self.device)
         if result.stopped_by is not None:
             signal.raise_signal(result.stopped_by)  # answered as in any other command
-        say(f"model  {result.folder}")
-
-
-@dataclass(frozen=True)
-class RunExperiment:
-    """Experiments over grids of models: which designs make fixed points."""
-
-    experiment: ExperimentCommand
-
-    def run(self) -> None:
-        self.experiment.run()
+        say_path("model", result.folder)
 
 
 @dataclass(frozen=True)
@@ -219,7 +277,7 @@ class Inspect:
     run_size: Annotated[RunSize, tyro.conf.arg(name="")]
     revision: str | None = None
     """A branch, tag or commit of the model, if there is one, on the hub."""
-    ignore_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    ignore_config: tuple[str, ...] = ()
     """A field of config.json that loopscope does not know, to be passed over. Again for several."""
     device: str = "auto"
     """A torch device, for --device-map."""
@@ -270,67 +328,36 @@ class Models:
         say_models()
 
 
-class _Command(Protocol):
-    """What the parser makes of a command line."""
-
-    def run(self) -> None: ...
-
-
-_LONG = 300
-"""Characters of an argument."""
-_OF_ONE_OPTION = ("Invalid choice", "Value error")
-"""What the parser's boxes are headed by that say what is wrong with a value in their first paragraph."""
-
-Command = (
-    Annotated[Analyze, tyro.conf.subcommand("analyze")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[JudgeTrajectories, tyro.conf.subcommand("behaviour")]
-    | Annotated[CountRates, tyro.conf.subcommand("rates")]
-    | Annotated[ControlTokens, tyro.conf.subcommand("control")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Figures, tyro.conf.subcommand("figures")]
-    | Annotated[RunExperiment, tyro.conf.subcommand("experiment")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-)
+COMMANDS: Commands = {
+    "analyze": Analyze,
+    "show": Show,
+    "report": Report,
+    "compare": Compare,
+    "rates": CountRates,
+    "figures": Figures,
+    "export": Export,
+    "control": ControlTokens,
+    "behaviour": JudgeTrajectories,
+    "calibrate": Calibrate,
+    "experiment": EXPERIMENTS,
+    "train": Train,
+    "inspect": Inspect,
+    "models": Models,
+}
 
 
 def parse_and_run(arguments: list[str]) -> None:
-    """Parse a command line and run its command. Raises `ConfigError` for what is no text."""
+    """Parse a command line and run its command. Raises `ConfigError` for one that cannot be understood."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{argument!r} is not UTF-8 text; give files other names.") from None
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            command: _Command = tyro.cli(
-                Command,
-                prog="loopscope",
-                description="An instrument for looking inside looped language models.",
-                args=arguments,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stopped:
-        box = said.getvalue()
-        lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-        # The parser repeats an argument in its messages, which are then as long.
-        if stopped.code and max(map(len, arguments), default=0) > _LONG:
-            raise ConfigError(" ".join(filter(None, lines))) from None
-        if stopped.code and lines[0] in _OF_ONE_OPTION:
-            # A rule ends it, of hyphens where the terminal has no lines, and there the title has one too.
-            paragraphs = groupby(lines[1:], lambda line: line.strip("-") != "")
-            problem = (
-                " ".join(next(words for some, words in paragraphs if some))
-                .rstrip(".")
-                .replace(". Expected", ": expected")
-            )
-            raise ConfigError(f"{problem[:1].upper()}{problem[1:]}; --help says what each option takes.") from None
-        sys.stderr.write(box)
-        raise
+    if arguments == ["--version"]:
+        print(f"loopscope {loopscope.__version__}")
+        return
+    command = parse(COMMANDS, arguments)
     if isinstance(command, Analyze):
-        command = command.with_preset(arguments)
-    command.run()
+        command = replace(command, given=tuple(arguments))
+    if command is not None:
+        command.run()

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich.table
 from rich.console import Console
 from rich.markup import escape
 
 from loopscope._util.table import Table
-from loopscope._util.wording import plural
-from loopscope.answers.answer import Answer
 
+if TYPE_CHECKING:
+    from loopscope.answers.answer import Answer
+
+FAMILIES = (
+    *("loopscope", "huginn", "retrofit-llama", "retrofit-olmo", "ouro", "nanbeige", "llama", "mistral", "olmo2"),
+    "qwen3",
+)
+"""The names of the formats that are read, for which nobody should wait for torch."""
 REPORT_SECONDS = 2.0
 """That a report of a study of some prompts may take, which nothing tells before it is drawn."""
 
@@ -20,6 +27,12 @@ REPORT_SECONDS = 2.0
 def say(message: str) -> None:
     """One line on standard output, unwrapped, so that a path can be copied."""
     Console(soft_wrap=True, highlight=False).print(escape(message))
+
+
+def say_path(name: str, path: Path) -> None:
+    """Where something was written, in one line, so that it can be copied; a link in terminals that know links."""
+    link = f"[link={escape(path.resolve().as_uri())}]{escape(str(path))}[/link]"
+    Console(soft_wrap=True, highlight=False).print(f"{escape(name)}  {link}")
 
 
 def say_answers(answers: Sequence[Answer]) -> None:
@@ -52,27 +65,19 @@ def own_names(paths: Sequence[Path]) -> list[str]:
 
 def say_models() -> None:
     """A table of the shipped models, and the formats that checkpoint folders may have."""
-    # With torch, which no other output waits for.
-    from loopscope.models.checkpoints.families import FAMILIES
+    from loopscope._util.reading import read_json
     from loopscope.models.checkpoints.find import demo_names, find_checkpoint
-    from loopscope.models.checkpoints.store import read_json
 
     rows = []
     for name in demo_names():
         results = read_json(find_checkpoint(name).folder / "results.json")
         losses = {int(count): loss for count, loss in results["test"]["loss"].items()}
         best = min(losses, key=lambda count: losses[count])
-        rows.append(
-            (
-                name,
-                results["layout"],
-                f"{results['parameters']:,}",
-                f"{losses[best]:.3f} nats a token after {plural(best, 'recurrence')}",
-                f"{results['test']['bigram_entropy']:.3f}",
-            )
-        )
-    say_table(Table(columns=("model", "layout", "parameters", "test loss", "bigram entropy"), rows=rows))
-    families = ", ".join(family.name for family in FAMILIES)
+        after = f" after {best}" if len(losses) > 1 else ""
+        loss, bigrams = f"{losses[best]:.3f}{after}", f"{results['test']['bigram_entropy']:.3f}"
+        rows.append((name, results["layout"], f"{results['parameters']:,}", loss, bigrams))
+    say_table(Table(columns=("model", "layout", "parameters", "test loss", "of bigrams"), rows=rows))
     Console(highlight=False).print(
-        f"\nCheckpoints that are run natively: {families}. Others: what transformers loads, through hooks."
+        "\nLosses are nats a token, the least, after so many recurrences.\n"
+        f"Checkpoints that are run natively: {', '.join(FAMILIES)}. Others: what transformers loads, through hooks."
     )

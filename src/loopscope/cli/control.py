@@ -34,7 +34,7 @@ class ControlTokens:
     def run(self) -> None:
         from loopscope._util.estimate import Phase
         from loopscope._util.progress import ProgressBar
-        from loopscope.cli.console import REPORT_SECONDS, say
+        from loopscope.cli.console import REPORT_SECONDS, say, say_path
         from loopscope.experiments.damping import CONTROL, control
         from loopscope.report.page.write import write_report
 
@@ -52,4 +52,4 @@ class ControlTokens:
             report = write_report(found.after, self.out / "report.html") if self.report else None
         for sentence in found.sentences():
             say(sentence)
-        say(f"control  {self.out / CONTROL}" if report is None else f"report  {report}")
+        say_path(*("control", self.out / CONTROL) if report is None else ("report", report))

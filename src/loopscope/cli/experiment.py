@@ -11,6 +11,7 @@ import tyro
 
 from loopscope._util.ranges import Processes, Range, check_ranges
 from loopscope.analysis.settings import EngineName, check_engine
+from loopscope.cli.parsing import Commands
 from loopscope.errors import ConfigError
 from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
 
@@ -86,6 +87,7 @@ class Architectures(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
+        from loopscope.cli.console import say_path
         from loopscope.experiments.random_findings import (
             ARCHITECTURE_COLUMNS,
             architecture_grid,
@@ -112,7 +114,7 @@ class Architectures(_RandomModels):
             console.print(
                 f"{name:26s} paper: {row.paper:12s} found: {row.found_text:44s} {row.verdict}", soft_wrap=True
             )
-        print(f"report  {report}")
+        say_path("report", report)
         ends = f"by recurrence {2 * self.recurrences}"
         print(f"reproduced {ends}: {sum(row.reproduced is True for row in rows)} of {len(rows)}")
 
@@ -134,6 +136,7 @@ class Phase(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
+        from loopscope.cli.console import say_path
         from loopscope.experiments.random_findings import boundaries, phase_grid, phase_rows
 
         cells = phase_grid(
@@ -151,7 +154,7 @@ class Phase(_RandomModels):
         console = Console(highlight=False)
         console.print(_table(*phase_rows(boundaries(results), lambda kind: kind.letter)))
         console.print(_LEGEND, style="dim")
-        print(f"report  {report}")
+        say_path("report", report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,7 @@ class Training(_GridCommand):
         from rich.console import Console
 
         from loopscope._util.progress import ProgressBar
-        from loopscope.cli.console import say_answers
+        from loopscope.cli.console import say_answers, say_path
         from loopscope.experiments.run_sweep import run_sweep
         from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, advice, summaries, training_rows
 
@@ -195,7 +198,7 @@ class Training(_GridCommand):
         rows = [[row[column] for column in shown] for row in training_rows(summaries(results))]
         Console(highlight=False).print(_table(_SHOWN, rows))
         say_answers(advice(results))
-        print(f"report  {_report([self.out], self.out / 'report.html')}")
+        say_path("report", _report([self.out], self.out / "report.html"))
 
 
 @dataclass(frozen=True)
@@ -208,17 +211,19 @@ class ExperimentReport:
     """Where to write it, such as experiments.html."""
 
     def run(self) -> None:
+        from loopscope.cli.console import say_path
+
         if not self.experiments:
             raise ConfigError("Give at least one --out folder of an experiment.")
-        print(f"report  {_report(self.experiments, self.out)}")
+        say_path("report", _report(self.experiments, self.out))
 
 
-ExperimentCommand = (
-    Annotated[Architectures, tyro.conf.subcommand("architectures")]
-    | Annotated[Phase, tyro.conf.subcommand("phase")]
-    | Annotated[Training, tyro.conf.subcommand("training")]
-    | Annotated[ExperimentReport, tyro.conf.subcommand("report")]
-)
+EXPERIMENTS: Commands = {
+    "architectures": Architectures,
+    "phase": Phase,
+    "training": Training,
+    "report": ExperimentReport,
+}
 
 
 def _report(folders: Sequence[Path], out: Path) -> Path:

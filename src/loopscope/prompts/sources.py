@@ -165,6 +165,11 @@ SHIPPED_PRESETS: Mapping[str, ShippedPreset] = MappingProxyType(
             field="question",
             about="64 grade-school word problems, shipped with loopscope",
         ),
+        "gsm8k-64": ShippedPreset(
+            file="demo/prompts/gsm8k-64.jsonl",
+            field="question",
+            about="the first 64 test questions of GSM8K, shipped with loopscope",
+        ),
     }
 )
 

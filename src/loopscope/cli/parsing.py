@@ -1,0 +1,162 @@
+"""From a command line to a command: which one is meant, what it takes, and what is said of what it does not take."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import re
+import shutil
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Protocol, Union, cast, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from loopscope.errors import ConfigError
+
+
+class Command(Protocol):
+    """What the parser makes of a command line."""
+
+    def run(self) -> None: ...
+
+
+Commands = Mapping[str, "type[Command] | Commands"]
+"""Of a word its command, or those that it stands before."""
+
+_SPELLINGS = {"analyse": "analyze", "behavior": "behaviour"}
+_ALIASES = {"out": ("-o", "--output")}
+_REPEATED = ("intervene", "ignore_config", "set")
+"""Options that may be given several times, rather than the last one winning."""
+_METAVARS = {
+    **dict.fromkeys(("out", "study", "studies", "experiments", "base"), "DIR"),
+    **dict.fromkeys(("model", "models"), "MODEL"),
+    **{"text": "TEXT", "address": "HOST:PORT", "track": "PROMPT:TOKEN", "set": "NAME=VALUE", "intervene": "CHANGE"},
+}
+_METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
+_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+
+
+def parse(commands: Commands, arguments: list[str]) -> Command | None:
+    """The command that a command line asks for; None where it asks for a list of them, which is then printed.
+
+    Raises `ConfigError` for a command or an option that does not exist, with the nearest ones, and for wrong values;
+    exits with 0 once a command's help was printed.
+    """
+    words = ["loopscope"]
+    while True:
+        word = _SPELLINGS.get(arguments[0], arguments[0]) if arguments else "--help"
+        arguments = arguments[1:]
+        if word in ("-h", "--help"):
+            _print(words, commands)
+            return None
+        if word not in commands:
+            near = difflib.get_close_matches(word, commands, n=2) or list(commands)
+            raise ConfigError(f"{' '.join(words)} has no command {word!r}; did you mean {' or '.join(near)}?")
+        found = commands[word]
+        words.append(word)
+        if isinstance(found, type):
+            return _parsed(found, " ".join(words), arguments)
+        commands = found
+
+
+def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
+    flags = ["--help", *_flags(cls)]
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--model" and flag not in flags and {"model", "models"} & set(get_type_hints(cls)):
+            model = [value] if equals else arguments[place + 1 : place + 2]
+            # First, since behind another option it could be one more value of that.
+            arguments = [*model, *arguments[:place], *arguments[place + (1 if equals else 2) :]]
+        elif flag.startswith("--") and flag.replace("_", "-") not in flags:
+            begun = [each for each in flags if each.startswith(flag)]
+            near = list(dict.fromkeys([*begun, *difflib.get_close_matches(flag, flags, cutoff=0.5)]))[:3]
+            nearest = f"The nearest are {', '.join(near)}.\n" if near else ""
+            raise ConfigError(f"{name} has no option {flag}.\n{nearest}All of them: {name} --help")
+    said, registry = io.StringIO(), ConstructorRegistry()
+    registry.struct_rule(_Options())
+    try:
+        with redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that what is None unless given is of another type
+            return tyro.cli(cls, prog=name, args=arguments, config=(tyro.conf.OmitArgPrefixes,), registry=registry)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        # The parser draws a box: a title, what is wrong, and then what it all means.
+        lines = (line.strip("│|╭╮╰╯+ ") for line in said.getvalue().splitlines()[1:])
+        wrong = re.split(
+            r" Got errors: | Argument helptext: | For full helptext",
+            " ".join(line for line in lines if re.search(r"\w", line)),
+        )[0]
+        wrong = wrong.replace("{None}|", "").replace(" (required)", "").rstrip(".")
+        raise ConfigError(f"{wrong}; `{name} --help` lists all options.") from None
+
+
+def _flags(cls: type) -> Iterator[str]:
+    """Every option of a command that begins with two dashes."""
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if dataclasses.is_dataclass(kind):
+            yield from _flags(cast(type, kind))
+        elif _POSITIONAL not in extras:
+            flag = name.replace("_", "-")
+            yield from (f"--{flag}", *_ALIASES.get(name, ()), *([f"--no-{flag}"] if kind is bool else []))
+
+
+def _print(words: list[str], commands: Commands) -> None:
+    """What there is, a line or two each."""
+    print(f"usage: {' '.join(words)} COMMAND ...   (of each: {' '.join(words)} COMMAND --help)\n")
+    column = max(map(len, commands)) + 4
+    for name, command in commands.items():
+        about = command.__doc__ or "" if isinstance(command, type) else f"One of {', '.join(command)}."
+        sentence = " ".join(about.split("\n\n")[0].split())
+        lines = textwrap.wrap(sentence, min(shutil.get_terminal_size().columns, 100) - column)
+        print(f"  {name}".ljust(column) + f"\n{' ' * column}".join(lines))
+
+
+class _Options:
+    """Dataclasses as tyro reads them, with names of values that say something, and without a word of None."""
+
+    asking = False
+    """tyro itself, which asks this rule again."""
+
+    def __call__(self, info: StructTypeInfo) -> StructConstructorSpec | None:
+        if self.asking or not dataclasses.is_dataclass(info.type):
+            return None
+        self.asking = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            self.asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return dataclasses.replace(spec, fields=tuple(map(_as_option, spec.fields)))
+
+
+def _as_option(field: StructFieldSpec) -> StructFieldSpec:
+    kind, *extras = get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
+    if dataclasses.is_dataclass(kind):
+        return field
+    if get_origin(kind) in (Union, UnionType):
+        kind = Union[tuple(each for each in get_args(kind) if each is not type(None))]  # noqa: UP007 (made of a tuple)
+    entry = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    while get_origin(entry) is Annotated:
+        entry = get_args(entry)[0]
+    metavar = _METAVARS.get(field.name, _METAVARS_BY_TYPE.get(entry))
+    if metavar and get_origin(kind) is tuple and field.name not in _REPEATED:
+        metavar += " ..."
+    hint = "" if field.default in (None, (), False) else "(the default)" if field.default is True else None
+    option = tyro.conf.arg(metavar=metavar, aliases=_ALIASES.get(field.name), help_behavior_hint=hint)
+    text = field.helptext() if callable(field.helptext) else field.helptext
+    repeated = [get_args(tyro.conf.UseAppendAction[int])[1]] if field.name in _REPEATED else []
+    return dataclasses.replace(
+        field,
+        type=Annotated[(kind, *extras, option, *repeated)],  # type: ignore[arg-type]
+        helptext=" ".join((text or "").split()),
+    )
