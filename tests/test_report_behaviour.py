@@ -193,11 +193,12 @@ def test_a_feed_forward_model_is_not_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kinds", "outcome", "verdict"),
     [
-        ([Kind.FIXED_POINT], Outcome.YES, "all: fixed point"),
+        ([Kind.FIXED_POINT], Outcome.YES, "all settle"),
+        ([Kind.FIXED_POINT, Kind.AT_FLOOR], Outcome.YES, "all settle"),
         ([Kind.ORBIT], Outcome.NO, "all: orbit"),
         ([Kind.UNKNOWN], Outcome.CANNOT_TELL, "cannot tell"),
-        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all: fixed point"),
-        ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % fixed point, 50 % otherwise"),
+        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all settle"),
+        ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % settle, 50 % orbit"),
     ],
 )
 def test_the_answer_gives_the_commonest_kind(kinds: list[Kind], outcome: Outcome, verdict: str) -> None:

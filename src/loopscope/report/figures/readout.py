@@ -51,7 +51,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
     means = np.array([mean(row) for row in rows])
     high = np.array([quantile(row, BAND_LEVELS[1]) for row in rows])
     return Plot(
-        question="From when on does the prediction stay?",
+        question="When does the prediction stop changing?",
         reading="(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
         "there. (b) KL divergence of the prediction after that many recurrences from the last one, token by token: "
         "mean over tokens, and the bound that 95 % stay below.",

@@ -1,5 +1,5 @@
 // Shows tokens coloured by what they tend to, and draws the one that is picked.
-(async function () {
+(function () {
   "use strict";
   const { make, unpacked } = loopscope;
   const source = document.getElementById("token-panel");
@@ -171,11 +171,14 @@
   }
 
   find("group")?.addEventListener("change", ({ target }) => showNumber(Number(target.value)));
-  try {
-    await showNumber(0);
-    document.documentElement.dataset.tokens = "drawn";
-  } catch (error) {
-    picked.textContent = `The tokens could not be drawn: ${error.message}`;
-    console.error("tokens", error);
-  }
+  loopscope.afterwards(async () => {
+    try {
+      await loopscope.plotly();
+      await showNumber(0);
+      document.documentElement.dataset.tokens = "drawn";
+    } catch (error) {
+      picked.textContent = `The tokens could not be drawn: ${error.message}`;
+      console.error("tokens", error);
+    }
+  });
 })();
