@@ -57,7 +57,7 @@ class Page(HTMLParser):
         """Every chart: by the anchor of its figure or panel, or that of its figure and a letter."""
         return {
             str(attributes["id"]).removeprefix("data-"): json.loads(
-                content if content.startswith("{") else zlib.decompress(base64.b64decode(content))
+                content if content.startswith("{") else unpacked(content)
             )
             for attributes, content in self.scripts
             if str(attributes.get("id", "")).startswith("data-")
@@ -69,6 +69,11 @@ class Page(HTMLParser):
 
 def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
     return Page(write_report(study, folder / "report.html", settings=settings))
+
+
+def unpacked(text: str) -> bytes:
+    """What `packed` made."""
+    return zlib.decompress(base64.b85decode(text.translate(str.maketrans(",.:", "<>&"))))
 
 
 def decoded(array: object) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from loopscope.report.figures.look import KIND_LOOKS
 from loopscope.report.page.write import write_behaviour_report
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
-from report_page import Page, decoded, page_of
+from report_page import Page, decoded, page_of, unpacked
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 
 HOSTILE = '<script>alert(1)</script>"&'
@@ -42,7 +40,7 @@ def panel_of(page: Page) -> dict[str, Any]:
     """What the page gives the script of the tokens, each group's tokens unpacked."""
     found: dict[str, Any] = next(json.loads(text) for each, text in page.scripts if each.get("id") == "token-panel")
     for group in found["groups"]:
-        group["tokens"] = json.loads(zlib.decompress(base64.b64decode(group["tokens"])))
+        group["tokens"] = json.loads(unpacked(group["tokens"]))
     return found
 
 

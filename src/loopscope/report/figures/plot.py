@@ -453,5 +453,6 @@ def script_text(text: str) -> Markup:
 
 
 def packed(content: bytes) -> str:
-    """Compressed (zlib), as base64: what `unpacked` in common.js takes apart."""
-    return base64.b64encode(zlib.compress(content, 9)).decode()
+    """Compressed (zlib), as base85, which is 6 % shorter than base64: what `unpacked` in common.js takes apart. Other
+    characters stand for the three that mean something in HTML."""
+    return base64.b85encode(zlib.compress(content, 9)).decode().translate(str.maketrans("<>&", ",.:"))

@@ -14,9 +14,21 @@ const loopscope = (() => {
     return element;
   }
 
-  // From base64 of compressed bytes (zlib) to a Response, to be read as JSON or as bytes.
+  // From base85 of compressed bytes (zlib) to a Response, to be read as JSON or as bytes.
+  const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%:()*+-;,=.?@^_`{|}~";
+  const VALUES = new Uint8Array(128);
+  for (let place = 0; place < DIGITS.length; place++) VALUES[DIGITS.charCodeAt(place)] = place;
+
   function unpacked(text) {
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const words = Math.ceil(text.length / 5);
+    const whole = new DataView(new ArrayBuffer(4 * words));
+    const digit = (at) => (at < text.length ? VALUES[text.charCodeAt(at)] : 84);
+    for (let word = 0; word < words; word++) {
+      let value = 0;
+      for (let at = 5 * word; at < 5 * word + 5; at++) value = 85 * value + digit(at);
+      whole.setUint32(4 * word, value);
+    }
+    const bytes = whole.buffer.slice(0, 4 * words - (5 * words - text.length));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
   }
 

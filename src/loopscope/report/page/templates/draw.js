@@ -31,7 +31,7 @@
     if (!button) return;
     const visible = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(visible));
-    for (const place of button.closest(".sharing").querySelectorAll("[data-plot]")) {
+    for (const place of button.closest("figure").querySelectorAll("[data-plot]")) {
       const named = (place.data ?? []).flatMap((trace, index) => (trace.name === button.dataset.trace ? [index] : []));
       if (named.length) Plotly.restyle(place, { visible }, named);
     }
