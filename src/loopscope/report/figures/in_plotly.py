@@ -74,6 +74,7 @@ class Chart:
     anchor: str
     heading: str
     height: int
+    least_width: int
     picks: str
     json: Markup
     """For a script element, packed if it is long; empty where a sentence says all."""
@@ -124,6 +125,7 @@ def charts(plot: Plot) -> list[Chart]:
             anchor=panel.anchor,
             heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
             height=panel.height,
+            least_width=panel.least_width,
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
             json=_content(plot, panel) if panel.one_value is None else Markup(),
             said=_one_value(panel),

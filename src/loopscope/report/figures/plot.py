@@ -203,6 +203,8 @@ class Panel:
     """Of this panel on the page, where something links to it."""
     height: int = 290
     """CSS pixels on the page; on paper, what is above that of an ordinary panel makes it higher in proportion."""
+    least_width: int = 0
+    """CSS pixels that its texts take on the page, which scrolls where the window is narrower."""
     equal: bool = False
     """Whether one unit, or one cell, is as long on both axes."""
 

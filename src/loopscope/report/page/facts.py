@@ -42,11 +42,14 @@ def header_facts(view: StudyView) -> list[tuple[str, str]]:
     return facts
 
 
-def command_of(manifest: Mapping[str, Any]) -> str:
-    """The `loopscope analyze` command that makes a study; empty for prompts that were given from Python."""
-    prompts = manifest["prompts"]
-    if "prompts" not in prompts:
-        return ""
+def command_of(study: Study) -> str:
+    """The `loopscope analyze` command that makes a study; empty where prompts were given as token ids."""
+    manifest = study.manifest
+    prompts = dict(manifest["prompts"])
+    if prompts.get("prompts") is None:
+        prompts["text"] = [entry["text"] for entry in study.tokens]
+        if None in prompts["text"]:
+            return ""
     defaults = {field.name: field.default for field in dataclasses.fields(AnalyzeSettings)}
     given = {**manifest["settings"], **prompts}
     words = [str(manifest["model"]["name"])]

@@ -51,7 +51,7 @@ def render_page(study: Study, settings: ReportSettings, answers: Sequence[Answer
         sections=sections,
         anchors=set().union(*(section.anchors for section in sections)) | {"limits"},
         thresholds=thresholds(settings.criterion),
-        command=command_of(study.manifest),
+        command=command_of(study),
         provenance=provenance(study.manifest),
     )
 
