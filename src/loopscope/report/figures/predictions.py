@@ -155,9 +155,9 @@ def _by_layer(view: StudyView, settings: ReportSettings) -> Plot:
         columns.append(f"layer {len(columns)}, coda")
     return Plot(
         question=f"What does the model say after each layer of recurrence {at}?",
-        reading=f"Prompt {_prompt(view, settings)}, coloured by probability. Within the block the state is read after a "
-        "layer by the final norm and the head alone, for which it was not trained; after the last layer by the coda, as "
-        "the model does." + _cut(view, settings),
+        reading=f"Prompt {_prompt(view, settings)}, coloured by probability. Within the block the state is read after "
+        "a layer by the final norm and the head alone, for which it was not trained; after the last layer by the "
+        "coda, as the model does." + _cut(view, settings),
         panels=[
             _panel(
                 view, settings, tokens.astype(np.int64), values, columns, "read after", "probability of the token"
