@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,16 @@ class Page(HTMLParser):
 
     @property
     def anchors(self) -> set[str]:
-        """Of figures and of their panels."""
-        return self.ids("figure") | self.ids("div")
+        """Of figures, of their panels, and of sentences in the place of either."""
+        return self.ids("figure") | self.ids("div") | self.ids("p")
 
     @property
     def figures(self) -> dict[str, Any]:
         """Every chart: by the anchor of its figure or panel, or that of its figure and a letter."""
         return {
-            str(attributes["id"]).removeprefix("data-"): json.loads(content)
+            str(attributes["id"]).removeprefix("data-"): json.loads(
+                content if content.startswith("{") else unpacked(content)
+            )
             for attributes, content in self.scripts
             if str(attributes.get("id", "")).startswith("data-")
         }
@@ -66,6 +69,11 @@ class Page(HTMLParser):
 
 def page_of(study: Study, folder: Path, settings: ReportSettings | None = None) -> Page:
     return Page(write_report(study, folder / "report.html", settings=settings))
+
+
+def unpacked(text: str) -> bytes:
+    """What `packed` made."""
+    return zlib.decompress(base64.b85decode(text.translate(str.maketrans(",.:", "<>&"))))
 
 
 def decoded(array: object) -> np.ndarray:

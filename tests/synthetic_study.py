@@ -400,6 +400,7 @@ def _readouts(counts: Array, prompts: int, tokens: int) -> dict[str, Any]:
         "token_entropy": (dims, 1 + away),
         "token_kl_to_last": (dims, away),
         "token_margin": (dims, 2 + away),
+        "token_top1_probability": (dims, np.exp(-1 - away)),
         "token_top1": (dims, np.where(counts[:, None, None] < 4, 7, 3) * shape.astype(np.int64)),
     }
 

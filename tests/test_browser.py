@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import xarray
-from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, FloatRect, Page, sync_playwright
 
 from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.comparing import compare
@@ -32,14 +32,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# SwiftShader draws the 3-D figures without a graphics card, and only those: the page is drawn faster without it. The
-# rest keeps the browser from talking to its maker.
+AXE = CHECKOUT / "node_modules" / "axe-core" / "axe.min.js"
+# All but the first keep the browser from a graphics card that is not there, and from talking to its maker.
 FLAGS = [
     "--no-sandbox",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--disable-gpu-rasterization",
-    "--disable-gpu-compositing",
+    "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",
@@ -50,6 +47,10 @@ MARKUP = (
     '<script>hacked = 1</script><img src="x" onerror="hacked = 2"><b>bold</b><a href="javascript: hacked = 3">a</a>'
 )
 HOSTILE = MARKUP + "/long" * 40
+DRAW_ALL = """async () => {
+    for (const fold of document.querySelectorAll("details")) fold.open = true;
+    await loopscope.drawAll();
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def open_report(browser: Browser, study: Study, path: Path, width: int) -> Opene
     return open_page(browser, write_report(study, path), width)
 
 
-def open_page(browser: Browser, path: Path, width: int) -> Opened:
+def open_page(browser: Browser, path: Path, width: int, *, draw_all: bool = True) -> Opened:
     url = path.as_uri()
     page = browser.new_page(viewport={"width": width, "height": 900})
     opened = Opened(page, url)
@@ -95,6 +96,8 @@ def open_page(browser: Browser, path: Path, width: int) -> Opened:
     page.on("request", lambda request: opened.requests.append(request.url))
     page.goto(url)
     page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=120_000)
+    if draw_all:
+        page.evaluate(DRAW_ALL)
     if page.locator("#attention-maps").count():
         page.wait_for_selector("html[data-maps=drawn]", state="attached")
     if page.locator("#token-panel").count():
@@ -136,7 +139,7 @@ def looped(browser: Browser, study: Study, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_page, "_sections", lambda *given, made=study_page._sections: hostile(made(*given)))
         write_report(study, path, answers=answers)
-    return open_page(browser, path, width=1600)
+    return open_page(browser, path, width=1600, draw_all=False)
 
 
 def hostile(sections: list[Section]) -> list[Section]:
@@ -163,6 +166,13 @@ def feed_forward(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> 
     """A report on a feed-forward model, opened on a telephone."""
     path = tmp_path_factory.mktemp("feed-forward") / "report.html"
     return open_report(browser, feed_forward_study(prompts=3), path, width=400)
+
+
+def box(page: Page, selector: str) -> FloatRect:
+    """Where the first such element stands."""
+    found = page.locator(selector).first.bounding_box()
+    assert found is not None
+    return found
 
 
 def undrawn(page: Page) -> list[str]:
@@ -223,6 +233,49 @@ def assert_inert(page: Page) -> None:
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert all(source.startswith("'sha256-") for source in rules["script-src"].split())
     assert "http" not in policy
+
+
+def test_figures_are_drawn_when_they_come_into_view(looped: Opened) -> None:
+    page = looped.page
+    page.emulate_media(reduced_motion="reduce")
+    there = page.locator("[data-plot]")
+    assert page.locator("#first-figure .main-svg").count() > 0
+    top, bottom = (box(page, place) for place in ("#answers", "#first-figure [data-plot]"))
+    assert bottom["y"] + bottom["height"] - top["y"] < 450  # above the fold, below a title of ordinary length
+    assert there.last.locator(".main-svg").count() == 0
+    page.locator(".contents a", has_text="Stages").click()
+    page.locator("#stages .main-svg").first.wait_for()
+    page.locator(".contents a[aria-current]", has_text="Stages").wait_for()
+    # What is folded away is drawn when it is opened, by hand or by a link to it.
+    page.locator("#settling .more > summary").click()
+    page.locator("#settling .more .main-svg").first.wait_for()
+    page.locator("#settling .more > summary").click()
+    assert page.locator("#settling .more .main-svg:visible").count() == 0
+    page.locator(".contents a", has_text="Answers").click()
+    page.locator(".contents a[aria-current]", has_text="Answers").wait_for()
+    page.evaluate("location.hash = 'cosine'")
+    page.locator("#cosine .main-svg").first.wait_for()
+    page.evaluate(DRAW_ALL)
+
+
+def assert_accessible(page: Page) -> None:
+    """No serious finding of axe, where it is there."""
+    if AXE.is_file():
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+        found = page.evaluate(
+            """axe.run({ exclude: [".main-svg"] }, { resultTypes: ["violations"] }).then((found) => found.violations)"""
+        )
+        assert not [
+            (each["id"], [node["html"][:200] for node in each["nodes"][:3]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+
+
+def test_a_screen_reader_finds_its_way(looped: Opened) -> None:
+    if not AXE.is_file():
+        pytest.skip("no axe found (npm install axe-core)")
+    assert_accessible(looped.page)
 
 
 def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> None:
@@ -337,11 +390,9 @@ def assert_shown(page: Page, study: Study, layer: str, head: int) -> None:
 
 def click(page: Page, figure: str, across: float, down: float) -> None:
     """On the plot of a figure, at a share of its width and height, as a person would: move there, then press."""
-    plot = page.locator(f"{figure} .nsewdrag")
-    plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
-    assert box is not None
-    x, y = box["x"] + across * box["width"], box["y"] + down * box["height"]
+    page.locator(f"{figure} .nsewdrag").scroll_into_view_if_needed()
+    place = box(page, f"{figure} .nsewdrag")
+    x, y = place["x"] + across * place["width"], place["y"] + down * place["height"]
     page.mouse.move(x - 3, y)
     page.mouse.move(x, y)
     page.wait_for_timeout(200)  # plotly looks what is below the pointer a few times a second
@@ -372,9 +423,9 @@ def test_the_floorplan_shows_all_heads_and_leads_to_each(looped: Opened, study: 
     passes = page.locator(".pass h4").all_inner_texts()
     assert passes == ["prelude", "recurrence 1", "recurrence 2", "recurrence 4", "recurrence 24", "coda"]
     block = page.locator(".pass canvas").nth(2)
-    box = block.bounding_box()
-    assert box is not None
-    block.click(position={"x": 0.25 * box["width"], "y": 2.5 / 3 * box["height"]})
+    place = block.bounding_box()
+    assert place is not None
+    block.click(position={"x": 0.25 * place["width"], "y": 2.5 / 3 * place["height"]})
     assert_shown(page, study, "recurrent.2", 0)
     assert page.locator(".multiple.marked h4").inner_text().startswith("recurrence 2")
     assert page.locator(".pass .chosen:visible").count() == 4  # in each block of the loop
@@ -402,7 +453,6 @@ def test_a_click_on_a_head_of_a_feed_forward_model(feed_forward: Opened) -> None
 
 
 def test_an_answer_leads_to_its_figure(looped: Opened) -> None:
-    looped.page.emulate_media(reduced_motion="reduce")
     looped.page.locator("#answer-loss a.see").click()
     assert looped.page.url.endswith("#loss")
     looped.page.locator("#loss").wait_for(state="visible")
@@ -511,6 +561,16 @@ def experiments(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> O
 def test_experiments(experiments: Opened, width: int) -> None:
     resize(experiments.page, width)
     assert_sound(experiments)
+    assert_accessible(experiments.page)
+    table = experiments.page.locator("#training-table table")
+    head = table.locator("thead button", has_text="loss").first
+    losses = f"""(table) => [...table.tBodies[0].rows].map((row) =>
+        parseFloat(row.cells[{head.evaluate("(one) => one.closest('th').cellIndex")}].textContent))"""
+    head.click()
+    rising = table.evaluate(losses)
+    assert rising == sorted(rising)
+    head.click()
+    assert table.evaluate(losses) == rising[::-1]
     assert experiments.page.locator("main img, main b, header b").count() == 0
     assert HOSTILE in (experiments.page.locator("#training-table").text_content() or "")
 

@@ -45,8 +45,8 @@ FALSE_TOGETHER = (
         ("fixed_point", r"^(No|Not yet|Cannot tell)\b(?!.*of \d+ cannot)"),
         ("points", r"^(One per layer|The same one)(?!.*Only)"),
     ),
-    (("fixed_point", r"^No\b"), ("behaviour", r"all: (fixed point|at floor)")),
-    (("behaviour", r"all: (fixed point|at floor)$"), ("stability", r"^no$")),
+    (("fixed_point", r"^No\b"), ("behaviour", r"^all settle")),
+    (("behaviour", r"^all settle$"), ("stability", r"^no$")),
     (("behaviour", MOVES), ("stability", r"^yes, all")),
 )
 """Patterns of verdict or sentence, by the key of the question."""

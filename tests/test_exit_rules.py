@@ -17,6 +17,7 @@ import loopscope
 from foreign_models import PATHS, ForeignLoop
 from loopscope import AnalyzeSettings, Study, Trace, analyze, capture
 from loopscope.analysis.job import SilentProgress
+from loopscope.analysis.settings import parts_except
 from loopscope.answers.answer import Answer, Criterion, Outcome
 from loopscope.answers.exit_rules import (
     ExitTables,
@@ -309,6 +310,39 @@ def test_the_gate_at_the_models_own_threshold_gives_the_models_own_answers(
     own = tables.rules["gate"].sel(threshold=threshold)
     by_prompt = [np.mean(stops[row][there[row]]) for row in range(len(PROMPTS))]
     np.testing.assert_allclose(own["recurrences"], by_prompt)
+
+
+def test_readouts_say_what_the_model_would_say() -> None:
+    """Top token, its probability and an answer's rank after each recurrence; by norm and head within the block."""
+    model = loopscope.load("demo:injected")
+    assert isinstance(model, NativeSubject)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    (answer,) = tokenizer.encode(" the", add_special_tokens=False).ids
+    prompts = ["Ann has 6 hens and each of", "How many"]
+    settings = AnalyzeSettings(
+        recurrences=3, horizon=4, exit_recurrences=3, track=(), answer=(" the",), skip=parts_except("readout")
+    )
+    whole = analyze(model, prompts, settings=settings)
+    study = whole.dataset
+    texts = dict(zip(study["predicted_token"].values.tolist(), study["predicted_text"].values.tolist(), strict=True))
+    assert texts[answer].strip() == "the"
+    for row, prompt in enumerate(whole.tokens):
+        trace = capture(model, [list(prompt["token_ids"])], recurrences=3)
+        length = trace.logits.shape[1]
+        shares = trace.logits[0].double().softmax(-1)
+        here = study.isel(prompt=row, token=slice(length))
+        last = here.sel(readout_recurrence=3)
+        assert last["token_top1"].values.tolist() == shares.argmax(-1).tolist()
+        np.testing.assert_allclose(last["token_top1_probability"], shares.amax(-1), rtol=1e-5)
+        found = last.sel(answer=answer)
+        np.testing.assert_allclose(found["answer_log_probability"], shares[:, answer].log(), rtol=1e-5)
+        assert found["answer_rank"].values.tolist() == [1 + int((one > one[answer]).sum()) for one in shares]
+        within = model.model.unembed(model.model.norm(trace.residual("recurrent", 1, 2))).softmax(-1)[0]
+        assert here["layer_top1"].values[1].tolist() == within.argmax(-1).tolist()
+        np.testing.assert_allclose(here["layer_top1_probability"].values[1], within.amax(-1).detach(), rtol=1e-4)
+        assert (here["layer_top1"].values[-1] == -1).all()
+    assert (study["answer_rank"].values[0, :, 1, -1] == -1).all()
 
 
 def test_a_hooked_model_is_judged_as_a_native_one() -> None:

@@ -215,6 +215,7 @@ def plan(**changes: Any) -> Plan:
         "other_starts": 1,
         "components": 1,
         "readout": (),
+        "answers": (),
         "exits": 0,
         "head_stable": 0.01,
         "judged_layers": (),

@@ -45,7 +45,6 @@ LOOPED_FIGURES = {
     "layer-cosine",
     "cycle-similarity",
     "trajectory-2d-0",
-    "trajectory-3d-0",
     "path-independence",
     "loss",
     "final-token",
@@ -93,14 +92,13 @@ def test_every_figure_has_a_title_a_caption_and_named_axes(page: Page) -> None:
     charts = {key.removesuffix(f"-{letter}") for key in page.figures for letter in ascii_lowercase} | maps
     assert page.anchors >= maps
     # Of these every panel has an anchor of its own.
-    whole = {"stages-by-recurrence", "stages-by-depth", "trajectories-2d", "trajectories-3d", "token-distances"}
-    assert page.ids("figure") <= charts | whole
+    whole = {"stages-by-recurrence", "stages-by-depth", "trajectories-2d", "token-distances"}
+    assert page.ids("figure") <= charts | whole | {"first-figure"}
     assert tags.count("figure") == tags.count("figcaption") == len(page.ids("figure"))
     for anchor, plot in page.figures.items():
         layout = plot["layout"]
-        axes = [layout["scene"][f"{name}axis"] for name in "xyz"] if "scene" in layout else [layout["xaxis"]]
-        assert all(axis["title"]["text"] for axis in axes), anchor
-        if "scene" not in layout and not anchor.startswith("tokens"):  # their rows are named by the tokens
+        assert layout["xaxis"]["title"]["text"], anchor
+        if not anchor.startswith("tokens"):  # their rows are named by the tokens
             assert layout["yaxis"]["title"]["text"], anchor
 
 
@@ -168,7 +166,7 @@ def test_feed_forward_study_gets_a_shorter_report(tmp_path: Path) -> None:
 def test_unusual_studies_are_drawn(study: object, tmp_path: Path) -> None:
     assert callable(study)
     found = page_of(study(), tmp_path)
-    assert "norm-growth" in found.figures
+    assert "norm-growth" in found.anchors
     assert not re.search(r"\bnan\b|\binf\b", found.words, re.IGNORECASE)
 
 

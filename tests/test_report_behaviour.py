@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from loopscope.report.figures.look import KIND_LOOKS
 from loopscope.report.page.write import write_behaviour_report
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study
-from report_page import Page, decoded, page_of
+from report_page import Page, decoded, page_of, unpacked
 from synthetic_study import LAYERS, contracting, feed_forward_study, looped_study, with_behaviour
 
 HOSTILE = '<script>hacked = 1</script><img src="x" onerror="hacked = 2">"&'
@@ -42,7 +40,7 @@ def panel_of(page: Page) -> dict[str, Any]:
     """What the page gives the script of the tokens, each group's tokens unpacked."""
     found: dict[str, Any] = next(json.loads(text) for each, text in page.scripts if each.get("id") == "token-panel")
     for group in found["groups"]:
-        group["tokens"] = json.loads(zlib.decompress(base64.b64decode(group["tokens"])))
+        group["tokens"] = json.loads(unpacked(group["tokens"]))
     return found
 
 
@@ -193,11 +191,12 @@ def test_a_feed_forward_model_is_not_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kinds", "outcome", "verdict"),
     [
-        ([Kind.FIXED_POINT], Outcome.YES, "all: fixed point"),
+        ([Kind.FIXED_POINT], Outcome.YES, "all settle"),
+        ([Kind.FIXED_POINT, Kind.AT_FLOOR], Outcome.YES, "all settle"),
         ([Kind.ORBIT], Outcome.NO, "all: orbit"),
         ([Kind.UNKNOWN], Outcome.CANNOT_TELL, "cannot tell"),
-        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all: fixed point"),
-        ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % fixed point, 50 % otherwise"),
+        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all settle"),
+        ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % settle, 50 % orbit"),
     ],
 )
 def test_the_answer_gives_the_commonest_kind(kinds: list[Kind], outcome: Outcome, verdict: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import xarray
 
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.study import Study
-from report_page import Page, page_of
+from report_page import Page, page_of, unpacked
 from synthetic_study import contracting, feed_forward_study, looped_study
 
 
@@ -31,8 +29,8 @@ def maps_of(page: Page) -> dict[str, Any]:
     return found
 
 
-def unpacked(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype)
+def array_of(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(unpacked(text), dtype=dtype)
 
 
 @pytest.mark.parametrize("make", [lambda: looped_study(contracting()), feed_forward_study], ids=["looped", "plain"])
@@ -42,7 +40,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
     assert {"head-maps", "floorplan"} <= page.ids("figure")
     data, stored = maps_of(page), study.dataset["attention_map"]
     (prompt,) = data["prompts"]
-    codes = unpacked(prompt["codes"], "u1").reshape(stored.shape[1:])
+    codes = array_of(prompt["codes"], "u1").reshape(stored.shape[1:])
     later = np.triu(np.ones(codes.shape[-2:], dtype=bool), 1)
     assert (codes[..., later] == data["unknown"]).all()  # what a token cannot look at has no colour
     np.testing.assert_array_equal(codes[..., ~later], stored.values[0][..., ~later])
@@ -51,7 +49,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
     visits, sites = (sites_of(study, kind) for kind in ("map", "depth"))
     assert [visit["layer"] for visit in data["visits"]] == [f"{stage}.{layer}" for stage, layer, _ in visits]
     # The numbers below the maps are those of the prompt, at the same visits.
-    numbers = unpacked(prompt["numbers"], "<f4").reshape(*codes.shape[:2], len(data["names"]))
+    numbers = array_of(prompt["numbers"], "<f4").reshape(*codes.shape[:2], len(data["names"]))
     for place, visit in enumerate(visits):
         expected = study.dataset["sink_score"].values[sites.index(visit), :, 0]
         np.testing.assert_array_equal(numbers[place, :, data["names"].index("sink_score")], expected)
@@ -65,7 +63,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
 def test_attention_to_what_follows_is_drawn(tmp_path: Path) -> None:
     study = feed_forward_study()
     study.dataset["attention_map"][0, 1, 0, 2, 5] = 200
-    codes = unpacked(maps_of(page_of(study, tmp_path))["prompts"][0]["codes"], "u1")
+    codes = array_of(maps_of(page_of(study, tmp_path))["prompts"][0]["codes"], "u1")
     np.testing.assert_array_equal(codes, study.dataset["attention_map"].values.ravel())
 
 

@@ -132,7 +132,8 @@ def test_every_prediction_that_says_something_has_its_verdicts() -> None:
 def test_the_section_shows_a_point_for_each_token(settles: Study, turns: Study, tmp_path: Path) -> None:
     page = page_of(settles, tmp_path)
     names = ("rates", "spectrum", "agreement", "radii", "growth", "damping")
-    assert {f"stability-{name}" for name in names} <= page.figures.keys()
+    assert {f"stability-{name}" for name in names} <= page.anchors
+    assert f"The verdicts confirm the predictions of all {TOKENS} tokens." in page.words
     points = [trace for trace in page.figures["stability-rates"]["data"] if trace["mode"] == "markers"]
     assert sum(len(trace["text"]) for trace in points) == TOKENS
     spectrum = page_of(turns, tmp_path).figures["stability-spectrum"]["data"]

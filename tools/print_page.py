@@ -18,7 +18,7 @@ WIDTH = 1400
 
 
 def print_page(page_path: Path, pdf: Path) -> None:
-    """Write `pdf`; the page has drawn its figures by then."""
+    """Write `pdf`; the page has drawn all figures that are not folded away by then."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("Chromium is needed to print a page; install it, for example with apt-get install chromium.")
@@ -27,8 +27,8 @@ def print_page(page_path: Path, pdf: Path) -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
         page.emulate_media(media="screen")
         page.goto(page_path.resolve().as_uri())
-        page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=120_000)
         page.evaluate("document.querySelectorAll('.table details').forEach((one) => { one.open = true; })")
+        page.evaluate("loopscope.drawAll()")
         height = page.evaluate("document.documentElement.scrollHeight")
         page.pdf(path=pdf, width=f"{WIDTH}px", height=f"{height + 2}px", print_background=True)
         browser.close()

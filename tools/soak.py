@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -74,7 +75,12 @@ def main(count: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         save_checkpoint(folder / "model", LoopedTransformer(shape).initialize(0, 0.1))
-        few = {"recurrences": 2, "horizon": 2, "batch_size": 1, "skip": ("behaviour", "stability", "heads")}
+        few: dict[str, Any] = {
+            "recurrences": 2,
+            "horizon": 2,
+            "batch_size": 1,
+            "skip": ("behaviour", "stability", "heads"),
+        }
         fixed = few | {"device": "cpu", "threads": 1, "track": (), "engine": "processes", "workers": 2}
         analyze(folder / "model", prompts[:3], out=folder / "first", **fixed)  # what is loaded once
         gc.collect()

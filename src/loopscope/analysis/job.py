@@ -25,7 +25,7 @@ from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.engine.run import run_items
 from loopscope.analysis.folder import StudyFolder, join, merge
-from loopscope.analysis.manifest import coordinates, describe, manifest
+from loopscope.analysis.manifest import coordinates, describe, manifest, predicted_tokens
 from loopscope.analysis.memory import MemoryPlan, kept_bytes, most_prompts, peak_bytes, size_text
 from loopscope.analysis.passes import measure_batch, steps_of
 from loopscope.analysis.plan import choose
@@ -260,6 +260,8 @@ class Job:
         counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
         dataset = dataset.assign(token_count=("prompt", counts))
         dataset = dataset.assign_coords(coordinates(dataset, self.subject.info, self.plan))
+        if self.subject.tokenizer is not None:
+            dataset = dataset.assign_coords(predicted_tokens(dataset, self.subject.tokenizer))
         describe(dataset)
         left_out = absent_variables({str(name) for name in dataset.data_vars}, self.subject.info, self.plan)
         seconds = round(time.monotonic() - started, 1)

@@ -31,6 +31,7 @@ from loopscope.measures.stability import RATE_REASONS, study_criterion
 from loopscope.models.subject import Subject, SubjectInfo
 from loopscope.prompts.load import PADDING, padding_record
 from loopscope.prompts.prompt import TokenizedPrompt, prompts_digest
+from loopscope.prompts.tokenizer import TextTokenizer
 
 PROMPT_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "chunk")
 """Settings that say where prompts come from."""
@@ -61,6 +62,7 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
             for method, grid in _GRIDS
             for other, steps in zip(("", "_other"), grid.values, strict=True)
         },
+        "answer": list(plan.answers),
         "exit_recurrence": list(range(1, plan.exits + 1)),
     }
     found = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
@@ -78,6 +80,17 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
         found["tracked_prompt"] = ("tracked", [prompt for prompt, _ in plan.tracked])
         found["tracked_token"] = ("tracked", [token for _, token in plan.tracked])
     return found
+
+
+def predicted_tokens(dataset: xr.Dataset, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """The tokens that some readout finds the most probable, and those of the answer, with their texts: a study does not
+    keep the tokenizer."""
+    names = ("token_top1", "layer_top1", "answer")
+    found = [dataset[name].values.ravel() for name in names if name in dataset]
+    tokens = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
+    tokens = tokens[tokens >= 0]
+    texts = [tokenizer.name(int(token)) for token in tokens]
+    return {"predicted_token": tokens, "predicted_text": ("predicted_token", np.array(texts, dtype=object))}
 
 
 def describe(dataset: xr.Dataset) -> None:

@@ -61,6 +61,7 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         tracked=tuple(_tracked(lengths, settings)) if info.is_looped else (),
         components=settings.components,
         readout=_readout_grid(info, settings, exits),
+        answers=_answers(subject, settings),
         exits=exits,
         head_stable=settings.head_stable,
         judged_layers=_judged_layers(info, settings),
@@ -199,6 +200,17 @@ def _readout_grid(info: SubjectInfo, settings: AnalyzeSettings, exits: int) -> t
             "raise --recurrences."
         )
     return tuple(sorted({*settings.readout, *range(1, exits + 1)}))
+
+
+def _answers(subject: Subject, settings: AnalyzeSettings) -> tuple[int, ...]:
+    """The tokens of the answers, each once."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None:
+        if settings.answer:
+            raise ConfigError(f"--answer needs a tokenizer, which {subject.info.name} does not have.")
+        return ()
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in settings.answer]
+    return tuple(dict.fromkeys(token for each in encoded for token in each.ids))
 
 
 def _tracked(lengths: Sequence[int], settings: AnalyzeSettings) -> list[tuple[int, int]]:

@@ -40,7 +40,7 @@ Preset = Literal["quick", "standard", "full"]
 _OPTIONS: dict[Part, tuple[str, ...]] = {
     "cycle-similarity": ("cycle_recurrences",),
     "trajectories": ("track", "components"),
-    "readout": ("readout", "exit_recurrences"),
+    "readout": ("readout", "answer", "exit_recurrences"),
     "heads": ("head_stable",),
     "behaviour": ("judged_layers",),
     "stability": ("eigenvalue_products", "eigenvalue_every", "eigenvalue_search", "hooked_eigenvalues"),
@@ -160,6 +160,8 @@ class MeasureSettings:
     readout: tuple[Count, ...] = ()
     """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
     given."""
+    answer: tuple[str, ...] = ()
+    """Texts, such as ' 42', for each of whose tokens rank and log-probability as the next token are read out too."""
     exit_recurrences: Annotated[int, Range(0)] | None = None
     """Recurrences of a full run, of which an exit rule might save some: the state is decoded after each of them,
     besides --readout. The trained number unless given; 0 leaves exit rules out."""

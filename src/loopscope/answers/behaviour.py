@@ -141,9 +141,8 @@ def _answer(
     if not decided:
         verdict, sentence = "cannot tell", f"{where}, {open_}."
     else:
-        first, told = there[0].kind, " that can be told" if unknown else ""
-        share = there[0].count / decided
-        verdict = f"all: {first}" if len(there) == 1 else f"{percent(share)} {first}, {percent(1 - share)} otherwise"
+        told = " that can be told" if unknown else ""
+        verdict = _headline(there, settled)
         if unknown:
             open_share = f"{percent(unknown / total)} cannot be told"
             verdict = f"{verdict}; {open_share}" if unknown < decided else f"{open_share}; of the rest {verdict}"
@@ -151,6 +150,19 @@ def _answer(
     return question.says(
         _outcome(settled, unknown, total), verdict, sentence + _rare(shares, many, unknown), evidence, limits
     )
+
+
+def _headline(there: Sequence[KindShare], settled: int) -> str:
+    """What most do, and what the others do. Whoever rests at a point, or within rounding of one, has settled."""
+    groups = ([("settle", settled)] if settled else []) + [
+        (str(share.kind), share.count) for share in there if not share.kind.settles
+    ]
+    groups.sort(key=lambda group: -group[1])
+    (first, count), decided = groups[0], sum(group[1] for group in groups)
+    if len(groups) == 1:
+        return f"all {first}" if settled else f"all: {first}"
+    others = groups[1][0] if len(groups) == 2 else "otherwise"
+    return f"{percent(count / decided)} {first}, {percent(1 - count / decided)} {others}"
 
 
 def _verb(kind: Kind, count: int) -> str:

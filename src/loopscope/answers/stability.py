@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray
 
-from loopscope._util.wording import listed, percent, plural, significant
+from loopscope._util.wording import listed, percent, plural, significant, visible
 from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.predictions import (
     Agreement,
@@ -15,6 +15,7 @@ from loopscope.answers.predictions import (
     agreement,
     prediction_table,
     rate_pairs,
+    token_drivers,
     token_eigenvalues,
     untaken_tokens,
 )
@@ -70,6 +71,27 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
         _limits(view, counts, total, pairs),
         figure="stability-rates" if pairs.predicted.size else None,
         claims=_claims(view, outcome),
+    )
+
+
+def leading_token(view: StudyView) -> str:
+    """Whose own eigenvalue sets the largest predicted rate, and how many tokens after it have it from there; empty
+    where no rate is known."""
+    data = view.dataset
+    if "predicted_rate" not in data:
+        return ""
+    drivers = token_drivers(data)
+    rates = np.where(drivers >= 0, data["predicted_rate"].transpose("prompt", "token").values, np.nan)
+    if not np.isfinite(rates).any():
+        return ""
+    prompt, place = np.unravel_index(np.nanargmax(rates), rates.shape)
+    token = int(drivers[prompt, place])
+    rate, followers = float(rates[prompt, place]), int((drivers[prompt] == token).sum()) - 1
+    does = "repels by itself" if rate > 1 else "is the slowest"
+    follow = f", which the {plural(followers, 'token')} after it follow" if followers > 1 else ""
+    return (
+        f"“{visible(view.strings(int(prompt))[token])}” (token {token} of prompt {prompt}) {does}: its own eigenvalue "
+        f"has modulus {significant(rate, 3)}{follow}."
     )
 
 

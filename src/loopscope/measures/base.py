@@ -122,6 +122,8 @@ class Plan:
     components: int
     readout: tuple[int, ...]
     """Numbers of recurrences after which the state is decoded."""
+    answers: tuple[int, ...]
+    """Tokens whose rank and log-probability are read out beside the most probable one."""
     exits: int
     """N, the recurrences of a full run of which exit rules may save some: every state up to N is decoded and compared
     with the one before; 0 for none."""

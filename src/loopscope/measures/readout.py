@@ -21,7 +21,14 @@ from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import Batch
 from loopscope.models.visits import LoopState
 
-TOKEN_READOUTS = ("token_loss", "token_entropy", "token_kl_to_last", "token_margin", "token_top1")
+TOKEN_READOUTS = (
+    "token_loss",
+    "token_entropy",
+    "token_kl_to_last",
+    "token_margin",
+    "token_top1_probability",
+    "token_top1",
+)
 """Per readout, prompt and token."""
 
 EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
@@ -29,6 +36,7 @@ EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
 
 _READ, _EXIT = "readout_recurrence prompt token", "exit_recurrence prompt token"
 _NO_EXITS = "the model was not read out after each recurrence of a full run (--exit-recurrences)"
+_NO_ANSWER = "no answer was given whose tokens would be looked for (--answer)"
 _NO_GATE = "the model has no exit gate"
 
 _PIECE_ENTRIES = 2**18
@@ -128,7 +136,17 @@ class Readout(Measure):
         "token_margin": variable(
             _READ, "logit of the most probable token less that of the next one: what a change must overturn", "logits"
         ),
+        "token_top1_probability": variable(_READ, "probability of the most probable token"),
         "token_top1": variable(_READ, "the most probable token id; -1 beyond the prompt's end", "token id"),
+        "answer_rank": variable(
+            f"answer {_READ}",
+            "rank of a token of the answer (--answer) among all as the next one, 1 for the most probable; -1 beyond "
+            "the prompt's end",
+            otherwise=_NO_ANSWER,
+        ),
+        "answer_log_probability": variable(
+            f"answer {_READ}", "log-probability of that token as the next one", "nats", otherwise=_NO_ANSWER
+        ),
         "token_kl_to_previous": variable(
             _EXIT,
             "KL(p_{t-1} || p_t) of the predictions after t - 1 and t recurrences; nothing at t = 1",
@@ -166,7 +184,11 @@ class Readout(Measure):
         self._states: dict[int, States] = {}
         self._gates: list[Tensor] = []
         shape = (batch.prompts, batch.tokens)
-        self._tokens = batch.unknown(4, len(self.grid), *shape)
+        self._tokens = batch.unknown(5, len(self.grid), *shape)
+        self._answers = batch.plan.answers
+        ranks = (len(self._answers), len(self.grid), *shape)
+        self._ranks = torch.full(ranks, -1, dtype=torch.int64, device=batch.mask.device)
+        self._log_probabilities = batch.unknown(*ranks)
         self._top1 = torch.full((len(self.grid), *shape), -1, dtype=torch.int64, device=batch.mask.device)
         self._losses = batch.unknown(len(self.grid), batch.prompts, dtype=torch.float64)
         self._to_previous, self._to_full = batch.unknown(2, exits, *shape)
@@ -208,11 +230,13 @@ class Readout(Measure):
                 yield row, slice(start, min(start + size, length))
 
     def _keep(self, count: int, now: _Decoded, last: _Decoded, full: _Decoded | None, after: _Decoded | None) -> None:
-        """Reduce one readout token by token: loss of the next token, entropy, the top token and its margin, and
-        divergences from the last readout and, within a full run, from its last one, and of the one after from this."""
+        """Reduce one readout token by token: loss of the next token, entropy, the top token with its margin and its
+        probability, what it makes of the answer, and divergences from the last readout and, within a full run, from
+        its last one, and of the one after from this."""
         mask = self.batch.mask
         targets = self.batch.batch.input_ids.roll(-1, dims=1)
-        values = torch.full((6, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
+        index = self.grid.index(count)
+        values = torch.full((7, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
             made = _Prediction.of(now.logits[place])
@@ -221,26 +245,33 @@ class Readout(Measure):
             values[1][place] = -made.mean_log(made)
             values[2][place] = last.at(place).divergence(made)
             if full is not None:
-                values[4][place] = values[2][place] if full is last else full.at(place).divergence(made)
+                values[5][place] = values[2][place] if full is last else full.at(place).divergence(made)
                 if after is not None:
-                    values[5][place] = made.divergence(after.at(place))
+                    values[6][place] = made.divergence(after.at(place))
             top = made.scores.argmax(-1, keepdim=True)
             top1[place] = top[:, 0]
             others = made.scores.scatter(-1, top, -torch.inf).amax(-1)
-            values[3][place] = made.scores.gather(-1, top)[:, 0] - others
+            largest = made.scores.gather(-1, top)[:, 0]
+            values[3][place] = largest - others
+            values[4][place] = (largest - made.normalizer).exp()
+            for answer, token in enumerate(self._answers):
+                score = made.scores[:, token]
+                self._log_probabilities[answer, index][place] = (score - made.normalizer).to(self.batch.stored)
+                self._ranks[answer, index][place] = 1 + (made.scores > score[:, None]).sum(-1)
         followed = functional.pad(mask[:, 1:], (0, 1))
         values[0].masked_fill_(~followed, torch.nan)
-        index = self.grid.index(count)
         self._losses[index] = masked_mean(values[0], followed)
-        self._tokens[:, index] = values[:4]
+        self._tokens[:, index] = values[:5]
         self._top1[index] = top1
         if full is not None:
-            self._to_full[count - 1] = values[4]
+            self._to_full[count - 1] = values[5]
             if after is not None:
-                self._to_previous[count] = values[5]
+                self._to_previous[count] = values[6]
 
     def result(self) -> xr.Dataset:
         found = {"loss": self._losses, **dict(zip(TOKEN_READOUTS, (*self._tokens, self._top1), strict=True))}
+        if self._answers:
+            found |= {"answer_rank": self._ranks, "answer_log_probability": self._log_probabilities}
         if self.exits:
             found |= dict(zip(EXIT_READOUTS, (self._to_previous, self._to_full), strict=True))
         if self._gates:

@@ -9,6 +9,7 @@ from loopscope.measures.behaviour import Behaviour
 from loopscope.measures.convergence import Convergence
 from loopscope.measures.heads import HeadMeasures
 from loopscope.measures.horizon import Horizons, NoiseFloor
+from loopscope.measures.layer_readout import LayerReadout
 from loopscope.measures.maps import AttentionMaps
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.path import PathIndependence
@@ -36,6 +37,7 @@ MEASURES: tuple[type[Measure], ...] = (
     StageMeasures,
     EffectiveRank,
     Readout,
+    LayerReadout,
     Behaviour,
     TokenStability,
     Trajectories,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -101,9 +102,11 @@ def _types(
     paper: tuple[int, ...] = (),
     layouts: tuple[Layout, ...] = _LAYOUTS,
     settles: bool = True,
+    folded: bool = False,
 ) -> list[FigureType[StudyView]]:
     """A type per layout; `anchors` are those by layer and by recurrence, and what `settles` needs more
-    than one recurrence. The paper has these by layer."""
+    than one recurrence. The paper has these by layer, and a page shows the others when they are asked for, or all
+    that are `folded`."""
     return [
         FigureType(
             name=f"{name}-{layout.replace(' ', '-')}",
@@ -112,6 +115,7 @@ def _types(
             variables=tuple(quantity.variable for quantity in quantities),
             paper=paper if layout == "by layer" else (),
             unless=one_recurrence if settles else never,
+            folded=folded or layout != "by layer",
         )
         for layout, anchor in zip(layouts, (*anchors, ""), strict=False)
     ]
@@ -200,6 +204,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         _Quantity(variable="cosine_distance_to_horizon", title="1 − cosine to state at H"),
         anchors=("cosine", ""),
         paper=(22, 24),
+        folded=True,
     ),
     *_types(
         "attention",
@@ -213,10 +218,11 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         ),
         anchors=("attention-by-layer", ""),
         paper=(23, 25),
+        folded=True,
     ),
     *_types(
         "norm",
-        "How does the norm of the residual stream go on?",
+        "Does the norm of the residual stream keep growing?",
         "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
         f"that grows shrinks relative steps although the state does not settle. {_MEANS}",
         _Quantity(variable="residual_norm", title="token norm"),
@@ -224,6 +230,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         anchors=("norm-by-layer", ""),
         layouts=("by layer",),
         settles=False,
+        folded=True,
     ),
     *_types(
         "path-independence",
@@ -241,11 +248,11 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         name="horizons", of=_horizons, anchor="horizon-drift", variables=("horizon_drift", "horizon_relative_step")
     ),
 )  # fmt: skip
-_SETTLING = ("horizons", "distance", "step", "direction")
+_SETTLING = ("horizons", "distance", "step", "direction", "norm")
 
 
 def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Movement between the horizons, then distance, step and direction."""
+    """Movement between the horizons, then distance, step, direction and norm."""
     types = {each.name: each for each in CONVERGENCE}
     names = [name for start in _SETTLING for name in types if name.startswith(start)]
     return Section(
@@ -257,12 +264,11 @@ def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
     )
 
 
-def norms_section(view: StudyView, settings: ReportSettings) -> Section:
-    """How large the residual stream is in the long run."""
-    return Section(
-        anchor="norms",
-        short="Norms",
-        title="How does the residual stream's norm go on?",
-        lead="Mean token norm of the residual stream, median over prompts.",
-        figures=on_page([each for each in CONVERGENCE if each.name == "norm-by-layer"], view, settings),
-    )
+def first_figure(view: StudyView, settings: ReportSettings) -> Plot | None:
+    """Of the first answer: how far each layer is from its state at the horizon, over the recurrences."""
+    kind = next(each for each in CONVERGENCE if each.name == "distance-by-layer")
+    if not view.looped or kind.absent(view) is not None:
+        return None
+    plot = kind.draw(view, settings)
+    panel = dataclasses.replace(plot.panels[1], height=250, anchor="first-distance")
+    return dataclasses.replace(plot, panels=[panel], anchor="first") if panel.has_data else None

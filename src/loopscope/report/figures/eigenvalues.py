@@ -8,7 +8,7 @@ from textwrap import fill
 import numpy as np
 from numpy.typing import NDArray
 
-from loopscope._util.wording import percent, significant, visible
+from loopscope._util.wording import percent, plural, significant, visible
 from loopscope.answers.predictions import (
     EXPECTED,
     agreement,
@@ -364,6 +364,13 @@ def _no_table(view: StudyView) -> str | None:
     return None if prediction_table(view.dataset).any() else "no token has both a prediction and a verdict"
 
 
+def _all_agree(view: StudyView) -> str | None:
+    found = agreement(prediction_table(view.dataset))
+    if found.disagree or found.open:
+        return None
+    return f"The verdicts confirm the predictions of all {plural(found.agree, 'token')}."
+
+
 _EIGENVALUES = ("eigenvalue_real", "eigenvalue_imag", "predicted_kind")
 STABILITY = (
     FigureType(
@@ -376,6 +383,7 @@ STABILITY = (
     FigureType(name="stability-spectrum", of=_spectrum, anchor="stability-spectrum", variables=_EIGENVALUES),
     FigureType(
         name="stability-agreement",
+        said=_all_agree,
         of=_agreement,
         anchor="stability-agreement",
         variables=("predicted_kind", "verdict"),
@@ -383,6 +391,7 @@ STABILITY = (
     ),
     FigureType(
         name="stability-radii",
+        folded=True,
         of=_radii,
         anchor="stability-radii",
         variables=_EIGENVALUES,
@@ -390,6 +399,7 @@ STABILITY = (
     ),
     FigureType(
         name="stability-growth",
+        folded=True,
         of=_growth,
         anchor="stability-growth",
         variables=("transient_growth", *_EIGENVALUES),
@@ -397,6 +407,7 @@ STABILITY = (
     ),
     FigureType(
         name="stability-damping",
+        folded=True,
         of=_damping,
         anchor="stability-damping",
         variables=_EIGENVALUES,

@@ -190,6 +190,7 @@ def _moving_layers(view: StudyView) -> list[int]:
 EXAMPLES = (
     FigureType(
         name="verdict-cosine",
+        folded=True,
         of=_to_horizon,
         anchor="behaviour-cosine",
         variables=("verdict", "verdict_level", _COSINE),

@@ -100,6 +100,7 @@ def _no_choice(view: StudyView) -> str | None:
 
 EXIT_RULES_FIGURE = FigureType(
     name="exit-rules",
+    folded=True,
     of=_exit_rules,
     anchor="exit-changed",
     variables=("token_kl_to_full",),

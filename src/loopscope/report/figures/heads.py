@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.sinks import SINK_THRESHOLD
+from loopscope._util.wording import significant
 from loopscope.answers.limits import short_prompts
 from loopscope.report.figures.convergence import CONVERGENCE, PER_ROW
 from loopscope.report.figures.curves import (
@@ -69,7 +70,8 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
                         bar_ticks={power: decade(power) for power in powers},
                         parted_y=[layer * heads - 0.5 for layer in range(1, layers)],
                         data=np.broadcast_to(place, (len(rows), len(counts), 2)).tolist(),
-                        tip="layer {0}, head {1}, recurrence {x}: 10^{z:.2f}",
+                        labels=[[significant(value) if value > 0 else "no change" for value in row] for row in rows],
+                        tip="layer {0}, head {1}, recurrence {x}: {label}",
                         picks=_picks(view, "recurrent"),
                     )
                 ],
@@ -166,6 +168,7 @@ HEADS: tuple[FigureType[StudyView], ...] = (
     ),
     FigureType(
         name="heads-stable",
+        folded=True,
         of=_heads_stable,
         anchor="heads-stable",
         # Not head_stable_from: a head that is never stable has no number, so that may be finite nowhere.

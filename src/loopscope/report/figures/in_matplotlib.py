@@ -90,7 +90,7 @@ _PAGE = 8.6
 _PIXELS = 150.0
 """CSS pixels of a panel on a page that are an inch on paper."""
 _ORDINARY = 340
-"""CSS pixels of an ordinary panel's height."""
+"""CSS pixels of an ordinary panel and its legend."""
 _STEPS = [1, 2, 2.5, 5, 10]
 """Between ticks, times a power of ten."""
 _MARGIN, _HANDLE = 0.15, 0.21

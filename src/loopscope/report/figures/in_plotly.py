@@ -18,6 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from plotly.colors import sequential
 
+from loopscope._util.wording import percent, significant
 from loopscope.report.figures.look import AXIS, BAND, EMPHASIS, GRID, INK, MUTED, PAGE_FONT, PAPER, SEQUENTIAL
 from loopscope.report.figures.plot import (
     Axis,
@@ -35,6 +36,7 @@ from loopscope.report.figures.plot import (
     Shade,
     begins_at_zero,
     log_ticks,
+    packed,
     script_text,
     upright,
 )
@@ -52,8 +54,10 @@ _GLYPHS = {
 """Of symbols, filled and hollow."""
 _Y_CHARACTERS = 26
 """Of a name along a y axis, for each of its lines."""
-_LEGEND = 50
-"""CSS pixels of a chart's own legend."""
+_LONG = 4_000
+"""Characters of a chart's data from which it is packed."""
+_TINY = 1e-3
+"""Where values below it occur, tooltips write all of them with an exponent: 7.3e-6 rather than 0.00000729."""
 _FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
 _SEQUENTIAL: list[str] = getattr(sequential, SEQUENTIAL)
 _PLACES = {"label": "text"}
@@ -70,14 +74,16 @@ class Chart:
     anchor: str
     heading: str
     height: int
+    least_width: int
     picks: str
     json: Markup
-    """For a script element."""
+    """For a script element, packed if it is long; empty where a sentence says all."""
+    said: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Of the legend that several charts share."""
+    """Of the legend that the charts of a figure share."""
 
     name: str
     colour: str
@@ -93,9 +99,7 @@ class Entry:
 
 
 def legend(plot: Plot) -> list[Entry]:
-    """Every name once, numbers before words; a single chart has its own."""
-    if len([panel for panel in plot.panels if panel.has_data]) < 2:
-        return []
+    """Every name once, numbers before words."""
     entries: dict[str, Entry] = {}
     for mark in (mark for panel in plot.panels for mark in panel.marks):
         if isinstance(mark, Rule) and mark.name and not mark.above:
@@ -115,18 +119,32 @@ def legend(plot: Plot) -> list[Entry]:
 
 def charts(plot: Plot) -> list[Chart]:
     """Of the panels that have something to show."""
-    shown = [panel for panel in plot.panels if panel.has_data]
     return [
         Chart(
             key=panel.anchor or "-".join(filter(None, [plot.anchor, plot.letter(panel)])),
             anchor=panel.anchor,
             heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
-            height=panel.height - (_LEGEND if len(shown) > 1 else 0),
+            height=panel.height,
+            least_width=panel.least_width,
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
-            json=script_text(json.dumps(_plain(draw(plot, panel)), separators=(",", ":"))),
+            json=_content(plot, panel) if panel.one_value is None else Markup(),
+            said=_one_value(panel),
         )
-        for panel in shown
+        for panel in plot.panels
+        if panel.has_data
     ]
+
+
+def _one_value(panel: Panel) -> str:
+    if (value := panel.one_value) is None:
+        return ""
+    text = percent(value) if panel.y.percent else significant(value, 3)
+    return f"{panel.title or panel.y.title}: {text} throughout."
+
+
+def _content(plot: Plot, panel: Panel) -> Markup:
+    text = json.dumps(_plain(draw(plot, panel)), separators=(",", ":"))
+    return script_text(text) if len(text) < _LONG else Markup(packed(text.encode()))
 
 
 def draw(plot: Plot, panel: Panel) -> dict[str, Any]:
@@ -142,24 +160,20 @@ class _Drawing:
         self._plot, self._panel = plot, panel
         # Of curves over the same x, a tooltip names all values at that x.
         together = all(isinstance(mark, Line | Band | Rule | Shade) for mark in panel.marks) and not any(
-            isinstance(mark, Line) and (mark.tip or len(mark.labels) or mark.z is not None) for mark in panel.marks
+            isinstance(mark, Line) and (mark.tip or len(mark.labels)) for mark in panel.marks
         )
         self.layout = _layout("x unified" if together else "closest")
+        if together:
+            self.layout["xaxis"]["unifiedhovertitle"] = {"text": f"{_text(panel.x.title)} %{{x}}"}
         self.traces: list[dict[str, Any]] = []
         self._log_x = panel.x.scale == "log"
-        self._listed: set[str] = set()
+        values = plot.values(panel)
+        self._tiny = bool((np.abs(values[values != 0]) < _TINY).any())
         self._shapes: list[dict[str, Any]] = []
         self._notes: list[dict[str, Any]] = []
         for mark in panel.marks:
             self._add(mark)
-        if panel.z is None:
-            self._finish_axes()
-        else:
-            self._finish_space(panel.z)
-        if plot.legend and any(trace.get("name", "").isdigit() for trace in self.traces):
-            self.layout["legend"]["title"] = {"text": plot.legend, "font": {"size": 12}}
-        if len([each for each in plot.panels if each.has_data]) > 1:
-            self.layout["showlegend"] = False
+        self._finish_axes()
         self.layout |= {"shapes": self._shapes or None, "annotations": self._notes or None}
 
     @singledispatchmethod
@@ -171,10 +185,6 @@ class _Drawing:
         mode = "lines+markers" if mark.points or np.size(mark.x) == 1 else "lines"
         shared: dict[str, Any] = {"x": _array(mark.x), "mode": mode, **self._named(mark, "{y:.3g}")}
         shared["line"] = {"color": mark.colour, "width": mark.width, "dash": mark.dash}
-        if mark.z is not None:
-            shared["line"]["width"] *= 2
-            self._trace("scatter3d", y=_array(mark.y), z=_array(mark.z), **shared)
-            return
         shared["line"]["shape"] = "hv" if mark.steps else "linear"
         self._trace("scatter", y=self._drawable(mark.y), marker={"size": 6, "color": mark.colour}, **shared)
 
@@ -185,10 +195,10 @@ class _Drawing:
         if not there.any():
             return
         edge: dict[str, Any] = {"x": x[there], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-        self._trace("scatter", y=low[there], showlegend=False, **edge)
+        self._trace("scatter", y=low[there], **edge)
         colour = f"rgba({', '.join(str(int(MUTED[at : at + 2], 16)) for at in (1, 3, 5))}, {BAND})"
         filled = {"fill": "tonexty", "fillcolor": colour}
-        self._trace("scatter", y=high[there], name=_text(mark.name), showlegend=mark.listed, **filled, **edge)
+        self._trace("scatter", y=high[there], name=_text(mark.name), **filled, **edge)
 
     @_add.register
     def _(self, mark: Dots) -> None:
@@ -198,9 +208,6 @@ class _Drawing:
             "symbol": symbol, "size": mark.size, "color": mark.colour, "opacity": mark.opacity,
             "line": {"width": 2 if mark.hollow or mark.symbol == "bar" else 0, "color": mark.colour},
         }  # fmt: skip
-        if mark.z is not None:
-            self._trace("scatter3d", y=_array(mark.y), z=_array(mark.z), **shared)
-            return
         for which, middle, low, high in (("y", mark.y, mark.low, mark.high), ("x", mark.x, mark.left, mark.right)):
             if low is not None and high is not None:
                 ends = {"array": _array(high) - _array(middle), "arrayminus": _array(middle) - _array(low)}
@@ -223,7 +230,6 @@ class _Drawing:
     @_add.register
     def _(self, mark: HeatMap) -> None:
         named = self._named(mark, "{z:.3g}")
-        del named["showlegend"], named["legendrank"]
         if len(mark.texts) and "text" in named:  # a cell has one text, which is what is written into it
             named["customdata"] = named.pop("text")
             named["hovertemplate"] = named["hovertemplate"].replace("%{text}", "%{customdata}")
@@ -263,10 +269,8 @@ class _Drawing:
         if mark.y is not None:
             ends = self._panel.x.span or self._reach()
             tip = f"{_text(mark.name)}: %{{y:.2g}}<extra></extra>"
-            named = {"name": _text(mark.name), "showlegend": bool(mark.name), "hovertemplate": tip}
+            named = {"name": _text(mark.name), "hovertemplate": tip}
             self._trace("scatter", x=list(ends), y=[mark.y] * 2, mode="lines", line=line, **named)
-        elif mark.name:
-            self._trace("scatter", x=[None], y=[None], mode="lines", line=line, name=_text(mark.name))
 
     @_add.register
     def _(self, mark: Shade) -> None:
@@ -292,16 +296,13 @@ class _Drawing:
         """Name, and what the tooltips say."""
         called = _text(self._plot.called(mark))
         what = "{label}" if len(mark.labels) else "" if self.layout["hovermode"] == "x unified" else "{x}"
-        if self._panel.y.percent and not isinstance(mark, HeatMap):
-            value = value.replace(".3g", ".1%")
+        if isinstance(mark, Line | Dots | Bars):
+            value = value.replace(".3g", ".1%" if self._panel.y.percent else ".1e" if self._tiny else ".3g")
         plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
         named: dict[str, Any] = {
             "name": _text(mark.name),
-            "showlegend": bool(mark.name) and mark.listed and mark.name not in self._listed,
-            "legendrank": 1 if mark.name.isdigit() else 1000,  # numbers before words
             "hovertemplate": _template(html.escape(mark.tip, quote=False) or plain) + "<extra></extra>",
         }
-        self._listed.add(mark.name)
         if len(mark.labels):
             named["text"] = _texts(mark.labels)
         if mark.data is not None:
@@ -374,19 +375,6 @@ class _Drawing:
             return {"type": "log", "range": [math.log10(low), math.log10(high)], **texts}
         return {"rangemode": "tozero"} if axis.span is None and begins_at_zero(axis, values) else {}
 
-    def _finish_space(self, z: Axis) -> None:
-        axes = {
-            f"{which}axis": {
-                "title": {"text": _text(axis.title), "font": {"size": 11}},
-                "gridcolor": GRID, "backgroundcolor": _CLEAR, "color": INK, "zerolinecolor": GRID,
-                "tickfont": {"size": 10, "color": MUTED}, "nticks": 5,
-            }
-            for which, axis in zip("xyz", (self._panel.x, self._panel.y, z), strict=True)
-        }  # fmt: skip
-        camera = {"eye": {"x": 1.8, "y": 1.8, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.1}}
-        self.layout["scene"] = {**axes, "aspectmode": "cube", "camera": camera}
-        self.layout["margin"] = {"l": 0, "r": 0, "t": 0, "b": 0}
-
 
 def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
     """What both axes of a panel may ask for."""
@@ -458,7 +446,7 @@ def _texts(words: Any) -> Any:
 
 
 def _layout(hovermode: str) -> dict[str, Any]:
-    """What all charts share: named axes, the legend below."""
+    """What all charts share."""
     axis = {
         "gridcolor": GRID,
         "linecolor": AXIS,
@@ -470,7 +458,6 @@ def _layout(hovermode: str) -> dict[str, Any]:
         "automargin": True,
         "exponentformat": "power",
     }
-    legend = {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom", "traceorder": "normal"}
     return {
         "font": {"family": PAGE_FONT, "size": 12.5, "color": INK},
         "paper_bgcolor": _CLEAR,
@@ -478,7 +465,9 @@ def _layout(hovermode: str) -> dict[str, Any]:
         "margin": {"l": 8, "r": 12, "t": 18, "b": 8},
         "xaxis": dict(axis),
         "yaxis": dict(axis),
-        "legend": {**legend, "font": {"size": 12}},
+        "showlegend": False,
         "hovermode": hovermode,
-        "hoverlabel": {"bgcolor": PAPER, "bordercolor": AXIS, "font": {"family": PAGE_FONT, "size": 12}},
+        # Plotly would take the border's colour for the text, and transparent paper for black.
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": AXIS, "font": {"family": PAGE_FONT, "size": 12, "color": INK}},
+        "modebar": {"bgcolor": PAPER, "color": MUTED, "activecolor": INK},
     }

@@ -61,6 +61,7 @@ class HeadMaps:
     """The maps of one head on one prompt, beside each other; the reader chooses which."""
 
     template: ClassVar[str] = "head_maps.html"
+    folded: ClassVar[bool] = False
     anchor: ClassVar[str] = "head-maps"
 
     title: str
@@ -83,6 +84,7 @@ class Floorplan:
     """Every map that the study holds of one prompt."""
 
     template: ClassVar[str] = "floorplan.html"
+    folded: ClassVar[bool] = False
     anchor: ClassVar[str] = "floorplan"
 
     title: str

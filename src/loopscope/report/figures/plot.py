@@ -32,7 +32,7 @@ Scale = Literal["auto", "linear", "log", "free"]
 
 _LINEAR = 5.0
 """Values within this factor are compared by eye on a linear axis; beyond it the small ones lie on top of each other."""
-_CLOSE = 2.0
+_CLOSE = 4.0
 """Values within this factor get an axis that does not begin at 0: their differences are then the matter."""
 
 
@@ -201,8 +201,10 @@ class Panel:
     title: str = ""
     anchor: str = ""
     """Of this panel on the page, where something links to it."""
-    height: int = 340
+    height: int = 290
     """CSS pixels on the page; on paper, what is above that of an ordinary panel makes it higher in proportion."""
+    least_width: int = 0
+    """CSS pixels that its texts take on the page, which scrolls where the window is narrower."""
     equal: bool = False
     """Whether one unit, or one cell, is as long on both axes."""
 
@@ -214,6 +216,17 @@ class Panel:
             for mark in self.marks
             if isinstance(mark, Line | Dots | Bars | HeatMap)
         )
+
+    @property
+    def one_value(self) -> float | None:
+        """That of all its lines and bands, where they have but one."""
+        if any(isinstance(mark, Dots | Bars | HeatMap) for mark in self.marks):
+            return None
+        curves = [mark.y for mark in self.marks if isinstance(mark, Line)]
+        edges = [edge for mark in self.marks if isinstance(mark, Band) for edge in (mark.low, mark.high)]
+        joined = np.concatenate([np.empty(0), *(np.asarray(each, dtype=np.float64) for each in (*curves, *edges))])
+        values = np.unique(joined[np.isfinite(joined)])
+        return float(values[0]) if len(values) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +254,8 @@ class Plot:
     """From which it is drawn."""
     paper: tuple[int, ...] = ()
     """Figures of arXiv 2604.11791 that show the same, by what its running text says of them."""
+    folded: bool = False
+    """Whether a page shows it when it is asked for."""
 
     @property
     def has_data(self) -> bool:
@@ -322,6 +337,24 @@ class Drawn(Protocol):
     def template(self) -> str:
         """Of `report/page/templates`; it is given this object as `figure`."""
 
+    @property
+    def folded(self) -> bool:
+        """Whether it is shown when it is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """What a page says where a figure would show one value."""
+
+    template: ClassVar[str] = "sentence.html"
+    folded: ClassVar[bool] = False
+    has_data: ClassVar[bool] = True
+
+    name: str
+    anchor: str
+    """Those of the figure."""
+    text: str
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -369,13 +402,22 @@ class FigureType(Generic[S]):
     """Whether it is about recurrences, which a feed-forward model does not have."""
     unless: Callable[[S], str | None] = never
     """Another reason for which it cannot be drawn."""
+    said: Callable[[S], str | None] = never
+    """Of a figure that would show one value, the sentence that a page has instead."""
+    folded: bool = False
+    """Whether a page shows it when it is asked for: it says in more detail what others say."""
     paper: tuple[int, ...] = ()
     """Figures of arXiv 2604.11791 that show the same, by what its running text says of them."""
 
     def draw(self, source: S, settings: ReportSettings) -> Plot:
         """Raises `StudyError` for a study without what it is drawn from."""
         return dataclasses.replace(
-            self.of(source, settings), name=self.name, anchor=self.anchor, variables=self.variables, paper=self.paper
+            self.of(source, settings),
+            name=self.name,
+            anchor=self.anchor,
+            variables=self.variables,
+            paper=self.paper,
+            folded=self.folded,
         )
 
     def absent(self, source: S) -> str | None:
@@ -390,10 +432,16 @@ class FigureType(Generic[S]):
         return self.unless(source)
 
 
-def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings) -> list[Plot]:
+def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings) -> list[Plot | Sentence]:
     """Those for a page that can be drawn and have something to show."""
-    plots = [each.draw(source, settings) for each in types if each.anchor and each.absent(source) is None]
-    return [plot for plot in plots if plot.has_data]
+    found: list[Plot | Sentence] = []
+    for each in types:
+        if not each.anchor or each.absent(source) is not None:
+            continue
+        said = each.said(source)
+        shown = each.draw(source, settings) if said is None else Sentence(name=each.name, anchor=each.anchor, text=said)
+        found += [shown] if shown.has_data else []
+    return found
 
 
 def script_json(value: Any) -> Markup:
@@ -407,5 +455,6 @@ def script_text(text: str) -> Markup:
 
 
 def packed(content: bytes) -> str:
-    """Compressed (zlib), as base64: what `unpacked` in common.js takes apart."""
-    return base64.b64encode(zlib.compress(content, 9)).decode()
+    """Compressed (zlib), as base85, which is 6 % shorter than base64: what `unpacked` in common.js takes apart. Other
+    characters stand for the three that mean something in HTML."""
+    return base64.b85encode(zlib.compress(content, 9)).decode().translate(str.maketrans("<>&", ",.:"))

@@ -12,6 +12,7 @@ from loopscope.report.figures.curves import BAND_LEVELS, final_shares, share_axi
 from loopscope.report.figures.exit_rules import EXIT_RULES_FIGURE
 from loopscope.report.figures.look import CATEGORIES
 from loopscope.report.figures.plot import Axis, Band, Bars, FigureType, Line, Mark, Panel, Plot, Section, on_page
+from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, powers_of_two
 
@@ -51,7 +52,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
     means = np.array([mean(row) for row in rows])
     high = np.array([quantile(row, BAND_LEVELS[1]) for row in rows])
     return Plot(
-        question="From when on does the prediction stay?",
+        question="When does the prediction stop changing?",
         reading="(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
         "there. (b) KL divergence of the prediction after that many recurrences from the last one, token by token: "
         "mean over tokens, and the bound that 95 % stay below.",
@@ -140,11 +141,11 @@ READOUT = (
 
 def readout_section(view: StudyView, settings: ReportSettings) -> Section:
     """Path independence, loss and what the model would say, as far as they were measured."""
-    types = [*(each for each in CONVERGENCE if each.anchor == "path-independence"), *READOUT]
+    types = [*PREDICTIONS, *READOUT, *(each for each in CONVERGENCE if each.anchor == "path-independence")]
     return Section(
         anchor="readout",
-        short="Start and loss",
-        title="Does it forget its start, and what does it say?",
-        lead="Both over the number of recurrences.",
+        short="What it says",
+        title="What does it say, and does it forget its start?",
+        lead="Over the number of recurrences.",
         figures=on_page(types, view, settings),
     )

@@ -195,6 +195,7 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
     ),
     FigureType(
         name="cycle-attention-long",
+        folded=True,
         of=_cycle_attention_long,
         anchor="attention-cycle-long",
         variables=("attention_cycle_distance",),
@@ -211,6 +212,7 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
     ),
     FigureType(
         name="cycle-residual-long",
+        folded=True,
         of=_cycle_residual_long,
         anchor="cycle-similarity-long",
         variables=("cycle_similarity",),

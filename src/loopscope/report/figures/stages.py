@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_lowercase
@@ -256,6 +257,7 @@ STAGES: tuple[FigureType[StudyView], ...] = (
     ).type((50, 51, 52), "stages-beyond", unless=_nothing_beyond),
     FigureType(
         name="massive-places",
+        folded=True,
         of=_massive_places,
         anchor="massive-places",
         variables=("massive_token", "massive_dimension"),
@@ -263,6 +265,7 @@ STAGES: tuple[FigureType[StudyView], ...] = (
     ),
     FigureType(
         name="neurons",
+        folded=True,
         of=_neurons,
         anchor="neurons",
         variables=("prediction_neurons", "suppression_neurons"),
@@ -275,7 +278,8 @@ STAGES: tuple[FigureType[StudyView], ...] = (
 
 def stages_section(view: StudyView, settings: ReportSettings) -> Section:
     """What each visit does to attention and residual stream."""
-    plots = {plot.name: plot for plot in on_page(STAGES, view, settings)}
+    first = [each for each in STAGES if each.name == "stages-by-recurrence"]
+    others = [dataclasses.replace(each, folded=view.looped) for each in STAGES if each not in first]
     return Section(
         anchor="stages",
         short="Stages",
@@ -283,5 +287,5 @@ def stages_section(view: StudyView, settings: ReportSettings) -> Section:
         lead="Medians over prompts. Where lines by recurrence coincide, every pass repeats the same stages."
         if view.looped
         else "Medians over prompts.",
-        figures=[plots[name] for name in sorted(plots, key=lambda name: name != "stages-by-recurrence")],
+        figures=on_page([*first, *others], view, settings),
     )

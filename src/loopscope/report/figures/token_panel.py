@@ -77,6 +77,7 @@ class TokenPanel:
     """A figure with a template of its own."""
 
     template: ClassVar[str] = "token_panel.html"
+    folded: ClassVar[bool] = False
     anchor: ClassVar[str] = "behaviour-tokens"
 
     title: str

@@ -16,7 +16,7 @@ _COLUMNS = 64
 _NAME = "token_relative_distance"
 
 
-def _ordinary_and_farthest(view: StudyView) -> dict[int, str]:
+def ordinary_and_farthest(view: StudyView) -> dict[int, str]:
     """Prompts by their mean relative distance at the end: the middle one and the largest; none if all diverged."""
     end = view.finite["relative_distance_second_horizon"].isel(layer=-1, recurrence=-1)
     order = end["prompt"].values[np.argsort(end.values, kind="stable")]
@@ -38,7 +38,7 @@ def _tokens(view: StudyView, settings: ReportSettings) -> Plot:
     missing = [prompt for prompt in settings.prompts if prompt >= view.prompts]
     if missing:
         raise ConfigError(f"Prompt {missing[0]} cannot be drawn: the study has prompts 0 to {view.prompts - 1}.")
-    chosen = dict.fromkeys(settings.prompts, "") or _ordinary_and_farthest(view)
+    chosen = dict.fromkeys(settings.prompts, "") or ordinary_and_farthest(view)
     columns = _columns(view.recurrences)
     values = view.dataset[_NAME].sel(site="last_layer").transpose("prompt", "token", "recurrence").values
     shown, cut = {}, []

@@ -15,7 +15,7 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
 _MOST_TOKENS = 3
-"""Each takes a scene in space, of which browsers limit how many a page may hold."""
+"""Beside each other."""
 
 
 def _tracked(view: StudyView, components: int) -> list[int]:
@@ -114,7 +114,7 @@ TRAJECTORIES = tuple(
     FigureType(
         name=name,
         of=partial(_trajectories, components),
-        anchor=f"trajectories-{components}d",
+        anchor="trajectories-2d" if components == 2 else "",  # the third component says nothing more to a reader
         variables=("trajectory",),
         unless=partial(_none_finite, components),
         paper=(5, 26, 27, 28),
@@ -124,7 +124,7 @@ TRAJECTORIES = tuple(
 
 
 def trajectories_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Tracked tokens, flat and in space; those of prompts that diverged are left out."""
+    """Tracked tokens; those of prompts that diverged are left out."""
     return Section(
         anchor="trajectories",
         short="Trajectories",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from loopscope._util.wording import percent, significant
 from loopscope.answers.behaviour import driven
 from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, Kind
 from loopscope.report.figures.examples import EXAMPLES
 from loopscope.report.figures.look import KIND_LOOKS, MUTED, Symbol, kind_label
 from loopscope.report.figures.plot import Axis, Dots, FigureType, Frame, HeatMap, Mark, Panel, Plot
@@ -56,7 +56,7 @@ def shares_plot(series: Sequence[ShareSeries], reading: str, things: str = "toke
         shift = 0.18 * (place - (len(series) - 1) / 2)
         marks += _share_dots(each, [each.shares[kinds.index(kind)] for kind in there], shift)
     return Plot(
-        question=f"How many {things} tend to what?",
+        question=f"How many {things} settle, orbit or move on?",
         reading=f"{reading} Bars are 95 % intervals, from that of what was found to that of what was found and all "
         "that cannot be told; a mark is the share of what can be told, a triangle the highest share that is possible "
         "where none was found.",
@@ -181,7 +181,7 @@ def _together(view: StudyView, settings: ReportSettings) -> Plot:
         for mine, row in zip(kinds, shown, strict=True)
     ]
     return Plot(
-        question="Which kinds do different layers show of the same token?",
+        question="Does a token do the same at different layers?",
         reading="Of the tokens that show the kind of a row at some layer, the share that shows the kind of the column "
         "at some layer; the colours are even in the square root. The row of a rare kind tells what other layers show "
         "of the tokens that have it.",
@@ -253,7 +253,7 @@ def _sensitivity(view: StudyView, settings: ReportSettings) -> Plot:
             )
         )
     return Plot(
-        question="How much hangs on the thresholds of the methods?",
+        question="How much do the verdicts depend on the thresholds?",
         reading=(
             "Every token judged again with other values of two settings of the method. A cell gives the commonest "
             "kinds by their letters, in percent, the colour the share of the one that is commonest with the values "
@@ -321,6 +321,56 @@ def _all(shares: NDArray[np.float64]) -> str:
     return "\n".join(f"{kind}: {percent(float(share))}" for kind, share in zip(KINDS, shares, strict=True) if share > 0)
 
 
+# ---- where all settle, in a sentence ----
+
+
+def _all_settle(shares: Sequence[KindShare]) -> bool:
+    return shares[0].total > 0 and sum(share.count for share in shares if share.kind.settles) == shares[0].total
+
+
+def split(shares: Sequence[KindShare]) -> str:
+    """`74 % at a fixed point, 26 % at the noise floor`, of tokens that settle."""
+    total, names = shares[0].total, {Kind.FIXED_POINT: "at a fixed point", Kind.AT_FLOOR: "at the noise floor"}
+    return ", ".join(
+        f"{percent(share.count / total)} {names[share.kind]}" for share in shares if share.count and share.kind in names
+    )
+
+
+def _settled_at_every_layer(view: StudyView) -> str | None:
+    data = view.dataset
+    codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
+    layers = {int(layer): token_shares(one) for layer, one in zip(data["judged_layer"].values, codes, strict=True)}
+    if not all(map(_all_settle, layers.values())):
+        return None
+    said = "; ".join(f"{split(shares)} after layer {layer}" for layer, shares in layers.items())
+    return f"At every judged layer all tokens settle: {said}."
+
+
+def _settled_in_every_role(view: StudyView) -> str | None:
+    roles = {name: shares for name, shares in study_rates(view.study).roles.items() if shares[0].total}
+    if not roles or not all(map(_all_settle, roles.values())):
+        return None
+    return f"All tokens settle whatever their role ({', '.join(roles)})."
+
+
+def _settled_under_every_setting(view: StudyView) -> str | None:
+    record, said = view.manifest["behaviour"], []
+    for method in _tried(view):
+        counts = view.dataset[f"{method}_sensitivity"].sum("prompt").transpose(..., "kind").values
+        if counts.sum() != counts[..., SETTLED_CODES].sum():
+            return None
+        names = " and ".join(str(each).replace("_", " ") for each in record["sensitivity"][method])
+        said.append(f"all {counts[..., 0].size} pairs of {names} of the method {method}")
+    return f"The verdicts do not depend on the thresholds: all tokens settle with {', and with '.join(said)} tried."
+
+
+def _settled_together(view: StudyView) -> str | None:
+    kinds = [KINDS[place] for place in _kinds_together(view)[1]]
+    if not all(kind.settles for kind in kinds):
+        return None
+    return "No token settles at one layer and moves on at another."
+
+
 def _one_layer(view: StudyView) -> str | None:
     return None if view.dataset.sizes["judged_layer"] > 1 else "one layer was judged, so there is nothing to compare"
 
@@ -334,15 +384,21 @@ VERDICTS = (
     FigureType(name="verdict-shares", of=_shares, anchor="behaviour-shares", variables=("verdict", "verdict_cosine")),
     FigureType(
         name="verdict-layers",
+        said=_settled_at_every_layer,
+        folded=True,
         of=_layers,
         anchor="behaviour-layers",
         variables=("verdict",),
         unless=_one_layer,
         paper=(15,),
     ),
-    FigureType(name="verdict-roles", of=_roles, anchor="behaviour-roles", variables=("verdict",)),
+    FigureType(
+        name="verdict-roles", of=_roles, anchor="behaviour-roles", variables=("verdict",), said=_settled_in_every_role
+    ),
     FigureType(
         name="verdict-sensitivity",
+        said=_settled_under_every_setting,
+        folded=True,
         of=_sensitivity,
         anchor="behaviour-sensitivity",
         variables=("displacement_sensitivity", "cosine_sensitivity"),
@@ -351,6 +407,8 @@ VERDICTS = (
     ),
     FigureType(
         name="verdict-co-occurrence",
+        said=_settled_together,
+        folded=True,
         of=_together,
         anchor="behaviour-co-occurrence",
         variables=("verdict",),

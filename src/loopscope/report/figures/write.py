@@ -29,6 +29,7 @@ from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.heads import HEADS
 from loopscope.report.figures.maps import MAPS
 from loopscope.report.figures.plot import FigureType, Plot, S
+from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.figures.readout import READOUT
 from loopscope.report.figures.similarity import SIMILARITY
 from loopscope.report.figures.stages import STAGES
@@ -55,6 +56,7 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *STAGES,
     *TRAJECTORIES,
     *READOUT,
+    *PREDICTIONS,
     TOKENS,
     *VERDICTS,
     *STABILITY,

@@ -44,9 +44,6 @@ def render_comparison(comparison: Comparison) -> str:
         heading=_WHAT[kind].format(model=comparison.studies[comparison.reference]["model"]),
         facts=_facts(comparison),
         answers=answers,
-        highlights=[(name, str(value)) for name, value in answers[0].evidence.items()]
-        if answers[0].key == "overview"
-        else [],
         limits=answers[-1].limits,
         tables=tables,
         tables_lead=(

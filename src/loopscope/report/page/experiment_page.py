@@ -55,7 +55,6 @@ def render_experiments(experiments: Sequence[Experiment]) -> str:
         heading="Which designs settle?",
         facts=[part.facts for part in parts],
         answers=[answer for part in parts for answer in part.answers],
-        highlights=[],
         limits=_limits(experiments),
         tables=tables,
         sections=sections,

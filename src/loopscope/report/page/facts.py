@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import shlex
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.answers.answer import Criterion
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.study import Study, StudyView
 
+_REPEATED = ("intervene", "ignore_config")
+"""Settings whose flag takes one value, and may be given several times."""
 _HIDDEN = ("identity", "status", "files", "checksum")
 """Entries of the manifest for programs: what a resumed run must agree on, and whether it is complete."""
 
@@ -36,6 +40,32 @@ def header_facts(view: StudyView) -> list[tuple[str, str]]:
     if "parameters" in model:
         facts.append(("parameters", f"{int(model['parameters']):,}"))
     return facts
+
+
+def command_of(study: Study) -> str:
+    """The `loopscope analyze` command that makes a study; empty where prompts were given as token ids."""
+    manifest = study.manifest
+    prompts = dict(manifest["prompts"])
+    if prompts.get("prompts") is None:
+        prompts["text"] = [entry["text"] for entry in study.tokens]
+        if None in prompts["text"]:
+            return ""
+    defaults = {field.name: field.default for field in dataclasses.fields(AnalyzeSettings)}
+    given = {**manifest["settings"], **prompts}
+    words = [str(manifest["model"]["name"])]
+    for name, default in defaults.items():
+        value = given.get(name, default)
+        value = tuple(value) if isinstance(value, list) else value
+        if value == default or value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif name in _REPEATED:
+            words += [word for each in value for word in (flag, str(each))]
+        else:
+            words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(["loopscope", "analyze", *words, "--out", "out/again"])
 
 
 def thresholds(criterion: Criterion | CompareSettings) -> list[tuple[str, str, str]]:

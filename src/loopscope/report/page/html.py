@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -14,8 +16,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loopscope._util.wording import significant
-from loopscope.answers.answer import Outcome
+from loopscope.answers.answer import Answer, Outcome
 from loopscope.report.figures.in_plotly import charts, legend
+from loopscope.report.figures.plot import Plot, packed
 
 _PLOTLY_OPTIONS: dict[str, Any] = {
     "responsive": True,
@@ -27,7 +30,7 @@ _PLOTLY_OPTIONS: dict[str, Any] = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
 
-_SCRIPTS = ("common.js", "draw.js", "maps.js", "behaviour.js")
+_SCRIPTS = ("common.js", "page.js", "draw.js", "maps.js", "behaviour.js")
 """The first is for the others, each of which does nothing on a page that has none of its figures."""
 
 _MARKS = {
@@ -40,13 +43,25 @@ _MARKS = {
 }
 
 
-def render_template(name: str, **values: Any) -> str:
+def render_template(
+    name: str,
+    *,
+    answers: Sequence[Answer],
+    groups: Sequence[tuple[str, Sequence[Answer]]] | None = None,
+    first: Plot | None = None,
+    beside: str = "",
+    command: str = "",
+    **values: Any,
+) -> str:
     """A template of `report/templates`, rendered with `values` and all that every page has.
 
+    The first of the `answers` stands above the others, with the figure `first` and the sentence `beside`; the others in
+    their `groups`, or in one without a name.
+
     Every text is escaped by the template. A content security policy lets the browser run the page's own scripts
-    alone, known by their hashes, and load nothing.
+    and plotly alone, known by their hashes, and load nothing.
     """
-    scripts = [get_plotlyjs(), *map(_static, _SCRIPTS)]
+    scripts = [*map(_static, _SCRIPTS)]
     environment = Environment(
         loader=PackageLoader("loopscope.report.page"),
         autoescape=True,
@@ -59,12 +74,25 @@ def render_template(name: str, **values: Any) -> str:
     environment.filters["tied"] = _tied
     return environment.get_template(name).render(
         **values,
+        answers=answers,
+        groups=groups or [("", answers[1:])],
+        first=first,
+        beside=beside,
+        command=command,
         marks=_MARKS,
         style=Markup(_static("report.css")),
         scripts=[Markup(script) for script in scripts],
         options=Markup(json.dumps(_PLOTLY_OPTIONS)),
-        script_hashes=[_hash(script) for script in scripts],
+        plotly=Markup(_plotly()),
+        script_hashes=[_hash(script) for script in (*scripts, get_plotlyjs())],
     )
+
+
+@cache
+def _plotly() -> str:
+    """All of plotly as its Python package holds it, so that the two are of one version. Compressed it takes less than
+    a page of a smaller bundle that is not, and nothing has to be kept in the repository."""
+    return packed(get_plotlyjs().encode())
 
 
 def _tied(text: str) -> str:

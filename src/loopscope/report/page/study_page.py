@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer
-from loopscope.report.figures.convergence import convergence_section, norms_section
+from loopscope.answers.stability import leading_token
+from loopscope.report.figures.convergence import convergence_section, first_figure
 from loopscope.report.figures.eigenvalues import stability_section
 from loopscope.report.figures.heads import heads_section
 from loopscope.report.figures.maps import floorplan_section
@@ -19,37 +18,40 @@ from loopscope.report.figures.stages import stages_section
 from loopscope.report.figures.study_tokens import behaviour_section
 from loopscope.report.figures.tokens import tokens_section
 from loopscope.report.figures.trajectories import trajectories_section
-from loopscope.report.page.facts import header_facts, provenance, thresholds
+from loopscope.report.page.facts import command_of, header_facts, provenance, thresholds
 from loopscope.report.page.html import render_template
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, StudyView, view_study
 
-_DECISIVE: dict[str, tuple[str, Callable[[float], str]]] = {
-    "drift_between_horizons": ("Drift from H to 2H", significant),
-    "relative_step_at_second_horizon": ("Relative step at 2H", significant),
-    "norm_growth_between_horizons": ("Norm at 2H over norm at H", "{:.3f}".format),
-    "noise_floor": ("Noise floor", significant),
+_GROUPS = {
+    "Does it settle?": ("behaviour", "arrival", "trained_depth", "criteria"),
+    "Why?": ("stability", "points", "initial_state"),
+    "What does it say?": ("loss", "final", "exit_rule"),
+    "Layers and heads": ("heads", "stages", "limits"),
 }
-_MOST_LAYER_ROWS = 4
-"""Of layers that each do something else; the figures show all of them."""
 
 
 def render_page(study: Study, settings: ReportSettings, answers: Sequence[Answer]) -> str:
     """The whole report as HTML."""
     view = view_study(study)
     sections = _sections(view, settings)
+    changed = f", with {', '.join(view.interventions)}" if view.interventions else ""
+    groups = [(name, [each for each in answers[1:] if each.key in keys]) for name, keys in _GROUPS.items()]
     return render_template(
         "report.html",
-        model=str(study.manifest["model"]["name"]),
+        model=f"{study.manifest['model']['name']}{changed}",
         created=str(study.manifest.get("created", ""))[:16].replace("T", " "),  # to the minute
         version=str(study.manifest.get("versions", {}).get("loopscope", "")),
         facts=header_facts(view),
         answers=answers,
-        highlights=_highlights(answers[0]),
-        limits=_limits(answers),
+        groups=[(name, group) for name, group in groups if group] if view.looped else None,
+        first=first_figure(view, settings),
+        beside=leading_token(view),
+        limits=next(answer.limits for answer in answers if answer.key == "limits"),
         sections=sections,
         anchors=set().union(*(section.anchors for section in sections)) | {"limits"},
         thresholds=thresholds(settings.criterion),
+        command=command_of(study),
         provenance=provenance(study.manifest),
     )
 
@@ -61,6 +63,7 @@ def _sections(view: StudyView, settings: ReportSettings) -> list[Section]:
         sections = [
             convergence_section(view, settings),
             behaviour_section(view, settings),
+            tokens_section(view, settings),
             stability_section(view, settings),
             similarity_section(view, settings),
             trajectories_section(view, settings),
@@ -68,8 +71,6 @@ def _sections(view: StudyView, settings: ReportSettings) -> list[Section]:
             heads_section(view, settings),
             floorplan_section(view),
             stages_section(view, settings),
-            tokens_section(view, settings),
-            norms_section(view, settings),
         ]
     else:
         sections = [
@@ -83,18 +84,3 @@ def _sections(view: StudyView, settings: ReportSettings) -> list[Section]:
         for section in sections
     ]
     return [section for section in shown if section.figures]
-
-
-def _limits(answers: Sequence[Answer]) -> list[str]:
-    return next(answer.limits for answer in answers if answer.key == "limits")
-
-
-def _highlights(answer: Answer) -> list[tuple[str, str]]:
-    """Of the main answer's evidence, what each layer does and the numbers that decided."""
-    layers = [(name.capitalize(), str(value)) for name, value in answer.evidence.items() if name.startswith("layer")]
-    decided = [
-        (text, shown(float(answer.evidence[name])))
-        for name, (text, shown) in _DECISIVE.items()
-        if name in answer.evidence and math.isfinite(float(answer.evidence[name]))
-    ]
-    return layers[:_MOST_LAYER_ROWS] + decided

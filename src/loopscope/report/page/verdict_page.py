@@ -38,7 +38,6 @@ def render_behaviour(judged: JudgedFiles) -> str:
         heading="Verdicts on trajectories",
         facts=_facts(judged),
         answers=[answer],
-        highlights=[(name.capitalize(), str(value)) for name, value in answer.evidence.items()],
         limits=answer.limits,
         table=_table(judged.trajectories),
         sections=sections,

@@ -1,5 +1,5 @@
 // Shows tokens coloured by what they tend to, and draws the one that is picked.
-(async function () {
+(function () {
   "use strict";
   const { make, unpacked } = loopscope;
   const source = document.getElementById("token-panel");
@@ -36,7 +36,7 @@
     chips.replaceChildren(
       ...group.tokens.map((token, place) => {
         const name = `${nameOf(place)}: ${lookOf(token).name}`;
-        const attributes = { class: "chip", role: "option", id: `token-${place}`, title: name, "aria-label": name };
+        const attributes = { class: "chip", role: "option", id: `token-${place}`, title: name };
         const style = `--kind: ${lookOf(token).colour}`;
         const chip = make("span", { ...attributes, style, "aria-selected": "false" }, token.label, letterOf(token));
         chip.addEventListener("click", () => pick(place));
@@ -146,7 +146,7 @@
     ["How far apart are states that many recurrences apart?", displacement, "It does not move, or this was not kept."],
     ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, and the circle of modulus 1", eigenvalues, "None were taken of this token."]] : []),
   ].map(([title, drawing, otherwise]) => {
-    const place = make("div", { class: "plot", role: "img", "aria-label": title });
+    const place = make("div", { class: "plot", role: "group", "aria-label": title });
     const missing = make("p", { class: "unseen" }, otherwise);
     find("small-plots").append(make("div", { class: "small-plot" }, make("h4", {}, title), place, missing));
     return {
@@ -171,11 +171,14 @@
   }
 
   find("group")?.addEventListener("change", ({ target }) => showNumber(Number(target.value)));
-  try {
-    await showNumber(0);
-    document.documentElement.dataset.tokens = "drawn";
-  } catch (error) {
-    picked.textContent = `The tokens could not be drawn: ${error.message}`;
-    console.error("tokens", error);
-  }
+  loopscope.afterwards(async () => {
+    try {
+      await loopscope.plotly();
+      await showNumber(0);
+      document.documentElement.dataset.tokens = "drawn";
+    } catch (error) {
+      picked.textContent = `The tokens could not be drawn: ${error.message}`;
+      console.error("tokens", error);
+    }
+  });
 })();

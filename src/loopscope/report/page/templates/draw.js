@@ -1,9 +1,7 @@
-// Draws every figure from the JSON beside it, one after the other, so that the page can be read and scrolled meanwhile.
-(async function () {
+// Draws the figures from the JSON beside them.
+(function () {
   "use strict";
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const pause = () => new Promise((resolve) => setTimeout(resolve, 0));
-  const options = read("plot-options");
+  const options = JSON.parse(document.getElementById("plot-options").textContent);
 
   // A click on a head, for whoever shows its maps.
   function tellOfClicks(place) {
@@ -12,6 +10,19 @@
       const detail = { layer: `${place.dataset.picks}.${layer}`, head, recurrence: point.x };
       place.dispatchEvent(new CustomEvent("pickhead", { bubbles: true, detail }));
     });
+  }
+
+  async function draw(place) {
+    try {
+      const [plot] = await Promise.all([loopscope.content(place.dataset.plot), loopscope.plotly()]);
+      await Plotly.newPlot(place, plot.data, plot.layout, options);
+      for (const button of place.querySelectorAll(".modebar-btn")) button.setAttribute("aria-label", button.dataset.title);
+      if (place.dataset.picks) tellOfClicks(place);
+    } catch (error) {
+      // One figure that fails must not take the others with it.
+      place.textContent = "This figure could not be drawn: " + error.message;
+      console.error(place.dataset.plot, error);
+    }
   }
 
   // A click on a name of a legend that charts share hides what has it in all of them, or shows it again.
@@ -26,17 +37,6 @@
     }
   });
 
-  for (const place of document.querySelectorAll("[data-plot]")) {
-    try {
-      const plot = read(place.dataset.plot);
-      await Plotly.newPlot(place, plot.data, plot.layout, options);
-      if (place.dataset.picks) tellOfClicks(place);
-    } catch (error) {
-      // One figure that fails must not take the others with it.
-      place.textContent = "This figure could not be drawn: " + error.message;
-      console.error(place.dataset.plot, error);
-    }
-    await pause();
-  }
-  document.documentElement.dataset.figures = "drawn";
+  for (const place of document.querySelectorAll("[data-plot]")) loopscope.whenSeen(place, () => draw(place));
+  loopscope.afterwards(() => {});
 })();

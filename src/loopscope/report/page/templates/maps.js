@@ -1,5 +1,5 @@
 // Draws attention maps from the bytes in the page: those of one head beside each other, and all of one prompt.
-(async function () {
+(function () {
   "use strict";
   const { make, unpacked } = loopscope;
   const source = document.getElementById("attention-maps");
@@ -202,7 +202,7 @@
     canvas.addEventListener("click", (event) => {
       const { layer, head, recurrence } = under(event);
       choose({ layer, head, recurrence });
-      figure.scrollIntoView({ block: "nearest" });
+      figure.scrollIntoView();
     });
     const mark = make("span", { class: "chosen", "data-layers": rows.map((visit) => visits[visit].layer).join(" ") });
     return make(
@@ -250,15 +250,17 @@
     });
   document.addEventListener("pickhead", ({ detail }) => {
     choose(detail);
-    figure.scrollIntoView({ block: "nearest" });
+    figure.scrollIntoView();
   });
 
-  try {
-    await choose({ prompt: 0 });
-    new ResizeObserver(() => maps.forEach((map) => map.image && draw(map))).observe(multiples);
-    document.documentElement.dataset.maps = "drawn";
-  } catch (error) {
-    multiples.textContent = plan.textContent = `The maps could not be drawn: ${error.message}`;
-    console.error("attention maps", error);
-  }
+  loopscope.afterwards(async () => {
+    try {
+      await choose({ prompt: 0 });
+      new ResizeObserver(() => maps.forEach((map) => map.image && draw(map))).observe(multiples);
+      document.documentElement.dataset.maps = "drawn";
+    } catch (error) {
+      multiples.textContent = plan.textContent = `The maps could not be drawn: ${error.message}`;
+      console.error("attention maps", error);
+    }
+  });
 })();
