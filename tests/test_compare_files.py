@@ -63,7 +63,7 @@ def test_answers_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
     label = "demo:injected with attention:recurrent.*=6"
     assert comparison.labels == ["demo:injected", label]
     table = side_by_side(comparison)
-    assert table.differing == ["changed while it ran"]
+    assert table.differing == ["interventions"]
     question, (still, moving) = table.rows["fixed_point"]
     assert question == "Does it settle?"
     assert still is not None
@@ -172,10 +172,13 @@ def test_the_command_writes_a_folder_or_a_page(
     shown = capsys.readouterr().out
     assert "Does each pass of looped go through the stages of ff?" in shown
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "answers.csv",
+        "answers.tex",
         "comparison.json",
         "comparison.nc",
         "report.html",
     ]
+    assert "Does it settle?" in shown
     assert Comparison.load(tmp_path / "out").settings.seed == 1
     main(["compare", first, second, "--reference", second, "--out", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -141,10 +141,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare studies, looped or feed-forward, on relative depth: are their stages of inference alike?
+    """Put the answers of studies side by side, and ask whether their stages of inference are alike.
 
-    Several models, or one model on several data sets. Writes a comparison to --out: arrays (comparison.nc),
-    comparison.json and report.html.
+    Several models or checkpoints, looped or feed-forward, or one model on several data sets or with several settings.
+    Writes a comparison to --out: report.html, the table of answers (answers.csv, answers.tex), arrays (comparison.nc)
+    and comparison.json.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
@@ -157,16 +158,22 @@ class Compare:
     else the first."""
 
     def run(self) -> None:
+        from loopscope._util.files import write_atomically
         from loopscope.answers.comparison.comparing import compare
         from loopscope.answers.comparison.findings import comparison_answers
-        from loopscope.cli.console import say_answers, say_path
+        from loopscope.answers.comparison.side_by_side import side_by_side
+        from loopscope.cli.console import say_answers, say_path, say_table
         from loopscope.report.page.write import write_comparison
 
         comparison = compare(self.studies, reference=self.reference, settings=self.settings)
+        side = side_by_side(comparison)
         alone = self.out.suffix.lower() in (".html", ".htm")
         if not alone:
             comparison = comparison.save(self.out)
+            write_atomically(self.out / "answers.csv", side.to_csv().encode())
+            write_atomically(self.out / "answers.tex", side.to_latex().encode())
         path = write_comparison(comparison, self.out if alone else self.out / "report.html")
+        say_table(side.table)
         say_answers(comparison_answers(comparison))
         say_path("report", path)
 

@@ -37,6 +37,10 @@ class Cell:
     def text(self) -> str:
         return f"{self.verdict}: {self.number}" if self.number and self.verdict else self.verdict or self.number
 
+    @property
+    def has_value(self) -> bool:
+        return math.isfinite(self.value)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self) | {"value": self.value if math.isfinite(self.value) else None}

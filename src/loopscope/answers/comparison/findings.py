@@ -169,7 +169,17 @@ def _other_model(comparison: Comparison, label: str, index: int) -> Answer:
             (False, True): (Outcome.PARTLY, "once, with prelude and coda"),
             (False, False): (Outcome.NO, "not shown"),
         }[block.alike, whole.alike]
-        sentence = f"The block alone, on 0 to 100 %: {_or_unknown(block)}.{passes} "
+        sentence = {
+            (True, True): f"A single pass through the block goes through the stages of {reference}, and so does the "
+            "whole model once.",
+            (True, False): f"A single pass through the block goes through the stages of {reference}; the whole model "
+            "does not, as far as can be shown.",
+            (False, True): f"The whole model goes through the stages of {reference} once; a single pass does not, as "
+            "far as can be shown.",
+            (False, False): f"Neither a single pass nor the whole model is shown to go through the stages of "
+            f"{reference}.",
+        }[block.alike, whole.alike]
+        sentence += f" The block alone, on 0 to 100 %: {_or_unknown(block)}.{passes} "
         sentence += f"Prelude, block and coda together: {_or_unknown(whole)}."
     sentence += _alone(comparison, label, spans)
     outcome, sentence = _held_back(comparison, label, outcome, sentence)

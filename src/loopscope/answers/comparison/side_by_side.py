@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loopscope._util.table import Table
 from loopscope.answers.comparison.cells import Cell, place_of
 from loopscope.answers.comparison.result import Comparison
 
@@ -22,8 +22,20 @@ class SideBySide:
     """Facts of each study by what they are: one a study."""
     differing: list[str]
     """Those facts that are not the same in all studies."""
+    changed: list[bool]
+    """Whether a study's model was changed while it ran."""
     rows: dict[str, tuple[str, list[Cell | None]]]
     """By key: the question, and what each study says; None where it was not asked."""
+
+    @property
+    def table(self) -> Table:
+        """In few words, for a terminal."""
+        facts = [(name, *self.heads[name]) for name in self.differing if name != "model"]
+        answers = [
+            (question, *("–" if cell is None else cell.verdict or cell.number for cell in cells))
+            for question, cells in self.rows.values()
+        ]
+        return Table(columns=("", *self.labels), rows=[*facts, *answers])
 
     def to_csv(self) -> str:
         """A line a fact and a question; the value alone stands in a second column of each study."""
@@ -62,7 +74,8 @@ def side_by_side(comparison: Comparison) -> SideBySide:
     return SideBySide(
         labels=comparison.labels,
         heads=heads,
-        differing=[name for name, facts in heads.items() if len(set(facts)) > 1],
+        differing=[name for name, facts in heads.items() if _differ(name, facts, studies)],
+        changed=[bool(study.get("interventions")) for study in studies],
         rows={
             key: (next(each[key].question for each in cells if key in each), [each.get(key) for each in cells])
             for key in sorted(keys, key=place_of)
@@ -70,7 +83,14 @@ def side_by_side(comparison: Comparison) -> SideBySide:
     )
 
 
-_HEADS = ("model", "prompts", "tokens", "recurrences", "horizon", "dtype", "changed while it ran")
+def _differ(name: str, facts: list[str], studies: list[Mapping[str, Any]]) -> bool:
+    """A feed-forward model has no recurrences that could be others."""
+    counts = name in ("recurrences", "horizon")
+    alike = {fact for fact, study in zip(facts, studies, strict=True) if study["recurrences"] or not counts}
+    return len(alike) > 1
+
+
+_HEADS = ("model", "prompts", "tokens", "recurrences", "horizon", "dtype", "interventions")
 
 
 def facts_in_words(study: Mapping[str, Any]) -> dict[str, str]:
@@ -84,12 +104,12 @@ def facts_in_words(study: Mapping[str, Any]) -> dict[str, str]:
         "recurrences": str(study["recurrences"] or "feed-forward"),
         "horizon": str(study.get("horizon") or "–"),
         "dtype": str(study["dtype"]),
-        "changed while it ran": ", ".join(changes) or "no",
+        "interventions": ", ".join(changes) or "none",
     }
 
 
 def _both(cell: Cell | None) -> tuple[str, str]:
-    return ("", "") if cell is None else (cell.text, f"{cell.value:.9g}" if math.isfinite(cell.value) else "")
+    return ("", "") if cell is None else (cell.text, f"{cell.value:.9g}" if cell.has_value else "")
 
 
 _LATEX = {

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from loopscope._util.table import Table
-from loopscope._util.wording import layout_text, percent
+from loopscope._util.wording import layout_text, listed, percent
 from loopscope.answers.comparison.findings import Finding, comparison_answers, finding_of, p_text
 from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.comparison.side_by_side import SideBySide, side_by_side
 from loopscope.report.figures.comparison import comparison_sections
 from loopscope.report.page.facts import provenance, thresholds
 from loopscope.report.page.html import render_template
@@ -20,6 +21,8 @@ _WHAT = {
     "settings": "{model} under several settings",
     "models and data sets": "Models and data sets compared",
 }
+_SETTINGS = {"recurrences": "recurrences", "horizon": "horizons", "dtype": "dtypes", "interventions": "interventions"}
+"""Facts in which studies may differ beside what they are of."""
 _COLUMNS = (
     "measure",
     "correlation",
@@ -39,9 +42,12 @@ def render_comparison(comparison: Comparison) -> str:
     tables = [table for label in comparison.labels for table in _tables(comparison, label)]
     anchors = set().union(*(section.anchors for section in sections))
     settings, kind = comparison.settings, str(comparison.manifest["kind"])
+    side = side_by_side(comparison)
     return render_template(
         "comparison.html",
-        heading=_WHAT[kind].format(model=comparison.studies[comparison.reference]["model"]),
+        heading=_heading(kind, str(comparison.studies[comparison.reference]["model"]), side),
+        side=side,
+        differs=f"They differ in {listed(side.differing)}." if side.differing else "All were run alike.",
         facts=_facts(comparison),
         answers=answers,
         limits=answers[-1].limits,
@@ -61,6 +67,14 @@ def render_comparison(comparison: Comparison) -> str:
         created=str(comparison.manifest["created"])[:16].replace("T", " "),
         version=str(comparison.manifest["versions"]["loopscope"]),
     )
+
+
+def _heading(kind: str, model: str, side: SideBySide) -> str:
+    """What is compared, and which settings are not the same."""
+    others = [_SETTINGS[name] for name in side.differing if name in _SETTINGS]
+    if kind == "settings" and others:
+        return f"{model} with different {listed(others)}"
+    return _WHAT[kind].format(model=model) + (f", with different {listed(others)}" if others else "")
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:

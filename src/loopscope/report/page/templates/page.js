@@ -51,7 +51,27 @@
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
   }
 
+  // Studies side by side are columns: a question sorts them by its number, and those without one come last.
+  function sortColumns(button) {
+    const [head, row] = [button.closest("th"), button.closest("tr")];
+    const descending = head.getAttribute("aria-sort") === "ascending";
+    const value = (cell) => parseFloat(cell.dataset.value ?? "NaN");
+    const order = [...row.cells].slice(1).map((cell, place) => [value(cell), place]);
+    order.sort(([a, i], [b, j]) => {
+      if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b) || i - j;
+      return (descending ? b - a : a - b) || i - j;
+    });
+    for (const each of row.closest("table").rows) {
+      const cells = [...each.cells].slice(1);
+      each.append(...order.map(([, place]) => cells[place]));
+    }
+    for (const other of row.closest("table").querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+  }
+
   document.addEventListener("click", async ({ target }) => {
+    const question = target.closest(".side tbody th button");
+    if (question) sortColumns(question);
     const head = target.closest(".sortable thead button")?.closest("th");
     if (head) sort(head);
     const copy = target.closest("[data-copies]");
