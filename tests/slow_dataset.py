@@ -69,6 +69,7 @@ def _of_prompt(subject: NativeSubject, prompt: list[int], settings: AnalyzeSetti
         found |= _steps_and_distances(states, settings)
         found |= _at_the_horizons(states, settings)
         found |= _paths(subject, prompt, states, settings)
+        found |= _layer_readouts(subject, prompt, settings)
     return found
 
 
@@ -309,6 +310,27 @@ def _readout(subject: NativeSubject, settings: AnalyzeSettings) -> list[int]:
     return sorted(count for count in grid if count is not None and count <= settings.recurrences)
 
 
+def _layer_readouts(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings) -> dict[str, Named]:
+    """By norm and head after every layer but the last, of the trained recurrence or the last one."""
+    layers = subject.info.recurrent
+    if layers < 2:
+        return {}
+    at = min(subject.info.trained_recurrences or settings.recurrences, settings.recurrences)
+    trace = capture(subject, prompt, recurrences=at, seed=settings.seed)
+    found = []
+    for layer in range(layers - 1):
+        logits = _array(subject.model.unembed(subject.model.norm(trace.residual("recurrent", layer, at - 1))).detach())
+        score = np.exp(logits - logits.max(-1, keepdims=True))
+        share = score / score.sum(-1, keepdims=True)
+        found.append((share.argmax(-1), share.max(-1), -(share * np.log(share)).sum(-1)))
+    empty = np.full(len(prompt), np.nan)
+    found.append((np.full(len(prompt), -1), empty, empty))
+    names = ("layer_top1", "layer_top1_probability", "layer_entropy")
+    return {
+        name: (("layer", "token"), np.array(rows)) for name, rows in zip(names, zip(*found, strict=True), strict=True)
+    }
+
+
 def _readouts(
     subject: NativeSubject, prompt: list[int], counts: Sequence[int | None], full: int, seed: int
 ) -> dict[str, Named]:
@@ -328,6 +350,7 @@ def _readouts(
         "token_entropy": [-(share * np.log(share)).sum(-1) for share in shares],
         "token_kl_to_last": [_divergence(shares[-1], share) for share in shares],
         "token_margin": [np.diff(np.log(np.sort(share, axis=-1)[:, -2:]), axis=-1)[:, 0] for share in shares],
+        "token_top1_probability": [share.max(-1) for share in shares],
         "token_top1": [share.argmax(-1) for share in shares],
     }
     found: dict[str, Named] = {name: (("readout_recurrence", "token"), np.array(row)) for name, row in rows.items()}

@@ -194,6 +194,7 @@ def looped_study(
     given |= attention_maps(sites, tokens, kept=(1, 2, 4, recurrences))
     given |= _head_changes(recurrences, prompts, tokens)
     given |= _readouts(readouts, prompts, tokens)
+    given |= _layer_readouts(prompts, tokens)
     given |= _exits(full, prompts, tokens)
     return _with(measured, given, text)
 
@@ -241,7 +242,7 @@ def _with(study: Study, given: dict[str, Any], text: str) -> Study:
     """The study with what is given, and prompts of these words."""
     similarity = study.dataset["cycle_similarity"]
     dataset = study.dataset.copy(deep=True).assign(given | {"attention_cycle_distance": 1 - similarity})
-    beside = [name for name in given if str(name).startswith("map_")]
+    beside = [name for name in given if str(name).startswith(("map_", "predicted_"))]
     manifest = copy.deepcopy(dict(study.manifest))
     manifest["created"] = "2026-01-02T03:04:05+00:00"
     manifest["prompts"]["source"] = "synthetic"
@@ -402,6 +403,22 @@ def _readouts(counts: Array, prompts: int, tokens: int) -> dict[str, Any]:
         "token_margin": (dims, 2 + away),
         "token_top1_probability": (dims, np.exp(-1 - away)),
         "token_top1": (dims, np.where(counts[:, None, None] < 4, 7, 3) * shape.astype(np.int64)),
+        "predicted_token": [3, 7],
+        "predicted_text": ("predicted_token", [" five", " six"]),
+        "answer": [3],
+        "answer_rank": (("answer", *dims), np.where(counts[:, None, None] < 4, 2, 1) * shape.astype(np.int64)[None]),
+        "answer_log_probability": (("answer", *dims), -1 - away[None]),
+    }
+
+
+def _layer_readouts(prompts: int, tokens: int) -> dict[str, Any]:
+    """After each layer but the last."""
+    dims, shape = ("layer", "prompt", "token"), np.ones((LAYERS, prompts, tokens))
+    within = np.arange(LAYERS)[:, None, None] < LAYERS - 1
+    return {
+        "layer_top1": (dims, np.where(within, 7, -1) * shape.astype(np.int64)),
+        "layer_top1_probability": (dims, np.where(within, 0.5, np.nan) * shape),
+        "layer_entropy": (dims, np.where(within, 1.0, np.nan) * shape),
     }
 
 

@@ -253,7 +253,7 @@ def test_figures_of_a_real_run(shape: Architecture, tmp_path: Path) -> None:
     if gated:
         # A random model has no such neurons, and verdicts need a longer horizon; where nothing settles, eigenvalues
         # have a place in the plane.
-        assert left_out == {"neurons", "path-independence-by-layer", *JUDGED, *PREDICTED} - {
+        assert left_out == {"neurons", "path-independence-by-layer", "answer", *JUDGED, *PREDICTED} - {
             "stability-spectrum",
             "stability-growth",
         }

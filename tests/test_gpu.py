@@ -94,7 +94,7 @@ def test_nothing_in_a_pass_waits_for_the_device(monkeypatch: pytest.MonkeyPatch)
     Singular values are the exception that this does not see: to find them, torch waits for a GPU itself.
     """
     monkeypatch.setattr(heads, "_PENDING_BYTES", 1)
-    loop = subject(architecture(recurrent=1, prelude=1, coda=0), dtype=torch.bfloat16)
+    loop = subject(architecture(recurrent=2, prelude=1, coda=0), dtype=torch.bfloat16)
     batch, recurrences, horizon = Batch.of(PROMPTS), 2, 8
     chosen = {"exit_recurrences": 2, "track": ("0:-1",), "map_prompts": (0,)}
     info = batch_info(loop, batch, recurrences=recurrences, horizon=horizon, **chosen)

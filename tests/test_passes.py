@@ -23,6 +23,7 @@ from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.dynamics.verdicts import VERDICT_NUMBERS
 from loopscope.measures.base import Plan
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
+from loopscope.measures.layer_readout import LayerReadout
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
 from loopscope.measures.registry import DECLARED
 from loopscope.measures.stability import EIGENVALUE_NAMES, RATE_NAMES
@@ -136,7 +137,7 @@ PARTS: Mapping[Part, set[str]] = {
     "path-independence": {"path_distance", "path_cosine_distance", "start_distance"},
     "cycle-similarity": {"cycle_similarity", "attention_cycle_distance"},
     "trajectories": {"trajectory", "trajectory_variance"},
-    "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS},
+    "readout": {"loss", *TOKEN_READOUTS, *EXIT_READOUTS, *LayerReadout.variables},
     "noise-floor": {"noise_floor"},
     "twin": set(Twin.variables),
     "maps": {"attention_map"},

@@ -89,7 +89,8 @@ def predicted_tokens(dataset: xr.Dataset, tokenizer: TextTokenizer) -> dict[str,
     found = [dataset[name].values.ravel() for name in names if name in dataset]
     tokens = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
     tokens = tokens[tokens >= 0]
-    texts = [tokenizer.name(int(token)) for token in tokens]
+    # In a file a text ends where it has a NUL.
+    texts = [tokenizer.name(int(token)).replace("\0", "␀") for token in tokens]
     return {"predicted_token": tokens, "predicted_text": ("predicted_token", np.array(texts, dtype=object))}
 
 

@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LoopscopeError as error:
         print(f"loopscope: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("loopscope: interrupted; what was finished is kept, the same command resumes it.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        how = str(stopped) or "the same command resumes it"
+        print(f"loopscope: interrupted; what was finished is kept, {how}.", file=sys.stderr)
         sys.exit(128 + stopped_by[-1])
     except BrokenPipeError:
         # The reader of our output has gone, as in `loopscope models | head -1`.

@@ -99,9 +99,7 @@ class Analyze(_Shown):
                 answers = quick_answers(study)
                 report = write_report(study, out / "report.html", answers=answers) if self.report else None
         except KeyboardInterrupt:
-            if self.out is None:
-                print(f"loopscope: to go on with it, add --out {out}", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt(f"the same command with --out {out} resumes it") from None
         say_study(answers, out, report, verbose=self.verbose, json=self.json, open=self.open)
 
 

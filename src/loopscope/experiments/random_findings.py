@@ -285,7 +285,12 @@ def _boundary_ratios(results: Sequence[CellResult]) -> dict[str, Interval]:
             if each.predicted and each.observed:
                 logarithms.setdefault(_design(each), []).append(math.log(each.predicted / each.observed))
     return {
-        name: Interval(mean=math.exp(one.mean), low=math.exp(one.low), high=math.exp(one.high), count=one.count)
+        name: Interval(
+            mean=math.exp(one.mean),
+            low=math.exp(one.low),
+            high=math.exp(one.high),
+            values=tuple(map(math.exp, one.values)),
+        )
         for name, one in Told.of(logarithms).intervals.items()
     }
 

@@ -14,17 +14,25 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """The mean over seeds, with Student's interval of it; with one seed the interval is unknown (infinite)."""
+    """The mean over seeds, with Student's interval of it; with one seed the interval is unknown (infinite). As text
+    the values of two seeds stand for it, which say more."""
 
     mean: float
     low: float
     high: float
-    count: int
-    """Seeds."""
+    values: tuple[float, ...]
+    """Of the seeds."""
+
+    @property
+    def count(self) -> int:
+        """Seeds."""
+        return len(self.values)
 
     def __str__(self) -> str:
         if self.count < 2:
             return f"{self.mean:.3f} (one seed)"
+        if self.count == 2:
+            return f"{self.mean:.3f} (seeds {min(self.values):.3f} and {max(self.values):.3f})"
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
     @property
@@ -43,10 +51,10 @@ def interval(values: Sequence[float], comparisons: int = 1) -> Interval:
     """
     mean, count = fmean(values), len(values)
     if count < 2:
-        return Interval(mean=mean, low=-math.inf, high=math.inf, count=count)
+        return Interval(mean=mean, low=-math.inf, high=math.inf, values=tuple(values))
     quantile = float(special.stdtrit(count - 1, 1 - (1 - _LEVEL) / 2 / comparisons))
     half = quantile * stdev(values) / math.sqrt(count)
-    return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
+    return Interval(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _answer(view: StudyView, settings: ReportSettings) -> Plot:
         reading=f"Tokens of the answer as the one that follows prompt {prompt}: (a) rank among all tokens, 1 for the "
         f"most probable, (b) log-probability. {'; '.join(found)}.",
         panels=[
-            Panel(x=x, y=Axis(title="rank", scale="log"), marks=lines(rank.astype(np.float64))),
+            Panel(x=x, y=Axis(title="rank", scale="auto"), marks=lines(rank.astype(np.float64))),
             Panel(x=x, y=Axis(title="log-probability (nats)"), marks=lines(log_probability.astype(np.float64))),
         ],
     )

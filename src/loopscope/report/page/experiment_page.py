@@ -55,6 +55,11 @@ def render_experiments(experiments: Sequence[Experiment]) -> str:
         heading="Which designs settle?",
         facts=[part.facts for part in parts],
         answers=[answer for part in parts for answer in part.answers],
+        groups=[
+            (part.facts[0].capitalize(), part.answers[1 if part is parts[0] else 0 :])
+            for part in parts
+            if len(parts) > 1
+        ],
         limits=_limits(experiments),
         tables=tables,
         sections=sections,
@@ -184,12 +189,13 @@ def _training_table(found: Sequence[DesignSummary]) -> Table:
     return Table(
         anchor="training-table",
         title="Trained models, the lowest loss first",
-        lead="Losses in nats: mean over seeds and Student's 95 % interval of it, at the trained number of recurrences "
-        "and at the largest one. Kept: the second is at most 1 %, or 0.01 nats, above the first; by the seeds' "
-        "intervals, which for all looped designs hold together with 95 %, and in how many seeds. The bigram table is "
-        "fitted to the test text itself: one of other text has a larger loss. Settled: judged tokens that reach a "
-        "fixed point or hover at the floor, with the interval over seeds. Rate: the largest predicted, over seeds. "
-        "Stages repeat: share of the stage measures' variance that goes with the layer, whatever the recurrence.",
+        lead="Losses in nats: mean over seeds and Student's 95 % interval of it (of two seeds both values), at the "
+        "trained number of recurrences and at the largest one. Kept: the second is at most 1 %, or 0.01 nats, above "
+        "the first; by the seeds' intervals, which for all looped designs hold together with 95 %, and in how many "
+        "seeds. The bigram table is fitted to the test text itself: one of other text has a larger loss. Settled: "
+        "judged tokens that reach a fixed point or hover at the floor, with the interval over seeds. Rate: the largest "
+        "predicted, over seeds. Stages repeat: share of the stage measures' variance that goes with the layer, "
+        "whatever the recurrence.",
         columns=TRAINING_COLUMNS,
         rows=training_rows(found),
     )
