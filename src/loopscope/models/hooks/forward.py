@@ -279,6 +279,11 @@ class _Worker:
                 f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
             )
             advice = "name modules that map states to states"
+            if found is not None and found.shape[0] < prompts and found.shape[1:2] == batch[1:]:
+                advice = (
+                    "the model seems to run only some prompts of the batch, as if it had stopped the others; switch "
+                    "halting off, or run prompts in batches of those that stop together"
+                )
             if found is not None and found.shape[0] == prompts and found.shape[1] > tokens:
                 advice = (
                     f"if {found.shape[1] - tokens} tokens stand before the prompt's, as registers or those of a puzzle "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,7 +163,7 @@ def load_hooked(
         require("accelerate", "A device map for a model that transformers loads", "devices")
     setting = isinstance(unknown, UnknownSettingError)
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
-    model = _load(transformers, folder, dtype, why, store.wrapper, places)
+    model = _load(transformers, folder, dtype, why, store.wrappers, places)
     if places is None:
         model = model.to(device)
     _check_finite(model, folder)
@@ -188,7 +187,7 @@ def _load(
     folder: Path,
     dtype: torch.dtype,
     why: str,
-    wrapper: str,
+    wrappers: tuple[str, ...],
     places: str | dict[str, str] | None,
 ) -> nn.Module:
     try:
@@ -204,7 +203,7 @@ def _load(
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
                 device_map=places,
-                key_mapping={f"^{re.escape(wrapper)}": ""} if wrapper else None,
+                key_mapping=dict.fromkeys(wrappers, "") or None,
             )
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
