@@ -42,6 +42,7 @@ def hook(
     tokenizer: object | None = None,
     probe: ProbeTokens | None = None,
     tokens_before: int = 0,
+    attention_call: int | None = None,
 ) -> HookedSubject:
     """Any torch module as a subject, which `capture`, `analyze` and the contract take.
 
@@ -72,6 +73,8 @@ def hook(
       0 to 2: a board of 81 fields.
     - `tokens_before`: tokens that the model puts before the text, such as registers or those of a puzzle; what is
       announced has the text's states alone.
+    - `attention_call`: of a layer that computes more than one map a head, which of them is shown, counted from 0 or,
+      negative, from the last. It has no map otherwise, since none of them is what its heads look at.
 
     The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
     carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
@@ -115,6 +118,7 @@ def hook(
         notes=() if unwrapped is None else (unwrapped,),
         probe=probe,
         tokens_before=tokens_before,
+        attention_call=attention_call,
     )
 
 
