@@ -436,3 +436,11 @@ def test_a_path_that_is_no_folder_is_refused(native: Path, tmp_path: Path) -> No
 )
 def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
     refused(name, message)
+
+
+def test_a_limit_on_addresses_is_told_from_damage(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(path: Path, framework: str) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("loopscope.models.checkpoints.store.safe_open", limited)
+    refused(native, r"cannot be looked at within this process's limit on addresses \(ulimit -v\)")

@@ -263,8 +263,14 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
     """
     # Our own way of opening first, as it opens nothing but files.
     with _reading(path), open_file(path) as file, foreign():
-        with safe_open(path, framework="numpy"):
-            pass
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except MemoryError:
+            raise CheckpointError(
+                f"{path} cannot be looked at within this process's limit on addresses (ulimit -v), which has to be "
+                "larger than the file whatever is loaded of it; raise it."
+            ) from None
         version = _version(file)
         length = int.from_bytes(file.read(8), "little")
         entries = parse_json(file.read(length).decode())
