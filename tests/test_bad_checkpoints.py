@@ -353,7 +353,7 @@ def test_a_tensor_in_two_files_is_refused(native: Path) -> None:
     refused(native, f"'{re.escape(QUERY)}' is in both model.safetensors and more.safetensors")
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod.", ""])
 def test_names_with_the_prefix_of_a_wrapper_are_read_without_it(huginn: Path, wrapper: str) -> None:
     expected = loopscope.load(huginn, device="cpu").info.to_dict()
     weights = load_file(huginn / "model.safetensors")
@@ -362,6 +362,16 @@ def test_names_with_the_prefix_of_a_wrapper_are_read_without_it(huginn: Path, wr
     assert model.info.to_dict() == expected | {"weights_sha256": model.info.weights_sha256}
     assert loopscope.inspect_model(huginn).family == "huginn"
     assert torch.equal(model.model.get_parameter("embedding.weight"), weights["transformer.wte.weight"])
+    layer = "transformer.core_block.1."
+    around = f"{layer}_checkpoint_wrapped_module._orig_mod."
+    inside = {name.replace(layer, around): each.clone() for name, each in weights.items()}
+    save_file({wrapper + name: each for name, each in inside.items()}, huginn / "model.safetensors")
+    assert loopscope.load(huginn, device="cpu").info.to_dict() == expected | {
+        "weights_sha256": loopscope.load(huginn, device="cpu").info.weights_sha256
+    }
+    save_file({wrapper + name: each for name, each in (weights | inside).items()}, huginn / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are one tensor by their names without those of wrappers"):
+        loopscope.load(huginn, device="cpu")
     weights["more"] = torch.ones(2)
     save_file({wrapper + name: tensor for name, tensor in weights.items()}, huginn / "model.safetensors")
     with pytest.raises(CheckpointError, match="more"):
@@ -426,3 +436,11 @@ def test_a_path_that_is_no_folder_is_refused(native: Path, tmp_path: Path) -> No
 )
 def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
     refused(name, message)
+
+
+def test_a_limit_on_addresses_is_told_from_damage(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(path: Path, framework: str) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("loopscope.models.checkpoints.store.safe_open", limited)
+    refused(native, r"cannot be looked at within this process's limit on addresses \(ulimit -v\)")

@@ -382,6 +382,9 @@ def test_tensors_that_were_saved_in_a_wrapper(wrapper: str, tmp_path: Path) -> N
     weights = load_file(tmp_path / "model.safetensors")
     save_file({f"{wrapper}{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     assert torch.equal(loopscope.capture(load(tmp_path), IDS).logits, model(IDS, use_cache=False).logits)
+    inside = {name.replace("layers.1.", "layers.1._orig_mod."): tensor for name, tensor in weights.items()}
+    save_file({f"{wrapper}{name}": tensor for name, tensor in inside.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(loopscope.capture(load(tmp_path), IDS).logits, model(IDS, use_cache=False).logits)
     save_file(
         {f"{wrapper}{name}": tensor for name, tensor in list(weights.items())[:-1]}, tmp_path / "model.safetensors"
     )

@@ -97,6 +97,19 @@ def test_a_prompt_that_halts_before_the_very_last_recurrence_is_noticed_behind_t
     assert_untouched(subject.model)
 
 
+def test_a_model_that_runs_the_others_of_a_batch_alone_says_what_may_be() -> None:
+    class Gathers(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            for turn in range(self.loops):
+                going = ~((tokens == 9).any(-1) & (turn >= 2))
+                x = x.clone().index_put((going,), self.body[0](x[going]))
+            return x
+
+    subject = loopscope.hook(Gathers(Step()).eval())
+    with pytest.raises(ConfigError, match="to run only some prompts of the batch, as if it had stopped the others"):
+        loopscope.capture(subject, [HALTING, GOING])
+
+
 def test_tokens_that_keep_their_state_are_said() -> None:
     """A mixture of recursions: the layers are called for all tokens, and some are routed past them."""
 

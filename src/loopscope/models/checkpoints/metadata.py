@@ -11,7 +11,14 @@ from loopscope._util.hub import downloading, require
 from loopscope._util.reading import is_there
 from loopscope.errors import CheckpointError
 from loopscope.models.checkpoints.find import LEFT_OUT, find_checkpoint, is_hub_name, without_safetensors
-from loopscope.models.checkpoints.store import Headers, TensorHeader, TensorStore, read_json, refuse_adapter, wrapper_of
+from loopscope.models.checkpoints.store import (
+    Headers,
+    TensorHeader,
+    TensorStore,
+    read_json,
+    refuse_adapter,
+    without_wrappers,
+)
 
 
 @dataclass(frozen=True)
@@ -78,5 +85,4 @@ def _remote_headers(name: str, commit: str) -> Headers:
         for file, metadata in found.files_metadata.items()
         for tensor, info in metadata.tensors.items()
     }
-    cut = len(wrapper_of(headers))
-    return {tensor[cut:]: header for tensor, header in headers.items()}
+    return without_wrappers(headers)[0]

@@ -96,6 +96,10 @@ def parse_device_map(given: DeviceMap) -> str | dict[str, str]:
             "A device map is auto, or places by layers such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk, got "
             f"{given!r}."
         )
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"The device map says twice where {twice} goes; say it once.")
     return {name: place for name, _, place in pairs}
 
 
@@ -115,7 +119,7 @@ def place_layers(
         parsed = parse_name(name)
         sizes[f"{parsed.stage}.{parsed.layer}" if parsed.stage else ""] += math.prod(shape) * dtype.itemsize
     names = [f"{stage}.{layer}" for stage in STAGES for layer in range(getattr(architecture, stage))]
-    given = parse_device_map(device_map)
+    given, home = parse_device_map(device_map), _exact(home)
     if isinstance(given, str):
         return Placement(home, _automatic(names, sizes, home), sizes)
     placement = Placement(home, _as_given(names, given, architecture), sizes)
@@ -170,19 +174,26 @@ def _in_order(names: Sequence[str], sizes: Mapping[str, int], room: Mapping[str,
 
 
 def _as_given(names: Sequence[str], given: Mapping[str, str], architecture: Architecture) -> dict[str, str]:
-    places: dict[str, str] = {}
-    # What is said of some layers of a stage goes before what is said of all.
-    for entry in sorted(given, key=lambda entry: "." in entry):
+    of_stages: dict[str, str] = {}
+    of_layers: dict[str, str] = {}
+    for entry, place in given.items():
         match = _ENTRY.fullmatch(entry)
         stage, first, last = match.groups() if match else ("", None, None)
-        found = [f"{stage}.{layer}" for layer in range(int(first), int(last or first) + 1)] if first else []
-        found = found or [name for name in names if name.startswith(f"{stage}.")]
+        found = [name for name in names if name.startswith(f"{stage}.")]
+        if first is not None:
+            found = [f"{stage}.{layer}" for layer in range(int(first), int(last or first) + 1)]
         if not found or not set(found) <= set(names):
             raise ConfigError(
                 f"The device map names {entry!r}, and the layers of this model, of layout {architecture.layout}, are "
                 f"{', '.join(_shortened(names))}."
             )
-        places |= dict.fromkeys(found, given[entry] if given[entry] == DISK else _device(given[entry], entry))
+        places = of_stages if first is None else of_layers
+        twice = [name for name in found if name in places]
+        if twice:
+            raise ConfigError(f"The device map says twice where {twice[0]} goes; say it once.")
+        places |= dict.fromkeys(found, place if place == DISK else _device(place, entry))
+    # What is said of some layers of a stage goes before what is said of all.
+    places = of_stages | of_layers
     missing = [name for name in names if name not in places]
     if missing:
         raise ConfigError(f"The device map leaves out {', '.join(_shortened(missing))}; say where these layers go too.")
@@ -191,9 +202,14 @@ def _as_given(names: Sequence[str], given: Mapping[str, str], architecture: Arch
 
 def _device(place: str, entry: str) -> str:
     try:
-        return str(find_device(place))
+        return str(_exact(find_device(place)))
     except ConfigError as error:
         raise ConfigError(f"The device map puts {entry} on {place!r}: {error}") from None
+
+
+def _exact(device: torch.device) -> torch.device:
+    """As its tensors name it: `cuda:0` for `cuda`."""
+    return torch.empty(0, device=device).device
 
 
 def _check_room(placement: Placement) -> None:

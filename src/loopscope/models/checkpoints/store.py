@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -33,8 +35,12 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I32": 4,
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
+"""Before the names of all tensors: of torch.compile, DataParallel, PEFT and FSDP."""
+_AROUND_MODULES = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Within them too, where torch has wrapped single modules."""
 
+ValueT = TypeVar("ValueT")
 _Version = tuple[int, int, int]
 """Inode, size and time of the last change: another file, or another content, has another one."""
 
@@ -98,15 +104,28 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
-def wrapper_of(names: Collection[str]) -> str:
-    """The prefix of a wrapper that all names have: a model that was saved as torch.compile, DataParallel or PEFT holds
-    it. Empty where there is none."""
+def without_wrappers(tensors: Mapping[str, ValueT]) -> tuple[dict[str, ValueT], tuple[str, ...]]:
+    """The same by names without those of wrappers that the model was saved in, and regular expressions of which each is
+    to be left out of a name once. Raises `CheckpointError` where two names would be one."""
     prefix = ""
-    while names and (
-        found := next((one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in names)), None)
+    while tensors and (
+        found := next((one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in tensors)), None)
     ):
         prefix += found
-    return prefix
+    cut = {name: _AROUND_MODULES.subn("", name.removeprefix(prefix)) for name in tensors}
+    short = {name: own for name, (own, _) in cut.items()}
+    if len(set(short.values())) < len(short):
+        name = next(name for name, count in Counter(short.values()).items() if count > 1)
+        both = " and ".join(repr(long) for long in short if short[long] == name)
+        raise CheckpointError(
+            f"{both} are one tensor by their names without those of wrappers; save the model again, without what is "
+            "left over."
+        )
+    most = max((count for _, count in cut.values()), default=0)
+    # With comments, so that they are not the same.
+    around = (f"{_AROUND_MODULES.pattern}(?#{time})" for time in range(most))
+    expressions = (*((f"^{re.escape(prefix)}",) if prefix else ()), *around)
+    return {short[name]: value for name, value in tensors.items()}, expressions
 
 
 class TensorStore:
@@ -134,12 +153,8 @@ class TensorStore:
                 self.headers[name] = header
                 self._offsets[name] = offset
         self._check_index()
-        self.wrapper = wrapper_of(self.headers)
-        """What was put before the name of every tensor; it is left out of `headers`."""
-        if self.wrapper:
-            cut = len(self.wrapper)
-            self.headers = {name[cut:]: header for name, header in self.headers.items()}
-            self._offsets = {name[cut:]: offset for name, offset in self._offsets.items()}
+        self._offsets, _ = without_wrappers(self._offsets)
+        self.headers, self.wrappers = without_wrappers(self.headers)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of a tensor of floating-point numbers, in the dtype it is stored in.
@@ -248,8 +263,14 @@ def _read_header(path: Path) -> tuple[_Version, list[tuple[str, TensorHeader, in
     """
     # Our own way of opening first, as it opens nothing but files.
     with _reading(path), open_file(path) as file, foreign():
-        with safe_open(path, framework="numpy"):
-            pass
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except MemoryError:
+            raise CheckpointError(
+                f"{path} cannot be looked at within this process's limit on addresses (ulimit -v), which has to be "
+                "larger than the file whatever is loaded of it; raise it."
+            ) from None
         version = _version(file)
         length = int.from_bytes(file.read(8), "little")
         entries = parse_json(file.read(length).decode())

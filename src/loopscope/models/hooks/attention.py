@@ -40,25 +40,29 @@ class AttentionWatch(TorchFunctionMode):
         *,
         copies: bool = False,
         home: torch.device | None = None,
+        shown: int | None = None,
     ) -> None:
         """`copies` for a model that overwrites what its attention was computed from, such as a buffer of keys; `home`
-        is where what is kept of layers on several devices goes."""
+        is where what is kept of layers on several devices goes. `shown` is which of several computations of one layer
+        is collected."""
         super().__init__()
         self._shape = (batch, tokens)
         self._mask = mask
         self._copies = copies
         self._home = home
+        self._shown = shown
         self._calls: list[AttentionView | None] = []
         self._sinks: list[Tensor | None] = []
         self._masks: tuple[Tensor, int, Tensor] | None = None
 
     def collect(self) -> tuple[AttentionView | None, Tensor | None, int]:
-        """The attention of the layer that ran, None unless exactly one call was understood; what went to a column
-        beside the tokens, (batch, head, query), likewise; and how many calls."""
+        """The attention of the layer that ran, None unless exactly one call was understood, or one of several is to be
+        shown; what went to a column beside the tokens, (batch, head, query), likewise; and how many calls."""
         calls, self._calls = self._calls, []
         sinks, self._sinks = self._sinks, []
+        shown = 0 if len(calls) == 1 else self._shown
         return (
-            (calls[0] if len(calls) == 1 else None),
+            (calls[shown] if shown is not None and -len(calls) <= shown < len(calls) else None),
             (sinks[0] if len(calls) == len(sinks) == 1 else None),
             len(calls),
         )

@@ -65,6 +65,8 @@ class ForwardSpec:
     """What the first recurrent layer receives at the first call in place of its own input, (batch, token, width)."""
     gradients: bool = False
     """States are announced with the gradients that flow from them, as to `begins_with`."""
+    attention_call: int | None = None
+    """Of a layer that computes attention more than once, which is announced; None for none."""
     carries: bool | None = None
     """A recurrence begins with what the one before put out (True), or with that and something else (False), so that
     prompts that do otherwise have stopped by themselves. None where nobody knows."""
@@ -150,7 +152,7 @@ class _Worker:
         mask = None if bool(one.batch.mask.all()) else one.batch.mask
         batch, tokens = one.batch.input_ids.shape
         self._home = one.batch.input_ids.device
-        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies, home=self._home)
+        self._watch = AttentionWatch(batch, tokens, mask, copies=one.copies, home=self._home, shown=one.attention_call)
         self._watching: ExitStack | None = None
 
     def run(self, pauses: Pauses[Event]) -> Logits:
@@ -279,6 +281,11 @@ class _Worker:
                 f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
             )
             advice = "name modules that map states to states"
+            if found is not None and found.shape[0] < prompts and found.shape[1:2] == batch[1:]:
+                advice = (
+                    "the model seems to run only some prompts of the batch, as if it had stopped the others; switch "
+                    "halting off, or run prompts in batches of those that stop together"
+                )
             if found is not None and found.shape[0] == prompts and found.shape[1] > tokens:
                 advice = (
                     f"if {found.shape[1] - tokens} tokens stand before the prompt's, as registers or those of a puzzle "

@@ -55,6 +55,7 @@ class HookedSubject(CallableSubject):
         notes: Sequence[str] = (),
         probe: ProbeTokens | None = None,
         tokens_before: int = 0,
+        attention_call: int | None = None,
     ) -> None:
         check_weights(model)
         self.notes = tuple(notes)
@@ -68,6 +69,7 @@ class HookedSubject(CallableSubject):
         self._prefix: PrefixReading | None = prefix if is_prefix else None
         self._probe = probe_of(model, probe)
         self._call = ModelCall(model, forward, prefix=self._prefix == "trained", tokens_before=tokens_before)
+        self._attention_call = attention_call
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
         self._facts: Facts | None = None
@@ -101,6 +103,7 @@ class HookedSubject(CallableSubject):
             settable=self.settable,
             takes_mask=self._call.takes_mask,
             tokens_before=self._call.tokens_before,
+            attention_call=self._attention_call,
         )
         return found if self._prefix is None else [*found, PREFIX[self._prefix]]
 
@@ -207,6 +210,7 @@ class HookedSubject(CallableSubject):
                 width=None if facts is None else facts.width,
                 begins_with=begins_with,
                 gradients=gradients,
+                attention_call=self._attention_call,
                 carries=None if facts is None or facts.restarts else facts.carries,
             )
         )

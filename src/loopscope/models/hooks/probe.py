@@ -100,6 +100,8 @@ class Facts:
     sink_heads: int | None = None
     """Heads that give a part of their attention to a column beside the tokens, where that is seen in a layer; None
     without one, or where layers have different numbers."""
+    attention_calls: int = 1
+    """The most attention computations in one call of a layer."""
     unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
     """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
 
@@ -181,6 +183,7 @@ def measure_facts(
         overwrites=any(record.overwrites for record in records),
         behind=behind,
         sink_heads=_sink_heads(record, heads),
+        attention_calls=max(record.forward.attention_calls.values(), default=1),
         unseen={place: record.forward.attention_calls[place] for place, view in attention.items() if view is None},
     )
 

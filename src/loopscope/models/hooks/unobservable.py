@@ -53,6 +53,7 @@ def unobservable(
     settable: bool,
     takes_mask: bool,
     tokens_before: int,
+    attention_call: int | None,
 ) -> list[str]:
     """One sentence for each thing."""
     found = list(OF_ALL_MODELS)
@@ -71,6 +72,11 @@ def unobservable(
     if layout.recurrent:
         found += _of_the_loop(facts, settable)
     found += _of_attention(layout, facts)
+    if attention_call is not None and facts.attention_calls > 1:
+        found.append(
+            f"Attention: layers that compute up to {facts.attention_calls} maps a head are shown by one of them, "
+            f"attention_call={attention_call}; what the others look at, and how they are weighed, is not seen."
+        )
     if facts.random:
         found.append(
             "Random states: they are drawn for a whole batch at once, so numbers depend on what is in a batch."
@@ -131,7 +137,7 @@ def _of_attention(layout: HookLayout, facts: Facts) -> list[str]:
             0: "no attention that is understood was computed in it, where one was expected",
             1: "what was computed in it has other queries or keys than the prompt's tokens"
             + ("" if facts.sink_heads is None else "; of a sink beside them, what goes to it is measured (sink_mass)"),
-        }.get(calls, f"{calls} attentions were computed in it, where one was expected")
+        }.get(calls, f"{calls} attentions were computed in it, where one was expected (attention_call= shows one)")
         found.append(f"Attention of {stage}.{layer} ({path}): {reason}.")
     layers = len(layout.prelude) + len(layout.recurrent) + len(layout.coda)
     if facts.heads is None and len(facts.unseen) < layers:

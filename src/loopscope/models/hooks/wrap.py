@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +42,7 @@ def hook(
     tokenizer: object | None = None,
     probe: ProbeTokens | None = None,
     tokens_before: int = 0,
+    attention_call: int | None = None,
 ) -> HookedSubject:
     """Any torch module as a subject, which `capture`, `analyze` and the contract take.
 
@@ -73,6 +73,8 @@ def hook(
       0 to 2: a board of 81 fields.
     - `tokens_before`: tokens that the model puts before the text, such as registers or those of a puzzle; what is
       announced has the text's states alone.
+    - `attention_call`: of a layer that computes more than one map a head, which of them is shown, counted from 0 or,
+      negative, from the last. It has no map otherwise, since none of them is what its heads look at.
 
     The module is run on a few tokens, some fifteen times, to measure what would otherwise be assumed: whether the loop
     carries its state unchanged and the prompt enters by it alone, whether its recurrences are one map, whether layers
@@ -116,6 +118,7 @@ def hook(
         notes=() if unwrapped is None else (unwrapped,),
         probe=probe,
         tokens_before=tokens_before,
+        attention_call=attention_call,
     )
 
 
@@ -164,7 +167,7 @@ def load_hooked(
         require("accelerate", "A device map for a model that transformers loads", "devices")
     setting = isinstance(unknown, UnknownSettingError)
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
-    model = _load(transformers, folder, dtype, why, store.wrapper, places)
+    model = _load(transformers, folder, dtype, why, store.wrappers, places)
     if places is None:
         model = model.to(device)
     _check_finite(model, folder)
@@ -188,7 +191,7 @@ def _load(
     folder: Path,
     dtype: torch.dtype,
     why: str,
-    wrapper: str,
+    wrappers: tuple[str, ...],
     places: str | dict[str, str] | None,
 ) -> nn.Module:
     try:
@@ -204,7 +207,7 @@ def _load(
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
                 device_map=places,
-                key_mapping={f"^{re.escape(wrapper)}": ""} if wrapper else None,
+                key_mapping=dict.fromkeys(wrappers, "") or None,
             )
     except Exception as error:  # anything can go wrong in there, and all of it means the same
         reason = str(error).strip().partition("\n")[0]
