@@ -124,6 +124,11 @@ class Study:
         manifest = write_manifest(folder, {**self.manifest, _FILES: files})
         return Study(self.dataset, manifest, self.tokens, folder)
 
+    @property
+    def plot(self) -> Any:
+        """The figures of the study as methods: `study.plot.distance()`; see `report.figures.in_python.StudyPlots`."""
+        return import_module("loopscope.report.figures.in_python").StudyPlots(self)
+
     def __repr__(self) -> str:
         return f"<Study of {self._described()}>"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path

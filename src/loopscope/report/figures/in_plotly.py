@@ -95,7 +95,7 @@ class Entry:
     @property
     def trace(self) -> str:
         """What plotly calls that which has it."""
-        return _text(self.name)
+        return escaped(self.name)
 
 
 def legend(plot: Plot) -> list[Entry]:
@@ -143,7 +143,7 @@ def _one_value(panel: Panel) -> str:
 
 
 def _content(plot: Plot, panel: Panel) -> Markup:
-    text = json.dumps(_plain(draw(plot, panel)), separators=(",", ":"))
+    text = json.dumps(plain(draw(plot, panel)), separators=(",", ":"))
     return script_text(text) if len(text) < _LONG else Markup(packed(text.encode()))
 
 
@@ -164,7 +164,7 @@ class _Drawing:
         )
         self.layout = _layout("x unified" if together else "closest")
         if together:
-            self.layout["xaxis"]["unifiedhovertitle"] = {"text": f"{_text(panel.x.title)} %{{x}}"}
+            self.layout["xaxis"]["unifiedhovertitle"] = {"text": f"{escaped(panel.x.title)} %{{x}}"}
         self.traces: list[dict[str, Any]] = []
         self._log_x = panel.x.scale == "log"
         values = plot.values(panel)
@@ -198,7 +198,7 @@ class _Drawing:
         self._trace("scatter", y=low[there], **edge)
         colour = f"rgba({', '.join(str(int(MUTED[at : at + 2], 16)) for at in (1, 3, 5))}, {BAND})"
         filled = {"fill": "tonexty", "fillcolor": colour}
-        self._trace("scatter", y=high[there], name=_text(mark.name), **filled, **edge)
+        self._trace("scatter", y=high[there], name=escaped(mark.name), **filled, **edge)
 
     @_add.register
     def _(self, mark: Dots) -> None:
@@ -252,7 +252,7 @@ class _Drawing:
             **named,
         )
         if len(mark.texts):
-            texts = [[_text(words) for words in row] for row in mark.texts]
+            texts = [[escaped(words) for words in row] for row in mark.texts]
             self.traces[-1] |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11.5}}
         for which, places in (("x", mark.parted_x), ("y", mark.parted_y)):
             for place in places:
@@ -268,8 +268,8 @@ class _Drawing:
                 return
         if mark.y is not None:
             ends = self._panel.x.span or self._reach()
-            tip = f"{_text(mark.name)}: %{{y:.2g}}<extra></extra>"
-            named = {"name": _text(mark.name), "hovertemplate": tip}
+            tip = f"{escaped(mark.name)}: %{{y:.2g}}<extra></extra>"
+            named = {"name": escaped(mark.name), "hovertemplate": tip}
             self._trace("scatter", x=list(ends), y=[mark.y] * 2, mode="lines", line=line, **named)
 
     @_add.register
@@ -294,13 +294,13 @@ class _Drawing:
 
     def _named(self, mark: Any, value: str) -> dict[str, Any]:
         """Name, and what the tooltips say."""
-        called = _text(self._plot.called(mark))
+        called = escaped(self._plot.called(mark))
         what = "{label}" if len(mark.labels) else "" if self.layout["hovermode"] == "x unified" else "{x}"
         if isinstance(mark, Line | Dots | Bars):
             value = value.replace(".3g", ".1%" if self._panel.y.percent else ".1e" if self._tiny else ".3g")
         plain = f"{', '.join(filter(None, [called, what]))}: {value}" if called or what else value
         named: dict[str, Any] = {
-            "name": _text(mark.name),
+            "name": escaped(mark.name),
             "hovertemplate": _template(html.escape(mark.tip, quote=False) or plain) + "<extra></extra>",
         }
         if len(mark.labels):
@@ -335,7 +335,7 @@ class _Drawing:
 
     def _note_above(self, place: Number, words: str) -> None:
         spot = {"x": place, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-        self._notes.append({"text": _text(words), "font": _SMALL, **spot})
+        self._notes.append({"text": escaped(words), "font": _SMALL, **spot})
 
     def _finish_axes(self) -> None:
         panel, x, y = self._panel, self.layout["xaxis"], self.layout["yaxis"]
@@ -343,7 +343,7 @@ class _Drawing:
         for which, axis, drawn in (("x", panel.x, x), ("y", panel.y, y)):
             update = _axis(axis, grid=which == "y" and not is_map)
             if which == "y":
-                update["title"]["text"] = "<br>".join(map(_text, textwrap.wrap(axis.title, _Y_CHARACTERS)))
+                update["title"]["text"] = "<br>".join(map(escaped, textwrap.wrap(axis.title, _Y_CHARACTERS)))
             if which == "y" and not is_map:
                 update |= self._values_axis(axis)
             drawn.update(update)
@@ -379,7 +379,7 @@ class _Drawing:
 def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
     """What both axes of a panel may ask for."""
     log = axis.scale == "log"
-    update: dict[str, Any] = {"title": {"text": _text(axis.title), "standoff": 8, "font": {"size": 13}}}
+    update: dict[str, Any] = {"title": {"text": escaped(axis.title), "standoff": 8, "font": {"size": 13}}}
     update["showgrid"] = grid if axis.grid is None else axis.grid
     if log:
         update["type"] = "log"
@@ -388,7 +388,7 @@ def _axis(axis: Axis, *, grid: bool) -> dict[str, Any]:
     if axis.span is not None:
         update["range"] = [math.log10(end) for end in axis.span] if log else list(axis.span)
     if isinstance(axis.ticks, Mapping) and axis.ticks:
-        update |= {"tickvals": list(axis.ticks), "ticktext": [_text(name) for name in axis.ticks.values()]}
+        update |= {"tickvals": list(axis.ticks), "ticktext": [escaped(name) for name in axis.ticks.values()]}
     elif len(axis.ticks):
         update |= {"tickvals": list(axis.ticks), "ticktext": [f"{tick:g}" for tick in axis.ticks]}
     return update
@@ -398,7 +398,7 @@ def _bar(mark: HeatMap, *, above: bool) -> dict[str, Any]:
     """What the colours mean: beside or above a map."""
     ticks = {"tickvals": list(mark.bar_ticks), "ticktext": list(mark.bar_ticks.values())} if mark.bar_ticks else {}
     place = {"orientation": "h", "y": 1.0, "yref": "paper", "yanchor": "bottom", "xpad": 0} if above else {"len": 0.9}
-    title = {"text": _text(mark.bar), "side": "top" if above else "right", "font": {"size": 12}}
+    title = {"text": escaped(mark.bar), "side": "top" if above else "right", "font": {"size": 12}}
     return {"title": title, "thickness": 12, "outlinewidth": 0, **place, **ticks}
 
 
@@ -417,11 +417,11 @@ def _array(values: Any) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: numbers of arrays as plotly's typed arrays, what is not finite elsewhere as null, without what is None
     in a dictionary."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items() if each is not None}
+        return {key: plain(each) for key, each in value.items() if each is not None}
     if isinstance(value, np.ndarray):
         if value.dtype == np.int64 and value.size:  # the narrowest that holds them all
             value = value.astype(np.min_scalar_type(-1 - max(int(value.max()), -1 - int(value.min()))))
@@ -432,17 +432,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _text(words: str) -> str:
+def escaped(words: str) -> str:
     """For plotly, which reads a little HTML, and templates."""
     return html.escape(words, quote=False).replace("\n", "<br>").replace("{", "&#123;")
 
 
 def _texts(words: Any) -> Any:
-    return _text(words) if isinstance(words, str) else [_texts(each) for each in words]
+    return escaped(words) if isinstance(words, str) else [_texts(each) for each in words]
 
 
 def _layout(hovermode: str) -> dict[str, Any]:
