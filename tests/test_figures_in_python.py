@@ -42,7 +42,7 @@ def test_every_figure_is_drawn_with_all_its_lines(study: Study) -> None:
 def test_a_figure_is_found_by_its_name_or_its_place_in_the_report(study: Study) -> None:
     assert {"distance", "distance_by_layer", "loss", "behaviour_layers"} <= set(dir(study.plot))
     assert study.plot.distance() == study.plot.distance_by_layer()
-    assert study.plot.loss(matplotlib=True).axes
+    assert study.plot.loss(matplotlib=True)._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(AttributeError, match="no figure 'distances'; did you mean distance"):
         study.plot.distances()
     plain = feed_forward_study()

@@ -72,7 +72,7 @@ _INCHES = {"single": 3.25, "double": 6.75}
 """Column and text width of ICML's style, which the paper uses; those of other venues differ by a few per cent."""
 _NARROWEST, _WIDEST = 1.5, 40.0
 """Inches: below, no axis has room for its numbers; above, no page."""
-_PNG_DPI = 300
+_PNG_DPI, _SCREEN_DPI = 300, 110
 _MAP_DPI = 600
 """Of maps inside vector files, which are pixels there: the cells of hundreds of visits still come out even."""
 
@@ -173,6 +173,13 @@ class _Figure(Figure):
             engine.execute(self)
         else:
             super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows, with pyplot or without."""
+        content = io.BytesIO()
+        with paper_style():
+            self.savefig(content, format="png", dpi=_SCREEN_DPI)
+        return content.getvalue()
 
 
 def _panels(plot: Plot, width: Width) -> tuple[Figure, list[Any]]:
