@@ -1,7 +1,6 @@
 """The commands of README.md and docs/*.md work, and the tool that runs them sees what it should."""
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from run_doc_commands import CHECKOUT, Block, DocumentError, default_documents, 
 from run_notebook import code_cells, run_notebook
 from warm_python import WarmPython
 
-SHARED = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
 ALL_BLOCKS = [block for document in default_documents() for block in find_blocks(document)]
 
 
@@ -27,7 +25,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for all documents, so that an analysis which two of them show is run once."""
-    return make_scratch(tmp_path_factory.mktemp("docs"), SHARED if SHARED.is_dir() else None)
+    return make_scratch(tmp_path_factory.mktemp("docs"))
 
 
 # In order, and in one worker: a later command may use an earlier one's output.
@@ -35,8 +33,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_of_the_documentation(block: Block, scratch: Path, warm: WarmPython) -> None:
     if block.not_run is not None:
         pytest.skip(f"the document says: {block.not_run}")
-    if block.needs_shared_data and not SHARED.is_dir():
-        pytest.skip(f"no shared data: {SHARED} does not exist (LOOPSCOPE_SHARED may name another folder)")
     result = run_block(block, scratch, warm)
     assert result.returncode == 0, result.stdout
 
@@ -68,7 +64,7 @@ def test_console_blocks_hold_commands_and_output(tmp_path: Path) -> None:
 
 def test_a_python_block_is_a_script(tmp_path: Path, warm: WarmPython) -> None:
     (block,) = find_blocks(write(tmp_path, "```python\nwords = 'it''s'\nprint(words, '$HOME')\n```\n"))
-    result = run_block(block, make_scratch(tmp_path / "scratch", None), warm)
+    result = run_block(block, make_scratch(tmp_path / "scratch"), warm)
     assert result.returncode == 0
     assert "its $HOME" in result.stdout
 
@@ -82,7 +78,7 @@ def test_the_cells_of_a_notebook_are_one_script_and_show_what_they_end_with(tmp_
         json.dumps({"cells": [{"cell_type": "markdown", "source": ["words"]}, *cells]}), encoding="utf-8"
     )
     (block,) = find_blocks(notebook)
-    assert run_block(block, make_scratch(tmp_path / "scratch", None), warm).returncode == 0
+    assert run_block(block, make_scratch(tmp_path / "scratch"), warm).returncode == 0
     run_notebook(notebook)
     shown = [cell["outputs"] for cell in code_cells(notebook)]
     assert [output["output_type"] for output in shown[0]] == ["stream", "execute_result"]
@@ -117,19 +113,18 @@ def test_a_console_block_without_a_command_is_an_error(tmp_path: Path) -> None:
 
 def test_a_failing_command_fails_its_block_and_is_named(tmp_path: Path, warm: WarmPython) -> None:
     (block,) = find_blocks(write(tmp_path, "```bash\ntrue\nls missing-file\necho never\n```\n"))
-    result = run_block(block, make_scratch(tmp_path / "scratch", None), warm)
+    result = run_block(block, make_scratch(tmp_path / "scratch"), warm)
     assert result.returncode != 0
     assert "+ ls missing-file" in result.stdout
     assert "never" not in result.stdout
 
 
 def test_later_blocks_see_earlier_files_and_the_checkout_stays_clean(tmp_path: Path, warm: WarmPython) -> None:
-    project, shared = tmp_path / "project", tmp_path / "data"
+    project = tmp_path / "project"
     (project / "out").mkdir(parents=True)
     (project / "pyproject.toml").touch()
-    shared.mkdir()
-    page = "```bash\nmkdir -p out && date > out/now\n```\n\n```bash\ncat out/now\nls pyproject.toml ../shared\n```\n"
-    scratch = make_scratch(tmp_path / "scratch", shared, checkout=project)
+    page = "```bash\nmkdir -p out && date > out/now\n```\n\n```bash\ncat out/now\nls pyproject.toml\n```\n"
+    scratch = make_scratch(tmp_path / "scratch", checkout=project)
     results = [run_block(block, scratch, warm) for block in find_blocks(write(tmp_path, page))]
     assert [result.returncode for result in results] == [0, 0], results
     assert list((project / "out").iterdir()) == []

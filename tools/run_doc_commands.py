@@ -5,14 +5,13 @@
 Fenced blocks marked `console` (commands after `$ `, output between them), `bash` (commands alone) and `python` (a
 script each) are run from top to bottom, README first, all in one scratch folder: a command may use what its document
 wrote before, and an analysis that another document has made under the same name is resumed, which is finished at once
-if it is the same and an error if it is not. The folder looks like a checkout beside the shared data: links stand for
+if it is the same and an error if it is not. The folder looks like a checkout, and nothing is beside it: links stand for
 the project's files, and outputs land in the scratch folder. Output is not compared; a command must exit with 0. A
 block right after `<!-- not run: the reason -->` is left out. Of a notebook all cells together are one script.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -52,11 +51,6 @@ class Block:
     """The commands, for bash."""
     not_run: str | None
     """The document's reason for leaving the block out."""
-
-    @property
-    def needs_shared_data(self) -> bool:
-        """Whether a command reads the data beside the checkout."""
-        return "../shared" in self.script
 
     def __str__(self) -> str:
         return f"{self.document.name}:{self.line}"
@@ -114,16 +108,14 @@ def _commands(session: str, place: str) -> str:
     return "\n".join(commands) + "\n"
 
 
-def make_scratch(folder: Path, shared: Path | None, checkout: Path = CHECKOUT) -> Path:
-    """Make `folder/checkout`, where commands run, and `folder/shared` if there is such data; return the former."""
+def make_scratch(folder: Path, checkout: Path = CHECKOUT) -> Path:
+    """Make `folder/checkout`, where commands run, and return it."""
     scratch = folder / "checkout"
     scratch.mkdir(parents=True)
     for entry in checkout.iterdir():
         # Not linked: hidden files, and the folders that commands and builds write to.
         if not entry.name.startswith(".") and entry.name not in {"build", "dist", "out"}:
             (scratch / entry.name).symlink_to(entry)
-    if shared is not None:
-        (folder / "shared").symlink_to(shared.resolve())
     return scratch
 
 
@@ -134,16 +126,13 @@ def run_block(block: Block, scratch: Path, warm: WarmPython) -> subprocess.Compl
 
 def main(arguments: list[str]) -> int:
     """Run the given documents, or all; the exit status says whether a command failed."""
-    shared = Path(os.environ.get("LOOPSCOPE_SHARED", CHECKOUT.parent / "shared"))
     failures = 0
     with tempfile.TemporaryDirectory(prefix="loopscope-docs-") as folder, closing(WarmPython(Path(folder))) as warm:
-        scratch = make_scratch(Path(folder), shared if shared.is_dir() else None)
+        scratch = make_scratch(Path(folder))
         for document in [Path(name) for name in arguments] or default_documents():
             for block in find_blocks(document):
                 if block.not_run is not None:
                     print(f"{block}: not run: {block.not_run}")
-                elif block.needs_shared_data and not shared.is_dir():
-                    print(f"{block}: not run: {shared} does not exist")
                 else:
                     result = run_block(block, scratch, warm)
                     print(f"{block}: exit status {result.returncode}\n{result.stdout}", flush=True)

@@ -117,15 +117,19 @@ def _serve(folder: Path) -> None:
     gc.collect()
     gc.freeze()
     print("ready", flush=True)
-    # Opened for writing too, so that it never ends.
-    with (folder / "ask").open("r+b", buffering=0) as questions:
+    # Opened for reading and for writing, so that neither ever ends: who asks next may open the answers before those to
+    # the last one would have been closed.
+    with (
+        (folder / "ask").open("r+b", buffering=0) as questions,
+        (folder / "answer").open("r+b", buffering=0) as answers,
+    ):
         while sys.stdin not in select.select([sys.stdin, questions], [], [])[0]:
             questions.read(1)
             process = os.fork()
             if process == 0:
                 return _become(folder)
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            (folder / "answer").write_text(f"{status if status >= 0 else 128 - status}\n", encoding="ascii")
+            answers.write(f"{status if status >= 0 else 128 - status}\n".encode())
     return None
 
 
