@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from loopscope import Study, analyze
 from loopscope._util.shapes import Logits, States
 from loopscope._util.sites import Stage
-from loopscope.dynamics.verdicts import KINDS, VERDICT_NUMBERS, Kind
+from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Doubt, Kind
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.stages import STAGE_NAMES
 from loopscope.models.architecture import Injection
@@ -290,6 +290,8 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
         only = {"period": Kind.ORBIT, "amplitude": Kind.ORBIT, "speed": Kind.SLIDER}.get(name)
         there = codes >= 0 if only is None else codes == KINDS.index(only)
         found[f"verdict_{name}"] = dims, np.where(there, value, np.nan).astype(np.float32)
+    wanders = np.where(codes == KINDS.index(Kind.UNKNOWN), DOUBTS.index(Doubt.WANDERS), -1)
+    found["verdict_doubt"] = dims, wanders.astype(np.int8)
     changes = np.zeros((3, *shape), dtype=np.int8)
     changes[0, :, 0, 0], changes[2] = 1, -1
     found["verdict_changes"] = ("change", *dims), changes

@@ -88,6 +88,7 @@ def test_a_motion_is_called_what_it_is(shape: str, dtype: Dtype) -> None:
     verdict = judge(rounded(path, dtype), dtype)[0]
     assert verdict.kind in right, verdict.reason
     assert verdict.reason
+    assert (verdict.doubt is None) == (verdict.kind is not Kind.UNKNOWN)
     assert verdict.floor >= rounding_step(dtype)
 
 

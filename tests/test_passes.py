@@ -147,6 +147,7 @@ PARTS: Mapping[Part, set[str]] = {
         "verdict",
         "verdict_cosine",
         "verdict_changes",
+        "verdict_doubt",
         *(f"verdict_{name}" for name in VERDICT_NUMBERS),
         "displacement",
         "tail_path",

@@ -185,6 +185,14 @@ def test_a_feed_forward_model_is_not_asked(tmp_path: Path) -> None:
     assert "behaviour" not in {answer.key for answer in quick_answers(study)}
 
 
+def test_the_panel_says_why_a_token_cannot_be_told(page: Page) -> None:
+    panel = panel_of(page)
+    tokens = [token for group in panel["groups"] for token in group["tokens"]]
+    unknown = [token["line"] for token in tokens if token["kind"] == KINDS.index(Kind.UNKNOWN)]
+    assert unknown
+    assert all(line.startswith("It wanders: its displacement still grows at long lags") for line in unknown)
+
+
 # ---- the answer ----
 
 

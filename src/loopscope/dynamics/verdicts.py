@@ -68,6 +68,22 @@ VERDICT_NUMBERS = ("level", "floor", "period", "amplitude", "speed", "rate", "p_
 """Fields of a `Verdict` that a study keeps, as `verdict_<name>`."""
 
 
+class Doubt(StrEnum):
+    """Why a trajectory does not tell, by the displacement method."""
+
+    SLOWING = "Its steps shrink too nearly like 1/t to tell whether they add up to a limit."
+    LOUD = "Rounding may move it as far: only a finer dtype tells whether that is noise or chaos."
+    AMPLIFIED = "It follows a shape, but rounding that a slow mode amplifies would seem to as well."
+    RIVALS = "A steady drift and an approach to a point explain it about as well."
+    WANDERS = "It wanders: its displacement still grows at long lags, in no direction of its own."
+    SHAPELESS = "It moves in no shape, and yet a run that differs by rounding stayed near: chaos only if that is slow."
+    REMEMBERED = "It moves, but the last two thirds rest: it may be noise that a slow mode remembers."
+
+
+DOUBTS = tuple(Doubt)
+"""In the order in which studies number them."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Verdict:
     """What one token's state tends to, with its evidence. Lengths are relative to the state's norm."""
@@ -77,6 +93,8 @@ class Verdict:
     """One sentence that gives the deciding numbers."""
     method: str
     """`displacement` or `cosine`."""
+    doubt: Doubt | None = None
+    """Why the displacement method cannot tell."""
     floor: float = math.nan
     """Estimated noise floor: the relative step between two states that differ by nothing but noise."""
     level: float = math.nan

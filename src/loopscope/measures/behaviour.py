@@ -18,7 +18,7 @@ from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMEN
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
 from loopscope.dynamics.trajectories.states import known_dtype
 from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
-from loopscope.dynamics.verdicts import KINDS, VERDICT_NUMBERS, Kind, Verdict
+from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
 from loopscope.measures.tails import DIMENSIONS, Span, Tails
@@ -70,6 +70,12 @@ class Behaviour(Measure):
             flags=_KIND_NAMES,
         ),
         "verdict_cosine": variable(_TOKEN, "the same by the cosine method", "code", flags=_KIND_NAMES),
+        "verdict_doubt": variable(
+            _TOKEN,
+            "why the displacement method cannot tell, of tokens of kind unknown; -1 of all others",
+            "code",
+            flags=tuple(doubt.name.lower() for doubt in DOUBTS),
+        ),
         "verdict_changes": variable(
             f"change {_TOKEN}",
             "1 where the verdict at 2H changes within a shorter window, at H, at H/2, or with another initial state, 0 "
@@ -174,6 +180,9 @@ class Behaviour(Measure):
                     self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
             self._arrays["verdict"][place][mask] = self._kinds[layer] = _codes(verdicts)
             self._arrays["verdict_cosine"][place][mask] = _codes(cosine)
+            self._arrays["verdict_doubt"][place][mask] = [
+                -1 if verdict.doubt is None else DOUBTS.index(verdict.doubt) for verdict in verdicts
+            ]
             for name in VERDICT_NUMBERS:
                 self._arrays[f"verdict_{name}"][place][mask] = [getattr(verdict, name) for verdict in verdicts]
             self._arrays["verdict_changes"][:, place][:, mask] = self._changes(layer, verdicts, noise)
@@ -202,6 +211,7 @@ class Behaviour(Measure):
         arrays = {
             "verdict": np.full(shape, -1, dtype=np.int8),
             "verdict_cosine": np.full(shape, -1, dtype=np.int8),
+            "verdict_doubt": np.full(shape, -1, dtype=np.int8),
             "verdict_changes": np.full((len(CHANGES), *shape), -1, dtype=np.int8),
             "mover": np.full(shape[:2], -1, dtype=np.int32),
             "mover_path": np.full((2, length, *shape[:2]), np.nan, dtype=np.float32),

@@ -17,7 +17,7 @@ from loopscope.dynamics.trajectories.motion import Motion, measure_motions
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
-from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.dynamics.verdicts import Doubt, Kind, Verdict
 from loopscope.models.inspection.facts import Dtype
 
 _SHORTEST_HALF = 12
@@ -59,7 +59,7 @@ def displacement_verdicts(measured: Sequence[TokenMotions], settings: Displaceme
         if kind.settles and finding.kind == Kind.BOUNDED:
             # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
             reason = f"{finding.reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
-            finding = finding._replace(kind=Kind.UNKNOWN, reason=reason)
+            finding = finding._replace(kind=Kind.UNKNOWN, reason=reason, doubt=Doubt.REMEMBERED)
         verdict = _verdict(finding)
         doubts = [] if same_limit(verdict.kind, kind) else ["window"]
         if verdict.kind.moves and _amplified(finding.motion, settings):
@@ -159,6 +159,8 @@ class _Finding(NamedTuple):
     """The later half of the tail need not be asked."""
     shaped: bool = False
     """A shape explains the motion."""
+    doubt: Doubt | None = None
+    """Of what cannot be told."""
 
 
 def _decide(whole: Motion, later: Motion | None, settings: DisplacementSettings) -> _Finding:
@@ -205,7 +207,7 @@ def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
                 f"Its steps shrink like time to the power -{motion.slowing:.2g}: too near to -1 to tell whether they "
                 "add up to a limit."
             )
-            return _Finding(Kind.UNKNOWN, reason, motion)
+            return _Finding(Kind.UNKNOWN, reason, motion, doubt=Doubt.SLOWING)
     # Steps that shrink contradict a motion that goes on, and those of an orbit are as long at the end as at the start.
     contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
         not 1 / settings.even <= motion.evenness <= settings.even
@@ -243,7 +245,7 @@ def _resting(motion: Motion, settings: DisplacementSettings) -> _Finding:
             f"Rounding alone moves it by {motion.floor:.2g} of its norm; only a finer dtype tells whether that is "
             "noise or chaos."
         )
-        return _Finding(Kind.UNKNOWN, reason, motion)
+        return _Finding(Kind.UNKNOWN, reason, motion, doubt=Doubt.LOUD)
     return _Finding(Kind.AT_FLOOR, f"It hovers: {size}.", motion)
 
 
@@ -314,11 +316,11 @@ def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Find
             f"It follows {words}, but rounding that a slow mode amplifies would seem to as well: it is "
             f"{_times(motion)}, of which {motion.innovation / motion.unit:.2g} are new in each recurrence."
         )
-        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
+        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True, doubt=Doubt.AMPLIFIED)
     left = f"which leaves {motion.unexplained:.2g} of its variance"
     if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
         reason = f"It moves slowly: {words} and an approach to a point explain it about as well."
-        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True)
+        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True, doubt=Doubt.RIVALS)
     if kind == Kind.SLIDER and motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles: it follows {words}, {left}."
         return _Finding(Kind.DIVERGING, reason, motion, shaped=True)
@@ -358,7 +360,7 @@ def _shapeless(motion: Motion, settings: DisplacementSettings) -> _Finding:
             reason = f"It hovers: {moves}, but {new}: rounding, which a contraction has amplified."
             return _Finding(Kind.AT_FLOOR, reason, motion)
         reason = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.LOUD)
     if motion.norm_growth >= settings.norm_growth:
         reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
         return _Finding(Kind.DIVERGING, reason, motion)
@@ -370,13 +372,13 @@ def _shapeless(motion: Motion, settings: DisplacementSettings) -> _Finding:
             f"It wanders: its squared displacement still grows {motion.spreading:.2g}-fold from short lags to long "
             "ones, in no direction of its own."
         )
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.WANDERS)
     if motion.measured:
         reason = (
             f"It moves: {moves}; but a twin stayed near for {motion.window} recurrences, so that it is no noise, "
             "and chaos only if that is slow."
         )
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False)
+        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.SHAPELESS)
     return _Finding(Kind.BOUNDED, f"It keeps moving: {moves}.", motion, settled=False)
 
 
@@ -401,6 +403,7 @@ def _verdict(finding: _Finding) -> Verdict:
         kind=finding.kind,
         reason=reason,
         method="displacement",
+        doubt=finding.doubt,
         floor=_floor(finding),
         level=motion.level,
         period=shape.period if shape is not None and described else nan,

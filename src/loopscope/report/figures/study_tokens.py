@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from loopscope._util.wording import listed, percent, significant, visible
 from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.prediction import PredictedKind as Predicted
-from loopscope.dynamics.verdicts import KINDS, Kind
+from loopscope.dynamics.verdicts import DOUBTS, KINDS, Kind
 from loopscope.report.figures.plot import Drawn, Section, on_page
 from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
 from loopscope.report.figures.verdicts import VERDICTS
@@ -49,8 +49,9 @@ def prompts_panel(view: StudyView, settings: ReportSettings) -> list[TokenPanel]
     ]
 
 
-def verdict_line(kind: Kind, numbers: dict[str, float]) -> str:
-    """What decided, from the numbers that a study keeps; a length is a share of the norm."""
+def verdict_line(kind: Kind, numbers: dict[str, float], doubt: int = -1) -> str:
+    """What decided, from the numbers that a study keeps; a length is a share of the norm. `doubt` is a place in
+    `DOUBTS`, -1 for none."""
     level, floor = numbers["level"], numbers["floor"]
     moves = f"it still moves by {percent(level)} of its norm" if math.isfinite(level) else ""
     if moves and floor > 0:
@@ -66,7 +67,8 @@ def verdict_line(kind: Kind, numbers: dict[str, float]) -> str:
     if not parts:
         return "The study keeps no number that says why." if kind is not Kind.DIVERGING else "It is no longer finite."
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    said = f"{text[0].upper()}{text[1:]}."
+    return f"{DOUBTS[doubt]} {said}" if doubt >= 0 else said
 
 
 def _said(sentence: str, value: float, shown: object = significant) -> str:
@@ -128,7 +130,7 @@ def _token(here: _Arrays, place: int, string: str) -> PanelToken:
     return PanelToken(
         label=string,
         kind=kind,
-        line=verdict_line(kind, numbers),
+        line=verdict_line(kind, numbers, int(here["verdict_doubt"][place]) if "verdict_doubt" in here else -1),
         facts=[
             *facts,
             *facts_of(numbers),
