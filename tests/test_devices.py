@@ -170,6 +170,10 @@ def test_what_goes_where_and_what_it_costs_is_said(folder: Path, capsys: pytest.
     assert any("Eigenvalues are left out" in sentence and "one at a time" in sentence for sentence in said)
     main(["inspect", str(folder), "--device-map", "coda=disk,prelude=cpu,recurrent=cpu"])
     assert "layers lie on    cpu: embedding, head and norms, prelude.0, recurrent.0-1" in capsys.readouterr().out
+    main(["inspect", str(folder), "demo:injected", "--device-map", "auto"])
+    assert "layers lie on" in capsys.readouterr().out
+    study = loopscope.analyze(folder, IDS, device_map=ON_DISK, **SETTINGS)
+    assert study.manifest["settings"]["device_map"] == "prelude=disk,recurrent.0=cpu,recurrent.1=disk,coda=disk"
     with pytest.raises(ConfigError, match="device_map comes too late"):
         loopscope.analyze(loopscope.load(folder), IDS, device_map="auto")
 

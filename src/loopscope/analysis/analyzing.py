@@ -61,6 +61,8 @@ def analyze(
     prompts = _without_tensors(prompts)
     if "intervene" in changes:
         changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
+    if isinstance(changes.get("device_map"), Mapping):
+        changes["device_map"] = ",".join(f"{layers}={place}" for layers, place in changes["device_map"].items())
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
