@@ -139,6 +139,7 @@ def test_auto_fills_devices_in_order_and_then_keeps_the_loop_off_the_disk(monkey
         ("prelude.0-4=cpu,recurrent=cpu,coda=cpu", r"names 'prelude\.0-4', and the layers of this model, of layout"),
         ({"model.layers.0": "cpu"}, r"names 'model\.layers\.0', .* are prelude\.0, recurrent\.0-1, coda\.0\."),
         ("prelude=cpu,recurrent.1-0=cpu,coda=cpu", r"names 'recurrent\.1-0', and the layers of this model"),
+        ("prelude.0-99999999999=cpu,recurrent=cpu,coda=cpu", r"names 'prelude\.0-99999999999', and the layers"),
         ("prelude=cpu,recurrent=cpu,coda=cpu,prelude=disk", "says twice where prelude goes; say it once"),
         ("prelude=cpu,recurrent.0-1=cpu,recurrent.1=disk,coda=cpu", r"says twice where recurrent\.1 goes"),
         ("somewhere", "A device map is auto, or places by layers such as prelude=cuda:0,"),
