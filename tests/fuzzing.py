@@ -291,7 +291,8 @@ def prepare_interventions(folder: Path, texts: list[str]) -> Callable[[], object
     return read
 
 
-def prepare_device_map(folder: Path, text: str) -> Callable[[], object]:
+def prepare_device_map(folder: Path, entries: list[str]) -> Callable[[], object]:
+    text = ",".join(entries) or "auto"
     return lambda: place_layers(small_subject().model.architecture, torch.float32, torch.device("cpu"), text)
 
 
@@ -357,7 +358,7 @@ DEVICE_MAPS = st.lists(
         st.sampled_from(["=cpu", "=disk", "=cuda:{}", "=meta", "=", "", "==cpu", "=cpu:{}"]),
     ).map(lambda parts: (parts[0] + parts[1] + parts[3]).format(*parts[2])),
     max_size=4,
-).map(",".join)
+)
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     name: NUMBERS.filter(lambda value: isinstance(value, int))
     for name in (
