@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import loopscope
@@ -39,6 +40,7 @@ from loopscope.experiments.sweep import Sweep
 from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.data import read_documents
 from loopscope.experiments.training.run_folder import RunFolder
+from loopscope.models.checkpoints.placement import place_layers
 from loopscope.models.interventions.parsing import check_fits, check_recurrences, check_tokens, parse_interventions
 from loopscope.prompts import sandbox
 from loopscope.prompts.chat import ChatTemplate
@@ -289,6 +291,11 @@ def prepare_interventions(folder: Path, texts: list[str]) -> Callable[[], object
     return read
 
 
+def prepare_device_map(folder: Path, entries: list[str]) -> Callable[[], object]:
+    text = ",".join(entries) or "auto"
+    return lambda: place_layers(small_subject().model.architecture, torch.float32, torch.device("cpu"), text)
+
+
 def prepare_states(folder: Path, damage: Any) -> Callable[[], object]:
     name, raw, member = damage
     path = folder / name
@@ -343,6 +350,15 @@ FORMS = st.sampled_from(
 INTERVENTIONS = st.lists(
     st.builds(lambda form, digits: form.format(*digits), FORMS, st.lists(DIGITS, min_size=4, max_size=4)), max_size=3
 )
+DEVICE_MAPS = st.lists(
+    st.tuples(
+        st.sampled_from(["prelude", "recurrent", "coda", "", "auto", "model.layers"]),
+        st.sampled_from(["", ".{}", ".{}-{}", "-{}"]),
+        st.lists(DIGITS, min_size=3, max_size=3),
+        st.sampled_from(["=cpu", "=disk", "=cuda:{}", "=meta", "=", "", "==cpu", "=cpu:{}"]),
+    ).map(lambda parts: (parts[0] + parts[1] + parts[3]).format(*parts[2])),
+    max_size=4,
+)
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     name: NUMBERS.filter(lambda value: isinstance(value, int))
     for name in (
@@ -372,6 +388,7 @@ KINDS = (
     Kind("prompts", st.tuples(EDITS, st.none() | BYTES, st.sampled_from(["q", "ids", None])), prepare_prompts),
     Kind("options", SETTINGS, prepare_settings),
     Kind("interventions", INTERVENTIONS, prepare_interventions),
+    Kind("device maps", DEVICE_MAPS, prepare_device_map),
     Kind(
         "trajectories",
         st.tuples(st.sampled_from(["states.npy", "states.npz", "small.npz"]), BYTES, st.none() | BYTES),

@@ -139,6 +139,7 @@ def test_auto_fills_devices_in_order_and_then_keeps_the_loop_off_the_disk(monkey
         ("prelude.0-4=cpu,recurrent=cpu,coda=cpu", r"names 'prelude\.0-4', and the layers of this model, of layout"),
         ({"model.layers.0": "cpu"}, r"names 'model\.layers\.0', .* are prelude\.0, recurrent\.0-1, coda\.0\."),
         ("prelude=cpu,recurrent.1-0=cpu,coda=cpu", r"names 'recurrent\.1-0', and the layers of this model"),
+        ("prelude.0-99999999999=cpu,recurrent=cpu,coda=cpu", r"names 'prelude\.0-99999999999', and the layers"),
         ("prelude=cpu,recurrent=cpu,coda=cpu,prelude=disk", "says twice where prelude goes; say it once"),
         ("prelude=cpu,recurrent.0-1=cpu,recurrent.1=disk,coda=cpu", r"says twice where recurrent\.1 goes"),
         ("somewhere", "A device map is auto, or places by layers such as prelude=cuda:0,"),
@@ -170,6 +171,10 @@ def test_what_goes_where_and_what_it_costs_is_said(folder: Path, capsys: pytest.
     assert any("Eigenvalues are left out" in sentence and "one at a time" in sentence for sentence in said)
     main(["inspect", str(folder), "--device-map", "coda=disk,prelude=cpu,recurrent=cpu"])
     assert "layers lie on    cpu: embedding, head and norms, prelude.0, recurrent.0-1" in capsys.readouterr().out
+    main(["inspect", str(folder), "demo:injected", "--device-map", "auto"])
+    assert "layers lie on" in capsys.readouterr().out
+    study = loopscope.analyze(folder, IDS, device_map=ON_DISK, **SETTINGS)
+    assert study.manifest["settings"]["device_map"] == "prelude=disk,recurrent.0=cpu,recurrent.1=disk,coda=disk"
     with pytest.raises(ConfigError, match="device_map comes too late"):
         loopscope.analyze(loopscope.load(folder), IDS, device_map="auto")
 

@@ -178,6 +178,7 @@ def test_attention_that_cannot_be_seen_is_none_and_said() -> None:
             trace.attention("prelude", layer)
     said = [sentence for sentence in subject.unobservable if sentence.startswith("Attention")]
     assert said == [
-        "Attention of prelude.0 (enter.0): 2 attentions were computed in it, where one was expected.",
+        "Attention of prelude.0 (enter.0): 2 attentions were computed in it, where one was expected (attention_call= "
+        "shows one).",
         "Attention of prelude.1 (enter.1): no attention that is understood was computed in it, where one was expected.",
     ]

@@ -82,6 +82,8 @@ def analyze(
     _check_names(changes)
     if "intervene" in changes:
         changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
+    if isinstance(changes.get("device_map"), Mapping):
+        changes["device_map"] = ",".join(f"{layers}={place}" for layers, place in changes["device_map"].items())
     settings = dataclasses.replace(settings or AnalyzeSettings(), **_source(prompts), **changes)
     with shown(progress) as told:
         return _analyze(model, prompts, out, settings, told)

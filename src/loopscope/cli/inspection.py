@@ -83,6 +83,7 @@ def _side_by_side(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{inspection.parameters.total:,}"),
         *_sizes(inspection),
         *settings.items(),
+        *([("layers lie on", inspection.placement)] if inspection.placement is not None else []),
     ]
 
 

@@ -28,7 +28,7 @@ _REST = "embedding, head and norms"
 _SHARE = 0.75
 """Of what is free on a device, that `auto` fills with weights: the states of a batch want room too."""
 
-_ENTRY = re.compile(r"(prelude|recurrent|coda)(?:\.(\d+)(?:-(\d+))?)?")
+_ENTRY = re.compile(r"(prelude|recurrent|coda)(?:\.([0-9]{1,4})(?:-([0-9]{1,4}))?)?")
 
 
 @dataclass(frozen=True)
