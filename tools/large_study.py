@@ -8,6 +8,7 @@ memory is printed. Ends with 1 if a peak is above 2 GiB, or the page of the deep
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,13 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from playwright.sync_api import sync_playwright
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import synthetic_study
+from loopscope.report.page.write import write_report
+from loopscope.study import Study
 from synthetic_study import contracting, looped_study, with_behaviour
 
-from loopscope.study import Study
-
-PROMPTS, TOKENS, PEAK, PAGE = 5000, 40, 2 * 2**30, 20 * 10**6
+PROMPTS, TOKENS, LAYERS, RECURRENCES = 5000, 40, 100, 128
+PEAK, PAGE = 2 * 2**30, 20 * 10**6
 STEP = """
 import resource, sys
 {work}
@@ -57,10 +61,34 @@ def step(name: str, **paths: Path) -> bool:
     return done.returncode == 0
 
 
+def deep_page(path: Path) -> int:
+    """Bytes of the report of 100 layers and 128 recurrences, which is drawn where there is a Chromium."""
+    synthetic_study.LAYERS = LAYERS
+    deep = with_behaviour(
+        looped_study(contracting(), prompts=2, tokens=8, recurrences=RECURRENCES, horizon=RECURRENCES)
+    )
+    size = write_report(deep, path).stat().st_size
+    print(f"{LAYERS} layers, {RECURRENCES} recurrences: a page of {size / 10**6:.1f} MB", flush=True)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is not None:
+        with sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+            page, started = chromium.new_page(), time.monotonic()
+            page.goto(path.as_uri())
+            page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=600_000)
+            count, failed = page.locator("[data-plot]").count(), page.get_by_text("could not be drawn").count()
+            print(f"{count} figures drawn in {time.monotonic() - started:.0f} s, {failed} not", flush=True)
+            chromium.close()
+            assert not failed
+    return size
+
+
 def main(asked: list[str]) -> int:
     right = True
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        if not asked or "layers" in asked:
+            right &= deep_page(folder / "deep.html") <= PAGE
         if not asked or "prompts" in asked:
             for number, name in enumerate(("one", "other")):
                 many_prompts(folder / name, number)

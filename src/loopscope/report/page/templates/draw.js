@@ -29,6 +29,11 @@
   for (const place of document.querySelectorAll("[data-plot]")) {
     try {
       const plot = read(place.dataset.plot);
+      for (const trace of plot.data) {
+        const { pairs } = trace;
+        if (pairs) trace.text = pairs.map((row) => pairs.map((column) => `${row}<br>${column}`));
+        delete trace.pairs;
+      }
       await Plotly.newPlot(place, plot.data, plot.layout, options);
       if (place.dataset.picks) tellOfClicks(place);
     } catch (error) {
