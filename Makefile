@@ -23,7 +23,7 @@ DEMO := out/demo
 DEMO_ANALYSIS := demo:injected --prompts word-problems --limit 16 --recurrences 32 --horizon 64
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs docs-check bench crash fuzz pins clean
+.PHONY: help install demo test lint format docs docs-check bench crash fuzz soak audit pins clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,8 +74,18 @@ fuzz: $(TEST_STAMP) ## Try 5,000 damaged inputs and those that once failed, and 
 	$(BIN)/python tests/fuzzing.py 5000
 	$(BIN)/python tools/known_faults.py
 
-crash: $(TEST_STAMP) ## Kill an analysis, a training run and a sweep at each operation on a file, and run them again
+crash: $(TEST_STAMP) ## End commands at each operation on a file and at random, with full and failing disks, and run them again
 	$(BIN)/python tools/crash.py
+
+soak: $(TEST_STAMP) ## An analysis of 2,000 prompts with two workers, and large studies: memory, and what is left open
+	$(BIN)/python tools/soak.py
+	$(BIN)/python tools/large_study.py
+
+# Strictly: without the network, or where an index says nothing of a version, that is said, and is no success.
+audit: ## Look for published vulnerabilities of the pinned dependencies; needs pypi.org
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 # Everything moves to its newest release but torch, which stays at the version that constraints.txt names: of torch there
 # are several builds, and an index may offer a newer one than the tests know.

@@ -359,7 +359,7 @@ def attention_maps(sites: list[tuple[str, int, int]], tokens: int, kept: tuple[i
     chosen = [site for site in sites if site[0] != "recurrent" or site[2] + 1 in kept]
     codes = np.zeros((1, len(chosen), 2, tokens, tokens), dtype=np.uint8)
     for index, head in np.ndindex(len(chosen), 2):
-        first = 8 * (2 * index + head) + 16
+        first = 8 * ((2 * index + head) % 29) + 16
         codes[0, index, head] = round((254**2 - first**2) ** 0.5) * np.eye(tokens)
         codes[0, index, head, :, 0] = first
         codes[0, index, head, 0, 0] = 254

@@ -17,6 +17,7 @@ import fuzzing
 from loopscope import Study
 from loopscope._util.files import clear_leftovers, write_atomically
 from loopscope._util.reading import open_file, parse_json, read_json
+from loopscope._util.signals import uninterrupted
 from loopscope.cli import main
 from loopscope.errors import ConfigError, LoopscopeError, PromptError, StudyError, UnforeseenError, last_resort
 from loopscope.prompts import sandbox
@@ -237,3 +238,18 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     except OSError:
         return "Z"
+
+
+def test_a_signal_waits_while_a_library_may_hold_a_lock() -> None:
+    reached = []
+
+    def holding() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        holding()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

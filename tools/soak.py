@@ -17,12 +17,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from loopscope import analyze
+from loopscope import AnalyzeSettings, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.job import SilentProgress
 from loopscope.models.architecture import Architecture
@@ -75,18 +74,15 @@ def main(count: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         save_checkpoint(folder / "model", LoopedTransformer(shape).initialize(0, 0.1))
-        few: dict[str, Any] = {
-            "recurrences": 2,
-            "horizon": 2,
-            "batch_size": 1,
-            "skip": ("behaviour", "stability", "heads"),
-        }
-        fixed = few | {"device": "cpu", "threads": 1, "track": (), "engine": "processes", "workers": 2}
-        analyze(folder / "model", prompts[:3], out=folder / "first", **fixed)  # what is loaded once
+        settings = AnalyzeSettings(
+            recurrences=2, horizon=2, batch_size=1, skip=("behaviour", "stability", "heads"), track=(),
+            device="cpu", threads=1, engine="processes", workers=2,
+        )  # fmt: skip
+        analyze(folder / "model", prompts[:3], out=folder / "first", settings=settings)  # what is loaded once
         gc.collect()
         before = own.num_fds(), own.num_threads(), len(own.children())
         watch, started = Watch(folder / "study"), time.monotonic()
-        study = analyze(folder / "model", prompts, out=folder / "study", progress=watch, **fixed)
+        study = analyze(folder / "model", prompts, out=folder / "study", settings=settings, progress=watch)
         seconds, peak = time.monotonic() - started, own.memory_info().rss
         watch.over.set()
         watch.thread.join()

@@ -328,10 +328,12 @@ def view_study(study: Study) -> StudyView:
     if looped and "noise_floor" not in dataset:
         dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
     dataset = dataset.assign(_from_cosines(dataset))
+    whole = dataset["diverged_at"].values < 0
     return StudyView(
         study=study,
         dataset=dataset,
-        finite=dataset.isel(prompt=np.flatnonzero(dataset["diverged_at"].values < 0)),
+        # The same arrays where that is all of them: a large study would be there twice.
+        finite=dataset if whole.all() else dataset.isel(prompt=np.flatnonzero(whole)),
         prelude=prelude,
         recurrent=recurrent,
         coda=coda,
@@ -344,6 +346,12 @@ def view_study(study: Study) -> StudyView:
         dtype=dtype,
         interventions=interventions,
     )
+
+
+def without_paths(dataset: xr.Dataset) -> xr.Dataset:
+    """Without what is known of each token at each recurrence, which is most of a large study: for whoever chooses
+    prompts, of which arrays are copies."""
+    return dataset.drop_vars([name for name, each in dataset.items() if {"recurrence", "token"} <= set(each.dims)])
 
 
 def _from_cosines(dataset: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -30,7 +30,7 @@ from loopscope.answers.settling import (
     settling_by_layer,
     step_ratio,
 )
-from loopscope.study import StudyView
+from loopscope.study import StudyView, without_paths
 
 FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
 _VERDICTS = {
@@ -52,7 +52,7 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     undecided = 0 if common is None or not common.decided else sum(not kind.decided for kind in kinds)
     share = Share(sum(alike), view.prompts, undecided)
     chosen = np.flatnonzero(alike if common is not None else np.ones(len(kinds), dtype=bool))
-    data = view.dataset.isel(prompt=chosen)
+    data = without_paths(view.dataset).isel(prompt=chosen)
     evidence = _evidence(data)
     tokens = _settled_tokens(data, view.horizon, criterion)
     if math.isfinite(tokens):

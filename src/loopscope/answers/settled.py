@@ -13,7 +13,7 @@ from loopscope._util.statistics import Share, mean, median
 from loopscope._util.wording import percent, plural, significant
 from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Need, Outcome, Question, some_finite
 from loopscope.answers.settling import Settling, common_settling, noise_floor, prompt_settling
-from loopscope.study import StudyView
+from loopscope.study import StudyView, without_paths
 
 POINTS = Question(key="points", text="Does each layer have a point of its own?", figure="layer-cosine")
 ARRIVAL = Question(key="arrival", text="After how many recurrences is it there?", figure="distance")
@@ -146,7 +146,7 @@ def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
         )
 
     kinds = prompt_settling(view, criterion)
-    data = view.dataset.isel(prompt=np.flatnonzero([kind.settles for kind in kinds]))
+    data = without_paths(view.dataset).isel(prompt=np.flatnonzero([kind.settles for kind in kinds]))
     floor = median(noise_floor(data).max("layer").values)
     rounding = criterion.floor_factor * floor if np.isfinite(floor) else 0.0
     level = max(criterion.reached_level, rounding)

@@ -251,6 +251,8 @@ class _Drawing:
             ygap=2 if mark.gaps else 0,
             **named,
         )
+        if len(mark.pairs):
+            self.traces[-1]["pairs"] = _texts(mark.pairs)  # which the page puts together
         if len(mark.texts):
             texts = [[escaped(words) for words in row] for row in mark.texts]
             self.traces[-1] |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11.5}}

@@ -129,6 +129,9 @@ class HeatMap(Named):
     """Of values that are places in it, rather than a range of colours."""
     texts: Sequence[Sequence[str]] = ()
     """Written into the cells."""
+    pairs: Sequence[str] = ()
+    """Names of rows and columns alike, of which a cell's label has two: a page of a thousand visits would else hold a
+    million labels."""
     parted_x: Sequence[Number] = ()
     parted_y: Sequence[Number] = ()
     """Where white lines part columns and rows."""

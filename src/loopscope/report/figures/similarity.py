@@ -169,7 +169,7 @@ def _visits_map(values: NDArray[np.float64], labels: Sequence[str], what: str, *
         marks=[
             HeatMap(
                 z=values, x=np.arange(len(labels)), bar=what, low=low, high=high, parted_x=between, parted_y=between,
-                labels=[[f"{a}\n{b}" for b in labels] for a in labels], tip=f"{{label}}\n{what} {{z:.3f}}",
+                pairs=labels, tip=f"{{label}}\n{what} {{z:.3f}}",
             )
         ],
         height=_HEIGHT,
