@@ -117,35 +117,35 @@ def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "settings": {**settings, "skip": sorted(settings.get("skip", ()))}}
 
 
-def merge(shards: list[xr.Dataset]) -> xr.Dataset:
-    """The batches of a study as one data set: joined, and means of what they summed up."""
+def merge(shards: list[xr.Dataset]) -> dict[str, xr.Variable]:
+    """The batches of a study as one: joined, and means of what they summed up. The list is emptied."""
     merged = join(shards)
-    for name in [str(name) for name in merged if f"{name}_weight" in merged]:
+    for name in [name for name in merged if f"{name}_weight" in merged]:
+        weight = merged.pop(f"{name}_weight")
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no prompt had this entry
-            values = merged[name].values / merged[f"{name}_weight"].values
-        merged = merged.drop_vars(f"{name}_weight").assign({name: (merged[name].dims, values)})
+            merged[name] = xr.Variable(merged[name].dims, merged[name].values / weight.values)
     return merged
 
 
-def join(parts: list[xr.Dataset]) -> xr.Dataset:
+def join(parts: list[xr.Dataset]) -> dict[str, xr.Variable]:
     """Batches as one: concatenated along prompts (or tracked tokens, or prompts whose maps are kept), and
     what they summed up added.
 
-    Batches differ in their longest prompt; the shorter ones are filled up with what stands for nothing. They are
-    emptied on the way, so that no more than one variable is held twice.
+    Batches differ in their longest prompt; the shorter ones are filled up with what stands for nothing. The list is
+    emptied, so that no more than one variable is held twice where nothing else holds the batches. (Variables alone:
+    each change of a data set checks all that it holds.)
     """
-    names = list(dict.fromkeys(str(name) for part in parts for name in part.data_vars))
+    held = [dict(part.variables) for part in parts]
+    parts.clear()
+    names = list(dict.fromkeys(str(name) for each in held for name in each))
     joined = {}
     for name in names:
-        found = [part.variables[name] for part in parts if name in part]
+        found = [each.pop(name) for each in held if name in each]
         if name.endswith("_weight") or f"{name}_weight" in names:
             joined[name] = xr.Variable(found[0].dims, sum(each.values for each in found))
         else:
             joined[name] = _concatenated(found)
-        for part in parts:
-            if name in part:
-                del part[name]
-    return xr.Dataset(joined)
+    return joined
 
 
 def begun_batch_size(folder: Path) -> int | None:

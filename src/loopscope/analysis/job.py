@@ -164,7 +164,7 @@ class Job:
         found: dict[int, xr.Dataset] = {}
         self.progress.start(self._phases(range(self.shards)))
         self._run_all(range(self.shards), found.__setitem__)
-        study = self.assemble([found[index] for index in range(self.shards)], started)
+        study = self.assemble([found.pop(index) for index in range(self.shards)], started)
         self.progress.step("writing")
         return study
 
@@ -239,7 +239,7 @@ class Job:
             )
         for phase, count in steps.items():
             tick(phase, count)
-        return found[0] if len(found) == 1 else join(found)
+        return found[0] if len(found) == 1 else xr.Dataset(join(found))
 
     def _measure(self, rows: range, tick: Callable[[str, int], None]) -> xr.Dataset:
         batch = self._batch(rows)
@@ -253,15 +253,18 @@ class Job:
         )
 
     def assemble(self, shards: list[xr.Dataset], started: float) -> Study:
-        """All shards as one study, whose variables say what they are."""
-        dataset = merge(shards)
+        """All shards as one study, whose variables say what they are. The list is emptied."""
+        variables = merge(shards)
         if why_absent(Neurons, self.subject.info, self.plan) is None:
-            dataset = dataset.merge(Neurons.of(self.subject, self.settings.neuron_limit, self.progress.note))
+            neurons = Neurons.of(self.subject, self.settings.neuron_limit, self.progress.note)
+            variables |= {str(name): values for name, values in neurons.variables.items()}
         counts = np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
-        dataset = dataset.assign(token_count=("prompt", counts))
-        dataset = dataset.assign_coords(coordinates(dataset, self.subject.info, self.plan))
+        variables["token_count"] = xr.Variable("prompt", counts)
+        dataset = xr.Dataset(variables)
+        named = coordinates(dataset, self.subject.info, self.plan)
         if self.subject.tokenizer is not None:
-            dataset = dataset.assign_coords(predicted_tokens(dataset, self.subject.tokenizer))
+            named |= predicted_tokens(dataset, self.subject.tokenizer)
+        dataset = dataset.assign_coords(named)
         describe(dataset)
         left_out = absent_variables({str(name) for name in dataset.data_vars}, self.subject.info, self.plan)
         seconds = round(time.monotonic() - started, 1)

@@ -98,8 +98,8 @@ def describe(dataset: xr.Dataset) -> None:
     """Let each variable say what it is: `long_name`, `units`, and, of codes, `flag_values` and `flag_meanings` as the
     CF conventions have them."""
     declared = declared_variables()
-    for name, values in dataset.data_vars.items():
-        about = declared[str(name)]
+    for name in dataset.data_vars:
+        values, about = dataset.variables[name], declared[str(name)]
         values.attrs = {"long_name": about.meaning, "units": about.units}
         if about.flags:
             values.attrs["flag_values"] = np.arange(len(about.flags), dtype=values.dtype)

@@ -74,7 +74,8 @@ def measure_batch(
             found.append(measures.pop(0).result())
         if plan.judged_layers:
             tick("verdicts")
-        arrays = xr.merge(found, compat="no_conflicts", join="exact", combine_attrs="drop")
+        # No two measures have a variable in common; xarray's own merging compares all of them with each other.
+        arrays = xr.Dataset({name: values for each in found for name, values in each.variables.items()})
         return arrays.assign(diverged_at=("prompt", _diverged_at(arrays, info, horizon)))
 
 

@@ -163,6 +163,8 @@ class NativeRun:
         applied: AppliedInterventions,
     ) -> None:
         self._model = model
+        self._records = any(weight.requires_grad for weight in model.parameters())
+        """Whether gradients of weights would be recorded."""
         self._recurrence = 0
         with torch.no_grad():
             self._sequence = model.encode(batch.input_ids, batch.mask, observers, applied)
@@ -246,7 +248,7 @@ class NativeRun:
         )
         if tokens is not None:
             sequence = sequence.of(tokens)
-        if dtype == self._model.dtype and not any(weight.requires_grad for weight in self._model.parameters()):
+        if dtype == self._model.dtype and not self._records:
             return lambda state: self._model.recur(state, sequence, at)
         module = _Recurrence(self._model)
         weights = {
