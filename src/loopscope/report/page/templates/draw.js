@@ -29,11 +29,8 @@
   for (const place of document.querySelectorAll("[data-plot]")) {
     try {
       const plot = read(place.dataset.plot);
-      for (const trace of plot.data) {
-        const { pairs } = trace;
-        if (pairs) trace.text = pairs.map((row) => pairs.map((column) => `${row}<br>${column}`));
-        delete trace.pairs;
-      }
+      for (const trace of plot.data.filter(({ meta }) => meta))
+        trace.text = trace.meta.map((row) => trace.meta.map((column) => `${row}<br>${column}`));
       await Plotly.newPlot(place, plot.data, plot.layout, options);
       if (place.dataset.picks) tellOfClicks(place);
     } catch (error) {
