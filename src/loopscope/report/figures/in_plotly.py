@@ -252,7 +252,7 @@ class _Drawing:
             **named,
         )
         if len(mark.pairs):
-            self.traces[-1]["pairs"] = _texts(mark.pairs)  # which the page puts together
+            self.traces[-1]["meta"] = _texts(mark.pairs)  # of which the page makes the texts
         if len(mark.texts):
             texts = [[escaped(words) for words in row] for row in mark.texts]
             self.traces[-1] |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11.5}}

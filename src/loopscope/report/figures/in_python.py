@@ -87,8 +87,8 @@ def interactive(plot: Plot) -> Figure:
             shown = bool(name) and trace["type"] != "heatmap" and name not in named
             named.add(name)
             trace |= {"xaxis": f"x{number}", "yaxis": f"y{number}", "legendgroup": name, "showlegend": shown}
-            if pairs := trace.pop("pairs", None):
-                trace["text"] = [[f"{one}<br>{other}" for other in pairs] for one in pairs]
+            if labels := trace.get("meta"):  # which a page puts together itself
+                trace["text"] = [[f"{one}<br>{other}" for other in labels] for one in labels]
             if "colorbar" in trace:
                 trace["colorbar"] |= {"x": across[0][1], "xanchor": "left", "y": sum(across[1]) / 2, "yref": "paper"}
                 trace["colorbar"] |= {"len": (across[1][1] - across[1][0]), "orientation": "v", "yanchor": "middle"}

@@ -15,11 +15,8 @@
   async function draw(place) {
     try {
       const [plot] = await Promise.all([loopscope.content(place.dataset.plot), loopscope.plotly()]);
-      for (const trace of plot.data) {
-        const { pairs } = trace;
-        if (pairs) trace.text = pairs.map((row) => pairs.map((column) => `${row}<br>${column}`));
-        delete trace.pairs;
-      }
+      for (const trace of plot.data.filter(({ meta }) => meta))
+        trace.text = trace.meta.map((row) => trace.meta.map((column) => `${row}<br>${column}`));
       await Plotly.newPlot(place, plot.data, plot.layout, options);
       for (const button of place.querySelectorAll(".modebar-btn")) button.setAttribute("aria-label", button.dataset.title);
       if (place.dataset.picks) tellOfClicks(place);
