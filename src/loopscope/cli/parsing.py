@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Protocol, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, Union, cast, get_args, get_origin, get_type_hints, runtime_checkable
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -21,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from loopscope.errors import ConfigError
 
 
+@runtime_checkable
 class Command(Protocol):
     """What the parser makes of a command line."""
 

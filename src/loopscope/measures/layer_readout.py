@@ -72,7 +72,7 @@ class LayerReadout(Measure):
         size = max(1, tile_entries(self.batch.mask.device, _PIECE_ENTRIES, 8) // self.batch.info.vocab_size)
         for row, length in enumerate(self._lengths):
             for start in range(0, length, size):
-                place = (row, slice(start, min(start + size, length)))
+                place = (slice(row, row + 1), slice(start, min(start + size, length)))
                 scores = self._model.unembed(self._model.norm(visit.residual[place])).double().log_softmax(-1)
                 best, top = scores.max(-1)
                 self._top1[visit.layer][place] = top
