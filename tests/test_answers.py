@@ -47,7 +47,7 @@ def test_contraction_is_a_fixed_point_of_its_own_for_each_layer() -> None:
     assert found["points"].verdict == "one per layer"
     # The distance after t recurrences is 0.6^t: within 1 % from the 10th on.
     assert found["arrival"].evidence["recurrences_median"] == 10
-    assert "all alike" in found["arrival"].sentence
+    assert "the same for all" in found["arrival"].sentence
     assert found["trained_depth"].verdict == "no, still moving"
     assert found["trained_depth"].evidence["relative_distance_at_trained"] == pytest.approx(0.6**4, rel=1e-3)
     assert found["initial_state"].outcome is Outcome.YES

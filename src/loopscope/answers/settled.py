@@ -162,12 +162,14 @@ def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
     if view.recurrences == view.horizon:
         limits.append("The last distance measured is 0 by construction: it is taken at the horizon itself.")
 
-    within = f"within {percent(level)} of its state at the horizon, for good and in every layer"
+    within = f"within {percent(level)} of its state at the horizon, and stays there, in every layer"
     middle = _middle(slowest)
     if np.isfinite(middle):
         outcome, verdict = Outcome.YES, f"about {middle:.0f}"
         layers = [_middle(row) for row in by_layer]
-        extent = f"range {reached.min():.0f} to {reached.max():.0f}" if reached.min() < reached.max() else "all alike"
+        extent = (
+            f"range {reached.min():.0f} to {reached.max():.0f}" if reached.min() < reached.max() else "the same for all"
+        )
         sentence = f"After {plural(int(middle), 'recurrence')} the state is {within} (median over prompts; {extent})."
         if min(layers) < max(layers):
             sentence += f" By layer the medians run from {min(layers):.0f} to {max(layers):.0f}."

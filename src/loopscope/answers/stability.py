@@ -32,7 +32,7 @@ STABILITY = Question(
 )
 _SAID = {
     PredictedKind.FIXED_POINT: "stand at a fixed point that attracts",
-    PredictedKind.DAMPED_ROTATION: "stand at a fixed point that attracts in visible turns",
+    PredictedKind.DAMPED_ROTATION: "spiral into a fixed point that attracts",
     PredictedKind.SLIDER: "have an eigenvalue that cannot be told from 1",
     PredictedKind.ORBIT: "stand at a fixed point that repels in turns",
     PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternation",

@@ -44,7 +44,7 @@ _KEEPERS = Question(
 )
 _RECIPES = Question(key="recipes", text="Does a recipe settle at no cost?", figure="training-ranking")
 _SETTLING = Question(key="settling", text="Do designs that settle keep their loss?", figure="training-table")
-_DEPTH = Question(key="depth", text="Do recurrences pay?", figure="training-curves")
+_DEPTH = Question(key="depth", text="Do more recurrences help?", figure="training-curves")
 
 
 @dataclass(frozen=True, kw_only=True)

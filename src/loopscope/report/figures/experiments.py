@@ -312,7 +312,7 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
     found = summaries(results)
     looped = [each for each in found if each.control is None]
     ranking = Plot(
-        question="Which loss and accuracy, and what becomes of them?",
+        question="How do the designs rank by loss and accuracy?",
         reading="(a) Test loss, (b) share of tokens that are the likeliest one, where earlier "
         "tokens are given. A mark is a seed: filled ones at the trained number of recurrences, open ones at the "
         "largest number; a line joins the two means. The dashed line is the loss of a bigram table fitted to the test "
@@ -321,7 +321,7 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
         anchor="training-ranking",
     )
     curves = Plot(
-        question="Which loss after each number of recurrences?",
+        question="What is the loss after each number of recurrences?",
         reading="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as "
         "deep) and dotted (as large). The vertical line is the trained number of recurrences, the horizontal one the "
         "loss of a bigram table fitted to the test text. Kept: the loss at the largest number is about that at the "

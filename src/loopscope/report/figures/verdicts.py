@@ -328,6 +328,12 @@ def _all_settle(shares: Sequence[KindShare]) -> bool:
     return shares[0].total > 0 and sum(share.count for share in shares if share.kind.settles) == shares[0].total
 
 
+def _only_kind(columns: Sequence[Sequence[KindShare]]) -> Kind | None:
+    """That of all tokens, where they have but one."""
+    found = {share.kind for shares in columns for share in shares if share.count}
+    return found.pop() if len(found) == 1 else None
+
+
 def split(shares: Sequence[KindShare]) -> str:
     """`74 % at a fixed point, 26 % at the noise floor`, of tokens that settle."""
     total, names = shares[0].total, {Kind.FIXED_POINT: "at a fixed point", Kind.AT_FLOOR: "at the noise floor"}
@@ -340,6 +346,8 @@ def _settled_at_every_layer(view: StudyView) -> str | None:
     data = view.dataset
     codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
     layers = {int(layer): token_shares(one) for layer, one in zip(data["judged_layer"].values, codes, strict=True)}
+    if (kind := _only_kind(list(layers.values()))) is not None:
+        return f"At every judged layer all tokens are of one kind: {kind}."
     if not all(map(_all_settle, layers.values())):
         return None
     said = "; ".join(f"{split(shares)} after layer {layer}" for layer, shares in layers.items())
@@ -348,6 +356,8 @@ def _settled_at_every_layer(view: StudyView) -> str | None:
 
 def _settled_in_every_role(view: StudyView) -> str | None:
     roles = {name: shares for name, shares in study_rates(view.study).roles.items() if shares[0].total}
+    if (kind := _only_kind(list(roles.values()))) is not None and not kind.settles:
+        return f"All tokens are of one kind whatever their role ({', '.join(roles)}): {kind}."
     if not roles or not all(map(_all_settle, roles.values())):
         return None
     return f"All tokens settle whatever their role ({', '.join(roles)})."

@@ -142,8 +142,8 @@
   }
 
   const PLOTS = [
-    ["Its way, in the plane in which it moves most", way, "Its way was not kept."],
-    ["How far apart are states that many recurrences apart?", displacement, "It does not move, or this was not kept."],
+    ["Its path, in the plane in which it moves most", way, "Its path was not kept."],
+    ["How far does it move within a number of recurrences (lag)?", displacement, "It does not move, or this was not kept."],
     ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, and the circle of modulus 1", eigenvalues, "None were taken of this token."]] : []),
   ].map(([title, drawing, otherwise]) => {
     const place = make("div", { class: "plot", role: "group", "aria-label": title });
