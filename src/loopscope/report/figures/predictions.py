@@ -70,8 +70,8 @@ def _of_prompt(view: StudyView, settings: ReportSettings, name: str, across: str
 def _panel(
     view: StudyView,
     settings: ReportSettings,
-    tokens: NDArray[np.int64],
-    values: NDArray[np.float64],
+    tokens: NDArray[np.integer],
+    values: NDArray[np.floating],
     columns: list[str],
     x_title: str,
     bar: str,
