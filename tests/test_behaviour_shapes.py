@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from loopscope.dynamics.trajectories.calibration import calibrate
 from loopscope.dynamics.trajectories.curves import gradual, shortest_turns
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
@@ -206,3 +207,11 @@ def test_noise_that_a_slow_mode_remembers_neither_turns_nor_slides_nor_grows(dty
         states = directions(19, seed=1)[-1] + np.stack(path[200:], axis=1) @ directions(count)
         kinds = {verdict.kind for verdict in judge(states.astype(np.float32), dtype, check_order=False)}
         assert kinds <= {Kind.FIXED_POINT, Kind.AT_FLOOR}
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.985), ("bfloat16", 0.975)])
+def test_the_default_mix_is_decided(dtype: Dtype, least: float) -> None:
+    table = calibrate(156, dtype=dtype, methods=["displacement"], seed=17, lengths=(64, 128), widths=(16, 256))[0]
+    assert table.total.share >= least, {name: score.wrongly for name, score in table.cases.items() if score.wrong}
+    assert table.false_alarms == 0
+    assert table.fixed_points >= 40

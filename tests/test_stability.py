@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import loopscope
+from foreign_models import assert_untouched
 from loopscope import leading_eigenvalues
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, KrylovSpace, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
@@ -32,11 +33,13 @@ from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch
 from random_model import random_ids, random_model
 from small_models import (
+    ADDED,
     FEED_FORWARD,
     INJECTED,
     LOOP_NORM,
     PROMPTS,
     RESIDUAL_NORM,
+    hooked_native,
     linear_loop,
     relaxation,
     subject,
@@ -534,3 +537,18 @@ def test_a_subject_of_ones_own_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="small is of the type Own, of which loopscope knows no derivative"):
         leading_eigenvalues(Own(), [[1, 2]])
+
+
+@pytest.mark.parametrize("shape", [INJECTED, RESIDUAL_NORM, LOOP_NORM, ADDED], ids=lambda shape: shape.norm_placement)
+def test_a_hooked_model_has_the_eigenvalues_of_the_native_one_at_their_fixed_point(shape: Any) -> None:
+    """One is entered at its loop state and the other behind the injection."""
+    native, hooked = hooked_native(shape, std=0.05, dtype=torch.float64)
+    settings = EigenvalueSettings(recurrences=100, products=16, settled=1e-9)
+    found, wanted = (leading_eigenvalues(subject, PROMPTS[:3], settings=settings) for subject in (hooked, native))
+    assert (found.site, wanted.site) == ("block input", "loop state")
+    assert found.derivative == "exact"
+    assert np.nanmax(wanted.relative_step) < 1e-8 or shape is ADDED
+    # The states of `ADDED` grow without bound, and its Jacobians are compared at two different points.
+    tolerance = 0.05 if shape is ADDED else 1e-6
+    np.testing.assert_allclose(found.radius, wanted.radius, atol=tolerance)
+    assert_untouched(hooked.model)
