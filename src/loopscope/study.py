@@ -327,7 +327,8 @@ def view_study(study: Study) -> StudyView:
             raise StudyError(f"The study has no variable {name!r}, so it is not complete; run its analysis again.")
     if looped and "noise_floor" not in dataset:
         dataset = dataset.assign(noise_floor=xr.full_like(dataset["horizon_drift"], np.nan))
-    dataset = dataset.assign(_from_cosines(dataset))
+    if found := _from_cosines(dataset):
+        dataset = dataset.assign(found)
     whole = dataset["diverged_at"].values < 0
     return StudyView(
         study=study,

@@ -160,6 +160,7 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     return [agreed(*each) for each in zip(kinds, all_settle, most_move, small, strict=True)]
 
 
+@lru_cache(maxsize=2)
 def horizon_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     """The same by the horizons alone."""
     return [_ORDER[rank] for rank in settling(view, criterion).max("layer").values]
