@@ -20,8 +20,12 @@ from loopscope.answers.comparison.curves import MEASURES
 from loopscope.answers.comparison.findings import comparison_answers
 from loopscope.answers.comparison.null import curve_similarity
 from loopscope.answers.comparison.settings import CompareSettings
+from loopscope.answers.comparison.side_by_side import training_steps
 from loopscope.cli import main
 from loopscope.errors import ConfigError, LoopscopeError, StudyError
+from loopscope.report.figures.comparison import COMPARED
+from loopscope.report.figures.plot import Line
+from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, read_manifest, write_manifest
 from staged_study import OTHER, SHAPE, answer_of, at, staged_study
 
@@ -242,3 +246,32 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     page = write_comparison(comparison, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "<img src=x" not in page
+
+
+def test_checkpoints_of_one_run_have_a_curve_over_training(tmp_path: Path) -> None:
+    def checkpoint(step: int) -> Study:
+        study = demo_study()
+        model = {**study.manifest["model"], "name": f"run/step-{step}", "weights_sha256": str(step)}
+        return Study(study.dataset, {**study.manifest, "model": model}, study.tokens)
+
+    comparison = compare([checkpoint(step) for step in (900, 20, 100)])
+    assert training_steps(comparison) == [900, 20, 100]
+    (figure,) = [each for each in COMPARED if each.name == "over-training"]
+    losses = next(p for p in figure.draw(comparison, ReportSettings()).panels if p.title == "Loss after all")
+    (line,) = losses.marks
+    assert isinstance(line, Line)
+    np.testing.assert_array_equal(line.x, [20, 100, 900])
+    np.testing.assert_allclose(line.y, float(demo_study().dataset["loss"].mean("prompt")[-1]), rtol=1e-6)
+    page = write_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "How do the answers change over training?" in page
+    others = compare([demo_study(), checkpoint(3)])
+    assert figure.absent(others) == "the studies are no checkpoints of one run, named after their steps"
+
+
+def test_studies_without_stages_have_a_page(tmp_path: Path) -> None:
+    names = ["colsum_concentration", "sink_score", "relative_mixing_score", "relative_residual_entropy"]
+    bare = [
+        staged_study(SHAPE, model=model, without=[*names, "mean_token_norm", "massive_activation"]) for model in "ab"
+    ]
+    page = write_comparison(compare(bare), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Side by side" in page

@@ -64,6 +64,15 @@ class SideBySide:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def training_steps(comparison: Comparison) -> list[int] | None:
+    """The steps of one run's checkpoints, in the order of the studies; None where they are something else."""
+    studies = comparison.studies.values()
+    steps = [study.get("step") for study in studies]
+    alike = len({str(study["layout"]) for study in studies}) == 1 and all(study["recurrences"] for study in studies)
+    known = [step for step in steps if step is not None]
+    return known if alike and len(set(known)) == len(steps) > 1 else None
+
+
 def side_by_side(comparison: Comparison) -> SideBySide:
     """The table of a comparison, in the order in which its studies were given."""
     studies = [comparison.studies[label] for label in comparison.labels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from loopscope.study import Study
 
 ComparisonKind = Literal["models", "data sets", "settings", "models and data sets"]
 """What differs between the studies."""
+
+
+_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter|epoch)[-_]?(\d{1,12})$", re.IGNORECASE)
 
 
 def refuse_repeats(studies: Sequence[Study]) -> None:
@@ -112,6 +116,7 @@ def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) ->
         "weights_sha256": manifest["model"].get("weights_sha256"),
         "layout": {"prelude": curves.prelude, "recurrent": curves.recurrent, "coda": curves.coda},
         "trained_recurrences": curves.trained,
+        "step": _step(study),
         "recurrences": curves.recurrences if curves.looped else None,
         "judged_at": curves.home + 1 if curves.looped else None,
         "prompts": {name: _prompts(study).get(name) for name in ("source", "count", "tokens", "sha256")},
@@ -124,6 +129,14 @@ def facts_of(study: Study, label: str, curves: StageCurves, reference: Study) ->
         "same_model_as_reference": same_model(study, reference),
         "same_prompts_as_reference": same_prompts(study, reference),
     }
+
+
+def _step(study: Study) -> int | None:
+    """Of a checkpoint that is named after its training step, such as `run/step-500` or a revision `step500`; None of
+    other names."""
+    names = (study.manifest["model"].get("revision") or "", Path(_model(study)).name)
+    found = next((match for name in names if (match := _STEP.search(str(name)))), None)
+    return None if found is None else int(found[1])
 
 
 def _model(study: Study) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from loopscope._util.wording import visible
 from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.comparison.side_by_side import side_by_side, training_steps
 from loopscope.answers.quantities import STAGE_QUANTITIES, StageQuantity
 from loopscope.report.figures.curves import count_axis, passes
 from loopscope.report.figures.look import CATEGORIES, INK, MUTED, layer_colours, ordered_colours
@@ -58,6 +60,46 @@ def _shared(comparison: Comparison) -> list[StageQuantity]:
     missing = [set(study["missing"]) for study in comparison.studies.values()]
     return [quantity for quantity in STAGE_QUANTITIES if not all(quantity.name in names for names in missing)]
 
+
+# ---- checkpoints of one run ----
+
+
+def _over_training(comparison: Comparison, settings: ReportSettings) -> Plot:
+    """A panel for each question that has a number in several studies, against the training step."""
+    side, steps = side_by_side(comparison), np.array(training_steps(comparison))
+    order = steps.argsort()
+    panels = []
+    for place, (question, cells) in enumerate(side.rows.values()):
+        values = np.array([math.nan if cell is None else cell.value for cell in cells])
+        if np.isfinite(values).sum() > 1:
+            labels = ["" if cell is None else cell.text for cell in cells]
+            line = Line(
+                x=steps[order], y=values[order], colour=CATEGORIES[0], points=True, tip="step {x}: {label}",
+                labels=[labels[each] for each in order],
+            )  # fmt: skip
+            x, y = Axis(title="training step"), Axis(title=_UNITS.get(list(side.rows)[place], "nats a token"))
+            panels.append(Panel(title=question, x=x, y=y, marks=[line]))
+    return Plot(
+        question="How do the answers change over training?",
+        reading="The number behind each answer, a point for each checkpoint.",
+        panels=panels,
+    )
+
+
+def _no_run(comparison: Comparison) -> str | None:
+    return None if training_steps(comparison) else "the studies are no checkpoints of one run, named after their steps"
+
+
+_UNITS = {
+    "fixed_point": "share of tokens settled",
+    "points": "least cosine",
+    "arrival": "recurrences",
+    "stability": "rate per recurrence",
+    "initial_state": "relative distance",
+    "heads": "share of heads",
+    "exit_rule": "share of recurrences",
+}
+"""Of the numbers, by question."""
 
 # ---- curves on relative depth ----
 
@@ -342,6 +384,7 @@ def _stages_type(
 
 _CURVES = ("curve", "depth_percent")
 COMPARED: tuple[FigureType[Comparison], ...] = (
+    FigureType(name="over-training", of=_over_training, anchor="over-training", variables=(), unless=_no_run),
     FigureType(name="compared-curves", of=_curves, anchor="all-curves", variables=_CURVES),
     _stages_type("compared-concentration", ["attention concentration"], (8, 10)),
     _stages_type("compared-concentration-beyond", ["attention concentration"], (12,), beyond=True),
@@ -367,15 +410,25 @@ COMPARED: tuple[FigureType[Comparison], ...] = (
 def comparison_sections(comparison: Comparison, settings: ReportSettings) -> list[Section]:
     """In the order of the questions, without figures that have nothing to show."""
     plots = {plot.name: plot for plot in on_page(COMPARED, comparison, settings)}
-    likeness, drift = ([plots[name]] if name in plots else [] for name in ("compared-likeness", "compared-drift"))
+    training, curves, likeness, drift = (
+        [plots[name]] if name in plots else []
+        for name in ("over-training", "compared-curves", "compared-likeness", "compared-drift")
+    )
     sections = [
+        Section(
+            anchor="training",
+            short="Training",
+            title="How do the answers change over training?",
+            lead="The numbers of the table, by the step of the checkpoint.",
+            figures=training,
+        ),
         Section(
             anchor="curves",
             short="Curves",
             title="What does a pass look like beside the reference?",
             lead="Medians over prompts. Of a looped model: prelude, the block at the recurrence it is judged at, and "
             "coda.",
-            figures=[plots["compared-curves"]],
+            figures=curves,
         ),
         *(
             Section(
