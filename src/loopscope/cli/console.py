@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from loopscope.answers.answer import Answer
 
 FAMILIES = (
-    *("loopscope", "huginn", "retrofit-llama", "retrofit-olmo", "ouro", "nanbeige", "llama", "mistral", "olmo2"),
-    "qwen3",
+    *("loopscope", "huginn", "retrofit-llama", "retrofit-olmo", "ouro", "nanbeige", "parcae", "llama", "mistral"),
+    *("olmo2", "qwen3"),
 )
 """The names of the formats that are read, for which nobody should wait for torch."""
 REPORT_SECONDS = 2.0

@@ -97,6 +97,9 @@ class YarnScaling:
 RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
 
 
+_LATER = ("prelude_norm", "readout_map", "value_embeddings")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A (prelude, recurrent (x) recurrences, coda) transformer.
@@ -288,10 +291,19 @@ class Architecture:
         return layout_text(self.prelude, self.recurrent, self.coda, self.recurrences) + suffix
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` is its inverse."""
-        fields = dataclasses.asdict(self)
+        """JSON-ready; `from_dict` is its inverse.
+
+        Settings that came later are left out at their defaults: models that were made before have the same identity.
+        """
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        fields = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _LATER or value != defaults[name]
+        }
         for name in ("full_attention_layers", "value_embeddings"):
-            fields[name] = list(fields[name])
+            if name in fields:
+                fields[name] = list(fields[name])
         return fields
 
     @classmethod
