@@ -175,7 +175,9 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""
         # Through JSON, so that tuples become the lists that a file gives back.
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        values: dict[str, Any] = json.loads(
+            json.dumps(dataclasses.asdict(self) | {"architecture": self.architecture.to_dict()})
+        )
         return values
 
     @classmethod
