@@ -263,7 +263,7 @@ def test_a_study_holds_the_verdicts_of_its_states() -> None:
     for row, prompt in enumerate(prompts):
         trace = capture(subject, [prompt], recurrences=64)
         for layer in data["judged_layer"].values:
-            states = torch.stack([trace.residual("recurrent", int(layer), t)[0] for t in range(32, 64)], dim=1)
+            states = torch.stack([trace.residual("recurrent", int(layer), t)[0] for t in range(33, 65)], dim=1)
             verdicts = judge(states, "float32", first_recurrence=32)
             stored = data["verdict"].sel(judged_layer=layer, prompt=row).values[: len(prompt)]
             assert all(same_limit(KINDS[code], verdict.kind) for code, verdict in zip(stored, verdicts, strict=True))

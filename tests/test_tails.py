@@ -17,7 +17,7 @@ def image(states: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
     """Of trajectories (token, recurrence, width) as those of one prompt."""
     tails = Tails(torch.ones(1, len(states), dtype=torch.bool), states.shape[2], [0], [span])
     for recurrence in range(states.shape[1]):
-        tails.visit(Visit("recurrent", 0, recurrence, states[None, :, recurrence], None))
+        tails.visit(Visit("recurrent", 0, recurrence + 1, states[None, :, recurrence], None))
     return tails.trajectories(0, span)
 
 
