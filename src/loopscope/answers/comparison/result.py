@@ -58,10 +58,11 @@ class Comparison:
         return {cell["key"]: Cell.from_dict(cell) for cell in self.studies[label].get("answers", ())}
 
     def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of one study's pass: relative depth in percent and the measure's values, both over the layers that it has."""
+        """Of one study's pass in a recurrence (from 1): relative depth in percent and the values, both over the
+        layers that it has."""
         data = self.dataset.sel(study=label, measure=measure)
         layers = sum(self.studies[label]["layout"].values())
-        values = data["curve"].isel(recurrence=recurrence).values[:layers]
+        values = data["curve"].isel(recurrence=recurrence - 1).values[:layers]
         return data["depth_percent"].values[:layers].astype(np.float32), values.astype(np.float32)
 
     @classmethod
