@@ -133,7 +133,7 @@ def in_float32(subject: NativeSubject) -> NativeSubject:
 def whole_spectra(subject: NativeSubject, batch: Batch, point: np.ndarray) -> np.ndarray:
     """Eigenvalues of the Jacobian block of every token, (token, width), by decreasing modulus, in float64."""
     run = subject.start(batch, recurrences=1)
-    alone = run.recurrence_map(recurrence=RECURRENCES, mix=mix_with_others_frozen)
+    alone = run.recurrence_map(recurrence=RECURRENCES + 1, mix=mix_with_others_frozen)
     products = ExactProducts(lambda states: alone(states[None])[0], torch.from_numpy(point[0]).double())
     columns = [products(unit.expand(TOKENS, -1)) for unit in torch.eye(point.shape[-1], dtype=torch.float64)]
     spectra = torch.linalg.eigvals(torch.stack(columns, dim=-1))

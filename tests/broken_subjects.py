@@ -151,7 +151,7 @@ def without_the_second(visit: Visit) -> Visit | None:
 
 def always_the_first(visit: Visit) -> Visit:
     """Of the recurrences, the index is forgotten."""
-    return dataclasses.replace(visit, recurrence=0)
+    return dataclasses.replace(visit, recurrence=min(visit.recurrence, 1))
 
 
 def narrow(visit: Visit) -> Visit:

@@ -87,8 +87,8 @@ class _States:
         steps = max(settings.recurrences, 2 * settings.horizon)
         trace = capture(subject, prompt, recurrences=steps, seed=settings.seed)
         layers = range(subject.info.recurrent)
-        outputs = [[_array(trace.residual("recurrent", layer, t)) for layer in layers] for t in range(steps)]
-        carried = [_array(trace.initial_state), *(_array(trace.loop_state(t)) for t in range(steps))]
+        outputs = [[_array(trace.residual("recurrent", layer, t + 1)) for layer in layers] for t in range(steps)]
+        carried = [_array(trace.initial_state), *(_array(trace.loop_state(t + 1)) for t in range(steps))]
         return cls(np.array(outputs), np.array(carried))
 
 
@@ -182,7 +182,7 @@ def _paths(subject: NativeSubject, prompt: list[int], states: _States, settings:
     distances, cosines = [], []
     for layer in range(subject.info.recurrent):
         mine = states.layers[: settings.recurrences, layer]
-        theirs = np.array([_array(trace.residual("recurrent", layer, t)) for t in range(settings.recurrences)])
+        theirs = np.array([_array(trace.residual("recurrent", layer, t + 1)) for t in range(settings.recurrences)])
         distances.append((_norm(mine - theirs) / ((_norm(mine) + _norm(theirs)) / 2)).mean(-1))
         cosines.append(_cosine_distance(mine, theirs).mean(-1))
     dims = ("layer", "recurrence")
@@ -198,7 +198,7 @@ def _whole_depth(subject: NativeSubject, prompt: list[int], settings: AnalyzeSet
     """All visits, in order, of the measured number of recurrences; recurrences in the middle are left out."""
     looped = subject.info.is_looped
     trace = capture(subject, prompt, recurrences=settings.recurrences if looped else None, seed=settings.seed)
-    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] < settings.cycle_recurrences]
+    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] <= settings.cycle_recurrences]
     states = np.array([_array(trace.residual(*visit)) for visit in shown])
     return {
         "cycle_similarity": (("visit", "visit_other"), _cosine(states[:, None], states[None]).mean(-1)),
@@ -215,11 +215,11 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
     for name in heads[0][0]:
         found[name] = (("depth", "head"), np.array([[head[name] for head in row] for row in heads]))
     if looped:
-        layers, steps = range(subject.info.recurrent), range(settings.recurrences)
+        layers, steps = range(subject.info.recurrent), range(1, settings.recurrences + 1)
         now = np.array([[_array(trace.attention("recurrent", i, t)) for t in steps] for i in layers])
         before = np.concatenate([np.full_like(now[:, :1], np.nan), now[:, :-1]], axis=1)
         further = capture(subject, prompt, recurrences=settings.horizon, seed=seed, attention=True)
-        fixed = np.array([[_array(further.attention("recurrent", i, settings.horizon - 1))] for i in layers])
+        fixed = np.array([[_array(further.attention("recurrent", i, settings.horizon))] for i in layers])
         for name, reference in (("attention_change", before), ("attention_distance_to_horizon", fixed)):
             away = np.sqrt(((now - reference) ** 2).sum((-1, -2)))
             found[name] = (("layer", "recurrence", "head"), away)
@@ -230,10 +230,10 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
         by_row = found["attention_change"][1] / np.sqrt(len(prompt))
         stable = np.full((len(layers), by_row.shape[2]), np.nan)
         for layer, head in np.ndindex(stable.shape):
-            quiet = [t for t in steps[:-1] if (by_row[layer, t + 1 :, head] <= settings.head_stable).all()]
+            quiet = [t for t in steps[:-1] if (by_row[layer, t:, head] <= settings.head_stable).all()]
             stable[layer, head] = quiet[0] if quiet else np.nan
         found["head_stable_from"] = (("layer", "head"), stable)
-    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] < settings.cycle_recurrences]
+    shown = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] <= settings.cycle_recurrences]
     every = np.array([_array(trace.attention(*visit)) for visit in shown])
     away = np.array(
         [[np.sqrt(((one - two) ** 2).sum((-1, -2)).mean() / len(prompt)) for two in every] for one in every]
@@ -244,7 +244,7 @@ def _attention_and_stages(subject: NativeSubject, prompt: list[int], settings: A
 
 def _most_change(trace: Trace, layer: int, recurrence: int) -> list[float]:
     """`(1 / (2 sqrt(d))) (|Q - Q'| |K| + |Q'| |K - K'|)` of every head."""
-    views = [trace.attention_view("recurrent", layer, t) for t in (recurrence, recurrence - 1) if t >= 0]
+    views = [trace.attention_view("recurrent", layer, t) for t in (recurrence, recurrence - 1) if t >= 1]
     if len(views) == 1:
         return [np.nan] * views[0].heads
     now, before = views
@@ -319,7 +319,7 @@ def _layer_readouts(subject: NativeSubject, prompt: list[int], settings: Analyze
     trace = capture(subject, prompt, recurrences=at, seed=settings.seed)
     found = []
     for layer in range(layers - 1):
-        logits = _array(subject.model.unembed(subject.model.norm(trace.residual("recurrent", layer, at - 1))).detach())
+        logits = _array(subject.model.unembed(subject.model.norm(trace.residual("recurrent", layer, at))).detach())
         score = np.exp(logits - logits.max(-1, keepdims=True))
         share = score / score.sum(-1, keepdims=True)
         found.append((share.argmax(-1), share.max(-1), -(share * np.log(share)).sum(-1)))
@@ -340,7 +340,7 @@ def _readouts(
         trace = capture(subject, prompt, recurrences=count, seed=seed)
         logits = _array(trace.logits)
         if subject.info.exit_threshold is not None and count is not None:
-            logits = _array(subject.model.unembed(trace.loop_state(count - 1)).detach())
+            logits = _array(subject.model.unembed(trace.loop_state(count)).detach())
         score = np.exp(logits - logits.max(-1, keepdims=True))
         shares.append(score / score.sum(-1, keepdims=True))
     following = [(place, token) for place, token in enumerate(prompt[1:])]
@@ -376,9 +376,9 @@ def _exits(subject: NativeSubject, prompt: list[int], settings: AnalyzeSettings)
     weight, bias = gate.weight.detach().double().numpy()[0], float(gate.bias)
     going = np.ones(len(prompt))
     shares, stopped = [], []
-    for recurrence in range(settings.recurrences):
+    for recurrence in range(1, settings.recurrences + 1):
         stop = 1 / (1 + np.exp(-(_array(trace.loop_state(recurrence)) @ weight + bias)))
-        shares.append(going if recurrence == settings.recurrences - 1 else going * stop)
+        shares.append(going if recurrence == settings.recurrences else going * stop)
         stopped.append(np.sum(shares, axis=0))
         going = going * (1 - stop)
     by_token = np.array(shares)
@@ -396,7 +396,7 @@ def _trajectories(
         return {}
     scores, shares = [], []
     for prompt, token in settings.tracked:
-        steps, layers = range(settings.recurrences), range(subject.info.recurrent)
+        steps, layers = range(1, settings.recurrences + 1), range(subject.info.recurrent)
         trace = capture(subject, list(prompts[prompt]), recurrences=settings.recurrences, seed=settings.seed)
         states = np.array([[_array(trace.residual("recurrent", i, t))[token] for t in steps] for i in layers])
         points = states.reshape(-1, states.shape[-1])
@@ -418,7 +418,7 @@ def _maps(subject: NativeSubject, prompts: Sequence[Sequence[int]], settings: An
     counts = [1, 2, 3, 4, subject.info.trained_recurrences or 1, settings.recurrences]
     counts += [2**power for power in range(20)]
     looped = subject.info.is_looped
-    kept = [count - 1 for count in sorted(set(counts)) if count <= settings.recurrences] if looped else [0]
+    kept = [count for count in sorted(set(counts)) if count <= settings.recurrences] if looped else [0]
     found = []
     for prompt in settings.map_prompts:
         trace = capture(

@@ -48,7 +48,7 @@ def run_changed(
 
     encoded = stage("prelude", architecture.prelude, weights["embedding.weight"][list(tokens)], 0)
     state = encoded if initial_state is None else initial_state
-    for recurrence in range(recurrences):
+    for recurrence in range(1, recurrences + 1):
         received = changes.replace(recurrence, state.copy())
         mixed = received
         if architecture.injection == "add":
@@ -56,7 +56,7 @@ def run_changed(
         elif architecture.injection == "linear":
             mixed = np.concatenate([received, encoded], axis=1) @ weights["injection.weight"].T
         if changes.freeze_at is not None and recurrence > changes.freeze_at:
-            mixed = run.injected[changes.freeze_at]
+            mixed = run.injected[changes.freeze_at - 1]
         run.injected.append(mixed)
         made = stage("recurrent", architecture.recurrent, mixed, recurrence)
         if architecture.loop_norm == "recurrence":

@@ -63,7 +63,7 @@ def run_slowly(
         elif architecture.injection == "linear":
             state = np.concatenate([state, encoded], axis=1) @ weights["injection.weight"].T
         run.injected.append(state)
-        state = stage("recurrent", architecture.recurrent, state, recurrence)
+        state = stage("recurrent", architecture.recurrent, state, recurrence + 1)
         if architecture.loop_norm == "recurrence":
             state = _rms_norm(state, final_norm, architecture.norm_eps)
         run.loop_state.append(state)

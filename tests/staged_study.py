@@ -38,7 +38,7 @@ def staged_study(
     loop = curves[:, prelude : prelude + recurrent].ravel()
     values = np.concatenate([curves[0, :prelude], loop, curves[0, prelude + recurrent :]])
     sites = [("prelude", layer, 0) for layer in range(prelude)]
-    sites += [("recurrent", layer, at) for at in range(len(curves)) for layer in range(recurrent)]
+    sites += [("recurrent", layer, at) for at in range(1, len(curves) + 1) for layer in range(recurrent)]
     sites += [("coda", layer, 0) for layer in range(coda)]
     of_prompt = values[:, None] + np.array([-0.01, 0.0, 0.05])
     of_head = np.repeat(of_prompt[:, None], 2, axis=1)

@@ -130,10 +130,10 @@ class ScriptedRun:
         self._announce("prelude", states[0, :1] * 0.5 if subject.info.is_looped else states[0], observers)
 
     def advance(self, observers: Iterable[Observer] = ()) -> None:
-        self._announce("recurrent", self._states[self._done], observers)
-        for observer in observers:
-            observer.loop_state(LoopState(self._done, self._states[self._done, -1]))
         self._done += 1
+        self._announce("recurrent", self._states[self._done - 1], observers)
+        for observer in observers:
+            observer.loop_state(LoopState(self._done, self._states[self._done - 1, -1]))
 
     def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         if self._subject.info.coda:
@@ -177,7 +177,7 @@ def looped_study(
     rng = copy.deepcopy(rng)
     sites = [
         ("prelude", 0, 0),
-        *(("recurrent", layer, t) for t in range(recurrences) for layer in range(LAYERS)),
+        *(("recurrent", layer, t) for t in range(1, recurrences + 1) for layer in range(LAYERS)),
         ("coda", 0, 0),
     ]
     full = min(trained or 8, recurrences)
@@ -316,7 +316,7 @@ def with_behaviour(study: Study, codes: NDArray[np.int8] | None = None) -> Study
     counts = np.stack([(codes[-1] == kind).sum(-1) for kind in range(len(KINDS))], axis=-1)
     grids = {"displacement": ((7.5, 30.0, 120.0), (0.0125, 0.05, 0.2)), "cosine": ((0.01, 0.05), (0.5, 0.9))}
     coordinates: dict[str, Any] = {"judged_layer": np.arange(LAYERS), "change": ["window", "horizon", "seed"]}
-    coordinates |= {"lag": lags, "tail": np.arange(len(tail)), "kind": list(map(str, KINDS))}
+    coordinates |= {"lag": lags, "tail": np.arange(len(tail)) + 1, "kind": list(map(str, KINDS))}
     for method, (first, second) in grids.items():
         names = (f"{method}_setting", f"{method}_setting_other")
         everywhere = np.broadcast_to(counts[:, None, None], (prompts, len(first), len(second), len(KINDS)))
@@ -356,7 +356,7 @@ def _stages_and_heads(sites: list[tuple[str, int, int]], prompts: int, tokens: i
 def attention_maps(sites: list[tuple[str, int, int]], tokens: int, kept: tuple[int, ...] = ()) -> dict[str, Any]:
     """Of the first prompt, at the recurrences kept (from 1): each token divides its attention between the first one and
     itself, and gives the first another share in each of the maps."""
-    chosen = [site for site in sites if site[0] != "recurrent" or site[2] + 1 in kept]
+    chosen = [site for site in sites if site[0] != "recurrent" or site[2] in kept]
     codes = np.zeros((1, len(chosen), 2, tokens, tokens), dtype=np.uint8)
     for index, head in np.ndindex(len(chosen), 2):
         first = 8 * ((2 * index + head) % 29) + 16
@@ -379,7 +379,7 @@ def _head_changes(recurrences: int, prompts: int, tokens: int, heads: int = 2) -
     shrinking = 0.5 ** np.arange(recurrences)[:, None, None] * np.ones((LAYERS, recurrences, heads, prompts))
     change = shrinking.copy()
     change[:, 0] = np.nan
-    stable = np.where(recurrences > 8, 6.0, np.nan)
+    stable = np.where(recurrences > 8, 7.0, np.nan)
     return {
         "attention_change": (dims, change.astype(np.float32)),
         "attention_distance_to_horizon": (dims, shrinking.astype(np.float32)),

@@ -128,7 +128,9 @@ def test_distances_between_all_scores_are_distances_between_states(method: Any) 
     model = subject()
     found = dataset_of(model, track=("0:3",), components=14, horizon_method=method)["trajectory"][0]
     trace = capture(model, PROMPTS[0], recurrences=7, seed=3)
-    states = np.array([[trace.residual("recurrent", i, t)[0, 3].double().numpy() for t in range(7)] for i in range(2)])
+    states = np.array(
+        [[trace.residual("recurrent", i, t)[0, 3].double().numpy() for t in range(1, 8)] for i in range(2)]
+    )
     for layer, recurrence in [(0, 0), (0, 6), (1, 3)]:
         wanted = np.linalg.norm(states - states[layer, recurrence], axis=-1)
         away = np.linalg.norm(found.values - found.values[layer, recurrence], axis=-1)
@@ -257,7 +259,7 @@ def test_a_model_that_diverges_is_a_result_and_touches_no_other_prompt(
     alone = analyze(diverging(), [[1, 2]], **options, track=("0:0",)).dataset
     # The norm is about 100^(t + 1). A prompt has diverged when the square of that overflows, beyond 3.4e38; its state,
     # whose norm is measured in float64, does so later.
-    assert found["diverged_at"].values.tolist() == [9, -1, 9]
+    assert found["diverged_at"].values.tolist() == [10, -1, 10]
     for name in set(found.data_vars) - {"cycle_similarity"}:
         if "prompt" in found[name].dims:
             mine, theirs = found[name].isel(prompt=1), alone[name].isel(prompt=0)
@@ -292,7 +294,7 @@ def test_auto_takes_float64_for_a_small_model_on_a_cpu_and_says_so(monkeypatch: 
 
 
 def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> None:
-    with pytest.raises(NonFiniteError, match=r"recurrent\.0@0 of prompt 0"):
+    with pytest.raises(NonFiniteError, match=r"recurrent\.0@1 of prompt 0"):
         analyze(relaxation(1e38, dtype=torch.float32, state_std=10.0), [[1, 2], [3]], batch_size=1)
 
 
@@ -325,12 +327,12 @@ def test_the_noise_floor_is_the_rounding_of_one_recurrence() -> None:
     shape = architecture(prelude=0, rotary="none")
     coarse, fine = subject(shape), subject(shape, dtype=torch.float64)
     found = analyze(coarse, PROMPTS[:1], recurrences=2, horizon=6, track=()).dataset["noise_floor"]
-    state = capture(coarse, PROMPTS[0], recurrences=12).loop_state(11)
+    state = capture(coarse, PROMPTS[0], recurrences=12).loop_state(12)
     fine.model.load_state_dict({name: value.double() for name, value in coarse.model.state_dict().items()})
     rough = capture(coarse, PROMPTS[0], recurrences=1, initial_state=state)
     exact = capture(fine, PROMPTS[0], recurrences=1, initial_state=state.double())
     for layer in range(2):
-        one, other = (trace.residual("recurrent", layer, 0)[0].double().numpy() for trace in (rough, exact))
+        one, other = (trace.residual("recurrent", layer, 1)[0].double().numpy() for trace in (rough, exact))
         relative = np.linalg.norm(one - other, axis=-1) / np.linalg.norm(other, axis=-1)
         wanted = math.sqrt(2 * (relative**2).mean())
         assert found.values[layer, 0] == pytest.approx(wanted, rel=1e-3)

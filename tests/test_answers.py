@@ -76,7 +76,7 @@ def test_a_token_is_final_from_where_it_never_changes_again() -> None:
 def test_heads_that_settle_are_counted_and_the_most_restless_is_named() -> None:
     found = answers(looped_study(contracting()))["heads"]
     assert found.outcome is Outcome.YES
-    assert found.evidence["recurrences_median"] == 7  # the study says 6, counted from 0
+    assert found.evidence["recurrences_median"] == 7
     assert found.evidence["threshold"] == 0.01
     study = looped_study(contracting())
     restless = study.dataset["head_stable_from"].copy()

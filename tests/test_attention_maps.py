@@ -90,7 +90,7 @@ def assert_maps_are_those_captured(subject: Subject, prompts: list[list[int]], *
     maps = study.dataset["attention_map"]
     looped = subject.info.is_looped
     trace = loopscope.capture(subject, prompts, recurrences=recurrences if looped else None, attention=True)
-    visits = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] + 1 in kept]
+    visits = [visit for visit in trace.visits if visit[0] != "recurrent" or visit[2] in kept]
     columns = (maps[f"map_{name}"].values.tolist() for name in ("stage", "layer", "recurrence"))
     assert list(zip(*columns, strict=True)) == visits
     assert maps["mapped_prompt"].values.tolist() == list(mapped)
@@ -178,8 +178,8 @@ def test_what_is_not_finite_has_no_map() -> None:
     study = loopscope.analyze(exploding, PROMPTS[:2], recurrences=8, horizon=2, skip=SKIP)
     assert study.dataset["diverged_at"].values[0] > 0
     maps = study.dataset["attention_map"]
-    assert (maps.sel(map_visit="recurrent.0@0") < 255).all()
-    assert (maps.sel(map_visit="recurrent.0@7") == 255).all()
+    assert (maps.sel(map_visit="recurrent.0@1") < 255).all()
+    assert (maps.sel(map_visit="recurrent.0@8") == 255).all()
 
 
 class Hidden(Block):

@@ -74,7 +74,7 @@ def test_a_head_is_stable_from_where_its_change_stays_small() -> None:
     nothing = math.nan
     change = torch.tensor(
         [
-            [nothing, 0.9, 0.2, 0.01, 0.02],  # small from 3 on: stable from 2
+            [nothing, 0.9, 0.2, 0.01, 0.02],  # small from the fourth on: stable after 3
             [nothing, 0.9, 0.01, 0.9, 0.02],  # small, but not for good
             [nothing, 0.01, 0.01, 0.01, 0.01],
             [nothing, 0.9, 0.9, 0.9, 0.9],
@@ -82,9 +82,9 @@ def test_a_head_is_stable_from_where_its_change_stays_small() -> None:
         ]
     )
     found = measures.stable_from(change, 0.05).tolist()
-    assert found[:3] == [2.0, 3.0, 0.0]
+    assert found[:3] == [3.0, 4.0, 1.0]
     assert math.isnan(found[3])
-    assert found[4] == 3.0
+    assert found[4] == 4.0
     assert bool(measures.stable_from(change[:, :1], 0.05).isnan().all())
 
 
@@ -203,8 +203,8 @@ def test_an_analysis_finds_uniform_attention_where_queries_are_zero() -> None:
         np.testing.assert_allclose(found["relative_mixing_score"].sel(prompt=prompt), 1, rtol=1e-5)
         assert (found["strongest_sink_position"].sel(prompt=prompt) == 0).all()
     # Maps that never change are stable from the first recurrence on, and alike in every visit.
-    assert (found["attention_change"].sel(recurrence=1) == 0).all()
-    assert (found["head_stable_from"] == 0).all()
+    assert (found["attention_change"].sel(recurrence=2) == 0).all()
+    assert (found["head_stable_from"] == 1).all()
     np.testing.assert_allclose(found["attention_cycle_distance"], 0, atol=1e-6)
 
 
@@ -268,14 +268,14 @@ def test_heads_in_tiles_are_what_whole_maps_give(
                 compare(name, (depth,), getattr(measures, name)(attention), prompt)
             if stage != "recurrent":
                 continue
-            last = trace.attention(stage, layer, recurrences - 1)[prompt, :, :length, :length]
+            last = trace.attention(stage, layer, recurrences)[prompt, :, :length, :length]
             away = measures.attention_distance(attention, last)
-            compare("attention_distance_to_horizon", (layer, recurrence), away, prompt)
+            compare("attention_distance_to_horizon", (layer, recurrence - 1), away, prompt)
             change = torch.full((4,), torch.nan)
-            if recurrence:
+            if recurrence > 1:
                 before = trace.attention(stage, layer, recurrence - 1)[prompt, :, :length, :length]
                 change = measures.attention_distance(attention, before)
-            compare("attention_change", (layer, recurrence), change, prompt)
+            compare("attention_change", (layer, recurrence - 1), change, prompt)
     ratios = found["attention_bound_ratio"].values
     assert np.isnan(ratios[:, 0]).all()
     # The prompt of one token has a map that cannot change.

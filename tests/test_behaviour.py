@@ -254,8 +254,8 @@ def test_a_study_holds_the_verdicts_of_its_states() -> None:
     for row, prompt in enumerate(prompts):
         trace = capture(subject, [prompt], recurrences=64)
         for layer in data["judged_layer"].values:
-            states = torch.stack([trace.residual("recurrent", int(layer), t)[0] for t in range(32, 64)], dim=1)
-            verdicts = judge(states, "float32", first_recurrence=32)
+            states = torch.stack([trace.residual("recurrent", int(layer), t)[0] for t in range(33, 65)], dim=1)
+            verdicts = judge(states, "float32", first_recurrence=33)
             stored = data["verdict"].sel(judged_layer=layer, prompt=row).values[: len(prompt)]
             assert all(same_limit(KINDS[code], verdict.kind) for code, verdict in zip(stored, verdicts, strict=True))
     beyond = data["verdict"].sel(prompt=1).values[:, 3:]
@@ -288,7 +288,7 @@ def test_a_cycle_that_is_still_approached_has_its_own_period(period: int, approa
     points, way, centre = rng.standard_normal((period, 32)), rng.standard_normal(32), rng.standard_normal(32)
     places = {"drift": 2e-4 * time, "slow": 2e-2 * np.exp(-time / 100), "fast": 1e-2 * np.exp(-time / 40)}
     states = 10 * centre + points[time % period] + places[approach][:, None] * way
-    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=64)
+    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=65)
     assert verdict.kind == Kind.ORBIT
     assert verdict.period == pytest.approx(period, rel=1e-3)
 
@@ -300,5 +300,5 @@ def test_what_alternates_for_ever_does_not_slide() -> None:
     centre, across, way = rng.standard_normal((3, 32))
     steps = 0.06 * (-1.0) ** time * time**-0.06
     states = 10 * centre + steps[:, None] * across + 1e-4 * np.sqrt(time)[:, None] * way
-    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=64)
+    (verdict,) = judge(states[None].astype(np.float32), "float32", first_recurrence=65)
     assert verdict.kind not in (Kind.SLIDER, Kind.DIVERGING)

@@ -225,11 +225,11 @@ class AveragingRun:
     def advance(self, observers: Iterable[Observer] = ()) -> None:
         assert self.state is not None
         before, self.state = self.state, (self.state + self.encoded) / 2
+        self.done += 1
         for observer in observers:
             observer.injected(self.done, before)
             observer.visit(Visit("recurrent", 0, self.done, self.state, None))
             observer.loop_state(LoopState(self.done, self.state))
-        self.done += 1
 
     def decode(self, observers: Iterable[Observer] = (), *, state: States | None = None) -> Logits:
         decoded = self.state if state is None else state

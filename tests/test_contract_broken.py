@@ -16,17 +16,17 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "layers in the wrong order": (
         breaking(broken.Swapped),
         {"visits"},
-        r"event 3 at R = 2: got recurrent\.1@0 \(in `advance`\), expected recurrent\.0@0",
+        r"event 3 at R = 2: got recurrent\.1@1 \(in `advance`\), expected recurrent\.0@1",
     ),
     "a missing visit": (
         breaking(changes_visits(broken.without_the_second)),
         {"visits"},
-        r"got loop state@0 .* expected recurrent\.1@0 .*; there are 8 events, expected 10",
+        r"got loop state@1 .* expected recurrent\.1@1 .*; there are 8 events, expected 10",
     ),
     "an index that stands still": (
         breaking(changes_visits(broken.always_the_first)),
         {"visits"},
-        r"got recurrent\.0@0 .* expected recurrent\.0@1",
+        r"got recurrent\.0@1 .* expected recurrent\.0@2",
     ),
     "states of another width": (
         breaking(changes_visits(broken.narrow)),
@@ -36,7 +36,7 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "another loop state than is carried": (
         breaking(broken.OtherLoopState),
         {"visits"},
-        "state after recurrence 0 is not the loop state",
+        "state after recurrence 1 is not the loop state",
     ),
     "a wrong vocabulary": (saying(vocab_size=47), {"facts"}, r"\(2, 4, 48\), expected \(2, 4, 47\)"),
     "a wrong dtype": (saying(dtype="bfloat16"), {"facts"}, "prelude.0 is float32, expected bfloat16"),
@@ -48,7 +48,7 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "states that are overwritten": (
         breaking(broken.Overwrites),
         {"kept"},
-        r"recurrent\.0@0 was changed in place .* by up to [0-9]",
+        r"recurrent\.0@1 was changed in place .* by up to [0-9]",
     ),
     "attention that is no distribution": (
         breaking(with_maps(lambda maps, mask: 1.001 * maps)),
@@ -78,7 +78,7 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "a number of recurrences that is ignored": (
         running(broken.StopsAtTrained),
         {"recurrences"},
-        r"R = 3: got nothing more|got coda.0 .* expected injected@2",
+        r"R = 3: got nothing more|got coda.0 .* expected injected@3",
     ),
     "an answer that ignores the number": (
         running(broken.AnswersEarly),
@@ -101,8 +101,8 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
         {"initial state"},
         "expected None with injection 'none'",
     ),
-    "observers that change the run": (running(broken.ChangedByObservers), {"observers"}, r"state@0 \(prompt"),
-    "decoding that changes the run": (running(broken.ChangedByDecoding), {"decoding"}, r"state@1 \(prompt"),
+    "observers that change the run": (running(broken.ChangedByObservers), {"observers"}, r"state@1 \(prompt"),
+    "decoding that changes the run": (running(broken.ChangedByDecoding), {"decoding"}, r"state@2 \(prompt"),
     "decoding another state that changes the run": (
         running(broken.ChangedByDecodingAnother),
         {"decoding"},
@@ -111,9 +111,9 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "a given state that is not decoded": (
         running(broken.DecodesItsOwn),
         {"decoding"},
-        r"later of the state that it left, the result differs at logits@0",
+        r"later of the state that it left, the result differs at logits@1",
     ),
-    "an error estimate that changes the run": (running(broken.ChangedByRounding), {"rounding"}, r"state@1 \(prompt"),
+    "an error estimate that changes the run": (running(broken.ChangedByRounding), {"rounding"}, r"state@2 \(prompt"),
     "an error estimate of another shape": (
         running(broken.MisshapenRounding),
         {"rounding"},
@@ -122,7 +122,7 @@ BREAKS: dict[str, tuple[type[Wrapped], set[str], str]] = {
     "runs that share their state": (
         type("Broken", (broken.SharesItsState,), {"run_type": broken.SharedRun}),
         {"turns"},
-        r"with another run in between, the run differs at state@0",
+        r"with another run in between, the run differs at state@1",
     ),
     "an abandoned run that is felt": (
         type("Broken", (broken.LeavesSomething,), {"run_type": broken.LeavingRun}),
@@ -168,7 +168,7 @@ def test_a_run_that_never_repeats_is_found() -> None:
 
 def test_a_second_run_that_announces_less_is_found() -> None:
     found = failures(broken.SilentLater(), prompts=SHORT)
-    assert "got no recurrent.1@0" in found["repeatability"]
+    assert "got no recurrent.1@1" in found["repeatability"]
     assert "visits" not in found
 
 

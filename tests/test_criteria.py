@@ -73,7 +73,7 @@ def test_a_real_study_has_the_path_and_the_margin_of_its_states() -> None:
     settings = AnalyzeSettings(recurrences=6, horizon=16, skip=("heads", "maps", "behaviour", "stages", "neurons"))
     study = analyze(model, PROMPTS[:1], settings=settings)
     trace = capture(model, PROMPTS[:1], recurrences=16, attention=False)
-    states = torch.stack([trace.loop_state(index)[0] for index in range(16)])
+    states = torch.stack([trace.loop_state(index)[0] for index in range(1, 17)])
     steps = (states[1:] - states[:-1]).norm(dim=-1)
     path = study.dataset["remaining_path"].values[0]
     np.testing.assert_allclose(path, steps[5:].sum(0), rtol=1e-8)

@@ -194,7 +194,7 @@ class Slow:
         trace = capture(model, prompt, recurrences=full, seed=3, attention=True)
         self.shares = []
         for count in range(1, full + 1):
-            state = capture(model, prompt, recurrences=count, seed=3).loop_state(count - 1)
+            state = capture(model, prompt, recurrences=count, seed=3).loop_state(count)
             logits = model.start(Batch.of([prompt]), recurrences=0).decode(state=state)[0].double().numpy()
             share = np.exp(logits - logits.max(-1, keepdims=True))
             self.shares.append(share / share.sum(-1, keepdims=True))
@@ -209,8 +209,8 @@ class Slow:
 
     @staticmethod
     def _step(trace: Trace, t: int, token: int) -> float:
-        before = trace.loop_state(t - 1) if t else trace.initial_state
-        now, then = (state[0, token].double().numpy() for state in (trace.loop_state(t), before))
+        before = trace.loop_state(t) if t else trace.initial_state
+        now, then = (state[0, token].double().numpy() for state in (trace.loop_state(t + 1), before))
         return float(np.linalg.norm(now - then) / np.linalg.norm(now))
 
     def _divergence(self, t: int, u: int, token: int) -> float:
@@ -222,7 +222,7 @@ class Slow:
         moved = []
         for layer in range(model.info.recurrent):
             for head in range(model.model.architecture.heads):
-                now, then = (trace.attention("recurrent", layer, u)[0, head, token].double() for u in (t, t - 1))
+                now, then = (trace.attention("recurrent", layer, u)[0, head, token].double() for u in (t + 1, t))
                 moved.append(float((now - then).square().sum()))
         return float(np.sqrt(np.mean(moved)))
 
@@ -230,7 +230,7 @@ class Slow:
     def _stopped(trace: Trace, t: int, token: int) -> float:
         going = 1.0
         for u in range(t + 1):
-            going *= 1 - 1 / (1 + np.exp(-float(trace.gate(u)[0, token])))
+            going *= 1 - 1 / (1 + np.exp(-float(trace.gate(u + 1)[0, token])))
         return 1 - going
 
     def stops(self, key: str, threshold: float) -> list[int]:
@@ -338,7 +338,7 @@ def test_readouts_say_what_the_model_would_say() -> None:
         found = last.sel(answer=answer)
         np.testing.assert_allclose(found["answer_log_probability"], shares[:, answer].log(), rtol=1e-5)
         assert found["answer_rank"].values.tolist() == [1 + int((one > one[answer]).sum()) for one in shares]
-        within = model.model.unembed(model.model.norm(trace.residual("recurrent", 1, 2))).softmax(-1)[0]
+        within = model.model.unembed(model.model.norm(trace.residual("recurrent", 1, 3))).softmax(-1)[0]
         assert here["layer_top1"].values[1].tolist() == within.argmax(-1).tolist()
         np.testing.assert_allclose(here["layer_top1_probability"].values[1], within.amax(-1).detach(), rtol=1e-4)
         assert (here["layer_top1"].values[-1] == -1).all()

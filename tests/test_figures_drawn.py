@@ -43,7 +43,7 @@ def study() -> Study:
     """A study of a (1, 3 (x) 24, 1) model, trained with 4."""
     made = looped_study(contracting(), prompts=PROMPTS, recurrences=RECURRENCES)
     count = 1 + LAYERS * 12
-    labels = ["prelude.0", *(f"recurrent.{layer}@{at}" for at in range(12) for layer in range(LAYERS)), "coda.0"]
+    labels = ["prelude.0", *(f"recurrent.{layer}@{at}" for at in range(1, 13) for layer in range(LAYERS)), "coda.0"]
     rng = np.random.default_rng(3)
     similarity = rng.uniform(-0.2, 1, size=(count + 1, count + 1))
     dataset = made.dataset.drop_dims(["visit", "visit_other"]).assign(
@@ -283,13 +283,13 @@ def test_a_head_that_does_not_change_at_all_has_no_colour(study: Study) -> None:
 
 def test_shares_of_stable_heads_count_heads_and_prompts(study: Study) -> None:
     stable = study.dataset["head_stable_from"].copy()
-    stable[0, 0, :2] = [3, np.nan]
+    stable[0, 0, :2] = [4, np.nan]
     (axes,) = panels(
         draw_figure(dataclasses.replace(study, dataset=study.dataset.assign(head_stable_from=stable)), "heads-stable")
     )
     x, y = line(axes, "0")
     np.testing.assert_array_equal(x, np.arange(1, RECURRENCES + 1))
-    # Stable from index 6 on, so after 7 recurrences; one after 4, one never.
+    # Stable after 7 recurrences; one after 4, one never.
     of = 2 * PROMPTS
     wanted = np.where(x >= 7, of - 1, np.where(x >= 4, 1, 0)) / of
     np.testing.assert_allclose(y, wanted)

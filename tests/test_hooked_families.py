@@ -57,8 +57,8 @@ def test_every_recorded_tensor(case: str, implementation: str) -> None:
         found[f"attention.{'visit.' if kind == 'visit' else ''}{number}"] = trace.attention(*site)
     stacks = sum(name.startswith("stack_input") for name in expected)
     for recurrence in range(trace.recurrences):
-        found[f"stack_input.{recurrence * stacks // trace.recurrences}"] = trace.injected(recurrence)
-        found[f"stack_output.{(recurrence + 1) * stacks // trace.recurrences - 1}"] = trace.loop_state(recurrence)
+        found[f"stack_input.{recurrence * stacks // trace.recurrences}"] = trace.injected(recurrence + 1)
+        found[f"stack_output.{(recurrence + 1) * stacks // trace.recurrences - 1}"] = trace.loop_state(recurrence + 1)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], **tolerance, msg=partial("{}: {}".format, name))
     recorded = {name for name in expected if name.startswith((f"{kind}.", "attention.", "logits"))}
@@ -230,8 +230,8 @@ def test_a_model_that_loops_over_shared_layers() -> None:
     config.num_hidden_layers = 7
     states = model(IDS, output_hidden_states=True).hidden_states
     assert torch.equal(trace.initial_state, states[0])
-    for recurrence in range(7):
-        assert torch.equal(trace.loop_state(recurrence), states[recurrence + 1])
+    for recurrence in range(1, 8):
+        assert torch.equal(trace.loop_state(recurrence), states[recurrence])
 
 
 @pytest.fixture

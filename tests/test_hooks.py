@@ -30,7 +30,7 @@ def assert_same(trace: Trace, other: Trace) -> None:
     for site in trace.visits:
         assert torch.equal(trace.residual(*site), other.residual(*site)), site
         assert torch.equal(trace.attention(*site), other.attention(*site)), site
-    for recurrence in range(trace.recurrences):
+    for recurrence in range(1, trace.recurrences + 1):
         assert torch.equal(trace.loop_state(recurrence), other.loop_state(recurrence))
         assert torch.equal(trace.injected(recurrence), other.injected(recurrence))
 
@@ -72,8 +72,8 @@ def test_a_study_through_hooks_holds_the_same_numbers(shape: Architecture, metho
         array = native[name]
         if not hooked[name].equals(array):
             unknown.add(name)
-            assert hooked[name].sel(recurrence=0, site="loop_state").isnull().all()
-            assert hooked[name].sel(recurrence=slice(1, None)).equals(array.sel(recurrence=slice(1, None)))
+            assert hooked[name].sel(recurrence=1, site="loop_state").isnull().all()
+            assert hooked[name].sel(recurrence=slice(2, None)).equals(array.sel(recurrence=slice(2, None)))
     # The first step is one from an initial state that cannot be seen.
     steps = {"token_successive_difference", "token_relative_step", "token_cosine_distance_to_previous"}
     assert unknown == (steps if shape is INJECTED else set())
@@ -118,11 +118,11 @@ def test_a_foreign_loop_is_seen_whole() -> None:
         ("prelude", 0, 0), ("prelude", 1, 0), ("coda", 0, 0),
     ]  # fmt: skip
     assert [site[1:] for site in trace.visits if site[0] == "recurrent"] == [
-        (layer, recurrence) for recurrence in range(5) for layer in range(2)
+        (layer, recurrence) for recurrence in range(1, 6) for layer in range(2)
     ]
     model.loops = 5
     assert torch.equal(trace.logits, model(BATCH.input_ids, BATCH.mask)["logits"])
-    for recurrence in range(1, 5):
+    for recurrence in range(2, 6):
         encoded = trace.residual("prelude", 1)
         assert torch.equal(trace.injected(recurrence), trace.loop_state(recurrence - 1) + encoded)
 
@@ -131,8 +131,8 @@ def test_a_layer_that_comes_twice_in_a_recurrence_is_two_layers() -> None:
     model = TwoStacks()
     subject = loopscope.hook(model, recurrent=["low", "low", "high"], loop_end="norm")
     trace = loopscope.capture(subject, BATCH.input_ids)
-    assert trace.visits == [("recurrent", layer, recurrence) for recurrence in range(2) for layer in range(3)]
-    for recurrence in range(2):
+    assert trace.visits == [("recurrent", layer, recurrence) for recurrence in (1, 2) for layer in range(3)]
+    for recurrence in (1, 2):
         expected = model.norm(trace.residual("recurrent", 2, recurrence))
         assert torch.equal(trace.loop_state(recurrence), expected)
 
@@ -166,7 +166,7 @@ class TwoStacks(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recurrent": ["cycle.1", "cycle.0"]}, r"called cycle\.0 where cycle\.1 \(recurrent\.0@0\) was expected"),
+        ({"recurrent": ["cycle.1", "cycle.0"]}, r"called cycle\.0 where cycle\.1 \(recurrent\.0@1\) was expected"),
         ({"recurrent": "cycle.0", "prelude": ["enter", "norm"]}, r"called cycle\.0 where norm \(prelude\.2\)"),
         ({"coda": ["leave", "embedding"]}, r"called embedding where enter\.0 \(prelude\.0\) was expected"),
         ({"coda": ["leave", "spare"]}, r"ended after 2 prelude visits, \d recurrences .* where spare \(coda\.1\)"),
@@ -281,10 +281,10 @@ def test_random_initial_states_are_a_function_of_the_seed() -> None:
     assert runs[0].state is not None
     assert runs[1].state is not None
     unpadded = loopscope.capture(subject, BATCH.input_ids, attention_mask=BATCH.mask, recurrences=2, seed=1)
-    assert torch.equal(runs[0].state, unpadded.loop_state(1))
+    assert torch.equal(runs[0].state, unpadded.loop_state(2))
     assert not torch.equal(runs[0].state, runs[1].state)
-    assert torch.equal(first.injected(0), loopscope.capture(subject, BATCH.input_ids, seed=1).injected(0))
-    assert not torch.equal(first.injected(0), loopscope.capture(subject, BATCH.input_ids, seed=2).injected(0))
+    assert torch.equal(first.injected(1), loopscope.capture(subject, BATCH.input_ids, seed=1).injected(1))
+    assert not torch.equal(first.injected(1), loopscope.capture(subject, BATCH.input_ids, seed=2).injected(1))
     assert any("drawn for a whole batch" in sentence for sentence in subject.unobservable)
 
 
@@ -302,7 +302,7 @@ def test_one_token_and_one_layer() -> None:
         model, recurrent=model.recurrent[0], set_recurrences=lambda _, count: {"recurrences": count}
     )
     trace = loopscope.capture(subject, [[5]], recurrences=3, attention=True)
-    assert torch.equal(trace.attention("recurrent", 0, 2), torch.ones(1, 2, 1, 1))
+    assert torch.equal(trace.attention("recurrent", 0, 3), torch.ones(1, 2, 1, 1))
 
 
 class Recorder(Observer):

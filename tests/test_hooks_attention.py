@@ -162,17 +162,17 @@ def test_the_attention_of_torchs_own_layers_is_seen() -> None:
     assert subject.info.injection == "none"
     check_subject(subject, causal=False, other_recurrences=())
     trace = loopscope.capture(subject, BATCH.input_ids, attention_mask=BATCH.mask, attention=True)
-    x = trace.injected(0)
+    x = trace.injected(1)
     _, maps = model.layer.self_attn(x, x, x, ~BATCH.mask, average_attn_weights=False)
     rows = BATCH.mask[:, None, :, None].expand_as(maps)
-    torch.testing.assert_close(trace.attention("recurrent", 0, 0)[rows], maps[rows])
+    torch.testing.assert_close(trace.attention("recurrent", 0, 1)[rows], maps[rows])
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_attention_that_cannot_be_seen_is_none_and_said() -> None:
     subject = loopscope.hook(Unusual().eval(), **PATHS)
     trace = loopscope.capture(subject, BATCH.input_ids, attention=True)
-    assert trace.attention("recurrent", 1, 2).shape == (3, HEADS, 5, 5)
+    assert trace.attention("recurrent", 1, 3).shape == (3, HEADS, 5, 5)
     for layer in (0, 1):
         with pytest.raises(KeyError, match=f"attention of layer {layer} in the prelude of Unusual cannot be seen"):
             trace.attention("prelude", layer)

@@ -66,7 +66,7 @@ def test_between_recurrences_the_model_has_its_own_modes() -> None:
     seen: list[Any] = []
     run = subject.start(BATCH, recurrences=5)
     for _ in range(5):
-        run.advance([Calls("recurrent.1@2", lambda: seen.append(subject.model.loops))])
+        run.advance([Calls("recurrent.1@3", lambda: seen.append(subject.model.loops))])
         assert subject.model.loops == 3
         assert subject.model.training
     run.decode()
@@ -100,7 +100,7 @@ def test_the_owner_of_a_model_can_use_it_while_a_run_stands_still() -> None:
     alone = loopscope.capture(subject, BATCH.input_ids, recurrences=4)
     expected = subject.model(BATCH.input_ids)["logits"]
     run = subject.start(Batch(BATCH.input_ids, torch.ones_like(BATCH.mask)), recurrences=4)
-    for recurrence in range(4):
+    for recurrence in range(1, 5):
         run.advance()
         assert torch.equal(subject.model(BATCH.input_ids)["logits"], expected)
         assert run.state is not None
@@ -135,7 +135,7 @@ def test_an_error_in_an_observer_ends_the_run() -> None:
 
     run = subject.start(BATCH, recurrences=3)
     with pytest.raises(RuntimeError, match="the measure is broken"):
-        run.advance([Calls("recurrent.0@0", fail)])
+        run.advance([Calls("recurrent.0@1", fail)])
     assert_as_before(subject)
     with pytest.raises(ConfigError, match="This run was closed"):
         run.advance()

@@ -93,7 +93,7 @@ def test_an_injection_within_the_loop_is_not_taken_for_none(model: type[Plain]) 
     assert any(sentence.startswith("Injection: the prompt enters within") for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS)
     assert torch.equal(trace.initial_state, subject.model.get_submodule("embedding")(torch.tensor(IDS)))
-    assert torch.equal(trace.injected(1), trace.loop_state(0))
+    assert torch.equal(trace.injected(2), trace.loop_state(1))
 
 
 def test_a_loop_that_only_its_initial_state_tells_of_the_prompt_has_no_injection() -> None:
@@ -399,7 +399,7 @@ def test_layers_with_different_numbers_of_heads_have_maps_and_no_common_number()
     assert any(sentence.startswith("Heads: the layers have different numbers") for sentence in subject.unobservable)
     check_subject(subject)
     trace = loopscope.capture(subject, IDS, attention=True)
-    assert [trace.attention("recurrent", layer, 0).shape[1] for layer in (0, 1)] == [HEADS, 2]
+    assert [trace.attention("recurrent", layer, 1).shape[1] for layer in (0, 1)] == [HEADS, 2]
 
 
 class Heads(Block):
@@ -437,4 +437,4 @@ def test_state_and_prompt_may_enter_the_first_layer_side_by_side() -> None:
     assert subject.info.injection is None
     assert subject.info.width == WIDTH
     check_subject(subject)
-    assert loopscope.capture(subject, IDS).injected(1).shape == (1, 6, 2 * WIDTH)
+    assert loopscope.capture(subject, IDS).injected(2).shape == (1, 6, 2 * WIDTH)

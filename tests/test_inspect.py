@@ -135,10 +135,10 @@ def test_kept_states_and_maps_take_what_is_said(name: str) -> None:
     trace = loopscope.capture(given, [[1, 2, 3, 4], [5, 6, 7, 8]], recurrences=3 if looped else None, attention=True)
     said = estimate_memory(Sizes.of(ARCHITECTURES[name]), RunSize(tokens=4, batch_size=2, recurrences=3))
     states = [trace.residual(*visit) for visit in trace.visits] + [
-        trace.loop_state(r) for r in range(trace.recurrences)
+        trace.loop_state(r) for r in range(1, trace.recurrences + 1)
     ]
     if given.info.injection != "none":
-        states += [trace.injected(recurrence) for recurrence in range(trace.recurrences)]
+        states += [trace.injected(recurrence) for recurrence in range(1, trace.recurrences + 1)]
     assert said.kept_states == sum({state.data_ptr(): state.nbytes for state in states}.values())
     assert said.attention_map == trace.attention(*trace.visits[0]).nbytes
 

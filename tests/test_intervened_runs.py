@@ -41,38 +41,38 @@ IDS, RECURRENCES = [3, 1, 4, 1, 5, 9], 4
 SHORT: dict[str, Any] = {"recurrences": 5, "horizon": 4, "cycle_recurrences": 3, "batch_size": 3}
 
 
-MOVES = ["token:1@2=token:4", "token:-2@2=token:1", "token:0@0=zeros"]
+MOVES = ["token:1@3=token:4", "token:-2@3=token:1", "token:0@1=zeros"]
 
 
 def moved(recurrence: int, state: np.ndarray) -> np.ndarray:
-    """Tokens 1 and 4 exchanged before recurrence 2, and token 0 set to zero before recurrence 0."""
-    if recurrence == 2:
+    """Tokens 1 and 4 exchanged before recurrence 3, and token 0 set to zero before recurrence 1."""
+    if recurrence == 3:
         state[[1, 4]] = state[[4, 1]]
-    if recurrence == 0:
+    if recurrence == 1:
         state[0] = 0
     return state
 
 
 CHANGES: dict[str, tuple[list[str], Changes]] = {
-    "one MLP": (["mlp:recurrent.1=0"], Changes({("mlp", "recurrent", 1, t): 0.0 for t in range(RECURRENCES)})),
+    "one MLP": (["mlp:recurrent.1=0"], Changes({("mlp", "recurrent", 1, t): 0.0 for t in range(1, RECURRENCES + 1)})),
     "attention at some recurrences": (
-        ["attention:recurrent.*@1-2=-0.5"],
-        Changes({("attention", "recurrent", layer, t): -0.5 for layer in range(3) for t in (1, 2)}),
+        ["attention:recurrent.*@2-3=-0.5"],
+        Changes({("attention", "recurrent", layer, t): -0.5 for layer in range(3) for t in (2, 3)}),
     ),
     "both branches late": (
-        ["mlp:recurrent.0@2-=3", "attention:recurrent.0@3=0"],
-        Changes({("mlp", "recurrent", 0, 2): 3, ("mlp", "recurrent", 0, 3): 3, ("attention", "recurrent", 0, 3): 0}),
+        ["mlp:recurrent.0@3-=3", "attention:recurrent.0@4=0"],
+        Changes({("mlp", "recurrent", 0, 3): 3, ("mlp", "recurrent", 0, 4): 3, ("attention", "recurrent", 0, 4): 0}),
     ),
     "outside the loop": (
         ["mlp:prelude.0=0.25", "attention:coda.0=2"],
         Changes({("mlp", "prelude", 0, 0): 0.25, ("attention", "coda", 0, 0): 2.0}),
     ),
-    "frozen": (["inject@1=frozen"], Changes(freeze_at=1)),
+    "frozen": (["inject@2=frozen"], Changes(freeze_at=2)),
     "damped": (["damp=0.3"], Changes(eta=0.3)),
     "tokens": (MOVES, Changes(replace=moved)),
     "all at once": (
-        ["damp=0.6", "inject@2=frozen", "mlp:recurrent.0=0.5", *MOVES],
-        Changes({("mlp", "recurrent", 0, t): 0.5 for t in range(RECURRENCES)}, 0.6, 2, moved),
+        ["damp=0.6", "inject@3=frozen", "mlp:recurrent.0=0.5", *MOVES],
+        Changes({("mlp", "recurrent", 0, t): 0.5 for t in range(1, RECURRENCES + 1)}, 0.6, 3, moved),
     ),
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -94,8 +94,8 @@ def test_states_are_those_of_the_plain_computation(shape: str, kind: str) -> Non
     for (stage, layer, recurrence), states in wanted.residual.items():
         near(found.residual(stage, layer, recurrence), states)  # type: ignore[arg-type]
     for recurrence in range(RECURRENCES):
-        near(found.injected(recurrence), wanted.injected[recurrence])
-        near(found.loop_state(recurrence), wanted.loop_state[recurrence])
+        near(found.injected(recurrence + 1), wanted.injected[recurrence])
+        near(found.loop_state(recurrence + 1), wanted.loop_state[recurrence])
     near(found.logits, wanted.logits)
     assert np.abs(capture(model, IDS, recurrences=RECURRENCES).logits[0].numpy() - wanted.logits).max() > 1e-6
 
@@ -162,8 +162,8 @@ def test_a_change_by_nothing_changes_no_bit(shape: Architecture, texts: list[str
 def test_damping_moves_an_eigenvalue(rate: float, eta: float) -> None:
     """lambda becomes 1 - eta + eta lambda; an orbit of period two (-1) becomes a fixed point."""
     trace = capture(relaxation(rate), IDS, recurrences=8, intervene=[Damp(eta)])
-    point = trace.injected(0) - rate * trace.initial_state  # (1 - rate) e
-    away = [(trace.loop_state(t) * (1 - rate) - point) for t in range(8)]
+    point = trace.injected(1) - rate * trace.initial_state  # (1 - rate) e
+    away = [(trace.loop_state(t) * (1 - rate) - point) for t in range(1, 9)]
     moves = 1 - eta + eta * rate
     for before, after in pairwise(away):
         torch.testing.assert_close(after, moves * before, rtol=1e-9, atol=1e-11)
@@ -184,13 +184,13 @@ def test_damping_turns_a_rotation_into_a_fixed_point_in_a_study() -> None:
 
 
 def test_a_frozen_input_repeats_the_recurrence() -> None:
-    trace = capture(subject(), PROMPTS, recurrences=5, intervene=["inject@2=frozen"])
+    trace = capture(subject(), PROMPTS, recurrences=5, intervene=["inject@3=frozen"])
     free = capture(subject(), PROMPTS, recurrences=5)
-    assert torch.equal(trace.loop_state(2), free.loop_state(2))
-    for later in (3, 4):
-        assert torch.equal(trace.injected(later), trace.injected(2))
-        assert torch.equal(trace.loop_state(later), trace.loop_state(2))
-        assert not torch.equal(free.loop_state(later), free.loop_state(2))
+    assert torch.equal(trace.loop_state(3), free.loop_state(3))
+    for later in (4, 5):
+        assert torch.equal(trace.injected(later), trace.injected(3))
+        assert torch.equal(trace.loop_state(later), trace.loop_state(3))
+        assert not torch.equal(free.loop_state(later), free.loop_state(3))
 
 
 @pytest.mark.parametrize(
@@ -222,20 +222,20 @@ def test_noise_has_the_norm_of_what_it_replaces_and_a_direction_of_its_own() -> 
     model = linear_loop(torch.eye(16), torch.zeros(16, 16))  # what is received is what comes out
 
     def after(text: str, seed: int = 0) -> torch.Tensor:
-        return capture(model, IDS, recurrences=3, seed=seed, intervene=[text]).loop_state(2)[0]
+        return capture(model, IDS, recurrences=3, seed=seed, intervene=[text]).loop_state(3)[0]
 
-    own = capture(model, IDS, recurrences=3).loop_state(2)[0]
-    changed = after("token:2@1=noise")
+    own = capture(model, IDS, recurrences=3).loop_state(3)[0]
+    changed = after("token:2@2=noise")
     torch.testing.assert_close(changed[2].norm(), own[2].norm())
     untouched = [0, 1, 3, 4, 5]
     assert torch.equal(changed[untouched], own[untouched])
-    directions = torch.stack([own[2], changed[2], after("token:2@2=noise")[2], after("token:2@1=noise", 1)[2]])
+    directions = torch.stack([own[2], changed[2], after("token:2@3=noise")[2], after("token:2@2=noise", 1)[2]])
     directions = directions / directions.norm(dim=-1, keepdim=True)
     assert float((directions @ directions.T - torch.eye(4, dtype=torch.float64)).abs().max()) < 0.9
-    assert torch.equal(changed, after("token:2@1=noise"))
+    assert torch.equal(changed, after("token:2@2=noise"))
 
 
-EVERY = ["token:-1@1=noise", "token:0@2=zeros", "damp=0.7", "mlp:recurrent.1@1-=0.5", "inject@2=frozen"]
+EVERY = ["token:-1@2=noise", "token:0@3=zeros", "damp=0.7", "mlp:recurrent.1@2-=0.5", "inject@3=frozen"]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -262,7 +262,7 @@ def test_neither_batch_nor_padding_changes_a_prompt(left: bool) -> None:
         (INJECTED, EVERY),
         (RESIDUAL_NORM, ["start=scale:2", *EVERY]),
         # Noise would be a random draw in a model that has none.
-        (ADDED, ["start=scale:2", "token:-1@1=zeros", "damp=0.7", "inject@2=frozen"]),
+        (ADDED, ["start=scale:2", "token:-1@2=zeros", "damp=0.7", "inject@3=frozen"]),
     ],
     ids=["linear", "residual norm", "add"],
 )
@@ -273,7 +273,7 @@ def test_a_changed_model_keeps_the_contract_of_subjects(shape: Architecture, tex
 def test_the_rounding_error_is_that_of_the_changed_recurrence() -> None:
     model, batch = subject(), Batch.of([IDS])
     free = model.start(batch, recurrences=4)
-    bare = model.intervened(["mlp:recurrent.*=0", "attention:recurrent.*=0", "inject@0=frozen"])
+    bare = model.intervened(["mlp:recurrent.*=0", "attention:recurrent.*=0", "inject@1=frozen"])
     run = bare.start(batch, recurrences=4)
     assert float(run.rounding_error().max()) > 0  # of mixing state and prelude's output
     run.advance()
@@ -306,8 +306,8 @@ def test_a_subject_with_interventions_is_recorded_as_such() -> None:
 
 def test_prompts_and_recurrences_are_checked_before_anything_is_run(tmp_path: Path) -> None:
     for texts, message in (
-        (["token:6@1=zeros"], "names token 6, and prompt 1 has 3 tokens"),
-        (["mlp:recurrent.0@5=0"], "names recurrence 5, and 5 are run"),
+        (["token:6@2=zeros"], "names token 6, and prompt 1 has 3 tokens"),
+        (["mlp:recurrent.0@6=0"], "names recurrence 6, and 5 are run"),
     ):
         with pytest.raises(ConfigError, match=message):
             analyze(subject(), PROMPTS[:3], intervene=texts, out=tmp_path / "study", **SHORT)
@@ -319,12 +319,12 @@ def test_the_command_line_takes_several_and_the_report_shows_them(
 ) -> None:
     model, out = checkpoint(tmp_path / "model"), tmp_path / "study"
     arguments = ["analyze", str(model), "--text", "one", "--recurrences", "3", "--horizon", "3", "--out", str(out)]
-    main([*arguments, "--intervene", "mlp:prelude.0=0", "--intervene", "token:-1@1=zeros"])
-    assert Study.load(out).manifest["settings"]["intervene"] == ["mlp:prelude.0=0", "token:-1@1=zeros"]
+    main([*arguments, "--intervene", "mlp:prelude.0=0", "--intervene", "token:-1@2=zeros"])
+    assert Study.load(out).manifest["settings"]["intervene"] == ["mlp:prelude.0=0", "token:-1@2=zeros"]
     page = (out / "report.html").read_text(encoding="utf-8")
     header = page[page.index('class="facts"') : page.index("</dl>")]
-    assert "mlp:prelude.0=0, token:-1@1=zeros" in header
-    assert "The model was changed while it ran (mlp:prelude.0=0, token:-1@1=zeros)" in page
+    assert "mlp:prelude.0=0, token:-1@2=zeros" in header
+    assert "The model was changed while it ran (mlp:prelude.0=0, token:-1@2=zeros)" in page
     capsys.readouterr()
     with pytest.raises(SystemExit) as refused:
         main([*arguments[:-1], str(tmp_path / "other"), "--intervene", "mlp:body.0=0"])

@@ -252,12 +252,12 @@ def test_the_readout_grid_has_powers_of_two_the_last_and_the_trained_number(trai
 
 
 def test_visits_are_labelled_in_order_of_realised_depth() -> None:
-    assert [site.label for site in sites_in_order(1, 2, 1, range(2))] == [
+    assert [site.label for site in sites_in_order(1, 2, 1, (1, 2))] == [
         "prelude.0",
-        "recurrent.0@0",
-        "recurrent.1@0",
         "recurrent.0@1",
         "recurrent.1@1",
+        "recurrent.0@2",
+        "recurrent.1@2",
         "coda.0",
     ]
     assert [site.label for site in sites_in_order(2, 0, 1, ())] == ["prelude.0", "prelude.1", "coda.0"]

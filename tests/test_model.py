@@ -49,7 +49,7 @@ def same(ours: Tensor, alone: Tensor) -> None:
 
 
 def every_state(trace: Trace) -> list[Tensor]:
-    recurrences = range(trace.recurrences)
+    recurrences = range(1, trace.recurrences + 1)
     return [
         *(trace.residual(*visit) for visit in trace.visits),
         *(trace.injected(recurrence) for recurrence in recurrences),
@@ -166,9 +166,9 @@ def test_backprop_last_cuts_the_gradient_where_detaching_does(variant: dict[str,
 
     sequence = by_hand.encode(ids)
     state = by_hand.initial_state(sequence, seed=0)
-    for recurrence in range(recurrences):
+    for recurrence in range(1, recurrences + 1):
         state = by_hand.recur(state, sequence, recurrence)
-        if recurrence < recurrences - tracked:
+        if recurrence <= recurrences - tracked:
             state = state.detach()
     expected = by_hand.decode(state, sequence)
     (expected * weight).sum().backward()

@@ -84,10 +84,10 @@ def check(settings: dict[str, Any], tolerance: float) -> None:
             close(trace.attention(*site), slow.attention[site], f"attention at {site}")
         assert trace.recurrences == len(slow.loop_state) == len(slow.injected)
         for recurrence in range(trace.recurrences):
-            close(trace.injected(recurrence), slow.injected[recurrence], f"injected at {recurrence}")
-            close(trace.loop_state(recurrence), slow.loop_state[recurrence], f"loop state at {recurrence}")
+            close(trace.injected(recurrence + 1), slow.injected[recurrence], f"injected at {recurrence}")
+            close(trace.loop_state(recurrence + 1), slow.loop_state[recurrence], f"loop state at {recurrence}")
         for recurrence, gate in enumerate(slow.gate):
-            close(trace.gate(recurrence), gate, f"gate at {recurrence}")
+            close(trace.gate(recurrence + 1), gate, f"gate at {recurrence}")
         close(trace.logits, slow.logits, "logits")
 
 
@@ -116,7 +116,7 @@ def test_the_answer_is_that_of_the_step_that_is_told(threshold: float, dtype: to
     """In many recurrences probabilities add up to 1 but for rounding, which must not part the two."""
     generator = torch.Generator().manual_seed(0)
     gates = [torch.randn(3, 50, generator=generator).to(dtype) for _ in range(40)]
-    states = [torch.full((3, 50, 1), float(recurrence)) for recurrence in range(40)]
+    states = [torch.full((3, 50, 1), float(recurrence)) for recurrence in range(1, 41)]
     rule = ExitRule(threshold)
     for state, gate in zip(states, gates, strict=True):
         rule.after(state, gate)
@@ -134,7 +134,7 @@ def test_the_exit_gate_stops_tokens_at_different_recurrences() -> None:
         step = int(trace.exit_step[batch, token])
         expected = model.unembed(trace.loop_state(step))[batch, token]
         torch.testing.assert_close(trace.logits[batch, token], expected)
-        assert float(trace.exit_distribution[batch, token, :step].sum()) < 0.6
+        assert float(trace.exit_distribution[batch, token, : step - 1].sum()) < 0.6
 
 
 def test_the_cases_hold_every_pair_of_settings() -> None:
@@ -150,7 +150,7 @@ def test_narrow_dtypes_compute_the_same_to_their_precision(dtype: torch.dtype) -
     exact = loopscope.capture(random_model(), ids, attention=True)
     narrow = loopscope.capture(random_model(dtype=dtype), ids, attention=True)
     assert narrow.logits.dtype == dtype
-    assert narrow.attention("recurrent", 0).dtype == torch.float32
+    assert narrow.attention("recurrent", 0, 1).dtype == torch.float32
     error = torch.linalg.vector_norm(narrow.logits.double() - exact.logits) / torch.linalg.vector_norm(exact.logits)
     assert 0 < float(error) < 30 * torch.finfo(dtype).eps
 

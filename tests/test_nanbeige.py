@@ -101,8 +101,8 @@ def test_every_state_is_that_of_the_stack_run_on_its_own_output(llama: Any, fold
     trace = loopscope.capture(model, IDS, recurrences=recurrences)
     for recurrence in range(recurrences):
         for layer, expected in enumerate(layers[recurrence]):
-            close(trace.residual("recurrent", layer, recurrence), expected)
-        close(trace.loop_state(recurrence), ends[recurrence])
+            close(trace.residual("recurrent", layer, recurrence + 1), expected)
+        close(trace.loop_state(recurrence + 1), ends[recurrence])
     close(trace.logits, logits)
 
 

@@ -56,11 +56,11 @@ def test_every_number_is_that_of_the_published_code(folder: Path) -> None:
     )
     found = {"logits": trace.logits}
     for stage, layer, recurrence in trace.visits:
-        found[f"{stage}.{recurrence}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"] = trace.residual(
+        found[f"{stage}.{recurrence - 1}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"] = trace.residual(
             stage, layer, recurrence
         )
     for recurrence in range(trace.recurrences):
-        found[f"injected.{recurrence}"] = trace.injected(recurrence)
+        found[f"injected.{recurrence}"] = trace.injected(recurrence + 1)
     assert set(expected) - set(found) == {"input_ids", "initial_state", "encoded"}
     for name, ours in found.items():
         torch.testing.assert_close(ours, expected[name], **CASE["tolerance"])
@@ -85,7 +85,7 @@ def test_eigenvalues_and_padding_take_value_embeddings_along(folder: Path) -> No
     for _ in range(8):
         run.advance()
     assert isinstance(run, NativeRun)
-    one = run.recurrence_map(recurrence=8)
+    one = run.recurrence_map(recurrence=9)
     jacobian = torch.autograd.functional.jacobian(one, run.state)[0, 1, :, 0, 1]
     largest = torch.linalg.eigvals(jacobian).abs().max()
     assert abs(together.eigenvalues[1, 1, 0]) == pytest.approx(float(largest), rel=1e-6)

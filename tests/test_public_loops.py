@@ -153,7 +153,7 @@ def test_tokens_before_the_text_change_nothing_of_a_text_that_does_not_look_at_t
     subjects = loopscope.hook(plain), loopscope.hook(more, tokens_before=3)
     traces = [loopscope.capture(subject, [[1, 2, 3, 4], [5, 6]], recurrences=6) for subject in subjects]
     assert torch.equal(traces[0].logits, traces[1].logits)
-    for recurrence in range(6):
+    for recurrence in range(1, 7):
         assert torch.equal(traces[0].loop_state(recurrence), traces[1].loop_state(recurrence))
         assert torch.equal(traces[0].injected(recurrence), traces[1].injected(recurrence))
     values = [loopscope.leading_eigenvalues(subject, [[1, 2, 3, 4]]).eigenvalues for subject in subjects]

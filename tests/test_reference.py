@@ -110,21 +110,21 @@ def found(case: Case, trace: Trace) -> Tensors:
     found = {"logits": trace.logits, "embeddings": model.embed(trace.input_ids)}
     last = trace.visits[-1]
     for stage, layer, recurrence in trace.visits:
-        site = f"{stage}.{recurrence}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"
+        site = f"{stage}.{recurrence - 1}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"
         if not case.subject.info.is_looped:
             site = f"layer.{layer}"
         found[site] = trace.residual(stage, layer, recurrence)
         found[f"attention.{site}".replace("attention.layer", "attention")] = trace.attention(stage, layer, recurrence)
     for recurrence in range(trace.recurrences):
-        found[f"injected.{recurrence}"] = trace.injected(recurrence)
-        found[f"loop_end.{recurrence}"] = trace.loop_state(recurrence)
+        found[f"injected.{recurrence}"] = trace.injected(recurrence + 1)
+        found[f"loop_end.{recurrence}"] = trace.loop_state(recurrence + 1)
     if model.exit_gate is not None:
         for recurrence in range(trace.recurrences):
-            found[f"gate.{recurrence}"] = trace.gate(recurrence)
-            found[f"logits.{recurrence}"] = model.unembed(trace.loop_state(recurrence))
-        return found | {"exit_distribution": trace.exit_distribution, "exit_step": trace.exit_step}
+            found[f"gate.{recurrence}"] = trace.gate(recurrence + 1)
+            found[f"logits.{recurrence}"] = model.unembed(trace.loop_state(recurrence + 1))
+        return found | {"exit_distribution": trace.exit_distribution, "exit_step": trace.exit_step - 1}
     if trace.recurrences:
-        end = trace.loop_state(trace.recurrences - 1)
+        end = trace.loop_state(trace.recurrences)
         found["coda_input"] = model.norm(end) if model.architecture.loop_norm == "loop" else end
     return found | {"final_hidden": model.norm(trace.residual(*last))}
 
@@ -175,7 +175,7 @@ def test_recurrences_are_those_asked_for_and_else_the_trained_number(case: Case)
         trace = case.trace(recurrences=asked)
         assert trace.recurrences == asked
         for recurrence in range(min(asked, recorded)):
-            case.close(trace.loop_state(recurrence), f"loop_end.{recurrence}")
+            case.close(trace.loop_state(recurrence + 1), f"loop_end.{recurrence}")
     config = json.loads((case.folder / "config.json").read_text())
     trained = config.get("mean_recurrence", config.get("total_ut_steps"))
     assert case.trace(recurrences=None).recurrences == case.subject.info.trained_recurrences == trained
@@ -192,7 +192,7 @@ def test_ouro_answers_each_token_from_where_it_stops(ouro: Case, tmp_path: Path,
         shares = cumulated[batch, token]
         assert float((shares[:-1] - threshold).abs().min()) > 1e-5, "too close to the threshold to say"
         step = next((r for r in range(4) if float(shares[r]) >= threshold), 3)
-        assert int(trace.exit_step[batch, token]) == step
+        assert int(trace.exit_step[batch, token]) == step + 1
         torch.testing.assert_close(
             trace.logits[batch, token], ouro.expected[f"logits.{step}"][batch, token], atol=1e-4, rtol=1e-5
         )
@@ -229,7 +229,7 @@ def test_huginns_rotation_table_is_computed_and_never_read(huginn: Case, tmp_pat
 def test_huginn_keeps_no_attention_unless_asked(huginn: Case) -> None:
     trace = huginn.trace(attention=False)
     with pytest.raises(ConfigError, match=r"kept no attention; call capture\(\.\.\., attention=True\)"):
-        trace.attention("recurrent", 0, 0)
+        trace.attention("recurrent", 0, 1)
 
 
 def test_huginn_in_float64_is_closer_than_the_recorded_rounding(huginn: Case) -> None:
@@ -241,6 +241,6 @@ def test_huginn_in_float64_is_closer_than_the_recorded_rounding(huginn: Case) ->
     )
     rounding = huginn.about["rounding"]["largest_difference_to_float64"]
     difference = max(
-        float((exact.loop_state(r) - huginn.expected[f"loop_end.{r}"].double()).abs().max()) for r in range(5)
+        float((exact.loop_state(r + 1) - huginn.expected[f"loop_end.{r}"].double()).abs().max()) for r in range(5)
     )
     assert 0 < difference < 2 * rounding

@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 def recorded_name(info: SubjectInfo, stage: str, layer: int, recurrence: int) -> str:
     if not info.is_looped:
         return f"layer.{layer}"
-    return f"{stage}.{recurrence}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"
+    return f"{stage}.{recurrence - 1}.{layer}" if stage == "recurrent" else f"{stage}.{layer}"
 
 
 @pytest.mark.parametrize("folder", list(FAMILIES), indirect=True)
@@ -74,7 +74,7 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
     watched([heads, stages, cycle], about_batch, recorded.get("initial_state"))
     found = heads.result().merge(stages.result())
 
-    sites = info.sites(range(recurrences))
+    sites = info.sites(range(1, recurrences + 1))
     names = [recorded_name(info, *site) for site in sites]
     states = torch.stack([recorded[name] for name in names])
     maps = torch.stack([recorded[f"attention.{name}".replace("attention.layer", "attention")] for name in names])
@@ -91,9 +91,9 @@ def test_heads_and_stages_are_those_of_the_recorded_maps_and_states(folder: Path
             continue
         end = len(sites) - info.coda - info.recurrent + layer
         for name, other in (("attention_change", depth - info.recurrent), ("attention_distance_to_horizon", end)):
-            if name == "attention_distance_to_horizon" or recurrence > 0:
+            if name == "attention_distance_to_horizon" or recurrence > 1:
                 away = measures.attention_distance(maps[depth], maps[other]).movedim(0, -1)
-                compare(name, found[name].values[layer, recurrence], away)
+                compare(name, found[name].values[layer, recurrence - 1], away)
     squares = (maps[:, None] - maps[None]).square().sum((-1, -2)).sum(-1) / (info.heads * about_batch.tokens)
     compare("cycle", cycle.result()["attention_cycle_distance"].values, squares.sqrt().sum(-1))
 

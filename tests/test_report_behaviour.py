@@ -263,7 +263,7 @@ def judged(count: int = 5, kind: Kind = Kind.ORBIT, **fields: Any) -> JudgedFile
             "method": "displacement",
             "settings": {"window": 256, "floor_factor": 30.0},
             "dtype": "bfloat16",
-            "first_recurrence": 0,
+            "first_recurrence": 1,
             "sources": [{"file": "/some/where/a.npz", "array": "h", "shape": [count, 48, 8], "sha256": "ab" * 32}],
             "versions": {"loopscope": "0.1.0"},
         },

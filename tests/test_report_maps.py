@@ -56,7 +56,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
         if "change" in data["names"]:
             change = np.full(2, np.nan)
             if visit[0] == "recurrent":
-                change = study.dataset["attention_change"].values[visit[1], visit[2], :, 0] / np.sqrt(10)
+                change = study.dataset["attention_change"].values[visit[1], visit[2] - 1, :, 0] / np.sqrt(10)
             np.testing.assert_allclose(numbers[place, :, data["names"].index("change")], change, rtol=1e-6)
 
 

@@ -71,8 +71,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 INTERVENTIONS: dict[str, list[str]] = {
     "none": [],
     "damped": ["damp=0.3"],
-    "frozen": ["inject@1=frozen"],
-    "frozen and damped": ["inject@1=frozen", "damp=0.4"],
+    "frozen": ["inject@2=frozen"],
+    "frozen and damped": ["inject@2=frozen", "damp=0.4"],
     "branches": ["mlp:recurrent.0=0", "attention:recurrent.1=0.5"],
 }
 SETTLING = [
@@ -238,7 +238,7 @@ def test_an_orbit_is_predicted_with_its_period_and_damped_away_at_the_predicted_
 
 def lengths(model: NativeSubject, recurrences: int) -> tuple[np.ndarray, np.ndarray]:
     trace = loopscope.capture(model, PROMPTS[0], recurrences=recurrences)
-    states = torch.stack([trace.loop_state(index)[0] for index in range(recurrences)]).double()
+    states = torch.stack([trace.loop_state(index)[0] for index in range(1, recurrences + 1)]).double()
     return (states[1:] - states[:-1]).norm(dim=-1).T.numpy(), states[1:].norm(dim=-1).T.numpy()
 
 
@@ -460,7 +460,7 @@ def test_some_tokens_have_their_own_eigenvalues_and_no_prediction(every: int) ->
 
 
 def test_a_run_that_stands_somewhere_can_be_linearised_and_goes_on_undisturbed() -> None:
-    frozen = subject(INJECTED, dtype=torch.float64, std=0.1).intervened(["inject@9=frozen", "damp=0.5"])
+    frozen = subject(INJECTED, dtype=torch.float64, std=0.1).intervened(["inject@10=frozen", "damp=0.5"])
     batch = Batch.of(PROMPTS)
     run, same = (frozen.start(batch, recurrences=12) for _ in range(2))
     last_step = LastStep(run.state, run.state.dtype)
@@ -487,13 +487,13 @@ def test_a_run_that_stands_somewhere_can_be_linearised_and_goes_on_undisturbed()
 def test_a_state_given_is_the_point() -> None:
     plain = subject(INJECTED, dtype=torch.float64, std=0.1)
     trace = loopscope.capture(plain, PROMPTS, recurrences=5)
-    there = leading_eigenvalues(plain, PROMPTS, state=trace.loop_state(4), search=0)
+    there = leading_eigenvalues(plain, PROMPTS, state=trace.loop_state(5), search=0)
     ran = leading_eigenvalues(plain, PROMPTS, recurrences=5, search=0)
     np.testing.assert_allclose(there.radius[there.mask], ran.radius[ran.mask], rtol=1e-8)
     np.testing.assert_allclose(there.relative_step, ran.relative_step, rtol=1e-8)
     np.testing.assert_array_equal(there.moved[there.mask], 0)
-    following = loopscope.capture(plain, PROMPTS, recurrences=6).loop_state(5)
-    wanted = relative_step(trace.loop_state(4), following).numpy()
+    following = loopscope.capture(plain, PROMPTS, recurrences=6).loop_state(6)
+    wanted = relative_step(trace.loop_state(5), following).numpy()
     np.testing.assert_allclose(ran.relative_step[ran.mask], wanted[ran.mask], rtol=1e-8)
 
 
@@ -516,10 +516,10 @@ def test_what_cannot_be_had_is_said_in_one_sentence() -> None:
         leading_eigenvalues(plain, PROMPTS, state=torch.zeros(1, 2, 16))
     with pytest.raises(NonFiniteError, match="state holds NaN"):
         leading_eigenvalues(plain, [[1, 2]], state=torch.full((1, 2, 16), torch.nan))
-    with pytest.raises(ConfigError, match="'token:0@3=zeros' replaces a state at the recurrence"):
-        leading_eigenvalues(plain, [[1, 2]], recurrences=3, intervene="token:0@3=zeros")
-    with pytest.raises(ConfigError, match=r"'inject@1=frozen' makes a recurrence depend on .* leave state out"):
-        leading_eigenvalues(plain, [[1, 2]], state=torch.zeros(1, 2, 16), intervene="inject@1=frozen")
+    with pytest.raises(ConfigError, match="'token:0@4=zeros' replaces a state at the recurrence"):
+        leading_eigenvalues(plain, [[1, 2]], recurrences=3, intervene="token:0@4=zeros")
+    with pytest.raises(ConfigError, match=r"'inject@2=frozen' makes a recurrence depend on .* leave state out"):
+        leading_eigenvalues(plain, [[1, 2]], state=torch.zeros(1, 2, 16), intervene="inject@2=frozen")
     with pytest.raises(ConfigError, match="products must be at least 1, got 0"):
         EigenvalueSettings(products=0)
     with pytest.raises(ConfigError, match="settled must be a positive finite number"):

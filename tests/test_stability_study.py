@@ -156,7 +156,9 @@ def test_the_rates_of_a_loop_that_is_known() -> None:
 def test_the_observed_rate_is_that_of_the_loop_states() -> None:
     model = subject(std=0.1, dtype=torch.float64)
     trace = capture(model, [PROMPTS[0]], recurrences=32, attention=False)
-    states = torch.cat([trace.initial_state[None], torch.stack([trace.loop_state(t) for t in range(32)])])[:, 0].numpy()
+    states = torch.cat([trace.initial_state[None], torch.stack([trace.loop_state(t) for t in range(1, 33)])])[
+        :, 0
+    ].numpy()
     steps = np.linalg.norm(np.diff(states, axis=0), axis=-1).T
     wanted = observed_rate(steps, sizes=np.linalg.norm(states[1:], axis=-1).T, dtype="float64")
     np.testing.assert_allclose(study_of(model).dataset["observed_rate"].values[0], wanted.rate, rtol=1e-6)
@@ -221,15 +223,15 @@ def test_a_hooked_model_has_eigenvalues_on_request() -> None:
 def test_where_a_token_is_replaced_there_are_no_eigenvalues() -> None:
     notes = Notes()
     model = subject(std=0.1)
-    found = study_of(model, recurrences=40, intervene=("token:0@32=zeros",), progress=notes).dataset
+    found = study_of(model, recurrences=40, intervene=("token:0@33=zeros",), progress=notes).dataset
     assert "predicted_rate" not in found
-    assert any("token:0@32=zeros" in note for note in notes.said)
+    assert any("token:0@33=zeros" in note for note in notes.said)
 
 
 def test_interventions_act_on_the_eigenvalues() -> None:
     model = subject(std=0.1, dtype=torch.float64)
     plain, damped = (study_of(model, intervene=each).dataset for each in ((), ("damp=0.5",)))
-    frozen = study_of(model, intervene=("inject@3=frozen",)).dataset
+    frozen = study_of(model, intervene=("inject@4=frozen",)).dataset
     token = tokens_of(plain)
     values = (plain["eigenvalue_real"] + 1j * plain["eigenvalue_imag"]).transpose("prompt", "token", "pair").values
     np.testing.assert_allclose(

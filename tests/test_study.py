@@ -176,11 +176,12 @@ def test_coordinates_say_what_each_entry_is(study: Study) -> None:
     assert dataset["visit"].values.tolist() == dataset["visit_other"].values.tolist()
     assert dataset["visit"].values.tolist() == [
         "prelude.0",
-        *("recurrent.0@0", "recurrent.1@0", "recurrent.0@1", "recurrent.1@1"),
+        *("recurrent.0@1", "recurrent.1@1", "recurrent.0@2", "recurrent.1@2"),
         "coda.0",
     ]
-    for name, size in (("layer", 2), ("recurrence", 5), ("prompt", 5), ("token", 8), ("component", 2)):
+    for name, size in (("layer", 2), ("prompt", 5), ("token", 8), ("component", 2)):
         assert dataset[name].values.tolist() == list(range(size))
+    assert dataset["recurrence"].values.tolist() == [1, 2, 3, 4, 5]
     assert dataset["token_count"].values.tolist() == [len(prompt) for prompt in PROMPTS]
 
 

@@ -17,7 +17,7 @@ def image(states: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
     """Of trajectories (token, recurrence, width) as those of one prompt."""
     tails = Tails(torch.ones(1, len(states), dtype=torch.bool), states.shape[2], [0], [span])
     for recurrence in range(states.shape[1]):
-        tails.visit(Visit("recurrent", 0, recurrence, states[None, :, recurrence], None))
+        tails.visit(Visit("recurrent", 0, recurrence + 1, states[None, :, recurrence], None))
     return tails.trajectories(0, span)
 
 
@@ -26,7 +26,7 @@ def test_the_image_is_judged_as_the_states_are(width: int) -> None:
     found = list(generate(60, seed=11, lengths=(128,), widths=(width,)))
     states = torch.from_numpy(np.stack([each.states for each in found])).float()
     whole, kept = (
-        judge(each, "float32", first_recurrence=64, check_order=False)
+        judge(each, "float32", first_recurrence=65, check_order=False)
         for each in (states[:, 64:], image(states, (64, 128)))
     )
     for truth, one, other in zip(found, whole, kept, strict=True):

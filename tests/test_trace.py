@@ -42,10 +42,10 @@ def test_visits_come_in_the_order_of_the_run(model: LoopedTransformer) -> None:
     trace = loopscope.capture(model, random_ids(2, 5), recurrences=2)
     assert trace.visits == [
         ("prelude", 0, 0),
-        ("recurrent", 0, 0),
-        ("recurrent", 1, 0),
         ("recurrent", 0, 1),
         ("recurrent", 1, 1),
+        ("recurrent", 0, 2),
+        ("recurrent", 1, 2),
         ("coda", 0, 0),
     ]
     assert len(trace.visits) == model.architecture.visits(2)
@@ -56,7 +56,7 @@ def test_shapes_and_dtypes_are_those_documented(model: LoopedTransformer) -> Non
     for visit in trace.visits:
         assert trace.residual(*visit).shape == (2, 5, 12)
         assert trace.attention(*visit).shape == (2, 4, 5, 5)
-    for recurrence in range(3):
+    for recurrence in range(1, 4):
         assert trace.loop_state(recurrence).shape == trace.injected(recurrence).shape == (2, 5, 12)
     assert trace.initial_state.shape == (2, 5, 12)
     assert trace.logits.shape == (2, 5, 19)
@@ -67,22 +67,24 @@ def test_states_are_named_by_what_carries_them_on(model: LoopedTransformer) -> N
     """Each named state, computed from the one before it by the model's own parts."""
     trace = loopscope.capture(model, random_ids(2, 5))
     sequence = model.encode(trace.input_ids)
-    states = [trace.initial_state, *(trace.loop_state(recurrence) for recurrence in range(3))]
-    for recurrence in range(3):
-        assert torch.equal(trace.injected(recurrence), model.inject(states[recurrence], trace.residual("prelude", 0)))
+    states = [trace.initial_state, *(trace.loop_state(recurrence) for recurrence in range(1, 4))]
+    for recurrence in range(1, 4):
+        assert torch.equal(
+            trace.injected(recurrence), model.inject(states[recurrence - 1], trace.residual("prelude", 0))
+        )
         after, _ = model.recurrent[0](trace.injected(recurrence), sequence.context)
         assert torch.equal(trace.residual("recurrent", 0, recurrence), after)
-        assert torch.equal(trace.residual("recurrent", 1, recurrence), states[recurrence + 1])
-    assert torch.equal(model.decode(trace.loop_state(2), sequence), trace.logits)
+        assert torch.equal(trace.residual("recurrent", 1, recurrence), states[recurrence])
+    assert torch.equal(model.decode(trace.loop_state(3), sequence), trace.logits)
 
 
 def test_the_loop_state_is_normed_where_the_recurrence_ends_with_a_norm() -> None:
     model = random_model(loop_norm="recurrence", coda=0)
     trace = loopscope.capture(model, random_ids(1, 4))
-    raw = trace.residual("recurrent", 1, 2)
-    assert torch.equal(trace.loop_state(2), model.norm(raw))
-    assert not torch.allclose(trace.loop_state(2), raw)
-    assert torch.equal(trace.logits, model.unembed(trace.loop_state(2)))
+    raw = trace.residual("recurrent", 1, 3)
+    assert torch.equal(trace.loop_state(3), model.norm(raw))
+    assert not torch.allclose(trace.loop_state(3), raw)
+    assert torch.equal(trace.logits, model.unembed(trace.loop_state(3)))
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -109,9 +111,10 @@ def test_a_feed_forward_models_layers_are_its_prelude(feed_forward: LoopedTransf
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        (("recurrent", 2, 0), "no visit of layer 2 in the recurrent at recurrence 0; the recurrent has 2 layers"),
-        (("recurrent", 0, 3), "at recurrence 3; .* the trace 3 recurrences, both counted from 0"),
-        (("recurrent", -1, 0), "layer -1"),
+        (("recurrent", 2, 1), "no visit of layer 2 in the recurrent at recurrence 1; the recurrent has 2 layers"),
+        (("recurrent", 0, 0), "at recurrence 0; .* the trace 3 recurrences, counted from 1"),
+        (("recurrent", 0, 4), "at recurrence 4; .* the trace 3 recurrences, counted from 1"),
+        (("recurrent", -1, 1), "layer -1"),
         (("prelude", 0, 1), "no visit of layer 0 in the prelude at recurrence 1"),
         (("coda", 1, 0), "the coda has 1 layers"),
     ],
@@ -126,10 +129,10 @@ def test_a_visit_that_was_not_made_is_a_key_error(
         trace.attention(*site)
 
 
-@pytest.mark.parametrize("recurrence", [-1, 3])
+@pytest.mark.parametrize("recurrence", [-1, 0, 4])
 def test_a_recurrence_that_was_not_run_is_a_key_error(model: LoopedTransformer, recurrence: int) -> None:
     trace = loopscope.capture(model, random_ids(1, 3))
-    message = f"no recurrence {recurrence}; the trace has 3, counted from 0"
+    message = f"no recurrence {recurrence}; the trace has 3, counted from 1"
     with pytest.raises(KeyError, match=message):
         trace.loop_state(recurrence)
     with pytest.raises(KeyError, match=message):
@@ -243,21 +246,21 @@ def test_a_folder_or_a_subject_is_captured_as_its_model(model: LoopedTransformer
 
 def test_logits_after_a_recurrence_are_those_of_a_run_that_ends_there(model: LoopedTransformer) -> None:
     trace = loopscope.capture(model, IDS, recurrences=3)
-    for recurrence in range(3):
-        alone = loopscope.capture(model, IDS, recurrences=recurrence + 1).logits
+    for recurrence in range(1, 4):
+        alone = loopscope.capture(model, IDS, recurrences=recurrence).logits
         assert torch.equal(trace.logits_at(recurrence), alone)
-    with pytest.raises(KeyError, match="There is no recurrence 3"):
-        trace.logits_at(3)
+    with pytest.raises(KeyError, match="There is no recurrence 4"):
+        trace.logits_at(4)
 
 
 def test_a_hooked_model_is_decoded_as_it_runs() -> None:
     native, hooked = hooked_native(INJECTED)
     told = loopscope.capture(hooked, IDS, recurrences=3, readout=True)
     known = loopscope.capture(native, IDS, recurrences=3)
-    for recurrence in range(3):
+    for recurrence in range(1, 4):
         torch.testing.assert_close(told.logits_at(recurrence), known.logits_at(recurrence))
     with pytest.raises(ConfigError, match=r"call capture\(\.\.\., readout=True\)"):
-        loopscope.capture(hooked, IDS, recurrences=3).logits_at(0)
+        loopscope.capture(hooked, IDS, recurrences=3).logits_at(1)
 
 
 def test_a_subject_is_called_as_its_model_is_with_ids_or_text() -> None:
@@ -303,8 +306,8 @@ def test_observers_are_told_what_a_trace_keeps(model: LoopedTransformer) -> None
     model(IDS, recurrences=2, observers=[Diary()])
     assert told == [
         "prelude.0",
-        *("injected 0", "recurrent.0@0", "recurrent.1@0", "end 0"),
         *("injected 1", "recurrent.0@1", "recurrent.1@1", "end 1"),
+        *("injected 2", "recurrent.0@2", "recurrent.1@2", "end 2"),
         "coda.0",
     ]
 

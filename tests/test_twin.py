@@ -49,7 +49,7 @@ def true_fixed_points(norm: NormName, std: float, seed: int) -> np.ndarray:
     with torch.no_grad():
         sequence = model.encode(torch.tensor([prompt]))
         state = model.initial_state(sequence, 0)
-        for recurrence in range(1000):
+        for recurrence in range(1, 1001):
             before, state = state, model.recur(state, sequence, recurrence)
     steps: np.ndarray = ((state - before).norm(dim=-1) / state.norm(dim=-1))[0].numpy()
     return np.asarray(steps < 1e-10)

@@ -69,7 +69,7 @@ def test_its_loop_is_found_and_no_map_is_guessed(model: ParallelLoop) -> None:
     trace = loopscope.capture(subject, IDS, recurrences=2)
     assert torch.equal(trace.logits, model(torch.tensor(IDS)))
     with pytest.raises(KeyError):
-        loopscope.capture(subject, IDS, attention=True).attention("recurrent", 0, 1)
+        loopscope.capture(subject, IDS, attention=True).attention("recurrent", 0, 2)
 
 
 def test_recurrences_that_look_at_the_first_are_no_one_map(model: ParallelLoop) -> None:
@@ -86,12 +86,12 @@ def test_which_map_is_shown_is_a_choice_that_is_said(model: ParallelLoop, shown:
     said = f"up to 2 maps a head are shown by one of them, attention_call={shown}; what the others look at"
     assert any(said in sentence for sentence in subject.unobservable)
     trace = loopscope.capture(subject, IDS, recurrences=2, attention=True)
-    first, second = (trace.attention("recurrent", 0, loop) for loop in range(2))
+    first, second = (trace.attention("recurrent", 0, loop) for loop in (1, 2))
     in_window = torch.ones(8, 8).tril().triu(1 - WINDOW).bool()
     assert bool(first[..., ~in_window].sum() > 0)
     assert bool((second[..., ~in_window] == 0).all()) == (shown != 0)
     torch.testing.assert_close(second.sum(-1), torch.ones(1, 2, 8))
-    received = trace.injected(1)
+    received = trace.injected(2)
     query, key, _ = (
         part.unflatten(-1, (2, 8)).transpose(1, 2)
         for part in model.layers[0].get_submodule("qkv")(functional.rms_norm(received, (16,))).chunk(3, -1)

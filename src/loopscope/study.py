@@ -19,6 +19,7 @@ from loopscope._util.cards import cards
 from loopscope._util.files import write_atomically
 from loopscope._util.frames import study_frames
 from loopscope._util.netcdf import netcdf, read_arrays
+from loopscope._util.old_counts import COUNTS_FROM, arrays_from_one, manifest_from_one
 from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
 from loopscope._util.study_shape import check_files, check_manifest, check_tokens
@@ -100,6 +101,8 @@ class Study:
             raise StudyError(
                 f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
             ) from None
+        if COUNTS_FROM not in manifest:
+            dataset, manifest = arrays_from_one(dataset), manifest_from_one(manifest)
         return cls(dataset, manifest, tokens, folder)
 
     def to_pandas(self) -> dict[str, Any]:
@@ -190,8 +193,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What was written: with a checksum of itself, by which a change is told from what another version wrote."""
-    whole = {**manifest, _OWN: _digest(manifest)}
+    """What was written: with how it counts recurrences, and a checksum of itself, by which a change is told from what
+    another version wrote."""
+    whole = {**manifest, COUNTS_FROM: 1}
+    whole[_OWN] = _digest(whole)
     write_atomically(folder / MANIFEST, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
     return whole
 

@@ -10,17 +10,17 @@ STAGES: tuple[Stage, ...] = ("prelude", "recurrent", "coda")
 
 
 class Site(NamedTuple):
-    """The place of one visit; layers and recurrences count from 0."""
+    """The place of one visit. Layers count from 0, recurrences from 1."""
 
     stage: Stage
     layer: int
     """In its stage."""
     recurrence: int = 0
-    """0 in prelude and coda."""
+    """How many are done once this one is; 0 in prelude and coda, which are outside all of them."""
 
     @property
     def label(self) -> str:
-        """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`."""
+        """`prelude.0`, `recurrent.2@5` (layer 2 in the fifth recurrence), `coda.1`."""
         return f"{self.stage}.{self.layer}" + (f"@{self.recurrence}" if self.stage == "recurrent" else "")
 
 
@@ -34,10 +34,10 @@ def sites_in_order(prelude: int, recurrent: int, coda: int, recurrences: Iterabl
 
 
 def stage_name(label: str) -> str:
-    """Of a visit's label: `prelude`, the recurrence counted from 1, or `coda`."""
+    """Of a visit's label: `prelude`, the number of the recurrence, or `coda`."""
     stage, _, place = label.partition(".")
     _, at, recurrence = place.partition("@")
-    return str(int(recurrence) + 1) if at else stage
+    return recurrence if at else stage
 
 
 def stage_starts(labels: Sequence[str]) -> list[int]:

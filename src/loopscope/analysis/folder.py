@@ -14,6 +14,7 @@ import xarray as xr
 from loopscope._util.config_json import differences
 from loopscope._util.files import ClaimedFolder, atomic_file, write_atomically
 from loopscope._util.map_codes import UNKNOWN
+from loopscope._util.old_counts import COUNTS_FROM, manifest_from_one
 from loopscope._util.reading import foreign, open_file, parse_json
 from loopscope.errors import StudyError
 from loopscope.study import MANIFEST, TOKENS, Study, read_manifest, tokens_file, write_manifest
@@ -37,7 +38,15 @@ class StudyFolder(ClaimedFolder):
         self.tokens = tokens
 
     def check(self) -> None:
-        _check_same(self.folder, read_manifest(self.folder), self.manifest)
+        found = read_manifest(self.folder)
+        if COUNTS_FROM not in found:
+            if found.get("status") != "complete" and self.manifest["model"]["kind"] == "looped":
+                raise StudyError(
+                    f"{self.folder} holds a study that an earlier release began, which counted recurrences from 0; "
+                    "choose another --out."
+                )
+            found = manifest_from_one(found)
+        _check_same(self.folder, found, self.manifest)
 
     def begin(self) -> None:
         # The manifest first: from then on the folder is known to be this study's.

@@ -42,7 +42,7 @@ _GRIDS = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
 def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, Any]:
     """Of every dimension that the arrays have, and what stands beside some of them."""
     lengths = {str(dim): size for dim, size in arrays.sizes.items()}
-    visits = [site.label for site in info.sites(range(min(plan.cycle_recurrences, plan.recurrences)))]
+    visits = [site.label for site in info.sites(range(1, min(plan.cycle_recurrences, plan.recurrences) + 1))]
     values: dict[str, Any] = {
         "unique_layer": [f"{stage}.{layer}" for stage in STAGES for layer in range(getattr(info, stage))],
         "quantile": list(LEVELS),
@@ -50,13 +50,14 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
         "horizon": ["first", "second"],
         "visit": visits,
         "visit_other": visits,
+        "recurrence": np.arange(1, lengths.get("recurrence", 0) + 1),
         "readout_recurrence": list(plan.readout),
         "judged_layer": list(plan.judged_layers),
         "change": list(CHANGES),
         "kind": [str(kind) for kind in KINDS],
         "long_recurrence": np.arange(1, lengths.get("long_recurrence", 0) + 1),
         "lag": np.arange(1, lengths.get("lag", 0) + 1),
-        "tail": np.arange(2 * plan.horizon - lengths.get("tail", 0), 2 * plan.horizon),
+        "tail": np.arange(2 * plan.horizon - lengths.get("tail", 0), 2 * plan.horizon) + 1,
         **{
             f"{method}_setting{other}": list(steps)
             for method, grid in _GRIDS
@@ -67,7 +68,7 @@ def coordinates(arrays: xr.Dataset, info: SubjectInfo, plan: Plan) -> dict[str, 
     }
     found = {dim: (dim, values.get(dim, np.arange(size))) for dim, size in lengths.items()}
     if "depth" in lengths:
-        sites = info.sites(range(plan.recurrences))
+        sites = info.sites(range(1, plan.recurrences + 1))
         for name, column in zip(Site._fields, zip(*sites, strict=True), strict=True):
             found[f"depth_{name}"] = ("depth", list(column))
     if "mapped" in lengths and plan.maps is not None:

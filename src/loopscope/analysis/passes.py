@@ -218,12 +218,12 @@ def _decode(runs: _Runs, measured: Run, recurrences: int, state: States | None) 
 
 
 def _diverged_at(arrays: xr.Dataset, batch: BatchInfo, horizon: Horizons | None) -> np.ndarray:
-    """The first recurrence whose state is not finite, among the horizon's pass and the measured one; -1 if none is."""
+    """The first recurrence, from 1, whose state is not finite, in the long run or the measured one; -1 if none."""
     if horizon is None:
         return np.full(batch.prompts, -1, dtype=np.int64)
     found = horizon.diverged_at.cpu().numpy().astype(np.int64)
     broken = ~np.isfinite(arrays["residual_norm"].values).all(axis=0)
-    measured = np.where(broken.any(axis=0), broken.argmax(axis=0), -1)
+    measured = np.where(broken.any(axis=0), broken.argmax(axis=0) + 1, -1)
     return np.where(found < 0, measured, np.where(measured < 0, found, np.minimum(found, measured)))
 
 
@@ -274,7 +274,7 @@ class _FiniteGuard(Observer):
         self._finite: dict[str, Tensor] = {}
 
     def visit(self, visit: Visit) -> None:
-        if visit.recurrence == 0:
+        if visit.recurrence <= 1:
             finite: Tensor = torch.isfinite(visit.residual).all(-1) | ~self._batch.mask
             self._finite[visit.label] = finite.all(-1)
 

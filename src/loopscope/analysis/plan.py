@@ -141,7 +141,7 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
     info = subject.info
     if not info.is_looped or "stability" in settings.skip:
         return None
-    replaced = replaced_at(settings.interventions, 2 * settings.horizon)
+    replaced = replaced_at(settings.interventions, 2 * settings.horizon + 1)
     reason = subject.no_eigenvalues if isinstance(subject, NativeSubject) else None
     if isinstance(subject, HookedSubject) and not settings.hooked_eigenvalues:
         reason = (

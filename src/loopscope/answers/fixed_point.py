@@ -205,5 +205,5 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
             start = view.dataset["diverged_at"].values
             start = start[start >= 0]
             return f"No: states become infinite or undefined in {share}" + (
-                f", the first after {int(start.min()) + 1} recurrences." if start.size else "."
+                f", the first after {int(start.min())} recurrences." if start.size else "."
             )

@@ -31,7 +31,7 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
         return HEADS.unanswered("cannot be seen", "No layer's attention can be seen in this model.")
     stable = np.isfinite(found.values[seen])
     share = float(stable.mean())
-    from_count = median(found.values) + 1
+    from_count = median(found.values)
     last = change.isel(recurrence=-1)
     layer, head = _most_restless(last)
     largest = float(last.sel(layer=layer, head=head).median("prompt"))

@@ -39,8 +39,8 @@ class JudgeTrajectories:
     """displacement looks at the shape of the motion; cosine, after the paper, at the cosine to the last state."""
     array: str | None = None
     """The array to take from files that hold several; all of them unless given."""
-    first_recurrence: Annotated[int, Range(0)] = 0
-    """Index of the first state, from 0, if the beginning of the trajectory was cut off."""
+    first_recurrence: Annotated[int, Range(1)] = 1
+    """Number of recurrences after which the first state stands: more than 1 if the beginning was cut off."""
     set: tuple[str, ...] = ()
     """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
     check_order: bool = True

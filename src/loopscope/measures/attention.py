@@ -116,12 +116,12 @@ def attention_distance(attention: Maps, reference: Maps) -> Values:
 
 @on_arrays
 def stable_from(change: Float[Tensor, "*shape recurrence"], threshold: float) -> Values:
-    """The first recurrence, from 0, after which every change stays at or below the threshold; NaN where there is none.
+    """The number of recurrences after which every change stays at or below the threshold; NaN where there is none.
 
-    `change[..., t]` is the change from recurrence t - 1 to t, with nothing (NaN) at t = 0. The last recurrence is no
-    answer: after it nothing was measured.
+    `change[..., t - 1]` is the change from recurrence t - 1 to t, with nothing (NaN) for t = 1. The last recurrence is
+    no answer: after it nothing was measured.
     """
     above = ~(change[..., 1:] <= threshold)
-    steps = torch.arange(1, change.shape[-1], device=change.device)
-    last = torch.where(above, steps, 0).amax(-1) if change.shape[-1] > 1 else torch.zeros(change.shape[:-1])
-    return torch.where(last < change.shape[-1] - 1, last.to(change.dtype), torch.nan)
+    steps = torch.arange(2, change.shape[-1] + 1, device=change.device)
+    last = torch.where(above, steps, 1).amax(-1) if change.shape[-1] > 1 else torch.ones(change.shape[:-1])
+    return torch.where(last < change.shape[-1], last.to(change.dtype), torch.nan)

@@ -361,10 +361,10 @@ def depth_count(batch: BatchInfo) -> int:
 
 
 def depth_of(batch: BatchInfo, stage: Stage, layer: int, recurrence: int) -> int:
-    """Place of a visit among the p + k R + c of a run, from 0."""
+    """Place of a visit among the p + k R + c of a run, from 0; recurrences count from 1."""
     info = batch.info
     if stage == "prelude":
         return layer
     if stage == "recurrent":
-        return info.prelude + recurrence * info.recurrent + layer
+        return info.prelude + (recurrence - 1) * info.recurrent + layer
     return info.prelude + batch.recurrences * info.recurrent + layer

@@ -176,7 +176,7 @@ class Behaviour(Measure):
                 finite = states.isfinite().all(-1).all(-1)
                 if places is not None and bool(finite.any()):
                     prompts, columns = places[finite.numpy()].T
-                    paths = tail_paths(states[finite], self._second[0]).numpy()
+                    paths = tail_paths(states[finite], self._second[0] + 1).numpy()
                     self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
             self._arrays["verdict"][place][mask] = self._kinds[layer] = _codes(verdicts)
             self._arrays["verdict_cosine"][place][mask] = _codes(cosine)
@@ -189,7 +189,7 @@ class Behaviour(Measure):
             for prompt, row in movers(verdicts, mask):
                 self._arrays["mover"][place, prompt] = row - mask[:prompt].sum()
                 states = self._tails.trajectories(layer, self._second, torch.tensor([row]))
-                self._arrays["mover_path"][:, :, place, prompt] = tail_paths(states, self._second[0])[0].T.numpy()
+                self._arrays["mover_path"][:, :, place, prompt] = tail_paths(states, self._second[0] + 1)[0].T.numpy()
             if last:
                 self._arrays["displacement"] = _curves(verdicts, mask)
             self._tails.drop(layer, but=self._seed)
@@ -244,7 +244,7 @@ class Behaviour(Measure):
         rows = states.isfinite().all(-1).all(-1).nonzero()[:, 0]
         if len(rows):
             finite, noise = states[rows], None if noise is None else noise.take(rows)
-            first = self._second[0]
+            first = self._second[0] + 1
             if places is None:
                 found, _ = judge_by_all(
                     finite, self._dtype, settings, first_recurrence=first, check_order=False, noise=noise
@@ -264,7 +264,7 @@ class Behaviour(Measure):
         finite = states.isfinite().all(-1).all(-1)
         rows = finite.nonzero()[:, 0]
         kinds = [Kind.DIVERGING] * len(states)
-        found = trial_kinds(states[rows], self._dtype, self._settings, span[0], noise.take(rows))
+        found = trial_kinds(states[rows], self._dtype, self._settings, span[0] + 1, noise.take(rows))
         for row, kind in zip(rows.tolist(), found, strict=True):
             kinds[row] = kind
         return kinds

@@ -63,7 +63,7 @@ class Convergence(Measure):
             )
             for name in TOKEN_NAMES
         },
-        "norm_growth": variable(_DIMS, "residual_norm over its value at recurrence 0"),
+        "norm_growth": variable(_DIMS, "residual_norm over its value at recurrence 1"),
     }
     needs = Needs(loop=True, horizon=True)
 
@@ -98,7 +98,7 @@ class Convergence(Measure):
         if visit.stage != "recurrent":
             return
         values = self._compare(visit.layer, visit.residual)
-        place = (visit.layer, visit.recurrence)
+        place = (visit.layer, visit.recurrence - 1)
         self._means[:, *place] = masked_mean(values, self.batch.mask)
         self._quantiles[:, :, *place] = quantiles(values, self.batch.counts, self._levels).transpose(0, 1)
         if visit.layer == self._layers - 1:
@@ -108,7 +108,7 @@ class Convergence(Measure):
     def loop_state(self, loop_state: LoopState) -> None:
         output, values = self._last
         # Most loops carry the last layer's output as it is. Only the first step differs then: it starts at s_0.
-        if loop_state.state is not output or loop_state.recurrence == 0:
+        if loop_state.state is not output or loop_state.recurrence == 1:
             values = self._compare(self._layers, loop_state.state)
         self._keep_tokens(1, loop_state.recurrence, values)
 
@@ -130,7 +130,7 @@ class Convergence(Measure):
 
     def _keep_tokens(self, site: int, recurrence: int, values: Tensor) -> None:
         kept = values.index_select(0, self._kept)
-        self._tokens[:, site, recurrence] = kept.masked_fill(~self.batch.mask, torch.nan)
+        self._tokens[:, site, recurrence - 1] = kept.masked_fill(~self.batch.mask, torch.nan)
 
     def result(self) -> xr.Dataset:
         norm = self._means[NAMES.index("residual_norm")]

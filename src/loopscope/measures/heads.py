@@ -102,7 +102,7 @@ class HeadMeasures(Measure):
         "mixing_score": variable(_VISIT, "mean row entropy", "nats"),
         "relative_mixing_score": variable(_VISIT, "mean over rows i > 0 of the row's entropy over log(i + 1)"),
         "attention_change": variable(
-            _CHANGE, "Frobenius norm ||A[t] - A[t-1]||; nothing at recurrence 0", otherwise=_NO_LOOP
+            _CHANGE, "Frobenius norm ||A[t] - A[t-1]||; nothing at recurrence 1", otherwise=_NO_LOOP
         ),
         "attention_distance_to_horizon": variable(_CHANGE, "||A[t] - A[H]||", otherwise=_NO_LOOP),
         "attention_bound_ratio": variable(
@@ -113,15 +113,15 @@ class HeadMeasures(Measure):
         ),
         "head_stable_from": variable(
             "layer head prompt",
-            "recurrence index after which attention_change / sqrt(T) stays at or below the setting head_stable; NaN "
-            "for a head that is not stable within the recurrences measured",
-            "recurrence",
+            "number of recurrences after which attention_change / sqrt(T) stays at or below the setting head_stable; "
+            "NaN for a head that is not stable within the recurrences measured",
+            "recurrences",
             otherwise=_NO_LOOP,
         ),
         "token_attention_change": variable(
             "recurrence prompt token",
             "root mean square, over the heads of all recurrent layers that can be seen, of the Euclidean norm by which "
-            "the token's row of the map changes from t - 1 to t; nothing at recurrence 0; 0 for the first token, which "
+            "the token's row of the map changes from t - 1 to t; nothing at recurrence 1; 0 for the first token, which "
             "has only itself to look at",
             otherwise=_NO_LOOP,
         ),
@@ -188,10 +188,10 @@ class HeadMeasures(Measure):
         values = torch.cat((distances, distances[:1] / bounds)).movedim(-1, -2)
         for index, (recurrence, _) in enumerate(pending):
             if before is not None or index > 0:
-                self._moving[recurrence] += self._heads
-                self._moved[recurrence] += moved[index]
+                self._moving[recurrence - 1] += self._heads
+                self._moved[recurrence - 1] += moved[index]
             self._keep(depth_of(self.batch, "recurrent", layer, recurrence), sums[index])
-            self._changes[:, layer, recurrence] = values[:, index]
+            self._changes[:, layer, recurrence - 1] = values[:, index]
         self._before[layer] = views[-1]
         pending.clear()
 

@@ -96,11 +96,10 @@ class Horizons(Measure):
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
-        count = visit.recurrence + 1
-        if count + 1 in self.horizons:
+        if visit.recurrence + 1 in self.horizons:
             self._previous[visit.layer] = visit.residual
-        elif count in self.horizons:
-            place = self.horizons.index(count)
+        elif visit.recurrence in self.horizons:
+            place = self.horizons.index(visit.recurrence)
             previous = self._previous[visit.layer]
             assert previous is not None  # the recurrence before was announced
             norm = residual_norm(visit.residual)
@@ -111,8 +110,8 @@ class Horizons(Measure):
             self._previous[visit.layer] = None
 
     def loop_state(self, loop_state: LoopState) -> None:
-        if loop_state.recurrence + 1 in self.horizons:
-            self._states[self.horizons.index(loop_state.recurrence + 1)][-1] = loop_state.state
+        if loop_state.recurrence in self.horizons:
+            self._states[self.horizons.index(loop_state.recurrence)][-1] = loop_state.state
         total = torch.where(self.batch.mask, residual_norm(loop_state.state), 0.0).sum(-1)
         newly = ~torch.isfinite(total) & (self.diverged_at < 0)
         self.diverged_at = torch.where(newly, loop_state.recurrence, self.diverged_at)

@@ -60,7 +60,7 @@ class LayerReadout(Measure):
         super().__init__(batch)
         assert isinstance(batch.subject, NativeSubject)
         self._model = batch.subject.model
-        self._at = layer_readout_at(batch.info.trained_recurrences, batch.recurrences) - 1
+        self._at = layer_readout_at(batch.info.trained_recurrences, batch.recurrences)
         shape = (batch.info.recurrent, batch.prompts, batch.tokens)
         self._top1 = torch.full(shape, -1, dtype=torch.int64, device=batch.mask.device)
         self._probability, self._entropy = batch.unknown(2, *shape)

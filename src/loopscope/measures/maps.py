@@ -28,7 +28,7 @@ def map_recurrences(trained: int, recurrences: int) -> tuple[int, ...]:
 
 def map_sites(info: SubjectInfo, recurrences: tuple[int, ...]) -> list[Site]:
     """Every visit whose maps are kept, in order of realised depth."""
-    return info.sites(count - 1 for count in recurrences)
+    return info.sites(recurrences)
 
 
 def map_tokens(most: int, maps: int, limit: int) -> int:

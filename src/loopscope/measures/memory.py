@@ -80,7 +80,7 @@ def _lengths(batch: BatchInfo) -> dict[str, int]:
     if maps is not None:
         mapped = sum(batch.row(prompt) is not None for prompt in maps.prompts)
     side = 0 if maps is None else min(maps.tokens, batch.tokens)
-    visits = 0 if maps is None else len(info.sites(count - 1 for count in maps.recurrences))
+    visits = 0 if maps is None else len(info.sites(maps.recurrences))
     layer, depth = info.recurrent, info.prelude + info.recurrent * plan.recurrences + info.coda
     return {
         **_OTHER,

@@ -63,11 +63,11 @@ class PathIndependence(Measure):
         assert first is not None  # the first run was advanced before
         away, turned = _apart(visit.residual, *first)
         found = masked_mean(torch.stack([away, turned]), self.batch.mask)
-        self._values[:, start, visit.layer, visit.recurrence] = found
+        self._values[:, start, visit.layer, visit.recurrence - 1] = found
         self._keep_end(visit)
 
     def _keep_end(self, visit: Visit) -> None:
-        if visit.layer == self.batch.info.recurrent - 1 and visit.recurrence == self.batch.recurrences - 1:
+        if visit.layer == self.batch.info.recurrent - 1 and visit.recurrence == self.batch.recurrences:
             self._ends.append(visit.residual)
 
     def result(self) -> xr.Dataset:

@@ -203,8 +203,8 @@ class Readout(Measure):
         return Memory(kept=grid * states, ended=min(4, grid) * logits + 6 * piece)
 
     def loop_state(self, loop_state: LoopState) -> None:
-        if loop_state.recurrence + 1 in self.grid:
-            self._states[loop_state.recurrence + 1] = loop_state.state
+        if loop_state.recurrence in self.grid:
+            self._states[loop_state.recurrence] = loop_state.state
         if loop_state.gate is not None:
             self._gates.append(loop_state.gate)
 

@@ -52,8 +52,8 @@ class Always(Declared):
         "token_count": variable("prompt", "tokens of the prompt, special ones and system prompt included", "tokens"),
         "diverged_at": variable(
             "prompt",
-            "first recurrence index at which a token's norm is not finite (in float32 beyond 1.8e19), or -1",
-            "recurrence",
+            "number of recurrences after which a token's norm is first not finite (in float32 beyond 1.8e19), or -1",
+            "recurrences",
         ),
     }
 

@@ -39,7 +39,7 @@ class CycleSimilarity(Measure):
         return Memory(kept=kept, result=kept // batch.prompts)
 
     def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
+        if visit.stage == "recurrent" and visit.recurrence > self.recurrences:
             return
         norm = residual_norm(visit.residual)
         direction = widen(visit.residual) / norm.unsqueeze(-1)
@@ -92,7 +92,7 @@ class AttentionCycle(Measure):
         return Memory(kept=visits * batch.attention_bytes, result=tiles)
 
     def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent" and visit.recurrence >= self.recurrences:
+        if visit.stage == "recurrent" and visit.recurrence > self.recurrences:
             return
         seen = visit.attention is not None and visit.attention.heads == self._heads
         self._views.append(visit.attention if seen else None)

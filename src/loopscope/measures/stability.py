@@ -204,7 +204,7 @@ class TokenStability(Measure):
             self._last_step = LastStep(initial_state, self._dtype)
 
     def loop_state(self, loop_state: LoopState) -> None:
-        if loop_state.recurrence >= 2 * self._horizon:
+        if loop_state.recurrence > 2 * self._horizon:
             return
         if self._last_step is None:
             self._last_step = LastStep(loop_state.state, self._dtype)

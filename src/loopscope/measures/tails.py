@@ -15,7 +15,7 @@ from loopscope.measures.functions import residual_norm, widen
 from loopscope.models.visits import Observer, Visit
 
 Span = tuple[int, int]
-"""Recurrences [first, stop), from 0."""
+"""Of recurrences: how many are done before the first of them, and with the last."""
 
 DIMENSIONS = 32
 """Of the image. Shapes are fitted to 16 principal components."""
@@ -44,14 +44,14 @@ class Tails(Observer):
         if visit.stage != "recurrent":
             return
         spans = [
-            span for span in self._spans if span[0] <= visit.recurrence < span[1] and (visit.layer, span) in self._kept
+            span for span in self._spans if span[0] < visit.recurrence <= span[1] and (visit.layer, span) in self._kept
         ]
         if not spans:
             return
         # Once for all spans, which remember it until the next.
         state = widen(visit.residual.flatten(0, 1).index_select(0, self._places))
         for span in spans:
-            self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence + 1 == span[1])
+            self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence == span[1])
 
     def trajectories(
         self, layer: int, span: Span, tokens: slice | Tensor = slice(None)

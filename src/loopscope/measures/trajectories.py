@@ -78,7 +78,7 @@ class Trajectories(Measure):
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
             chosen: Tensor = visit.residual[self._rows, self._tokens]
-            self._states[:, visit.layer, visit.recurrence] = chosen
+            self._states[:, visit.layer, visit.recurrence - 1] = chosen
 
     def result(self) -> xr.Dataset:
         tracked, layers, recurrences, width = self._states.shape

@@ -105,14 +105,14 @@ class Twin(Measure):
         return Memory(kept=distances + (layers + 1) * states + wide, visit=3 * wide, result=4 * distances)
 
     def visit(self, visit: Visit) -> None:
-        if visit.stage == "recurrent" and visit.recurrence >= self._first:
+        if visit.stage == "recurrent" and visit.recurrence > self._first:
             self._seen[visit.layer] = (visit.residual, residual_norm(visit.residual))
 
     def compare(self, visit: Visit) -> None:
         """The same visit of the nudged run."""
         seen = self._seen[visit.layer]
         assert seen is not None  # the run itself was advanced before
-        self._distance[visit.layer, visit.recurrence - self._first] = distance(visit.residual, seen[0]) / seen[1]
+        self._distance[visit.layer, visit.recurrence - self._first - 1] = distance(visit.residual, seen[0]) / seen[1]
         self._seen[visit.layer] = None
 
     def noise(self, layer: int) -> Noise:

@@ -88,7 +88,7 @@ class SubjectInfo:
         return self.recurrent > 0
 
     def sites(self, recurrences: Iterable[int]) -> list[Site]:
-        """Every visit of a run, in order, of these recurrences, from 0."""
+        """Every visit of a run, in order, of these recurrences, which count from 1."""
         return sites_in_order(self.prelude, self.recurrent, self.coda, recurrences)
 
     @property

@@ -34,7 +34,8 @@ _Kept = TypeVar("_Kept")
 
 
 class Trace:
-    """What `capture` returns. Layers and recurrences count from 0; a feed-forward model's layers are its prelude."""
+    """What `capture` returns. Layers count from 0, and recurrences from 1: r of them are done. A feed-forward model's
+    layers are its prelude."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Trace:
 
     @property
     def visits(self) -> list[Site]:
-        """(stage, layer, recurrence) of every visit, in order."""
+        """(stage, layer, recurrence) of every visit, in order; the recurrence of prelude and coda is 0."""
         return list(self._recorder.residuals)
 
     @property
@@ -82,7 +83,7 @@ class Trace:
         Raises `ConfigError` for a hooked model whose s_0 cannot be told from its first layer's input.
         """
         if self._initial_state is None:
-            raise ConfigError(f"The initial state of {self._info.name} cannot be seen from outside; see injected(0).")
+            raise ConfigError(f"The initial state of {self._info.name} cannot be seen from outside; see injected(1).")
         return self._initial_state
 
     def residual(self, stage: Stage, layer: int, recurrence: int = 0) -> States:
@@ -107,19 +108,19 @@ class Trace:
         return self._look_up(self._recorder.attention, site)
 
     def loop_state(self, recurrence: int) -> States:
-        """The state after a recurrence as the next one receives it, (batch, token, width)."""
-        return self._recorder.loop_states[self._checked(recurrence)]
+        """The state after that many recurrences as the next one receives it, (batch, token, width)."""
+        return self._recorder.loop_states[self._place(recurrence)]
 
     def injected(self, recurrence: int) -> States:
-        """The state after injection, the input of recurrent layer 0, (batch, token, width)."""
-        return self._recorder.injections[self._checked(recurrence)]
+        """The state after injection, the input of recurrent layer 0 in that recurrence, (batch, token, width)."""
+        return self._recorder.injections[self._place(recurrence)]
 
     def logits_at(self, recurrence: int) -> Logits:
-        """Logits of the state after a recurrence, decoded by the coda, (batch, token, vocabulary).
+        """Logits of the state after that many recurrences, decoded by the coda, (batch, token, vocabulary).
 
         Computed when asked for, or, of a hooked model, kept by `capture(..., readout=True)`: `ConfigError` without.
         """
-        place = self._checked(recurrence)
+        place = self._place(recurrence)
         if isinstance(self._readout, list):
             if not self._readout:
                 raise ConfigError(
@@ -130,11 +131,11 @@ class Trace:
         return self._readout.decode(state=self._recorder.loop_states[place])
 
     def gate(self, recurrence: int) -> TokenValues:
-        """The exit gate's answer after a recurrence, before its sigmoid, (batch, token).
+        """The exit gate's answer after that many recurrences, before its sigmoid, (batch, token).
 
         Raises `ConfigError` for a model without an exit gate, as do the next two.
         """
-        return self._gates()[self._checked(recurrence)]
+        return self._gates()[self._place(recurrence)]
 
     @property
     def exit_distribution(self) -> Tensor:
@@ -143,7 +144,7 @@ class Trace:
 
     @property
     def exit_step(self) -> Tensor:
-        """The recurrence at which the model stops, from 0, (batch, token)."""
+        """The number of recurrences after which the model stops, (batch, token)."""
         assert self._info.exit_threshold is not None  # a model with gates has one
         return exit_step(self.exit_distribution, self._info.exit_threshold)
 
@@ -152,19 +153,19 @@ class Trace:
             raise ConfigError(f"{self._info.name} has no exit gate that can be seen.")
         return self._recorder.gates
 
-    def _checked(self, recurrence: int) -> int:
-        if not 0 <= recurrence < self.recurrences:
-            raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 0.")
-        return recurrence
+    def _place(self, recurrence: int) -> int:
+        if not 1 <= recurrence <= self.recurrences:
+            raise KeyError(f"There is no recurrence {recurrence}; the trace has {self.recurrences}, counted from 1.")
+        return recurrence - 1
 
     def _look_up(self, kept: dict[Site, _Kept], site: Site) -> _Kept:
         if site not in kept:
             stage, layer, recurrence = site
             layers = len({layer for name, layer, _ in kept if name == stage})
             raise KeyError(
-                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} "
-                f"has {layers} "
-                f"layers and the trace {self.recurrences} recurrences, both counted from 0."
+                f"There is no visit of layer {layer} in the {stage} at recurrence {recurrence}; the {stage} has "
+                f"{layers} layers, counted from 0, and the trace {self.recurrences} recurrences, counted from 1 (in "
+                "prelude and coda, 0)."
             )
         return kept[site]
 

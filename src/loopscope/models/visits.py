@@ -191,7 +191,7 @@ class Visit:
     layer: int
     """Index in its stage, from 0."""
     recurrence: int
-    """From 0; always 0 in prelude and coda."""
+    """Which one, from 1; 0 in prelude and coda, which are outside all of them."""
     residual: States
     """The layer's raw output, (batch, token, width). It must not be changed in place."""
     attention: AttentionView | None
@@ -205,7 +205,7 @@ class Visit:
 
     @property
     def label(self) -> str:
-        """`prelude.0`, `recurrent.2@5` (layer 2 in recurrence 5), `coda.1`."""
+        """`prelude.0`, `recurrent.2@5` (layer 2 in the fifth recurrence), `coda.1`."""
         return self.site.label
 
 
@@ -214,6 +214,7 @@ class LoopState:
     """The state at the end of a recurrence, as the next one receives it."""
 
     recurrence: int
+    """How many are done, from 1."""
     state: Tensor
     gate: Tensor | None = None
     """The exit gate's answer to the state before its sigmoid, (batch, token), where the model has one."""
@@ -226,7 +227,7 @@ class Observer:
         """A layer was applied."""
 
     def injected(self, recurrence: int, state: States) -> None:
-        """The state after injection, the input of recurrent layer 0."""
+        """The state after injection, the input of recurrent layer 0 in this recurrence, from 1."""
 
     def loop_state(self, loop_state: LoopState) -> None:
         """A recurrence ended."""

@@ -203,6 +203,6 @@ def _dataset(labels: Sequence[str], curves: Sequence[StageCurves], entries: Sequ
             "quantile": list(NULL_LEVELS),
             "null": list(NULLS),
             "bound": ["low", "high"],
-            "recurrence": np.arange(sizes["recurrence"]),
+            "recurrence": np.arange(1, sizes["recurrence"] + 1),
         },
     )

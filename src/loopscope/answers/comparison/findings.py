@@ -55,9 +55,9 @@ def finding_of(
     comparison: Comparison, label: str, span: str, measure: str | None = None, recurrence: int | None = None
 ) -> Finding:
     """The similarity of one study's pass with the reference: of a measure, or the mean over those that can be judged;
-    at a recurrence (from 0), or where the study is judged."""
+    at a recurrence (from 1), or where the study is judged."""
     data = comparison.dataset.sel(study=label, span=span)
-    at = (comparison.studies[label]["judged_at"] or 1) - 1 if recurrence is None else recurrence
+    at = (recurrence or comparison.studies[label]["judged_at"] or 1) - 1
     prefix, data = ("overall_", data) if measure is None else ("", data.sel(measure=measure))
     value, backwards, p_value = (
         float(data[f"{prefix}{name}"].isel(recurrence=at)) for name in ("similarity", "reversed_similarity", "p_value")
@@ -246,7 +246,7 @@ def _or_unknown(finding: Finding) -> str:
 def _like_passes(comparison: Comparison, label: str) -> str:
     """In how many passes, up to the one that is judged, the block alone is like the reference."""
     judged = int(comparison.studies[label]["judged_at"])
-    alike = sum(finding_of(comparison, label, "block", recurrence=at).alike for at in range(judged))
+    alike = sum(finding_of(comparison, label, "block", recurrence=at).alike for at in range(1, judged + 1))
     count = "all" if alike == judged else "none" if not alike else f"{alike}"
     return f" That is alike in {count} of the first {judged} passes." if judged > 1 else ""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.files import write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
+from loopscope._util.old_counts import COUNTS_FROM, arrays_from_one, texts_from_one
 from loopscope._util.reading import read_json
 from loopscope.answers.comparison.cells import Cell
 from loopscope.answers.comparison.settings import CompareSettings
@@ -57,10 +58,11 @@ class Comparison:
         return {cell["key"]: Cell.from_dict(cell) for cell in self.studies[label].get("answers", ())}
 
     def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of one study's pass: relative depth in percent and the measure's values, both over the layers that it has."""
+        """Of one study's pass in a recurrence (from 1): relative depth in percent and the values, both over the
+        layers that it has."""
         data = self.dataset.sel(study=label, measure=measure)
         layers = sum(self.studies[label]["layout"].values())
-        values = data["curve"].isel(recurrence=recurrence).values[:layers]
+        values = data["curve"].isel(recurrence=recurrence - 1).values[:layers]
         return data["depth_percent"].values[:layers].astype(np.float32), values.astype(np.float32)
 
     @classmethod
@@ -75,6 +77,10 @@ class Comparison:
         try:
             manifest = read_json(folder / COMPARISON_FILE)
             dataset = read_arrays(folder / ARRAYS)
+            if COUNTS_FROM not in manifest:
+                manifest, dataset = {**texts_from_one(manifest), COUNTS_FROM: 1}, arrays_from_one(dataset)
+                # A study may be labelled by its interventions.
+                dataset = dataset.assign_coords(study=texts_from_one(dataset["study"].values.tolist()))
             found = cls(dataset, manifest, folder)
             # Which raise for entries that are none.
             _ = found.settings
@@ -94,6 +100,7 @@ class Comparison:
         if (folder / MANIFEST).exists():
             raise StudyError(f"{folder} holds a study; choose another folder for the comparison.")
         write_atomically(folder / ARRAYS, netcdf(self.dataset))
-        text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+        manifest = {**self.manifest, COUNTS_FROM: 1}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / COMPARISON_FILE, text.encode())
-        return Comparison(self.dataset, self.manifest, folder)
+        return Comparison(self.dataset, manifest, folder)

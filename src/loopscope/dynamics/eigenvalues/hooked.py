@@ -181,7 +181,7 @@ class HookedRecurrence:
         recurrences = 2 if subject.settable else subject.facts.recurrences
         forward = subject.forward_of_prompts(batch, recurrences, self._seed, begins_with=state, gradients=gradients)
         try:
-            return next(event.state for event in forward if isinstance(event, Injected) and event.recurrence == 1)
+            return next(event.state for event in forward if isinstance(event, Injected) and event.recurrence == 2)
         finally:
             forward.close()
 
@@ -191,6 +191,7 @@ class _Inputs(Observer):
 
     def __init__(self, at: int, dtype: torch.dtype) -> None:
         self.at, self._dtype = at, dtype
+        """Recurrences that are done where the eigenvalues are taken."""
         self.early: list[States] = []
         """Before the second and the third recurrence."""
         self.late: list[States] = []
@@ -199,13 +200,13 @@ class _Inputs(Observer):
         self.last: States
 
     def injected(self, recurrence: int, state: States) -> None:
-        if recurrence == 0:
+        if recurrence == 1:
             self.last_step = LastStep(state, self._dtype)
-        if recurrence in (1, 2):
+        if recurrence in (2, 3):
             self.early.append(state)
-        if recurrence in (self.at - 1, self.at):
+        if recurrence in (self.at, self.at + 1):
             self.late.append(state)
-        if recurrence <= self.at:
+        if recurrence <= self.at + 1:
             self.last_step.follow(state)
             self.last = state
 

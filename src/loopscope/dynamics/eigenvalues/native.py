@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +15,7 @@ from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, Token
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Sizes
 from loopscope.models.interventions.kinds import FreezeInjection, ReplaceToken
+from loopscope.models.native.attention import Mix
 from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.subject import Batch
 
@@ -48,7 +49,7 @@ def linearise_native(
     """
     if subject.no_eigenvalues is not None:
         raise ConfigError(f"No eigenvalues can be taken of {subject.info.name}: {subject.no_eigenvalues}.")
-    _check_interventions(subject, recurrences, given=state is not None)
+    _check_interventions(subject, recurrences + 1, given=state is not None)
     batch = batch.to(subject.device)
     run = subject.start(batch, recurrences=recurrences, seed=seed, initial_state=state)
     last_step = LastStep(run.state, subject.model.dtype)
@@ -72,28 +73,26 @@ class NativeRecurrence:
         self,
         run: NativeRun,
         mask: TokenMask,
-        recurrence: int,
+        recurrences: int,
         *,
         state: States | None = None,
         last_step: States,
         at_once: int | None = None,
     ) -> None:
-        """`recurrence` is the one that comes next, whose interventions are in force. A state given takes the place of
-        the run's own."""
+        """`recurrences` are done; the interventions of the one that comes next are in force. A state given takes the
+        place of the run's own."""
         state = run.state if state is None else state
         self._dtype = torch.float64 if run.state.dtype == torch.float64 else torch.float32
         self._run, self._mask = run, mask
         self._at_once = at_once or mask.numel()
-        self.recurrences = recurrence
+        self.recurrences = recurrences
         self.state: States = state.to(mask.device, self._dtype)
         self.last_step: States = last_step.to(self._dtype)
 
     @torch.no_grad()
     def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
         mask = self._mask if prompts is None else self._mask & prompts[:, None]
-        alone = self._run.recurrence_map(
-            recurrence=self.recurrences, dtype=self._dtype, mix=SideBySide(mask), tokens=mask
-        )
+        alone = self._following(SideBySide(mask), mask)
         return state.index_put((mask,), alone(state[mask][None])[0])
 
     def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
@@ -106,8 +105,7 @@ class NativeRecurrence:
         mask = self._mask & tokens.any(-1, keepdim=True)
         seen = OthersSeen(mask, tokens)
         whole, alone = (
-            self._run.recurrence_map(recurrence=self.recurrences, dtype=self._dtype, mix=mix, tokens=of)
-            for mix, of in ((seen, mask), (OthersFrozen(seen.layers, tokens), tokens))
+            self._following(mix, of) for mix, of in ((seen, mask), (OthersFrozen(seen.layers, tokens), tokens))
         )
         with torch.no_grad():
             whole(state[mask][None])
@@ -118,10 +116,14 @@ class NativeRecurrence:
 
         return TokenBlock(tokens, ExactProducts(own, state[tokens]), "exact")
 
+    def _following(self, mix: Mix, tokens: TokenMask) -> Callable[[States], States]:
+        """The recurrence that comes next, as a function of the states of these tokens."""
+        return self._run.recurrence_map(recurrence=self.recurrences + 1, dtype=self._dtype, mix=mix, tokens=tokens)
 
-def _check_interventions(subject: NativeSubject, recurrence: int, *, given: bool) -> None:
+
+def _check_interventions(subject: NativeSubject, following: int, *, given: bool) -> None:
     for each in subject.interventions:
-        if isinstance(each, ReplaceToken) and each.recurrence == recurrence:
+        if isinstance(each, ReplaceToken) and each.recurrence == following:
             raise ConfigError(
                 f"The intervention '{each}' replaces a state at the recurrence whose eigenvalues were asked for, which "
                 "no other recurrence does; ask for more recurrences."

@@ -93,7 +93,7 @@ def measure_tails(
     states: Float[Tensor, "token recurrence width"],
     dtype: Dtype,
     settings: DisplacementSettings,
-    first_recurrence: int = 0,
+    first_recurrence: int = 1,
     *,
     others: Sequence[DisplacementSettings] = (),
     shorter: bool = False,

@@ -37,7 +37,7 @@ def judge_files(
     *,
     settings: DisplacementSettings | CosineSettings | None = None,
     array: str | None = None,
-    first_recurrence: int = 0,
+    first_recurrence: int = 1,
     check_order: bool = True,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> JudgedFiles:

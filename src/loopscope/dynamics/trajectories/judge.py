@@ -53,7 +53,7 @@ def judge(
     method: Method = "displacement",
     *,
     settings: Settings | None = None,
-    first_recurrence: int = 0,
+    first_recurrence: int = 1,
     check_order: bool = True,
     try_window: bool = True,
     noise: Noise | None = None,
@@ -65,7 +65,8 @@ def judge(
     as the output of the last recurrent layer, one a recurrence. `dtype` is the one that the *model* ran in, whatever
     the array is stored in (a name such as "bfloat16", or torch's or numpy's object): it sets the rounding, below which
     no motion is seen. (If the array is stored in a coarser one, or every number of it is one of a coarser one, that
-    counts, and the reasons say so.) `first_recurrence` is the index of the first state, if the beginning was cut off.
+    counts, and the reasons say so.) `first_recurrence` is the number of recurrences after which the first state stands:
+    more than 1 if the beginning was cut off.
     `settings` are those of the method, its defaults unless given. `noise` is what was measured of each token's noise.
     `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that these do
     not share; it takes most of the same time again. `progress` receives how many tokens were judged since the last
@@ -98,7 +99,7 @@ def judge_by_all(
     chosen: Settings,
     others: Sequence[Settings] = (),
     *,
-    first_recurrence: int = 0,
+    first_recurrence: int = 1,
     check_order: bool = True,
     try_window: bool = True,
     noise: Noise | None = None,
@@ -106,8 +107,8 @@ def judge_by_all(
 ) -> tuple[list[Verdict], list[list[Kind]]]:
     """What `judge` says by the chosen settings, and the kinds alone by each of the others, which have other thresholds
     of the same method: the motion is measured once for all of them."""
-    if first_recurrence < 0:
-        raise ConfigError(f"first_recurrence counts from 0, got {first_recurrence}.")
+    if first_recurrence < 1:
+        raise ConfigError(f"first_recurrence counts from 1, got {first_recurrence}.")
     tensor = as_states(states)
     recurrences = tensor.shape[1]
     if recurrences < chosen.least_recurrences:
@@ -128,7 +129,7 @@ def judge_by_all(
     whole = finite.all(-1)
     method: Method = "displacement" if isinstance(chosen, DisplacementSettings) else "cosine"
     for token in (~whole).nonzero()[:, 0].tolist():
-        verdict = _not_finite(tensor[token], finite[token], method)
+        verdict = _not_finite(tensor[token], finite[token], first_recurrence, method)
         told[token] = verdict, [verdict.kind] * len(others)
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
@@ -197,7 +198,7 @@ def _chunks(rows: Tensor, recurrences: int, width: int) -> Iterator[Tensor]:
     yield from rows.split(max(1, _CHUNK_BYTES // each)) if len(rows) else ()
 
 
-def _not_finite(states: Tensor, finite: Tensor, method: str) -> Verdict:
+def _not_finite(states: Tensor, finite: Tensor, first_recurrence: int, method: str) -> Verdict:
     until = int((~finite).nonzero()[0, 0])
     grown = float("nan")
     if until >= 2:
@@ -206,7 +207,7 @@ def _not_finite(states: Tensor, finite: Tensor, method: str) -> Verdict:
     overflowed = bool(states[until].isinf().any()) and until > 0
     if grown >= _OUTGROWN or overflowed:
         grew = f" after its norm had grown {grown:.3g}-fold" if grown >= _OUTGROWN else ""
-        reason = f"It is no longer finite in recurrence {until + 1}{grew}."
+        reason = f"It is no longer finite in recurrence {first_recurrence + until}{grew}."
         return Verdict(kind=Kind.DIVERGING, reason=reason, method=method, evidence={"norm_growth": grown})
-    reason = f"It holds NaN in recurrence {until + 1}, without having grown before."
+    reason = f"It holds NaN in recurrence {first_recurrence + until}, without having grown before."
     return Verdict(kind=Kind.UNKNOWN, reason=reason, method=method, evidence={"norm_growth": grown})

@@ -35,7 +35,7 @@ def judge_over_grid(
     states: Float[Tensor, "token recurrence width"],
     dtype: Dtype,
     settings: Settings,
-    first_recurrence: int = 0,
+    first_recurrence: int = 1,
     noise: Noise | None = None,
 ) -> tuple[list[Verdict], Int64[np.ndarray, "token first second"]]:
     """A verdict for each trajectory, and its kind, as its place in `KINDS`, for every pair of values of the method's

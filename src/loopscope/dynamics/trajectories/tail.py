@@ -96,21 +96,21 @@ class Components:
 _OF_TOKENS = tuple(field.name for field in fields(Components) if field.name != "times")
 
 
-def tail_length(recurrences: int, window: int, first_recurrence: int = 0) -> int:
+def tail_length(recurrences: int, window: int, first_recurrence: int = 1) -> int:
     """Recurrences in the tail: the second half of the time since the loop began, at least 24 where that many are given,
     and at most `window`."""
-    half = (first_recurrence + recurrences) // 2
+    half = (first_recurrence - 1 + recurrences) // 2
     return min(window, recurrences, max(half, _SMALLEST_TAIL))
 
 
-def take_tails(states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 0) -> Tails:
+def take_tails(states: Float[Tensor, "token recurrence width"], window: int, first_recurrence: int = 1) -> Tails:
     """Reduce the last `window` recurrences of finite trajectories, in float64.
 
-    `first_recurrence` is the index of the first state given, counted from 0: drifts that slow down are told by the time
-    since the loop began.
+    `first_recurrence` is the number of recurrences after which the first state given stands, from 1: drifts that slow
+    down are told by the time since the loop began.
     """
     recurrences, width = states.shape[1:]
-    start = first_recurrence + recurrences - window + 1
+    start = first_recurrence + recurrences - window
     times = torch.arange(start, start + window, dtype=torch.float64)
     # In blocks that stay in a processor's cache: the states are by far the largest of what is looked at.
     block = max(1, _BLOCK_ENTRIES // (recurrences * width))
@@ -126,7 +126,8 @@ def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor
     largest = states.abs().amax((1, 2)).double().clamp_min(1e-300)[:, None, None]
     tail = states[:, -window:].double() / largest
     norms = torch.linalg.vector_norm(tail, dim=-1)
-    half = states[:, max(0, (first_recurrence + recurrences) // 2 - first_recurrence)].double() / largest[:, 0]
+    before = first_recurrence - 1
+    half = states[:, max(0, (before + recurrences) // 2 - before)].double() / largest[:, 0]
     norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
     scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
     # Differences before squares: the motion may be a millionth of the norm.
@@ -155,7 +156,7 @@ def decompose(tails: Tails) -> Components:
 
 
 def tail_paths(
-    states: Float[Tensor, "token recurrence width"], first_recurrence: int = 0, window: int = 256
+    states: Float[Tensor, "token recurrence width"], first_recurrence: int = 1, window: int = 256
 ) -> Float[Tensor, "token time 2"]:
     """The way through the tail in the plane of each token's own two leading principal components, relative to the norm.
 

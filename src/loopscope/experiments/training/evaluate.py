@@ -50,7 +50,7 @@ def scores_by_recurrences(
         state = model.initial_state(sequence, seed) if model.architecture.is_looped else sequence.encoded
         for number in range(1, wanted[-1] + 1):
             if model.architecture.is_looped:
-                state = model.recur(state, sequence, number - 1)
+                state = model.recur(state, sequence, number)
             if number in losses:
                 logits = model.decode(state, sequence)[counts].float()
                 losses[number] += float(functional.cross_entropy(logits, targets, reduction="sum"))

@@ -81,7 +81,7 @@ def stretching(model: LoopedTransformer, sequence: Sequence, state: States, prod
     """
     point = state.detach().requires_grad_()
     still = dataclasses.replace(sequence, context=dataclasses.replace(sequence.context, mix=mix_with_others_frozen))
-    image = model.recur(point, still, 0)
+    image = model.recur(point, still, 1)
     pulled, cotangent = transposed_products(image, point)
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(point.shape, generator=generator).to(point)

@@ -30,23 +30,23 @@ def require_visits(recording: Recording, info: SubjectInfo) -> None:
                 f"{len(got)} events, expected {len(expected)}"
             )
     shape = (*recording.batch.input_ids.shape, info.width)
-    states = [event.label for event in expected] + [f"state@{index}" for index in range(recording.recurrences)]
+    states = [event.label for event in expected] + [f"state@{count}" for count in range(1, recording.recurrences + 1)]
     for label in states:
         # Where an injection cannot be seen from outside, the first layer may receive state and prompt side by side.
         free = info.injection is None and label.startswith("injected")
         got_shape = recording.shapes.get(label)
         if got_shape != shape and not (free and got_shape is not None and got_shape[:2] == shape[:2]):
             raise CheckFailed(f"{label}: got shape {got_shape}, expected {shape}")
-    for index in range(recording.recurrences):
-        if not torch.equal(recording.tensors[f"state@{index}"], recording.tensors[f"loop state@{index}"]):
+    for count in range(1, recording.recurrences + 1):
+        if not torch.equal(recording.tensors[f"state@{count}"], recording.tensors[f"loop state@{count}"]):
             raise CheckFailed(
-                f"the run's state after recurrence {index} is not the loop state that was announced for it"
+                f"the run's state after recurrence {count} is not the loop state that was announced for it"
             )
 
 
 def _expected_events(info: SubjectInfo, recurrences: int) -> list[Announcement]:
     events = [Announcement("start", f"prelude.{layer}") for layer in range(info.prelude)]
-    for recurrence in range(recurrences):
+    for recurrence in range(1, recurrences + 1):
         events.append(Announcement("advance", f"injected@{recurrence}"))
         events += [Announcement("advance", f"recurrent.{layer}@{recurrence}") for layer in range(info.recurrent)]
         events.append(Announcement("advance", f"loop state@{recurrence}"))

@@ -183,9 +183,9 @@ class RecordedRun:
     def advance(self) -> None:
         self._recorder.phase = "advance"
         self.run.advance(self._observers)
+        self._done += 1
         if self.run.state is not None:
             self.recording.keep(f"state@{self._done}", self.run.state)
-        self._done += 1
 
     def complete(self) -> Recording:
         """All recurrences and the answer."""

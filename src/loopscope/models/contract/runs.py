@@ -48,7 +48,7 @@ def other_recurrences_are_honoured(bench: Bench) -> str:
         if visits_fit:
             require_visits(other, bench.info)
         if bench.same_loop:
-            common = [f"state@{index}" for index in range(min(count, bench.recurrences))]
+            common = [f"state@{done}" for done in range(1, min(count, bench.recurrences) + 1)]
             require_close(
                 {label: other.tensors[label] for label in common},
                 {label: bench.main.tensors[label] for label in common},
@@ -111,7 +111,7 @@ def seed_decides(bench: Bench) -> str:
     other = record(bench.subject, bench.batch, bench.recurrences, seed=bench.seed + 1)
     if bench.info.state_init == "embeddings" or not bench.info.is_looped:
         return _same(bench, other, bench.main, "another seed differs, although nothing is drawn at random")
-    label = "initial state" if "initial state" in bench.main.tensors else "state@0"
+    label = "initial state" if "initial state" in bench.main.tensors else "state@1"
     changed = other.tensors[label] != bench.main.tensors[label]
     if bench.info.state_init is None:
         return f"another seed gives {'another' if bool(changed.any()) else 'the same'} {label}"
@@ -140,7 +140,7 @@ def initial_state_is_honoured(bench: Bench) -> str:
     elsewhere = _run_from(bench, other)
     start = {"initial state": elsewhere.at_tokens(other)}
     require_close(elsewhere.tensors, start, elsewhere.places, 0.0, "the run does not start from the given state")
-    for label in ("initial state", "injected@0"):
+    for label in ("initial state", "injected@1"):
         if torch.equal(elsewhere.tensors[label], bench.main.tensors[label]):
             raise CheckFailed(f"{label} is the same from the other initial state, expected another")
     return result
@@ -179,8 +179,8 @@ def decoding_disturbs_nothing(bench: Bench) -> str:
     result = _same(bench, whole, bench.unobserved, "after decoding on the way, the run differs")
     if again is not None:
         require_close(
-            {"logits@0": again},
-            {"logits@0": decoded[0]},
+            {"logits@1": again},
+            {"logits@1": decoded[0]},
             bench.main.places,
             bench.tolerances.repeated,
             "decoded after the first recurrence, and later of the state that it left, the result differs",
@@ -197,8 +197,8 @@ def _decoded_shorter(bench: Bench, decoded: Tensor) -> None:
         expected = short.recording.at_tokens(short.run.decode())
         short.finish()
     require_close(
-        {"logits@0": decoded},
-        {"logits@0": expected},
+        {"logits@1": decoded},
+        {"logits@1": expected},
         bench.main.places,
         bench.tolerances.repeated,
         f"decoded after 1 of {bench.recurrences} recurrences and in a run of 1, the result differs",

@@ -36,6 +36,7 @@ class Injected:
     """A recurrence begins."""
 
     recurrence: int
+    """Which one, from 1."""
     state: States
     """Input of the first recurrent layer, (batch, token, width)."""
 
@@ -193,7 +194,7 @@ class _Worker:
             if self._halts is not None:
                 self._halts.begin(site.recurrence, self._announced(received))
             before = self._spec.call.tokens_before
-            if site.recurrence == 0 and self._spec.begins_with is not None:
+            if site.recurrence == 1 and self._spec.begins_with is not None:
                 other = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
                 changed = with_other(args, kwargs, received, other)
                 received = other
@@ -210,7 +211,7 @@ class _Worker:
         return changed
 
     def _begin_recurrence(self, site: Site, state: States) -> None:
-        if site.recurrence == 0:
+        if site.recurrence == 1:
             self._announce(Ready(state))
         else:
             self._check_end(f"between recurrence {site.recurrence - 1} and the next", self._ends == 1)
@@ -247,7 +248,7 @@ class _Worker:
             return
         self._ends += 1
         if self._ends == 1:
-            site = Site("recurrent", len(self._spec.layout.recurrent) - 1, self._cursor.recurrences - 1)
+            site = Site("recurrent", len(self._spec.layout.recurrent) - 1, self._cursor.recurrences)
             state = self._announced(self._find(outputs_of(output), site, "was followed by"))
             self._end_recurrence(LoopState(site.recurrence, state))
 
@@ -255,7 +256,7 @@ class _Worker:
         if self._halts is not None:
             self._halts.end(loop_state.state)
         self._announce(loop_state)
-        if self._halts is not None and loop_state.recurrence + 1 == self._spec.recurrences:
+        if self._halts is not None and loop_state.recurrence == self._spec.recurrences:
             for module in self._spec.call.model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                     self._stack.callback(module.register_forward_pre_hook(self._behind).remove)

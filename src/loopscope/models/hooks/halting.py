@@ -34,7 +34,7 @@ class Halts:
         ended, before = self._ended, self._before
         if ended is not None and before is not None:
             stopped = self._kept(received, before, ended) if self._carries else self._again(received, before, ended)
-            _refuse(stopped, recurrence)
+            _refuse(stopped, recurrence - 1)
         self._before = received.detach()
 
     def behind(self, recurrences: int, received: States) -> None:

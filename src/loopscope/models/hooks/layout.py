@@ -112,7 +112,7 @@ class Cursor:
 
     def _next(self, stage: Stage) -> tuple[Site, HookedLayer]:
         index = self.done[stage]
-        recurrence = self.recurrences if stage == "recurrent" else 0
+        recurrence = self.recurrences + 1 if stage == "recurrent" else 0
         return Site(stage, index, recurrence), self._layout.stage(stage)[index]
 
     def _advice(self, expected: Sequence[tuple[Site, HookedLayer]], called: nn.Module | None) -> str:

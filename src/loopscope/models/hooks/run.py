@@ -143,7 +143,7 @@ class HookedRun:
         forward = self._begin(self._done)
         forward.listening = False
         for event in forward:
-            if isinstance(event, LoopState) and event.recurrence == self._done - 1:
+            if isinstance(event, LoopState) and event.recurrence == self._done:
                 break
         return _rest(forward)
 

@@ -1,7 +1,7 @@
 """The kinds of intervention. `str` of one is its text on the command line, which `parse_intervention` reads back.
 
-Layers, recurrences and tokens count from 0, as everywhere. Constructors raise `ConfigError` for values that mean
-nothing for any model; whether an intervention fits a given model is for `check_fits` to say.
+Layers and tokens count from 0 and recurrences from 1, as everywhere. Constructors raise `ConfigError` for values that
+mean nothing for any model; whether an intervention fits a given model is for `check_fits` to say.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Recurrences:
     last: int | None
 
     def __post_init__(self) -> None:
-        if self.first < 0 or (self.last is not None and self.last < self.first):
-            raise ConfigError(f"Recurrences go up from 0, as in 3, 2-5 or 4-; got {self}.")
+        if self.first < 1 or (self.last is not None and self.last < self.first):
+            raise ConfigError(f"Recurrences go up from 1, as in 3, 2-5 or 4-; got {self}.")
 
     def __contains__(self, recurrence: int) -> bool:
         return self.first <= recurrence and (self.last is None or recurrence <= self.last)
@@ -39,7 +39,7 @@ class Recurrences:
         return max(self.first, other.first) in self and max(self.first, other.first) in other
 
 
-_ALL = Recurrences(0, None)
+_ALL = Recurrences(1, None)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FreezeInjection:
     cuts the feedback: from there on the block computes on the same u, whatever the state has become.
     """
 
-    recurrence: int = 0
+    recurrence: int = 1
 
     def __post_init__(self) -> None:
         _check_recurrence(self.recurrence)
@@ -161,7 +161,7 @@ class StartScaled:
 class ReplaceToken:
     """One token's state, as one recurrence receives it and before injection, is replaced: `token:-1@4=zeros`.
 
-    At recurrence 0 that is the initial state. What recurrence 3 hands over is announced as it is; 4 starts from the
+    At recurrence 1 that is the initial state. What recurrence 3 hands over is announced as it is; 4 starts from the
     replacement.
     """
 
@@ -185,8 +185,8 @@ Intervention = ScaleBranch | FreezeInjection | Damp | StartFrom | StartSeed | St
 
 
 def _check_recurrence(recurrence: int) -> None:
-    if recurrence < 0:
-        raise ConfigError(f"Recurrences count from 0, got {recurrence}.")
+    if recurrence < 1:
+        raise ConfigError(f"Recurrences count from 1, got {recurrence}.")
 
 
 def _at(recurrences: Recurrences | None) -> str:

@@ -90,7 +90,7 @@ def _recurrences(found: re.Match[str]) -> Recurrences | None:
 
 def _inject(text: str) -> Intervention | None:
     found = _INJECT.fullmatch(text)
-    return None if found is None else FreezeInjection(int(found[1] or 0))
+    return None if found is None else FreezeInjection(int(found[1] or 1))
 
 
 def _damp(text: str) -> Intervention | None:
@@ -163,13 +163,13 @@ def check_fits(interventions: Sequence[Intervention], architecture: Architecture
 
 
 def check_recurrences(interventions: Sequence[Intervention], recurrences: int) -> None:
-    """Raises `ConfigError` for a recurrence that is named but not run: of 8, the last is number 7."""
+    """Raises `ConfigError` for a recurrence that is named but not run."""
     for intervention in interventions:
         named = _last_named(intervention)
-        if named is not None and named >= recurrences:
+        if named is not None and named > recurrences:
             raise ConfigError(
-                f"The intervention '{intervention}' names recurrence {named}, and {recurrences} are run, counted from "
-                "0; name an earlier one or run more."
+                f"The intervention '{intervention}' names recurrence {named}, and {recurrences} are run; name an "
+                "earlier one or run more."
             )
 
 

@@ -33,13 +33,12 @@ def exit_cumulated(distribution: Tensor) -> Tensor:
 
 
 def exit_step(distribution: Tensor, threshold: float) -> Tensor:
-    """The first recurrence, from 0, whose cumulated probability reaches the threshold, (batch, token).
+    """The number of recurrences after which the cumulated probability first reaches the threshold, (batch, token).
 
-    The last one where none does.
+    All of them where it never does.
     """
     reached = exit_cumulated(distribution) >= threshold
-    last = distribution.shape[-1] - 1
-    return torch.where(reached.any(-1), reached.int().argmax(-1), last)
+    return torch.where(reached.any(-1), reached.int().argmax(-1) + 1, distribution.shape[-1])
 
 
 class ExitRule:

@@ -181,7 +181,8 @@ class RunInterventions(AppliedInterventions):
 
     def _noise(self, replacement: ReplaceToken, width: int) -> Tensor:
         """Of another stream than the initial state, whose direction it must not have."""
-        name = f"{self._run_seed}:token:{replacement.token}@{replacement.recurrence}"
+        # By the recurrences done before it, as ever, so that the noise of a study can be drawn again.
+        name = f"{self._run_seed}:token:{replacement.token}@{replacement.recurrence - 1}"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         return initial_noise(self._input_ids, self._mask, width, std=1.0, seed=seed)
 

@@ -165,7 +165,8 @@ class NativeRun:
         self._model = model
         self._records = any(weight.requires_grad for weight in model.parameters())
         """Whether gradients of weights would be recorded."""
-        self._recurrence = 0
+        self._next = 1
+        """The recurrence that comes next."""
         with torch.no_grad():
             self._sequence = model.encode(batch.input_ids, batch.mask, observers, applied)
             if initial_state is None:
@@ -176,10 +177,10 @@ class NativeRun:
 
     @torch.no_grad()
     def advance(self, observers: Iterable[Observer] = ()) -> None:
-        self.state = self._model.recur(self.state, self._sequence, self._recurrence, observers)
+        self.state = self._model.recur(self.state, self._sequence, self._next, observers)
         if self._exits is not None:
             self._exits.after(self.state, self._model.gate(self.state))
-        self._recurrence += 1
+        self._next += 1
 
     def fork(self) -> NativeRun:
         other = copy.copy(self)
@@ -232,12 +233,12 @@ class NativeRun:
     ) -> Callable[[States], States]:
         """One recurrence of this run's prompts as a function of the loop state, (batch, token, width) to the same.
 
-        It is what `advance` does, interventions included, at `recurrence`, by default the one that comes next; in
-        `dtype`, the model's own by default, with the weights that the model has. Gradients flow to the state alone.
+        It is what `advance` does, interventions included, at `recurrence`, from 1, by default the one that comes next;
+        in `dtype`, the model's own by default, with the weights that the model has. Gradients flow to the state alone.
         `mix` is how attention mixes values. With `tokens` the map is of the states of those alone, side by side,
         (1, token, width): `mix` then has to know which of them see which, and no token may be replaced at `recurrence`.
         """
-        at = self._recurrence if recurrence is None else recurrence
+        at = self._next if recurrence is None else recurrence
         dtype = dtype or self._model.dtype
         sequence = dataclasses.replace(
             self._sequence,
@@ -266,8 +267,8 @@ class NativeRun:
     def _recurrence_in(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Outputs of the recurrent layers in one recurrence from here, one by one, computed in another dtype."""
         context, applied = _context_in(self._sequence.context, dtype), self._sequence.applied
-        frozen, injection = applied.frozen(self._recurrence), self._model.injection
-        state = applied.received(self.state, self._recurrence).to(dtype)
+        frozen, injection = applied.frozen(self._next), self._model.injection
+        state = applied.received(self.state, self._next).to(dtype)
         encoded = self._sequence.encoded.to(dtype)
         if frozen is not None:
             state = frozen.to(dtype)
@@ -277,7 +278,7 @@ class NativeRun:
         else:
             state = self._model.inject(state, encoded)
         for index, layer in enumerate(self._model.layers("recurrent")):
-            scale = applied.scale("recurrent", index, self._recurrence)
+            scale = applied.scale("recurrent", index, self._next)
             state, _ = layer.visit(state, context, scale, dtype=dtype)
             yield state.to(self._model.device)
 

@@ -158,8 +158,8 @@ class LoopedTransformer(nn.Module):
         tracked = recurrences if backprop_last is None else backprop_last
         with_gradient = torch.is_grad_enabled()
         if self.architecture.is_looped:
-            for recurrence in range(recurrences):
-                with torch.set_grad_enabled(with_gradient and recurrence >= recurrences - tracked):
+            for recurrence in range(1, recurrences + 1):
+                with torch.set_grad_enabled(with_gradient and recurrence > recurrences - tracked):
                     state = self.recur(state, sequence, recurrence, observers)
                     if exits is not None:
                         exits.after(state, self.gate(state))
@@ -203,7 +203,10 @@ class LoopedTransformer(nn.Module):
         return noise.to(self.device, self.dtype)
 
     def recur(self, state: States, sequence: Sequence, recurrence: int, observers: Iterable[Observer] = ()) -> States:
-        """One pass through the recurrent block: injection, layers, the norm at its end if there is one, damping."""
+        """One pass through the recurrent block: injection, layers, the norm at its end if there is one, damping.
+
+        Recurrences count from 1: `recurrence` of them are done when this one is.
+        """
         observers = tuple(observers)
         applied = sequence.applied
         received = applied.received(state, recurrence)

@@ -192,7 +192,7 @@ def _passes_panel(
     every = sorted(set().union(*lines.values()))
     for count, colour in zip(every, ordered_colours(len(every)), strict=True):
         if count in lines[label]:
-            marks.append(_line(comparison, label, quantity, count - 1, str(count), colour))
+            marks.append(_line(comparison, label, quantity, count, str(count), colour))
     if label != comparison.reference:
         marks.append(_reference_line(comparison, quantity, explained=True))
     return _panel(quantity, marks, title=title, anchor=anchor)
@@ -233,8 +233,8 @@ def _readings(quantities: Sequence[StageQuantity], *, several: bool = False) -> 
 
 
 def _home(comparison: Comparison, label: str) -> int:
-    """Index of the recurrence that a study is judged at."""
-    return (comparison.studies[label]["judged_at"] or 1) - 1
+    """The recurrence that a study is judged at, from 1; a feed-forward model has one pass."""
+    return comparison.studies[label]["judged_at"] or 1
 
 
 def _named(label: str) -> str:

@@ -44,7 +44,7 @@ def per_row(shown: xarray.Dataset, name: str) -> xarray.DataArray:
 
 def stable_share(stable_from: xarray.DataArray, counts: NDArray[np.int64]) -> Float64[np.ndarray, "layer count"]:
     """Share of a layer's (head, prompt) pairs that are stable after that many recurrences, from `head_stable_from`."""
-    settled = [(stable_from < count).where(np.isfinite(stable_from), other=False) for count in counts]
+    settled = [(stable_from <= count).where(np.isfinite(stable_from), other=False) for count in counts]
     shares = [one.mean([dim for dim in one.dims if dim != "layer"]).values for one in settled]
     return np.stack(shares, axis=-1).astype(np.float64)
 

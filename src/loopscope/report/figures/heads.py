@@ -111,12 +111,12 @@ def _heads_stable(view: StudyView, settings: ReportSettings) -> Plot:
 
 def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
     """In one pass; of a looped model at the trained number of recurrences."""
-    at, sites = judged_at(view) - 1, sites_of(view.shown)
+    at, sites = judged_at(view), sites_of(view.shown)
     kept = [place for place, site in enumerate(sites) if site.stage != "recurrent" or site.recurrence == at]
     sink = view.median("sink_score").transpose("depth", "head").values[kept].astype(np.float64)
     layers, heads = sink.shape
     ends = (view.prelude, view.prelude + view.recurrent)
-    one_pass = f" (recurrence {at + 1})" if view.looped else ""
+    one_pass = f" (recurrence {at})" if view.looped else ""
     return Plot(
         question="Which heads rest on the first token?",
         reading=" ".join(

@@ -36,7 +36,7 @@ def map_data(view: StudyView) -> dict[str, Any]:
             {
                 "layer": f"{site.stage}.{site.layer}",
                 "number": site.layer,
-                "recurrence": site.recurrence + 1,
+                "recurrence": site.recurrence,
                 "pass": pass_name(site, looped),
                 "name": pass_name(site, looped) if site.stage == "recurrent" else layer_name(site, looped),
             }
@@ -71,7 +71,7 @@ def _numbers(view: StudyView) -> tuple[list[str], NDArray[np.float32]]:
         of_visit = np.full((change.shape[0], len(sites), change.shape[-1]), np.nan)
         for place, site in enumerate(sites):
             if site.stage == "recurrent":
-                of_visit[:, place] = change[:, site.layer, site.recurrence]
+                of_visit[:, place] = change[:, site.layer, site.recurrence - 1]
         found["change"] = of_visit
     shape = (len(data["prompt"]), len(sites), view.dataset.sizes["head"], len(found))
     numbers = np.stack(list(found.values()), axis=-1) if found else np.empty(shape)
@@ -112,7 +112,7 @@ def pass_name(site: Site, looped: bool) -> str:
     """What the visits of one block have in common."""
     if not looped:
         return "all layers"
-    return f"recurrence {site.recurrence + 1}" if site.stage == "recurrent" else site.stage
+    return f"recurrence {site.recurrence}" if site.stage == "recurrent" else site.stage
 
 
 def layer_name(site: Site, looped: bool) -> str:
