@@ -290,6 +290,25 @@ def test_what_a_notebook_shows_is_short_and_no_markup() -> None:
         assert len(repr(shown)) < 200
 
 
+def test_some_visits_alone_are_kept_and_no_more_is_run(model: LoopedTransformer) -> None:
+    whole = loopscope.capture(model, IDS, recurrences=5, attention=True)
+    asked = [("prelude", 0, 0), ("recurrent", 1, 2)]
+    some = loopscope.capture(model, IDS, recurrences=5, attention=True, sites=asked)  # type: ignore[arg-type]
+    assert some.visits == asked
+    assert some.recurrences == 2
+    for site in some.visits:
+        assert torch.equal(some.residual(*site), whole.residual(*site))
+        assert torch.equal(some.attention(*site), whole.attention(*site))
+    with pytest.raises(ConfigError, match="This trace has no logits: .* keeps those visits alone"):
+        _ = some.logits
+    with pytest.raises(ConfigError, match="no states between layers"):
+        some.loop_state(1)
+    to_the_end = loopscope.capture(model, IDS, recurrences=5, sites=[("coda", 0, 0)])
+    assert torch.equal(to_the_end.logits, whole.logits)
+    with pytest.raises(ConfigError, match=r"sites has \('recurrent', 1, 6\); a run of unnamed with 5 recurrences"):
+        loopscope.capture(model, IDS, recurrences=5, sites=[("recurrent", 1, 6)])
+
+
 def test_observers_are_told_what_a_trace_keeps(model: LoopedTransformer) -> None:
     told: list[str] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,17 +43,16 @@ class Trace:
         batch: Batch,
         info: SubjectInfo,
         initial_state: States | None,
-        logits: Logits,
+        logits: Logits | None,
         readout: Run | list[Logits],
+        recurrences: int,
     ) -> None:
         self.input_ids: TokenIds = batch.input_ids
         self.mask: TokenMask = batch.mask
         self._initial_state = initial_state
-        self.logits: Logits = logits
-        """What the model answers, (batch, token, vocabulary): with an exit gate, at each token the logits of the
-        recurrence at which it stops."""
+        self._logits = logits
         self._info = info
-        self.recurrences: int = len(recorder.loop_states)
+        self.recurrences: int = recurrences
         self._recorder = recorder
         self._readout = readout
 
@@ -70,6 +69,14 @@ class Trace:
             "states": plural(len(self._recorder.residuals), "residual state"),
             "attention": plural(len(self._recorder.attention), "attention map"),
         }
+
+    @property
+    def logits(self) -> Logits:
+        """What the model answers, (batch, token, vocabulary): with an exit gate, at each token the logits of the
+        recurrence at which it stops. `ConfigError` for a run that ended before the coda."""
+        if self._logits is None:
+            raise ConfigError(f"This trace has no logits: {_SOME} Ask for a visit of the coda, or leave sites out.")
+        return self._logits
 
     @property
     def visits(self) -> list[Site]:
@@ -109,11 +116,11 @@ class Trace:
 
     def loop_state(self, recurrence: int) -> States:
         """The state after that many recurrences as the next one receives it, (batch, token, width)."""
-        return self._recorder.loop_states[self._place(recurrence)]
+        return self._states(self._recorder.loop_states)[self._place(recurrence)]
 
     def injected(self, recurrence: int) -> States:
         """The state after injection, the input of recurrent layer 0 in that recurrence, (batch, token, width)."""
-        return self._recorder.injections[self._place(recurrence)]
+        return self._states(self._recorder.injections)[self._place(recurrence)]
 
     def logits_at(self, recurrence: int) -> Logits:
         """Logits of the state after that many recurrences, decoded by the coda, (batch, token, vocabulary).
@@ -128,7 +135,7 @@ class Trace:
                     "capture(..., readout=True)."
                 )
             return self._readout[place]
-        return self._readout.decode(state=self._recorder.loop_states[place])
+        return self._readout.decode(state=self._states(self._recorder.loop_states)[place])
 
     def gate(self, recurrence: int) -> TokenValues:
         """The exit gate's answer after that many recurrences, before its sigmoid, (batch, token).
@@ -147,6 +154,11 @@ class Trace:
         """The number of recurrences after which the model stops, (batch, token)."""
         assert self._info.exit_threshold is not None  # a model with gates has one
         return exit_step(self.exit_distribution, self._info.exit_threshold)
+
+    def _states(self, kept: list[States]) -> list[States]:
+        if not kept and self.recurrences:
+            raise ConfigError(f"This trace has no states between layers: {_SOME}")
+        return kept
 
     def _gates(self) -> list[Tensor]:
         if not self._recorder.gates:
@@ -170,11 +182,14 @@ class Trace:
         return kept[site]
 
 
-class _Recorder(Observer):
-    """Keeps everything it is notified of."""
+_SOME = "capture(..., sites=...) keeps those visits alone, and runs no further than they ask for."
 
-    def __init__(self, keeps_attention: bool) -> None:
-        self.keeps_attention = keeps_attention
+
+class _Recorder(Observer):
+    """Keeps everything it is notified of, or some visits alone."""
+
+    def __init__(self, keeps_attention: bool, sites: frozenset[Site] | None) -> None:
+        self.keeps_attention, self.sites = keeps_attention, sites
         self.residuals: dict[Site, Tensor] = {}
         self.attention: dict[Site, AttentionView] = {}
         self.injections: list[Tensor] = []
@@ -182,14 +197,19 @@ class _Recorder(Observer):
         self.gates: list[Tensor] = []
 
     def visit(self, visit: Visit) -> None:
+        if self.sites is not None and visit.site not in self.sites:
+            return
         self.residuals[visit.site] = visit.residual
         if self.keeps_attention and visit.attention is not None:
             self.attention[visit.site] = visit.attention
 
     def injected(self, recurrence: int, state: States) -> None:
-        self.injections.append(state)
+        if self.sites is None:
+            self.injections.append(state)
 
     def loop_state(self, loop_state: LoopState) -> None:
+        if self.sites is not None:
+            return
         self.loop_states.append(loop_state.state)
         if loop_state.gate is not None:
             self.gates.append(loop_state.gate)
@@ -203,6 +223,7 @@ def capture(
     initial_state: Tensor | None = None,
     attention: bool = False,
     readout: bool = False,
+    sites: Iterable[tuple[Stage, int, int]] | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
     intervene: str | Sequence[str | Intervention] = (),
@@ -217,6 +238,8 @@ def capture(
     - `recurrences`: the trained number unless given.
     - `initial_state`: s_0, (batch, token, width); the model's own (drawn from `seed`) unless given.
     - `readout`: keep the logits after every recurrence, which `logits_at` needs of a hooked model.
+    - `sites`: the visits to keep, such as `("recurrent", 2, 6)`, layer 2 in recurrence 6; nothing else is kept, and the
+      run ends with the recurrence that has the last of them. All unless given.
     - `attention_mask`: True for tokens, of the shape of `input_ids`, where those are a tensor that holds padding.
     - `intervene`: what to change in the computation, such as `["mlp:prelude.1=0", "damp=0.5"]`; the forms are in
       docs/interventions.md.
@@ -236,7 +259,11 @@ def capture(
             raise ConfigError(f"initial_state and the intervention '{started[0]}' both say where to start; give one.")
     count = recurrences_of(info, recurrences)
     check_recurrences(parse_interventions(info.interventions), count)
-    recorder = _Recorder(attention)
+    wanted = None if sites is None else _checked_sites(sites, info, count)
+    # A hooked model may know no other number of recurrences than its own.
+    if wanted is not None and info.state_can_be_set and all(site.stage != "coda" for site in wanted):
+        count = max(site.recurrence for site in wanted)
+    recorder = _Recorder(attention, wanted)
     run = subject.start(batch, recurrences=count, seed=seed, initial_state=initial_state, observers=[recorder])
     goes_on = info.state_can_be_set
     """The trace decodes what it is asked for by this run."""
@@ -247,8 +274,22 @@ def capture(
             run.advance([recorder])
             if readout and not goes_on:
                 kept.append(run.decode())
-        logits = run.answer([recorder])
-        return Trace(recorder, batch, info, first, logits, run if goes_on else kept)
+        ends = wanted is None or any(site.stage == "coda" for site in wanted) or not info.is_looped
+        logits = run.answer([recorder]) if ends else None
+        return Trace(recorder, batch, info, first, logits, run if goes_on else kept, count)
     finally:
         if not goes_on:
             run.close()
+
+
+def _checked_sites(sites: Iterable[tuple[Stage, int, int]], info: SubjectInfo, recurrences: int) -> frozenset[Site]:
+    there = set(info.sites(range(1, recurrences + 1)))
+    wanted = [Site(*each) for each in sites]
+    strange = next((site for site in wanted if site not in there), None)
+    if strange is not None or not wanted:
+        raise ConfigError(
+            f"sites has {'no visit' if strange is None else tuple(strange)}; a run of {info.name} with {recurrences} "
+            f"recurrences has {len(there)}, such as {tuple(min(there))} and {tuple(max(there))}: stage, layer from 0, "
+            "and recurrence, from 1 in the loop and 0 outside."
+        )
+    return frozenset(wanted)
