@@ -24,6 +24,7 @@ from loopscope.analysis.settings import (
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
+from loopscope.cli.evaluate import Evaluate
 from loopscope.cli.experiment import EXPERIMENTS
 from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.rates import CountRates
@@ -345,6 +346,7 @@ COMMANDS: Commands = {
     "calibrate": Calibrate,
     "experiment": EXPERIMENTS,
     "train": Train,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "models": Models,
 }
