@@ -133,7 +133,7 @@ def _of_synthetic(
     levels = sorted({each.difficulty for each in documents})
     parts = {level: [place for place, each in enumerate(documents) if each.difficulty == level] for level in levels}
     curves = [curve("", range(len(documents)))]
-    curves += [curve(f"{level} {task.unit}", places) for level, places in parts.items()] if len(parts) > 1 else []
+    curves += [curve(task.level.format(level), places) for level, places in parts.items()] if len(parts) > 1 else []
     return curves, {number: [each.step for each in found[number]] for number in numbers}
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError, ran_out
+from loopscope.measures.functions import relative_distance
 from loopscope.models.checkpoints.free_memory import available_memory
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo, recurrences_of
@@ -160,9 +161,7 @@ def answers(
 def _step(before: States | None, after: States | None, logits: Logits) -> Tensor:
     if before is None or after is None:
         return torch.full(logits.shape[:2], math.nan)
-    difference = torch.linalg.vector_norm((after - before).float(), dim=-1)
-    relative: Tensor = difference / torch.linalg.vector_norm(after.float(), dim=-1)
-    return relative
+    return relative_distance(before, after)
 
 
 def _likelihood(logits: Tensor, steps: Tensor, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:

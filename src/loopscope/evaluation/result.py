@@ -132,7 +132,7 @@ class Evaluation:
         if here is not None and there is not None:
             beside = (
                 f" The median last step is {here:.2g} of the state there, and {there:.2g} after {curve.reference}"
-                f"{'' if len(self.curves) == 1 else ', over all tasks'}."
+                f"{'' if len({each.task for each in self.curves}) == 1 else ', over all tasks'}."
             )
         versus = f"{curve.task}: after {point.recurrences} instead of {curve.reference} recurrences"
         if not point.unlike:

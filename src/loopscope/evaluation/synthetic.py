@@ -29,7 +29,7 @@ class Document(NamedTuple):
     question: str
     answer: str
     difficulty: int
-    """In the unit that the task names."""
+    """A number that the task names."""
 
     @property
     def text(self) -> str:
@@ -41,8 +41,8 @@ class SyntheticTask:
     """A task as a function from random numbers to documents."""
 
     name: str
-    unit: str
-    """What the difficulty counts."""
+    level: str
+    """What a difficulty is called, with its number in braces."""
     draw: Callable[[np.random.Generator, int], list[Document]]
 
     def split(self) -> tuple[list[Document], list[Document]]:
@@ -111,7 +111,7 @@ def carried(sums: np.ndarray) -> int:
 SYNTHETIC = {
     task.name: task
     for task in (
-        SyntheticTask("permutations", "swaps", _permutations),
-        SyntheticTask("addition", "columns that a carry goes through", _addition),
+        SyntheticTask("permutations", "{} swaps", _permutations),
+        SyntheticTask("addition", "carry through {}", _addition),
     )
 }
