@@ -57,7 +57,8 @@ def main() -> None:
         functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
 
-    step(), probe()
+    step()
+    probe()
     pairs = [(seconds(probe), seconds(step)) for _ in range(ROUNDS)]
     share = statistics.median(call / one for call, one in pairs) / EVERY
     print(f"a call takes {share * EVERY:.2f} steps; every {EVERY} steps: {share:.2%} of the training")

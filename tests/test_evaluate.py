@@ -153,6 +153,33 @@ def test_a_curve_says_what_changes_by_document_and_not_more() -> None:
     assert [row[3] for row in found.tables()[0].rows][2] == "none"
 
 
+def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> None:
+    found = evaluate(
+        "demo:permutations", ["permutations"], recurrences=[1, 4], limit=48, device="cpu", out=tmp_path / "found"
+    )
+    assert Evaluation.load(tmp_path / "found") == found
+    whole, *parts = found.curves
+    assert whole.documents == 48 == sum(part.documents for part in parts)
+    once, trained = whole.points
+    assert trained.value > once.value + 0.1
+    assert once.change == pytest.approx(once.value - trained.value)
+    for place in (0, 1):
+        assert whole.points[place].value == pytest.approx(
+            sum(part.points[place].value * part.documents for part in parts) / 48
+        )
+    (figures,) = loopscope.write_figures(tmp_path / "found", tmp_path / "figures", formats=["svg"])
+    assert list(figures.files) == ["accuracy-permutations-accuracy"]
+
+    # An answer counts as right if it is what greedy generation writes.
+    model, documents = loopscope.load("demo:permutations", device="cpu"), SYNTHETIC["permutations"].split()[1][:8]
+    assert model.tokenizer is not None
+    prompts = [model.tokenizer.encode(f"{each.question}>").ids for each in documents]
+    written = generate_greedily(model, prompts, [1], most=5, is_over=lambda ids: False)[1]
+    right = [model.tokenizer.decode(ids) == each.answer for ids, each in zip(written, documents, strict=True)]
+    some = evaluate("demo:permutations", ["permutations"], recurrences=[1], limit=8, device="cpu")
+    assert some.curves[0].points[0].value == sum(right) / 8
+
+
 def test_without_the_harness_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'loopscope\[lm-eval\]'"):

@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     model = LoopedTransformer(INJECTED).initialize(0, 0.3)
     probe = LoopProbe(model, LONG)
     with torch.no_grad():
-        model.prelude[0].mlp.down.weight.fill_(math.nan)
+        model.get_parameter("prelude.0.mlp.down.weight").fill_(math.nan)
     found = probe()
     assert math.isnan(found["loop/norm"])
     assert math.isnan(found["loop/loss_at_R"])

@@ -178,14 +178,15 @@ class Compare:
 
 @dataclass(frozen=True)
 class Figures:
-    """Write paper figures of studies, a comparison or experiments, as PDF, SVG or PNG, with captions (figures.json).
+    """Write paper figures of studies, a comparison, experiments or evaluations, as PDF, SVG or PNG, with captions
+    (figures.json).
 
     All that a study can support; what is left out is listed with its reason. Of several studies, also the figures that
     put them side by side. Needs matplotlib: pip install 'loopscope[figures]'.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of analyses, of a comparison, or of experiments."""
+    """The --out folders of analyses, of a comparison, of experiments, or of evaluate."""
     out: Path
     """Folder for the figures; of several studies each gets a folder of its own inside."""
     format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)

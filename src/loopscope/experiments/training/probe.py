@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from loopscope._util.shapes import States
 from loopscope.answers.answer import Criterion
 from loopscope.errors import ConfigError
 from loopscope.measures.attention import entropy_of_rows
@@ -74,7 +73,7 @@ class LoopProbe:
         found: dict[str, float] = {}
         steps: list[Tensor] = []
         norms: list[Tensor] = []
-        here: States | None = None
+        here = there = torch.empty(0)
         try:
             for number in range(1, 2 * depth + 1):
                 before = run.state
@@ -87,18 +86,16 @@ class LoopProbe:
                 for name, wanted in (("1", 1), ("R", depth), ("2R", 2 * depth)):
                     if number == wanted and (number == 2 * depth or not foresees):
                         found[f"loop/loss_at_{name}"] = _mean_loss(run.answer(), batch)
-                if number == depth:
-                    here = state[batch.mask]
-            assert here is not None
-            found["loop/distance"] = float(relative_distance(here, state[batch.mask]).median())
+                here, there = (state[batch.mask], there) if number == depth else (here, state[batch.mask])
         finally:
             run.close()
+        found["loop/distance"] = float(relative_distance(here, there).median())
         found["loop/norm"] = float(norms[depth - 1].median())
         small = steps[-1] <= Criterion().drift_tolerance * norms[-1]
         found["loop/small_step_share"] = float(small.double().mean())
         if depth > 1 or self.subject.info.state_can_be_set:
             found["loop/step"] = float((steps[depth - 1] / norms[depth - 1]).median())
-        rounding = _ROUNDOFFS * torch.finfo(state.dtype).eps
+        rounding = _ROUNDOFFS * torch.finfo(there.dtype).eps
         rates = _rates(torch.stack(steps), rounding * torch.stack(norms))
         if len(rates):
             found["loop/rate"] = float(rates.median())
