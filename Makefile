@@ -38,7 +38,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 
 $(TEST_STAMP): $(RUN_STAMP)
 	@echo 'Installing what the tests need'
-	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[devices,figures,hub,ray,test,transformers]'
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[devices,figures,hub,lm-eval,ray,test,transformers]'
 	@touch $@
 
 install: $(RUN_STAMP) ## Install loopscope into .venv, with the pinned versions
@@ -93,7 +93,7 @@ pins: ## Resolve the dependencies anew and write constraints.txt
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
 	grep '^torch==' constraints.txt > build/pins/torch.txt
-	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --editable '.[devices,docs,figures,hub,ray,test,transformers]'
+	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --editable '.[devices,docs,figures,hub,lm-eval,ray,test,transformers]'
 	@echo '# The versions that the tests run with. Written by `make pins`; do not edit, but for the line of torch.' > build/pins/constraints.txt
 	build/pins/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> build/pins/constraints.txt
 	mv build/pins/constraints.txt constraints.txt

@@ -110,8 +110,8 @@ class WarmPython:
 def _serve(folder: Path) -> None:
     """Fork for everyone who asks. Each fork returns from here, and then is a Python process like any other."""
     for module in pkgutil.walk_packages(loopscope.__path__, "loopscope."):
-        # The last of these needs Triton.
-        if not module.name.endswith(("__main__", ".worker", ".fused")):
+        # The last two of these need packages of extras that may not be there.
+        if not module.name.endswith(("__main__", ".worker", ".fused", ".harness")):
             import_module(module.name)
     # Forks look for no garbage in what they share, not even when they end, which would be most of a short one's time.
     gc.collect()

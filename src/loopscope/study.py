@@ -97,12 +97,12 @@ class Study:
             lines = read_text(folder / TOKENS, _MOST_TOKENS).split("\n")
             tokens = [parse_json(line) for line in lines if line]
             check_tokens(tokens, dataset)
+            if COUNTS_FROM not in manifest:
+                dataset, manifest = arrays_from_one(dataset), manifest_from_one(manifest)
         except (OSError, ValueError) as error:
             raise StudyError(
                 f"The study in {folder} is damaged ({one_line(error)}); run the analysis again into a new folder."
             ) from None
-        if COUNTS_FROM not in manifest:
-            dataset, manifest = arrays_from_one(dataset), manifest_from_one(manifest)
         return cls(dataset, manifest, tokens, folder)
 
     def to_pandas(self) -> dict[str, Any]:

@@ -24,18 +24,23 @@ _NAMED = re.compile(
 
 
 def arrays_from_one(dataset: xr.Dataset) -> xr.Dataset:
-    """Of a study or a comparison. Numbers below 0, and NaN, mean that there is no such recurrence, and stay."""
+    """Of a study or a comparison. Numbers below 0, and NaN, mean that there is no such recurrence, and stay. Raises
+    `ValueError` for arrays that are neither's."""
     found = {}
     for name in (*_NUMBERS, *_LABELS):
         if name not in dataset.variables:
             continue
         variable = dataset.variables[name]
         if name in _LABELS:
-            labels = [re.sub(r"(?<=@)\d+", _one_more, str(label)) for label in variable.values]
-            found[name] = variable.copy(data=np.array(labels, dtype=object))
+            labels = [re.sub(r"(?<=@)\d+", _one_more, str(label)) for label in variable.values.ravel()]
+            found[name] = variable.copy(data=np.array(labels, dtype=object).reshape(variable.shape))
             continue
+        if variable.dtype.kind not in "iuf":
+            raise ValueError(f"{name} holds no numbers")
         counted = variable.values >= 0
         if name in _STAGES:
+            if _STAGES[name] not in dataset.variables:
+                raise ValueError(f"{_STAGES[name]} is missing")
             counted &= dataset.variables[_STAGES[name]].values == "recurrent"
         found[name] = variable.copy(data=variable.values + counted.astype(variable.dtype))
     coordinates = {name: found.pop(name) for name in list(found) if name in dataset.coords}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from loopscope._util.old_counts import COUNTS_FROM
 from loopscope._util.sites import STAGES, Site
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.observed_rate import RateSettings
@@ -162,6 +163,7 @@ def manifest(
             **fused,
         },
         "threads": torch.get_num_threads(),
+        COUNTS_FROM: 1,
         # All that the numbers depend on: a folder is resumed only if this is the same.
         "identity": {
             "model": {name: value for name, value in info.to_dict().items() if name not in ("name", "placement")},

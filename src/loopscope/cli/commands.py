@@ -24,6 +24,7 @@ from loopscope.analysis.settings import (
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
+from loopscope.cli.evaluate import Evaluate
 from loopscope.cli.experiment import EXPERIMENTS
 from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.rates import CountRates
@@ -177,14 +178,15 @@ class Compare:
 
 @dataclass(frozen=True)
 class Figures:
-    """Write paper figures of studies, a comparison or experiments, as PDF, SVG or PNG, with captions (figures.json).
+    """Write paper figures of studies, a comparison, experiments or evaluations, as PDF, SVG or PNG, with captions
+    (figures.json).
 
     All that a study can support; what is left out is listed with its reason. Of several studies, also the figures that
     put them side by side. Needs matplotlib: pip install 'loopscope[figures]'.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of analyses, of a comparison, or of experiments."""
+    """The --out folders of analyses, of a comparison, of experiments, or of evaluate."""
     out: Path
     """Folder for the figures; of several studies each gets a folder of its own inside."""
     format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)
@@ -345,6 +347,7 @@ COMMANDS: Commands = {
     "calibrate": Calibrate,
     "experiment": EXPERIMENTS,
     "train": Train,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "models": Models,
 }

@@ -78,17 +78,18 @@ class TextTokenizer:
             token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
         }
 
-        self.padding = self._padding(named)
+        self.end = self._called("eos_token", ("eos", "end", "endoftext", "/s"), named)
+        """The token that ends a text; None where there is none."""
+        self.padding = self._called("pad_token", ("pad", "padding"), named) or self.end
         """The token that fills up a batch, or else the one that ends a text; None where there is neither."""
 
-    def _padding(self, named: Mapping[str, str]) -> SpecialToken | None:
-        """As declared, else a special token that is called so."""
-        for name, calls in (("pad_token", ("pad", "padding")), ("eos_token", ("eos", "end", "endoftext", "/s"))):
-            called = [text for text in self._special if text.strip("<>[]|_ ").lower() in calls]
-            for text in (named.get(name), *called):
-                id_ = None if text is None else self.backend.token_to_id(text)
-                if text is not None and id_ is not None:
-                    return SpecialToken(text, id_)
+    def _called(self, name: str, calls: Sequence[str], named: Mapping[str, str]) -> SpecialToken | None:
+        """As declared by that name, else a special token that is called so."""
+        called = [text for text in self._special if text.strip("<>[]|_ ").lower() in calls]
+        for text in (named.get(name), *called):
+            id_ = None if text is None else self.backend.token_to_id(text)
+            if text is not None and id_ is not None:
+                return SpecialToken(text, id_)
         return None
 
     @property

@@ -1,5 +1,5 @@
-"""From studies, comparisons and experiments to files: every figure that can be drawn, and figures.json with their
-captions."""
+"""From studies, comparisons, experiments and evaluations to files: every figure that can be drawn, and figures.json
+with their captions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
 from loopscope.errors import ConfigError, StudyError
+from loopscope.evaluation.result import CURVE, Evaluation
 from loopscope.experiments.cells import GRID_FILE
 from loopscope.experiments.load import Experiment, load_experiment
+from loopscope.report.figures.accuracy import accuracy_plots
 from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.eigenvalues import STABILITY
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = "figures.json"
 
-Source = Study | Comparison | Experiment | str | Path
+Source = Study | Comparison | Experiment | Evaluation | str | Path
 
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
@@ -63,7 +65,7 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
 )
 COMPARISON_FIGURES = COMPARED
 
-_Loaded = Study | Comparison | Experiment
+_Loaded = Study | Comparison | Experiment | Evaluation
 
 _LONGEST = 80
 """Characters of a name from outside."""
@@ -81,13 +83,13 @@ class FigureSet:
 
 
 def figure_names() -> list[str]:
-    """The names of all types of figures, but for those of experiments, which depend on what was run."""
+    """The names of all types of figures, but for those of experiments and evaluations, which depend on what was run."""
     return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES)]
 
 
 def draw_figure(source: Source, name: str, width: Width = "auto", settings: ReportSettings | None = None) -> Figure:
-    """One figure of a study, a comparison, an experiment or the folder of one, as a matplotlib figure to adjust by
-    hand; `file_of` gives the content of its file.
+    """One figure of a study, a comparison, an experiment, an evaluation or the folder of one, as a matplotlib figure to
+    adjust by hand; `file_of` gives the content of its file.
 
     Raises `ConfigError` for an unknown name or width, `StudyError` where the figure cannot be drawn from the source.
     """
@@ -121,9 +123,9 @@ def write_figures(
 ) -> list[FigureSet]:
     """Draw every figure that the sources can support, or those that `only` names, and write them to `out`.
 
-    A source is a study, a comparison, an experiment, or the folder of one. Of several, each gets a folder of its own
-    inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds
-    their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or `double`
+    A source is a study, a comparison, an experiment, an evaluation, or the folder of one. Of several, each gets a
+    folder of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures,
+    `figures.json` holds their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or `double`
     (the columns of a paper), inches, or what each figure needs; `settings` are those of a report. Files that exist are
     replaced, each whole or not at all; the same study gives the same bytes.
 
@@ -131,9 +133,11 @@ def write_figures(
     nothing could be drawn at all, `StorageError` if a file cannot be written.
     """
     _check(formats, width)
-    given = [sources] if isinstance(sources, Study | Comparison | Experiment | str | Path) else list(sources)
+    given = [sources] if isinstance(sources, Source) else list(sources)
     if not given:
-        raise StudyError("There is nothing to draw; give the folder of a study, a comparison or an experiment.")
+        raise StudyError(
+            "There is nothing to draw; give the folder of a study, a comparison, an experiment or an evaluation."
+        )
     loaded = [_load(source) for source in given]
     _check_names(only, loaded)
     plans = _plans(loaded, Path(out), set(only), settings or ReportSettings())
@@ -205,8 +209,8 @@ def _names(types: Sequence[FigureType[S]]) -> list[str]:
 
 
 def _check_names(only: Sequence[str], sources: Sequence[_Loaded]) -> None:
-    experiments = [each for each in sources if isinstance(each, Experiment)]
-    known = [*figure_names(), *(name for each in experiments for name in _of_experiment(each))]
+    others = [each for each in sources if isinstance(each, Experiment | Evaluation)]
+    known = [*figure_names(), *(name for each in others for name in _own_figures(each))]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise ConfigError(f"There is no figure {unknown[0]!r}; there are {', '.join(known)}.")
@@ -222,16 +226,21 @@ def _check(formats: Sequence[Format], width: Width) -> None:
 
 
 def _load(source: Source) -> _Loaded:
-    if isinstance(source, Study | Comparison | Experiment):
+    if isinstance(source, Study | Comparison | Experiment | Evaluation):
         return source
     folder = Path(source)
     if (folder / GRID_FILE).is_file():
         return load_experiment(folder)
+    if (folder / CURVE).is_file():
+        return Evaluation.load(folder)
     return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
-def _of_experiment(experiment: Experiment) -> dict[str, Plot]:
-    figures = [figure for section in experiment_sections(experiment) for figure in section.figures]
+def _own_figures(source: Experiment | Evaluation) -> dict[str, Plot]:
+    """Of what was run or asked, which decides what there is to draw."""
+    if isinstance(source, Evaluation):
+        return accuracy_plots(source)
+    figures = [figure for section in experiment_sections(source) for figure in section.figures]
     return {figure.anchor: figure for figure in figures if isinstance(figure, Plot) and figure.has_data}
 
 
@@ -240,7 +249,9 @@ def _folder_names(sources: Sequence[_Loaded]) -> list[str]:
     names: list[str] = []
     for source in sources:
         called = str(source.manifest["model"]["name"]) if isinstance(source, Study) else "comparison"
-        whole = source.folder.resolve().name if source.folder is not None else called
+        called = source.model if isinstance(source, Evaluation) else called
+        folder = None if isinstance(source, Evaluation) else source.folder
+        whole = folder.resolve().name if folder is not None else called
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", whole).strip(".-")[:60] or "study"
         taken = {name.casefold() for name in names}
         repeats = (f"{plain}-{number}" for number in range(2, len(sources) + 2))
@@ -273,11 +284,16 @@ def _plans(sources: Sequence[_Loaded], out: Path, only: set[str], settings: Repo
 
 
 def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSettings, *, alone: bool) -> _Plan:
-    if isinstance(source, Experiment):
-        models = len(source.cells) + len(source.trained)
-        about: dict[str, Any] = {"kind": "experiment", "experiment": source.kind, "models": models}
-        subject = f"{plural(models, 'model')} of the experiment {source.kind}."
-        found = _of_experiment(source)
+    about: dict[str, Any]
+    if isinstance(source, Experiment | Evaluation):
+        if isinstance(source, Evaluation):
+            about = {"kind": "evaluation", "model": source.model, "weights_sha256": source.weights_sha256}
+            subject = f"{source.model}, {source.dtype}."
+        else:
+            models = len(source.cells) + len(source.trained)
+            about = {"kind": "experiment", "experiment": source.kind, "models": models}
+            subject = f"{plural(models, 'model')} of the experiment {source.kind}."
+        found = _own_figures(source)
         asked = [name for name in found if not only or name in only]
         drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
         left_out: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""Models on tasks: how accuracy depends on the number of recurrences."""
