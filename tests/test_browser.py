@@ -281,7 +281,7 @@ def test_figures_are_drawn_when_they_come_into_view(looped: Opened) -> None:
 def test_every_figure_is_drawn_without_errors_or_requests(looped: Opened) -> None:
     assert looped.page.locator("[data-plot]").count() >= 18
     cells = "document.querySelector('[data-plot=data-cycle-similarity]').data[0].text"
-    assert looped.page.evaluate(f"{cells}[0][1]") == "prelude.0<br>recurrent.0@0"
+    assert looped.page.evaluate(f"{cells}[0][1]") == "prelude.0<br>recurrent.0@1"
     assert undrawn(looped.page) == []
     assert looped.problems == []
     assert looped.requests == [looped.url]
