@@ -355,7 +355,7 @@ def codes_of(study: Study, layer: str, head: int, query: int) -> dict[str, int]:
     """What token `query` gives the first one in each map of a head, as the study holds it, by the name of the map."""
     columns = [study.dataset[f"map_{name}"].values.tolist() for name in ("stage", "layer", "recurrence")]
     return {
-        f"recurrence {recurrence + 1}" if stage == "recurrent" else f"{stage} {number}": int(
+        f"recurrence {recurrence}" if stage == "recurrent" else f"{stage} {number}": int(
             study.dataset["attention_map"][0, visit, head, query, 0]
         )
         for visit, (stage, number, recurrence) in enumerate(zip(*columns, strict=True))
