@@ -21,7 +21,7 @@ from loopscope.evaluation.evaluating import evaluate
 from loopscope.evaluation.generation import generate_greedily
 from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of, rows_at_once
 from loopscope.evaluation.result import Evaluation, step_points, task_curve
-from loopscope.evaluation.synthetic import SYNTHETIC
+from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
 from loopscope.experiments.training.data import read_documents
 from loopscope.models.subject import Batch, Subject
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, hooked_native, subject
@@ -353,34 +353,33 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
         model.generate_until(instances("generate_until", [("A", {"max_gen_toks": 5000})]))
 
 
-def test_synthetic_documents_follow_their_rules_and_do_not_repeat() -> None:
-    for task in SYNTHETIC.values():
-        train, test = task.split()
-        assert len({len(each.text) for each in train + test}) == 1
-        assert len({each.text for each in train + test}) == len(train) + len(test)
-    for each in SYNTHETIC["permutations"].split()[1]:
-        items = list("abcde")
-        for swap in map(int, each.question.replace("0", "")):
-            items[swap - 1 : swap + 1] = items[swap], items[swap - 1]
-        assert "".join(items) == each.answer
-        assert each.difficulty == 8 - each.question.count("0")
-    for each in SYNTHETIC["addition"].split()[1]:
-        first, second = (int(each.question[start::2][::-1]) for start in (0, 1))
-        assert first + second == int(each.answer)
-        # A carry that the lowest columns make goes through all the nines behind them.
-        sums = [int(a) + int(b) for a, b in zip(each.question[::2], each.question[1::2], strict=True)]
-        through = [
-            length
-            for low in range(1, 5)
-            for length in range(1, 6 - low)
-            if sums[low - 1] > 9 and sums[low : low + length] == [9] * length
-        ]
-        assert each.difficulty == max(through, default=0)
-
-
-def test_documents_are_written_for_training(tmp_path: Path) -> None:
-    task = SYNTHETIC["permutations"]
-    task.write(tmp_path)
+@pytest.mark.parametrize("task", SYNTHETIC.values(), ids=SYNTHETIC)
+def test_synthetic_documents_follow_their_rules_and_do_not_repeat(task: SyntheticTask, tmp_path: Path) -> None:
     train, test = task.split()
+    assert len({len(each.text) for each in train + test}) == 1
+    assert len({each.text for each in train + test}) == len(train) + len(test)
+    for each in test:
+        assert (_swapped if task.name == "permutations" else _added)(each.question) == (each.answer, each.difficulty)
+    task.write(tmp_path)
     for name, documents in (("train", train), ("test", test)):
         assert read_documents(tmp_path / f"{name}.txt", "") == [each.text for each in documents]
+
+
+def _swapped(question: str) -> tuple[str, int]:
+    items = list("abcde")
+    for swap in map(int, question.replace("0", "")):
+        items[swap - 1 : swap + 1] = items[swap], items[swap - 1]
+    return "".join(items), 8 - question.count("0")
+
+
+def _added(question: str) -> tuple[str, int]:
+    first, second = (int(question[start::2][::-1]) for start in (0, 1))
+    # A carry that the lowest columns make goes through all the nines behind them.
+    sums = [int(a) + int(b) for a, b in zip(question[::2], question[1::2], strict=True)]
+    through = [
+        length
+        for low in range(1, 5)
+        for length in range(1, 6 - low)
+        if sums[low - 1] > 9 and sums[low : low + length] == [9] * length
+    ]
+    return f"{first + second:06d}", max(through, default=0)
