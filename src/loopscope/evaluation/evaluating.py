@@ -150,8 +150,9 @@ def _of_harness(
     done: Callable[[int], None],
 ) -> tuple[list[TaskCurve], dict[int, list[float]]]:
     """Curves, and the steps of all requests by number of recurrences."""
+    needing = f"The task {tasks[0]!r}, which is none of loopscope's own ({', '.join(SYNTHETIC)}),"
     with _quiet():  # bars are drawn or not as is said when their package is imported
-        harness, _ = (require(each, "lm-evaluation-harness", "lm-eval") for each in ("lm_eval", "lm_eval.tasks"))
+        harness, _ = (require(each, needing, "lm-eval") for each in ("lm_eval", "lm_eval.tasks"))
         from loopscope.evaluation.harness import LoopedLM  # noqa: PLC0415 (an optional extra)
 
     if include_path is not None and not include_path.is_dir():

@@ -28,7 +28,8 @@ class CurvePoint:
     value: float | None
     """None where it is not finite."""
     stderr: float | None
-    """Standard error of the value, documents being drawn at random; None where there is none."""
+    """Standard error of the value, documents being drawn at random; None where there is none. 0 where all documents
+    score alike, which is no certainty."""
     change: float | None
     """Mean over documents of what they score more than at `reference` recurrences; None where documents have no scores
     of their own, and of the reference itself."""
@@ -168,7 +169,7 @@ class Evaluation:
         columns = ["recurrences", curve.metric, "standard error", f"change from {curve.reference} (95 %)"]
         rows = []
         for point in curve.points:
-            error = "-" if point.stderr is None else f"{point.stderr:.3f}"
+            error = "all alike" if point.stderr == 0 else "-" if point.stderr is None else f"{point.stderr:.3f}"
             change = "-" if point.change is None else f"{point.change:+.3f} ± {point.change_half_width:.3f}"
             if point.unlike == 0:
                 change = "none"  # an interval of documents that all agree would have no width
