@@ -168,6 +168,8 @@ def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> Non
         "demo:permutations", ["permutations"], recurrences=[1, 4], limit=48, device="cpu", out=tmp_path / "found"
     )
     assert Evaluation.load(tmp_path / "found") == found
+    with pytest.raises(ConfigError, match="holds an evaluation already"):
+        evaluate("demo:permutations", "permutations", device="cpu", out=str(tmp_path / "found"))
     whole, *parts = found.curves
     assert whole.documents == 48 == sum(part.documents for part in parts)
     once, trained = values(whole)

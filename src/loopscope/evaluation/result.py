@@ -105,9 +105,9 @@ class Evaluation:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Evaluation:
+    def load(cls, folder: str | Path) -> Evaluation:
         """Raises `ConfigError` for a folder without a sound `curve.json`."""
-        return build(cls, read_object(folder / CURVE, "evaluation"), "the evaluation")
+        return build(cls, read_object(Path(folder) / CURVE, "evaluation"), "the evaluation")
 
     def tables(self) -> list[Table]:
         """For the terminal: a table for each curve, with the steps in the last column where there are any; then one for
