@@ -22,7 +22,8 @@ from loopscope.evaluation.generation import generate_greedily
 from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of, rows_at_once
 from loopscope.evaluation.result import Evaluation, TaskCurve, step_points, task_curve
 from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
-from loopscope.experiments.training.data import read_documents
+from loopscope.experiments.training.config import TrainConfig
+from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.models.subject import Batch, Subject
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, hooked_native, subject
 
@@ -373,6 +374,12 @@ def test_synthetic_documents_follow_their_rules_and_do_not_repeat(task: Syntheti
     task.write(tmp_path)
     for name, documents in (("train", train), ("test", test)):
         assert read_documents(tmp_path / f"{name}.txt", "") == [each.text for each in documents]
+    # The shipped model was trained on these very files, with the shipped configuration.
+    demo = Path(loopscope.__file__).parent / "demo"
+    made = json.loads((demo / "models" / task.name / "train.json").read_text())
+    config = TrainConfig.load(demo / "configs" / f"{task.name}.json")
+    files = DataFiles(train=tmp_path / "train.txt", test=tmp_path / "test.txt")
+    assert (made["config"], made["sha256"]) == (config.to_dict(), files.hashes())
 
 
 def _swapped(question: str) -> tuple[str, int]:
