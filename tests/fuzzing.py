@@ -35,6 +35,7 @@ from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.answers.comparison.result import Comparison
 from loopscope.dynamics.trajectories.files import judge_files
 from loopscope.errors import LoopscopeError, UnforeseenError
+from loopscope.evaluation.result import Evaluation
 from loopscope.experiments.load import load_experiment
 from loopscope.experiments.sweep import Sweep
 from loopscope.experiments.training.config import TrainConfig
@@ -47,6 +48,7 @@ from loopscope.prompts.chat import ChatTemplate
 from loopscope.prompts.load import load_prompts
 from loopscope.prompts.tokenizer import load_tokenizer
 from loopscope.prompts.tokens import encode_prompts
+from loopscope.report.figures.accuracy import accuracy_plots
 from loopscope.study import view_study
 from whole_inputs import whole_inputs
 
@@ -314,6 +316,13 @@ def read_sweep(folder: Path) -> None:
     Sweep.load(folder / "sweep.json").cells()
 
 
+def read_evaluation(folder: Path) -> None:
+    found = Evaluation.load(folder / "evaluation")
+    found.tables()
+    found.sentences()
+    accuracy_plots(found)
+
+
 def read_training(folder: Path) -> None:
     config = TrainConfig.load(folder / "train.json")
     read_documents(folder / "prompts.jsonl", config.data.template)
@@ -409,6 +418,7 @@ KINDS = (
         "cells", JSON_DAMAGE, in_json("experiment/cells/a.json", lambda folder: load_experiment(folder / "experiment"))
     ),
     Kind("grids", JSON_DAMAGE, in_json("experiment/grid.json", lambda folder: load_experiment(folder / "experiment"))),
+    Kind("evaluations", JSON_DAMAGE, in_json("evaluation/curve.json", read_evaluation)),
     Kind("training", JSON_DAMAGE, in_json("train.json", read_training)),
     Kind("training logs", JSON_DAMAGE, prepare_log),
 )

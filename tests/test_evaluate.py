@@ -20,11 +20,12 @@ from loopscope.evaluation import likelihood
 from loopscope.evaluation.evaluating import evaluate
 from loopscope.evaluation.generation import generate_greedily
 from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of, rows_at_once
-from loopscope.evaluation.result import Evaluation, step_points, task_curve
-from loopscope.evaluation.synthetic import SYNTHETIC
-from loopscope.experiments.training.data import read_documents
+from loopscope.evaluation.result import Evaluation, TaskCurve, step_points, task_curve
+from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
+from loopscope.experiments.training.config import TrainConfig
+from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.models.subject import Batch, Subject
-from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, hooked_native, subject
+from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, hooked_native, subject
 
 NUMBERS = (1, 2, 3, 6)
 REQUESTS: list[Request] = [
@@ -36,7 +37,13 @@ REQUESTS: list[Request] = [
 
 
 def _subjects() -> dict[str, Subject]:
-    shapes = {"injected": INJECTED, "loop norm": LOOP_NORM, "added": ADDED, "gated": GATED}
+    shapes = {
+        "injected": INJECTED,
+        "residual norm": RESIDUAL_NORM,
+        "loop norm": LOOP_NORM,
+        "added": ADDED,
+        "gated": GATED,
+    }
     return {name: subject(shape) for name, shape in shapes.items()} | {"hooked": hooked_native(LOOP_NORM)[1]}
 
 
@@ -153,20 +160,24 @@ def test_a_curve_says_what_changes_by_document_and_not_more() -> None:
     assert [row[3] for row in found.tables()[0].rows][2] == "none"
 
 
+def values(curve: TaskCurve) -> list[float]:
+    return [point.value for point in curve.points if point.value is not None]
+
+
 def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> None:
     found = evaluate(
         "demo:permutations", ["permutations"], recurrences=[1, 4], limit=48, device="cpu", out=tmp_path / "found"
     )
     assert Evaluation.load(tmp_path / "found") == found
+    with pytest.raises(ConfigError, match="holds an evaluation already"):
+        evaluate("demo:permutations", "permutations", device="cpu", out=str(tmp_path / "found"))
     whole, *parts = found.curves
     assert whole.documents == 48 == sum(part.documents for part in parts)
-    once, trained = whole.points
-    assert trained.value > once.value + 0.1
-    assert once.change == pytest.approx(once.value - trained.value)
-    for place in (0, 1):
-        assert whole.points[place].value == pytest.approx(
-            sum(part.points[place].value * part.documents for part in parts) / 48
-        )
+    once, trained = values(whole)
+    assert trained > once + 0.1
+    assert whole.points[0].change == pytest.approx(once - trained)
+    weighted = [[value * part.documents for value in values(part)] for part in parts]
+    assert [sum(each) / 48 for each in zip(*weighted, strict=True)] == pytest.approx([once, trained])
     (figures,) = loopscope.write_figures(tmp_path / "found", tmp_path / "figures", formats=["svg"])
     assert list(figures.files) == ["accuracy-permutations-accuracy"]
 
@@ -353,34 +364,39 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
         model.generate_until(instances("generate_until", [("A", {"max_gen_toks": 5000})]))
 
 
-def test_synthetic_documents_follow_their_rules_and_do_not_repeat() -> None:
-    for task in SYNTHETIC.values():
-        train, test = task.split()
-        assert len({len(each.text) for each in train + test}) == 1
-        assert len({each.text for each in train + test}) == len(train) + len(test)
-    for each in SYNTHETIC["permutations"].split()[1]:
-        items = list("abcde")
-        for swap in map(int, each.question.replace("0", "")):
-            items[swap - 1 : swap + 1] = items[swap], items[swap - 1]
-        assert "".join(items) == each.answer
-        assert each.difficulty == 8 - each.question.count("0")
-    for each in SYNTHETIC["addition"].split()[1]:
-        first, second = (int(each.question[start::2][::-1]) for start in (0, 1))
-        assert first + second == int(each.answer)
-        # A carry that the lowest columns make goes through all the nines behind them.
-        sums = [int(a) + int(b) for a, b in zip(each.question[::2], each.question[1::2], strict=True)]
-        through = [
-            length
-            for low in range(1, 5)
-            for length in range(1, 6 - low)
-            if sums[low - 1] > 9 and sums[low : low + length] == [9] * length
-        ]
-        assert each.difficulty == max(through, default=0)
-
-
-def test_documents_are_written_for_training(tmp_path: Path) -> None:
-    task = SYNTHETIC["permutations"]
-    task.write(tmp_path)
+@pytest.mark.parametrize("task", SYNTHETIC.values(), ids=SYNTHETIC)
+def test_synthetic_documents_follow_their_rules_and_do_not_repeat(task: SyntheticTask, tmp_path: Path) -> None:
     train, test = task.split()
+    assert len({len(each.text) for each in train + test}) == 1
+    assert len({each.text for each in train + test}) == len(train) + len(test)
+    for each in test:
+        assert (_swapped if task.name == "permutations" else _added)(each.question) == (each.answer, each.difficulty)
+    task.write(tmp_path)
     for name, documents in (("train", train), ("test", test)):
         assert read_documents(tmp_path / f"{name}.txt", "") == [each.text for each in documents]
+    # The shipped model was trained on these very files, with the shipped configuration.
+    demo = Path(loopscope.__file__).parent / "demo"
+    made = json.loads((demo / "models" / task.name / "train.json").read_text())
+    config = TrainConfig.load(demo / "configs" / f"{task.name}.json")
+    files = DataFiles(train=tmp_path / "train.txt", test=tmp_path / "test.txt")
+    assert (made["config"], made["sha256"]) == (config.to_dict(), files.hashes())
+
+
+def _swapped(question: str) -> tuple[str, int]:
+    items = list("abcde")
+    for swap in map(int, question.replace("0", "")):
+        items[swap - 1 : swap + 1] = items[swap], items[swap - 1]
+    return "".join(items), 8 - question.count("0")
+
+
+def _added(question: str) -> tuple[str, int]:
+    first, second = (int(question[start::2][::-1]) for start in (0, 1))
+    # A carry that the lowest columns make goes through all the nines behind them.
+    sums = [int(a) + int(b) for a, b in zip(question[::2], question[1::2], strict=True)]
+    through = [
+        length
+        for low in range(1, 5)
+        for length in range(1, 6 - low)
+        if sums[low - 1] > 9 and sums[low : low + length] == [9] * length
+    ]
+    return f"{first + second:06d}", max(through, default=0)

@@ -14,6 +14,7 @@ import numpy as np
 
 from loopscope.analysis.analyzing import analyze
 from loopscope.answers.comparison.comparing import compare
+from loopscope.evaluation.result import Evaluation, step_points, task_curve
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from small_models import checkpoint
 from staged_study import staged_study
@@ -44,12 +45,19 @@ def whole_inputs() -> Path:
     cells.mkdir(parents=True)
     (cells / "a.json").write_text(json.dumps(CELL.to_dict()))
     (folder / "experiment" / "grid.json").write_text('{"kind": "phase", "finished": true, "cells": ["a"]}')
+    EVALUATION.save(folder / "evaluation")
     (folder / "run").mkdir()
     log = [{"kind": "start", "step": 0}, *({"kind": "step", "step": step, "loss": 1.5} for step in range(1, 6))]
     (folder / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     return folder
 
 
+_SCORES = {1: [0.0, 0.0, 1.0], 2: [1.0, 0.0, 1.0]}
+EVALUATION = Evaluation(
+    model="m", weights_sha256="", dtype="float32", trained_recurrences=2, recurrences=(1, 2), seed=0, limit=3,
+    curves=tuple(task_curve("t", "accuracy", _SCORES, trained=2, part=part) for part in ("", "1 swap")),
+    steps=step_points({1: [0.5, 0.6], 2: [0.1, 0.2]}),
+)  # fmt: skip
 TOKENIZER_CONFIG: dict[str, Any] = {
     "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True,
     "added_tokens_decoder": {"256": {"content": "<s>", "special": True}, "257": {"content": "</s>", "special": True}},

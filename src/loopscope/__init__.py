@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
     from loopscope.dynamics.trajectories.judge import judge
     from loopscope.errors import LoopscopeError
+    from loopscope.evaluation.evaluating import evaluate
+    from loopscope.evaluation.result import Evaluation
     from loopscope.experiments.damping import Control, control
+    from loopscope.experiments.training.probe import LoopProbe
     from loopscope.models.architecture import Architecture
     from loopscope.models.contract.check import check_subject
     from loopscope.models.hooks.wrap import hook
@@ -43,7 +46,9 @@ _HOMES = {
     "Comparison": "answers.comparison.result",
     "Control": "experiments.damping",
     "Criterion": "answers.answer",
+    "Evaluation": "evaluation.result",
     "Inspection": "models.inspection.facts",
+    "LoopProbe": "experiments.training.probe",
     "LoopedTransformer": "models.native.transformer",
     "LoopscopeError": "errors",
     "Observer": "models.visits",
@@ -56,6 +61,7 @@ _HOMES = {
     "check_subject": "models.contract.check",
     "compare": "answers.comparison.comparing",
     "control": "experiments.damping",
+    "evaluate": "evaluation.evaluating",
     "hook": "models.hooks.wrap",
     "inspect_model": "models.inspection.inspecting",
     "judge": "dynamics.trajectories.judge",
@@ -77,7 +83,9 @@ __all__ = [
     "Comparison",
     "Control",
     "Criterion",
+    "Evaluation",
     "Inspection",
+    "LoopProbe",
     "LoopedTransformer",
     "LoopscopeError",
     "Observer",
@@ -90,6 +98,7 @@ __all__ = [
     "check_subject",
     "compare",
     "control",
+    "evaluate",
     "hook",
     "inspect_model",
     "judge",

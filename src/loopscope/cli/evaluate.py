@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,7 @@ class Evaluate:
     device: str = "auto"
     """A torch device; auto takes a GPU where there is one."""
     out: Path | None = None
-    """Folder for the results."""
+    """Folder for the results, which must hold no other evaluation."""
     json: bool = False
     """Print JSON, for programs."""
 
@@ -54,7 +56,7 @@ class Evaluate:
         from loopscope.evaluation.evaluating import evaluate
         from loopscope.evaluation.result import CURVE
 
-        with ProgressBar("loading") as progress:
+        with ProgressBar("loading") as progress, _starts_anew():
             found = evaluate(
                 self.model,
                 [name for given in self.tasks for name in given.split(",") if name],
@@ -78,3 +80,12 @@ class Evaluate:
             say(sentence)
         if self.out is not None:
             say_path("curve", self.out / CURVE)
+
+
+@contextmanager
+def _starts_anew() -> Iterator[None]:
+    """Say of an interrupted evaluation that nothing of it is resumed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("which of an evaluation is nothing: the same command starts anew") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import os
@@ -13,12 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loopscope._util.files import write_atomically
 from loopscope._util.hub import require
 from loopscope._util.ranges import Range
 from loopscope.errors import ConfigError, LoopscopeError, last_resort, one_line
 from loopscope.evaluation.likelihood import likelihoods, numbers_of
-from loopscope.evaluation.result import Evaluation, TaskCurve, step_points, task_curve
+from loopscope.evaluation.result import CURVE, Evaluation, TaskCurve, step_points, task_curve
 from loopscope.evaluation.synthetic import ANSWER_AFTER, SYNTHETIC, SyntheticTask
 from loopscope.models.loading import subject_of
 from loopscope.models.subject import Subject
@@ -31,12 +34,12 @@ SAMPLES = "samples-{number}.jsonl"
 
 @last_resort("evaluating a model")
 def evaluate(
-    model: str | Path | Subject,
-    tasks: Sequence[str],
+    model: str | Path | nn.Module | Subject,
+    tasks: str | Sequence[str],
     *,
     recurrences: Sequence[int] | None = None,
-    out: Path | None = None,
-    include_path: Path | None = None,
+    out: str | Path | None = None,
+    include_path: str | Path | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
     seed: int = 0,
@@ -55,22 +58,28 @@ def evaluate(
     **Arguments**
 
     - `recurrences`: the trained number unless given.
-    - `out`: folder for `curve.json`, the harness's results and its samples; nothing is written without one.
+    - `out`: folder for `curve.json`, the harness's results and its samples, which must hold no other evaluation;
+      nothing is written without one.
     - `include_path`: a folder with task files of your own.
     - `limit`: the most documents of a task, the first ones.
     - `fewshot`: examples before each question of a task of the harness, instead of its own number.
     - `seed`: of random initial states.
     - `done`: told how many requests were answered.
 
-    Raises `ConfigError` for a task that is not there or cannot be run, numbers of recurrences that the model cannot
-    have, and a model without a tokenizer; `MissingDependencyError` without the extra; and the errors of `load`.
+    The harness sets the seeds of Python's, numpy's and torch's random numbers. Raises `ConfigError` for a task that is
+    not there or cannot be run, numbers of recurrences that the model cannot have, a model without a tokenizer, and a
+    folder that holds an evaluation; `MissingDependencyError` without the extra; and the errors of `load`.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    out, include_path = (None if each is None else Path(each) for each in (out, include_path))
     if not tasks:
         raise ConfigError("No task was given; name one, such as arc_easy.")
     for name, given, least in (("limit", limit, 1), ("fewshot", fewshot, 0), ("seed", seed, 0)):
         broken = None if given is None else Range(least, 2**31).broken_by(given)
         if broken:
             raise ConfigError(f"{name} must {broken}, got {given}.")
+    if out is not None and (out / CURVE).exists():
+        raise ConfigError(f"{out} holds an evaluation already; name another folder.")
     subject = subject_of(model, revision=revision, dtype=dtype, device=device)
     numbers = numbers_of(subject.info, recurrences)
     curves: list[TaskCurve] = []
@@ -150,8 +159,9 @@ def _of_harness(
     done: Callable[[int], None],
 ) -> tuple[list[TaskCurve], dict[int, list[float]]]:
     """Curves, and the steps of all requests by number of recurrences."""
+    needing = f"The task {tasks[0]!r}, which is none of loopscope's own ({', '.join(SYNTHETIC)}),"
     with _quiet():  # bars are drawn or not as is said when their package is imported
-        harness, _ = (require(each, "lm-evaluation-harness", "lm-eval") for each in ("lm_eval", "lm_eval.tasks"))
+        harness, _ = (require(each, needing, "lm-eval") for each in ("lm_eval", "lm_eval.tasks"))
         from loopscope.evaluation.harness import LoopedLM  # noqa: PLC0415 (an optional extra)
 
     if include_path is not None and not include_path.is_dir():
@@ -245,7 +255,7 @@ def _quiet() -> Iterator[None]:
     os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(None):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -153,6 +153,8 @@ class LoopedLM(TemplateLM):
         return [(each.logprob, each.greedy) for each in found]
 
     def _fitting(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        if not continuation:
+            raise ConfigError("A continuation has no tokens of its own, so that there is nothing to score.")
         if len(continuation) > self.max_length:
             raise ConfigError(
                 f"A continuation has {len(continuation)} tokens, and {self.tokenizer_name} has room for "

@@ -12,8 +12,10 @@ import numpy as np
 
 from loopscope._util.config_json import build, read_object
 from loopscope._util.files import write_atomically
+from loopscope._util.ranges import Count, check_ranges
 from loopscope._util.statistics import finite_or_none, paired_difference
 from loopscope._util.table import Table
+from loopscope.errors import ConfigError
 
 CURVE = "curve.json"
 
@@ -22,10 +24,12 @@ CURVE = "curve.json"
 class CurvePoint:
     """A task after one number of recurrences."""
 
-    recurrences: int
-    value: float
+    recurrences: Count
+    value: float | None
+    """None where it is not finite."""
     stderr: float | None
-    """Standard error of the value, documents being drawn at random; None where there is none."""
+    """Standard error of the value, documents being drawn at random; None where there is none. 0 where all documents
+    score alike, which is no certainty."""
     change: float | None
     """Mean over documents of what they score more than at `reference` recurrences; None where documents have no scores
     of their own, and of the reference itself."""
@@ -33,6 +37,9 @@ class CurvePoint:
     """Half of the 95 % interval of the change, Student's t over documents: of no use where `unlike` is small."""
     unlike: int | None
     """Documents that score differently than at the reference; None as for the change."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +61,14 @@ class StepPoint:
     """How long the last step was, relative to the state, where continuations of requests are predicted: quartiles over
     requests of the mean over positions."""
 
-    recurrences: int
+    recurrences: Count
     requests: int
     lower: float
     median: float
     upper: float
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +79,7 @@ class Evaluation:
     weights_sha256: str
     dtype: str
     trained_recurrences: int | None
-    recurrences: tuple[int, ...]
+    recurrences: tuple[Count, ...]
     seed: int
     """Of random initial states."""
     limit: int | None
@@ -78,6 +88,16 @@ class Evaluation:
     steps: tuple[StepPoint, ...]
     """Over the requests of all tasks together, of likelihoods alone; empty where no step could be seen."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for curve in self.curves:
+            numbers = tuple(point.recurrences for point in curve.points)
+            if not numbers or numbers != self.recurrences or curve.reference not in numbers:
+                raise ConfigError(
+                    f"An evaluation after {self.recurrences} recurrences has a curve of {curve.task} after {numbers}, "
+                    f"with changes from {curve.reference}; it was not written by loopscope, or changed since."
+                )
+
     def save(self, folder: Path) -> Path:
         """Write `curve.json`. Raises `StorageError`."""
         path = folder / CURVE
@@ -85,9 +105,9 @@ class Evaluation:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Evaluation:
+    def load(cls, folder: str | Path) -> Evaluation:
         """Raises `ConfigError` for a folder without a sound `curve.json`."""
-        return build(cls, read_object(folder / CURVE, "evaluation"), "the evaluation")
+        return build(cls, read_object(Path(folder) / CURVE, "evaluation"), "the evaluation")
 
     def tables(self) -> list[Table]:
         """For the terminal: a table for each curve, with the steps in the last column where there are any; then one for
@@ -104,7 +124,7 @@ class Evaluation:
 
     def _table_of_parts(self, curve: TaskCurve, parts: Sequence[TaskCurve]) -> Table:
         rows = [
-            (self._number(point.recurrences), *(f"{part.points[place].value:.3f}" for part in parts))
+            (self._number(point.recurrences), *(_shown(part.points[place].value) for part in parts))
             for place, point in enumerate(curve.points)
         ]
         columns = ["recurrences", *(f"{part.part} ({part.documents:,})" for part in parts)]
@@ -149,14 +169,18 @@ class Evaluation:
         columns = ["recurrences", curve.metric, "standard error", f"change from {curve.reference} (95 %)"]
         rows = []
         for point in curve.points:
-            error = "-" if point.stderr is None else f"{point.stderr:.3f}"
+            error = "all alike" if point.stderr == 0 else "-" if point.stderr is None else f"{point.stderr:.3f}"
             change = "-" if point.change is None else f"{point.change:+.3f} ± {point.change_half_width:.3f}"
             if point.unlike == 0:
                 change = "none"  # an interval of documents that all agree would have no width
-            row = [self._number(point.recurrences), f"{point.value:.3f}", error, change]
+            row = [self._number(point.recurrences), _shown(point.value), error, change]
             rows.append((*row, steps.get(point.recurrences, "-")) if steps else tuple(row))
         title = f"{curve.task}, {curve.documents:,} documents"
         return Table(title=title, columns=(*columns, *(["relative step"] if steps else [])), rows=rows)
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def task_curve(
@@ -182,10 +206,11 @@ def task_curve(
         difference = paired_difference(own, other) if number != reference and own.size == other.size > 1 else None
         error = float(own.std(ddof=1) / np.sqrt(own.size)) if own.size > 1 else None
         value, stderr = values[number] if values is not None else (float(own.mean()), error)
+        stderr = None if stderr is None else finite_or_none(stderr)
         points.append(
             CurvePoint(
                 recurrences=number,
-                value=value,
+                value=finite_or_none(value),
                 stderr=stderr,
                 change=None if difference is None else finite_or_none(difference.mean),
                 change_half_width=None if difference is None else finite_or_none(difference.half_width),

@@ -51,7 +51,8 @@ def _plot(found: Evaluation, curve: TaskCurve) -> Plot:
 def _panel(found: Evaluation, curves: list[TaskCurve], colours: list[str]) -> Panel:
     marks: list[Mark] = []
     for curve, colour in zip(curves, colours, strict=True):
-        numbers, values = [each.recurrences for each in curve.points], [each.value for each in curve.points]
+        numbers = [each.recurrences for each in curve.points]
+        values = [math.nan if each.value is None else each.value for each in curve.points]
         errors = [math.nan if each.stderr is None else each.stderr for each in curve.points]
         if len(curves) == 1:
             low, high = (
