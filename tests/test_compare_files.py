@@ -25,6 +25,7 @@ from loopscope.cli import main
 from loopscope.errors import ConfigError, LoopscopeError, StudyError
 from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.plot import Line
+from loopscope.report.figures.write import draw_figure
 from loopscope.report.settings import ReportSettings
 from loopscope.study import Study, read_manifest, write_manifest
 from staged_study import OTHER, SHAPE, answer_of, at, staged_study
@@ -262,6 +263,7 @@ def test_checkpoints_of_one_run_have_a_curve_over_training(tmp_path: Path) -> No
     assert isinstance(line, Line)
     np.testing.assert_array_equal(line.x, [20, 100, 900])
     np.testing.assert_allclose(line.y, float(demo_study().dataset["loss"].mean("prompt")[-1]), rtol=1e-6)
+    assert len(draw_figure(comparison, "over-training").axes) > 5
     page = write_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "How do the answers change over training?" in page
     others = compare([demo_study(), checkpoint(3)])

@@ -299,7 +299,7 @@ def test_some_visits_alone_are_kept_and_no_more_is_run(model: LoopedTransformer)
     for site in some.visits:
         assert torch.equal(some.residual(*site), whole.residual(*site))
         assert torch.equal(some.attention(*site), whole.attention(*site))
-    with pytest.raises(ConfigError, match="This trace has no logits: .* keeps those visits alone"):
+    with pytest.raises(ConfigError, match=r"This trace has no logits: .* keeps those visits alone"):
         _ = some.logits
     with pytest.raises(ConfigError, match="no states between layers"):
         some.loop_state(1)

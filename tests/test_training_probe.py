@@ -58,7 +58,7 @@ def test_losses_and_entropy_are_those_of_the_model() -> None:
     for prompt in LONG:
         trace = capture(model, prompt, recurrences=3, attention=True)
         for layer in range(INJECTED.recurrent):
-            rows = trace.attention("recurrent", layer, 2)[0]
+            rows = trace.attention("recurrent", layer, 3)[0]
             entropies.append(torch.special.entr(rows).sum(-1).flatten())
     assert found["loop/attention_entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
 
