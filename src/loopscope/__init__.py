@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopscope.analysis.analyzing import analyze
+    from loopscope.analysis.patching import patch
     from loopscope.analysis.settings import AnalyzeSettings
     from loopscope.answers.answer import Answer, Criterion
     from loopscope.answers.comparison.comparing import compare
     from loopscope.answers.comparison.result import Comparison
     from loopscope.answers.comparison.side_by_side import side_by_side
+    from loopscope.answers.patching import Patching
     from loopscope.answers.quick import quick_answers
     from loopscope.answers.rates import study_rates
     from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
@@ -47,6 +49,7 @@ _HOMES = {
     "LoopedTransformer": "models.native.transformer",
     "LoopscopeError": "errors",
     "Observer": "models.visits",
+    "Patching": "answers.patching",
     "Study": "study",
     "Subject": "models.subject",
     "Trace": "models.trace",
@@ -61,6 +64,7 @@ _HOMES = {
     "judge": "dynamics.trajectories.judge",
     "leading_eigenvalues": "dynamics.eigenvalues.of_model",
     "load": "models.loading",
+    "patch": "analysis.patching",
     "quick_answers": "answers.quick",
     "side_by_side": "answers.comparison.side_by_side",
     "study_rates": "answers.rates",
@@ -81,6 +85,7 @@ __all__ = [
     "LoopedTransformer",
     "LoopscopeError",
     "Observer",
+    "Patching",
     "Study",
     "Subject",
     "Trace",
@@ -95,6 +100,7 @@ __all__ = [
     "judge",
     "leading_eigenvalues",
     "load",
+    "patch",
     "quick_answers",
     "side_by_side",
     "study_rates",

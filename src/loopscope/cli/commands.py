@@ -26,6 +26,7 @@ from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.experiment import EXPERIMENTS
 from loopscope.cli.parsing import Commands, parse
+from loopscope.cli.patching import PatchStates
 from loopscope.cli.rates import CountRates
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
@@ -184,7 +185,7 @@ class Figures:
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of analyses, of a comparison, or of experiments."""
+    """The --out folders of analyses, of a comparison, of a patching, or of experiments."""
     out: Path
     """Folder for the figures; of several studies each gets a folder of its own inside."""
     format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)
@@ -341,6 +342,7 @@ COMMANDS: Commands = {
     "figures": Figures,
     "export": Export,
     "control": ControlTokens,
+    "patch": PatchStates,
     "behaviour": JudgeTrajectories,
     "calibrate": Calibrate,
     "experiment": EXPERIMENTS,

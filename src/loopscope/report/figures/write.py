@@ -19,6 +19,7 @@ from loopscope._util.hub import require
 from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
+from loopscope.answers.patching import PATCHING_FILE, Patching
 from loopscope.errors import ConfigError, StudyError
 from loopscope.experiments.cells import GRID_FILE
 from loopscope.experiments.load import Experiment, load_experiment
@@ -28,6 +29,7 @@ from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.heads import HEADS
 from loopscope.report.figures.maps import MAPS
+from loopscope.report.figures.patching import patching_plot
 from loopscope.report.figures.plot import FigureType, Plot, S
 from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.figures.readout import READOUT
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = "figures.json"
 
-Source = Study | Comparison | Experiment | str | Path
+Source = Study | Comparison | Patching | Experiment | str | Path
 
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
@@ -63,8 +65,9 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
 )
 COMPARISON_FIGURES = COMPARED
 
-_Loaded = Study | Comparison | Experiment
+_Loaded = Study | Comparison | Patching | Experiment
 
+_PATCHING = "patching"
 _LONGEST = 80
 """Characters of a name from outside."""
 
@@ -82,7 +85,7 @@ class FigureSet:
 
 def figure_names() -> list[str]:
     """The names of all types of figures, but for those of experiments, which depend on what was run."""
-    return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES)]
+    return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES), _PATCHING]
 
 
 def draw_figure(source: Source, name: str, width: Width = "auto", settings: ReportSettings | None = None) -> Figure:
@@ -121,8 +124,8 @@ def write_figures(
 ) -> list[FigureSet]:
     """Draw every figure that the sources can support, or those that `only` names, and write them to `out`.
 
-    A source is a study, a comparison, an experiment, or the folder of one. Of several, each gets a folder of its own
-    inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds
+    A source is a study, a comparison, a patching, an experiment, or the folder of one. Of several, each gets a folder
+    of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds
     their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or `double`
     (the columns of a paper), inches, or what each figure needs; `settings` are those of a report. Files that exist are
     replaced, each whole or not at all; the same study gives the same bytes.
@@ -131,7 +134,7 @@ def write_figures(
     nothing could be drawn at all, `StorageError` if a file cannot be written.
     """
     _check(formats, width)
-    given = [sources] if isinstance(sources, Study | Comparison | Experiment | str | Path) else list(sources)
+    given = [sources] if isinstance(sources, _Loaded | str | Path) else list(sources)
     if not given:
         raise StudyError("There is nothing to draw; give the folder of a study, a comparison or an experiment.")
     loaded = [_load(source) for source in given]
@@ -222,11 +225,13 @@ def _check(formats: Sequence[Format], width: Width) -> None:
 
 
 def _load(source: Source) -> _Loaded:
-    if isinstance(source, Study | Comparison | Experiment):
+    if isinstance(source, _Loaded):
         return source
     folder = Path(source)
     if (folder / GRID_FILE).is_file():
         return load_experiment(folder)
+    if (folder / PATCHING_FILE).is_file():
+        return Patching.load(folder)
     return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
@@ -239,7 +244,9 @@ def _folder_names(sources: Sequence[_Loaded]) -> list[str]:
     """A name for each, of its folder or model, with characters that every file system takes; repeats are numbered."""
     names: list[str] = []
     for source in sources:
-        called = str(source.manifest["model"]["name"]) if isinstance(source, Study) else "comparison"
+        called = "comparison"
+        if isinstance(source, Study | Patching):
+            called = str(source.manifest["model"]["name"])
         whole = source.folder.resolve().name if source.folder is not None else called
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", whole).strip(".-")[:60] or "study"
         taken = {name.casefold() for name in names}
@@ -282,11 +289,21 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
         left_out: dict[str, str] = {}
         elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
+    elif isinstance(source, Patching):
+        model, pairs = source.manifest["model"], len(source.manifest["pairs"])
+        about = {"kind": "patching", "model": model["name"], "weights_sha256": model["weights_sha256"]}
+        subject = f"Model {visible(str(model['name']), _LONGEST)}, run in {model['dtype']}; {plural(pairs, 'pair')}."
+        wanted = not only or _PATCHING in only
+        drawings = {_PATCHING: partial(patching_plot, source)} if wanted else {}
+        left_out = {}
+        elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
+        elsewhere.remove(_PATCHING)
     elif isinstance(source, Comparison):
         about = {"kind": "comparison", "studies": source.labels, "reference": source.reference}
         subject = comparison_subject(source)
         drawings, left_out = _drawings(COMPARISON_FIGURES, source, only, settings)
-        elsewhere, needed = _names(STUDY_FIGURES), "it is drawn from a study; give the folder of one"
+        elsewhere = [*_names(STUDY_FIGURES), _PATCHING]
+        needed = "it is drawn from a study or a patching; give the folder of one"
     else:
         view, model = view_study(source), source.manifest["model"]
         about = {
@@ -297,7 +314,8 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         }
         subject = study_subject(view)
         drawings, left_out = _drawings(STUDY_FIGURES, view, only, settings)
-        elsewhere, needed = _names(COMPARISON_FIGURES), "it puts studies side by side; give several, or a comparison"
+        elsewhere = [*_names(COMPARISON_FIGURES), _PATCHING]
+        needed = "it puts studies side by side, or is of a patching; give several studies, or the folder of one"
     if alone:
         left_out |= {name: needed for name in elsewhere if name in only}
     return _Plan(folder=folder, drawn_from=about, subject=subject, drawings=drawings, left_out=left_out)
