@@ -20,7 +20,8 @@ from loopscope.models.subject import Batch
 from loopscope.report.page.write import write_patching
 from small_models import ADDED, GATED, INJECTED, LOOP_NORM, RESIDUAL_NORM, hooked_native, linear_loop, subject
 
-PAIR = {"clean": [3, 1, 4, 1, 5], "corrupted": [9, 1, 4, 1, 5], "answer": 7, "wrong": 8}
+CLEAN, CORRUPTED = [3, 1, 4, 1, 5], [9, 1, 4, 1, 5]
+PAIR = {"clean": CLEAN, "corrupted": CORRUPTED, "answer": 7, "wrong": 8}
 LOOKUP = ["attention:recurrent.1@0-1=0", "attention:recurrent.1@3-=0", "attention:recurrent.0=0"]
 """Leaves the attention of layer 1 in the third of the recurrences alone."""
 
@@ -69,7 +70,7 @@ def test_the_head_that_looks_up_is_found() -> None:
 @pytest.mark.parametrize("shape", [INJECTED, RESIDUAL_NORM, LOOP_NORM, ADDED, GATED], ids=lambda shape: shape.injection)
 def test_patching_everything_is_the_other_run_and_nothing_the_same(shape: Any) -> None:
     model = subject(shape, dtype=torch.float64)
-    batches = [Batch.of([ids]) for ids in (PAIR["clean"], PAIR["corrupted"])]
+    batches = [Batch.of([ids]) for ids in (CLEAN, CORRUPTED)]
     recorded = Recorded(frozenset({"residual", "attention", "mlp", "head"}))
 
     def answer(batch: Batch, parts: Any, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +101,7 @@ def test_a_cell_is_what_a_run_with_that_one_change_gives(shape: Any) -> None:
     model = subject(shape, dtype=torch.float64)
     found = loopscope.patch(model, [PAIR], recurrences=3, parts=["residual", "head"], batch_size=7)
     recorded = Recorded(frozenset({"residual", "head"}))
-    source = model.start(Batch.of([PAIR["clean"]]), recurrences=3, parts=recorded)
+    source = model.start(Batch.of([CLEAN]), recurrences=3, parts=recorded)
     own = shape.state_init == "embeddings"
     initial = None if own else source.state
     for _ in range(3):
@@ -111,7 +112,7 @@ def test_a_cell_is_what_a_run_with_that_one_change_gives(shape: Any) -> None:
         part, head = ("head", 1) if name == "head 1" else ("residual", None)
         change = Change(site, part, position, head)  # type: ignore[arg-type]
         run = model.start(
-            Batch.of([PAIR["corrupted"]]), recurrences=3, initial_state=initial, parts=Patches(recorded, [[change]])
+            Batch.of([CORRUPTED]), recurrences=3, initial_state=initial, parts=Patches(recorded, [[change]])
         )
         for _ in range(3):
             run.advance()

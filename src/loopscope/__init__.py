@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loopscope.analysis.analyzing import analyze
     from loopscope.analysis.patching import patch
     from loopscope.analysis.settings import AnalyzeSettings
+    from loopscope.analysis.steering import Steering, steer
     from loopscope.answers.answer import Answer, Criterion
     from loopscope.answers.comparison.comparing import compare
     from loopscope.answers.comparison.result import Comparison
@@ -50,6 +51,7 @@ _HOMES = {
     "LoopscopeError": "errors",
     "Observer": "models.visits",
     "Patching": "answers.patching",
+    "Steering": "analysis.steering",
     "Study": "study",
     "Subject": "models.subject",
     "Trace": "models.trace",
@@ -67,6 +69,7 @@ _HOMES = {
     "patch": "analysis.patching",
     "quick_answers": "answers.quick",
     "side_by_side": "answers.comparison.side_by_side",
+    "steer": "analysis.steering",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
     "write_export": "report.exported",
@@ -86,6 +89,7 @@ __all__ = [
     "LoopscopeError",
     "Observer",
     "Patching",
+    "Steering",
     "Study",
     "Subject",
     "Trace",
@@ -103,6 +107,7 @@ __all__ = [
     "patch",
     "quick_answers",
     "side_by_side",
+    "steer",
     "study_rates",
     "write_comparison",
     "write_export",

@@ -159,7 +159,7 @@ def _places(pair: PromptPair, positions: Literal["each", "all"] | Sequence[int])
         return list(range(tokens))
     if positions == "all":
         return [None]
-    if isinstance(positions, str) or not positions:
+    if not positions or not all(isinstance(place, int) for place in positions):
         raise ConfigError(f"positions must be each, all or a list of positions, got {positions!r}.")
     outside = [place for place in positions if not -tokens <= place < tokens]
     if outside:
@@ -167,7 +167,7 @@ def _places(pair: PromptPair, positions: Literal["each", "all"] | Sequence[int])
             f"There is no position {outside[0]} in the pair {pair.id}, whose prompts have {tokens} tokens, counted "
             "from 0 or, negative, from the end."
         )
-    return sorted({place % tokens for place in positions})
+    return [*sorted({place % tokens for place in positions})]
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ class Patching:
     `dataset` has, over (pair, part, visit, position): `metric`, the difference of the logits of answer and wrong answer
     (or the log-probability of the answer, nats) at the last token of the patched run; `metric_clean` and
     `metric_corrupted` (pair) of the two runs as they are; and `recovery`, `(metric - metric_corrupted) /
-    (metric_clean - metric_corrupted)`: 0 where the state changes nothing, 1 where it brings the whole answer back. It is NaN where
-    the two runs differ by no more than rounding, and where a pair has no such token. Positions count from the end, -1
-    being the last token; 0 stands for all of them at once.
+    (metric_clean - metric_corrupted)`: 0 where the state changes nothing, 1 where it brings the whole answer back. It
+    is NaN where the two runs differ by no more than rounding, and where a pair has no such token. Positions count from
+    the end, -1 being the last token; 0 stands for all of them at once.
     """
 
     dataset: xr.Dataset
@@ -93,7 +93,7 @@ class Patching:
         through = (
             f"{half:,} of {cells:,} cells bring back half" if half else f"none of {cells:,} cells brings back half"
         )
-        return f"{part.capitalize()}: the most is recovered at {at} ({best:.2f}{spread}); {through}."
+        return f"{part_name(part)}: the most is recovered at {at} ({best:.2f}{spread}); {through}."
 
     @classmethod
     def load(cls, folder: str | Path) -> Patching:
@@ -121,6 +121,11 @@ class Patching:
         text = json.dumps({**self.manifest, "sentences": self.sentences()}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / PATCHING_FILE, text.encode())
         return Patching(self.dataset, self.manifest, folder)
+
+
+def part_name(part: str) -> str:
+    """As a sentence begins."""
+    return "MLP" if part == "mlp" else part.capitalize()
 
 
 def patching_answer(found: Patching) -> Answer:

@@ -6,13 +6,15 @@ import numpy as np
 
 from loopscope._util.sites import stage_name, stage_starts
 from loopscope._util.wording import plural, visible
-from loopscope.answers.patching import Patching
+from loopscope.answers.patching import Patching, part_name
 from loopscope.report.figures.plot import Axis, HeatMap, Panel, Plot
 
 _MOST_PANELS = 6
 """Parts that are drawn: of many heads, those that bring the most back."""
 _MOST_NAMES = 24
-"""Positions that are named by their token."""
+"""Stages and recurrences that are named."""
+_MOST_TOKENS = 6
+"""Likewise, and their names are longer."""
 
 
 def patching_plot(found: Patching) -> Plot:
@@ -34,16 +36,16 @@ def patching_plot(found: Patching) -> Plot:
         reading=(
             "The corrupted prompt's run with one state of the clean prompt's run in it: how much of the difference "
             f"between the two it brings back, mean over {plural(pairs, 'pair')}. 0: nothing; 1: the whole answer; "
-            "below 0: it leads away from it. Rows are the visits of layers in the order of the run, from below; white lines "
-            "part stages and recurrences, which are named at their first layer. No colour: not patched, or not known."
-            + (f" The {plural(left_out, 'part')} that bring least back are left out." if left_out else "")
+            "below 0: it leads away from it. Rows are the visits of layers in the order of the run, from above; white "
+            "lines part stages and recurrences, which are named at their first layer. No colour: not patched, or not "
+            "known." + (f" The {plural(left_out, 'part')} that bring least back are left out." if left_out else "")
         ),
         variables=("recovery",),
         panels=[
             Panel(
                 x=x,
                 y=y,
-                title=str(data["part"].values[part]),
+                title=part_name(str(data["part"].values[part])),
                 marks=[
                     HeatMap(
                         z=recovery[part],
@@ -76,11 +78,11 @@ def _place(position: int) -> str:
 def _position_names(found: Patching) -> dict[float | int, str]:
     """The tokens of the only pair, or numbers."""
     positions = [int(place) for place in found.dataset["position"].values]
-    every = -(-len(positions) // _MOST_NAMES)
+    every = -(-len(positions) // _MOST_TOKENS)
     pairs = found.manifest["pairs"]
     tokens = pairs[0]["tokens"] if len(pairs) == 1 else None
     return {
         number: "all" if place == 0 else str(place) if tokens is None else f"{visible(str(tokens[place]), 8)} {place}"
         for number, place in enumerate(positions)
-        if number % every == 0
+        if (len(positions) - 1 - number) % every == 0
     }

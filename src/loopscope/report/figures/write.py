@@ -125,10 +125,10 @@ def write_figures(
     """Draw every figure that the sources can support, or those that `only` names, and write them to `out`.
 
     A source is a study, a comparison, a patching, an experiment, or the folder of one. Of several, each gets a folder
-    of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json` holds
-    their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or `double`
-    (the columns of a paper), inches, or what each figure needs; `settings` are those of a report. Files that exist are
-    replaced, each whole or not at all; the same study gives the same bytes.
+    of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures, `figures.json`
+    holds their captions, what they were drawn from, and what was left out for which reason. `width` is `single` or
+    `double` (the columns of a paper), inches, or what each figure needs; `settings` are those of a report. Files that
+    exist are replaced, each whole or not at all; the same study gives the same bytes.
 
     Raises `ConfigError` for an unknown name, format or width, `StudyError` for a folder that cannot be used and where
     nothing could be drawn at all, `StorageError` if a file cannot be written.
