@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loopscope.answers.patching import Patching
     from loopscope.answers.quick import quick_answers
     from loopscope.answers.rates import study_rates
+    from loopscope.dynamics.eigenvalues.exponents import LyapunovExponents, lyapunov_exponents
     from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
     from loopscope.dynamics.trajectories.judge import judge
     from loopscope.errors import LoopscopeError
@@ -49,6 +50,7 @@ _HOMES = {
     "Inspection": "models.inspection.facts",
     "LoopedTransformer": "models.native.transformer",
     "LoopscopeError": "errors",
+    "LyapunovExponents": "dynamics.eigenvalues.exponents",
     "Observer": "models.visits",
     "Patching": "answers.patching",
     "Steering": "analysis.steering",
@@ -66,6 +68,7 @@ _HOMES = {
     "judge": "dynamics.trajectories.judge",
     "leading_eigenvalues": "dynamics.eigenvalues.of_model",
     "load": "models.loading",
+    "lyapunov_exponents": "dynamics.eigenvalues.exponents",
     "patch": "analysis.patching",
     "quick_answers": "answers.quick",
     "side_by_side": "answers.comparison.side_by_side",
@@ -87,6 +90,7 @@ __all__ = [
     "Inspection",
     "LoopedTransformer",
     "LoopscopeError",
+    "LyapunovExponents",
     "Observer",
     "Patching",
     "Steering",
@@ -104,6 +108,7 @@ __all__ = [
     "judge",
     "leading_eigenvalues",
     "load",
+    "lyapunov_exponents",
     "patch",
     "quick_answers",
     "side_by_side",
