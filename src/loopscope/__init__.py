@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopscope.analysis.analyzing import analyze
     from loopscope.analysis.patching import patch
+    from loopscope.analysis.probing import Probes, probe
     from loopscope.analysis.settings import AnalyzeSettings
     from loopscope.analysis.steering import Steering, steer
     from loopscope.answers.answer import Answer, Criterion
@@ -53,6 +54,7 @@ _HOMES = {
     "LyapunovExponents": "dynamics.eigenvalues.exponents",
     "Observer": "models.visits",
     "Patching": "answers.patching",
+    "Probes": "analysis.probing",
     "Steering": "analysis.steering",
     "Study": "study",
     "Subject": "models.subject",
@@ -70,6 +72,7 @@ _HOMES = {
     "load": "models.loading",
     "lyapunov_exponents": "dynamics.eigenvalues.exponents",
     "patch": "analysis.patching",
+    "probe": "analysis.probing",
     "quick_answers": "answers.quick",
     "side_by_side": "answers.comparison.side_by_side",
     "steer": "analysis.steering",
@@ -93,6 +96,7 @@ __all__ = [
     "LyapunovExponents",
     "Observer",
     "Patching",
+    "Probes",
     "Steering",
     "Study",
     "Subject",
@@ -110,6 +114,7 @@ __all__ = [
     "load",
     "lyapunov_exponents",
     "patch",
+    "probe",
     "quick_answers",
     "side_by_side",
     "steer",
