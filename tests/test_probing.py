@@ -28,7 +28,7 @@ def keeps(embedding: torch.Tensor) -> NativeSubject:
 def directions(seed: int = 0) -> torch.Tensor:
     """Of 48 tokens, all of one length."""
     drawn = torch.randn(48, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn / drawn.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(drawn, dim=-1)
 
 
 def test_a_planted_direction_is_read_and_the_norm_says_nothing() -> None:

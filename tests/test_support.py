@@ -14,6 +14,9 @@ from loopscope.analysis.settings import parts_except
 from loopscope.measures.cka import linear_cka
 from loopscope.measures.support import jaccard, mass_support, same_keys, strongest, support_stable_from
 from loopscope.models.visits import QueryKeyAttention
+from loopscope.report.figures.write import STUDY_FIGURES
+from loopscope.report.settings import ReportSettings
+from loopscope.study import view_study
 from small_models import INJECTED, subject
 
 GENERATOR = np.random.default_rng(0)
@@ -131,3 +134,11 @@ def test_it_is_absent_unless_asked_for() -> None:
     assert "visit_cka" not in found.dataset
     assert found.manifest["left_out"]["visit_cka"] == "it was not asked for (--support-every)"
     assert AnalyzeSettings.preset("full").support_every
+
+
+def test_both_are_drawn(study: Study) -> None:
+    view = view_study(study)
+    for name in ("head-supports", "visit-cka"):
+        figure = next(each for each in STUDY_FIGURES if each.name == name)
+        assert figure.absent(view) is None
+        assert figure.draw(view, ReportSettings()).has_data

@@ -39,7 +39,7 @@ class Probes:
     """What `probe` returns.
 
     `dataset` has, for each visit (or, of the label `recurrence`, for each recurrent layer): `accuracy` on prompts that
-    the probe was not fitted to, with its `standard_error` over prompts (0.04 of 36 that are all right); `norm_accuracy` of a probe that sees the
+    the probe was not fitted to, with its `standard_error` over prompts; `norm_accuracy` of a probe that sees the
     Euclidean norm of the state alone; `shuffled_accuracy`, the mean over probes for labels that were shuffled among
     prompts, and `shuffled_most`, the largest of them.
     """

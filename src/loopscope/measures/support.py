@@ -113,7 +113,8 @@ class AttentionSupport(Measure):
         self._before: list[tuple[AttentionView, tuple[Tensor, Tensor]] | None] = [None] * info.recurrent
         self._last: list[tuple[AttentionView, tuple[Tensor, Tensor]] | None] = [None] * info.recurrent
         # Rows of padding are no rows.
-        places = torch.tensor(list(self._rows), dtype=torch.int64).to(batch.mask.device)
+        last = max(batch.tokens, STRONGEST)
+        places = torch.arange(STRONGEST, last, batch.plan.support_every, device=batch.mask.device)
         self._there = places < batch.counts[:, None]
 
     @classmethod
