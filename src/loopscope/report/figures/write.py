@@ -288,7 +288,6 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         asked = [name for name in found if not only or name in only]
         drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
         left_out: dict[str, str] = {}
-        elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
     elif isinstance(source, Patching):
         model, pairs = source.manifest["model"], len(source.manifest["pairs"])
         about = {"kind": "patching", "model": model["name"], "weights_sha256": model["weights_sha256"]}
@@ -296,14 +295,10 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         wanted = not only or _PATCHING in only
         drawings = {_PATCHING: partial(patching_plot, source)} if wanted else {}
         left_out = {}
-        elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
-        elsewhere.remove(_PATCHING)
     elif isinstance(source, Comparison):
         about = {"kind": "comparison", "studies": source.labels, "reference": source.reference}
         subject = comparison_subject(source)
         drawings, left_out = _drawings(COMPARISON_FIGURES, source, only, settings)
-        elsewhere = [*_names(STUDY_FIGURES), _PATCHING]
-        needed = "it is drawn from a study or a patching; give the folder of one"
     else:
         view, model = view_study(source), source.manifest["model"]
         about = {
@@ -314,10 +309,13 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         }
         subject = study_subject(view)
         drawings, left_out = _drawings(STUDY_FIGURES, view, only, settings)
-        elsewhere = [*_names(COMPARISON_FIGURES), _PATCHING]
-        needed = "it puts studies side by side, or is of a patching; give several studies, or the folder of one"
     if alone:
-        left_out |= {name: needed for name in elsewhere if name in only}
+        elsewhere = {
+            **dict.fromkeys(_names(STUDY_FIGURES), "it is drawn from a study; give the folder of one"),
+            **dict.fromkeys(_names(COMPARISON_FIGURES), "it puts studies side by side; give several, or a comparison"),
+            _PATCHING: "it is drawn from a patching; give the folder of one",
+        }
+        left_out |= {name: why for name, why in elsewhere.items() if name in only - drawings.keys() - left_out.keys()}
     return _Plan(folder=folder, drawn_from=about, subject=subject, drawings=drawings, left_out=left_out)
 
 
