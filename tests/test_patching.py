@@ -203,5 +203,6 @@ def test_the_grid_is_drawn_on_a_page_and_on_paper(tmp_path: Path) -> None:
     page = write_patching(found, tmp_path / "report.html").read_text()
     assert "Is there a state that the answer goes through?" in page
     assert "recurrent.1@2" in page
+    assert "from patching." in page
     (drawn,) = loopscope.write_figures(tmp_path / "out", tmp_path / "figures", formats=("svg",))
     assert list(drawn.files) == ["patching"]

@@ -138,6 +138,8 @@ def patching_answer(found: Patching) -> Answer:
         outcome = Outcome.YES if carried else Outcome.NO
         verdict = "one brings back half or more" if carried else "none brings back half"
     limits = [
+        "Two places bring an answer back whatever the model does with it: the tokens that differ, after the first "
+        "layers, and the last token after the last layer. What lies between them says where it is made.",
         "What is put in may bring an answer back along a path that the clean run does not take; and what brings "
         "nothing back by itself may still be needed beside something else.",
         "The best of many cells is better by chance too, the more so the fewer pairs there are.",

@@ -28,7 +28,7 @@ def render_patching(found: Patching) -> str:
     facts = [("layout", layout), ("pairs", str(len(found.manifest["pairs"]))), ("run in", model["dtype"])]
     changed = [("interventions", ", ".join(model["interventions"]))] if model["interventions"] else []
     return render_template(
-        "verdicts.html",
+        "patching.html",
         heading=f"Where {visible(str(model['name']), 80)} makes its answer",
         facts=facts + changed,
         answers=[answer],
