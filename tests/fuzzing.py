@@ -373,7 +373,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     for name in (
         "recurrences", "horizon", "seed", "sample_seed", "limit", "truncate", "threads", "components", "other_starts",
         "cycle_recurrences", "exit_recurrences", "eigenvalue_products", "eigenvalue_every", "eigenvalue_search",
-        "map_tokens", "map_limit", "memory_limit", "keep_limit", "batch_size", "chunk",
+        "support_every", "map_tokens", "map_limit", "memory_limit", "keep_limit", "batch_size", "chunk",
     )
 }  # fmt: skip
 OPTIONS |= dict.fromkeys(("head_stable", "neuron_limit"), NUMBERS | SPECIAL)

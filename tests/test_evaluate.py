@@ -379,7 +379,7 @@ def test_synthetic_documents_follow_their_rules_and_do_not_repeat(task: Syntheti
     made = json.loads((demo / "models" / task.name / "train.json").read_text())
     config = TrainConfig.load(demo / "configs" / f"{task.name}.json")
     files = DataFiles(train=tmp_path / "train.txt", test=tmp_path / "test.txt")
-    assert (made["config"], made["sha256"]) == (config.to_dict(), files.hashes())
+    assert (TrainConfig.from_dict(made["config"]), made["sha256"]) == (config, files.hashes())
 
 
 def _swapped(question: str) -> tuple[str, int]:

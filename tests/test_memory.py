@@ -25,6 +25,7 @@ from loopscope.errors import ConfigError, UnforeseenError, ran_out
 from loopscope.measures.memory import array_bytes
 from loopscope.measures.registry import asked_for
 from loopscope.models.inspection.facts import RunSize
+from loopscope.models.native.interventions import Parts
 from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.visits import Observer
@@ -71,8 +72,11 @@ class Small(NativeSubject):
         seed: int = 0,
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
+        parts: Parts | None = None,
     ) -> NativeRun:
-        run = super().start(batch, recurrences=recurrences, seed=seed, initial_state=initial_state, observers=observers)
+        run = super().start(
+            batch, recurrences=recurrences, seed=seed, initial_state=initial_state, observers=observers, parts=parts
+        )
         if len(batch.mask) > self.most or int(batch.counts.max()) > self.longest:
 
             def fail(observers: Iterable[Observer] = ()) -> None:

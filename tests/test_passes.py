@@ -27,6 +27,7 @@ from loopscope.measures.layer_readout import LayerReadout
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
 from loopscope.measures.registry import DECLARED
 from loopscope.measures.stability import EIGENVALUE_NAMES, RATE_NAMES
+from loopscope.measures.support import AttentionSupport
 from loopscope.measures.twin import Twin
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.subject import NativeSubject
@@ -41,6 +42,7 @@ SETTINGS = AnalyzeSettings(
     track=("0:-1", "3:0"),
     components=2,
     eigenvalue_search=8,
+    support_every=8,
 )
 LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
 
@@ -121,7 +123,7 @@ def test_a_prompts_numbers_do_not_depend_on_the_others() -> None:
     alone = dataset_of(model, PROMPTS[1:2], track=(), map_prompts=())
     among = dataset_of(model, track=(), map_prompts=()).isel(prompt=[1], token=slice(len(PROMPTS[1])))
     among = among.assign_coords(prompt=[0])
-    means = ["cycle_similarity", "attention_cycle_distance"]
+    means = ["cycle_similarity", "attention_cycle_distance", "visit_cka"]
     xarray.testing.assert_allclose(
         steady(among.drop_vars(means)), steady(alone.drop_vars(means)), rtol=1e-6, atol=1e-10
     )
@@ -141,7 +143,11 @@ PARTS: Mapping[Part, set[str]] = {
     "noise-floor": {"noise_floor"},
     "twin": set(Twin.variables),
     "maps": {"attention_map"},
-    "heads": {*HEAD_NAMES, *CHANGE_NAMES, "head_stable_from", "token_attention_change", "attention_cycle_distance"},
+    "heads": {
+        *(*HEAD_NAMES, *CHANGE_NAMES, *AttentionSupport.variables),
+        *("head_stable_from", "token_attention_change", "attention_cycle_distance"),
+    },
+    "support": {*AttentionSupport.variables, "visit_cka"},
     "stages": {name for kind in DECLARED if kind.part == "stages" for name in kind.variables},
     "behaviour": {
         "verdict",
@@ -220,6 +226,7 @@ def plan(**changes: Any) -> Plan:
         "answers": (),
         "exits": 0,
         "head_stable": 0.01,
+        "support_every": 0,
         "judged_layers": (),
         "eigenvalues": None,
         "skip": frozenset(),

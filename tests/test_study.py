@@ -30,7 +30,14 @@ from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPT
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 SETTINGS = AnalyzeSettings(
-    recurrences=5, horizon=8, cycle_recurrences=2, batch_size=4, track=("0:-1",), components=2, eigenvalue_search=8
+    recurrences=5,
+    horizon=8,
+    cycle_recurrences=2,
+    batch_size=4,
+    track=("0:-1",),
+    components=2,
+    eigenvalue_search=8,
+    support_every=8,
 )
 GATE = {"exit_probability", "token_exit_probability", "token_exit_cumulated"}
 ANSWERS = {"answer_rank", "answer_log_probability"}
@@ -51,6 +58,7 @@ FEED_FORWARD_VARIABLES = {
     "folded_neuron_kurtosis",
     "folded_neuron_skew",
     "attention_map",
+    "visit_cka",
     *TOKEN_READOUTS,
     *HEAD_NAMES,
     *STAGE_NAMES,

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopscope.analysis.analyzing import analyze
+    from loopscope.analysis.patching import patch
+    from loopscope.analysis.probing import Probes, probe
     from loopscope.analysis.settings import AnalyzeSettings
+    from loopscope.analysis.steering import Steering, steer
     from loopscope.answers.answer import Answer, Criterion
     from loopscope.answers.comparison.comparing import compare
     from loopscope.answers.comparison.result import Comparison
     from loopscope.answers.comparison.side_by_side import side_by_side
+    from loopscope.answers.patching import Patching
     from loopscope.answers.quick import quick_answers
     from loopscope.answers.rates import study_rates
+    from loopscope.dynamics.eigenvalues.exponents import LyapunovExponents, lyapunov_exponents
     from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
     from loopscope.dynamics.trajectories.judge import judge
     from loopscope.errors import LoopscopeError
@@ -51,7 +56,11 @@ _HOMES = {
     "LoopProbe": "experiments.training.probe",
     "LoopedTransformer": "models.native.transformer",
     "LoopscopeError": "errors",
+    "LyapunovExponents": "dynamics.eigenvalues.exponents",
     "Observer": "models.visits",
+    "Patching": "answers.patching",
+    "Probes": "analysis.probing",
+    "Steering": "analysis.steering",
     "Study": "study",
     "Subject": "models.subject",
     "Trace": "models.trace",
@@ -67,8 +76,12 @@ _HOMES = {
     "judge": "dynamics.trajectories.judge",
     "leading_eigenvalues": "dynamics.eigenvalues.of_model",
     "load": "models.loading",
+    "lyapunov_exponents": "dynamics.eigenvalues.exponents",
+    "patch": "analysis.patching",
+    "probe": "analysis.probing",
     "quick_answers": "answers.quick",
     "side_by_side": "answers.comparison.side_by_side",
+    "steer": "analysis.steering",
     "study_rates": "answers.rates",
     "write_comparison": "report.page.write",
     "write_export": "report.exported",
@@ -88,7 +101,11 @@ __all__ = [
     "LoopProbe",
     "LoopedTransformer",
     "LoopscopeError",
+    "LyapunovExponents",
     "Observer",
+    "Patching",
+    "Probes",
+    "Steering",
     "Study",
     "Subject",
     "Trace",
@@ -104,8 +121,12 @@ __all__ = [
     "judge",
     "leading_eigenvalues",
     "load",
+    "lyapunov_exponents",
+    "patch",
+    "probe",
     "quick_answers",
     "side_by_side",
+    "steer",
     "study_rates",
     "write_comparison",
     "write_export",

@@ -27,6 +27,7 @@ Part = Literal[
     "noise-floor",
     "twin",
     "heads",
+    "support",
     "maps",
     "stages",
     "neurons",
@@ -42,6 +43,7 @@ _OPTIONS: dict[Part, tuple[str, ...]] = {
     "trajectories": ("track", "components"),
     "readout": ("readout", "answer", "exit_recurrences"),
     "heads": ("head_stable",),
+    "support": ("support_every",),
     "behaviour": ("judged_layers",),
     "stability": ("eigenvalue_products", "eigenvalue_every", "eigenvalue_search", "hooked_eigenvalues"),
     "maps": ("map_prompts", "map_recurrences", "map_tokens", "map_limit"),
@@ -168,6 +170,9 @@ class MeasureSettings:
     head_stable: Annotated[float, Range(above=0, infinite=True)] = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
+    support_every: Annotated[int, Range(0, 10**6)] = 0
+    """Follow the support of attention, the keys that a row looks at, on every n-th row of a prompt from its seventeenth
+    on, with the similarity of keys between recurrences and the linear CKA of every two visits; 0 leaves that out."""
     judged_layers: JudgedLayers = "all"
     """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
     states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept until they are."""
@@ -259,7 +264,13 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
 _PRESETS: dict[Preset, dict[str, Any]] = {
     "quick": {"skip": parts_except("readout", "behaviour", "noise-floor", "twin"), "judged_layers": "last"},
     "standard": {},
-    "full": {"hooked_eigenvalues": True, "neuron_limit": math.inf, "map_tokens": 256, "map_limit": 64},
+    "full": {
+        "hooked_eigenvalues": True,
+        "neuron_limit": math.inf,
+        "map_tokens": 256,
+        "map_limit": 64,
+        "support_every": 8,
+    },
 }
 
 

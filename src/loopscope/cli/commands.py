@@ -27,6 +27,7 @@ from loopscope.cli.control import ControlTokens
 from loopscope.cli.evaluate import Evaluate
 from loopscope.cli.experiment import EXPERIMENTS
 from loopscope.cli.parsing import Commands, parse
+from loopscope.cli.patching import PatchStates
 from loopscope.cli.rates import CountRates
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import RunSize
@@ -64,8 +65,9 @@ class Analyze(_Shown):
     preset: Preset = "standard"
     """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer;
     1.7 times a bare run to twice the horizon on the shipped models. standard: 3.1 times where tokens settle, 4.0 where
-    they do not. full: larger attention maps too, neurons of large models and eigenvalues of hooked ones; 3.3 and 4.3
-    times, and more where these come in. An option wins; --skip leaves out more."""
+    they do not. full: larger attention maps and supports of attention too, neurons of large models and eigenvalues
+    of hooked ones; 3.3 and 4.3 times without supports, about 8 % more with them, and more where neurons and hooked
+    eigenvalues come in. An option wins; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
@@ -186,7 +188,7 @@ class Figures:
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of analyses, of a comparison, of experiments, or of evaluate."""
+    """The --out folders of analyses, of a comparison, a patching, experiments or evaluate."""
     out: Path
     """Folder for the figures; of several studies each gets a folder of its own inside."""
     format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)
@@ -343,6 +345,7 @@ COMMANDS: Commands = {
     "figures": Figures,
     "export": Export,
     "control": ControlTokens,
+    "patch": PatchStates,
     "behaviour": JudgeTrajectories,
     "calibrate": Calibrate,
     "experiment": EXPERIMENTS,

@@ -129,6 +129,8 @@ class Plan:
     with the one before; 0 for none."""
     head_stable: float
     """Root mean square change of a map's rows below which a head is stable."""
+    support_every: int
+    """Of every how many rows the support is followed; 0 for none."""
     judged_layers: tuple[int, ...]
     """Recurrent layers whose tokens' limits are judged; none without that part."""
     eigenvalues: EigenvalueSettings | None

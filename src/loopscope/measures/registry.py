@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from loopscope.measures.base import BatchInfo, Declared, Measure, Plan, Variable, variable
 from loopscope.measures.behaviour import Behaviour
+from loopscope.measures.cka import VisitCKA
 from loopscope.measures.convergence import Convergence
 from loopscope.measures.heads import HeadMeasures
 from loopscope.measures.horizon import Horizons, NoiseFloor
@@ -19,6 +20,7 @@ from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
 from loopscope.measures.sinks import SinkMass
 from loopscope.measures.stability import TokenStability
 from loopscope.measures.stages import StageMeasures
+from loopscope.measures.support import AttentionSupport
 from loopscope.measures.trajectories import Trajectories
 from loopscope.measures.twin import Twin
 from loopscope.models.subject import SubjectInfo
@@ -33,6 +35,8 @@ MEASURES: tuple[type[Measure], ...] = (
     AttentionCycle,
     HeadMeasures,
     SinkMass,
+    AttentionSupport,
+    VisitCKA,
     AttentionMaps,
     StageMeasures,
     EffectiveRank,

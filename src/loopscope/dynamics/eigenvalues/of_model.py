@@ -23,7 +23,7 @@ from loopscope.models.interventions.parsing import check_recurrences, parse_inte
 from loopscope.models.loading import subject_of
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.subject import intervene as intervened
-from loopscope.models.subject import Batch, InputIds, Subject, as_batch, check_state
+from loopscope.models.subject import Batch, InputIds, Subject, batch_for, check_state
 
 
 def leading_eigenvalues(
@@ -62,7 +62,7 @@ def leading_eigenvalues(
         raise ConfigError(
             f"{subject.info.name} has no recurrent layers, so that no recurrence has eigenvalues; take a looped model."
         )
-    batch = input_ids if isinstance(input_ids, Batch) else as_batch(input_ids, attention_mask, subject.info)
+    batch = input_ids if isinstance(input_ids, Batch) else batch_for(subject, input_ids, attention_mask)
     check_recurrences(parse_interventions(subject.info.interventions), settings.recurrences + 1)
     if state is not None:
         check_state(state, (*batch.input_ids.shape, subject.info.width), "state")

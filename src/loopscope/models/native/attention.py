@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Int64
@@ -26,6 +27,13 @@ from loopscope.models.visits import QueryKeyAttention
 Mix = Callable[[Queries, Keys, Keys, Tensor | None], Queries]
 """`mix(query, key, value, allowed)`: each query's mean of the values, (batch, head, token, head_dim). With None for
 `allowed`, causality alone decides where a query may look; otherwise it is True there."""
+
+Part = Literal["residual", "attention", "mlp", "head"]
+"""What a layer puts out, what its attention or its MLP adds to the residual stream, all (batch, token, width), and what
+each head of its attention has mixed before the output projection, (batch, head, token, head_dim)."""
+Through = Callable[[Part, Tensor], Tensor]
+"""`through(part, values)`: what takes the place of a part of a layer while it runs; the values themselves, where it
+only looks on."""
 
 
 class RMSNorm(nn.Module):
@@ -205,7 +213,9 @@ class Attention(nn.Module):
             self.value_embedding = nn.Embedding.from_pretrained(table, freeze=False)
             self.value_gate = nn.Linear(VALUE_GATE_INPUTS, architecture.kv_heads, bias=False)
 
-    def forward(self, x: States, context: AttentionContext) -> tuple[States, QueryKeyAttention]:
+    def forward(
+        self, x: States, context: AttentionContext, through: Through | None = None
+    ) -> tuple[States, QueryKeyAttention]:
         query = self._heads(self.query(x), self.query_norm, self.query_bias, context)
         key = self._heads(self.key(x), self.key_norm, self.key_bias, context)
         value = self._split(self.value(x))
@@ -214,6 +224,8 @@ class Attention(nn.Module):
             value = value + gate.transpose(1, 2)[..., None] * self._split(self.value_embedding(context.input_ids))
         allowed = context.allowed if self.window is None else context.near
         mixed = context.mix(query, key, value, allowed)
+        if through is not None:
+            mixed = through("head", mixed)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return output, QueryKeyAttention(query, key, self.head_dim**-0.5, context.mask, self.window)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from loopscope._util.shapes import States, TokenValues
@@ -68,6 +69,14 @@ class ExitRule:
         now = (self._cumulated.to(gate.dtype) >= self._threshold) & ~self._stopped
         self._kept = torch.where(now[..., None], state, self._kept)
         self._stopped = self._stopped | now
+
+    def of(self, rows: Int64[Tensor, " row"]) -> ExitRule:
+        """The same for those prompts of the batch, which may be named again."""
+        some = ExitRule(self._threshold)
+        if self._kept is not None:
+            some._kept, some._survival = self._kept[rows], self._survival[rows]
+            some._cumulated, some._stopped = self._cumulated[rows], self._stopped[rows]
+        return some
 
     def answer(self, state: States) -> States:
         """Each token's state where it stopped; `state`, the last one, for those that have not."""

@@ -6,15 +6,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from loopscope._util.shapes import Noise, States, TokenIds, TokenMask
-from loopscope._util.sites import Stage
+from loopscope._util.sites import Site, Stage
 from loopscope.models.interventions.kinds import (
     Damp,
     FreezeInjection,
@@ -26,6 +28,7 @@ from loopscope.models.interventions.kinds import (
     StartSeed,
 )
 from loopscope.models.interventions.parsing import check_tokens
+from loopscope.models.native.attention import Part, Through
 
 _CUT = 3.0
 """Standard deviations at which the normal distribution is cut, as Huginn's published code does."""
@@ -68,8 +71,29 @@ class BranchScale:
 UNCHANGED = BranchScale()
 
 
+Parts = Callable[[Site, Part, Tensor], Tensor]
+"""`parts(site, part, values)`: what takes the place of a part of a layer at one visit; see `Through`."""
+
+
 class AppliedInterventions:
     """No interventions: every answer leaves the computation as it is, bit for bit."""
+
+    parts: Parts | None = None
+    """What looks on at the parts of layers, or replaces them."""
+
+    def through(self, site: Site) -> Through | None:
+        """The same at one visit."""
+        return None if self.parts is None else partial(self.parts, site)
+
+    def with_parts(self, parts: Parts | None) -> AppliedInterventions:
+        """The same, remembering what was seen so far, with something else that looks on."""
+        other = copy.copy(self)
+        other.parts = parts
+        return other
+
+    def rows(self, rows: Int64[Tensor, " row"]) -> AppliedInterventions:
+        """The same for those prompts of the batch, which may be named again."""
+        return self
 
     def scale(self, stage: Stage, layer: int, recurrence: int) -> BranchScale:
         """Factors on the branches of one visit."""
@@ -174,6 +198,14 @@ class RunInterventions(AppliedInterventions):
     def of(self, tokens: TokenMask) -> AppliedInterventions:
         some = copy.copy(self)
         some._kept = None if self._kept is None else self._kept[tokens][None]
+        return some
+
+    def rows(self, rows: Int64[Tensor, " row"]) -> AppliedInterventions:
+        some = copy.copy(self)
+        some._input_ids = self._input_ids[rows]
+        some._mask = None if self._mask is None else self._mask[rows]
+        some._places = [self._places[row] for row in rows.tolist()]
+        some._kept = None if self._kept is None else self._kept[rows]
         return some
 
     def carried(self, received: States, state: States) -> States:

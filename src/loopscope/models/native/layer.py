@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loopscope._util.shapes import States
 from loopscope.models.architecture import Activation, Architecture, NormPlacement
-from loopscope.models.native.attention import Attention, AttentionContext, RMSNorm
+from loopscope.models.native.attention import Attention, AttentionContext, Part, RMSNorm, Through
 from loopscope.models.native.interventions import UNCHANGED, BranchScale
 from loopscope.models.visits import QueryKeyAttention
 
@@ -130,13 +130,14 @@ class Layer(nn.Module):
         x: States,
         context: AttentionContext,
         scale: BranchScale = UNCHANGED,
+        through: Through | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> tuple[States, QueryKeyAttention]:
         """`forward` where this layer runs: state and context are moved there, and weights are brought there, in
         another `dtype` if one is given. What comes out stays there."""
         device = self.device or self.mlp.down.weight.device
-        arguments = (x.to(device), context.on(device), scale)
+        arguments = (x.to(device), context.on(device), scale, through)
         if self.brought_from is None and dtype is None:
             answer: tuple[States, QueryKeyAttention] = self(*arguments)
             return answer
@@ -146,16 +147,26 @@ class Layer(nn.Module):
         return brought
 
     def forward(
-        self, x: States, context: AttentionContext, scale: BranchScale = UNCHANGED
+        self,
+        x: States,
+        context: AttentionContext,
+        scale: BranchScale = UNCHANGED,
+        through: Through | None = None,
     ) -> tuple[States, QueryKeyAttention]:
-        branch, view = self.attention(self.norm_1(x), context)
-        x = self._add(x, branch, self.norm_2, scale.attention)
-        return self._add(x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp), view
+        branch, view = self.attention(self.norm_1(x), context, through)
+        x = self._add("attention", x, branch, self.norm_2, scale.attention, through)
+        x = self._add("mlp", x, self.mlp(self.norm_3(x)), self.norm_4, scale.mlp, through)
+        return x if through is None else through("residual", x), view
 
-    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module, factor: float) -> Tensor:
+    def _add(
+        self, part: Part, x: Tensor, branch: Tensor, norm: nn.Module, factor: float, through: Through | None
+    ) -> Tensor:
         """A factor is on what is added: a norm between the branch and the residual stream would undo it."""
-        added: Tensor = norm(x + _scaled(branch, factor)) if self.on_residual else x + _scaled(norm(branch), factor)
-        return added
+        added: Tensor = _scaled(branch if self.on_residual else norm(branch), factor)
+        if through is not None:
+            added = through(part, added)
+        summed: Tensor = norm(x + added) if self.on_residual else x + added
+        return summed
 
 
 def _scaled(branch: Tensor, factor: float) -> Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +18,7 @@ from loopscope.models.interventions.kinds import Intervention, StartScaled
 from loopscope.models.interventions.parsing import check_fits, parse_interventions
 from loopscope.models.native.attention import AttentionContext, Mix, RotationTable, mix_values
 from loopscope.models.native.exit import ExitRule
-from loopscope.models.native.interventions import AppliedInterventions, RunInterventions, initial_noise
+from loopscope.models.native.interventions import AppliedInterventions, Parts, RunInterventions, initial_noise
 from loopscope.models.native.layer import BoundedInjection, DiagonalInjection
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.native.transformer import Sequence as TokenSequence
@@ -110,9 +110,11 @@ class NativeSubject(CallableSubject):
         seed: int = 0,
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
+        parts: Parts | None = None,
     ) -> NativeRun:
         batch = batch.to(self.device)
-        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), self._applied(batch, seed))
+        applied = self._applied(batch, seed).with_parts(parts)
+        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied)
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
@@ -186,6 +188,15 @@ class NativeRun:
         other = copy.copy(self)
         other._sequence = dataclasses.replace(self._sequence, applied=copy.copy(self._sequence.applied))
         other._exits = copy.deepcopy(self._exits)
+        return other
+
+    def fork_rows(self, rows: Int64[Tensor, " row"], parts: Parts | None = None) -> NativeRun:
+        """Another run of those prompts of the batch, which may be named again, that stands where this one does;
+        `parts` looks on in it, or replaces parts of layers."""
+        other = copy.copy(self)
+        other._sequence = self._sequence.rows(rows, parts)
+        other.state = self.state[rows]
+        other._exits = None if self._exits is None else self._exits.of(rows)
         return other
 
     def nudge(self, factors: Float[Tensor, "batch token width"]) -> None:

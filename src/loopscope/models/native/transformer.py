@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loopscope._util.shapes import Logits, States, TokenIds, TokenMask, TokenValues
-from loopscope._util.sites import STAGES, Stage
+from loopscope._util.sites import STAGES, Site, Stage
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
 from loopscope.models.native.attention import AttentionContext, RMSNorm, RotationTable, rotation_table
 from loopscope.models.native.exit import ExitRule
-from loopscope.models.native.interventions import AppliedInterventions, initial_noise
+from loopscope.models.native.interventions import AppliedInterventions, Parts, initial_noise
 from loopscope.models.native.layer import BoundedInjection, DiagonalInjection, Layer
 from loopscope.models.visits import LoopState, Observer, Visit
 
@@ -44,6 +45,19 @@ class Sequence:
         input_ids = self.input_ids[tokens][None]
         context = dataclasses.replace(self.context, input_ids=input_ids, rotation=rotation, mask=None)
         return Sequence(input_ids, self.encoded[tokens][None], context, self.applied.of(tokens))
+
+    def rows(self, rows: Int64[Tensor, " row"], parts: Parts | None) -> Sequence:
+        """Those prompts of the batch, which may be named again, with `parts` to look on at layers."""
+
+        def some(given: Tensor | None) -> Tensor | None:
+            return given if given is None or len(given) != len(self.input_ids) else given[rows]
+
+        input_ids, rotation = self.input_ids[rows], self.context.rotation
+        if rotation is not None and len(rotation.cos) == len(self.input_ids):
+            rotation = RotationTable(rotation.cos[rows], rotation.sin[rows])
+        mask, allowed, near = (some(each) for each in (self.context.mask, self.context.allowed, self.context.near))
+        context = AttentionContext(input_ids, rotation, mask, allowed, near, self.context.mix)
+        return Sequence(input_ids, self.encoded[rows], context, self.applied.rows(rows).with_parts(parts))
 
 
 class LoopedTransformer(nn.Module):
@@ -277,7 +291,9 @@ class LoopedTransformer(nn.Module):
     ) -> States:
         home, observers = self.device, tuple(observers)
         for index, layer in enumerate(self.layers(stage)):
-            state, view = layer.visit(state, context, applied.scale(stage, index, recurrence))
+            state, view = layer.visit(
+                state, context, applied.scale(stage, index, recurrence), applied.through(Site(stage, index, recurrence))
+            )
             if observers:
                 visit = Visit(stage, index, recurrence, state.to(home), view.on(home))
                 for observer in observers:

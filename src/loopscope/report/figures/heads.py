@@ -22,7 +22,7 @@ from loopscope.report.figures.curves import (
 )
 from loopscope.report.figures.look import decade, decade_ticks
 from loopscope.report.figures.maps import head_maps
-from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Section, on_page
+from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Rule, Section, on_page
 from loopscope.report.figures.similarity import SIMILARITY
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts, sites_of
@@ -31,6 +31,8 @@ _ROW = 9
 """CSS pixels of a head in a map, at least: fewer and rows cannot be told apart."""
 _MOST_NAMES = 16
 """Layers that are named beside a map."""
+_SUPPORT_STABLE = 0.9
+"""The criterion of arXiv 2609.27373, by which `support_stable_from` was found."""
 
 
 def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
@@ -153,6 +155,41 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
+def _supports(view: StudyView, settings: ReportSettings) -> Plot:
+    counts = drawn_recurrences(view.recurrences, settings)
+    panels = []
+    for name, title in (
+        ("support_strongest", "16 strongest keys, to the recurrence before"),
+        ("support_strongest_to_horizon", "to the horizon"),
+        ("support_mass", "keys with 95 %, to the recurrence before"),
+        ("support_mass_to_horizon", "to the horizon"),
+    ):
+        rows = view.shown[name].median(("head", "prompt")).transpose("layer", "recurrence").values[:, counts - 1]
+        panels.append(
+            Panel(
+                x=count_axis(view.recurrences),
+                y=Axis(title="Jaccard similarity", span=(0, 1)),
+                title=title,
+                marks=[
+                    *layer_lines(rows, counts),
+                    Rule(y=_SUPPORT_STABLE, name="stable", dash="dot"),
+                    *trained_mark(view),
+                ],
+            )
+        )
+    return Plot(
+        question="Do heads still change which keys they look at?",
+        reading=(
+            "Jaccard similarity of the keys that a row of attention looks at: those in both sets over those in either, "
+            "on sampled rows with more than 16 keys, median over heads and prompts, a line per recurrent layer. A "
+            "head's support counts as stable from the recurrence after which the first stays at 0.9 or more three "
+            "times (arXiv 2609.27373). A map may change while its support does not."
+        ),
+        panels=panels,
+        legend="layer",
+    )
+
+
 def _picks(view: StudyView, stage: str) -> str:
     """Where the study has maps, that a click can show."""
     return stage if "attention_map" in view.dataset else ""
@@ -175,6 +212,19 @@ HEADS: tuple[FigureType[StudyView], ...] = (
         variables=("attention_change",),
         unless=one_recurrence,
     ),
+    FigureType(
+        name="head-supports",
+        folded=True,
+        of=_supports,
+        anchor="head-supports",
+        variables=(
+            "support_strongest",
+            "support_strongest_to_horizon",
+            "support_mass",
+            "support_mass_to_horizon",
+        ),
+        unless=one_recurrence,
+    ),
     FigureType(name="head-sinks", of=_head_sinks, anchor="head-sinks", variables=("sink_score",), loops=False),
 )
 
@@ -184,7 +234,7 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     maps = head_maps(view)
     # Two beside each other, then the maps that a click into them shows, then the others.
     first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
-    others = ("cycle-attention", "cycle-attention-long", "heads-stable", "attention-by-layer")
+    others = ("cycle-attention", "cycle-attention-long", "heads-stable", "head-supports", "attention-by-layer")
     types = [each for each in (*HEADS, *SIMILARITY, *CONVERGENCE) if each.name in (*first, *others)]
     plots = {plot.name: plot for plot in on_page(types, view, settings)}
     figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]

@@ -107,6 +107,19 @@ def _attention(view: StudyView, recurrences: int | None) -> Plot:
     )
 
 
+def _cka(view: StudyView, settings: ReportSettings) -> Plot:
+    values, labels = _part(view, "visit_cka", FEW)
+    return Plot(
+        question="Are two visits' states the same but for a turn?",
+        reading=(
+            f"Linear CKA between the states of every two {_visits(view, FEW)}, over the tokens of a prompt, mean over "
+            "prompts. 1: one is the other turned and scaled, of which a cosine sees nothing. With fewer tokens than "
+            "directions it is high of itself. White lines part the stages and recurrences."
+        ),
+        panels=[_visits_map(values, labels, "CKA", low=0, high=1)],
+    )
+
+
 def _lowest(cosine: NDArray[np.float64]) -> float:
     return min(0.0, float(np.nanmin(cosine)))
 
@@ -185,6 +198,7 @@ def _no_longer(view: StudyView) -> str | None:
 
 SIMILARITY: tuple[FigureType[StudyView], ...] = (
     FigureType(name="layer-cosine", of=_layer_cosine, anchor="layer-cosine", variables=("layer_cosine",)),
+    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
     FigureType(
         name="cycle-attention",
         of=_cycle_attention,

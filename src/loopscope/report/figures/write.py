@@ -19,6 +19,7 @@ from loopscope._util.hub import require
 from loopscope._util.wording import plural, visible
 from loopscope.answers.comparison.comparing import compare
 from loopscope.answers.comparison.result import COMPARISON_FILE, Comparison
+from loopscope.answers.patching import PATCHING_FILE, Patching
 from loopscope.errors import ConfigError, StudyError
 from loopscope.evaluation.result import CURVE, Evaluation
 from loopscope.experiments.cells import GRID_FILE
@@ -30,6 +31,7 @@ from loopscope.report.figures.eigenvalues import STABILITY
 from loopscope.report.figures.experiments import experiment_sections
 from loopscope.report.figures.heads import HEADS
 from loopscope.report.figures.maps import MAPS
+from loopscope.report.figures.patching import patching_plot
 from loopscope.report.figures.plot import FigureType, Plot, S
 from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.figures.readout import READOUT
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = "figures.json"
 
-Source = Study | Comparison | Experiment | Evaluation | str | Path
+Source = Study | Comparison | Patching | Experiment | Evaluation | str | Path
 
 STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
     *CONVERGENCE,
@@ -65,8 +67,9 @@ STUDY_FIGURES: tuple[FigureType[StudyView], ...] = (
 )
 COMPARISON_FIGURES = COMPARED
 
-_Loaded = Study | Comparison | Experiment | Evaluation
+_Loaded = Study | Comparison | Patching | Experiment | Evaluation
 
+_PATCHING = "patching"
 _LONGEST = 80
 """Characters of a name from outside."""
 
@@ -84,7 +87,7 @@ class FigureSet:
 
 def figure_names() -> list[str]:
     """The names of all types of figures, but for those of experiments and evaluations, which depend on what was run."""
-    return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES)]
+    return [*_names(STUDY_FIGURES), *_names(COMPARISON_FIGURES), _PATCHING]
 
 
 def draw_figure(source: Source, name: str, width: Width = "auto", settings: ReportSettings | None = None) -> Figure:
@@ -123,8 +126,8 @@ def write_figures(
 ) -> list[FigureSet]:
     """Draw every figure that the sources can support, or those that `only` names, and write them to `out`.
 
-    A source is a study, a comparison, an experiment, an evaluation, or the folder of one. Of several, each gets a
-    folder of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures,
+    A source is a study, a comparison, a patching, an experiment, an evaluation, or the folder of one. Of several, each
+    gets a folder of its own inside `out`, and what puts studies side by side lies in `out` itself. Beside the figures,
     `figures.json` holds their captions, what they were drawn from, and what was left out for which reason. `width` is
     `single` or `double` (the columns of a paper), inches, or what each figure needs; `settings` are those of a report.
     Files that exist are replaced, each whole or not at all; the same study gives the same bytes.
@@ -226,13 +229,15 @@ def _check(formats: Sequence[Format], width: Width) -> None:
 
 
 def _load(source: Source) -> _Loaded:
-    if isinstance(source, Study | Comparison | Experiment | Evaluation):
+    if isinstance(source, _Loaded):
         return source
     folder = Path(source)
     if (folder / GRID_FILE).is_file():
         return load_experiment(folder)
     if (folder / CURVE).is_file():
         return Evaluation.load(folder)
+    if (folder / PATCHING_FILE).is_file():
+        return Patching.load(folder)
     return Comparison.load(folder) if (folder / COMPARISON_FILE).is_file() else Study.load(folder)
 
 
@@ -248,7 +253,9 @@ def _folder_names(sources: Sequence[_Loaded]) -> list[str]:
     """A name for each, of its folder or model, with characters that every file system takes; repeats are numbered."""
     names: list[str] = []
     for source in sources:
-        called = str(source.manifest["model"]["name"]) if isinstance(source, Study) else "comparison"
+        called = "comparison"
+        if isinstance(source, Study | Patching):
+            called = str(source.manifest["model"]["name"])
         called = source.model if isinstance(source, Evaluation) else called
         folder = None if isinstance(source, Evaluation) else source.folder
         whole = folder.resolve().name if folder is not None else called
@@ -297,12 +304,17 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         asked = [name for name in found if not only or name in only]
         drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
         left_out: dict[str, str] = {}
-        elsewhere, needed = figure_names(), "it is drawn from a study or a comparison; give the folder of one"
+    elif isinstance(source, Patching):
+        model, pairs = source.manifest["model"], len(source.manifest["pairs"])
+        about = {"kind": "patching", "model": model["name"], "weights_sha256": model["weights_sha256"]}
+        subject = f"Model {visible(str(model['name']), _LONGEST)}, run in {model['dtype']}; {plural(pairs, 'pair')}."
+        wanted = not only or _PATCHING in only
+        drawings = {_PATCHING: partial(patching_plot, source)} if wanted else {}
+        left_out = {}
     elif isinstance(source, Comparison):
         about = {"kind": "comparison", "studies": source.labels, "reference": source.reference}
         subject = comparison_subject(source)
         drawings, left_out = _drawings(COMPARISON_FIGURES, source, only, settings)
-        elsewhere, needed = _names(STUDY_FIGURES), "it is drawn from a study; give the folder of one"
     else:
         view, model = view_study(source), source.manifest["model"]
         about = {
@@ -313,9 +325,13 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         }
         subject = study_subject(view)
         drawings, left_out = _drawings(STUDY_FIGURES, view, only, settings)
-        elsewhere, needed = _names(COMPARISON_FIGURES), "it puts studies side by side; give several, or a comparison"
     if alone:
-        left_out |= {name: needed for name in elsewhere if name in only}
+        elsewhere = {
+            **dict.fromkeys(_names(STUDY_FIGURES), "it is drawn from a study; give the folder of one"),
+            **dict.fromkeys(_names(COMPARISON_FIGURES), "it puts studies side by side; give several, or a comparison"),
+            _PATCHING: "it is drawn from a patching; give the folder of one",
+        }
+        left_out |= {name: why for name, why in elsewhere.items() if name in only - drawings.keys() - left_out.keys()}
     return _Plan(folder=folder, drawn_from=about, subject=subject, drawings=drawings, left_out=left_out)
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from loopscope._util.files import write_atomically
 from loopscope.answers.answer import Answer
 from loopscope.answers.comparison.result import Comparison
+from loopscope.answers.patching import Patching
 from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import JudgedFiles
 from loopscope.errors import last_resort
 from loopscope.experiments.load import Experiment
 from loopscope.report.page.comparison_page import render_comparison
 from loopscope.report.page.experiment_page import render_experiments
+from loopscope.report.page.patching_page import render_patching
 from loopscope.report.page.study_page import render_page
 from loopscope.report.page.verdict_page import render_behaviour
 from loopscope.report.settings import ReportSettings
@@ -63,6 +65,17 @@ def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
     """
     path = Path(path)
     write_atomically(path, render_behaviour(judged).encode())
+    return path
+
+
+def write_patching(found: Patching, path: str | Path) -> Path:
+    """Write the page of a patching to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    path = Path(path)
+    write_atomically(path, render_patching(found).encode())
     return path
 
 

@@ -1,0 +1,73 @@
+"""The command that puts states of one prompt's run into another's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from loopscope._util.ranges import Count, Range, Seed, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchStates:
+    """Find where an answer is made: put states of a clean prompt's run into a corrupted prompt's, one by one.
+
+    Writes a grid of recoveries to --out: patching.nc, patching.json and report.html; `loopscope figures` draws it too.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
+    organisation/model."""
+    pairs: Path
+    """JSONL: clean and corrupted (prompts of as many tokens), answer and, of all or none, wrong (one token each)."""
+    out: Path
+    """Folder for what is found."""
+    recurrences: Count | None = None
+    """How often the loop runs; the trained number unless given."""
+    parts: tuple[Literal["residual", "attention", "mlp", "head"], ...] = ("residual",)
+    """What is put in: a layer's output, what its attention or MLP adds, or what one head has mixed."""
+    visits: tuple[str, ...] = ("*",)
+    """Patterns of the visits' labels, such as 'recurrent.2@*' or 'prelude.*'."""
+    positions: Literal["each", "all"] = "each"
+    """One token at a time, or all of them at once."""
+    batch_size: Annotated[int, Range(1, 10**4)] = 32
+    """Cells that are run at once."""
+    seed: Seed = 0
+    """Of random initial states."""
+    intervene: tuple[str, ...] = ()
+    """Change the model in both runs, as in analyze. Again for several."""
+    dtype: str = "float32"
+    """float32, float64, bfloat16, float16, stored or auto."""
+    device: str = "auto"
+    """A torch device."""
+    revision: str | None = None
+    """A branch, tag or commit of the model, on the hub."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "--")
+
+    def run(self) -> None:
+        from loopscope.analysis.patching import patch
+        from loopscope.cli.console import say, say_path
+        from loopscope.models.loading import load
+        from loopscope.report.page.write import write_patching
+
+        model = load(self.model, revision=self.revision, dtype=self.dtype, device=self.device)
+        found = patch(
+            model,
+            self.pairs,
+            recurrences=self.recurrences,
+            parts=self.parts,
+            visits=self.visits,
+            positions=self.positions,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            intervene=self.intervene,
+        ).save(self.out)
+        report = write_patching(found, self.out / "report.html")
+        for sentence in found.sentences():
+            say(sentence)
+        say_path("report", report)
