@@ -420,7 +420,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(native: Path, change: C
 def test_a_path_that_is_no_folder_is_refused(native: Path, tmp_path: Path) -> None:
     refused(
         tmp_path / "nowhere",
-        "nowhere' is neither a folder nor a shipped model; the shipped ones are demo:feedforward, demo:injected",
+        "nowhere' is neither a folder nor a shipped model; the shipped ones are demo:addition, demo:feedforward",
     )
     refused(native / "config.json", r"config\.json is a file; give the folder")
 
