@@ -10,32 +10,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
+import loopscope
+from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.probe import LoopProbe
-from loopscope.models.architecture import Architecture
 from loopscope.models.native.transformer import LoopedTransformer
 
 EVERY, ROUNDS = 100, 7
 BATCH, TOKENS = 4, 128
-SMALL = Architecture(
-    vocab_size=1024,
-    width=96,
-    heads=6,
-    kv_heads=6,
-    head_dim=16,
-    mlp_width=256,
-    prelude=2,
-    recurrent=4,
-    coda=2,
-    recurrences=8,
-    injection="linear",
-    state_init="normal",
-    tied_embeddings=True,
-)
-"""That of `demo:injected`."""
+CONFIG = Path(loopscope.__file__).parent / "demo" / "configs" / "injected.json"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -47,9 +34,10 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = LoopedTransformer(SMALL).initialize(0)
+    architecture = TrainConfig.load(CONFIG).architecture
+    model = LoopedTransformer(architecture).initialize(0)
     optimizer = torch.optim.AdamW(model.parameters())
-    ids = torch.randint(0, SMALL.vocab_size, (BATCH, TOKENS))
+    ids = torch.randint(0, architecture.vocab_size, (BATCH, TOKENS))
     probe = LoopProbe(model, ids)
 
     def step() -> None:

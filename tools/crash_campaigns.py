@@ -21,10 +21,7 @@ from typing import NamedTuple
 import psutil
 import xarray
 
-import loopscope.cli
-import loopscope.experiments.damping
-import loopscope.experiments.run_sweep
-import loopscope.report.page.write
+from fault_inputs import status_of
 from loopscope import Study
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
@@ -65,17 +62,11 @@ class Child:
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(self.said.fileno(), 2)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
             # What is started in the background is told to ignore these.
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             before()
-            try:
-                loopscope.cli.main(arguments)
-                code = 0
-            except SystemExit as stopped:
-                code = stopped.code if isinstance(stopped.code, int) else 1
-            sys.stderr.flush()
+            code = status_of(arguments)
         finally:
             os._exit(code)
 

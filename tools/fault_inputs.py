@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,3 +251,15 @@ def options() -> Iterator[Fault]:
         yield Fault("options", "inspect tokens", lambda folder, value=value: ["inspect", str(DEMO), "--tokens", value])  # type: ignore[misc]
     yield Fault("options", "calibrate seed -1", lambda folder: ["calibrate", "--seed", "-1", "--count", "8"])
     yield Fault("options", "half a character", lambda folder: ["inspect", "a\udcff"])
+
+
+def status_of(arguments: list[str]) -> int:
+    """With which a command ends, in a fork whose standard error leads elsewhere."""
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    try:
+        loopscope.cli.main(arguments)
+        return 0
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1
+    finally:
+        sys.stderr.flush()

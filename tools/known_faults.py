@@ -27,7 +27,7 @@ import loopscope.cli
 import loopscope.experiments.run_sweep
 import loopscope.report.page.write
 from fault_folders import studies, sweeps, training, trajectories
-from fault_inputs import ANALYZE, Fault, configs, options, prompts, templates, tokenizers
+from fault_inputs import ANALYZE, Fault, configs, options, prompts, status_of, templates, tokenizers
 
 SECONDS, MEMORY, LONGEST = 60, 4 * 2**30, 700
 
@@ -72,13 +72,7 @@ def _limited(arguments: list[str], said: Path) -> None:
         os.dup2(handle, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-        try:
-            loopscope.cli.main(arguments)
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code if isinstance(stopped.code, int) else 1
-        sys.stderr.flush()
+        code = status_of(arguments)
     finally:
         os._exit(code)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Plan, Variable, on_arrays, variable
 from loopscope.measures.memory import Memory
+from loopscope.measures.similarity import cycle_visits
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -52,10 +53,9 @@ class VisitCKA(Measure):
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
-        info = batch.info
-        visits = info.prelude + info.coda + info.recurrent * min(batch.plan.cycle_recurrences, batch.recurrences)
+        visits = cycle_visits(batch)
         # In float64, and a Gram matrix of each visit, of one prompt at a time.
-        one = 16 * visits * batch.tokens * info.width + 8 * visits * batch.tokens**2
+        one = 16 * visits * batch.tokens * batch.info.width + 8 * visits * batch.tokens**2
         return Memory(kept=visits * batch.bytes[0], result=one)
 
     def visit(self, visit: Visit) -> None:

@@ -35,7 +35,7 @@ class CycleSimilarity(Measure):
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
-        kept = _visits(batch) * batch.bytes[1]
+        kept = cycle_visits(batch) * batch.bytes[1]
         return Memory(kept=kept, result=kept // batch.prompts)
 
     def visit(self, visit: Visit) -> None:
@@ -85,7 +85,7 @@ class AttentionCycle(Measure):
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
-        visits = _visits(batch)
+        visits = cycle_visits(batch)
         row = visits * batch.prompts * (batch.info.heads or 0) * batch.tokens
         # Tiles of all visits, side by side once more, and one in the making.
         tiles = 17 * max(row, min(tile_entries(batch.mask.device, _TILE_ENTRIES, 8), row * batch.tokens))
@@ -130,7 +130,7 @@ class AttentionCycle(Measure):
         return found
 
 
-def _visits(batch: BatchInfo) -> int:
-    """Whose states, or queries and keys, are kept."""
+def cycle_visits(batch: BatchInfo) -> int:
+    """Visits of prelude, the first few recurrences and coda: whose states, or queries and keys, are kept."""
     info, plan = batch.info, batch.plan
     return info.prelude + info.coda + info.recurrent * min(plan.cycle_recurrences, plan.recurrences)

@@ -37,13 +37,12 @@ def write_report(
     lacks what the answers need, `ConfigError` for a prompt in the settings that it does not have, `StorageError` if
     the file cannot be written.
     """
-    path, settings = Path(path), settings or ReportSettings()
+    settings = settings or ReportSettings()
     with trusted([study]):
         if answers is None:
             answers = quick_answers(study, settings.criterion)
         page = render_page(study, settings, answers)
-    write_atomically(path, page.encode())
-    return path
+    return _written(path, page)
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
@@ -52,9 +51,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
     written.
     """
-    path = Path(path)
-    write_atomically(path, render_comparison(comparison).encode())
-    return path
+    return _written(path, render_comparison(comparison))
 
 
 def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
@@ -63,9 +60,7 @@ def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
     The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
     written.
     """
-    path = Path(path)
-    write_atomically(path, render_behaviour(judged).encode())
-    return path
+    return _written(path, render_behaviour(judged))
 
 
 def write_patching(found: Patching, path: str | Path) -> Path:
@@ -74,9 +69,7 @@ def write_patching(found: Patching, path: str | Path) -> Path:
     The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
     written.
     """
-    path = Path(path)
-    write_atomically(path, render_patching(found).encode())
-    return path
+    return _written(path, render_patching(found))
 
 
 def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Path:
@@ -86,6 +79,9 @@ def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Pa
     The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
     written.
     """
-    path = Path(path)
-    write_atomically(path, render_experiments(experiments).encode())
-    return path
+    return _written(path, render_experiments(experiments))
+
+
+def _written(path: str | Path, page: str) -> Path:
+    write_atomically(Path(path), page.encode())
+    return Path(path)
