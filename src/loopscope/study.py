@@ -357,7 +357,8 @@ def view_study(study: Study) -> StudyView:
 def without_paths(dataset: xr.Dataset) -> xr.Dataset:
     """Without what is known of each token at each recurrence, which is most of a large study: for whoever chooses
     prompts, of which arrays are copies."""
-    return dataset.drop_vars([name for name, each in dataset.items() if {"recurrence", "token"} <= set(each.dims)])
+    paths = {"recurrence", "token"}
+    return dataset.drop_vars([name for name in dataset.data_vars if paths <= set(dataset.variables[name].dims)])
 
 
 def _from_cosines(dataset: xr.Dataset) -> dict[str, xr.DataArray]:

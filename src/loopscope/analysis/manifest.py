@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from loopscope.prompts.tokenizer import TextTokenizer
 PROMPT_SOURCE = ("prompts", "field", "text", "whole_file", "limit", "sample_seed", "system_prompt", "chunk")
 """Settings that say where prompts come from."""
 
+_version = functools.cache(version)
+"""It reads a file of a few hundred lines to find one."""
 _GRIDS = (("displacement", DISPLACEMENT_GRID), ("cosine", COSINE_GRID))
 
 
@@ -159,7 +162,7 @@ def manifest(
         **_stability(settings, plan),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
+            **{name: _version(name) for name in ("loopscope", "torch", "numpy", "xarray")},
             **fused,
         },
         "threads": torch.get_num_threads(),
@@ -169,7 +172,7 @@ def manifest(
             "model": {name: value for name, value in info.to_dict().items() if name not in ("name", "placement")},
             "settings": {name: value for name, value in plain.items() if name not in free},
             "prompts": {"count": len(prompts), "sha256": digest},
-            "versions": {name: version(name) for name in ("loopscope", "torch")} | fused,
+            "versions": {name: _version(name) for name in ("loopscope", "torch")} | fused,
         },
     }
 

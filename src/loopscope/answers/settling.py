@@ -69,9 +69,10 @@ def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
     made = data["noise_floor"].transpose("layer", "prompt")
     if "twin_floor" not in data:
         return made
-    floor = data["twin_floor"].where((data["twin_floor"] < _LOUD) & ~parts(data))
-    measured = floor.mean("token").transpose("layer", "prompt")
-    return measured.where(measured > made, made).fillna(measured)
+    floor = data["twin_floor"].transpose("layer", "prompt", "token")
+    parting = parts(data).transpose("prompt", "token").values
+    measured = floor.copy(data=np.where((floor.values < _LOUD) & ~parting, floor.values, np.nan)).mean("token")
+    return made.copy(data=np.fmax(measured.values, made.values))
 
 
 def parts(data: xarray.Dataset) -> xarray.DataArray:
@@ -138,6 +139,7 @@ def step_ratio(data: xarray.Dataset) -> xarray.DataArray:
         return length.sel(horizon="second", drop=True) / length.sel(horizon="first", drop=True)
 
 
+@lru_cache(maxsize=2)
 def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     """The settling of each prompt: that of its worst layer, unless its tokens' verdicts contradict it.
 
