@@ -224,6 +224,43 @@ class Bent(nn.Module):
         return bent
 
 
+class Coarse(Unseen):
+    """A part of the loop rounds more coarsely than the dtype of its states, as a norm in float32 or autocast do."""
+
+    part = torch.float32
+
+    def __init__(self, way: str = "seen") -> None:
+        super().__init__(way)
+        self.body = nn.ModuleList([_Coarse(self)])
+
+
+class _Coarse(Halves):
+    def __init__(self, model: Coarse) -> None:
+        super().__init__()
+        self.dtype = [model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.1 * x + (0.9 * x.to(self.dtype[0].part)).to(x.dtype))
+
+
+@pytest.mark.parametrize("way", ["seen", "no_grad"])
+def test_a_part_in_float32_of_a_model_in_float64_is_no_derivative_of_noise(way: str) -> None:
+    subject = loopscope.hook(Coarse(way).double(), recurrent="body", set_recurrences="loops")
+    found = leading_eigenvalues(subject, IDS, settings=EXACT, recurrences=20)
+    assert found.derivative == ("exact" if way == "seen" else "differences")
+    leading, errors = found.eigenvalues[..., 0][found.mask], found.errors[..., 0][found.mask]
+    assert (abs(leading - 0.75) <= errors).all()
+    assert (errors >= 1e-6).all()
+
+
+def test_a_part_in_half_precision_has_no_derivative() -> None:
+    model = Coarse()
+    model.part = torch.bfloat16
+    subject = loopscope.hook(model, recurrent="body", set_recurrences="loops")
+    with pytest.raises(ConfigError, match="a part of it runs in half precision although its states are float32"):
+        leading_eigenvalues(subject, IDS, settings=EXACT, recurrences=20)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardtanh()], ids=["ReLU", "Hardtanh"])
 def test_kinks_do_not_make_a_product_doubtful(activation: nn.Module) -> None:
     class Kinked(nn.Module):
