@@ -96,7 +96,7 @@ class Loop(nn.Module):
             if self.hidden:
                 beside = beside + 0.5 * state
             state = state + beside + self.timed * turn * embedded
-            if self.late and turn > 2:
+            if self.late and turn > 4:
                 state = state + embedded
             if self.restarts:
                 beside, state = state, embedded
@@ -137,7 +137,7 @@ def test_a_study_leaves_them_out_with_the_reason() -> None:
 
 
 def test_a_recurrence_that_leaves_the_first_ones_alone_is_found_where_the_run_stands() -> None:
-    """Two recurrences are one map and the fourth is another: the probe does not see it, the prompt's own run does."""
+    """The model's own four recurrences are one map and the sixth is another, which the prompt's run alone shows."""
     subject = hooked(late=True)
     assert subject.no_one_map is None
     with pytest.raises(ConfigError, match="entered again with it where the run stands"):

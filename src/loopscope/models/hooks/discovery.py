@@ -18,7 +18,7 @@ from loopscope.models.hooks.how_often import Argument, find_setting, named_as_on
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
 from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 from loopscope.models.hooks.pausing import Setting
-from loopscope.models.hooks.probe import is_rounding
+from loopscope.models.hooks.probe import is_rounding, with_other_end
 from loopscope.models.subject import Batch
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -95,7 +95,8 @@ def _refuse_longer(watched: WatchedForward, batch: Batch) -> None:
         raise ConfigError(
             f"A module is called {watched.longer.most_common()[0][1]} times with states of {shapes[0]}, for "
             f"{(batches, tokens)} tokens; if the model puts {shapes[0][1] - tokens} tokens before the text (registers, "
-            f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens})."
+            f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens}); "
+            "within the text or behind it they are not supported."
         )
 
 
@@ -157,7 +158,9 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
     # From one recurrence to the next, something may be added to a state as well.
     first = layout.recurrent[0].module if layout.recurrent else None
     within = [pair for pair in pairs if pair[1].module is not first]
-    added = [one for one, after in pairs if _is_sum(after.received, one)]
+    # A loop from zero to which the prompt is added begins with what looks like such a sum.
+    sums = {id(one): _is_sum(after.received, one) for one, after in pairs}
+    added = [one for one, _ in pairs if all(sums[id(each)] for each, _ in pairs if each.module is one.module)]
     if not pairs or any(is_same(after.received, one.put_out) for one, after in pairs):
         return None
     if added:
@@ -171,6 +174,25 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
             "added outside, and their outputs be no states of the residual stream"
         )
     return None
+
+
+def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where another first or last token of the prompt changes another place of what the first
+    layer receives than `tokens_before` says."""
+    first = [(layout.prelude or layout.recurrent)[0].module]
+    before, tokens = call.tokens_before, batch.input_ids.shape[1]
+    as_it_is = WatchedForward(call, batch, extra).calls(first)[0].received
+    for place in (0, tokens - 1):
+        other = WatchedForward(call, with_other_end(batch, place), extra).calls(first)[0].received
+        if as_it_is is None or other is None:
+            return
+        moved = (as_it_is != other).any(-1)[0].nonzero().flatten().tolist()
+        if len(moved) == 1 and moved != [before + place]:
+            raise ConfigError(
+                f"tokens_before={before} is not where the text begins: another token {place} of {tokens} changes the "
+                f"state in place {moved[0]} of {as_it_is.shape[1]}, not {before + place}. Tokens that a model puts "
+                "within the text or behind it are not supported; hook it with all of them in front."
+            )
 
 
 def _is_sum(received: Tensor | None, one: Call) -> bool:

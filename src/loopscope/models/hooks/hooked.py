@@ -13,7 +13,7 @@ from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
-from loopscope.models.hooks.discovery import branches
+from loopscope.models.hooks.discovery import branches, check_places
 from loopscope.models.hooks.dispatched import placement_of, weights_of
 from loopscope.models.hooks.forward import ForwardSpec, HookedForward
 from loopscope.models.hooks.layout import HookLayout
@@ -76,6 +76,8 @@ class HookedSubject(CallableSubject):
         self._facts = self._measure(trained_recurrences)
         self.branches = branches(self._call, self._probe, layout, self._extra(trained_recurrences))
         """Why what its layers put out may be no states, in words; None where they pass it on to each other."""
+        if tokens_before:
+            check_places(self._call, self._probe, layout, self._extra(trained_recurrences))
         self._padding, self._padded_for = self._facts.behind, self._facts.recurrences or 0
         self.info = self._info(name or type(model).__name__, weights_sha256, revision)
 
