@@ -154,7 +154,7 @@ def _check_names(
     if missing:
         raise CheckpointError(
             f"{where} lacks {_count(missing, 'tensor')} that a {family.name} model of layout {architecture.layout} "
-            f"has, first {missing[0]!r}."
+            f"has, first {missing[0]!r}{_with_prefix(missing[0], headers)}."
         )
     unknown = sorted(name for name in headers.keys() - wanted - set(copies) if not family.unused.fullmatch(name))
     if unknown:
@@ -163,6 +163,15 @@ def _check_names(
             f"does not have, first {unknown[0]!r} (in {headers[unknown[0]].file}); it is another model than its "
             "config says."
         )
+
+
+def _with_prefix(name: str, headers: Headers) -> str:
+    """What stands before this name in all of the file's, said."""
+    longer = next((each for each in headers if each.endswith(f".{name}")), "")
+    prefix = longer.removesuffix(name)
+    if not prefix or not all(each.startswith(prefix) for each in headers):
+        return ""
+    return f"; all of its tensors begin with {prefix!r}, without which they must be saved"
 
 
 def _count(names: list[str], noun: str) -> str:

@@ -10,15 +10,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of
 from loopscope.models.hooks.pausing import ForwardContext
 from loopscope.models.subject import Batch
 
+_PRODUCTS = frozenset(
+    {
+        functional.linear,
+        torch.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.bmm,
+        Tensor.bmm,
+        torch.einsum,
+        torch.addmm,
+    }
+)
+
+
+class _Products(TorchFunctionMode):
+    """Tells of every product of tensors."""
+
+    def __init__(self, tell: Callable[[Tensor, tuple[Any, ...]], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            self._tell(result, args)
+        return result
+
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call of one module."""
+    """One call of one module, or of one that shares all of its weights."""
 
     path: str
     module: nn.Module
@@ -55,14 +86,16 @@ class WatchedForward:
 
     def calls(self, only: Sequence[nn.Module] | None = None) -> list[Call]:
         """Of all modules, or of those."""
-        model = self._call.model
+        model, twins = self._call.model, self._call.twins
+        paths = {module: path for path, module in model.named_modules()}
         context = ForwardContext(model, setting=None, recurrences=0, seed=0)
         with ExitStack() as stack:
-            for path, module in model.named_modules():
+            for module in paths:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # it takes no hooks
-                if path and (only is None or any(module is one for one in only)):
-                    before = module.register_forward_pre_hook(self._before(path), with_kwargs=True)
+                same = twins.get(module, module)
+                if module is not model and (only is None or any(one in (module, same) for one in only)):
+                    before = module.register_forward_pre_hook(self._before(paths[same], same), with_kwargs=True)
                     stack.callback(before.remove)
                     stack.callback(module.register_forward_hook(self._after).remove)
             stack.callback(context.give_back)
@@ -71,17 +104,18 @@ class WatchedForward:
                 self._call(self._batch, self._extra)
         return self._calls
 
-    def _before(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _before(self, path: str, same: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inside = self._open[-1] if self._open else None
-            begun = Call(path, module, inside, self._states(arguments_of(module, args, kwargs)))
+            begun = Call(path, same, inside, self._states(arguments_of(module, args, kwargs)))
             self._calls.append(begun)
             self._open.append(begun)
 
         return begin
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        while (done := self._open.pop()).module is not module:
+        same = self._call.twins.get(module, module)
+        while (done := self._open.pop()).module is not same:
             pass  # it failed, and the model went on without it
         done.put_out, done.end = self._states(outputs_of(output)), len(self._calls)
         received = {tuple(each.shape) for each in args if isinstance(each, Tensor)}
@@ -90,6 +124,19 @@ class WatchedForward:
             shape = tuple(each.shape) if isinstance(each, Tensor) else ()
             if len(shape) == 3 and shape[0] == batch and shape[1] > tokens and shape in received:
                 self.longer[module, shape] += 1
+
+    def products_outside(self, layers: Sequence[nn.Module], width: int) -> dict[str, int]:
+        """How often each weight is multiplied by while none of these modules runs, to something as wide as a state."""
+        counts: Counter[Tensor] = Counter()
+        known = set(layers)
+
+        def count(result: Tensor, args: tuple[Any, ...]) -> None:
+            if result.shape[-1:] == (width,) and not any(one.module in known for one in self._open):
+                counts.update(each for each in args if isinstance(each, nn.Parameter))
+
+        with _Products(count):
+            self.calls()
+        return {name: counts[weight] for name, weight in self._call.model.named_parameters() if weight in counts}
 
     def _states(self, values: Sequence[Any]) -> Tensor | None:
         batch, tokens = self._batch.input_ids.shape

@@ -48,6 +48,19 @@ def with_other(
     return args, kwargs | {name: new}
 
 
+def twins_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules whose weights are all those of another one of their type, with the first of these: layers that share
+    weights are a loop that is written out."""
+    first: dict[tuple[type, tuple[int, ...]], tuple[str, nn.Module]] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    for path, module in model.named_modules():
+        weights = tuple(id(weight) for weight in module.parameters())
+        there, twin = first.setdefault((type(module), weights), (path, module))
+        if weights and twin is not module and not path.startswith(f"{there}."):
+            found[module] = twin
+    return found
+
+
 def is_pretrained(model: nn.Module) -> bool:
     """Whether this is a model of the transformers package, which is not imported to find out."""
     package = sys.modules.get("transformers")
@@ -76,6 +89,7 @@ class ModelCall:
         """With `prefix`, a prompt is given as a block that is read in both directions (see `is_prefix_model`). The
         model's states have `tokens_before` tokens more than the prompt, in front of it."""
         self.model = model
+        self.twins = twins_of(model)
         self.tokens_before = tokens_before
         self.prefix = prefix
         self._forward = forward

@@ -73,6 +73,8 @@ def discover(
     if not _comes_twice(layers):
         once = _looped_once(call, batch, layers) if with_setting and not extra else None
         chain = HookLayout(prelude=_hooked(layers), recurrent=(), coda=())
+        if once is None:
+            _refuse_products(call, batch, layers, extra or {})
         return once or Found(chain, None, None, f"{len(layers)} layers, each called once: {in_words}")
     looped = next((each for each in _without_lists(layers) if _one_loop(each) is not None), None)
     if looped is None:
@@ -98,6 +100,22 @@ def _refuse_longer(watched: WatchedForward, batch: Batch) -> None:
             f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens}); "
             "within the text or behind it they are not supported."
         )
+
+
+def _refuse_products(call: ModelCall, batch: Batch, layers: list[Call], extra: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where what is between layers that are called once multiplies by one weight again and again:
+    a loop that is no module's is none that hooks could see."""
+    width = layers[0].width
+    assert width is not None  # it maps states to states
+    modules = [one.module for one in layers]
+    for name, times in WatchedForward(call, batch, extra).products_outside(modules, width).items():
+        if times > 1:
+            raise ConfigError(
+                f"{type(call.model).__name__} calls each of its {len(layers)} layers once, and multiplies by {name} "
+                f"{times} times outside of them, so that something loops which is no layer. Make it a module that is "
+                "called in every recurrence, or name the layers, as in loopscope.hook(model, prelude=...), to watch "
+                "them as a chain."
+            )
 
 
 def _one_loop(layers: Sequence[Call]) -> Repeats | None:
@@ -254,6 +272,8 @@ def _layer_calls(model: nn.Module, calls: list[Call]) -> list[Call]:
     listed = _same_kind([one for one in maps if one.module in entries])
     times = Counter(one.module for one in maps)
     blocks = [one for one in maps if one.module not in entries and times[one.module] > 1]
+    # A norm that comes again and again is a part of what loops, and its output is not what goes round.
+    blocks = [one for one in blocks if not type(one.module).__name__.endswith("Norm")]
     blocks = [one for one in blocks if next(one.module.parameters(), None) is not None]
     if listed or any(any(one.module.children()) for one in blocks):
         blocks = [one for one in blocks if any(one.module.children())]

@@ -166,14 +166,17 @@ class _Worker:
             # Hooks come and go while nobody else computes, who might be looking through them.
             stack.callback(self._spec.context.give_back)
             self._spec.context.take()
-            for module in self._spec.layout.modules:
+            own = self._spec.layout.modules
+            self._twins = {twin: one for twin, one in self._spec.call.twins.items() if one in own and twin not in own}
+            for module in (*own, *self._twins):
                 # Other threads run the same modules: another run of the model, or its owner.
                 before = module.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(module.register_forward_hook(self._after).remove)
             if self._spec.layout.loop_end is not None:
-                end = self._spec.layout.loop_end.module.register_forward_hook(self._after_loop_end)
-                stack.callback(end.remove)
+                end = self._spec.layout.loop_end.module
+                for module in (end, *(twin for twin, one in self._spec.call.twins.items() if one is end)):
+                    stack.callback(module.register_forward_hook(self._after_loop_end).remove)
             stack.callback(self._stop_watching)  # where a layer failed
             logits = self._spec.call(self._spec.batch, self._spec.extra())
             self._cursor.finish()
@@ -187,7 +190,7 @@ class _Worker:
         if threading.get_ident() != self._thread or kwargs is None:
             return None
         self._pauses.check()
-        site = self._site = self._cursor.enter(module)
+        site = self._site = self._cursor.enter(self._twins.get(module, module))
         changed = None
         if site.stage == "recurrent" and site.layer == 0:
             received = self._find(arguments_of(module, args, kwargs), site, "received")
