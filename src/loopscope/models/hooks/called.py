@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from loopscope.models.hooks.calls import ModelCall, arguments_of, outputs_of
+from loopscope.models.hooks.calls import FORMS, ModelCall, arguments_of, outputs_of
 from loopscope.models.hooks.pausing import ForwardContext
 from loopscope.models.subject import Batch
 
@@ -141,9 +141,21 @@ class WatchedForward:
     def _states(self, values: Sequence[Any]) -> Tensor | None:
         batch, tokens = self._batch.input_ids.shape
         shape = (batch, tokens + self._call.tokens_before)
-        floats = (each for each in values if isinstance(each, Tensor) and each.is_floating_point())
-        found = next((each for each in floats if each.ndim == 3 and each.shape[:2] == shape), None)
+        states = (self._call.as_states(each, *shape) for each in values)
+        found = next((each for each in states if each is not None and each.shape[:2] == shape), None)
         return None if found is None else found.to(self._batch.input_ids.device)
+
+
+def settle_form(call: ModelCall, batch: Batch, module: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Find in which form the model's states go through this module; "batch first" where none of them does."""
+    for form in FORMS:
+        call.form = form
+        first = next(iter(WatchedForward(call, batch, extra).calls([module])), None)
+        if first is None:
+            break
+        if first.received is not None and first.put_out is not None:
+            return
+    call.form = "batch first"
 
 
 def is_same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -18,34 +19,67 @@ Forward = Callable[..., Tensor]
 """`forward(model, input_ids, mask, **extra) -> logits`; the mask is True for tokens, (batch, token)."""
 
 
+Form = Literal["batch first", "token first", "flat", "streams"]
+"""How states lie in a model's tensors: (batch, token, width), (token, batch, width), (batch * token, width), or (batch,
+token, stream, width), whose streams are taken side by side."""
+
+
 def outputs_of(output: Any) -> Sequence[Any]:
-    """What a layer returns, one after the other: a tensor, a tuple, a mapping or a dataclass."""
-    if isinstance(output, Mapping):
-        return list(output.values())
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return output if isinstance(output, tuple | list) else (output,)
+    """What a layer returns, one after the other: a tensor, a tuple, a mapping or a dataclass; what is in those within
+    it comes last."""
+    parts = _parts(output)
+    if parts is None:
+        return (output,)
+    return [*parts, *(inner for part in parts for inner in _parts(part) or ())]
 
 
-def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """A layer's arguments in the order of its parameters, in whatever order a caller names them."""
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """A layer's arguments in the order of its parameters, in whatever order a caller names them, and then what is in
+    those that are tuples, mappings and dataclasses."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except ValueError:  # a scripted module has none to be read
         names = []
     known = [kwargs[name] for name in names if name in kwargs]
-    return [*args, *known, *(value for name, value in kwargs.items() if name not in names)]
+    return outputs_of([*args, *known, *(value for name, value in kwargs.items() if name not in names)])
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """What is in a container."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(value) if isinstance(value, tuple | list) else None
 
 
 def with_other(
     args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another tensor in the first place where the old one is."""
+    """The same arguments with another tensor in the first place where the old one is, or where it is in one of them."""
     for index, value in enumerate(args):
         if value is old:
             return (*args[:index], new, *args[index + 1 :]), kwargs
-    name = next(name for name, value in kwargs.items() if value is old)
-    return args, kwargs | {name: new}
+    for name, value in kwargs.items():
+        if value is old:
+            return args, kwargs | {name: new}
+    changed = {name: _with_other(value, old, new) for name, value in kwargs.items()}
+    return tuple(_with_other(value, old, new) for value in args), changed
+
+
+def _with_other(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A container with another tensor in it; anything else as it is."""
+    if not any(each is old for each in _parts(value) or ()):
+        return value
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        changed.update({name: new for name, each in value.items() if each is old})
+        return changed
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: new for name in names if getattr(value, name) is old})
+    entries = [new if each is old else each for each in value]
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def twins_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -90,6 +124,7 @@ class ModelCall:
         model's states have `tokens_before` tokens more than the prompt, in front of it."""
         self.model = model
         self.twins = twins_of(model)
+        self.form: Form = "batch first"
         self.tokens_before = tokens_before
         self.prefix = prefix
         self._forward = forward
@@ -108,6 +143,30 @@ class ModelCall:
         has_cache = self._pretrained or hasattr(getattr(model, "config", None), "use_cache")
         self._takes_use_cache = has_cache and ("use_cache" in parameters or takes_rest)
 
+    def as_states(self, value: Any, batch: int, tokens: int) -> Tensor | None:
+        """(batch, token, width) of a tensor of states in the model's own form; None for what is none."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None
+        match self.form:
+            case "flat":
+                return value.view(batch, tokens, -1) if value.shape[:-1] == (batch * tokens,) else None
+            case "streams":
+                return value.flatten(2) if value.ndim == 4 else None
+            case "token first":
+                return value.transpose(0, 1) if value.ndim == 3 else None
+        return value if value.ndim == 3 else None
+
+    def in_its_form(self, states: Tensor, like: Tensor) -> Tensor:
+        """The reverse of `as_states`, of the same form as another tensor of the model."""
+        match self.form:
+            case "flat":
+                return states.flatten(0, 1)
+            case "streams":
+                return states.reshape(like.shape)
+            case "token first":
+                return states.transpose(0, 1)
+        return states
+
     def __call__(self, batch: Batch, extra: Mapping[str, Any]) -> Logits:
         """Raises `ConfigError` for an answer that holds no logits."""
         if self._forward is not None:
@@ -123,6 +182,9 @@ class ModelCall:
                 arguments["use_cache"] = False
             answer = self.model(batch.input_ids, **arguments)
         return _logits(answer, batch.input_ids)
+
+
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

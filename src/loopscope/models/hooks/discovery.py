@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.called import Call, WatchedForward, is_same
-from loopscope.models.hooks.calls import ModelCall
+from loopscope.models.hooks.calls import FORMS, ModelCall
 from loopscope.models.hooks.how_often import Argument, find_setting, named_as_one
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
 from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
@@ -61,14 +61,22 @@ def discover(
     layers that are called once. What the model itself raises is passed on.
     """
     model = call.model
-    watched = WatchedForward(call, batch, extra or {})
-    calls = watched.calls()
-    layers = _layer_calls(model, calls)
-    if not _comes_twice(layers):
-        _refuse_longer(watched, batch)
+    for form in FORMS:
+        call.form = form
+        watched = WatchedForward(call, batch, extra or {})
+        calls = watched.calls()
+        layers = _layer_calls(model, calls)
+        if form == "batch first" and not _comes_twice(layers):
+            _refuse_longer(watched, batch)
+        if layers:
+            break
     if not layers:
         seen = ", ".join(dict.fromkeys(one.path for one in calls if one.path))[:200] or "no module"
-        raise ConfigError(f"No layers can be told in {type(model).__name__}, which called {seen}; {_ADVICE}.")
+        raise ConfigError(
+            f"No layers can be told in {type(model).__name__}, which called {seen}: none of them maps states of all "
+            "tokens to states of as many in a list of modules, or again and again. What loops has to be a module that "
+            f"does; then {_ADVICE}."
+        )
     in_words = order_in_words([one.path for one in layers])
     if not _comes_twice(layers):
         once = _looped_once(call, batch, layers) if with_setting and not extra else None

@@ -12,6 +12,7 @@ from torch import nn
 from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
+from loopscope.models.hooks.called import settle_form
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
 from loopscope.models.hooks.discovery import branches, check_places
 from loopscope.models.hooks.dispatched import placement_of, weights_of
@@ -72,6 +73,9 @@ class HookedSubject(CallableSubject):
         self._attention_call = attention_call
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
+        with trial(model, is_function=self._function is not None, trained=trained_recurrences):
+            first = (layout.prelude or layout.recurrent)[0].module
+            settle_form(self._call, self._probe, first, self._extra(trained_recurrences))
         self._facts: Facts | None = None
         self._facts = self._measure(trained_recurrences)
         self.branches = branches(self._call, self._probe, layout, self._extra(trained_recurrences))
