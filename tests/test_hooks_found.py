@@ -312,6 +312,33 @@ def test_an_order_that_is_no_single_loop_is_named_with_what_settles_it() -> None
     assert loopscope.hook(TwoLoops().eval(), recurrent="body.1", prelude=["body.0", "body.0"]).info.recurrent == 1
 
 
+def test_a_loop_within_a_layer_is_not_taken_for_none() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.times, self.shared = nn.Linear(WIDTH, WIDTH), 3, nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                x = torch.tanh(0.5 * x + self.cell(x))
+            squared: Tensor = self.shared(x) * self.shared(x)
+            return x + squared
+
+    class Twice(Model):
+        def make(self) -> None:
+            self.body = nn.ModuleList([Inner(), Inner()])
+
+        def run(self, x: Tensor) -> Tensor:
+            return self.over(self.body, x)
+
+    model = Twice().eval()
+    with pytest.raises(ConfigError, match=r"multiplies states by body\.0\.cell\.weight 3 times .* within one of them"):
+        loopscope.hook(model)
+    for layer in model.body:
+        vars(layer)["times"] = 1
+    assert not loopscope.hook(model).info.is_looped
+
+
 @pytest.mark.parametrize("entries", [True, False])
 def test_a_loop_that_is_no_modules_is_not_taken_for_a_chain(entries: bool) -> None:
     class Functions(Model):
@@ -325,7 +352,9 @@ def test_a_loop_that_is_no_modules_is_not_taken_for_a_chain(entries: bool) -> No
                 x = x + torch.tanh(functional.linear(self.norm(x), self.weight))
             return self.body[1](x) if entries else x
 
-    message = r"2 layers once, and multiplies by weight 3 times outside of them" if entries else "No layers can be told"
+    message = (
+        r"2 layers once, and multiplies states by weight 3 times in between" if entries else "No layers can be told"
+    )
     with pytest.raises(ConfigError, match=message):
         loopscope.hook(Functions().eval())
     if entries:
@@ -337,7 +366,7 @@ def test_a_model_without_layers_says_what_it_called() -> None:
         def run(self, x: Tensor) -> Tensor:
             return functional.rms_norm(x, x.shape[-1:])
 
-    with pytest.raises(ConfigError, match=r"No layers can be told in Nothing, which called embedding, head; say"):
+    with pytest.raises(ConfigError, match=r"No layers can be told in Nothing, which called embedding, head: none"):
         loopscope.hook(Nothing().eval())
 
 

@@ -336,7 +336,9 @@ def test_tokens_within_the_text_or_behind_it_are_not_taken_for_such_before(place
     if place == 0:
         assert loopscope.hook(Registers(place).eval(), tokens_before=3).facts.causal
         return
-    with pytest.raises(ConfigError, match=r"another token 0 of 11 changes the state in place 0 of 14, not 3\."):
+    with pytest.raises(
+        ConfigError, match=r"another token 0 of 11 changes the state in place 0 of 14 before any layer, not 3\."
+    ):
         loopscope.hook(Registers(place).eval(), tokens_before=3)
 
 
@@ -357,6 +359,56 @@ def test_states_are_not_taken_for_logits(tuple_of: bool) -> None:
     assert any(
         one.startswith("Logits: what the model returns is as wide") for one in loopscope.hook(model).unobservable
     )
+
+
+def test_of_many_answers_none_is_taken_for_the_last() -> None:
+    class Supervised(Model):
+        def forward(self, tokens: Tensor) -> Any:
+            x, answers = self.embedding(tokens), []
+            for _ in range(self.loops):
+                x = self.body[0](x)
+                answers.append(self.head(x))
+            return answers
+
+    model = Supervised(Step()).eval()
+    with pytest.raises(
+        ConfigError, match=r"returned 4 tensors of shape \(1, 11, 20\), as if it answered more than once"
+    ):
+        loopscope.hook(model)
+    assert loopscope.hook(model, forward=lambda model, ids, mask: model(ids)[-1]).facts.carries
+
+
+def test_latents_are_no_tokens() -> None:
+    class Latents(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            latents = x.mean(1, keepdim=True) + torch.linspace(0, 1, 24)[:, None]
+            return super().run(tokens, latents)[:, : x.shape[1]]
+
+    with pytest.raises(ConfigError, match="or states of others than tokens, are not supported"):
+        loopscope.hook(Latents(Step()).eval(), tokens_before=13)
+
+
+def test_the_state_is_told_from_the_same_tensor_in_another_argument() -> None:
+    """Where the loop begins, the state is the prompt's embedding, which the layer is given too, and first."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = Step()
+
+        def forward(self, *, hidden: Tensor, context: Tensor) -> Tensor:
+            out: Tensor = self.step(hidden + 0.1 * context)
+            return out
+
+    class Given(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            encoded = x
+            for _ in range(self.loops):
+                x = self.body[0](context=encoded, hidden=x)
+            return x
+
+    subject = loopscope.hook(Given(Named()).eval())
+    assert (subject.facts.one_map, subject.facts.prompt_enters) == (True, True)
 
 
 def test_a_loop_from_zero_to_which_the_prompt_is_added_returns_states() -> None:

@@ -125,18 +125,26 @@ class WatchedForward:
             if len(shape) == 3 and shape[0] == batch and shape[1] > tokens and shape in received:
                 self.longer[module, shape] += 1
 
-    def products_outside(self, layers: Sequence[nn.Module], width: int) -> dict[str, int]:
-        """How often each weight is multiplied by while none of these modules runs, to something as wide as a state."""
-        counts: Counter[Tensor] = Counter()
-        known = set(layers)
+    def repeated_products(self, layers: Sequence[nn.Module], width: int) -> dict[str, int]:
+        """The weights by which something is multiplied more than once between these modules' calls, or within one of
+        them, to states of all tokens; how often."""
+        counts: Counter[tuple[nn.Parameter, int]] = Counter()
+        factors: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
+        known, size = set(layers), self._batch.input_ids.shape.numel() * width
 
         def count(result: Tensor, args: tuple[Any, ...]) -> None:
-            if result.shape[-1:] == (width,) and not any(one.module in known for one in self._open):
-                counts.update(each for each in args if isinstance(each, nn.Parameter))
+            call = next((id(one) for one in self._open if one.module in known), 0)
+            for weight in (each for each in args if isinstance(each, nn.Parameter) and result.numel() == size):
+                # One thing that is multiplied by one weight twice, for keys and values, is no loop.
+                others = factors.setdefault((weight, call), [])
+                if not any(args[0] is other for other in others):
+                    others.append(args[0])
+                    counts[weight, call] += 1
 
         with _Products(count):
             self.calls()
-        return {name: counts[weight] for name, weight in self._call.model.named_parameters() if weight in counts}
+        names = {weight: name for name, weight in self._call.model.named_parameters()}
+        return {names[weight]: times for (weight, _), times in counts.items() if times > 1}
 
     def _states(self, values: Sequence[Any]) -> Tensor | None:
         batch, tokens = self._batch.input_ids.shape

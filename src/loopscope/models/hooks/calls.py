@@ -36,12 +36,16 @@ def outputs_of(output: Any) -> Sequence[Any]:
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
     """A layer's arguments in the order of its parameters, in whatever order a caller names them, and then what is in
     those that are tuples, mappings and dataclasses."""
+    return outputs_of([*args, *(kwargs[name] for name in _in_order(module, kwargs))])
+
+
+def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of arguments in the order of the parameters, and of others behind them."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except ValueError:  # a scripted module has none to be read
         names = []
-    known = [kwargs[name] for name in names if name in kwargs]
-    return outputs_of([*args, *known, *(value for name, value in kwargs.items() if name not in names)])
+    return [*(name for name in names if name in kwargs), *(name for name in kwargs if name not in names)]
 
 
 def _parts(value: Any) -> list[Any] | None:
@@ -54,31 +58,40 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def with_other(
-    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another tensor in the first place where the old one is, or where it is in one of them."""
-    for index, value in enumerate(args):
-        if value is old:
-            return (*args[:index], new, *args[index + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if value is old:
-            return args, kwargs | {name: new}
-    changed = {name: _with_other(value, old, new) for name, value in kwargs.items()}
-    return tuple(_with_other(value, old, new) for value in args), changed
+    """A layer's arguments with another tensor in the first place where the old one is, as `arguments_of` orders them:
+    the same tensor may be given twice."""
+    names = _in_order(module, kwargs)
+
+    def itself(value: Any) -> Any:
+        return new if value is old else value
+
+    def within(value: Any) -> Any:
+        return _within(value, old, new)
+
+    for change in (itself, within):
+        for index, value in enumerate(args):
+            if (changed := change(value)) is not value:
+                return (*args[:index], changed, *args[index + 1 :]), kwargs
+        for name in names:
+            if (changed := change(kwargs[name])) is not kwargs[name]:
+                return args, kwargs | {name: changed}
+    raise AssertionError("what was found among the arguments is there")
 
 
-def _with_other(value: Any, old: Tensor, new: Tensor) -> Any:
-    """A container with another tensor in it; anything else as it is."""
-    if not any(each is old for each in _parts(value) or ()):
+def _within(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A container with another tensor in the first place where the old one is; anything else as it is."""
+    place = next((place for place, each in enumerate(_parts(value) or ()) if each is old), None)
+    if place is None:
         return value
     if isinstance(value, Mapping):
         changed: Any = copy.copy(value)
-        changed.update({name: new for name, each in value.items() if each is old})
+        changed.update({list(value)[place]: new})
         return changed
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: new for name in names if getattr(value, name) is old})
-    entries = [new if each is old else each for each in value]
+        return dataclasses.replace(value, **{dataclasses.fields(value)[place].name: new})
+    entries = [*value[:place], new, *value[place + 1 :]]
     return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
@@ -205,6 +218,13 @@ def _logits(answer: Any, input_ids: TokenIds) -> Logits:
         found = answer.logits
     elif isinstance(answer, tuple | list) and answer:
         found = answer[0]
+    if isinstance(answer, tuple | list) and isinstance(found, Tensor):
+        alike = sum(isinstance(each, Tensor) and each.shape == found.shape for each in answer)
+        if alike > 1 and found.ndim == 3:
+            raise ConfigError(
+                f"The model returned {alike} tensors of shape {tuple(found.shape)}, as if it answered more than once; "
+                "give forward=, which returns the logits of the last."
+            )
     if not isinstance(found, Tensor):
         raise ConfigError(
             f"The model returned a {type(answer).__name__} without logits; give a model with a head, or "

@@ -111,19 +111,18 @@ def _refuse_longer(watched: WatchedForward, batch: Batch) -> None:
 
 
 def _refuse_products(call: ModelCall, batch: Batch, layers: list[Call], extra: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` where what is between layers that are called once multiplies by one weight again and again:
-    a loop that is no module's is none that hooks could see."""
+    """Raises `ConfigError` where what is between layers that are called once, or within one of them, multiplies by one
+    weight again and again: a loop that is no module's is none that hooks could see."""
     width = layers[0].width
     assert width is not None  # it maps states to states
     modules = [one.module for one in layers]
-    for name, times in WatchedForward(call, batch, extra).products_outside(modules, width).items():
-        if times > 1:
-            raise ConfigError(
-                f"{type(call.model).__name__} calls each of its {len(layers)} layers once, and multiplies by {name} "
-                f"{times} times outside of them, so that something loops which is no layer. Make it a module that is "
-                "called in every recurrence, or name the layers, as in loopscope.hook(model, prelude=...), to watch "
-                "them as a chain."
-            )
+    for name, times in WatchedForward(call, batch, extra).repeated_products(modules, width).items():
+        raise ConfigError(
+            f"{type(call.model).__name__} calls each of its {len(layers)} layers once, and multiplies states by {name} "
+            f"{times} times in between, or within one of them, so that something loops which is no layer. Make it a "
+            "module that is called in every recurrence, and name it; or name the layers, as in "
+            "loopscope.hook(model, prelude=...), to watch them as a chain."
+        )
 
 
 def _one_loop(layers: Sequence[Call]) -> Repeats | None:
@@ -202,9 +201,10 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
     return None
 
 
-def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any]) -> None:
+def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any], *, whole: bool) -> None:
     """Raises `ConfigError` where another first or last token of the prompt changes another place of what the first
-    layer receives than `tokens_before` says."""
+    layer receives than `tokens_before` says; of a layout that is the `whole` model, also where it changes the tokens
+    before."""
     first = [(layout.prelude or layout.recurrent)[0].module]
     before, tokens = call.tokens_before, batch.input_ids.shape[1]
     as_it_is = WatchedForward(call, batch, extra).calls(first)[0].received
@@ -213,11 +213,12 @@ def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mappi
         if as_it_is is None or other is None:
             return
         moved = (as_it_is != other).any(-1)[0].nonzero().flatten().tolist()
-        if len(moved) == 1 and moved != [before + place]:
+        if moved and (before + place not in moved or (whole and moved[0] < before)):
             raise ConfigError(
                 f"tokens_before={before} is not where the text begins: another token {place} of {tokens} changes the "
-                f"state in place {moved[0]} of {as_it_is.shape[1]}, not {before + place}. Tokens that a model puts "
-                "within the text or behind it are not supported; hook it with all of them in front."
+                f"state in place {moved[0]} of {as_it_is.shape[1]} before any layer, not {before + place}. "
+                "Tokens that a model puts within the text or behind it, or states of others than tokens, are not supported; "
+                "hook it with all that it adds in front."
             )
 
 

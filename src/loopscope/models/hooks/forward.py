@@ -200,12 +200,12 @@ class _Worker:
             before = call.tokens_before
             if site.recurrence == 1 and self._spec.begins_with is not None:
                 received = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
-                changed = with_other(args, kwargs, given, call.in_its_form(received, given))
+                changed = with_other(module, args, kwargs, given, call.in_its_form(received, given))
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
                 nudged = received[:, before:] * factors.to(received.device)
                 received = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
-                changed = with_other(args, kwargs, given, call.in_its_form(received, given))
+                changed = with_other(module, args, kwargs, given, call.in_its_form(received, given))
             self._begin_recurrence(site, self._announced(received))
         if self._listener.listening:
             self._watching = ExitStack()

@@ -74,14 +74,14 @@ class HookedSubject(CallableSubject):
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
         with trial(model, is_function=self._function is not None, trained=trained_recurrences):
-            first = (layout.prelude or layout.recurrent)[0].module
-            settle_form(self._call, self._probe, first, self._extra(trained_recurrences))
+            extra = self._extra(trained_recurrences)
+            settle_form(self._call, self._probe, (layout.prelude or layout.recurrent)[0].module, extra)
+            if tokens_before:
+                check_places(self._call, self._probe, layout, extra, whole=found is not None)
         self._facts: Facts | None = None
         self._facts = self._measure(trained_recurrences)
         self.branches = branches(self._call, self._probe, layout, self._extra(trained_recurrences))
         """Why what its layers put out may be no states, in words; None where they pass it on to each other."""
-        if tokens_before:
-            check_places(self._call, self._probe, layout, self._extra(trained_recurrences))
         self._padding, self._padded_for = self._facts.behind, self._facts.recurrences or 0
         self.info = self._info(name or type(model).__name__, weights_sha256, revision)
 
