@@ -388,27 +388,33 @@ def test_latents_are_no_tokens() -> None:
         loopscope.hook(Latents(Step()).eval(), tokens_before=13)
 
 
-def test_the_state_is_told_from_the_same_tensor_in_another_argument() -> None:
-    """Where the loop begins, the state is the prompt's embedding, which the layer is given too, and first."""
+class Named(nn.Module):
+    """Its state is `hidden`, wherever that stands."""
 
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.step = Step()
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
 
-        def forward(self, *, hidden: Tensor, context: Tensor) -> Tensor:
-            out: Tensor = self.step(hidden + 0.1 * context)
-            return out
+    def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
+        out: Tensor = self.step(hidden + 0.1 * context)
+        return out
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_state_is_what_goes_round_in_whatever_argument(named: bool, other: bool) -> None:
+    """Where the loop begins, it may be the same tensor as what the layer is given first."""
 
     class Given(Model):
         def run(self, tokens: Tensor, x: Tensor) -> Tensor:
-            encoded = x
+            context = 2 * x if other else x
             for _ in range(self.loops):
-                x = self.body[0](context=encoded, hidden=x)
+                x = self.body[0](context=context, hidden=x) if named else self.body[0](context, x)
             return x
 
     subject = loopscope.hook(Given(Named()).eval())
-    assert (subject.facts.one_map, subject.facts.prompt_enters) == (True, True)
+    assert (subject.facts.carries, subject.facts.one_map, subject.facts.prompt_enters) == (True, True, True)
+    assert check_subject(subject).passed
 
 
 def test_a_loop_from_zero_to_which_the_prompt_is_added_returns_states() -> None:

@@ -54,6 +54,8 @@ class Call:
     path: str
     module: nn.Module
     inside: Call | None
+    given: list[Tensor]
+    """All that may be states among its arguments."""
     received: Tensor | None
     put_out: Tensor | None = None
     end: int = -1
@@ -107,7 +109,9 @@ class WatchedForward:
     def _before(self, path: str, same: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inside = self._open[-1] if self._open else None
-            begun = Call(path, same, inside, self._states(arguments_of(module, args, kwargs)))
+            given = self._states(arguments_of(module, args, kwargs))
+            received = next(iter([*given[self._call.skips.get(same, 0) :], *given]), None)
+            begun = Call(path, same, inside, given, received)
             self._calls.append(begun)
             self._open.append(begun)
 
@@ -117,7 +121,7 @@ class WatchedForward:
         same = self._call.twins.get(module, module)
         while (done := self._open.pop()).module is not same:
             pass  # it failed, and the model went on without it
-        done.put_out, done.end = self._states(outputs_of(output)), len(self._calls)
+        done.put_out, done.end = next(iter(self._states(outputs_of(output))), None), len(self._calls)
         received = {tuple(each.shape) for each in args if isinstance(each, Tensor)}
         batch, tokens = self._batch.input_ids.shape
         for each in outputs_of(output):
@@ -146,12 +150,12 @@ class WatchedForward:
         names = {weight: name for name, weight in self._call.model.named_parameters()}
         return {names[weight]: times for (weight, _), times in counts.items() if times > 1}
 
-    def _states(self, values: Sequence[Any]) -> Tensor | None:
+    def _states(self, values: Sequence[Any]) -> list[Tensor]:
         batch, tokens = self._batch.input_ids.shape
         shape = (batch, tokens + self._call.tokens_before)
         states = (self._call.as_states(each, *shape) for each in values)
-        found = next((each for each in states if each is not None and each.shape[:2] == shape), None)
-        return None if found is None else found.to(self._batch.input_ids.device)
+        home = self._batch.input_ids.device
+        return [each.to(home) for each in states if each is not None and each.shape[:2] == shape]
 
 
 def settle_form(call: ModelCall, batch: Batch, module: nn.Module, extra: Mapping[str, Any]) -> None:
@@ -164,6 +168,18 @@ def settle_form(call: ModelCall, batch: Batch, module: nn.Module, extra: Mapping
         if first.received is not None and first.put_out is not None:
             return
     call.form = "batch first"
+
+
+def settle_place(call: ModelCall, batch: Batch, ends: Sequence[nn.Module], first: nn.Module, extra: Any) -> None:
+    """Find which of the states that the loop's first layer is given goes round: what one of `ends` has just put out.
+    The first one, where none is."""
+    ended: Tensor | None = None
+    for one in WatchedForward(call, batch, extra).calls([first, *ends]):
+        if one.module is first and ended is not None:
+            place = next((place for place, given in enumerate(one.given) if is_same(given, ended)), 0)
+            call.skips = {first: place}
+            return
+        ended = one.put_out if one.module in ends else ended
 
 
 def is_same(one: Tensor | None, other: Tensor | None) -> bool:

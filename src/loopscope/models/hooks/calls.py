@@ -58,10 +58,10 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def with_other(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, earlier: int, new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments with another tensor in the first place where the old one is, as `arguments_of` orders them:
-    the same tensor may be given twice."""
+    """A layer's arguments, as `arguments_of` orders them, with another tensor where the old one is, but for `earlier`
+    places where it is too: the same tensor may be given twice."""
     names = _in_order(module, kwargs)
 
     def itself(value: Any) -> Any:
@@ -71,12 +71,17 @@ def with_other(
         return _within(value, old, new)
 
     for change in (itself, within):
-        for index, value in enumerate(args):
-            if (changed := change(value)) is not value:
-                return (*args[:index], changed, *args[index + 1 :]), kwargs
-        for name in names:
-            if (changed := change(kwargs[name])) is not kwargs[name]:
-                return args, kwargs | {name: changed}
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in names)]
+        for place, value in places:
+            changed = change(value)
+            if changed is value:
+                continue
+            if earlier:
+                earlier -= 1
+            elif isinstance(place, int):
+                return (*args[:place], changed, *args[place + 1 :]), kwargs
+            else:
+                return args, kwargs | {place: changed}
     raise AssertionError("what was found among the arguments is there")
 
 
@@ -138,6 +143,8 @@ class ModelCall:
         self.model = model
         self.twins = twins_of(model)
         self.form: Form = "batch first"
+        self.skips: dict[nn.Module, int] = {}
+        """How many tensors of states a layer is given before its own."""
         self.tokens_before = tokens_before
         self.prefix = prefix
         self._forward = forward

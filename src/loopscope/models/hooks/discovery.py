@@ -191,7 +191,8 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
     if added:
         return (
             f"what {added[0].path} puts out is added to what it received before the next layer receives it; it returns "
-            "a branch, and so its 'states' are no states of the residual stream; watch the module around it"
+            "a branch, and so its 'states' are no states of the residual stream; watch the module around it, or one "
+            "whose first output is the state"
         )
     if within:
         return (
@@ -217,8 +218,8 @@ def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mappi
             raise ConfigError(
                 f"tokens_before={before} is not where the text begins: another token {place} of {tokens} changes the "
                 f"state in place {moved[0]} of {as_it_is.shape[1]} before any layer, not {before + place}. "
-                "Tokens that a model puts within the text or behind it, or states of others than tokens, are not supported; "
-                "hook it with all that it adds in front."
+                "Tokens that a model puts within the text or behind it, or states of others than tokens, are not "
+                "supported; hook it with all that it adds in front."
             )
 
 

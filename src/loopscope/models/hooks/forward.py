@@ -193,19 +193,21 @@ class _Worker:
         site = self._site = self._cursor.enter(self._twins.get(module, module))
         changed = None
         if site.stage == "recurrent" and site.layer == 0:
-            given, received = self._find(arguments_of(module, args, kwargs), site, "received")
-            call = self._spec.call
+            values, call = arguments_of(module, args, kwargs), self._spec.call
+            given, received = self._find(values, site, "received")
+            states = [value for value in values if call.as_states(value, *received.shape[:2]) is not None]
+            earlier = sum(value is given for value in states[: call.skips.get(self._twins.get(module, module), 0)])
             if self._halts is not None:
                 self._halts.begin(site.recurrence, self._announced(received))
             before = call.tokens_before
             if site.recurrence == 1 and self._spec.begins_with is not None:
                 received = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
-                changed = with_other(module, args, kwargs, given, call.in_its_form(received, given))
+                changed = with_other(module, args, kwargs, given, earlier, call.in_its_form(received, given))
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
                 nudged = received[:, before:] * factors.to(received.device)
                 received = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
-                changed = with_other(module, args, kwargs, given, call.in_its_form(received, given))
+                changed = with_other(module, args, kwargs, given, earlier, call.in_its_form(received, given))
             self._begin_recurrence(site, self._announced(received))
         if self._listener.listening:
             self._watching = ExitStack()
@@ -277,13 +279,13 @@ class _Worker:
         prompts, tokens = self._spec.batch.input_ids.shape
         batch = (prompts, tokens + self._spec.call.tokens_before)
         states = ((v, self._spec.call.as_states(v, *batch)) for v in values)
-        given, found = next((pair for pair in states if pair[1] is not None), (None, None))
         layer = self._spec.layout.stage(site.stage)[site.layer]
+        there = [pair for pair in states if pair[1] is not None]
+        skip = self._spec.call.skips.get(layer.module, 0) if verb == "received" else 0
+        given, found = next(iter([*there[skip:], *there]), (None, None))
         if given is None or found is None or found.shape[:2] != batch:
             seen = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
-            there = (
-                f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
-            )
+            but = f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
             advice = "name modules that map states to states"
             if found is not None and found.shape[0] < prompts and found.shape[1:2] == batch[1:]:
                 advice = (
@@ -296,7 +298,7 @@ class _Worker:
                     f"do, say tokens_before={found.shape[1] - tokens}; in other places they are not supported"
                 )
             raise ConfigError(
-                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){there}; {advice}."
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){but}; {advice}."
             )
         width = self._spec.width
         if verb != "received" and width is not None and found.shape[2] != width:

@@ -12,7 +12,7 @@ from torch import nn
 from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
-from loopscope.models.hooks.called import settle_form
+from loopscope.models.hooks.called import settle_form, settle_place
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
 from loopscope.models.hooks.discovery import branches, check_places
 from loopscope.models.hooks.dispatched import placement_of, weights_of
@@ -76,6 +76,9 @@ class HookedSubject(CallableSubject):
         with trial(model, is_function=self._function is not None, trained=trained_recurrences):
             extra = self._extra(trained_recurrences)
             settle_form(self._call, self._probe, (layout.prelude or layout.recurrent)[0].module, extra)
+            if layout.recurrent:
+                ends = [layer.module for layer in (layout.recurrent[-1], layout.loop_end) if layer is not None]
+                settle_place(self._call, self._probe, ends, layout.recurrent[0].module, extra)
             if tokens_before:
                 check_places(self._call, self._probe, layout, extra, whole=found is not None)
         self._facts: Facts | None = None
