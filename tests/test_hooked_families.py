@@ -383,6 +383,10 @@ def test_a_field_of_loops_that_transformers_does_not_know_is_not_passed_over(tmp
         for read in (load, loopscope.inspect_model):
             with pytest.raises(CheckpointError, match=f"sets {field} = .*, which GPT2Config of transformers does not"):
                 read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2RecurrentLM"]}))
+    for read in (load, loopscope.inspect_model):
+        with pytest.raises(CheckpointError, match="names 'GPT2RecurrentLM' as what runs the model, which by its name"):
+            read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": "2"}))
     with pytest.raises(CheckpointError, match=r"cannot load it either \(.*'n_layer': TypeError: .*adding-a-family"):
         load(tmp_path)

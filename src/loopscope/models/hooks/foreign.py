@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from loopscope.errors import CheckpointError
+from loopscope.models.checkpoints.layout import listed, refuse_looped_class
 from loopscope.models.checkpoints.store import READABLE, Headers
 from loopscope.models.hooks.how_often import LOOPS
 
@@ -15,10 +17,11 @@ _NARROW = re.compile(r"F8_|F4|F6")
 """How safetensors names the numbers that only a scale beside them makes weights of."""
 
 
-def check_foreign(config: Mapping[str, Any], headers: Headers, known: Any) -> None:
+def check_foreign(config: Mapping[str, Any], headers: Headers, known: Any, where: str) -> None:
     """`known` is the configuration as transformers has read it. Raises `CheckpointError` for weights that are stored as
     whole numbers or in eight bits and would be taken as they are, and for a field that is named like a number of loops
-    and that the configuration's class does not have: the model may loop, and the code of transformers does not."""
+    and that the configuration's class does not have, or code of another name that is called like a loop's: the model
+    may loop, and the code of transformers does not."""
     for name, header in headers.items():
         whole = header.code not in READABLE and name.endswith("weight")
         if (whole or _NARROW.match(header.code)) and not config.get("quantization_config"):
@@ -26,6 +29,8 @@ def check_foreign(config: Mapping[str, Any], headers: Headers, known: Any) -> No
                 f"{name!r} in {header.file} is stored as {header.dtype}; weights are read as floating-point numbers "
                 "only: give the checkpoint as it was before it was quantised."
             )
+    if not any(hasattr(sys.modules["transformers"], name) for name in listed(config.get("architectures"))):
+        refuse_looped_class(config, where)
     for field, value, kind in _unknown(config, known):
         if (
             LOOPS.search(field)

@@ -198,7 +198,7 @@ def _load(
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            check_foreign(read_json(folder / "config.json"), store.headers, config)
+            check_foreign(read_json(folder / "config.json"), store.headers, config, str(folder))
             model, report = auto_class(transformers, config).from_pretrained(
                 folder,
                 config=config,

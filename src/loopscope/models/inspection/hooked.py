@@ -64,7 +64,7 @@ def inspect_hooked(
     `ConfigError` where its layers cannot be told.
     """
     transformers = require("transformers", f"{unknown} Anything else", "transformers")
-    model = _skeleton(transformers, metadata, unknown)
+    model = _skeleton(transformers, metadata, unknown, name)
     found = _watched(model)
     chain = found or HookLayout(prelude=decoder_layers(model), recurrent=(), coda=())
     layout, recurrences = (chain, None) if isinstance(chain, HookLayout) else (chain.layout, chain.recurrences)
@@ -108,12 +108,12 @@ def inspect_hooked(
     )
 
 
-def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError) -> Any:
+def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError, name: str | Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(metadata.folder), trust_remote_code=False, local_files_only=True
         )
-        check_foreign(metadata.config, metadata.headers, config)
+        check_foreign(metadata.config, metadata.headers, config, str(name))
         with torch.device("meta"):
             model = auto_class(transformers, config).from_config(config, trust_remote_code=False).eval()
         if hasattr(model, "set_experts_implementation"):
