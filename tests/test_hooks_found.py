@@ -18,7 +18,7 @@ import loopscope
 from foreign_models import VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError
-from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop
+from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 
 IDS = [[3, 1, 4, 1, 5, 9]]
 
@@ -359,6 +359,13 @@ def test_a_loop_that_is_no_modules_is_not_taken_for_a_chain(entries: bool) -> No
         loopscope.hook(Functions().eval())
     if entries:
         assert loopscope.hook(Functions().eval(), prelude="body").branches is not None
+
+
+def test_an_order_of_many_calls_is_cut() -> None:
+    words = order_in_words([f"{name}_of_the_model.{layer}" for name in ("lower", "upper") for layer in range(30)])
+    assert words.startswith("lower_of_the_model.0 lower_of_the_model.1 ")
+    assert words.endswith(" ... (60 calls)")
+    assert len(words) < 320
 
 
 def test_a_model_without_layers_says_what_it_called() -> None:

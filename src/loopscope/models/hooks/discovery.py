@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def discover(
         if layers:
             break
     if not layers:
-        seen = ", ".join(dict.fromkeys(one.path for one in calls if one.path))[:200] or "no module"
+        seen = shorten(", ".join(dict.fromkeys(one.path for one in calls)), 200, placeholder=" ...") or "no module"
         raise ConfigError(
             f"No layers can be told in {type(model).__name__}, which called {seen}: none of them maps states of all "
             "tokens to states of as many in a list of modules, or again and again. What loops has to be a module that "
