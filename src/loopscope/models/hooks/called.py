@@ -122,12 +122,12 @@ class WatchedForward:
         while (done := self._open.pop()).module is not same:
             pass  # it failed, and the model went on without it
         done.put_out, done.end = next(iter(self._states(outputs_of(output))), None), len(self._calls)
-        received = {tuple(each.shape) for each in args if isinstance(each, Tensor)}
         batch, tokens = self._batch.input_ids.shape
-        for each in outputs_of(output):
-            shape = tuple(each.shape) if isinstance(each, Tensor) else ()
-            if len(shape) == 3 and shape[0] == batch and shape[1] > tokens and shape in received:
-                self.longer[module, shape] += 1
+        given, returned = (
+            {tuple(each.shape) for value in values if (each := self._call.as_states(value, batch, tokens)) is not None}
+            for values in (args, outputs_of(output))
+        )
+        self.longer.update((module, shape) for shape in given & returned if shape[0] == batch and shape[1] > tokens)
 
     def repeated_products(self, layers: Sequence[nn.Module], width: int) -> dict[str, int]:
         """The weights by which something is multiplied more than once between these modules' calls, or within one of

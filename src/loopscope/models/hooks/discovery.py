@@ -67,7 +67,7 @@ def discover(
         watched = WatchedForward(call, batch, extra or {})
         calls = watched.calls()
         layers = _layer_calls(model, calls)
-        if form == "batch first" and not _comes_twice(layers):
+        if not _comes_twice(layers):
             _refuse_longer(watched, batch)
         if layers:
             break
