@@ -179,6 +179,11 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("fewer layers", configure(architecture__coda=0), r"holds 9 tensors .* does not have, first 'coda\.0\."),
     ("wider", configure(architecture__width=14), r"has shape \(.*\); config\.json asks for \(.*14"),
     ("missing tensor", weigh(lambda w: w.pop(QUERY)), f"lacks 1 tensor .*first '{re.escape(QUERY)}'"),
+    (
+        "unknown prefix",
+        weigh(lambda w: [w.update({f"student.{name}": w.pop(name)}) for name in list(w)]),
+        r"lacks .*; all of its tensors begin with 'student\.', without which they must be saved",
+    ),
     ("unknown tensor", weigh(lambda w: w.update(extra=torch.ones(1))), r"holds 1 tensor .*'extra' \(in model\.saf"),
     ("wrong shape", put(QUERY, lambda t: t[:-1]), rf"'{re.escape(QUERY)}' in .* has shape \(15, 12\); .* \(16, 12\)"),
     ("transposed", put("head.weight", lambda t: t.T), r"'head.weight' .* has shape \(12, 19\)"),

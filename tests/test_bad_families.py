@@ -127,6 +127,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     (RETROFIT_OLMO, {"initial_state_mode": "embed-init"}, "initial_state_mode = 'embed-init'; .* 'random' only"),
     (RETROFIT, {"init_values": {"embed_scale": 1.0}}, "lacks the field 'init_values.std'"),
     # Sizes that are not those of the tensors.
+    (LLAMA, {"architectures": ["LoopedLlamaForCausalLM"]}, "names 'LoopedLlamaForCausalLM' as what runs the model"),
+    (QWEN3, {"auto_map": {"AutoModelForCausalLM": "modeling_looped.Qwen3"}}, "names 'modeling_looped.Qwen3' as what"),
     (LLAMA, {"num_hidden_layers": 4}, r"lacks 9 tensors that a llama model .* first 'model\.layers\.3\."),
     (LLAMA, {"num_hidden_layers": 2}, r"holds 9 tensors that a llama model .* does not have"),
     (LLAMA, {"num_key_value_heads": 4}, r"k_proj\.weight' .* has shape \(24, 48\); config\.json asks for \(48, 48\)"),

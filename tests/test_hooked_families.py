@@ -357,6 +357,41 @@ def test_a_setting_that_nobody_implements(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_need_a_scale_are_not_taken_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, file, metadata={"format": "pt"})
+    for read in (load, loopscope.inspect_model):
+        with pytest.raises(CheckpointError, match=f"'{name}' in .* is stored as .*8.*; .* before it was quantised"):
+            read(tmp_path)
+
+
+def test_a_field_of_loops_that_transformers_does_not_know_is_not_passed_over(tmp_path: Path) -> None:
+    """Its code would run the model without a loop, and it would be called feed-forward."""
+    tiny("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    harmless: list[tuple[str, Any]] = [("num_loops", 1), ("n_ctx", 64), ("loop_layers", [])]
+    for field, value in harmless:
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        assert not load(tmp_path).info.is_looped
+    loops: list[tuple[str, Any]] = [("num_loops", 3), ("loop_layers", [0, 1]), ("recurrent_mode", "depth")]
+    for field, value in loops:
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        for read in (load, loopscope.inspect_model):
+            with pytest.raises(CheckpointError, match=f"sets {field} = .*, which GPT2Config of transformers does not"):
+                read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2RecurrentLM"]}))
+    for read in (load, loopscope.inspect_model):
+        with pytest.raises(CheckpointError, match="names 'GPT2RecurrentLM' as what runs the model, which by its name"):
+            read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": "2"}))
+    with pytest.raises(CheckpointError, match=r"cannot load it either \(.*'n_layer': TypeError: .*adding-a-family"):
+        load(tmp_path)
+
+
 def test_what_goes_to_learned_sinks_is_a_measure_of_its_own() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     model = tiny("gpt_oss", num_local_experts=3, num_experts_per_tok=2, rope_parameters=rope)

@@ -18,7 +18,7 @@ import loopscope
 from foreign_models import VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError
-from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop
+from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 
 IDS = [[3, 1, 4, 1, 5, 9]]
 
@@ -217,6 +217,25 @@ class Once(Model):
         return x
 
 
+class WrittenOut(Model):
+    """A layer for each recurrence, all of the same weights, and a norm that they share too."""
+
+    def make(self) -> None:
+        self.entry = Block()
+        self.steps = nn.ModuleList([nn.ModuleList([Block(), nn.LayerNorm(WIDTH)]) for _ in range(3)])
+        shared = dict(self.steps[0].named_parameters())
+        for step in self.steps[1:]:
+            for name in shared:
+                owner, _, leaf = name.rpartition(".")
+                setattr(step.get_submodule(owner), leaf, shared[name])
+
+    def run(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        for step in self.steps:
+            x = self.over(step, x)
+        return x
+
+
 class Fixed(Model):
     def run(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -237,6 +256,7 @@ class Fixed(Model):
         (InADictionary, (0, 2, 4, 0, None), "options.loops sets"),
         (WeightsForEach, (0, 2, 3, 0, None), "turns sets"),
         (Once, (1, 2, 1, 0, None), "a loop of body 0 1, 1 times, with 1 layers before and 0 after it; num_loops sets"),
+        (WrittenOut, (1, 1, 3, 0, "steps.0.1"), "nothing was found that sets"),
         (Fixed, (0, 2, 3, 0, None), "nothing was found that sets"),
     ],
 )
@@ -292,12 +312,68 @@ def test_an_order_that_is_no_single_loop_is_named_with_what_settles_it() -> None
     assert loopscope.hook(TwoLoops().eval(), recurrent="body.1", prelude=["body.0", "body.0"]).info.recurrent == 1
 
 
+def test_a_loop_within_a_layer_is_not_taken_for_none() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.times, self.shared = nn.Linear(WIDTH, WIDTH), 3, nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                x = torch.tanh(0.5 * x + self.cell(x))
+            squared: Tensor = self.shared(x) * self.shared(x)
+            return x + squared
+
+    class Twice(Model):
+        def make(self) -> None:
+            self.body = nn.ModuleList([Inner(), Inner()])
+
+        def run(self, x: Tensor) -> Tensor:
+            return self.over(self.body, x)
+
+    model = Twice().eval()
+    with pytest.raises(ConfigError, match=r"multiplies states by body\.0\.cell\.weight 3 times .* within one of them"):
+        loopscope.hook(model)
+    for layer in model.body:
+        vars(layer)["times"] = 1
+    assert not loopscope.hook(model).info.is_looped
+
+
+@pytest.mark.parametrize("entries", [True, False])
+def test_a_loop_that_is_no_modules_is_not_taken_for_a_chain(entries: bool) -> None:
+    class Functions(Model):
+        def make(self) -> None:
+            self.body = nn.ModuleList([Block(), Block()])
+            self.weight, self.norm = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.LayerNorm(WIDTH)
+
+        def run(self, x: Tensor) -> Tensor:
+            x = self.body[0](x) if entries else x
+            for _ in range(3):
+                x = x + torch.tanh(functional.linear(self.norm(x), self.weight))
+            return self.body[1](x) if entries else x
+
+    message = (
+        r"2 layers once, and multiplies states by weight 3 times in between" if entries else "No layers can be told"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loopscope.hook(Functions().eval())
+    if entries:
+        assert loopscope.hook(Functions().eval(), prelude="body").branches is not None
+
+
+def test_an_order_of_many_calls_is_cut() -> None:
+    words = order_in_words([f"{name}_of_the_model.{layer}" for name in ("lower", "upper") for layer in range(30)])
+    assert words.startswith("lower_of_the_model.0 lower_of_the_model.1 ")
+    assert words.endswith(" ... (60 calls)")
+    assert len(words) < 320
+
+
 def test_a_model_without_layers_says_what_it_called() -> None:
     class Nothing(Model):
         def run(self, x: Tensor) -> Tensor:
             return functional.rms_norm(x, x.shape[-1:])
 
-    with pytest.raises(ConfigError, match=r"No layers can be told in Nothing, which called embedding, head; say"):
+    with pytest.raises(ConfigError, match=r"No layers can be told in Nothing, which called embedding, head: none"):
         loopscope.hook(Nothing().eval())
 
 

@@ -297,3 +297,132 @@ class TestOfTheContract:
         subject = loopscope.hook(Foresees(Step()).eval())
         assert subject.facts.foresees
         assert check_subject(subject).passed
+
+
+def test_a_map_that_changes_after_the_first_few_recurrences_is_no_one_map() -> None:
+    class Coarse(Model):
+        """An embedding for every four recurrences."""
+
+        every = 4
+
+        def __init__(self) -> None:
+            super().__init__(Step())
+            self.loops, self.times = 8, nn.Parameter(torch.randn(8, WIDTH))
+
+        def step(self, x: Tensor, turn: int) -> Tensor:
+            return super().step(x + self.times[turn // self.every], turn)
+
+    assert loopscope.hook(Coarse().eval()).facts.one_map is False
+    same = Coarse().eval()
+    same.every = 8
+    assert loopscope.hook(same).facts.one_map is True
+
+
+class Registers(Model):
+    """Three tokens in some place beside those of the text."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(Block())
+        self.place, self.registers = place, nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+        at = min(self.place, x.shape[1])
+        x = super().run(tokens, torch.cat((x[:, :at], self.registers, x[:, at:]), 1))
+        return torch.cat((x[:, :at], x[:, at + 3 :]), 1)
+
+
+@pytest.mark.parametrize("place", [0, 4, 99])
+def test_tokens_within_the_text_or_behind_it_are_not_taken_for_such_before(place: int) -> None:
+    if place == 0:
+        assert loopscope.hook(Registers(place).eval(), tokens_before=3).facts.causal
+        return
+    with pytest.raises(
+        ConfigError, match=r"another token 0 of 11 changes the state in place 0 of 14 before any layer, not 3\."
+    ):
+        loopscope.hook(Registers(place).eval(), tokens_before=3)
+
+
+@pytest.mark.parametrize("tuple_of", [False, True])
+def test_states_are_not_taken_for_logits(tuple_of: bool) -> None:
+    class Headless(Model):
+        normed = False
+
+        def forward(self, tokens: Tensor) -> Any:
+            x = self.run(tokens, self.embedding(tokens))
+            x = functional.rms_norm(x, (WIDTH,)) if self.normed else x
+            return (x, self.head(x)) if tuple_of else x
+
+    model = Headless(Step()).eval()
+    with pytest.raises(ConfigError, match="are the states of its last layer and no logits; give a model with a head"):
+        loopscope.hook(model)
+    model.normed = True
+    assert any(
+        one.startswith("Logits: what the model returns is as wide") for one in loopscope.hook(model).unobservable
+    )
+
+
+def test_of_many_answers_none_is_taken_for_the_last() -> None:
+    class Supervised(Model):
+        def forward(self, tokens: Tensor) -> Any:
+            x, answers = self.embedding(tokens), []
+            for _ in range(self.loops):
+                x = self.body[0](x)
+                answers.append(self.head(x))
+            return answers
+
+    model = Supervised(Step()).eval()
+    with pytest.raises(
+        ConfigError, match=r"returned 4 tensors of shape \(1, 11, 20\), as if it answered more than once"
+    ):
+        loopscope.hook(model)
+    assert loopscope.hook(model, forward=lambda model, ids, mask: model(ids)[-1]).facts.carries
+
+
+def test_latents_are_no_tokens() -> None:
+    class Latents(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            latents = x.mean(1, keepdim=True) + torch.linspace(0, 1, 24)[:, None]
+            return super().run(tokens, latents)[:, : x.shape[1]]
+
+    with pytest.raises(ConfigError, match="or states of others than tokens, are not supported"):
+        loopscope.hook(Latents(Step()).eval(), tokens_before=13)
+
+
+class Named(nn.Module):
+    """Its state is `hidden`, wherever that stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
+
+    def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
+        out: Tensor = self.step(hidden + 0.1 * context)
+        return out
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_state_is_what_goes_round_in_whatever_argument(named: bool, other: bool) -> None:
+    """Where the loop begins, it may be the same tensor as what the layer is given first."""
+
+    class Given(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            context = 2 * x if other else x
+            for _ in range(self.loops):
+                x = self.body[0](context=context, hidden=x) if named else self.body[0](context, x)
+            return x
+
+    subject = loopscope.hook(Given(Named()).eval())
+    assert (subject.facts.carries, subject.facts.one_map, subject.facts.prompt_enters) == (True, True, True)
+    assert check_subject(subject).passed
+
+
+def test_a_loop_from_zero_to_which_the_prompt_is_added_returns_states() -> None:
+    class Equilibrium(Model):
+        def run(self, tokens: Tensor, x: Tensor) -> Tensor:
+            state = torch.zeros_like(x)
+            for _ in range(self.loops):
+                state = self.body[0](state + x)
+            return state
+
+    assert loopscope.hook(Equilibrium(Step()).eval()).branches is None

@@ -361,7 +361,7 @@ def test_a_family_that_nobody_knows(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     save_file({f"theirs.{name}": tensor for name, tensor in weights.items()}, model / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"'nobodys'.*transformers .* does not know it either.*adding-a-family"
+        CheckpointError, match=r"'nobodys'.*transformers .* cannot load it either.*adding-a-family"
     ) as caught:
         loopscope.inspect_model(model)
     one_sentence(caught.value)

@@ -96,7 +96,7 @@ class Loop(nn.Module):
             if self.hidden:
                 beside = beside + 0.5 * state
             state = state + beside + self.timed * turn * embedded
-            if self.late and turn > 2:
+            if self.late and turn > 4:
                 state = state + embedded
             if self.restarts:
                 beside, state = state, embedded
@@ -137,7 +137,7 @@ def test_a_study_leaves_them_out_with_the_reason() -> None:
 
 
 def test_a_recurrence_that_leaves_the_first_ones_alone_is_found_where_the_run_stands() -> None:
-    """Two recurrences are one map and the fourth is another: the probe does not see it, the prompt's own run does."""
+    """The model's own four recurrences are one map and the sixth is another, which the prompt's run alone shows."""
     subject = hooked(late=True)
     assert subject.no_one_map is None
     with pytest.raises(ConfigError, match="entered again with it where the run stands"):
@@ -222,6 +222,43 @@ class Bent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bent: Tensor = x / 2 + self.down(self.activation(self.up(x)))
         return bent
+
+
+class Coarse(Unseen):
+    """A part of the loop rounds more coarsely than the dtype of its states, as a norm in float32 or autocast do."""
+
+    part = torch.float32
+
+    def __init__(self, way: str = "seen") -> None:
+        super().__init__(way)
+        self.body = nn.ModuleList([_Coarse(self)])
+
+
+class _Coarse(Halves):
+    def __init__(self, model: Coarse) -> None:
+        super().__init__()
+        self.dtype = [model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.1 * x + (0.9 * x.to(self.dtype[0].part)).to(x.dtype))
+
+
+@pytest.mark.parametrize("way", ["seen", "no_grad"])
+def test_a_part_in_float32_of_a_model_in_float64_is_no_derivative_of_noise(way: str) -> None:
+    subject = loopscope.hook(Coarse(way).double(), recurrent="body", set_recurrences="loops")
+    found = leading_eigenvalues(subject, IDS, settings=EXACT, recurrences=20)
+    assert found.derivative == ("exact" if way == "seen" else "differences")
+    leading, errors = found.eigenvalues[..., 0][found.mask], found.errors[..., 0][found.mask]
+    assert (abs(leading - 0.75) <= errors).all()
+    assert (errors >= 1e-6).all()
+
+
+def test_a_part_in_half_precision_has_no_derivative() -> None:
+    model = Coarse()
+    model.part = torch.bfloat16
+    subject = loopscope.hook(model, recurrent="body", set_recurrences="loops")
+    with pytest.raises(ConfigError, match="a part of it runs in half precision although its states are float32"):
+        leading_eigenvalues(subject, IDS, settings=EXACT, recurrences=20)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardtanh()], ids=["ReLU", "Hardtanh"])

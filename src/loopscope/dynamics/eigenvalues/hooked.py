@@ -11,12 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import (
+    WIDER,
     DifferenceProducts,
     ExactProducts,
     OwnMap,
     Products,
     TokenVectors,
-    are_confirmed,
+    disagreement,
 )
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.errors import ConfigError
@@ -32,6 +33,10 @@ _COPIED_TOKENS = 2048
 _SAME = 1e-3
 """A prompt without its last token has to give the states that it has with it, but for this share of the largest entry:
 above what float32 loses in matrix products of another shape, and below what a token that looks ahead changes."""
+
+_ROUNDS_MORE, _IN_FLOAT32 = 1e-6, 20 * torch.finfo(torch.float32).eps
+"""A quotient in float64 is good to 1e-9. One that is off by more than the first number tells of a part of the map in
+float32, as norms and softmax often are, and the second is then what products are good to."""
 
 _FEWEST = 3
 """Recurrences that have to be run to see one again: the first begins where the model's own state does."""
@@ -155,11 +160,28 @@ class HookedRecurrence:
             # The fused kernels cannot be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH):
                 products = ExactProducts(exact, point)
-                if are_confirmed(products, plain):
+                apart = disagreement(products, plain)
+                if apart < torch.inf:
+                    if apart > _ROUNDS_MORE:
+                        products.accuracy = max(products.accuracy, _IN_FLOAT32)
                     return products, "exact"
         except Exception:  # in-place arithmetic, or an operation of its own, which says so in its own way
             pass
-        return DifferenceProducts(plain, point), "differences"
+        tries: list[tuple[float, DifferenceProducts]] = []
+        for step in (1.0, WIDER) if point.dtype == torch.float64 else (1.0,):
+            differences = DifferenceProducts(plain, point, step=step)
+            tries.append((disagreement(differences, plain, step / 4), differences))
+            if tries[-1][0] <= _ROUNDS_MORE:
+                break
+        apart, differences = min(tries, key=lambda each: each[0])
+        if apart < torch.inf:
+            differences.accuracy = max(differences.accuracy, apart)
+            return differences, "differences"
+        raise ConfigError(
+            f"No eigenvalues can be taken of {self._subject.info.name}: its gradients differ from difference quotients "
+            f"of what it computes, and these hang on their step, as where a part of it runs in half precision although "
+            f"its states are {self._subject.info.dtype}; run it without autocast, in float32."
+        )
 
     def _own(self, row: int, places: Tensor, state: States, *, gradients: bool) -> OwnMap:
         count, end = len(places), int(places[-1]) + 1

@@ -24,9 +24,12 @@ _ROUNDINGS = 20.0
 """Of which the error of a product is made up: in four layers, products in float32 and float64 differ by 1 to 12.
 """
 _AGREE = 1e-2
-_SMALLER_STEPS = (1 / 16, 1 / 16)
+_STEPS = (1.0, 1 / 16, 1 / 16)
+WIDER = 64.0
 """A product and a difference quotient differ by less than this share of it: curvature and rounding leave 1e-3, and a
-part of the map that is left out far more than that. Steps of the second and third try, as shares of the first's."""
+part of the map that is left out far more than that. Steps of the tries, as shares of the usual one: the smaller ones
+stay off kinks. The last number is a step in float64 above what a part of the map in float32, as norms often are,
+rounds."""
 _INVARIANT = 100.0
 """A product of which less than this many roundings of its size is new adds nothing to the space."""
 
@@ -100,30 +103,33 @@ class DifferenceProducts:
             return self._own(point)
 
 
-def are_confirmed(products: Products, own: OwnMap) -> bool:
-    """Whether a product of every token is the difference quotient of its map, to 1 % or to that quotient's rounding.
+def disagreement(products: Products, own: OwnMap, step: float = 1.0) -> float:
+    """The largest share by which a product of a token differs from the difference quotient of its map, beyond that
+    quotient's rounding; infinite where it is above 1 % of some token.
 
     What automatic differentiation gives is the derivative only if the map lets it see all that it does: a part that
     runs without gradients, is detached or scaled on the way back, or is one opaque call in the backward pass, is left
-    out without an error. Where the map has a kink or a jump nearby, a quotient is off and the product is not, so a
-    token that differs is tried twice more, along other vectors and with a smaller step.
+    out without an error. Quotients in turn are noise where the map rounds more coarsely than its dtype, which shows
+    between two `step`s. Where the map has a kink or a jump nearby, a quotient is off and the product is not, so a
+    token that differs is tried again, along other vectors and with other steps.
     """
     noise = torch.Generator().manual_seed(0)
-    confirmed = torch.zeros(len(products.point), dtype=torch.bool, device=products.point.device)
-    for step in (1.0, *_SMALLER_STEPS):
+    found = torch.full(products.point.shape[:1], torch.inf, dtype=products.point.dtype, device=products.point.device)
+    for share in (*_STEPS, WIDER) if products.point.dtype == torch.float64 else _STEPS:
         vectors = torch.randn(products.point.shape, generator=noise, dtype=torch.float64).to(products.point)
         vectors = functional.normalize(vectors, dim=-1)
-        quotients = DifferenceProducts(own, products.point, step=step)
-        exact, differences = products(vectors), quotients(vectors)
+        quotients = DifferenceProducts(own, products.point, step=step * share)
+        product, quotient = products(vectors), quotients(vectors)
         apart, size, point, image = (
             torch.linalg.vector_norm(each, dim=-1)
-            for each in (exact - differences, differences, products.point, quotients.image)
+            for each in (product - quotient, quotient, products.point, quotients.image)
         )
         # A state that overflowed has no derivative to be confirmed.
-        confirmed |= (apart <= _AGREE * size + quotients.accuracy * image / point) | ~apart.isfinite()
-        if bool(confirmed.all()):
-            return True
-    return False
+        is_rounding = (apart <= quotients.accuracy * image / point) | ~apart.isfinite()
+        found = torch.minimum(found, torch.where(is_rounding, 0.0, apart / size))
+        if bool((found <= _AGREE).all()):
+            return float(found.max())
+    return torch.inf
 
 
 def transposed_products(image: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from loopscope.models.checkpoints.config_reader import Remaining
 from loopscope.models.checkpoints.families import FAMILIES
 from loopscope.models.checkpoints.family import Family, TensorSlice, parameter_shapes
 from loopscope.models.checkpoints.store import READABLE, Headers, TensorStore, read_json
+
+_LOOPED_CLASS = re.compile(r"(?i)loop|recur|cycle|ponder|universal")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def find_layout(
         architecture = family.architecture(remaining)
     except ConfigError as error:
         raise CheckpointError(f"{where}/config.json: {error}") from None
+    if not architecture.recurrent:
+        refuse_looped_class(config, where)
     parts = family.parts(architecture, headers.keys())
     _check_parts(family, architecture, parts)
     head = family.tied_head
@@ -82,6 +87,25 @@ def find_layout(
         config=config,
         files=tuple(sorted({header.file for header in headers.values()})),
     )
+
+
+def refuse_looped_class(config: Mapping[str, Any], where: str) -> None:
+    """Raise `CheckpointError` for a model that is to be read without a loop and whose config names code of its own that
+    is called like a loop's: it may have a loop that no field tells of."""
+    named = [*listed(config.get("architectures")), *listed(config.get("auto_map"))]
+    looped = next((name for name in named if _LOOPED_CLASS.search(name)), None)
+    if looped is not None:
+        raise CheckpointError(
+            f"The config.json of {where} names {looped!r:.80} as what runs the model, which by its name loops, while "
+            f"model_type {config.get('model_type')!r:.40} is without a loop. Load it by that code and give it to "
+            "loopscope.hook; if it has no loop, correct the name."
+        )
+
+
+def listed(value: Any) -> list[str]:
+    """The texts in a list or among the values of a mapping."""
+    values = value.values() if isinstance(value, Mapping) else value
+    return [each for each in values if isinstance(each, str)] if isinstance(values, Iterable) else []
 
 
 def refuse_ignored(ignore_config: Collection[str], unknown: UnknownFamilyError) -> None:
@@ -154,7 +178,7 @@ def _check_names(
     if missing:
         raise CheckpointError(
             f"{where} lacks {_count(missing, 'tensor')} that a {family.name} model of layout {architecture.layout} "
-            f"has, first {missing[0]!r}."
+            f"has, first {missing[0]!r}{_with_prefix(missing[0], headers)}."
         )
     unknown = sorted(name for name in headers.keys() - wanted - set(copies) if not family.unused.fullmatch(name))
     if unknown:
@@ -163,6 +187,15 @@ def _check_names(
             f"does not have, first {unknown[0]!r} (in {headers[unknown[0]].file}); it is another model than its "
             "config says."
         )
+
+
+def _with_prefix(name: str, headers: Headers) -> str:
+    """What stands before this name in all of the file's, said."""
+    longer = next((each for each in headers if each.endswith(f".{name}")), "")
+    prefix = longer.removesuffix(name)
+    if not prefix or not all(each.startswith(prefix) for each in headers):
+        return ""
+    return f"; all of its tensors begin with {prefix!r}, without which they must be saved"
 
 
 def _count(names: list[str], noun: str) -> str:

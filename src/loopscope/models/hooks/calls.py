@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -18,34 +19,98 @@ Forward = Callable[..., Tensor]
 """`forward(model, input_ids, mask, **extra) -> logits`; the mask is True for tokens, (batch, token)."""
 
 
+Form = Literal["batch first", "token first", "flat", "streams"]
+"""How states lie in a model's tensors: (batch, token, width), (token, batch, width), (batch * token, width), or (batch,
+token, stream, width), whose streams are taken side by side."""
+
+
 def outputs_of(output: Any) -> Sequence[Any]:
-    """What a layer returns, one after the other: a tensor, a tuple, a mapping or a dataclass."""
-    if isinstance(output, Mapping):
-        return list(output.values())
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return output if isinstance(output, tuple | list) else (output,)
+    """What a layer returns, one after the other: a tensor, a tuple, a mapping or a dataclass; what is in those within
+    it comes last."""
+    parts = _parts(output)
+    if parts is None:
+        return (output,)
+    return [*parts, *(inner for part in parts for inner in _parts(part) or ())]
 
 
-def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """A layer's arguments in the order of its parameters, in whatever order a caller names them."""
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """A layer's arguments in the order of its parameters, in whatever order a caller names them, and then what is in
+    those that are tuples, mappings and dataclasses."""
+    return outputs_of([*args, *(kwargs[name] for name in _in_order(module, kwargs))])
+
+
+def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of arguments in the order of the parameters, and of others behind them."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except ValueError:  # a scripted module has none to be read
         names = []
-    known = [kwargs[name] for name in names if name in kwargs]
-    return [*args, *known, *(value for name, value in kwargs.items() if name not in names)]
+    return [*(name for name in names if name in kwargs), *(name for name in kwargs if name not in names)]
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """What is in a container."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(value) if isinstance(value, tuple | list) else None
 
 
 def with_other(
-    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, earlier: int, new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another tensor in the first place where the old one is."""
-    for index, value in enumerate(args):
-        if value is old:
-            return (*args[:index], new, *args[index + 1 :]), kwargs
-    name = next(name for name, value in kwargs.items() if value is old)
-    return args, kwargs | {name: new}
+    """A layer's arguments, as `arguments_of` orders them, with another tensor where the old one is, but for `earlier`
+    places where it is too: the same tensor may be given twice."""
+    names = _in_order(module, kwargs)
+
+    def itself(value: Any) -> Any:
+        return new if value is old else value
+
+    def within(value: Any) -> Any:
+        return _within(value, old, new)
+
+    for change in (itself, within):
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in names)]
+        for place, value in places:
+            changed = change(value)
+            if changed is value:
+                continue
+            if earlier:
+                earlier -= 1
+            elif isinstance(place, int):
+                return (*args[:place], changed, *args[place + 1 :]), kwargs
+            else:
+                return args, kwargs | {place: changed}
+    raise AssertionError("what was found among the arguments is there")
+
+
+def _within(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A container with another tensor in the first place where the old one is; anything else as it is."""
+    place = next((place for place, each in enumerate(_parts(value) or ()) if each is old), None)
+    if place is None:
+        return value
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        changed.update({list(value)[place]: new})
+        return changed
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{dataclasses.fields(value)[place].name: new})
+    entries = [*value[:place], new, *value[place + 1 :]]
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+
+def twins_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules whose weights are all those of another one of their type, with the first of these: layers that share
+    weights are a loop that is written out."""
+    first: dict[tuple[type, tuple[int, ...]], tuple[str, nn.Module]] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    for path, module in model.named_modules():
+        weights = tuple(id(weight) for weight in module.parameters())
+        there, twin = first.setdefault((type(module), weights), (path, module))
+        if weights and twin is not module and not path.startswith(f"{there}."):
+            found[module] = twin
+    return found
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -76,6 +141,10 @@ class ModelCall:
         """With `prefix`, a prompt is given as a block that is read in both directions (see `is_prefix_model`). The
         model's states have `tokens_before` tokens more than the prompt, in front of it."""
         self.model = model
+        self.twins = twins_of(model)
+        self.form: Form = "batch first"
+        self.skips: dict[nn.Module, int] = {}
+        """How many tensors of states a layer is given before its own."""
         self.tokens_before = tokens_before
         self.prefix = prefix
         self._forward = forward
@@ -94,6 +163,30 @@ class ModelCall:
         has_cache = self._pretrained or hasattr(getattr(model, "config", None), "use_cache")
         self._takes_use_cache = has_cache and ("use_cache" in parameters or takes_rest)
 
+    def as_states(self, value: Any, batch: int, tokens: int) -> Tensor | None:
+        """(batch, token, width) of a tensor of states in the model's own form; None for what is none."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None
+        match self.form:
+            case "flat":
+                return value.view(batch, tokens, -1) if value.shape[:-1] == (batch * tokens,) else None
+            case "streams":
+                return value.flatten(2) if value.ndim == 4 else None
+            case "token first":
+                return value.transpose(0, 1) if value.ndim == 3 else None
+        return value if value.ndim == 3 else None
+
+    def in_its_form(self, states: Tensor, like: Tensor) -> Tensor:
+        """The reverse of `as_states`, of the same form as another tensor of the model."""
+        match self.form:
+            case "flat":
+                return states.flatten(0, 1)
+            case "streams":
+                return states.reshape(like.shape)
+            case "token first":
+                return states.transpose(0, 1)
+        return states
+
     def __call__(self, batch: Batch, extra: Mapping[str, Any]) -> Logits:
         """Raises `ConfigError` for an answer that holds no logits."""
         if self._forward is not None:
@@ -109,6 +202,9 @@ class ModelCall:
                 arguments["use_cache"] = False
             answer = self.model(batch.input_ids, **arguments)
         return _logits(answer, batch.input_ids)
+
+
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -129,6 +225,13 @@ def _logits(answer: Any, input_ids: TokenIds) -> Logits:
         found = answer.logits
     elif isinstance(answer, tuple | list) and answer:
         found = answer[0]
+    if isinstance(answer, tuple | list) and isinstance(found, Tensor):
+        alike = sum(isinstance(each, Tensor) and each.shape == found.shape for each in answer)
+        if alike > 1 and found.ndim == 3:
+            raise ConfigError(
+                f"The model returned {alike} tensors of shape {tuple(found.shape)}, as if it answered more than once; "
+                "give forward=, which returns the logits of the last."
+            )
     if not isinstance(found, Tensor):
         raise ConfigError(
             f"The model returned a {type(answer).__name__} without logits; give a model with a head, or "

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
 
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.called import Call, WatchedForward, is_same
-from loopscope.models.hooks.calls import ModelCall
+from loopscope.models.hooks.calls import FORMS, ModelCall
 from loopscope.models.hooks.how_often import Argument, find_setting, named_as_one
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
 from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 from loopscope.models.hooks.pausing import Setting
-from loopscope.models.hooks.probe import is_rounding
+from loopscope.models.hooks.probe import is_rounding, with_other_end
 from loopscope.models.subject import Batch
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -61,18 +62,28 @@ def discover(
     layers that are called once. What the model itself raises is passed on.
     """
     model = call.model
-    watched = WatchedForward(call, batch, extra or {})
-    calls = watched.calls()
-    layers = _layer_calls(model, calls)
-    if not _comes_twice(layers):
-        _refuse_longer(watched, batch)
+    for form in FORMS:
+        call.form = form
+        watched = WatchedForward(call, batch, extra or {})
+        calls = watched.calls()
+        layers = _layer_calls(model, calls)
+        if not _comes_twice(layers):
+            _refuse_longer(watched, batch)
+        if layers:
+            break
     if not layers:
-        seen = ", ".join(dict.fromkeys(one.path for one in calls if one.path))[:200] or "no module"
-        raise ConfigError(f"No layers can be told in {type(model).__name__}, which called {seen}; {_ADVICE}.")
+        seen = shorten(", ".join(dict.fromkeys(one.path for one in calls)), 200, placeholder=" ...") or "no module"
+        raise ConfigError(
+            f"No layers can be told in {type(model).__name__}, which called {seen}: none of them maps states of all "
+            "tokens to states of as many in a list of modules, or again and again. What loops has to be a module that "
+            f"does; then {_ADVICE}."
+        )
     in_words = order_in_words([one.path for one in layers])
     if not _comes_twice(layers):
         once = _looped_once(call, batch, layers) if with_setting and not extra else None
         chain = HookLayout(prelude=_hooked(layers), recurrent=(), coda=())
+        if once is None:
+            _refuse_products(call, batch, layers, extra or {})
         return once or Found(chain, None, None, f"{len(layers)} layers, each called once: {in_words}")
     looped = next((each for each in _without_lists(layers) if _one_loop(each) is not None), None)
     if looped is None:
@@ -95,7 +106,23 @@ def _refuse_longer(watched: WatchedForward, batch: Batch) -> None:
         raise ConfigError(
             f"A module is called {watched.longer.most_common()[0][1]} times with states of {shapes[0]}, for "
             f"{(batches, tokens)} tokens; if the model puts {shapes[0][1] - tokens} tokens before the text (registers, "
-            f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens})."
+            f"a puzzle's tokens), say so, as in loopscope.hook(model, tokens_before={shapes[0][1] - tokens}); "
+            "within the text or behind it they are not supported."
+        )
+
+
+def _refuse_products(call: ModelCall, batch: Batch, layers: list[Call], extra: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where what is between layers that are called once, or within one of them, multiplies by one
+    weight again and again: a loop that is no module's is none that hooks could see."""
+    width = layers[0].width
+    assert width is not None  # it maps states to states
+    modules = [one.module for one in layers]
+    for name, times in WatchedForward(call, batch, extra).repeated_products(modules, width).items():
+        raise ConfigError(
+            f"{type(call.model).__name__} calls each of its {len(layers)} layers once, and multiplies states by {name} "
+            f"{times} times in between, or within one of them, so that something loops which is no layer. Make it a "
+            "module that is called in every recurrence, and name it; or name the layers, as in "
+            "loopscope.hook(model, prelude=...), to watch them as a chain."
         )
 
 
@@ -157,13 +184,16 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
     # From one recurrence to the next, something may be added to a state as well.
     first = layout.recurrent[0].module if layout.recurrent else None
     within = [pair for pair in pairs if pair[1].module is not first]
-    added = [one for one, after in pairs if _is_sum(after.received, one)]
+    # A loop from zero to which the prompt is added begins with what looks like such a sum.
+    sums = {id(one): _is_sum(after.received, one) for one, after in pairs}
+    added = [one for one, _ in pairs if all(sums[id(each)] for each, _ in pairs if each.module is one.module)]
     if not pairs or any(is_same(after.received, one.put_out) for one, after in pairs):
         return None
     if added:
         return (
             f"what {added[0].path} puts out is added to what it received before the next layer receives it; it returns "
-            "a branch, and so its 'states' are no states of the residual stream; watch the module around it"
+            "a branch, and so its 'states' are no states of the residual stream; watch the module around it, or one "
+            "whose first output is the state"
         )
     if within:
         return (
@@ -171,6 +201,27 @@ def _branches(calls: Sequence[Call], layout: HookLayout) -> str | None:
             "added outside, and their outputs be no states of the residual stream"
         )
     return None
+
+
+def check_places(call: ModelCall, batch: Batch, layout: HookLayout, extra: Mapping[str, Any], *, whole: bool) -> None:
+    """Raises `ConfigError` where another first or last token of the prompt changes another place of what the first
+    layer receives than `tokens_before` says; of a layout that is the `whole` model, also where it changes the tokens
+    before."""
+    first = [(layout.prelude or layout.recurrent)[0].module]
+    before, tokens = call.tokens_before, batch.input_ids.shape[1]
+    as_it_is = WatchedForward(call, batch, extra).calls(first)[0].received
+    for place in (0, tokens - 1):
+        other = WatchedForward(call, with_other_end(batch, place), extra).calls(first)[0].received
+        if as_it_is is None or other is None:
+            return
+        moved = (as_it_is != other).any(-1)[0].nonzero().flatten().tolist()
+        if moved and (before + place not in moved or (whole and moved[0] < before)):
+            raise ConfigError(
+                f"tokens_before={before} is not where the text begins: another token {place} of {tokens} changes the "
+                f"state in place {moved[0]} of {as_it_is.shape[1]} before any layer, not {before + place}. "
+                "Tokens that a model puts within the text or behind it, or states of others than tokens, are not "
+                "supported; hook it with all that it adds in front."
+            )
 
 
 def _is_sum(received: Tensor | None, one: Call) -> bool:
@@ -232,6 +283,8 @@ def _layer_calls(model: nn.Module, calls: list[Call]) -> list[Call]:
     listed = _same_kind([one for one in maps if one.module in entries])
     times = Counter(one.module for one in maps)
     blocks = [one for one in maps if one.module not in entries and times[one.module] > 1]
+    # A norm that comes again and again is a part of what loops, and its output is not what goes round.
+    blocks = [one for one in blocks if not type(one.module).__name__.endswith("Norm")]
     blocks = [one for one in blocks if next(one.module.parameters(), None) is not None]
     if listed or any(any(one.module.children()) for one in blocks):
         blocks = [one for one in blocks if any(one.module.children())]

@@ -166,14 +166,17 @@ class _Worker:
             # Hooks come and go while nobody else computes, who might be looking through them.
             stack.callback(self._spec.context.give_back)
             self._spec.context.take()
-            for module in self._spec.layout.modules:
+            own = self._spec.layout.modules
+            self._twins = {twin: one for twin, one in self._spec.call.twins.items() if one in own and twin not in own}
+            for module in (*own, *self._twins):
                 # Other threads run the same modules: another run of the model, or its owner.
                 before = module.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(module.register_forward_hook(self._after).remove)
             if self._spec.layout.loop_end is not None:
-                end = self._spec.layout.loop_end.module.register_forward_hook(self._after_loop_end)
-                stack.callback(end.remove)
+                end = self._spec.layout.loop_end.module
+                for module in (end, *(twin for twin, one in self._spec.call.twins.items() if one is end)):
+                    stack.callback(module.register_forward_hook(self._after_loop_end).remove)
             stack.callback(self._stop_watching)  # where a layer failed
             logits = self._spec.call(self._spec.batch, self._spec.extra())
             self._cursor.finish()
@@ -187,23 +190,24 @@ class _Worker:
         if threading.get_ident() != self._thread or kwargs is None:
             return None
         self._pauses.check()
-        site = self._site = self._cursor.enter(module)
+        site = self._site = self._cursor.enter(self._twins.get(module, module))
         changed = None
         if site.stage == "recurrent" and site.layer == 0:
-            received = self._find(arguments_of(module, args, kwargs), site, "received")
+            values, call = arguments_of(module, args, kwargs), self._spec.call
+            given, received = self._find(values, site, "received")
+            states = [value for value in values if call.as_states(value, *received.shape[:2]) is not None]
+            earlier = sum(value is given for value in states[: call.skips.get(self._twins.get(module, module), 0)])
             if self._halts is not None:
                 self._halts.begin(site.recurrence, self._announced(received))
-            before = self._spec.call.tokens_before
+            before = call.tokens_before
             if site.recurrence == 1 and self._spec.begins_with is not None:
-                other = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
-                changed = with_other(args, kwargs, received, other)
-                received = other
+                received = torch.cat((received[:, :before], self._spec.begins_with.to(received.device)), 1)
+                changed = with_other(module, args, kwargs, given, earlier, call.in_its_form(received, given))
             factors, self._listener.nudge = self._listener.nudge, None
             if factors is not None:
                 nudged = received[:, before:] * factors.to(received.device)
-                other = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
-                changed = with_other(args, kwargs, received, other)
-                received = other
+                received = torch.cat((received[:, :before], nudged.to(received.dtype)), 1)
+                changed = with_other(module, args, kwargs, given, earlier, call.in_its_form(received, given))
             self._begin_recurrence(site, self._announced(received))
         if self._listener.listening:
             self._watching = ExitStack()
@@ -230,7 +234,7 @@ class _Worker:
             self._listener.attention_calls[site.stage, site.layer] = calls
             if (site.stage, site.layer) in self._spec.blind:
                 attention = None
-        state = self._announced(self._find(outputs_of(output), site, "put out"))
+        state = self._announced(self._find(outputs_of(output), site, "put out")[1])
         if self._listener.listening:
             self._announce(Visit(site.stage, site.layer, site.recurrence, state, attention, sink))
         is_last = self._cursor.leave(site)
@@ -249,7 +253,7 @@ class _Worker:
         self._ends += 1
         if self._ends == 1:
             site = Site("recurrent", len(self._spec.layout.recurrent) - 1, self._cursor.recurrences)
-            state = self._announced(self._find(outputs_of(output), site, "was followed by"))
+            state = self._announced(self._find(outputs_of(output), site, "was followed by")[1])
             self._end_recurrence(LoopState(site.recurrence, state))
 
     def _end_recurrence(self, loop_state: LoopState) -> None:
@@ -262,25 +266,26 @@ class _Worker:
                     self._stack.callback(module.register_forward_pre_hook(self._behind).remove)
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        state = next((v for v in args if isinstance(v, Tensor)), None)
-        shape = (*self._spec.batch.input_ids.shape, self._spec.width)
-        if threading.get_ident() != self._thread or self._halts is None or state is None:
+        if threading.get_ident() != self._thread or self._halts is None:
             return
-        before = self._spec.call.tokens_before
-        if (state.shape[0], state.shape[1] - before if state.ndim == 3 else -1, state.shape[-1]) == shape:
+        call, (prompts, tokens) = self._spec.call, self._spec.batch.input_ids.shape
+        shape = (prompts, tokens + call.tokens_before)
+        state = next((call.as_states(v, *shape) for v in args if isinstance(v, Tensor)), None)
+        if state is not None and state.shape == (*shape, self._spec.width):
             self._halts.behind(self._cursor.recurrences, self._announced(state))
 
-    def _find(self, values: Sequence[Any], site: Site, verb: str) -> Tensor:
-        """The first tensor of (batch, token, width) among a layer's arguments or outputs."""
+    def _find(self, values: Sequence[Any], site: Site, verb: str) -> tuple[Tensor, Tensor]:
+        """The first tensor of states among a layer's arguments or outputs, and the same as (batch, token, width)."""
         prompts, tokens = self._spec.batch.input_ids.shape
         batch = (prompts, tokens + self._spec.call.tokens_before)
-        found = next((v for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
+        states = ((v, self._spec.call.as_states(v, *batch)) for v in values)
         layer = self._spec.layout.stage(site.stage)[site.layer]
-        if found is None or found.shape[:2] != batch:
+        there = [pair for pair in states if pair[1] is not None]
+        skip = self._spec.call.skips.get(layer.module, 0) if verb == "received" else 0
+        given, found = next(iter([*there[skip:], *there]), (None, None))
+        if given is None or found is None or found.shape[:2] != batch:
             seen = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
-            there = (
-                f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
-            )
+            but = f", but {', '.join(str(shape) for shape in seen[:3])} for {(prompts, tokens)} tokens" if seen else ""
             advice = "name modules that map states to states"
             if found is not None and found.shape[0] < prompts and found.shape[1:2] == batch[1:]:
                 advice = (
@@ -293,7 +298,7 @@ class _Worker:
                     f"do, say tokens_before={found.shape[1] - tokens}; in other places they are not supported"
                 )
             raise ConfigError(
-                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){there}; {advice}."
+                f"{layer.path} ({site.label}) {verb} no states of shape (batch, token, width){but}; {advice}."
             )
         width = self._spec.width
         if verb != "received" and width is not None and found.shape[2] != width:
@@ -301,7 +306,7 @@ class _Worker:
                 f"{layer.path} ({site.label}) {verb} {tuple(found.shape)} for {batch} tokens, where the model's states "
                 f"have a width of {width}; name modules whose first output is the state."
             )
-        return found
+        return given, found
 
     def _announced(self, state: Tensor) -> Tensor:
         seen = (state if self._spec.gradients else state.detach())[:, self._spec.call.tokens_before :]

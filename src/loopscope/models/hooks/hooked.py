@@ -12,8 +12,9 @@ from torch import nn
 from loopscope._util.shapes import Logits, States
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
+from loopscope.models.hooks.called import settle_form, settle_place
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
-from loopscope.models.hooks.discovery import branches
+from loopscope.models.hooks.discovery import branches, check_places
 from loopscope.models.hooks.dispatched import placement_of, weights_of
 from loopscope.models.hooks.forward import ForwardSpec, HookedForward
 from loopscope.models.hooks.layout import HookLayout
@@ -72,6 +73,14 @@ class HookedSubject(CallableSubject):
         self._attention_call = attention_call
         self._setting = Setting(model, set_recurrences) if isinstance(set_recurrences, str) else None
         self._function = None if isinstance(set_recurrences, str) else set_recurrences
+        with trial(model, is_function=self._function is not None, trained=trained_recurrences):
+            extra = self._extra(trained_recurrences)
+            settle_form(self._call, self._probe, (layout.prelude or layout.recurrent)[0].module, extra)
+            if layout.recurrent:
+                ends = [layer.module for layer in (layout.recurrent[-1], layout.loop_end) if layer is not None]
+                settle_place(self._call, self._probe, ends, layout.recurrent[0].module, extra)
+            if tokens_before:
+                check_places(self._call, self._probe, layout, extra, whole=found is not None)
         self._facts: Facts | None = None
         self._facts = self._measure(trained_recurrences)
         self.branches = branches(self._call, self._probe, layout, self._extra(trained_recurrences))

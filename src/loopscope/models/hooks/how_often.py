@@ -17,7 +17,7 @@ from loopscope.models.hooks.order import Repeats
 from loopscope.models.hooks.pausing import Setting
 from loopscope.models.subject import Batch
 
-_LOOPS = re.compile(r"loop|recur|cycle|iter|pass|repeat|ponder|ut_steps|hops")
+LOOPS = re.compile(r"loop|recur|cycle|iter|pass|repeat|ponder|ut_steps|hops")
 """What a number is called that may be one of recurrences where it is 1, as so many others are."""
 
 _COUNTS = re.compile(r"step|loop|recur|cycle|iter|pass|turn|repeat|depth|times|ponder|n_|num")
@@ -102,7 +102,7 @@ def whole_numbers(model: nn.Module, layers: list[Call], value: int) -> list[str]
 
 def named_as_one(model: nn.Module, layers: list[Call]) -> list[str]:
     """Paths of numbers of 1 that are called as a number of recurrences is."""
-    return [path for path in whole_numbers(model, layers, 1) if _LOOPS.search(path.rpartition(".")[2])]
+    return [path for path in whole_numbers(model, layers, 1) if LOOPS.search(path.rpartition(".")[2])]
 
 
 def _numbers_in(owner: Any, prefix: str, value: int, depth: int) -> list[str]:

@@ -123,7 +123,8 @@ class Cursor:
         if between and self._asked is not None and too_many != too_few:
             return (
                 f"{self._asked} recurrences were to be run: set_recurrences must set their number, and it must be the "
-                "same whatever the tokens are."
+                "same whatever the tokens are (set the tolerance or threshold of a model that stops by itself so that "
+                "it does not)."
             )
         if called is None:
             return "name only layers that it calls, in the order of the calls."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-_SHOWN = 40
-"""Calls of an order that a message names."""
+_SHOWN, _LENGTH = 40, 300
+"""Calls of an order that a message names, and characters that they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +55,7 @@ def order_in_words(names: Sequence[str]) -> str:
     paths = {name.rpartition(".")[0] for name in names}
     shared = paths.pop() if len(paths) == 1 else ""
     shown = [name.rpartition(".")[2] if shared else name for name in names[:_SHOWN]]
-    more = [f"... ({len(names)} calls)"] if len(names) > _SHOWN else []
+    lengths = accumulate(len(name) + 1 for name in shown)
+    shown = [name for name, length in zip(shown, lengths, strict=True) if length <= _LENGTH]
+    more = [f"... ({len(names)} calls)"] if len(names) > len(shown) else []
     return " ".join([*([shared] if shared else []), *shown, *more])

@@ -81,7 +81,7 @@ class Facts:
     unchanged, so that this was not tried."""
     one_map: bool | None
     """Entered with what the first recurrent layer receives in the second recurrence, the first one does what the second
-    does. None where fewer than two recurrences can be run."""
+    does, and likewise with the last but one of the model's own number. None where fewer than two can be run."""
     restarts: bool
     """The first recurrent layer receives the same in every recurrence, so that what goes round passes beside it."""
     keeps: bool
@@ -140,6 +140,7 @@ def measure_facts(
     record = records[-1]
     again = _Record(start(probe, recurrences)).run()
     _require_same_again(again, record)
+    _refuse_states(record)
     draws = any(record.forward.drew for record in records)
     another = _Record(start(probe, recurrences, 1)).run() if draws else record
     random = not torch.equal(another.logits, record.logits)
@@ -151,15 +152,22 @@ def measure_facts(
     other_loop = record
     if recurrences is not None:
         other_loop = _Record(start(probe, recurrences - 1)).run()
+    # An acceleration may begin later than in the first few recurrences.
+    longest = recurrences if recurrences is None else max(own or 0, recurrences)
     one_map = restarts = None
     if len(record.carried) > 1:
         restarts = all(torch.equal(record.injected[0], state) for state in record.injected[1:])
         entered = _Record(start(probe, recurrences, begins_with=record.injected[1])).run()
-        one_map = entered.repeats_second(record, exactly=again.same_loop(record))
+        exactly = again.same_loop(record)
+        one_map = entered.repeats(record, 1, exactly=exactly)
+        # What changes with the number of the recurrence may change later than in the first few.
+        whole = _Record(start(probe, longest)).run() if one_map and longest != recurrences else record
+        if one_map and len(whole.carried) > 3:
+            late = len(whole.carried) - 2
+            entered = _Record(start(probe, recurrences, begins_with=whole.injected[late])).run()
+            one_map = entered.repeats(whole, late, exactly=exactly)
     another_length = _of_another_length(start, probe, recurrences)
     _require_one_width([*record.visits, *(another_length.visits if another_length is not None else ())])
-    # An acceleration may begin later than in the first few recurrences.
-    longest = recurrences if recurrences is None else max(own or 0, recurrences)
     behind = measure_padding(
         start, longest, probe, takes_mask=takes_mask, random=random, only_tokens=another_length is None
     )
@@ -213,6 +221,15 @@ def _require_same_again(again: _Record, record: _Record) -> None:
             "The model gives other numbers when it is run again on the same tokens with the same seed (logits differ "
             f"by {apart:.2g} of their size), so that its runs cannot be compared; it must draw random numbers from "
             "torch's own generators and keep nothing from one call for the next."
+        )
+
+
+def _refuse_states(record: _Record) -> None:
+    if any(torch.equal(record.logits, each) for each in (record.visits[-1].residual, *record.carried[-1:])):
+        raise ConfigError(
+            "What the model returned, or the first thing of it, are the states of its last layer and no logits; give a "
+            "model with a head, or forward=, which returns the logits (without a head, perhaps the states times the "
+            "embedding)."
         )
 
 
@@ -300,11 +317,12 @@ def probe_batch(tokens: int) -> Batch:
     return Batch(input_ids, torch.ones_like(input_ids, dtype=torch.bool))
 
 
-def with_other_end(probe: Batch) -> Batch:
-    """The last token is another of the prompt, or, where they are all the same, one that is not."""
+def with_other_end(probe: Batch, place: int = -1) -> Batch:
+    """The last token, or that in another place, is another of the prompt, or, where they are all the same, one that is
+    not."""
     input_ids = probe.input_ids.clone()
-    others = input_ids[input_ids != input_ids[0, -1]]
-    input_ids[0, -1] = others[0] if len(others) else (input_ids[0, -1] == 0).long()
+    others = input_ids[input_ids != input_ids[0, place]]
+    input_ids[0, place] = others[0] if len(others) else (input_ids[0, place] == 0).long()
     return Batch(input_ids, probe.mask)
 
 
@@ -377,13 +395,17 @@ class _Record:
         pairs = zip(self.carried, other.carried, strict=False)
         return all(torch.equal(*pair) if exactly else _apart(*pair) is None for pair in pairs)
 
-    def repeats_second(self, other: _Record, *, exactly: bool) -> bool:
-        """Begun where the other's second recurrence begins, this one's first does the same: it passes on the same, and
-        the next receives the same."""
-        pairs = [(self.carried[0], other.carried[1])]
-        if len(other.injected) > 2:
-            pairs.append((self.injected[1], other.injected[2]))
-        return all(is_rounding(*pair) if exactly else _apart(*pair) is None for pair in pairs)
+    def repeats(self, other: _Record, at: int, *, exactly: bool) -> bool:
+        """Begun with what the other's recurrence `at` (from 0) receives, this one's first does the same: it passes on
+        the same, and the next receives the same."""
+        pairs = [(self.carried[0], other.carried[at])]
+        if len(other.injected) > at + 1:
+            pairs.append((self.injected[1], other.injected[at + 1]))
+        return all(_same(*pair, exactly) for pair in pairs)
+
+
+def _same(got: Tensor, expected: Tensor, exactly: bool) -> bool:
+    return is_rounding(got, expected) if exactly else _apart(got, expected) is None
 
 
 def is_rounding(got: Tensor, expected: Tensor) -> bool:

@@ -48,7 +48,7 @@ def positions_of(model: nn.Module) -> int | None:
     if is_pretrained(model):
         config = config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
+    return positions if isinstance(positions, int) and positions > 0 else None  # XLNet has -1
 
 
 def check_weights(model: nn.Module) -> None:

@@ -67,6 +67,11 @@ def unobservable(
             f"Other lengths: the model failed on fewer and on more than {facts.only_tokens} tokens, so prompts must "
             "have that many."
         )
+    if facts.vocab_size == facts.width:
+        found.append(
+            f"Logits: what the model returns is as wide as its states, {facts.width}; if it is a state, readouts and "
+            "answers mean nothing, and forward= must return the logits."
+        )
     if branches is not None:
         found.append(f"Layers: {branches}.")
     if layout.recurrent:

@@ -16,10 +16,11 @@ from loopscope._util.hub import require
 from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
 from loopscope.models.checkpoints.free_memory import check_memory
 from loopscope.models.checkpoints.placement import DeviceMap, parse_device_map
-from loopscope.models.checkpoints.store import TensorStore
+from loopscope.models.checkpoints.store import TensorStore, read_json
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
 from loopscope.models.hooks.dispatched import weights_of
+from loopscope.models.hooks.foreign import check_foreign, reason_of
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
 from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
@@ -167,7 +168,7 @@ def load_hooked(
         require("accelerate", "A device map for a model that transformers loads", "devices")
     setting = isinstance(unknown, UnknownSettingError)
     why = str(unknown).rstrip(".") if setting else f"{folder} is of no family that loopscope reads itself"
-    model = _load(transformers, folder, dtype, why, store.wrappers, places)
+    model = _load(transformers, folder, dtype, why, store, places)
     if places is None:
         model = model.to(device)
     _check_finite(model, folder)
@@ -191,12 +192,13 @@ def _load(
     folder: Path,
     dtype: torch.dtype,
     why: str,
-    wrappers: tuple[str, ...],
+    store: TensorStore,
     places: str | dict[str, str] | None,
 ) -> nn.Module:
     try:
         with _silence(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            check_foreign(read_json(folder / "config.json"), store.headers, config, str(folder))
             model, report = auto_class(transformers, config).from_pretrained(
                 folder,
                 config=config,
@@ -207,17 +209,20 @@ def _load(
                 ignore_mismatched_sizes=True,  # or the error would not say which
                 output_loading_info=True,
                 device_map=places,
-                key_mapping=dict.fromkeys(wrappers, "") or None,
+                key_mapping=dict.fromkeys(store.wrappers, "") or None,
             )
+    except CheckpointError:
+        raise
     except Exception as error:  # anything can go wrong in there, and all of it means the same
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         if places is not None and "device" in reason:
             raise ConfigError(
                 f"The device map does not do for {folder}, whose modules transformers {transformers.__version__} "
                 f"places: {reason}"
             ) from error
         raise CheckpointError(
-            f"{why}, and transformers {transformers.__version__} cannot load it either: {reason}"
+            f"{why}, and transformers {transformers.__version__} cannot load it either ({reason}): describe the format "
+            "(docs/adding-a-family.md), or load the model yourself and give it to loopscope.hook."
         ) from error
     _check_report(report, folder)
     loaded: nn.Module = model

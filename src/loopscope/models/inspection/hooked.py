@@ -23,6 +23,7 @@ from loopscope.errors import CheckpointError, UnknownFamilyError, UnknownSetting
 from loopscope.models.checkpoints.metadata import Metadata
 from loopscope.models.hooks.calls import ModelCall, is_prefix_model
 from loopscope.models.hooks.discovery import Found, find_layout
+from loopscope.models.hooks.foreign import check_foreign, reason_of
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, decoder_layers
 from loopscope.models.hooks.trial import probe_of
 from loopscope.models.hooks.unobservable import OF_ALL_LOOPS, OF_ALL_MODELS
@@ -63,7 +64,7 @@ def inspect_hooked(
     `ConfigError` where its layers cannot be told.
     """
     transformers = require("transformers", f"{unknown} Anything else", "transformers")
-    model = _skeleton(transformers, metadata, unknown)
+    model = _skeleton(transformers, metadata, unknown, name)
     found = _watched(model)
     chain = found or HookLayout(prelude=decoder_layers(model), recurrent=(), coda=())
     layout, recurrences = (chain, None) if isinstance(chain, HookLayout) else (chain.layout, chain.recurrences)
@@ -107,22 +108,24 @@ def inspect_hooked(
     )
 
 
-def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError) -> Any:
+def _skeleton(transformers: ModuleType, metadata: Metadata, unknown: UnknownFamilyError, name: str | Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(metadata.folder), trust_remote_code=False, local_files_only=True
         )
+        check_foreign(metadata.config, metadata.headers, config, str(name))
         with torch.device("meta"):
             model = auto_class(transformers, config).from_config(config, trust_remote_code=False).eval()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # other products look at numbers, or at the device
         return model
+    except CheckpointError:
+        raise
     except Exception as error:  # anything can go wrong in there, and all of it means the same
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise CheckpointError(
-            f"{str(unknown).rstrip('.')}; and transformers {transformers.__version__} does not know it either "
-            f"({reason}): describe the format (docs/adding-a-family.md), or load the model yourself and give it to "
-            "loopscope.hook."
+            f"{str(unknown).rstrip('.')}; and transformers {transformers.__version__} cannot load it either "
+            f"({reason_of(error)}): describe the format (docs/adding-a-family.md), or load the model yourself and give "
+            "it to loopscope.hook."
         ) from error
 
 
