@@ -417,6 +417,8 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
     with pytest.raises(ConfigError, match="has no task 'own_sum'; the nearest are own_sums"):
         evaluate("demo:injected", ["own_sum"], include_path=tasks, device="cpu")
+    with pytest.raises(ConfigError, match="has no task 'permutation'; the nearest are permutations"):
+        evaluate("demo:injected", ["permutation"], include_path=tasks, device="cpu")
     with pytest.raises(ConfigError, match="is no folder"):
         evaluate("demo:injected", ["own_sums"], include_path=tmp_path / "none", device="cpu")
     (tmp_path / "broken.yaml").write_text((tasks / "sums.yaml").read_text().replace("data.jsonl", "gone.jsonl"))

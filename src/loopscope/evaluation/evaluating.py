@@ -190,7 +190,7 @@ def _of_harness(
             manager = harness.tasks.TaskManager(include_path=include_path and str(include_path))
         for task in tasks:
             if task not in manager.all_tasks:
-                near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+                near = difflib.get_close_matches(task, [*SYNTHETIC, *manager.all_tasks], n=3)
                 nearest = f"; the nearest are {', '.join(near)}" if near else ""
                 raise ConfigError(
                     f"lm-evaluation-harness {version('lm_eval')} has no task {task!r}{nearest}; a task file of your "
