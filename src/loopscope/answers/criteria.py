@@ -20,7 +20,7 @@ from loopscope.study import StudyView
 
 CRITERIA = Question(
     key="criteria",
-    text="Do distance and remaining path agree on which tokens have settled?",
+    text="Do two criteria of settling agree?",
     figure="token-distances",
     needs=(
         some_finite("no token settles"),
@@ -33,8 +33,8 @@ CRITERIA = Question(
     ),
 )
 _REASONS = (
-    "{} an answer so close to a tie that the distance itself could change it",
-    "{} a path made long by rounding alone, whose steps add up along a path and not in a distance",
+    "{} an answer so close to a tie that even the distance could change it",
+    "{} a long path only because rounding adds up along it",
     "{} a path that turns or hovers",
 )
 
@@ -107,16 +107,16 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
     agreeing = int((near == safe).sum())
     agree = agreeing / total >= criterion.tokens_needed
     sentence = (
-        f"{'Yes' if agree else 'No'}: of {plural(total, 'token')} after {plural(view.recurrences, 'recurrence')}, "
-        f"{int(near.sum()):,} are within {percent(level)} of their own state at recurrence {view.horizon} (arXiv "
-        f"2604.11791), and {int(safe.sum()):,} have less path left until then than their margin allows (after arXiv "
-        f"2608.18222). The two agree on {percent(agreeing / total)}."
+        f"{'Yes' if agree else 'No'}: they agree on {percent(agreeing / total)} of {plural(total, 'token')}. After "
+        f"{plural(view.recurrences, 'recurrence')}, {int(near.sum()):,} are within {percent(level)} of their own state "
+        f"at recurrence {view.horizon} (arXiv 2604.11791); {int(safe.sum()):,} have less path left until then than the "
+        "margin of their answer allows (after arXiv 2608.18222)."
     )
     first, second = int((near & ~safe).sum()), int((safe & ~near).sum())
     if first:
         there = sorted(zip(found.reasons, _REASONS, strict=True), key=lambda each: -each[0])
         parts = [reason.format(f"{count:,} {'has' if count == 1 else 'have'}") for count, reason in there if count]
-        sentence += f" Of {plural(first, 'token')} near by distance alone, {'; '.join(parts)}."
+        sentence += f" {plural(first, 'token')} settled by distance alone: {'; '.join(parts)}."
     if second:
         sentence += f" {plural(second, 'token')} farther away, with more margin than path left."
     evidence: Evidence = {
@@ -132,8 +132,8 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
         "margin_median": found.margin,
     }
     limits = [
-        "How much the margin changes per length is the largest seen between successive readouts, which is no bound: "
-        "more may change than the remaining path allows.",
+        "How much the margin changes per unit of path is the largest seen between successive readouts. That is no "
+        "bound: the answer may change by more.",
         "A path below the margin says that the answer stays, and not that the state does. arXiv 2608.18222 calls a "
         "token settled by something else, a leading finite-time exponent below -0.05 (loopscope.lyapunov_exponents).",
     ]
@@ -141,7 +141,7 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
         limits.append(
             f"Rounding in {view.dtype} forced the level up from {percent(criterion.reached_level)} to {percent(level)}."
         )
-    verdict = "yes" if agree else f"they part in {percent(1 - agreeing / total)}"
+    verdict = "yes" if agree else f"they differ on {percent(1 - agreeing / total)}"
     return CRITERIA.says(Outcome.YES if agree else Outcome.NO, verdict, sentence, evidence, limits)
 
 
