@@ -62,6 +62,19 @@ def test_the_criteria_part_for_a_reason_that_is_named(
         assert answer.evidence[name] == (40 if name == reason else 0)
 
 
+def test_the_level_is_that_of_rounding_where_that_is_more() -> None:
+    study = study_of(1e-6, 1.0)
+    data = study.dataset.copy(deep=True)
+    data["token_relative_distance"][...] = 0.05
+    answer = answer_of(Study(data, study.manifest, study.tokens))
+    assert (answer.evidence["near_by_distance"], answer.evidence["level"]) == (0, 0.01)
+    data["noise_floor"][...] = 0.02
+    answer = answer_of(Study(data.drop_vars("twin_floor", errors="ignore"), study.manifest, study.tokens))
+    assert answer.evidence["near_by_distance"] == 1
+    assert answer.evidence["level"] == pytest.approx(3 * 0.02)
+    assert "forced the level up from 1.0 % to 6.0 %" in answer.limits[-1]
+
+
 def test_without_path_or_margin_or_way_to_the_horizon_nothing_is_said() -> None:
     assert answer_of(looped_study(contracting())).outcome is Outcome.NOT_APPLICABLE
     whole = analyze(subject(std=0.1), PROMPTS, settings=AnalyzeSettings(recurrences=8, horizon=8, skip=("heads",)))

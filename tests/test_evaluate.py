@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 import loopscope
 from loopscope.cli import main
-from loopscope.errors import ConfigError, MissingDependencyError
+from loopscope.errors import ConfigError, MissingDependencyError, PromptError
 from loopscope.evaluation import likelihood
 from loopscope.evaluation.evaluating import evaluate
 from loopscope.evaluation.generation import generate_greedily
@@ -25,6 +27,9 @@ from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
 from loopscope.experiments.training.config import TrainConfig
 from loopscope.experiments.training.data import DataFiles, read_documents
 from loopscope.models.subject import Batch, Subject
+from loopscope.prompts.chat import ChatTemplate
+from loopscope.report.page.evaluation_page import evaluation_answer
+from loopscope.report.page.write import write_evaluation
 from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPTS, RESIDUAL_NORM, hooked_native, subject
 
 NUMBERS = (1, 2, 3, 6)
@@ -181,6 +186,10 @@ def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> Non
     (figures,) = loopscope.write_figures(tmp_path / "found", tmp_path / "figures", formats=["svg"])
     assert list(figures.files) == ["accuracy-permutations-accuracy"]
 
+    page = write_evaluation(found, tmp_path / "report.html").read_text()
+    for said in ("Does accuracy on permutations rise with recurrences?", "rises to 4", "8 swaps", "one standard error"):
+        assert said in page
+
     # An answer counts as right if it is what greedy generation writes.
     model, documents = loopscope.load("demo:permutations", device="cpu"), SYNTHETIC["permutations"].split()[1][:8]
     assert model.tokenizer is not None
@@ -335,6 +344,64 @@ def test_tasks_of_a_folder_give_results_of_the_harness_and_curves(
             assert float(mine[0]) == pytest.approx(float(theirs[0]), abs=1e-4)
 
 
+def answer_of(values: list[list[float]]) -> tuple[str, str]:
+    """From scores of documents after 1, 2 and 4 recurrences, of a model trained with 2."""
+    curve = task_curve("sums", "acc", dict(zip((1, 2, 4), values, strict=True)), trained=2)
+    found = Evaluation(
+        model="m",
+        weights_sha256="",
+        dtype="float32",
+        trained_recurrences=2,
+        recurrences=(1, 2, 4),
+        seed=0,
+        limit=None,
+        curves=(curve,),
+        steps=(),
+    )
+    answer = evaluation_answer(found, curve)
+    return str(answer.outcome), answer.verdict
+
+
+def test_the_page_claims_no_more_than_the_intervals() -> None:
+    low, high, other = [0.0] * 20, [1.0] * 20, [0.0] * 10 + [1.0] * 10
+    assert answer_of([low, high, high]) == ("yes", "rises to 2, no measurable change beyond 2")
+    assert answer_of([low, high, other]) == ("partly", "rises to 2, falls beyond 2")
+    assert answer_of([high, other, low]) == ("no", "falls to 2, falls beyond 2")
+    assert answer_of([high, high, high])[0] == "no"
+    assert answer_of([[1.0, *low[1:]], low, low])[0] == "cannot tell"
+    assert answer_of([[0.0], [1.0], [1.0]]) == ("cannot tell", "not compared")
+
+
+@harness
+def test_requests_become_chats_of_the_models_template(lm_eval: Any, tasks: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(loopscope.__file__).parent / "demo" / "models" / "injected", model)
+    with pytest.raises(ConfigError, match="needs the model's chat template"):
+        evaluate(model, ["own_sums"], chat=True, include_path=tasks, device="cpu")
+    template = "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}(assistant){% endif %}")
+    with pytest.raises(ConfigError, match="are no chats"):
+        evaluate(model, ["addition"], chat=True, device="cpu")
+    settings: dict[str, Any] = {"recurrences": [2], "include_path": tasks, "device": "cpu", "limit": 2, "fewshot": 0}
+    found = evaluate(model, ["own_said"], chat=True, out=tmp_path / "out", **settings)
+    assert Evaluation.load(tmp_path / "out") == found
+    assert found.chat
+    lines = (tmp_path / "out/samples-2.jsonl").read_text().splitlines()
+    asked = [json.loads(line)["arguments"][0][0] for line in lines]
+    assert asked == ["(user) 0 plus 1 is\n(assistant)", "(user) 1 plus 2 is\n(assistant)"]
+
+
+def test_a_chat_goes_on_with_what_the_assistant_has_begun() -> None:
+    chat = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}", {})
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    turns = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "It is "}]
+    assert chat.write(turns, now=now) == "<user>So?</s><assistant>It is"
+    assert chat.write(turns[:1], now=now) == "<user>So?</s>"
+    deaf = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(PromptError, match="changes what the assistant has begun"):
+        deaf.write(turns, now=now)
+
+
 @harness
 def test_what_cannot_be_run_is_said_in_a_sentence(
     lm_eval: Any,
@@ -350,6 +417,8 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
     with pytest.raises(ConfigError, match="has no task 'own_sum'; the nearest are own_sums"):
         evaluate("demo:injected", ["own_sum"], include_path=tasks, device="cpu")
+    with pytest.raises(ConfigError, match="has no task 'permutation'; the nearest are permutations"):
+        evaluate("demo:injected", ["permutation"], include_path=tasks, device="cpu")
     with pytest.raises(ConfigError, match="is no folder"):
         evaluate("demo:injected", ["own_sums"], include_path=tmp_path / "none", device="cpu")
     (tmp_path / "broken.yaml").write_text((tasks / "sums.yaml").read_text().replace("data.jsonl", "gone.jsonl"))

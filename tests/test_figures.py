@@ -54,7 +54,7 @@ OF_COMPARISON = [kind.name for kind in COMPARISON_FIGURES if kind.name != "over-
 """Of other studies than checkpoints of one run."""
 JUDGED = {name for name in OF_STUDY if name.startswith("verdict-")}
 PREDICTED = {name for name in OF_STUDY if name.startswith("stability-")}
-SUPPORTS = {"head-supports", "visit-cka"}
+SUPPORTS = {"head-supports", "shared-cache", "visit-cka"}
 NOT_SYNTHETIC = {"exit-gate", "cycle-attention-long", "cycle-residual-long", *SUPPORTS, *JUDGED, *PREDICTED}
 """What the synthetic studies lack: an exit gate, more than four recurrences in the cycle similarity, supports of
 attention, and, unless they are given some, verdicts and eigenvalues."""

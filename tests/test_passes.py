@@ -22,6 +22,7 @@ from loopscope.analysis.settings import HorizonMethod, Part
 from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.dynamics.verdicts import VERDICT_NUMBERS
 from loopscope.measures.base import Plan
+from loopscope.measures.cache import SharedCache
 from loopscope.measures.heads import CHANGE_NAMES, HEAD_NAMES
 from loopscope.measures.layer_readout import LayerReadout
 from loopscope.measures.readout import EXIT_READOUTS, TOKEN_READOUTS
@@ -144,10 +145,10 @@ PARTS: Mapping[Part, set[str]] = {
     "twin": set(Twin.variables),
     "maps": {"attention_map"},
     "heads": {
-        *(*HEAD_NAMES, *CHANGE_NAMES, *AttentionSupport.variables),
+        *(*HEAD_NAMES, *CHANGE_NAMES, *AttentionSupport.variables, *SharedCache.variables),
         *("head_stable_from", "token_attention_change", "attention_cycle_distance"),
     },
-    "support": {*AttentionSupport.variables, "visit_cka"},
+    "support": {*AttentionSupport.variables, *SharedCache.variables, "visit_cka"},
     "stages": {name for kind in DECLARED if kind.part == "stages" for name in kind.variables},
     "behaviour": {
         "verdict",
@@ -248,12 +249,14 @@ def test_a_second_pass_costs_the_recurrences_to_the_second_horizon() -> None:
 def test_states_are_kept_while_they_fit() -> None:
     batch = Batch.of(PROMPTS)
     states = 5 * 8 * 16  # prompts, tokens with padding, width
-    assert kept_bytes(subject(), batch, 10, attention=False) == states * 4 * 2 * 10
-    assert kept_bytes(subject(dtype=torch.bfloat16), batch, 10, attention=False) == states * 2 * 2 * 10
+    bare = plan(skip=frozenset({"heads"}))
+    assert kept_bytes(subject(), batch, bare) == states * 4 * 2 * 10
+    assert kept_bytes(subject(dtype=torch.bfloat16), batch, bare) == states * 2 * 2 * 10
     # The loop state is another state than the last layer's output there.
-    assert kept_bytes(subject(LOOP_NORM), batch, 10, attention=False) == states * 4 * 3 * 10
-    # Queries and keys are as wide as the state.
-    assert kept_bytes(subject(), batch, 10, attention=True) == states * 4 * 6 * 10
+    assert kept_bytes(subject(LOOP_NORM), batch, bare) == states * 4 * 3 * 10
+    # Queries, keys and values are as wide as the state.
+    assert kept_bytes(subject(), batch, plan(skip=frozenset())) == states * 4 * 6 * 10
+    assert kept_bytes(subject(), batch, plan(skip=frozenset(), support_every=8)) == states * 4 * 8 * 10
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(0, 6 + 8 + 6 + 4), (1, 8 + 6 + 4)])

@@ -93,6 +93,8 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         loopscope.probe(model, PROMPTS, [7, *HALF[1:]])
     with pytest.raises(ConfigError, match="2 labels and 48 prompts"):
         loopscope.probe(model, PROMPTS, [0, 1])
+    with pytest.raises(ConfigError, match="unhashable type: 'list'"):
+        loopscope.probe(model, PROMPTS, [[1]] * 48)  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="no token 2"):
         loopscope.probe(model, PROMPTS, HALF, token=2)
     with pytest.raises(ConfigError, match="folds"):

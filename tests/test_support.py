@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loopscope import AnalyzeSettings, Study, Trace, analyze, capture
+from foreign_models import PATHS, ForeignLoop
+from loopscope import AnalyzeSettings, Study, Subject, Trace, analyze, capture, hook
 from loopscope.analysis.settings import parts_except
 from loopscope.measures.cka import linear_cka
 from loopscope.measures.support import jaccard, mass_support, same_keys, strongest, support_stable_from
@@ -102,6 +106,44 @@ def test_keys_and_cka_are_as_defined(study: Study, traces: list[Trace]) -> None:
     assert value == pytest.approx(np.mean(by_hand), abs=1e-9)
 
 
+def one_head(trace: Trace, layer: int, t: int, head: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Queries, keys and values that a query head reads, (token, head_dim), and the factor on scores."""
+    view = trace.attention_view("recurrent", layer, t)
+    assert isinstance(view, QueryKeyAttention)
+    assert view.value is not None
+    read = head * view.key.shape[1] // view.heads
+    return view.query[0, head], view.key[0, read], view.value[0, read], view.scale
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: subject(INJECTED, dtype=torch.float64), lambda: hook(ForeignLoop().double().eval(), **PATHS)]
+)
+def test_a_shared_cache_is_the_horizons_for_all_tokens_before(make: Callable[[], Subject]) -> None:
+    model = make()
+    prompts = [[token % model.info.vocab_size for token in prompt] for prompt in PROMPTS[1:]]
+    study = analyze(model, prompts, settings=dataclasses.replace(SETTINGS, recurrences=6))
+    data = study.dataset.sel(layer=1)
+    for place, prompt in enumerate(prompts):
+        trace = capture(model, prompt, recurrences=6, attention=True)
+        for t, head in ((1, 1), (3, 0), (6, 0)):
+            query, key, value, scale = one_head(trace, 1, t, head)
+            _, last_key, last_value, _ = one_head(trace, 1, 6, head)
+            found = data.isel(prompt=place, recurrence=t - 1, head=head)
+            for name, now, then in (("key", key, last_key), ("value", value, last_value)):
+                away = ((now - then).norm(dim=-1) / then.norm(dim=-1)).mean()
+                assert found[f"cache_{name}_distance"].item() == pytest.approx(float(away), rel=1e-5, abs=1e-9)
+            changes = []
+            for row in range(3, len(prompt), 3):
+                own = (scale * key[: row + 1] @ query[row]).softmax(0) @ value[: row + 1]
+                keys = torch.cat([last_key[:row], key[row, None]])
+                values = torch.cat([last_value[:row], value[row, None]])
+                other = (scale * keys @ query[row]).softmax(0) @ values
+                changes.append(float((other - own).norm() / own.norm()))
+            change = found["cache_output_change"].item()
+            assert change == pytest.approx(np.mean(changes), rel=1e-5, abs=1e-9)
+            assert (change == 0) == (t == 6)
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
 def test_cka_does_not_see_turns_and_scales(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +180,7 @@ def test_it_is_absent_unless_asked_for() -> None:
 
 def test_both_are_drawn(study: Study) -> None:
     view = view_study(study)
-    for name in ("head-supports", "visit-cka"):
+    for name in ("head-supports", "shared-cache", "visit-cka"):
         figure = next(each for each in STUDY_FIGURES if each.name == name)
         assert figure.absent(view) is None
         assert figure.draw(view, ReportSettings()).has_data

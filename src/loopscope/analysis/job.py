@@ -311,8 +311,7 @@ class Job:
         if settings.horizon_method != "auto" or not self.subject.info.is_looped:
             return
         batches = [self._batch(rows) for index in range(self.shards) for rows in self._parts(index)]
-        attention = "heads" not in settings.skip
-        most = max(kept_bytes(self.subject, batch, self.plan.recurrences, attention=attention) for batch in batches)
+        most = max(kept_bytes(self.subject, batch, self.plan) for batch in batches)
         budget = self._memory.budget
         if most > budget:
             self.progress.note(

@@ -67,8 +67,7 @@ class MemoryPlan:
         """Bytes of states that are kept rather than made twice; 0 where they would not fit."""
         if not self._subject.info.is_looped:
             return 0
-        attention = "heads" not in self._settings.skip
-        asked = kept_bytes(self._subject, batch, self._plan.recurrences, attention=attention)
+        asked = kept_bytes(self._subject, batch, self._plan)
         return asked if asked <= self.budget else 0
 
     def needed(self, batch: Batch) -> int:
@@ -199,15 +198,17 @@ def _largest(lengths: Sequence[int], size: int) -> Batch:
     return Batch.of([[0] * length for length in max(batches, key=lambda each: len(each) * max(each))])
 
 
-def kept_bytes(subject: Subject, batch: Batch, recurrences: int, *, attention: bool) -> int:
-    """Bytes that the states of all measured visits take, with queries and keys if attention is measured.
+def kept_bytes(subject: Subject, batch: Batch, plan: Plan) -> int:
+    """Bytes that the states of all measured visits take, with queries and keys if attention is measured, and values if
+    a shared cache is.
 
-    Those are counted as wide as two states, which they are where heads times their width is the residual stream's.
+    Each is counted as wide as a state, which it is where heads times their width is the residual stream's.
     """
     info = subject.info
-    sites = info.recurrent * (3 if attention else 1) + (0 if info.carries_raw_output else 1)
+    attention = 0 if "heads" in plan.skip else 3 if plan.support_every else 2
+    sites = info.recurrent * (1 + attention) + (0 if info.carries_raw_output else 1)
     dtype: torch.dtype = getattr(torch, info.dtype)
-    return batch.mask.numel() * info.width * dtype.itemsize * sites * recurrences
+    return batch.mask.numel() * info.width * dtype.itemsize * sites * plan.recurrences
 
 
 def keep_budget(subject: Subject, settings: AnalyzeSettings, free: int) -> int:

@@ -161,7 +161,7 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
 
     guard = _FiniteGuard(batch)
     if keep:
-        kept = _Keeper(attention=any(each.needs.attention for each in waiting))
+        kept = _Keeper(any(each.needs.attention for each in waiting), values=bool(plan.support_every))
         now = [*live, *(_OutsideTheLoop(each) for each in waiting)]
         run = runs.start(max(plan.recurrences, end), [guard, *now])
         _start(measures, run.state)
@@ -230,16 +230,17 @@ def _diverged_at(arrays: xr.Dataset, batch: BatchInfo, horizon: Horizons | None)
 class _Keeper(Observer):
     """Keeps what was announced, to tell it again to a measure that can only now understand it."""
 
-    def __init__(self, attention: bool) -> None:
-        self._attention = attention
+    def __init__(self, attention: bool, *, values: bool) -> None:
+        self._attention, self._values = attention, values
         self._events: list[Visit | LoopState] = []
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
-        # Without the queries and keys, which are larger than the state, unless somebody will read them.
-        kept = visit if self._attention else dataclasses.replace(visit, attention=None)
-        self._events.append(kept)
+        # Without queries, keys and values, each as large as the state, unless somebody will read them.
+        view = visit.attention if self._attention else None
+        view = view if view is None or self._values else view.without_values()
+        self._events.append(dataclasses.replace(visit, attention=view))
 
     def loop_state(self, loop_state: LoopState) -> None:
         self._events.append(loop_state)

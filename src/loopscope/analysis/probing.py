@@ -145,7 +145,10 @@ def probe(
 def _check_labels(labels: list[Hashable], prompts: int) -> None:
     if len(labels) != prompts:
         raise ConfigError(f"There are {len(labels)} labels and {plural(prompts, 'prompt')}; give one label to each.")
-    counts = Counter(labels)
+    try:
+        counts = Counter(labels)
+    except TypeError as error:
+        raise ConfigError(f"Labels are texts, numbers or the like, which can be counted ({error}).") from None
     if len(counts) < 2:
         raise ConfigError(
             f"All {prompts} labels are {labels[0]!r}, so that there is nothing to tell apart; give at least two."

@@ -16,8 +16,8 @@ from loopscope.models.inspection.facts import Dtype
 class Evaluate:
     """Run tasks of lm-evaluation-harness and show accuracy against the number of recurrences.
 
-    Likelihoods of all numbers come from one pass. With --out, writes curve.json, and the harness's own results
-    (harness-N.json) and documents (samples-N.jsonl) of each number.
+    Likelihoods of all numbers come from one pass. With --out, writes curve.json, a page (report.html), and the
+    harness's own results (harness-N.json) and documents (samples-N.jsonl) of each number.
     """
 
     model: tyro.conf.Positional[str]
@@ -34,6 +34,8 @@ class Evaluate:
     """The most documents of a task, the first ones."""
     fewshot: int | None = None
     """Examples before each question, instead of the task's own number."""
+    chat: bool = False
+    """Make each request the user's turn of a chat, written by the model's chat template; of the harness's tasks."""
     seed: int = 0
     """Of random initial states."""
     revision: str | None = None
@@ -55,6 +57,7 @@ class Evaluate:
         from loopscope.cli.console import say, say_path, say_table
         from loopscope.evaluation.evaluating import evaluate
         from loopscope.evaluation.result import CURVE
+        from loopscope.report.page.write import write_evaluation
 
         with ProgressBar("loading") as progress, _starts_anew():
             found = evaluate(
@@ -65,12 +68,14 @@ class Evaluate:
                 include_path=self.include_path,
                 limit=self.limit,
                 fewshot=self.fewshot,
+                chat=self.chat,
                 seed=self.seed,
                 revision=self.revision,
                 dtype=self.dtype,
                 device=self.device,
                 done=lambda count: progress.step("requests", count),
             )
+        report = None if self.out is None else write_evaluation(found, self.out / "report.html")
         if self.json:
             print(dumps(dataclasses.asdict(found)))
             return
@@ -78,8 +83,9 @@ class Evaluate:
             say_table(table)
         for sentence in found.sentences():
             say(sentence)
-        if self.out is not None:
+        if self.out is not None and report is not None:
             say_path("curve", self.out / CURVE)
+            say_path("report", report)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
+    chat: bool = False,
     seed: int = 0,
     revision: str | None = None,
     dtype: str = "float32",
@@ -63,6 +64,7 @@ def evaluate(
     - `include_path`: a folder with task files of your own.
     - `limit`: the most documents of a task, the first ones.
     - `fewshot`: examples before each question of a task of the harness, instead of its own number.
+    - `chat`: make each request of a task of the harness the user's turn of a chat, by the model's chat template.
     - `seed`: of random initial states.
     - `done`: told how many requests were answered.
 
@@ -82,16 +84,18 @@ def evaluate(
         raise ConfigError(f"{out} holds an evaluation already; name another folder.")
     subject = subject_of(model, revision=revision, dtype=dtype, device=device)
     numbers = numbers_of(subject.info, recurrences)
+    named = [each for each in tasks if each not in SYNTHETIC]
+    if chat:
+        _check_chat(subject, [each for each in tasks if each in SYNTHETIC])
     curves: list[TaskCurve] = []
     steps: dict[int, list[float]] = {number: [] for number in numbers}
     for name in [each for each in tasks if each in SYNTHETIC]:
         own, found_steps = _of_synthetic(subject, SYNTHETIC[name], numbers, limit=limit, seed=seed, done=done)
         curves += own
         steps = {number: steps[number] + found_steps[number] for number in numbers}
-    named = [each for each in tasks if each not in SYNTHETIC]
     if named:
         own, found_steps = _of_harness(
-            subject, named, numbers, out, include_path, limit=limit, fewshot=fewshot, seed=seed, done=done
+            subject, named, numbers, out, include_path, limit=limit, fewshot=fewshot, chat=chat, seed=seed, done=done
         )
         curves += own
         steps = {number: steps[number] + found_steps[number] for number in numbers}
@@ -103,12 +107,23 @@ def evaluate(
         recurrences=numbers,
         seed=seed,
         limit=limit,
+        chat=chat,
         curves=tuple(curves),
         steps=step_points(steps),
     )
     if out is not None:
         found.save(out)
     return found
+
+
+def _check_chat(subject: Subject, own: Sequence[str]) -> None:
+    if own:
+        raise ConfigError(f"The documents of {own[0]} are no chats; leave --chat out for loopscope's own tasks.")
+    if subject.tokenizer is None or subject.tokenizer.chat_template is None:
+        raise ConfigError(
+            f"--chat needs the model's chat template, and {subject.info.name} has none (no chat_template in "
+            "tokenizer_config.json, no chat_template.jinja beside it); leave --chat out."
+        )
 
 
 def _of_synthetic(
@@ -155,6 +170,7 @@ def _of_harness(
     *,
     limit: int | None,
     fewshot: int | None,
+    chat: bool,
     seed: int,
     done: Callable[[int], None],
 ) -> tuple[list[TaskCurve], dict[int, list[float]]]:
@@ -174,7 +190,7 @@ def _of_harness(
             manager = harness.tasks.TaskManager(include_path=include_path and str(include_path))
         for task in tasks:
             if task not in manager.all_tasks:
-                near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+                near = difflib.get_close_matches(task, [*SYNTHETIC, *manager.all_tasks], n=3)
                 nearest = f"; the nearest are {', '.join(near)}" if near else ""
                 raise ConfigError(
                     f"lm-evaluation-harness {version('lm_eval')} has no task {task!r}{nearest}; a task file of your "
@@ -188,6 +204,7 @@ def _of_harness(
                     task_manager=manager,
                     limit=limit,
                     num_fewshot=fewshot,
+                    apply_chat_template=chat,
                 )
             except LoopscopeError:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -96,6 +97,7 @@ class LoopedLM(TemplateLM):
                 f"{answers.subject.info.name} has no tokenizer, and tasks are texts; loopscope.hook takes a tokenizer."
             )
         self._tokenizer: TextTokenizer = tokenizer
+        self._now = datetime.now().astimezone()
 
     @classmethod
     def several(
@@ -134,6 +136,18 @@ class LoopedLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return self._answers.subject.info.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """What the harness writes into its results."""
+        template = self._tokenizer.chat_template if chat_template else None
+        return "" if template is None else template.source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Of the model; a last turn of the assistant's is gone on with."""
+        template = self._tokenizer.chat_template
+        if template is None:
+            raise ConfigError(f"{self.tokenizer_name} has no chat template, so that no request can be made a chat.")
+        return template.write(chat_history, now=self._now)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """A text that spells its begin out gets no second one. What the tokenizer puts behind a text is left out: the

@@ -87,6 +87,8 @@ class Evaluation:
     curves: tuple[TaskCurve, ...]
     steps: tuple[StepPoint, ...]
     """Over the requests of all tasks together, of likelihoods alone; empty where no step could be seen."""
+    chat: bool = False
+    """Whether requests were made chats by the model's template."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -135,10 +137,12 @@ class Evaluation:
 
     def sentences(self) -> list[str]:
         """Of each curve, whether the smallest and the largest number differ from the reference, beside the steps."""
+        return [sentence for curve in self.curves if not curve.part for sentence in self.said_of(curve)]
+
+    def said_of(self, curve: TaskCurve) -> list[str]:
+        """One of its curves."""
         return [
             self._sentence(curve, point)
-            for curve in self.curves
-            if not curve.part
             for point in (curve.points[0], curve.points[-1])
             if point.change is not None and point.change_half_width is not None
         ]

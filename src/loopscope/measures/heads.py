@@ -165,7 +165,7 @@ class HeadMeasures(Measure):
             self._keep(depth_of(self.batch, visit.stage, visit.layer, 0), sums[0])
             return
         pending = self._pending[visit.layer]
-        pending.append((visit.recurrence, view))
+        pending.append((visit.recurrence, view.without_values()))
         waiting = sum(waiting.nbytes for _, waiting in pending) * len(self._pending)
         if waiting >= waiting_bytes(self.batch.mask.device, _PENDING_BYTES):
             self._flush(visit.layer)

@@ -106,7 +106,10 @@ class Horizons(Measure):
             self._states[place][visit.layer] = visit.residual
             self._steps[place][visit.layer] = distance(visit.residual, previous) / norm
             if place == 0:
-                self._attention[visit.layer] = visit.attention
+                view = visit.attention
+                if view is not None and not self.batch.plan.support_every:
+                    view = view.without_values()  # which one measure reads, that has to be asked for
+                self._attention[visit.layer] = view
             self._previous[visit.layer] = None
 
     def loop_state(self, loop_state: LoopState) -> None:

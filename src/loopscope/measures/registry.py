@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from loopscope.measures.base import BatchInfo, Declared, Measure, Plan, Variable, variable
 from loopscope.measures.behaviour import Behaviour
+from loopscope.measures.cache import SharedCache
 from loopscope.measures.cka import VisitCKA
 from loopscope.measures.convergence import Convergence
 from loopscope.measures.heads import HeadMeasures
@@ -36,6 +37,7 @@ MEASURES: tuple[type[Measure], ...] = (
     HeadMeasures,
     SinkMass,
     AttentionSupport,
+    SharedCache,
     VisitCKA,
     AttentionMaps,
     StageMeasures,

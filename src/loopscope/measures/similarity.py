@@ -94,8 +94,8 @@ class AttentionCycle(Measure):
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence > self.recurrences:
             return
-        seen = visit.attention is not None and visit.attention.heads == self._heads
-        self._views.append(visit.attention if seen else None)
+        view = visit.attention
+        self._views.append(None if view is None or view.heads != self._heads else view.without_values())
 
     def result(self) -> xr.Dataset:
         distances = self._distances()

@@ -134,7 +134,7 @@ class AttentionSupport(Measure):
         view, layer = visit.attention, visit.layer
         if visit.stage != "recurrent" or view is None or view.heads != self._heads:
             return
-        now = view, self._supports(view)
+        now = view.without_values(), self._supports(view)
         if self._last[layer] is None and self.batch.horizon is not None:
             end = self.batch.horizon.attention(layer)
             self._last[layer] = None if end is None else (end, self._supports(end))

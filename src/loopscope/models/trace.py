@@ -106,7 +106,8 @@ class Trace:
         return self.attention_view(stage, layer, recurrence).probabilities()
 
     def attention_view(self, stage: Stage, layer: int, recurrence: int = 0) -> AttentionView:
-        """The queries and keys behind `attention`, of which single rows can be had. Errors as there."""
+        """Queries and keys behind `attention`, of which single rows can be had, and the values where they are seen.
+        Errors as there."""
         if not self._recorder.keeps_attention:
             raise ConfigError("This trace kept no attention; call capture(..., attention=True).")
         site = Site(stage, layer, recurrence)

@@ -41,6 +41,10 @@ class AttentionView(ABC):
         Keys that none of these queries can see may be left out at the end: under a causal mask there are `stop`.
         """
 
+    def without_values(self) -> AttentionView:
+        """The same for who keeps views, and reads rows alone."""
+        return self
+
     @abstractmethod
     def prompt(self, row: int) -> AttentionView:
         """The attention of one prompt of the batch alone; it shares the memory of this view."""
@@ -74,6 +78,8 @@ class QueryKeyAttention(AttentionView):
     """A query looks at no later key."""
     added: Tensor | None = None
     """What the model adds to the scores, broadcast to (batch, head, query, key): -infinity where a key is hidden."""
+    value: Keys | None = None
+    """What the rows mix, one per key-value head; None where it is not kept."""
 
     @property
     def heads(self) -> int:
@@ -85,7 +91,7 @@ class QueryKeyAttention(AttentionView):
 
     @property
     def nbytes(self) -> int:
-        return self.query.nbytes + self.key.nbytes + (0 if self.added is None else self.added.nbytes)
+        return sum(0 if each is None else each.nbytes for each in (self.query, self.key, self.value, self.added))
 
     def tile(self, start: int, stop: int) -> Rows:
         keys = min(stop, self.key.shape[2]) if self.causal else self.key.shape[2]
@@ -104,14 +110,17 @@ class QueryKeyAttention(AttentionView):
         """The same on another device."""
         if self.query.device == device:
             return self
-        mask, added = (None if each is None else each.to(device) for each in (self.mask, self.added))
-        return replace(self, query=self.query.to(device), key=self.key.to(device), mask=mask, added=added)
+        mask, added, value = (None if each is None else each.to(device) for each in (self.mask, self.added, self.value))
+        return replace(self, query=self.query.to(device), key=self.key.to(device), mask=mask, added=added, value=value)
+
+    def without_values(self) -> QueryKeyAttention:
+        return self if self.value is None else replace(self, value=None)
 
     def prompt(self, row: int) -> QueryKeyAttention:
         one = slice(row, row + 1)
         added = self.added if self.added is None or self.added.shape[0] == 1 else self.added[one]
-        mask = None if self.mask is None else self.mask[one]
-        return replace(self, query=self.query[one], key=self.key[one], mask=mask, added=added)
+        mask, value = (None if each is None else each[one] for each in (self.mask, self.value))
+        return replace(self, query=self.query[one], key=self.key[one], mask=mask, added=added, value=value)
 
     def _scores(self, query: Tensor, key: Tensor) -> Rows:
         batch, heads, rows, dim = query.shape

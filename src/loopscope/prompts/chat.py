@@ -7,7 +7,7 @@ templates rely on (those that transformers documents under "Chat templates").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -73,9 +73,28 @@ class ChatTemplate:
             "place cannot be told; leave --chat out."
         )
 
+    def write(self, turns: Sequence[Mapping[str, str]], *, now: datetime) -> str:
+        """A chat of several turns, up to where the assistant would begin, or go on with a last turn of its own.
+
+        Raises `PromptError` as `render` does, and where what the assistant has begun cannot be found in the chat.
+        """
+        text = self._written([dict(turn) for turn in turns], now, "the chat", "leave --chat out")
+        begun = turns[-1]["content"].strip() if turns[-1]["role"] == "assistant" else ""
+        if begun not in text:
+            raise PromptError(
+                "The model's chat template changes what the assistant has begun to say, so that it cannot go on with "
+                "it; leave --chat out."
+            )
+        return text[: text.rindex(begun) + len(begun)] if begun else text
+
     def _render(self, prompt: str, system: str | None, now: datetime) -> str:
         turns = [] if system is None else [{"role": "system", "content": system}]
         turns.append({"role": "user", "content": prompt})
+        role = "the system prompt and the prompt" if system is not None else "the prompt"
+        instead = "leave --system-prompt or --chat out" if system is not None else "leave --chat out"
+        return self._written(turns, now, role, instead)
+
+    def _written(self, turns: list[dict[str, str]], now: datetime, what: str, instead: str) -> str:
         date = now if now.tzinfo is not None else now.astimezone()
         offset = date.utcoffset() or timedelta()
         when = (date.replace(tzinfo=None).isoformat(), offset.total_seconds(), date.tzname() or "")
@@ -84,6 +103,4 @@ class ChatTemplate:
             text: str = sandbox().call("render", content, turns=turns, now=when)
             return text
         except RefusedError as error:
-            role = "the system prompt and the prompt" if system is not None else "the prompt"
-            instead = "leave --system-prompt or --chat out" if system is not None else "leave --chat out"
-            raise PromptError(f"The model's chat template refuses {role} ({error}); {instead}.") from error
+            raise PromptError(f"The model's chat template refuses {what} ({error}); {instead}.") from error

@@ -86,7 +86,8 @@ def _render(content: dict[str, Any], turns: list[dict[str, str]], now: tuple[str
         messages=turns,
         tools=None,
         documents=None,
-        add_generation_prompt=True,
+        # An assistant's last turn is one that it goes on with.
+        add_generation_prompt=turns[-1]["role"] != "assistant",
         strftime_now=date.strftime,
         **content["variables"],
     )

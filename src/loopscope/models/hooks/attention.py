@@ -134,6 +134,7 @@ class AttentionWatch(TorchFunctionMode):
             self._mask,
             causal=is_causal,
             added=None if attn_mask is None else self._added(attn_mask),
+            value=self._kept(value) if value.ndim == 4 and value.shape[:3] == key.shape[:3] else None,
         )
 
     def _kept(self, tensor: Tensor) -> Tensor:

@@ -420,8 +420,8 @@ def is_rounding(got: Tensor, expected: Tensor) -> bool:
 def _behind(view: AttentionView | None) -> list[Tensor]:
     """The model's tensors that a view computes its rows from."""
     match view:
-        case QueryKeyAttention(query=query, key=key, added=added):
-            return [query, key] if added is None else [query, key, added]
+        case QueryKeyAttention(query=query, key=key, added=added, value=value):
+            return [query, key, *(each for each in (added, value) if each is not None)]
         case MapAttention(maps=maps):
             return [maps]
         case _:

@@ -227,7 +227,7 @@ class Attention(nn.Module):
         if through is not None:
             mixed = through("head", mixed)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
-        return output, QueryKeyAttention(query, key, self.head_dim**-0.5, context.mask, self.window)
+        return output, QueryKeyAttention(query, key, self.head_dim**-0.5, context.mask, self.window, value=value)
 
     def _heads(self, x: Tensor, norm: RMSNorm | None, bias: Tensor | None, context: AttentionContext) -> Tensor:
         if norm is not None:

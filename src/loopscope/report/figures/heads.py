@@ -190,6 +190,31 @@ def _supports(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
+def _shared_cache(view: StudyView, settings: ReportSettings) -> Plot:
+    counts = drawn_recurrences(view.recurrences, settings)
+    panels = []
+    for name, title, axis in (
+        ("cache_key_distance", "keys, from those at the horizon", "relative distance"),
+        ("cache_value_distance", "values, from those at the horizon", "relative distance"),
+        ("cache_output_change", "what a head mixes with them", "relative change"),
+    ):
+        rows = view.shown[name].median(("head", "prompt")).transpose("layer", "recurrence").values[:, counts - 1]
+        y = Axis(title=axis, scale="auto")
+        marks = [*layer_lines(rows, counts), *trained_mark(view)]
+        panels.append(Panel(x=count_axis(view.recurrences), y=y, title=title, marks=marks))
+    return Plot(
+        question="What would one cache for all recurrences change?",
+        reading=(
+            f"How far keys and values are from those after {view.horizon} recurrences, relative to them, and how much "
+            "what a head mixes changes if all tokens before bring those instead of their own, on sampled rows: medians "
+            "over heads and prompts, a line per recurrent layer. 0: nothing; 1: as much as there is. It is the change "
+            "of one head at one place: what comes of it later is not followed."
+        ),
+        panels=panels,
+        legend="layer",
+    )
+
+
 def _picks(view: StudyView, stage: str) -> str:
     """Where the study has maps, that a click can show."""
     return stage if "attention_map" in view.dataset else ""
@@ -225,6 +250,14 @@ HEADS: tuple[FigureType[StudyView], ...] = (
         ),
         unless=one_recurrence,
     ),
+    FigureType(
+        name="shared-cache",
+        folded=True,
+        of=_shared_cache,
+        anchor="shared-cache",
+        variables=("cache_key_distance", "cache_value_distance", "cache_output_change"),
+        unless=one_recurrence,
+    ),
     FigureType(name="head-sinks", of=_head_sinks, anchor="head-sinks", variables=("sink_score",), loops=False),
 )
 
@@ -234,7 +267,14 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     maps = head_maps(view)
     # Two beside each other, then the maps that a click into them shows, then the others.
     first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
-    others = ("cycle-attention", "cycle-attention-long", "heads-stable", "head-supports", "attention-by-layer")
+    others = (
+        "cycle-attention",
+        "cycle-attention-long",
+        "heads-stable",
+        "head-supports",
+        "shared-cache",
+        "attention-by-layer",
+    )
     types = [each for each in (*HEADS, *SIMILARITY, *CONVERGENCE) if each.name in (*first, *others)]
     plots = {plot.name: plot for plot in on_page(types, view, settings)}
     figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]

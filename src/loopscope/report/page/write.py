@@ -12,8 +12,10 @@ from loopscope.answers.patching import Patching
 from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import JudgedFiles
 from loopscope.errors import last_resort
+from loopscope.evaluation.result import Evaluation
 from loopscope.experiments.load import Experiment
 from loopscope.report.page.comparison_page import render_comparison
+from loopscope.report.page.evaluation_page import render_evaluation
 from loopscope.report.page.experiment_page import render_experiments
 from loopscope.report.page.patching_page import render_patching
 from loopscope.report.page.study_page import render_page
@@ -70,6 +72,15 @@ def write_patching(found: Patching, path: str | Path) -> Path:
     written.
     """
     return _written(path, render_patching(found))
+
+
+def write_evaluation(found: Evaluation, path: str | Path) -> Path:
+    """Write the page of an evaluation to `path` as one HTML file that needs no network, and return the path.
+
+    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
+    written.
+    """
+    return _written(path, render_evaluation(found))
 
 
 def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Path:
