@@ -73,7 +73,7 @@ def test_layers_without_a_map_cannot_be_chosen(tmp_path: Path) -> None:
     study.dataset["attention_map"][:, hidden] = 255
     found = page_of(study, tmp_path)
     keys = [attributes["value"] for tag, attributes in found.elements if tag == "option"]
-    assert keys == ["prelude.0", "recurrent.0", "recurrent.2", "coda.0", "0", "1"]
+    assert keys == ["prelude.0", "recurrent.0", "recurrent.2", "coda.0", "0", "1", "shared", "own", "shared", "own"]
     study.dataset["attention_map"][:] = 255
     assert not page_of(study, tmp_path).ids("figure") & {"head-maps", "floorplan"}
 

@@ -39,7 +39,6 @@ from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts
 
 PER_ROW = "Frobenius distances are over the square root of the number of tokens."
-_MEANS = "Medians over prompts of means over each prompt's tokens."
 _LAYOUTS: tuple[Layout, ...] = ("by layer", "by recurrence", "by depth")
 _MOST_NAMES = 12
 """Layers that are named on an axis."""
@@ -58,6 +57,8 @@ class _Quantity:
     horizon: bool = False
     """Whether it is 0 at the horizon, which is marked."""
     attention: bool = False
+    folded: bool = False
+    """Whether a page shows its panel when it is asked for."""
 
     def curve(self, view: StudyView) -> Curve:
         if self.attention:
@@ -77,15 +78,17 @@ def _drawn(
     recurrences = passes(view.recurrences)
     floors = [floor_words(view, curve) for quantity, curve in zip(quantities, curves, strict=True) if quantity.floor]
     marked = [Rule(x=view.horizon, name=f"H: {view.horizon}", above=True)] if view.recurrences >= view.horizon else []
+    means = "each prompt's heads" if any(quantity.attention for quantity in quantities) else "each prompt's tokens"
     asked = question if isinstance(question, str) else question(view)
     return Plot(
         question=asked if layout == "by layer" else f"{asked.rstrip('?')}, {layout}?",
-        reading=" ".join(filter(None, [reading, line_words(view, layout, curves[0], recurrences), *floors])),
+        reading=reading,
+        lines=" ".join([f"Medians over prompts of means over {means}.", line_words(view, layout, curves[0], recurrences), *dict.fromkeys(floors)]),
         panels=[
             laid_out(
                 view, settings, curve, layout, quantity.title, recurrences, floor=quantity.floor,
                 anchor=quantity.anchor if layout == "by layer" else "",
-                more=marked if quantity.horizon and layout == "by layer" else (),
+                more=marked if quantity.horizon and layout == "by layer" else (), folded=quantity.folded,
             )
             for quantity, curve in zip(quantities, curves, strict=True)
         ],
@@ -172,8 +175,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "step",
         "How much does one more recurrence move each layer?",
         "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
-        f"streams, (b) the same over the norm of the state: read it together with the growth of the norm. {_MEANS}",
-        _Quantity(variable="successive_difference", title="step"),
+        f"streams, (b) the same over the norm of the state: read it together with the growth of the norm.",
+        _Quantity(variable="successive_difference", title="step", folded=True),
         _Quantity(variable="relative_step", title="step / norm of the state", floor=True),
         anchors=("step", "step-by-recurrence"),
         paper=(3,),
@@ -185,11 +188,12 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. On a "
         "logarithmic axis a straight fall is geometric convergence, and a plateau is where it ends. The distance to "
         "the state at H is 0 there by construction, so the end of that curve proves nothing alone; a plateau in (c) "
-        f"that is absent in (b) is drift. {_MEANS}",
-        _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True),
+        f"that is absent in (b) is drift.",
+        _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True, folded=True),
         _Quantity(variable="relative_distance", title="distance / norm at H", floor=True, horizon=True),
         _Quantity(
-            variable="relative_distance_second_horizon", title="distance / norm at 2H", anchor="second-horizon"
+            variable="relative_distance_second_horizon", title="distance / norm at 2H", anchor="second-horizon",
+            folded=True,
         ),
         anchors=("distance", "distance-by-recurrence"),
         paper=(4,),
@@ -199,7 +203,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "Does the direction settle?",
         "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
         "state at the horizon H; 0.005 is an angle of about 6 degrees. Direction alone: it does not see the norm. On a "
-        f"logarithmic axis what is exactly 0 is a gap. {_MEANS}",
+        f"logarithmic axis what is exactly 0 is a gap.",
         _Quantity(variable="cosine_distance_to_previous", title="1 − cosine to state before"),
         _Quantity(variable="cosine_distance_to_horizon", title="1 − cosine to state at H"),
         anchors=("cosine", ""),
@@ -210,7 +214,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "attention",
         "Does the attention of each layer settle?",
         "Attention maps of each layer: distance (a) to the map one recurrence before, (b) to the map at the horizon H. "
-        f"{PER_ROW} Medians over prompts of means over heads.",
+        f"{PER_ROW}",
         _Quantity(variable="attention_change", title="distance per row to map before", attention=True),
         _Quantity(
             variable="attention_distance_to_horizon", title="distance per row to map at H", attention=True,
@@ -224,7 +228,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "norm",
         "Does the norm of the residual stream keep growing?",
         "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
-        f"that grows shrinks relative steps although the state does not settle. {_MEANS}",
+        f"that grows shrinks relative steps although the state does not settle.",
         _Quantity(variable="residual_norm", title="token norm"),
         _Quantity(variable="norm_growth", title="norm / norm after recurrence 1", anchor="norm-growth"),
         anchors=("norm-by-layer", ""),
@@ -237,9 +241,9 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "Do two initial states end in the same place?",
         "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
         "norm, (b) 1 − cosine. Falling to the noise floor: the model forgets where it started. A plateau: where it "
-        f"ends depends on it. {_MEANS}",
+        f"ends depends on it.",
         _Quantity(variable="path_distance", title="distance / mean norm", floor=True),
-        _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs"),
+        _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs", folded=True),
         anchors=("path-independence", ""),
         layouts=("by layer",),
         settles=False,
@@ -248,19 +252,21 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         name="horizons", of=_horizons, anchor="horizon-drift", variables=("horizon_drift", "horizon_relative_step")
     ),
 )  # fmt: skip
-_SETTLING = ("horizons", "distance", "step", "direction", "norm")
+_SETTLING = ("distance", "step", "horizons", "path-independence", "direction", "norm")
 
 
 def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Movement between the horizons, then distance, step, direction and norm."""
+    """Distance and step, movement between the horizons and between two runs, then direction and norm."""
     types = {each.name: each for each in CONVERGENCE}
     names = [name for start in _SETTLING for name in types if name.startswith(start)]
+    figures = on_page([types[name] for name in names], view, settings)
+    lines = next((figure.lines for figure in figures if isinstance(figure, Plot) and figure.lines), "")
     return Section(
         anchor="settling",
         short="Settling",
         title="Does it settle?",
-        lead=f"Lines are medians over prompts of means over each prompt's tokens. H = {view.horizon} recurrences.",
-        figures=on_page([types[name] for name in names], view, settings),
+        lead=f"H = {view.horizon} recurrences. {lines}".rstrip(),
+        figures=figures,
     )
 
 

@@ -175,6 +175,7 @@ def laid_out(
     title: str = "",
     anchor: str = "",
     more: Sequence[Mark] = (),
+    folded: bool = False,
 ) -> Panel:
     """A curve in one of the layouts.
 
@@ -189,7 +190,7 @@ def laid_out(
         x, marks = _by_depth(view, curve, max(recurrences, default=0))
     if floor and (level := noise_floor(view, curve)) is not None:
         marks.append(Rule(y=level, name="noise floor", dash="dot"))
-    return Panel(x=x, y=Axis(title=y_title, scale=scale), marks=[*marks, *more], title=title, anchor=anchor)
+    return Panel(x=x, y=Axis(title=y_title, scale=scale), marks=[*marks, *more], title=title, anchor=anchor, folded=folded)
 
 
 def count_axis(total: int) -> Axis:

@@ -87,7 +87,7 @@ def _rates(view: StudyView, settings: ReportSettings) -> Plot:
                 x=Axis(title="predicted rate per recurrence", span=span),
                 y=Axis(title="observed rate per recurrence"),
                 marks=marks,
-                height=420,
+                height=340,
             )
         ],
     )
@@ -145,7 +145,7 @@ def _spectrum(view: StudyView, settings: ReportSettings) -> Plot:
         ),
         panels=[
             Panel(
-                x=Axis(title="real part"), y=Axis(title="imaginary part"), marks=marks, height=420, equal=True
+                x=Axis(title="real part"), y=Axis(title="imaginary part"), marks=marks, height=340, equal=True
             )
         ],
     )  # fmt: skip
@@ -295,7 +295,7 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
                 x=Axis(title="largest modulus of the token's eigenvalues"),
                 y=Axis(title="largest growth", scale="auto"),
                 marks=marks,
-                height=420,
+                height=340,
             )
         ],
     )

@@ -23,7 +23,6 @@ from loopscope.report.figures.curves import (
 from loopscope.report.figures.look import decade, decade_ticks
 from loopscope.report.figures.maps import head_maps
 from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Rule, Section, on_page
-from loopscope.report.figures.similarity import SIMILARITY
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts, sites_of
 
@@ -77,7 +76,7 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
                         picks=_picks(view, "recurrent"),
                     )
                 ],
-                height=max(340, min(900, 120 + _ROW * len(rows))),
+                height=max(320, min(900, 120 + _ROW * len(rows))),
             )
         ],
     )
@@ -149,7 +148,7 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
                         picks="" if view.looped else _picks(view, "prelude"),
                     )
                 ],
-                height=420,
+                height=320,
             )
         ],
     )
@@ -233,9 +232,9 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     """Change, stabilisation and sinks of the heads."""
     maps = head_maps(view)
     # Two beside each other, then the maps that a click into them shows, then the others.
-    first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
-    others = ("cycle-attention", "cycle-attention-long", "heads-stable", "head-supports", "attention-by-layer")
-    types = [each for each in (*HEADS, *SIMILARITY, *CONVERGENCE) if each.name in (*first, *others)]
+    first = ("head-change", "head-sinks")
+    others = ("heads-stable", "head-supports", "attention-by-layer")
+    types = [each for each in (*HEADS, *CONVERGENCE) if each.name in (*first, *others)]
     plots = {plot.name: plot for plot in on_page(types, view, settings)}
     figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]
     figures += [maps] if maps is not None else []

@@ -73,12 +73,15 @@ class Chart:
     """Unique on the page."""
     anchor: str
     heading: str
+    about: str
+    """What it shows, in a few words."""
     height: int
     least_width: int
     picks: str
     json: Markup
     """For a script element, packed if it is long; empty where a sentence says all."""
     said: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,28 +121,36 @@ def legend(plot: Plot) -> list[Entry]:
 
 
 def charts(plot: Plot) -> list[Chart]:
-    """Of the panels that have something to show."""
+    """Of the panels that have something to show; at least one of them is not folded."""
+    some = any(panel.has_data and not panel.folded for panel in plot.panels)
     return [
         Chart(
             key=panel.anchor or "-".join(filter(None, [plot.anchor, plot.letter(panel)])),
             anchor=panel.anchor,
-            heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
+            heading=_lettered(plot, panel, panel.title),
+            about=_lettered(plot, panel, panel.title or panel.y.title),
+            folded=panel.folded and some,
             height=panel.height,
             least_width=panel.least_width,
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
             json=_content(plot, panel) if panel.one_value is None else Markup(),
-            said=_one_value(panel),
+            said=_one_value(plot, panel),
         )
         for panel in plot.panels
         if panel.has_data
     ]
 
 
-def _one_value(panel: Panel) -> str:
+def _lettered(plot: Plot, panel: Panel, words: str) -> str:
+    letter = plot.letter(panel)
+    return f"({letter}) {words}".rstrip() if letter else words
+
+
+def _one_value(plot: Plot, panel: Panel) -> str:
     if (value := panel.one_value) is None:
         return ""
     text = percent(value) if panel.y.percent else significant(value, 3)
-    return f"{panel.title or panel.y.title}: {text} throughout."
+    return f"{_lettered(plot, panel, panel.title or panel.y.title)}: {text} throughout."
 
 
 def _content(plot: Plot, panel: Panel) -> Markup:

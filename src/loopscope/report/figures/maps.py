@@ -36,9 +36,9 @@ _TICKS_APART = (0, 0.1, 0.5, 1)
 """On the short one of a paper."""
 _STOPS = 17
 """Colours from which the browser makes the colour bar."""
-_PLAN = (1240, 1000)
+_PLAN = (1240, 480)
 """CSS pixels, width and height, that a floorplan may take of a wide window, so that all of it is seen at a glance."""
-_AROUND = (50, 60)
+_AROUND = (42, 60)
 """What the names around one block of it take."""
 _MOST_BESIDE = 12
 """Heads of a block beside which there is room for another on a page of a paper."""
@@ -112,8 +112,8 @@ def head_maps(view: StudyView) -> HeadMaps | None:
     return HeadMaps(
         title="What does one head look at?",
         caption=(
-            "A row shows what one token looks at. All maps share one scale of colours, even in the square root of "
-            "attention, so that little differs visibly from nothing." + _on_numbers(view)
+            "A row shows what one token looks at. Colours are even in the square root of attention, so that little "
+            "attention is still told from none; all maps share one scale of them, unless each is given its own." + _on_numbers(view)
         ),
         layers=list(layers.items()),
         heads=data.sizes["head"],

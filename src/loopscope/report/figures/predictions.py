@@ -107,7 +107,7 @@ def _panel(
                 tip="{label}",
             )
         ],
-        height=19 * len(strings) + 170,
+        height=18 * len(strings) + 150,
         least_width=90 + 62 * len(columns),
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopscope._util.statistics import mean, quantile
-from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.curves import BAND_LEVELS, final_shares, share_axis, trained_mark
 from loopscope.report.figures.exit_rules import EXIT_RULES_FIGURE
 from loopscope.report.figures.look import CATEGORIES
@@ -76,6 +75,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
                     Line(x=counts[:-1], y=high, name="95 % of tokens are below", colour=CATEGORIES[2], dash="dot"),
                 ],
                 anchor="readout-divergence",
+                folded=True,
             ),
         ],
     )  # fmt: skip
@@ -103,7 +103,9 @@ def _exit_gate(view: StudyView, settings: ReportSettings) -> Plot:
     )  # fmt: skip
 
 
-def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "") -> Panel:
+def _over_readouts(
+    view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "", *, folded: bool = False
+) -> Panel:
     """Over the numbers of recurrences at which the model was read out."""
     counts = [int(count) for count in view.variable("readout_recurrence").values]
     trained = view.trained is not None and counts[0] <= view.trained <= counts[-1]
@@ -117,6 +119,7 @@ def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str 
         y=y,
         marks=[*marks, *(trained_mark(view) if trained else [])],
         anchor=anchor,
+        folded=folded,
     )
 
 
@@ -140,12 +143,11 @@ READOUT = (
 
 
 def readout_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Path independence, loss and what the model would say, as far as they were measured."""
-    types = [*PREDICTIONS, *READOUT, *(each for each in CONVERGENCE if each.anchor == "path-independence")]
+    """What the model would say, its loss, and what it would cost to stop, as far as they were measured."""
     return Section(
         anchor="readout",
         short="What it says",
-        title="What does it say, and does it forget its start?",
+        title="What does it say?",
         lead="Over the number of recurrences.",
-        figures=on_page(types, view, settings),
+        figures=on_page((*PREDICTIONS, *READOUT), view, settings),
     )

@@ -19,7 +19,7 @@ _MOST_NUMBERS = 8
 """Layers whose cosines are written into the map."""
 _MOST_NAMES = 16
 """Passes that are named on an axis; more names would lie on top of each other."""
-_HEIGHT = 420
+_HEIGHT = 330
 
 
 def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
@@ -198,24 +198,6 @@ def _no_longer(view: StudyView) -> str | None:
 
 SIMILARITY: tuple[FigureType[StudyView], ...] = (
     FigureType(name="layer-cosine", of=_layer_cosine, anchor="layer-cosine", variables=("layer_cosine",)),
-    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
-    FigureType(
-        name="cycle-attention",
-        of=_cycle_attention,
-        anchor="attention-cycle",
-        variables=("attention_cycle_distance",),
-        loops=False,
-        paper=(2,),
-    ),
-    FigureType(
-        name="cycle-attention-long",
-        folded=True,
-        of=_cycle_attention_long,
-        anchor="attention-cycle-long",
-        variables=("attention_cycle_distance",),
-        unless=_no_longer,
-        paper=(21,),
-    ),
     FigureType(
         name="cycle-residual",
         of=_cycle_residual,
@@ -223,6 +205,14 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
         variables=("cycle_similarity",),
         loops=False,
         paper=(19,),
+    ),
+    FigureType(
+        name="cycle-attention",
+        of=_cycle_attention,
+        anchor="attention-cycle",
+        variables=("attention_cycle_distance",),
+        loops=False,
+        paper=(2,),
     ),
     FigureType(
         name="cycle-residual-long",
@@ -233,15 +223,27 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
         unless=_no_longer,
         paper=(20,),
     ),
+    FigureType(
+        name="cycle-attention-long",
+        folded=True,
+        of=_cycle_attention_long,
+        anchor="attention-cycle-long",
+        variables=("attention_cycle_distance",),
+        unless=_no_longer,
+        paper=(21,),
+    ),
+    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
 )
 
 
 def similarity_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Cosines between layers at the horizon, and between all visits of the first recurrences."""
+    """Cosines between layers at the horizon, and residual streams and attention of all visits of the first
+    recurrences."""
     return Section(
         anchor="points",
         short="Points",
-        title="One point or many?" if view.looped else "How similar are the layers?",
-        lead="Cosines of residual streams, token by token, then averaged over tokens and prompts.",
-        figures=on_page([each for each in SIMILARITY if "attention" not in each.name], view, settings),
+        title="One point per layer, and every pass alike?" if view.looped else "How similar are the layers?",
+        lead="Residual streams are compared token by token; cosines are then averaged over tokens and prompts.",
+        columns=3 if view.looped else 2,
+        figures=on_page(SIMILARITY, view, settings),
     )

@@ -94,7 +94,7 @@ def _panel(
         ],
         title=title,
         anchor=f"tokens-{prompt}",
-        height=17 * rows + 160,
+        height=16 * rows + 150,
     )
 
 

@@ -51,7 +51,7 @@ def _trajectories(components: int, view: StudyView, settings: ReportSettings) ->
                 marks=_paths(scores[:, counts - 1, :components], counts),
                 title=f"Prompt {prompt}, token {token} “{visible(string.strip() or string, 20)}”",
                 anchor=f"trajectory-{components}d-{number}",
-                height=440 if components == 2 else 370,
+                height=350 if components == 2 else 370,
             )
         )
     return Plot(

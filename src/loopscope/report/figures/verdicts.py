@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,11 +115,13 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
         for method, rates in found.items()
         for shares in (rates.tokens if things == "tokens" else rates.prompts,)
     ]
-    return shares_plot(
+    plot = shares_plot(
         series,
         f"After {found['displacement'].where}. A prompt counts for every kind that one of its tokens "
         "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
     )
+    # The sentences beside it then say all.
+    return dataclasses.replace(plot, folded=all(_all_settle(rates.tokens) for rates in found.values()))
 
 
 # ---- maps ----

@@ -15,7 +15,7 @@
   // Red, green, blue and opacity of each code, as the one number that a pixel is.
   const colours = new Uint32Array(256);
   palette.forEach((colour, code) => new Uint8Array(colours.buffer, 4 * code).set([...colour, 255]));
-  const chosen = { prompt: 0, layer: start.layer, head: start.head, recurrence: null };
+  const chosen = { prompt: 0, layer: start.layer, head: start.head, recurrence: null, scale: "shared" };
   let cursor = null; // {query, key}
   let longestName = 0; // of a token, in CSS pixels
   let maps = []; // of the chosen head: {visit, codes, image, canvas, value, place}
@@ -29,16 +29,27 @@
     return prompt().codes.subarray(first, first + side * side);
   }
 
+  // The colour of each code of a map. On a scale of its own the largest 2 % of its entries have the last colour: the
+  // largest of all is that of the first token, which has nothing but itself to look at.
+  function coloursOf(codes) {
+    if (chosen.scale === "shared") return colours;
+    const known = codes.filter((code) => code !== unknown).sort();
+    const top = known[Math.floor(0.98 * (known.length - 1))] || highest;
+    return colours.map((colour, code) => (code === unknown ? colour : colours[Math.min(highest, Math.round((code / top) * highest))]));
+  }
+
   // A canvas with maps on it: [left, top, codes] of each.
   function pictureOf(width, height, contents) {
     const canvas = make("canvas", { width, height });
     const context = canvas.getContext("2d");
     const image = context.createImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
-    for (const [left, top, codes] of contents)
+    for (const [left, top, codes] of contents) {
+      const scale = coloursOf(codes);
       for (let row = 0; row < count(); row++)
         for (let column = 0; column < count(); column++)
-          pixels[(top + row) * width + left + column] = colours[codes[row * side + column]];
+          pixels[(top + row) * width + left + column] = scale[codes[row * side + column]];
+    }
     context.putImageData(image, 0, 0);
     return canvas;
   }
@@ -237,8 +248,11 @@
       }
       const ruler = Object.assign(make("canvas", {}).getContext("2d"), { font: `700 ${FONT}` });
       longestName = 9 + Math.max(...prompt().tokens.slice(0, side).map((token) => ruler.measureText(token).width));
-      showPlan();
     }
+    if ("scale" in changes) {
+      for (const ticks of document.querySelectorAll("[data-scale]")) ticks.hidden = ticks.dataset.scale !== chosen.scale;
+    }
+    if ("prompt" in changes || "scale" in changes) showPlan();
     showHead();
     markPlan();
   }
@@ -246,7 +260,8 @@
   for (const choice of choices)
     choice.addEventListener("change", () => {
       const name = choice.dataset.choice;
-      choose({ [name]: name === "layer" ? choice.value : Number(choice.value), recurrence: null });
+      if (name === "scale") choose({ scale: choice.value });
+      else choose({ [name]: name === "layer" ? choice.value : Number(choice.value), recurrence: null });
     });
   document.addEventListener("pickhead", ({ detail }) => {
     choose(detail);
