@@ -15,7 +15,7 @@ from loopscope.study import StudyView
 
 CRITERIA = Question(
     key="criteria",
-    text="Do distance and remaining path agree on which tokens have settled?",
+    text="Do two criteria of settling agree?",
     figure="token-distances",
     needs=(
         some_finite("no token settles"),
@@ -28,8 +28,8 @@ CRITERIA = Question(
     ),
 )
 _REASONS = (
-    "{} an answer so close to a tie that the distance itself could change it",
-    "{} a path made long by rounding alone, whose steps add up along a path and not in a distance",
+    "{} an answer so close to a tie that even the distance could change it",
+    "{} a long path only because rounding adds up along it",
     "{} a path that turns or hovers",
 )
 
@@ -61,17 +61,17 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
     agree = agreeing / total >= criterion.tokens_needed
     winding = np.median((path / np.maximum(distance, 1e-300))[known])
     sentence = (
-        f"{'Yes' if agree else 'No'}: of {plural(total, 'token')} after {plural(view.recurrences, 'recurrence')}, "
-        f"{int(near.sum()):,} are within {percent(criterion.reached_level)} of their own state at recurrence "
-        f"{view.horizon} (arXiv 2604.11791), and {int(safe.sum()):,} have less path left until then than their "
-        f"margin allows (after arXiv 2608.18222). The two agree on {percent(agreeing / total)}."
+        f"{'Yes' if agree else 'No'}: they agree on {percent(agreeing / total)} of {plural(total, 'token')}. After "
+        f"{plural(view.recurrences, 'recurrence')}, {int(near.sum()):,} are within {percent(criterion.reached_level)} "
+        f"of their own state at recurrence {view.horizon} (arXiv 2604.11791); {int(safe.sum()):,} have less path left "
+        "until then than the margin of their answer allows (after arXiv 2608.18222)."
     )
     if first.any():
         there = sorted(zip(counts, _REASONS, strict=True), key=lambda each: -each[0])
         parts = [reason.format(f"{count:,} {'has' if count == 1 else 'have'}") for count, reason in there if count]
-        sentence += f" Of {plural(int(first.sum()), 'token')} near by distance alone, {'; '.join(parts)}."
+        sentence += f" {plural(int(first.sum()), 'token')} settled by distance alone: {'; '.join(parts)}."
     if second.any():
-        sentence += f" {plural(int(second.sum()), 'token')} farther away, with more margin than path left."
+        sentence += f" {plural(int(second.sum()), 'token')} settled by remaining path alone."
     evidence: Evidence = {
         "tokens_judged": float(total),
         "near_by_distance": float(near.mean()),
@@ -84,10 +84,10 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
         "margin_median": float(np.median(margin[known])),
     }
     limits = [
-        "How much the margin changes per length is the largest seen between successive readouts, which is no bound: "
-        "more may change than the remaining path allows."
+        "How much the margin changes per unit of path is the largest seen between successive readouts. That is no "
+        "bound: the answer may change by more."
     ]
-    verdict = "yes" if agree else f"they part in {percent(1 - agreeing / total)}"
+    verdict = "yes" if agree else f"they differ on {percent(1 - agreeing / total)}"
     return CRITERIA.says(Outcome.YES if agree else Outcome.NO, verdict, sentence, evidence, limits)
 
 

@@ -81,9 +81,15 @@ def _drawn(
     means = "each prompt's heads" if any(quantity.attention for quantity in quantities) else "each prompt's tokens"
     asked = question if isinstance(question, str) else question(view)
     return Plot(
-        question=asked if layout == "by layer" else f"{asked.rstrip('?')}, {layout}?",
+        question=asked if layout == "by layer" else f"{asked.rstrip('?')} ({layout})?",
         reading=reading,
-        lines=" ".join([f"Medians over prompts of means over {means}.", line_words(view, layout, curves[0], recurrences), *dict.fromkeys(floors)]),
+        lines=" ".join(
+            [
+                f"Medians over prompts of means over {means}.",
+                line_words(view, layout, curves[0], recurrences),
+                *dict.fromkeys(floors),
+            ]
+        ),
         panels=[
             laid_out(
                 view, settings, curve, layout, quantity.title, recurrences, floor=quantity.floor,
@@ -151,10 +157,10 @@ def _horizons(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question=f"How far does the state still move between {first} and {second} recurrences?",
         reading=(
-            "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H recurrences, the "
-            "steps into both, the estimated noise floor, and the tolerance of the quick answers (dashed). Everything "
-            "below it: settled. Drift above it with steps that do not shrink: no fixed point. Medians over prompts; "
-            "whiskers hold 90 % of the prompts. On a logarithmic axis exact zeros have no place."
+            "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H, the steps into "
+            "both, the estimated noise floor, and the tolerance of the quick answers (dashed). A layer with everything "
+            "below the tolerance has settled; one with more drift, and steps that do not shrink, has no fixed point. "
+            "Medians over prompts; whiskers hold 90 % of the prompts. A logarithmic axis cannot show exact zeros."
         ),
         panels=[
             Panel(
@@ -175,7 +181,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "step",
         "How much does one more recurrence move each layer?",
         "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
-        f"streams, (b) the same over the norm of the state: read it together with the growth of the norm.",
+        "streams, (b) divided by the norm of the state: read it together with the growth of the norm.",
         _Quantity(variable="successive_difference", title="step", folded=True),
         _Quantity(variable="relative_step", title="step / norm of the state", floor=True),
         anchors=("step", "step-by-recurrence"),
@@ -184,11 +190,11 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "distance",
         lambda view: f"How far is each layer from its state at recurrence {view.horizon}?",
-        "Distance of each layer's residual stream to its approximate fixed point, its state at the horizon H: (a) "
-        "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. On a "
-        "logarithmic axis a straight fall is geometric convergence, and a plateau is where it ends. The distance to "
-        "the state at H is 0 there by construction, so the end of that curve proves nothing alone; a plateau in (c) "
-        f"that is absent in (b) is drift.",
+        "Distance of each layer's residual stream to its state at the horizon H, which stands in for the fixed point: "
+        "(a) Euclidean norm of the difference, (b) divided by the norm at H, (c) the same for the state at 2H. On a "
+        "logarithmic axis a straight fall is geometric convergence; it ends in a plateau. At H the distance in (a) and "
+        "(b) is 0 by construction, so the end of these curves alone proves nothing; a plateau in (c) "
+        "that is absent in (b) is drift.",
         _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True, folded=True),
         _Quantity(variable="relative_distance", title="distance / norm at H", floor=True, horizon=True),
         _Quantity(
@@ -202,8 +208,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "direction",
         "Does the direction settle?",
         "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
-        "state at the horizon H; 0.005 is an angle of about 6 degrees. Direction alone: it does not see the norm. On a "
-        f"logarithmic axis what is exactly 0 is a gap.",
+        "state at the horizon H; 0.005 is an angle of about 6 degrees. The norm plays no part. On a "
+        "logarithmic axis exact zeros are gaps.",
         _Quantity(variable="cosine_distance_to_previous", title="1 − cosine to state before"),
         _Quantity(variable="cosine_distance_to_horizon", title="1 − cosine to state at H"),
         anchors=("cosine", ""),
@@ -227,8 +233,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "norm",
         "Does the norm of the residual stream keep growing?",
-        "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
-        f"that grows shrinks relative steps although the state does not settle.",
+        "(a) Mean token norm of the residual stream, (b) divided by its value after the first recurrence. A "
+        "growing norm makes relative steps shrink although the state does not settle.",
         _Quantity(variable="residual_norm", title="token norm"),
         _Quantity(variable="norm_growth", title="norm / norm after recurrence 1", anchor="norm-growth"),
         anchors=("norm-by-layer", ""),
@@ -239,9 +245,9 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "path-independence",
         "Do two initial states end in the same place?",
-        "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
-        "norm, (b) 1 − cosine. Falling to the noise floor: the model forgets where it started. A plateau: where it "
-        f"ends depends on it.",
+        "Two runs of the same prompts from different initial states: (a) distance of their states, divided by the mean "
+        "norm, (b) 1 − cosine. If it falls to the noise floor, the model forgets where it started; if it stays above, "
+        "the end depends on the start.",
         _Quantity(variable="path_distance", title="distance / mean norm", floor=True),
         _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs", folded=True),
         anchors=("path-independence", ""),

@@ -49,10 +49,9 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Which heads keep changing?",
         reading=(
-            "How much each head's attention map changes from one recurrence to the next, a row per head, median over "
-            f"prompts. {PER_ROW} Dark to the right: the head's attention has settled. Bright stripes: heads that keep "
-            "changing, however often the block runs. White lines part the recurrent layers; no colour: no change at "
-            "all."
+            "How much each head's attention map changes from one recurrence to the next: a row per head, median over "
+            f"prompts. {PER_ROW} Rows that turn dark are heads whose attention settles; bright ones keep changing. "
+            "White lines separate the recurrent layers; no colour means no change at all."
         ),
         panels=[
             Panel(
@@ -95,9 +94,9 @@ def _heads_stable(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="After how many recurrences are heads stable?",
         reading=(
-            "Share of heads, over all prompts, that are stable after that many recurrences: whose change per row stays "
+            "Share of heads, over all prompts, that are stable after that many recurrences: their change per row stays "
             f"at or below {view.head_stable:g} from there on (--head-stable). The last recurrence measured cannot "
-            "count: nothing after it was seen. One line per recurrent layer."
+            "count, since nothing after it was seen. One line per recurrent layer."
         ),
         panels=[
             Panel(
@@ -119,7 +118,7 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
     ends = (view.prelude, view.prelude + view.recurrent)
     one_pass = f" (recurrence {at})" if view.looped else ""
     return Plot(
-        question="Which heads rest on the first token?",
+        question="Which heads attend to the first token?",
         reading=" ".join(
             [
                 f"Share of each head's attention that the first token receives, along one pass{one_pass}, median over "
@@ -242,11 +241,11 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     lead = "Attention after the softmax, head by head; medians over prompts."
     if view.looped:
         lead += (
-            " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
-            "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
+            " Change is the Euclidean distance between a row of a map and the same row one recurrence before, as root "
+            "mean square over rows; two rows with nothing in common are 1 to 1.4 apart."
         )
     if maps is None:
-        lead += " The study holds no maps of single heads: its analysis was told to keep none, or none can be seen."
+        lead += " The study holds no maps of single heads: none were to be kept, or none can be seen."
     return Section(
         anchor="heads",
         short="Heads",

@@ -95,7 +95,7 @@ def _note(view: StudyView, prompt: int) -> str:
     total, shown = int(data["token_count"][prompt]), data.sizes["query"]
     said = []
     if shown < total:
-        said.append(f"Of its {total} tokens the first {shown} are drawn: the study keeps the maps of no more.")
+        said.append(f"The first {shown} of its {total} tokens are drawn; the study keeps no more of the maps.")
     said += sinks_by_chance([total]) if "sink_score" in data else []
     return " ".join(said)
 

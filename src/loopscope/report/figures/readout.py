@@ -27,7 +27,7 @@ def _loss(view: StudyView, settings: ReportSettings) -> Plot:
     if loss.sizes["prompt"] > 1:
         low, high = (view.median("loss", level).values for level in BAND_LEVELS)
         marks.append(Band(x=counts, low=low, high=high, name="90 % of prompts"))
-        spread = " The band holds 90 % of the prompts: it shows how much they differ, not how sure the mean is."
+        spread = " The band holds 90 % of the prompts: it shows how much they differ, not the uncertainty of the mean."
     means = np.array([mean(row) for row in loss.values])
     marks.append(
         Line(
@@ -37,8 +37,8 @@ def _loss(view: StudyView, settings: ReportSettings) -> Plot:
     )  # fmt: skip
     return Plot(
         question="Does the loss improve with more recurrences?",
-        reading="Mean next-token loss on the prompts' own tokens, when the state is decoded after that many "
-        f"recurrences; mean over prompts.{spread}",
+        reading="Mean next-token loss on the prompts' own tokens, with the state decoded after that many recurrences; "
+        f"mean over prompts.{spread}",
         panels=[_over_readouts(view, Axis(title="loss (nats a token)"), marks)],
     )
 
@@ -52,9 +52,9 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
     high = np.array([quantile(row, BAND_LEVELS[1]) for row in rows])
     return Plot(
         question="When does the prediction stop changing?",
-        reading="(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
-        "there. (b) KL divergence of the prediction after that many recurrences from the last one, token by token: "
-        "mean over tokens, and the bound that 95 % stay below.",
+        reading="(a) Share of tokens with the same most probable next token as at the last readout, and share that "
+        "keep it from there on. (b) KL divergence of the prediction after that many recurrences from the last one: "
+        "mean over tokens, and the 95th percentile.",
         panels=[
             _over_readouts(
                 view,
@@ -64,7 +64,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
                         x=counts, y=agrees, name="same top token as at the last readout", colour=CATEGORIES[5],
                         points=True,
                     ),
-                    Line(x=counts, y=final, name="and it stays", colour=CATEGORIES[0], points=True),
+                    Line(x=counts, y=final, name="the same from there on", colour=CATEGORIES[0], points=True),
                 ],
             ),
             _over_readouts(
@@ -72,7 +72,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
                 Axis(title="KL divergence from the last (nats)", scale="auto"),
                 [
                     Line(x=counts[:-1], y=means, name="mean over tokens", colour=CATEGORIES[2], points=True),
-                    Line(x=counts[:-1], y=high, name="95 % of tokens are below", colour=CATEGORIES[2], dash="dot"),
+                    Line(x=counts[:-1], y=high, name="95th percentile of tokens", colour=CATEGORIES[2], dash="dot"),
                 ],
                 anchor="readout-divergence",
                 folded=True,
@@ -87,7 +87,7 @@ def _exit_gate(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Where does the exit gate stop?",
         reading="Probability, by the model's own gate, to stop after each recurrence; mean over tokens and prompts. "
-        f"Recurrence {len(share)}, the last measured, takes all that is left.",
+        f"Recurrence {len(share)}, the last measured, gets all that is left.",
         panels=[
             Panel(
                 x=Axis(title="recurrence", span=(0.4, len(share) + 0.6), whole=True),
@@ -103,9 +103,7 @@ def _exit_gate(view: StudyView, settings: ReportSettings) -> Plot:
     )  # fmt: skip
 
 
-def _over_readouts(
-    view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "", *, folded: bool = False
-) -> Panel:
+def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "", *, folded: bool = False) -> Panel:
     """Over the numbers of recurrences at which the model was read out."""
     counts = [int(count) for count in view.variable("readout_recurrence").values]
     trained = view.trained is not None and counts[0] <= view.trained <= counts[-1]
@@ -148,6 +146,6 @@ def readout_section(view: StudyView, settings: ReportSettings) -> Section:
         anchor="readout",
         short="What it says",
         title="What does it say?",
-        lead="Over the number of recurrences.",
+        lead="The state is decoded by the coda after different numbers of recurrences.",
         figures=on_page((*PREDICTIONS, *READOUT), view, settings),
     )

@@ -28,7 +28,7 @@ FACTS = {
     "amplitude": "amplitude",
     "speed": "speed per recurrence",
     "rate": "rate per recurrence",
-    "p_value": "p of its shape",
+    "p_value": "p-value of its shape",
 }
 """Numbers of a verdict that a reader is shown, and what they are called."""
 

@@ -69,7 +69,7 @@
         "div",
         { class: visit === marked ? "multiple marked" : "multiple" },
         make("h4", {}, visits[visit].name, value),
-        seen ? canvas : make("p", { class: "unseen" }, "Cannot be seen, or is not finite."),
+        seen ? canvas : make("p", { class: "unseen" }, "Not visible, or not finite."),
         make("ul", { class: "numbers" }, ...numbers.map((words) => make("li", {}, words))),
       );
       return { visit, codes, image: seen ? pictureOf(count(), count(), [[0, 0, codes]]) : null, canvas, value, place };
@@ -101,9 +101,10 @@
     const place = found.strongest_sink_position;
     if (Number.isFinite(found.sink_score)) words.push(`sink, first token: ${percent(found.sink_score)}`);
     if (place > 0) words.push(`strongest sink: ${percent(found.strongest_sink)}, “${prompt().tokens[place]}” (${place})`);
-    if (Number.isFinite(found.mixing_score)) words.push(`mixing: ${found.mixing_score.toFixed(2)} nats`);
-    if (Number.isFinite(found.change)) words.push(`change: ${Number(found.change.toPrecision(2))}`);
-    return words;
+    const last = [];
+    if (Number.isFinite(found.mixing_score)) last.push(`mixing: ${found.mixing_score.toFixed(2)} nats`);
+    if (Number.isFinite(found.change)) last.push(`change: ${Number(found.change.toPrecision(2))}`);
+    return last.length ? [...words, last.join(", ")] : words;
   }
 
   // Puts the cursor on one entry of all the maps, or nowhere.
@@ -116,7 +117,7 @@
     const { tokens } = prompt();
     pointed.textContent = cursor
       ? `Token ${cursor.query} “${tokens[cursor.query]}” looks at token ${cursor.key} “${tokens[cursor.key]}”`
-      : "Point at an entry, or go there with the arrow keys, to read it in every map.";
+      : "Point at an entry, or move to it with the arrow keys, to read its value in every map.";
   }
 
   function valueAt(codes) {
