@@ -132,7 +132,7 @@ def test_every_caption_is_whole_sentences(study: Study, tmp_path: Path) -> None:
     for kind in STUDY_FIGURES:
         if kind.absent(view_study(study)) is None:
             plot = kind.draw(view_study(study), ReportSettings())
-            words = f"{plot.question} {plot.reading}".strip()
+            words = " ".join([plot.question, plot.reading, *plot.lines]).strip()
             assert words.endswith(".")
             assert "  " not in words
             assert not re.search(r"\.\.|[{}]|None|nan", words), words

@@ -24,7 +24,7 @@ from loopscope.study import StudyView
 
 STABILITY = Question(
     key="stability",
-    text="Why: are the fixed points stable?",
+    text="Are the fixed points stable?",
     figure="stability-spectrum",
     needs=(
         measured("predicted_kind", "No eigenvalues were taken: this model does not allow it, or the part was skipped."),

@@ -340,8 +340,9 @@ def _against(
         _outcome(told),
         f"{len(told.on(-1))} of {len(gaps)} designs",
         f"Against a feed-forward model with {what}, of the same seed (the looped one has {100 * fmean(shares):.0f} % "
-        f"of its parameters on average). {_counted(told, 'Lower loss', 'Higher loss')} The mean difference is {overall} "
-        f"nats over {plural(overall.count, 'seed')}, where each of the {plural(controls, 'control')} counts once.",
+        f"of its parameters on average). {_counted(told, 'Lower loss', 'Higher loss')} The mean difference is "
+        f"{overall} nats over {plural(overall.count, 'seed')}, where "
+        f"each of the {plural(controls, 'control')} counts once.",
         {name: f"{each} nats" for name, each in told.intervals.items()},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,7 +38,7 @@ from loopscope.report.figures.plot import (
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts
 
-PER_ROW = "Frobenius distances are over the square root of the number of tokens."
+PER_ROW = "Frobenius distances are divided by the square root of the number of tokens."
 _LAYOUTS: tuple[Layout, ...] = ("by layer", "by recurrence", "by depth")
 _MOST_NAMES = 12
 """Layers that are named on an axis."""
@@ -83,13 +83,11 @@ def _drawn(
     return Plot(
         question=asked if layout == "by layer" else f"{asked.rstrip('?')} ({layout})?",
         reading=reading,
-        lines=" ".join(
-            [
-                f"Medians over prompts of means over {means}.",
-                line_words(view, layout, curves[0], recurrences),
-                *dict.fromkeys(floors),
-            ]
-        ),
+        lines=[
+            f"Medians over prompts of means over {means}.",
+            *line_words(view, layout, curves[0], recurrences),
+            *dict.fromkeys(filter(None, floors)),
+        ],
         panels=[
             laid_out(
                 view, settings, curve, layout, quantity.title, recurrences, floor=quantity.floor,
@@ -266,12 +264,12 @@ def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
     types = {each.name: each for each in CONVERGENCE}
     names = [name for start in _SETTLING for name in types if name.startswith(start)]
     figures = on_page([types[name] for name in names], view, settings)
-    lines = next((figure.lines for figure in figures if isinstance(figure, Plot) and figure.lines), "")
+    lines: Sequence[str] = next((each.lines for each in figures if isinstance(each, Plot) and each.lines), ())
     return Section(
         anchor="settling",
         short="Settling",
         title="Does it settle?",
-        lead=f"H = {view.horizon} recurrences. {lines}".rstrip(),
+        lead=" ".join([f"H = {view.horizon} recurrences.", *lines]),
         figures=figures,
     )
 

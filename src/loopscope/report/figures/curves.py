@@ -236,8 +236,8 @@ def floor_words(view: StudyView, curve: Curve) -> str:
     return f"The estimated noise floor, {significant(float(np.median(floor)))}, lies far below the axis."
 
 
-def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Sequence[int] = ()) -> str:
-    """For a reading: what lines, band and marks of a layout are; `recurrences` as in `laid_out`."""
+def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Sequence[int] = ()) -> list[str]:
+    """Sentences for a reading: what lines, band and marks of a layout are; `recurrences` as in `laid_out`."""
     where = ""
     if layout == "by layer":
         sentences, where = ["One line per recurrent layer."], " belongs to the last layer and"
@@ -259,7 +259,7 @@ def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Seque
     reached = view.recurrences if layout == "by layer" else max(recurrences, default=0) - 1
     if layout != "by recurrence" and view.looped and view.trained is not None and view.trained <= reached:
         sentences.append("Dashed: the trained number of recurrences.")
-    return " ".join(sentences)
+    return sentences
 
 
 def layer_lines(rows: NDArray[np.floating], x: NDArray[np.int64], *, steps: bool = False) -> list[Mark]:

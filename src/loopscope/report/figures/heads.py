@@ -123,7 +123,7 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
             [
                 f"Share of each head's attention that the first token receives, along one pass{one_pass}, median over "
                 f"prompts. A head has a sink from {SINK_THRESHOLD:g} on."
-                + (" White lines part prelude, block and coda." if view.looped else ""),
+                + (" White lines separate prelude, block and coda." if view.looped else ""),
                 *short_prompts(view),
             ]
         ),

@@ -244,8 +244,8 @@ class Plot:
     """What it asks or shows, in a sentence."""
     reading: str
     """How to read it: sentences that are true of the study from which it was drawn."""
-    lines: str = ""
-    """What its lines, bands and marks are, in sentences that several figures may share."""
+    lines: Sequence[str] = ()
+    """Sentences on its lines, bands and marks, which several figures may share: a page says them once a section."""
     panels: Sequence[Panel]
     legend: str = ""
     """Title of the legend, where its entries are numbers."""

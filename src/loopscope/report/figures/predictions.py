@@ -107,7 +107,7 @@ def _panel(
                 tip="{label}",
             )
         ],
-        height=18 * len(strings) + 150,
+        height=18 * len(strings) + 120,
         least_width=90 + 62 * len(columns),
     )
 
@@ -187,7 +187,7 @@ def _answer(view: StudyView, settings: ReportSettings) -> Plot:
             for row, name, colour in zip(rows, names, colours, strict=False)
         ]
 
-    ticks = counts if len(counts) <= 12 else [count for count in counts if not count & (count - 1)]
+    ticks = counts if len(counts) <= 6 else [count for count in counts if not count & (count - 1)]
     x = Axis(title="recurrences before the readout", scale="log", span=(counts[0] / 1.1, counts[-1] * 1.1), ticks=ticks)
     return Plot(
         question="When does the model know the answer?",

@@ -15,7 +15,7 @@ from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, powers_of_two
 
-_MOST_TICKS = 12
+_MOST_TICKS = 6
 """Numbers of recurrences that an axis names one by one; of more, the powers of two."""
 
 

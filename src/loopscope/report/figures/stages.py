@@ -110,7 +110,8 @@ class _Stages:
         medians = "Medians over prompts, at every layer application."
         return Plot(
             question=self.question,
-            reading=" ".join([medians, *said, line_words(view, self.layout, curves[0], recurrences)]),
+            reading=" ".join([medians, *said]),
+            lines=line_words(view, self.layout, curves[0], recurrences),
             panels=[
                 laid_out(
                     view,

@@ -372,7 +372,8 @@ def _settled_under_every_setting(view: StudyView) -> str | None:
             return None
         names = " and ".join(str(each).replace("_", " ") for each in record["sensitivity"][method])
         said.append(f"all {counts[..., 0].size} pairs of {names} (method {method})")
-    return f"That does not depend on the thresholds: all tokens settle with {' and with '.join(said)} that were tried."
+    tried = " and with ".join(said)
+    return f"The verdicts do not depend on the thresholds: all tokens settle with {tried} that were tried."
 
 
 def _settled_together(view: StudyView) -> str | None:

@@ -29,6 +29,18 @@
     return prompt().codes.subarray(first, first + side * side);
   }
 
+  // Codes are kept less those of the same layer one visit before, modulo 256.
+  function restored(codes) {
+    const size = heads * side * side;
+    const last = {};
+    visits.forEach(({ layer }, visit) => {
+      if (layer in last)
+        for (let place = 0; place < size; place++) codes[visit * size + place] += codes[last[layer] * size + place];
+      last[layer] = visit;
+    });
+    return codes;
+  }
+
   // The colour of each code of a map. On a scale of its own the largest 2 % of its entries have the last colour: the
   // largest of all is that of the first token, which has nothing but itself to look at.
   function coloursOf(codes) {
@@ -245,7 +257,7 @@
     if ("prompt" in changes) {
       if (typeof prompt().codes === "string") {
         const [codes, numbers] = await Promise.all([prompt().codes, prompt().numbers].map((text) => unpacked(text).arrayBuffer()));
-        Object.assign(prompt(), { codes: new Uint8Array(codes), numbers: new Float32Array(numbers) });
+        Object.assign(prompt(), { codes: restored(new Uint8Array(codes)), numbers: new Float32Array(numbers) });
       }
       const ruler = Object.assign(make("canvas", {}).getContext("2d"), { font: `700 ${FONT}` });
       longestName = 9 + Math.max(...prompt().tokens.slice(0, side).map((token) => ruler.measureText(token).width));
