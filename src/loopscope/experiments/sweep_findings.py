@@ -153,7 +153,9 @@ def advice(results: Sequence[SweepResult]) -> list[Answer]:
         lambda: _against(looped, results, "equal-parameters", "the same layers, each run once"),
         lambda: _against(looped, results, "equal-depth", "as many layers as it applies"),
     ]
-    return [each for ask in asked if looped and (each := ask()) is not None]
+    answers = [each for ask in asked if looped and (each := ask()) is not None]
+    # A reservation about all the others comes first; where there is none it is no news.
+    return [*answers[1:], answers[0]] if answers and answers[0].outcome is Outcome.YES else answers
 
 
 def _summary(name: str, control: ControlName | None, group: list[SweepResult], looped: int) -> DesignSummary:

@@ -247,7 +247,7 @@ def _named(label: str) -> str:
 
 def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
     """A panel per looped study and span: correlation of each pass with the reference, mean over the measures, beside
-    the null that comes closest and the curve back to front."""
+    the null that comes closest and the reversed curve."""
     panels = []
     for label in _compared(comparison):
         study = comparison.studies[label]
@@ -263,7 +263,7 @@ def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
                     marks=[
                         Band(x=counts, low=null[0], high=null[-1], name="90 % of the closest null"),
                         Line(
-                            x=counts, y=data["overall_reversed_similarity"].values, name="back to front", colour=MUTED,
+                            x=counts, y=data["overall_reversed_similarity"].values, name="reversed", colour=MUTED,
                             dash="dot",
                         ),
                         Line(

@@ -93,7 +93,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _tables(comparison: Comparison, label: str) -> list[Table]:
-    """One for the block alone and one for the whole pass, where these differ."""
+    """One for the block alone and one for the whole pass, where these differ; none of which nothing is known."""
     if label == comparison.reference:
         return []
     study = comparison.studies[label]
@@ -104,7 +104,7 @@ def _tables(comparison: Comparison, label: str) -> list[Table]:
     if outside:
         titles = {"block": f"{label}{where}: the block alone, on 0 to 100 %", **titles}
     anchor = f"table-{comparison.labels.index(label)}"
-    return [
+    tables = [
         Table(
             anchor=anchor if index == 0 else f"{anchor}-{span}",
             title=title,
@@ -125,6 +125,7 @@ def _tables(comparison: Comparison, label: str) -> list[Table]:
         )
         for index, (span, title) in enumerate(titles.items())
     ]
+    return [table for table in tables if any(row[-2] != "cannot tell" for row in table.rows)]
 
 
 def _row(name: str, finding: Finding, difference: float) -> tuple[str, ...]:

@@ -156,7 +156,15 @@
         place.hidden = found === null;
         if (found === null) return;
         const font = { family: getComputedStyle(figure).fontFamily, size: 12, color: INK };
-        const shared = { font, margin: { l: 8, r: 8, t: 24, b: 8 }, height: 260, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
+        const shared = {
+          font,
+          margin: { l: 8, r: 8, t: 24, b: 8 },
+          height: 260,
+          paper_bgcolor: "rgba(0,0,0,0)",
+          plot_bgcolor: "rgba(0,0,0,0)",
+          hoverlabel: { bgcolor: "#ffffff", bordercolor: "#b9bdc4", font },
+          modebar: { bgcolor: "#ffffff", color: MUTED, activecolor: INK },
+        };
         Plotly.react(place, found.traces, { ...shared, ...found.layout }, options);
       },
     };
