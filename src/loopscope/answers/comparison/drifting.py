@@ -82,7 +82,7 @@ def limits_answer(comparison: Comparison) -> Answer:
     return LIMITS.says(
         Outcome.NOT_APPLICABLE,
         plural(len(caveats), "caveat") if caveats else "those of the method",
-        " ".join(caveats[:2]) or "Nothing that shows in these studies themselves.",
+        " ".join(caveats) or "Nothing that shows in these studies themselves.",
         limits=[*caveats, *of_method],
     )
 
