@@ -119,7 +119,7 @@ def test_captions_say_what_is_drawn_and_from_what(study: Study, tmp_path: Path) 
     for words in (
         "(a) Euclidean norm",
         "Medians over prompts",
-        "The grey band is that of the last layer and holds 90 % of the tokens",
+        "The grey band belongs to the last layer and holds 90 % of the tokens",
         "Dashed: the trained number of recurrences.",
         "Model synthetic, (1, 3 ⊗ R, 1), injection linear, run in float32.",
         "5 prompts from synthetic, 50 tokens.",
