@@ -191,7 +191,7 @@ def test_one_stage_measure_is_enough_for_the_stages(study: Study, tmp_path: Path
     assert names(found) == {"stages-by-layer"}
     assert found.left_out == {"concentration-by-depth": "the analysis was told to leave it out (--skip heads)"}
     caption = captions(tmp_path)["figures"][0]["caption"]
-    assert "(a) residual entropy" in caption
+    assert "(a) Residual entropy" in caption
     assert "heads" not in caption
 
 
