@@ -468,6 +468,19 @@ def test_page_fits_the_window(looped: Opened, width: int) -> None:
     assert undrawn(looped.page) == []
 
 
+def test_each_map_can_have_a_scale_of_its_own(looped: Opened) -> None:
+    page = looped.page
+    drawn = "document.querySelector('#floorplan canvas').toDataURL()"
+    shared = page.evaluate(drawn)
+    page.locator("#floorplan").get_by_role("combobox", name="Colours").select_option("own")
+    assert page.locator("#head-maps").get_by_role("combobox", name="Colours").input_value() == "own"
+    assert page.locator("#floorplan .ticks:visible").inner_text().endswith("the largest 2 % of each map")
+    assert page.evaluate(drawn) != shared
+    page.locator("#head-maps").get_by_role("combobox", name="Colours").select_option("shared")
+    assert page.evaluate(drawn) == shared
+    assert page.locator("#floorplan .ticks:visible").inner_text().endswith("100 %")
+
+
 def test_another_prompt_can_be_chosen_on_a_telephone(looped: Opened) -> None:
     page = looped.page
     resize(page, 400)

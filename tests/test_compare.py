@@ -224,7 +224,7 @@ def test_outer_stages_that_prelude_and_coda_do_once() -> None:
     assert np.isnan(similarity[1])  # no head sinks in either
     answer = answer_of(comparison, "stages-0")
     assert (answer.outcome, answer.verdict) == (Outcome.PARTLY, "once, with prelude and coda")
-    assert "By themselves alike: attention concentration, mixing" in answer.sentence
+    assert "Alike on their own: attention concentration, mixing" in answer.sentence
 
 
 def test_unlike_models_and_two_feed_forward_ones() -> None:

@@ -78,7 +78,7 @@ def test_answers_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
     assert answer.outcome is not Outcome.YES
     assert "it was changed while it ran (attention:recurrent.*=6)" in answer.sentence
     limits = answer_of(comparison, "limits").sentence
-    assert f"{label} has 1 prompt: what all of them show may fail for up to 80 %" in limits
+    assert f"{label} has 1 prompt: what all of them show may still fail for up to 80 %" in limits
 
     again = side_by_side(Comparison.load(str(comparison.save(tmp_path).folder)))
     assert again == table
@@ -258,7 +258,7 @@ def test_checkpoints_of_one_run_have_a_curve_over_training(tmp_path: Path) -> No
     comparison = compare([checkpoint(step) for step in (900, 20, 100)])
     assert training_steps(comparison) == [900, 20, 100]
     (figure,) = [each for each in COMPARED if each.name == "over-training"]
-    losses = next(p for p in figure.draw(comparison, ReportSettings()).panels if p.title == "Loss after all")
+    losses = next(p for p in figure.draw(comparison, ReportSettings()).panels if p.title == "Loss after the last")
     (line,) = losses.marks
     assert isinstance(line, Line)
     np.testing.assert_array_equal(line.x, [20, 100, 900])
@@ -267,7 +267,7 @@ def test_checkpoints_of_one_run_have_a_curve_over_training(tmp_path: Path) -> No
     page = write_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "How do the answers change over training?" in page
     others = compare([demo_study(), checkpoint(3)])
-    assert figure.absent(others) == "the studies are no checkpoints of one run, named after their steps"
+    assert figure.absent(others) == "the studies are not checkpoints of one run, named after their steps"
 
 
 def test_studies_without_stages_have_a_page(tmp_path: Path) -> None:

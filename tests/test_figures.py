@@ -119,7 +119,7 @@ def test_captions_say_what_is_drawn_and_from_what(study: Study, tmp_path: Path) 
     for words in (
         "(a) Euclidean norm",
         "Medians over prompts",
-        "The grey band is that of the last layer and holds 90 % of the tokens",
+        "The grey band belongs to the last layer and holds 90 % of the tokens",
         "Dashed: the trained number of recurrences.",
         "Model synthetic, (1, 3 ⊗ R, 1), injection linear, run in float32.",
         "5 prompts from synthetic, 50 tokens.",
@@ -132,7 +132,7 @@ def test_every_caption_is_whole_sentences(study: Study, tmp_path: Path) -> None:
     for kind in STUDY_FIGURES:
         if kind.absent(view_study(study)) is None:
             plot = kind.draw(view_study(study), ReportSettings())
-            words = f"{plot.question} {plot.reading}".strip()
+            words = " ".join([plot.question, plot.reading, *plot.lines]).strip()
             assert words.endswith(".")
             assert "  " not in words
             assert not re.search(r"\.\.|[{}]|None|nan", words), words
@@ -191,7 +191,7 @@ def test_one_stage_measure_is_enough_for_the_stages(study: Study, tmp_path: Path
     assert names(found) == {"stages-by-layer"}
     assert found.left_out == {"concentration-by-depth": "the analysis was told to leave it out (--skip heads)"}
     caption = captions(tmp_path)["figures"][0]["caption"]
-    assert "(a) residual entropy" in caption
+    assert "(a) Residual entropy" in caption
     assert "heads" not in caption
 
 

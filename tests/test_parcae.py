@@ -71,7 +71,7 @@ def test_its_contraction_factors_stand_beside_the_measured_rates(folder: Path) -
     assert subject.info.injection_factors == pytest.approx((CASE["factors"]["mean"], CASE["factors"]["largest"]))
     study = loopscope.analyze(subject, [[3, 1, 4, 1, 5]], recurrences=4, horizon=8, skip=("heads", "maps", "twin"))
     (answer,) = (each for each in loopscope.quick_answers(study) if each.key == "stability")
-    assert "would shrink a coordinate of the state by a factor of 0.527 (mean; at most 0.829)" in answer.sentence
+    assert "would multiply a coordinate of the state by 0.527 (mean; at most 0.829)" in answer.sentence
     assert "The predicted rate per recurrence is" in answer.sentence
 
 

@@ -239,8 +239,8 @@ def test_large_study_stays_a_small_file(tmp_path: Path) -> None:
     plotted = sum(len(text) for attributes, text in found.scripts if attributes.get("type") == "application/json")
     assert plotted < 1_000_000
     tokens = next(plot for name, plot in found.figures.items() if name.startswith("tokens"))
-    assert len(tokens["layout"]["yaxis"]["ticktext"]) == 60
-    assert "only the last 60 of its 80 tokens are drawn" in found.words
+    assert len(tokens["layout"]["yaxis"]["ticktext"]) == 32
+    assert "only the last 32 of its 80 tokens are drawn" in found.words
 
 
 def test_lines_are_medians_over_prompts(page: Page) -> None:

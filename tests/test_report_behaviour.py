@@ -94,7 +94,7 @@ def test_both_methods_stand_side_by_side_with_their_intervals(page: Page, study:
     words = f"tokens, cosine, at floor: 0 of {20 - unknown}"
     floor = next(trace for trace in traces if words in trace.get("hovertemplate", ""))
     assert floor["marker"]["symbol"] == "triangle-left-open"
-    assert decoded(floor["x"])[0] > unknown / 20  # those that cannot be told may all be
+    assert decoded(floor["x"])[0] > unknown / 20  # the undecided ones may all be
 
 
 def test_rates_of_one_in_thousands_are_on_the_axis(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_tokens_of_the_page_are_those_of_the_study(page: Page, study: Study)
     )
     facts = dict(orbit["facts"])
     assert facts["period (recurrences)"] == "5.5"
-    assert facts["tried against"] == "window and horizon"
+    assert facts["tried with another"] == "window and horizon"
 
 
 def test_the_page_holds_a_bounded_number_of_prompts(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_panel_says_why_a_token_cannot_be_told(page: Page) -> None:
         ([Kind.FIXED_POINT, Kind.AT_FLOOR], Outcome.YES, "all settle"),
         ([Kind.ORBIT], Outcome.NO, "all: orbit"),
         ([Kind.UNKNOWN], Outcome.CANNOT_TELL, "cannot tell"),
-        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % cannot be told; of the rest all settle"),
+        ([Kind.FIXED_POINT, Kind.UNKNOWN], Outcome.PARTLY, "50 % undecided; of the rest all settle"),
         ([Kind.FIXED_POINT, Kind.ORBIT], Outcome.PARTLY, "50 % settle, 50 % orbit"),
     ],
 )
@@ -212,21 +212,21 @@ def test_the_answer_gives_the_commonest_kind(kinds: list[Kind], outcome: Outcome
     answer = answer_of(with_behaviour(looped_study(contracting(), prompts=4), codes))
     assert (answer.outcome, answer.verdict) == (outcome, verdict)
     assert answer.figure == "behaviour-shares"
-    assert any("1 of 40 verdicts are others within a shorter window" in limit for limit in answer.limits)
+    assert any("1 of 40 verdicts change within a shorter window" in limit for limit in answer.limits)
 
 
 def test_what_was_not_found_has_an_upper_bound() -> None:
     codes = np.zeros((LAYERS, 4, 10), dtype=np.int8)
     answer = answer_of(with_behaviour(looped_study(contracting(), prompts=4, dtype="bfloat16"), codes))
-    assert "No orbit or slider was found, which leaves room for up to 60 % of tokens (95 %)" in answer.sentence
+    assert "No orbit or slider was found; up to 60 % of tokens could still be one (95 %)" in answer.sentence
     assert "0 of 40, 0 % to 60 %" in str(answer.evidence["tokens: orbit"])
     assert any("In bfloat16" in limit for limit in answer.limits)
     codes[:, :3] = KINDS.index(Kind.UNKNOWN)
     answer = answer_of(with_behaviour(looped_study(contracting(), prompts=4), codes))
     assert answer.outcome is Outcome.CANNOT_TELL
-    assert "of 10 tokens that can be told: 10 (100 %)" in answer.sentence
-    assert "30 of 40 tokens cannot be told" in answer.sentence
-    assert "leaves room for up to 100 % of tokens (95 %, those that cannot be told counted as such)" in answer.sentence
+    assert "10 of 10 decided tokens (100 %)" in answer.sentence
+    assert "30 of 40 tokens are undecided" in answer.sentence
+    assert "up to 100 % of tokens could still be one (95 %, counting the undecided ones)" in answer.sentence
 
 
 # ---- trajectories of other tools ----

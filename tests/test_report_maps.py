@@ -33,6 +33,16 @@ def array_of(text: str, dtype: str) -> np.ndarray:
     return np.frombuffer(unpacked(text), dtype=dtype)
 
 
+def codes_of(data: dict[str, Any], prompt: int) -> np.ndarray:
+    """Of all maps of a prompt, which the page holds less those of the same layer one visit before, modulo 256."""
+    codes = array_of(data["prompts"][prompt]["codes"], "u1").reshape(len(data["visits"]), -1).copy()
+    layers = [visit["layer"] for visit in data["visits"]]
+    for visit, layer in enumerate(layers):
+        if layer in layers[:visit]:
+            codes[visit] += codes[visit - 1 - layers[:visit][::-1].index(layer)]
+    return codes.ravel()
+
+
 @pytest.mark.parametrize("make", [lambda: looped_study(contracting()), feed_forward_study], ids=["looped", "plain"])
 def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], tmp_path: Path) -> None:
     study = make()
@@ -40,7 +50,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
     assert {"head-maps", "floorplan"} <= page.ids("figure")
     data, stored = maps_of(page), study.dataset["attention_map"]
     (prompt,) = data["prompts"]
-    codes = array_of(prompt["codes"], "u1").reshape(stored.shape[1:])
+    codes = codes_of(data, 0).reshape(stored.shape[1:])
     later = np.triu(np.ones(codes.shape[-2:], dtype=bool), 1)
     assert (codes[..., later] == data["unknown"]).all()  # what a token cannot look at has no colour
     np.testing.assert_array_equal(codes[..., ~later], stored.values[0][..., ~later])
@@ -63,7 +73,7 @@ def test_the_page_holds_every_map_of_the_study_once(make: Callable[[], Study], t
 def test_attention_to_what_follows_is_drawn(tmp_path: Path) -> None:
     study = feed_forward_study()
     study.dataset["attention_map"][0, 1, 0, 2, 5] = 200
-    codes = array_of(maps_of(page_of(study, tmp_path))["prompts"][0]["codes"], "u1")
+    codes = codes_of(maps_of(page_of(study, tmp_path)), 0)
     np.testing.assert_array_equal(codes, study.dataset["attention_map"].values.ravel())
 
 
@@ -73,7 +83,7 @@ def test_layers_without_a_map_cannot_be_chosen(tmp_path: Path) -> None:
     study.dataset["attention_map"][:, hidden] = 255
     found = page_of(study, tmp_path)
     keys = [attributes["value"] for tag, attributes in found.elements if tag == "option"]
-    assert keys == ["prelude.0", "recurrent.0", "recurrent.2", "coda.0", "0", "1"]
+    assert keys == ["prelude.0", "recurrent.0", "recurrent.2", "coda.0", "0", "1", "shared", "own", "shared", "own"]
     study.dataset["attention_map"][:] = 255
     assert not page_of(study, tmp_path).ids("figure") & {"head-maps", "floorplan"}
 
@@ -86,7 +96,7 @@ def test_maps_of_several_prompts_can_be_chosen_and_say_what_they_lack(tmp_path: 
     dataset["token_count"][:] = [30, 10, 7]
     found = page_of(dataclasses.replace(study, dataset=dataset), tmp_path)
     notes = [prompt["note"] for prompt in maps_of(found)["prompts"]]
-    assert notes[0] == "Of its 30 tokens the first 10 are drawn: the study keeps the maps of no more."
+    assert notes[0] == "The first 10 of its 30 tokens are drawn; the study keeps no more of the maps."
     assert notes[1].startswith("This prompt has so few tokens (7) that")
     assert "Prompt 2: Two apples cost three coins ." in found.words
 

@@ -58,7 +58,7 @@ def test_a_stable_fixed_point(settles: Study) -> None:
 
 
 def test_disturbances_that_grow_before_they_shrink_are_told(settles: Study) -> None:
-    assert "first grow" not in answer_of(settles).sentence
+    assert "can grow first" not in answer_of(settles).sentence
     assert answer_of(settles).evidence["transient_growth_largest"] == pytest.approx(0.6, rel=1e-6)
     # s -> A s + (1 - A) e with A of radius 0.6, in which pairs of entries feed each other.
     coupled = torch.block_diag(*[torch.tensor([[0.6, 5.0], [0.0, 0.6]])] * 8)
@@ -67,16 +67,16 @@ def test_disturbances_that_grow_before_they_shrink_are_told(settles: Study) -> N
     assert (answer.outcome, answer.verdict) == (Outcome.YES, "yes, all")
     largest = max(float(torch.linalg.matrix_norm(torch.matrix_power(coupled, k), 2)) for k in (1, 2, 4, 8))
     assert answer.evidence["transient_growth_largest"] == pytest.approx(largest, rel=1e-4)
-    assert "small disturbances first grow, to 6" in answer.sentence
+    assert "small disturbances can grow first, by a factor of at least 6" in answer.sentence
     powers = sum(float(torch.matrix_power(coupled, k).square().sum()) for k in range(99))
     assert answer.evidence["noise_gain_median"] == pytest.approx((powers / 16) ** 0.5, rel=1e-6)
     older = Study(study.dataset.drop_vars(["transient_growth", "noise_gain"]), study.manifest, study.tokens)
-    assert "first grow" not in answer_of(older).sentence
+    assert "can grow first" not in answer_of(older).sentence
 
 
 def test_rates_that_show_the_transient_are_said_to(settles: Study) -> None:
     assert not any("Observed rates lie" in limit for limit in answer_of(settles).limits)
-    assert "within their uncertainty in 100 % of" in answer_of(settles).sentence.replace("\u00a0", " ")
+    assert "within their uncertainty for 100 % of" in answer_of(settles).sentence.replace("\u00a0", " ")
     data = settles.dataset.assign(observed_rate=settles.dataset["observed_rate"] + 0.05)
     answer = answer_of(dataclasses.replace(settles, dataset=data))
     assert any("Observed rates lie 0.050 above the predicted ones" in limit for limit in answer.limits)
@@ -85,7 +85,7 @@ def test_rates_that_show_the_transient_are_said_to(settles: Study) -> None:
 def test_a_fixed_point_that_repels(turns: Study) -> None:
     answer = answer_of(turns)
     assert (answer.outcome, answer.verdict) == (Outcome.NO, "no")
-    assert "repels in turns" in answer.sentence
+    assert "repels with rotation" in answer.sentence
     assert answer.evidence["verdicts_that_agree"] == f"{TOKENS}, 0 do not, 0 open"
 
 
@@ -98,7 +98,7 @@ def test_where_there_is_no_fixed_point_it_cannot_be_told() -> None:
 
 def test_one_token_stands_where_two_stand() -> None:
     one = analyze(relaxation(0.5), [[3]], settings=SETTINGS)
-    assert "1 (100 %) stands at" in answer_of(one).sentence
+    assert "1 of 1 tokens (100 %) stands at" in answer_of(one).sentence
 
 
 @pytest.mark.parametrize("skip", ["stability", "behaviour"])

@@ -252,8 +252,8 @@ def test_advice_says_what_the_seeds_carry(ran: tuple[Path, list[SweepResult]]) -
     found = {answer.key: answer for answer in advice(results)}
     keepers = found["keepers"].sentence
     assert found["keepers"].verdict == "2 of 4"
-    assert "Kept: 2 of 4 (steady; dear). Lost: 1 of 4 (plain). The seeds do not tell: 1 of 4 (unsure)." in keepers
-    assert "5 seeds a design" in keepers
+    assert "Kept: 2 of 4 (steady; dear). Lost: 1 of 4 (plain). Undecided by the seeds: 1 of 4 (unsure)." in keepers
+    assert "5 seeds per design" in keepers
     assert found["recipes"].verdict == "yes, steady"
     assert "dear" not in found["recipes"].sentence
     # Two designs against one: no test tells them apart.
@@ -263,7 +263,7 @@ def test_advice_says_what_the_seeds_carry(ran: tuple[Path, list[SweepResult]]) -
     assert "Above it: 1 of 4 (dear)" in found["bigram"].sentence
     kept = {row[0]: row[TRAINING_COLUMNS.index("kept")] for row in training_rows(summaries(results))}
     assert kept == {
-        "steady": "yes, 5 of 5", "plain": "no, 0 of 5", "unsure": "seeds do not tell, 4 of 5", BIGRAM: "–",
+        "steady": "yes, 5 of 5", "plain": "no, 0 of 5", "unsure": "undecided, 4 of 5", BIGRAM: "–",
         "dear": "yes, 5 of 5",
     }  # fmt: skip
     assert list(kept)[-2:] == [BIGRAM, "dear"]
@@ -278,7 +278,7 @@ def test_two_seeds_that_differ_tell_nothing(ran: tuple[Path, list[SweepResult]])
     ]
     found = {answer.key: answer for answer in advice(results)}
     assert found["keepers"].outcome == "cannot tell"
-    assert "The seeds do not tell: 2 of 2" in found["keepers"].sentence
+    assert "Undecided by the seeds: 2 of 2" in found["keepers"].sentence
     assert "recipes" not in found  # whether the plain loss is lost is not known either
     single = {answer.key: answer for answer in advice([results[0], results[2]])}
     assert single["keepers"].outcome == "cannot tell"

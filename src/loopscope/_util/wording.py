@@ -39,6 +39,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def counted_parts(groups: Sequence[tuple[int, str]], total: int, things: str) -> list[str]:
+    """Of (count, verb phrase): `12 of 20 tokens (60 %) orbit`, and without the total in those that follow."""
+    counts = (
+        f"{count:,} of {total:,} {things}" if place == 0 else f"{count:,}" for place, (count, _) in enumerate(groups)
+    )
+    return [f"{said} ({percent(count / total)}) {verb}" for said, (count, verb) in zip(counts, groups, strict=True)]
+
+
 def duration(seconds: float) -> str:
     """To the unit that matters: `40 s`, `5 min`, `2 h 10 min`."""
     if seconds < 99.5:

@@ -90,7 +90,7 @@ class Claim(StrEnum):
 
     STOPS = "every layer's state stops"
     ON_ITS_WAY = "the state is still on its way to a limit"
-    LEFT_OPEN = "whether the state stops cannot be told"
+    LEFT_OPEN = "whether the state stops is undecided"
     GOES_ON = "the state does not stop"
     TOKENS_SETTLE = "every token settles"
     TOKENS_MOVE = "most tokens are seen to move on"
@@ -222,6 +222,6 @@ def few_prompts(view: StudyView, criterion: Criterion) -> list[str]:
         return []
     low, _ = Share(view.prompts, view.prompts).interval
     return [
-        f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): even what all of them show may "
+        f"Only {plural(view.prompts, 'prompt')} ({plural(view.tokens, 'token')}): what all of them show may still "
         f"fail for up to {math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
     ]

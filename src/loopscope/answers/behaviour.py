@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopscope._util.wording import listed, percent, plural, significant
+from loopscope._util.wording import counted_parts, listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.rates import (
     FALSE_DISCOVERIES,
@@ -26,7 +26,7 @@ from loopscope.study import StudyView
 
 BEHAVIOUR = Question(
     key="behaviour",
-    text="What do the tokens tend to?",
+    text="What do the tokens do in the long run?",
     figure="behaviour-shares",
     needs=(
         measured(
@@ -35,7 +35,7 @@ BEHAVIOUR = Question(
         ),
     ),
 )
-_TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories tend to?")
+_TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories do in the long run?")
 _PLURALS = {
     Kind.FIXED_POINT: "reach or approach a fixed point",
     Kind.AT_FLOOR: "hover at the noise floor",
@@ -46,8 +46,8 @@ _PLURALS = {
 }
 _CHANGES = {
     "window": "within a shorter window",
-    "horizon": "at the horizon instead of twice it",
-    "half-horizon": "at half the horizon",
+    "horizon": "when judged at the horizon rather than at twice the horizon",
+    "half-horizon": "when judged at half the horizon",
     "seed": "from another initial state",
 }
 
@@ -64,7 +64,7 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         BEHAVIOUR,
         rates.tokens,
         "token",
-        f"After {rates.where}, {2 * view.horizon} recurrences on",
+        f"After {rates.where} of recurrence {2 * view.horizon}",
         evidence,
         [*_changes(rates), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )
@@ -79,11 +79,12 @@ def driven(rates: Rates) -> str:
     """How many drivers make how many tokens move, as a sentence after others; nothing where none is known."""
     pairs = zip(rates.tokens, rates.drivers, strict=False)
     said = [
-        f"those of kind {tokens.kind} ({tokens.count:,}) follow {plural(drivers.count, 'driver')}"
+        f"{plural(drivers.count, 'driver')} set{'s' if drivers.count == 1 else ''} the motion of all {tokens.count:,} "
+        f"of kind {tokens.kind}"
         for tokens, drivers in pairs
         if tokens.kind.moves and tokens.count
     ]
-    return f" Of the tokens that move, {listed(said)}." if said else ""
+    return f" Among the tokens that keep moving, {listed(said)}." if said else ""
 
 
 def judged_answer(judged: JudgedFiles) -> Answer:
@@ -94,8 +95,8 @@ def judged_answer(judged: JudgedFiles) -> Answer:
         sum(doubt in each.verdict.unstable for each in judged.trajectories) for doubt in ("window", "noise")
     )
     noise = (
-        f"{_of(small, total)} verdicts are of motion so small that it may be rounding which a slow mode remembers: a "
-        "run of the model, with a twin, tells."
+        f"{_of(small, total)} verdicts are of motion so small that it may be rounding kept alive by a slow mode; an "
+        "analysis of the model itself can decide that."
     )
     return _answer(
         _TRAJECTORIES,
@@ -134,19 +135,18 @@ def _answer(
     unknown = total - sum(share.count for share in there)
     decided = total - unknown
     many = "trajectories" if noun == "trajectory" else f"{noun}s"
-    counted = f"1 {noun}" if decided == 1 else f"{decided:,} {many}"
     # Few are counted, so that a rate of one in thousands does not read as none.
-    parts = [f"{share.count:,} ({percent(share.count / decided)}) {_verb(share.kind, share.count)}" for share in there]
-    open_ = f"{unknown:,} of {total:,} {many} cannot be told"
+    of = f"decided {many}" if unknown else many
+    parts = counted_parts([(share.count, _verb(share.kind, share.count)) for share in there], decided, of)
+    open_ = f"{unknown:,} of {total:,} {many} {'is' if unknown == 1 else 'are'} undecided"
     if not decided:
         verdict, sentence = "cannot tell", f"{where}, {open_}."
     else:
-        told = " that can be told" if unknown else ""
         verdict = _headline(there, settled)
         if unknown:
-            open_share = f"{percent(unknown / total)} cannot be told"
+            open_share = f"{percent(unknown / total)} undecided"
             verdict = f"{verdict}; {open_share}" if unknown < decided else f"{open_share}; of the rest {verdict}"
-        sentence = f"{where}, of {counted}{told}: {listed(parts)}." + (f" {open_}." if unknown else "")
+        sentence = f"{where}, {listed(parts)}." + (f" {open_}." if unknown else "")
     return question.says(
         _outcome(settled, unknown, total), verdict, sentence + _rare(shares, many, unknown), evidence, limits
     )
@@ -186,8 +186,8 @@ def _rare(shares: Sequence[KindShare], many: str, unknown: int) -> str:
     if not absent:
         return ""
     names = " or ".join(f"{share.kind}" for share in absent)
-    counted = "95 %, those that cannot be told counted as such" if unknown else "95 %"
-    return f" No {names} was found, which leaves room for up to {percent(absent[0].interval[1])} of {many} ({counted})."
+    counted = "95 %, counting the undecided ones" if unknown else "95 %"
+    return f" No {names} was found; up to {percent(absent[0].interval[1])} of {many} could still be one ({counted})."
 
 
 def _evidence(shares: Sequence[KindShare], things: str) -> Evidence:
@@ -218,7 +218,7 @@ def _by_chance(found: Discoveries) -> Evidence:
 def _changes(rates: Rates) -> list[str]:
     """Verdicts that did not stand a trial."""
     return [
-        f"{_of(changed, tried)} verdicts are others {_CHANGES.get(name, f'with another {name}')}."
+        f"{_of(changed, tried)} verdicts change {_CHANGES.get(name, f'with another {name}')}."
         for name, (changed, tried) in rates.changed.items()
         if changed
     ]
@@ -227,13 +227,13 @@ def _changes(rates: Rates) -> list[str]:
 def _dependence(groups: int, noun: str = "prompt", many: str = "tokens") -> list[str]:
     if groups > 1:
         return []
-    return [f"All {many} come from one {noun}, which tells nothing of others: the interval of a share is 0 to 100 %."]
+    return [f"All {many} come from one {noun}, which says nothing about others: the interval of a share is 0 to 100 %."]
 
 
 def _rounded(dtype: str) -> list[str]:
     if dtype not in ("bfloat16", "float16"):
         return []
-    return [f"In {dtype} motion below the noise floor cannot be seen: an orbit or a slide as small as that is missed."]
+    return [f"In {dtype}, motion below the noise floor cannot be seen: an orbit or a slide that small is missed."]
 
 
 def _disagreement(view: StudyView) -> list[str]:

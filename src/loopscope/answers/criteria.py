@@ -118,7 +118,7 @@ def criteria_answer(view: StudyView, criterion: Criterion) -> Answer:
         parts = [reason.format(f"{count:,} {'has' if count == 1 else 'have'}") for count, reason in there if count]
         sentence += f" {plural(first, 'token')} settled by distance alone: {'; '.join(parts)}."
     if second:
-        sentence += f" {plural(second, 'token')} farther away, with more margin than path left."
+        sentence += f" {plural(second, 'token')} settled by remaining path alone."
     evidence: Evidence = {
         "tokens_judged": float(total),
         "level": level,

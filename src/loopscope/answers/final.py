@@ -44,17 +44,17 @@ def final_answer(view: StudyView, criterion: Criterion) -> Answer:
         outcome, verdict = Outcome.NO, f"not before {last}"
         sentence = (
             f"Not before the last readout: after {plural(counts[-2], 'recurrence')} {percent(share[-2])} of the tokens "
-            f"have the most probable next token that they have after {last}."
+            f"already have the most probable next token that they have after {last}."
         )
     else:
         outcome, verdict = Outcome.YES, f"after {counts[enough]}"
         away = significant(mean(divergence[enough]))
         sentence = (
-            f"After {plural(counts[enough], 'recurrence')}: {percent(share[enough])} of the tokens keep their most "
-            f"probable next token from there to the last readout, after {last}. The prediction there is {away} nats "
-            "from the last one (KL divergence, mean over tokens)."
+            f"From {plural(counts[enough], 'recurrence')} on, {percent(share[enough])} of the tokens keep their most "
+            f"probable next token up to the last readout, after {last}. The prediction is then {away} nats from the "
+            "last one (KL divergence, mean over tokens)."
         )
-    limits = [f"Read out at {spans(counts)} recurrences only; between them the answer may differ."]
+    limits = [f"The model was read out after {spans(counts)} recurrences only; in between the answer may differ."]
     return FINAL.says(outcome, verdict, sentence, evidence, limits)
 
 

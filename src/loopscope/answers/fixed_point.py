@@ -35,7 +35,7 @@ from loopscope.study import StudyView, without_paths
 FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
 _VERDICTS = {
     Settling.FIXED_POINT: (Outcome.YES, "yes", Claim.STOPS),
-    Settling.AT_FLOOR: (Outcome.PARTLY, "down to rounding", Claim.STOPS),
+    Settling.AT_FLOOR: (Outcome.PARTLY, "to within rounding", Claim.STOPS),
     Settling.NOT_YET: (Outcome.NOT_YET, "not yet", Claim.ON_ITS_WAY),
     Settling.CANNOT_TELL: (Outcome.CANNOT_TELL, "cannot tell", Claim.LEFT_OPEN),
     Settling.DIRECTION_ONLY: (Outcome.PARTLY, "in direction only", Claim.GOES_ON),
@@ -61,11 +61,11 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     limits = few_prompts(view, criterion) + diverged_prompts(view)
     limits += [
         f"In {plural(count, 'prompt')} the horizons say “{kind.words}” and the verdicts of the tokens the opposite; "
-        "such prompts count as not told."
+        "such prompts count as undecided."
         for kind, count in _contradicted(view, criterion).items()
     ]
     if common is Settling.NO_FIXED_POINT:
-        limits.append("An approach too slow for these horizons to show cannot be excluded.")
+        limits.append("An approach that is too slow to show at these horizons cannot be excluded.")
     if common is None:
         outcome, verdict, claim = Outcome.PARTLY, "depends on the prompt", None
         sentence = f"It depends on the prompt. {_counted(kinds)}"
@@ -75,13 +75,15 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
         low, high = share.interval
         evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
         if undecided:
-            sentence += f" {plural(undecided, 'prompt')} of {len(kinds)} cannot be told at this horizon."
+            sentence += (
+                f" {undecided} of {len(kinds)} prompts {'is' if undecided == 1 else 'are'} undecided at this horizon."
+            )
         if undecided > (1 - criterion.prompts_needed) * len(kinds):
-            verdict += ", as far as can be told"
+            verdict += "; some prompts undecided"
     if common is not None and common.settles and tokens < criterion.tokens_needed:
         outcome, verdict, claim = Outcome.PARTLY, "on average, not every token", None
         sentence = sentence.replace("Yes: every layer's", "On average every layer's")
-        sentence += f" But only {percent(tokens)} of the tokens settle one by one."
+        sentence += f" But only {percent(tokens)} of the tokens settle individually."
     in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
     evidence |= settling_by_layer(settling(view, criterion), criterion)
     return FIXED_POINT.says(
@@ -169,8 +171,8 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
             if not math.isfinite(floor):
                 made = f"the noise floor was not measured, and these are steps of {significant(step)}"
             return (
-                f"As far as {view.dtype} can show: in {share} the steps that are left are rounding, and what lies "
-                f"below it cannot be seen. {between}; {made}."
+                f"As far as {view.dtype} can show: in {share} the steps that are left are rounding, and "
+                f"smaller motion cannot be seen. {between}; {made}."
             )
         case Settling.NOT_YET:
             return (

@@ -16,7 +16,7 @@ HEADS = Question(
     figure="heads-stable",
     needs=(
         measured("head_stable_from", "No head's change was measured."),
-        Need(lambda view: view.recurrences > 2, "It takes three recurrences to see a change and that it stays small."),
+        Need(lambda view: view.recurrences > 2, "It takes three recurrences to see whether a change stays small."),
         some_finite("there are no heads to follow"),
     ),
 )
@@ -47,11 +47,11 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     if np.isfinite(over_bound):
         evidence["largest_change_over_its_bound"] = over_bound
     said = (
-        f"In {percent(share)} of all cases (layer, head and prompt) the rows of a map change by less than "
-        f"{view.head_stable:g} from some recurrence on"
+        f"In {percent(share)} of all cases (layer, head and prompt) the attention map changes by less than "
+        f"{view.head_stable:g} per row from some recurrence on"
     )
-    when = f", half of them after {plural(int(from_count), 'recurrence')}" if share > 0 else ""
-    restless = f" The most restless is head {head} of layer {layer}: {significant(largest)} a row at the last step."
+    when = f", in half of them after {plural(int(from_count), 'recurrence')}" if share > 0 else ""
+    restless = f" Head {head} of layer {layer} changes most, by {significant(largest)} per row in the last recurrence."
     if share >= criterion.prompts_needed:
         outcome, verdict, answer = Outcome.YES, f"yes, after about {int(from_count)}", "Yes."
     elif share <= 1 - criterion.prompts_needed:
@@ -62,9 +62,11 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     if over_bound > 1:
         limits.append("A map changed by more than its queries and keys allow, an error of loopscope: please report it.")
     if share < 1:
-        limits.append(f"A head that is not stable within {view.recurrences} recurrences may be so later.")
+        limits.append(f"A head that is not stable within {view.recurrences} recurrences may become so later.")
     if from_count > 0.75 * view.recurrences:
-        limits.append("Half of the stable heads became so in the last quarter of what was measured; measure further.")
+        limits.append(
+            "Half of the stable heads became so in the last quarter of the recurrences measured: measure more of them."
+        )
     return HEADS.says(outcome, verdict, f"{answer} {said}{when}.{restless}", evidence, limits)
 
 

@@ -56,8 +56,8 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
     runs, farthest = (f"{starts} runs", "the two farthest") if several else ("two runs", "they")
     now, at_first = percent(median(end)), percent(median(distance[0]))
     apart = (
-        f"After {view.recurrences} recurrences {runs} from different initial states are {now} apart, after the first "
-        f"{farthest} were {at_first} apart (medians over prompts)."
+        f"After {view.recurrences} recurrences {runs} from different initial states are {now} apart; after the first "
+        f"recurrence {farthest} were {at_first} apart (medians over prompts)."
     )
     if several:
         evidence |= {"initial_states": starts, "most_ends_of_a_token": int(ends.max())}
@@ -65,10 +65,10 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
         apart += (
             " Every token has one end, whichever of them it starts from."
             if there.max() == 1
-            else f" Of {there.size:,} tokens {int((there > 1).sum()):,} have several ends, up to {there.max()}."
+            else f" {int((there > 1).sum()):,} of {there.size:,} tokens have several ends, up to {there.max()}."
         )
-    others = "One other initial state was" if not several else f"{starts - 1} other initial states were"
-    limits = [f"{others} tried, not all."]
+    others = "one other initial state was" if not several else f"{starts - 1} other initial states were"
+    limits = [f"Only {others} tried."]
     if together.value >= criterion.prompts_needed:
         outcome, verdict, sentence = Outcome.YES, "yes", f"Yes, in {together}. {apart}"
     elif together.count and 1 - together.value < criterion.prompts_needed:

@@ -46,8 +46,8 @@ def sinks_by_chance(counts: Sequence[int]) -> list[str]:
     who = f"{len(short)} of {len(counts)} prompts have" if len(counts) > 1 else "This prompt has"
     most = f"{max(short)} at most" if len(counts) > 1 else f"{max(short)}"
     return [
-        f"{who} so few tokens ({most}) that attention spread evenly over all that a token can see gives the first "
-        f"token {SINK_THRESHOLD:g} or more: there a sink score as high says nothing."
+        f"{who} so few tokens ({most}) that evenly spread attention already gives the first token "
+        f"{SINK_THRESHOLD:g} or more: a sink score as high means nothing there."
     ]
 
 
@@ -62,7 +62,7 @@ def _interventions(view: StudyView) -> list[str]:
     if not view.interventions:
         return []
     changes = ", ".join(view.interventions)
-    return [f"The model was changed while it ran ({changes}), so they are not about the model as it is."]
+    return [f"The model was changed while it ran ({changes}), so the answers are not about the unchanged model."]
 
 
 def _named(name: str, sentences: list[str]) -> list[tuple[str, str]]:
@@ -96,8 +96,8 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
         found.append(
             (
                 "the horizon",
-                f"{unsettled} of {view.prompts} prompts cannot be told by recurrence {2 * view.horizon}; "
-                "a longer horizon may decide them.",
+                f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
+                f"{2 * view.horizon}; a longer horizon may decide.",
             )
         )
     if view.recurrences > view.horizon:
@@ -113,8 +113,8 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
         found.append(
             (
                 "the horizon",
-                f"The horizon ({view.horizon}) is less than twice the trained depth ({view.trained}), so little is "
-                "seen of what happens beyond it.",
+                f"The horizon ({view.horizon}) is less than twice the trained depth ({view.trained}), so it shows "
+                "little of what happens beyond that depth.",
             )
         )
     return found
@@ -133,7 +133,7 @@ def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
         f"In {view.dtype} rounding alone makes relative steps of {significant(floor)}; smaller movement cannot be seen."
     )
     if criterion.floor_factor * floor > criterion.drift_tolerance:
-        text += f" That is not far below, or above, the tolerance of {percent(criterion.drift_tolerance)}: use float32."
+        text += f" That is close to, or above, the tolerance of {percent(criterion.drift_tolerance)}: use float32."
     return [("rounding", text)]
 
 
@@ -149,7 +149,7 @@ def _predictability(view: StudyView) -> list[tuple[str, str]]:
     tokens = f"{reached.size} of {plural(view.tokens, 'token')}"
     text = (
         f"In {tokens}, runs that differ by one rounding in each recurrence are a tenth of the norm apart after "
-        f"{median(reached):.0f} recurrences (median): later states are those of this run in {view.dtype}, and no "
-        "longer the model's."
+        f"{median(reached):.0f} recurrences (median): later states are those of this run in {view.dtype} rather than "
+        "of the model."
     )
     return [("the horizon of predictability", text)]

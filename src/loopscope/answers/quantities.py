@@ -37,16 +37,16 @@ STAGE_QUANTITIES = (
         of_prompt=lambda data: data["colsum_concentration"].mean("head"),
         title="How concentrated is the attention?",
         y_title="ColSum concentration",
-        reading="1: all attention goes to one token. Mean over heads. Its floor depends on the length of the prompt.",
+        reading="1 if all attention goes to one token; mean over heads. Its minimum depends on the prompt's length.",
     ),
     StageQuantity(
         anchor="sinks",
         name="sink rate",
         variable="sink_score",
         of_prompt=lambda data: (data["sink_score"] >= SINK_THRESHOLD).where(data["sink_score"].notnull()).mean("head"),
-        title="How many heads rest on the first token?",
+        title="How many heads attend to the first token?",
         y_title="sink rate",
-        reading=f"Share of heads that give the first token at least {100 * SINK_THRESHOLD:g} % of their attention.",
+        reading=f"share of heads that give the first token at least {100 * SINK_THRESHOLD:g} % of their attention.",
     ),
     StageQuantity(
         anchor="mixing",
@@ -54,8 +54,8 @@ STAGE_QUANTITIES = (
         variable="relative_mixing_score",
         of_prompt=lambda data: data["relative_mixing_score"].mean("head"),
         title="How widely do tokens mix?",
-        y_title="row entropy / largest there can be",
-        reading="1: every token looks at all before it alike; 0: at one only. Mean over heads and rows.",
+        y_title="row entropy / its maximum",
+        reading="1 if every token attends evenly to all before it, 0 if only to one; mean over heads and rows.",
     ),
     StageQuantity(
         anchor="entropy",
@@ -64,7 +64,7 @@ STAGE_QUANTITIES = (
         of_prompt=lambda data: data["relative_residual_entropy"],
         title="How many directions does the residual stream use?",
         y_title="entropy / log min(T, D)",
-        reading="Entropy of the squared singular values. Near 0: one direction holds almost all of the norm.",
+        reading="entropy of the squared singular values; near 0, one direction holds almost all of the norm.",
     ),
     StageQuantity(
         anchor="magnitude",
@@ -73,7 +73,7 @@ STAGE_QUANTITIES = (
         of_prompt=lambda data: data["mean_token_norm"],
         title="How large is the residual stream?",
         y_title="mean token norm",
-        reading="Euclidean norm of a token's state, mean over tokens.",
+        reading="Euclidean norm of a token's state; mean over tokens.",
     ),
     StageQuantity(
         anchor="massive",
@@ -82,7 +82,7 @@ STAGE_QUANTITIES = (
         of_prompt=lambda data: data["massive_activation"],
         title="Are there massive activations?",
         y_title="largest / median |entry|",
-        reading="Of all entries of a prompt's states; thousands where one coordinate of one token stands out.",
+        reading="largest over median |entry| of a prompt's states; in the thousands where one entry stands out.",
         logarithmic=True,
     ),
 )
@@ -97,7 +97,7 @@ VISIT_QUANTITIES = (
         of_prompt=lambda data: data["effective_rank"],
         title="Over how many directions do the states of a prompt spread?",
         y_title="effective rank",
-        reading="exp of the entropy of the normalised singular values, between 1 and min(T, D).",
+        reading="exponential of the entropy of the normalised singular values, between 1 and min(T, D).",
     ),
 )
 """All that figures show of every visit."""

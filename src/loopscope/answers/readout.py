@@ -57,22 +57,22 @@ def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
         verdict = f"yes, up to about {enough}" if enough < at[-1] else "yes, to the last readout"
         sentence = f"Yes: from {first} to {lowest}."
         if enough < at[best]:
-            sentence += f" From {enough} on it is within {criterion.loss_tolerance:g} nats of that."
+            sentence += f" After {enough} it is within {criterion.loss_tolerance:g} nats of that."
         if best < len(at) - 1:
-            sentence += f" Beyond, it stays level: {last}."
+            sentence += f" It then stays level: {last}."
     elif worsens:
         outcome, verdict = Outcome.NO, "no, it gets worse"
         sentence = f"No: it is lowest, {significant(means[best], 3)} nats, after {at[best]} and rises to {last}."
     elif max(gain.mean, decline.mean) > criterion.loss_tolerance:
         outcome, verdict = Outcome.CANNOT_TELL, "cannot tell: it may be chance"
         sentence = (
-            f"Cannot tell: {first}, {lowest} and {last} differ by what may be chance in "
-            f"{plural(loss.sizes['prompt'], 'prompt')} (Student's t, 95 %)."
+            f"Cannot tell: with {plural(loss.sizes['prompt'], 'prompt')}, the differences between {first}, {lowest} "
+            f"and {last} may be chance (Student's t, 95 %)."
         )
     else:
         outcome, verdict = Outcome.NO, "no clear difference"
         sentence = f"No: {first} and {last} differ by no more than {criterion.loss_tolerance:g} nats."
-    limits = ["The loss is on the prompts' own tokens, not on answers to them."]
+    limits = ["The loss is measured on the prompts' own tokens, not on answers to them."]
     if loss.sizes["prompt"] == 1:
-        limits.append("With one prompt, nothing says whether a difference is chance.")
+        limits.append("With one prompt, nothing shows whether a difference is due to chance.")
     return LOSS.says(outcome, verdict, sentence, evidence, limits)

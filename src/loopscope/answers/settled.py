@@ -16,7 +16,7 @@ from loopscope.answers.settling import Settling, common_settling, noise_floor, p
 from loopscope.study import StudyView, without_paths
 
 POINTS = Question(key="points", text="Does each layer have a point of its own?", figure="layer-cosine")
-ARRIVAL = Question(key="arrival", text="After how many recurrences is it there?", figure="distance")
+ARRIVAL = Question(key="arrival", text="How many recurrences does it take to settle?", figure="distance")
 TRAINED_DEPTH = Question(
     key="trained_depth",
     text="Has it settled at the depth it was trained for?",
@@ -73,32 +73,32 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         "the_same_between_unrelated_tokens": unrelated,
         "prompts_with_one_shared_point": str(same),
     }
-    cosine = f"the least similar layer has cosine {median(values):.4g} with layer 0"
+    cosine = f"the least similar layer has cosine {median(values):.3g} with layer 0"
     limits = []
     if math.isfinite(unrelated):
-        cosine += f", and {unrelated:.3g} with that of a token half a prompt away"
+        cosine += f", while unrelated tokens, half a prompt apart, have {unrelated:.3g}"
     else:
-        limits.append("There are no unrelated tokens to hold the layers against: right angles stand in for them.")
+        limits.append("There are no unrelated tokens to compare the layers with; cosine 0 is assumed for them.")
     if not len(judged):
         outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
         sentence = (
-            f"Cannot tell: unrelated tokens share one direction too. At the horizon {cosine} (median over prompts)."
+            f"Cannot tell: unrelated tokens share one direction too. At the horizon {cosine} (medians over prompts)."
         )
     elif same.value >= needed:
         outcome, verdict = Outcome.NO, "all share the same one"
         sentence = (
-            f"The same one: all layers end at one direction, in {same}. At the horizon {cosine} (median over "
-            "prompts), so the cycle through the block is no cycle."
+            f"The same one: all layers end in one direction, in {same}. At the horizon {cosine} (medians over "
+            "prompts). The block does not cycle through several points."
         )
     elif 1 - same.value >= needed:
         outcome, verdict = Outcome.YES, "one per layer"
         sentence = (
-            f"One per layer, in {Share(same.total - same.count, same.total)}. At the horizon {cosine} (median over "
-            "prompts): the block runs through a cycle of points."
+            f"One per layer, in {Share(same.total - same.count, same.total)}. At the horizon {cosine} (medians over "
+            "prompts). The block runs through a cycle of points."
         )
     else:
         outcome, verdict = Outcome.PARTLY, "depends on the prompt"
-        sentence = f"It depends on the prompt: all layers share one point in {same}; {cosine} (median over prompts)."
+        sentence = f"It depends on the prompt: all layers share one point in {same}; {cosine} (medians over prompts)."
     if len(values) < len(kinds):
         verdict += ", where it settles"
         sentence += f" Only these {len(values)} of {len(kinds)} prompts settle" + (
@@ -226,15 +226,15 @@ def trained_depth_answer(view: StudyView, criterion: Criterion) -> Answer:
         f"state at recurrence {view.horizon}"
     )
     if math.isfinite(step[there]):
-        state += f", and the last of these recurrences moved it by {percent(step[there])}"
+        state += f", and the last of them moved it by {percent(step[there])}"
     later = f"; after {view.recurrences} it is {percent(distance[last])} away" if last > there else ""
     outcome, verdict, answer = _settled_there(far or moving, common_settling(view, criterion))
     sentence = f"{answer} {state}{later}." + _loss_sentence(view, trained, evidence)
     limits = []
     if view.horizon <= trained:
-        limits.append("The horizon is no deeper than the training was, so it cannot show what happens beyond.")
+        limits.append("The horizon is no larger than the trained depth, so it cannot show what happens beyond.")
     if view.recurrences == trained:
-        limits.append("Nothing beyond the trained depth was measured but the horizons.")
+        limits.append("Beyond the trained depth only the horizons were measured.")
     claims = [Claim.SETTLED_AT_DEPTH] if outcome is Outcome.YES else []
     return TRAINED_DEPTH.says(outcome, verdict, sentence, evidence, limits, claims=claims)
 
@@ -244,12 +244,12 @@ def _settled_there(moves: bool, settled: Settling | None) -> tuple[Outcome, str,
     if moves:
         return Outcome.NO, "no, still moving", "No, it is still moving."
     if settled is None:
-        return Outcome.PARTLY, "where it settles at all", "As far as it settles at all, which depends on the prompt."
+        return Outcome.PARTLY, "where it settles at all", "Where it settles at all, which depends on the prompt."
     if settled.settles:
         return Outcome.YES, "yes", "Yes."
     if settled.decided:
-        return Outcome.NO, "no, it moves on", "No: it moves by little there, but it does not settle at all."
-    return Outcome.CANNOT_TELL, "cannot tell", "Cannot tell: it moves by little there, but may go on moving."
+        return Outcome.NO, "no, it moves on", "No: it moves little there, but it does not settle at all."
+    return Outcome.CANNOT_TELL, "cannot tell", "Cannot tell: it moves little there, but may go on moving."
 
 
 def _median_by_recurrence(view: StudyView, name: str) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray
 
-from loopscope._util.wording import listed, percent, plural, significant, visible
+from loopscope._util.wording import counted_parts, listed, percent, plural, significant, visible
 from loopscope.answers.answer import Answer, Claim, Criterion, Evidence, Outcome, Question, measured
 from loopscope.answers.predictions import (
     Agreement,
@@ -24,21 +24,21 @@ from loopscope.study import StudyView
 
 STABILITY = Question(
     key="stability",
-    text="Why: are the fixed points stable?",
+    text="Are the fixed points stable?",
     figure="stability-spectrum",
     needs=(
-        measured("predicted_kind", "No eigenvalues were taken: of this model they cannot be, or the part was skipped."),
+        measured("predicted_kind", "No eigenvalues were taken: this model does not allow it, or the part was skipped."),
     ),
 )
 _SAID = {
     PredictedKind.FIXED_POINT: "stand at a fixed point that attracts",
     PredictedKind.DAMPED_ROTATION: "spiral into a fixed point that attracts",
-    PredictedKind.SLIDER: "have an eigenvalue that cannot be told from 1",
-    PredictedKind.ORBIT: "stand at a fixed point that repels in turns",
-    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternation",
+    PredictedKind.SLIDER: "have an eigenvalue indistinguishable from 1",
+    PredictedKind.ORBIT: "stand at a fixed point that repels with rotation",
+    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternating steps",
     PredictedKind.UNSTABLE: "stand at a fixed point that repels in one direction",
     PredictedKind.FAR: "stand at no fixed point",
-    PredictedKind.UNRESOLVED: "have an eigenvalue that is not known well enough",
+    PredictedKind.UNRESOLVED: "have an eigenvalue that is not known precisely enough",
 }
 
 
@@ -47,7 +47,7 @@ _TRANSIENT = 0.02
 
 
 def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
-    """What the leading eigenvalues of one recurrence predict, and whether the trajectories bear it out."""
+    """What the leading eigenvalues of one recurrence predict, and whether the trajectories confirm it."""
     data = view.dataset
     codes = data["predicted_kind"].transpose("prompt", "token").values
     counts = {kind: int((codes == place).sum()) for place, kind in enumerate(PREDICTED_KINDS)}
@@ -60,13 +60,11 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
     pairs = rate_pairs(data)
     found = agreement(prediction_table(data)) if "verdict" in data else None
     there = sorted((kind for kind in counts if counts[kind]), key=lambda kind: -counts[kind])
-    parts = [f"{counts[kind]:,} ({percent(counts[kind] / total)}) {_said(kind, counts[kind])}" for kind in there]
+    parts = counted_parts([(counts[kind], _said(kind, counts[kind])) for kind in there], total, "tokens")
     return STABILITY.says(
         outcome,
         verdict,
-        f"Of {plural(total, 'token')}, {listed(parts)}.{_rates(data, pairs)}{_injected(view)}"
-        f"{_growth(data, criterion)}"
-        f"{_confirmed(found)}",
+        f"{listed(parts)}.{_rates(data, pairs)}{_injected(view)}{_growth(data, criterion)}{_confirmed(found)}",
         _evidence(data, counts, total, pairs, found) | _injection_factors(view) | _non_normality(view),
         _limits(view, counts, total, pairs),
         figure="stability-rates" if pairs.predicted.size else None,
@@ -88,10 +86,10 @@ def leading_token(view: StudyView) -> str:
     token = int(drivers[prompt, place])
     rate, followers = float(rates[prompt, place]), int((drivers[prompt] == token).sum()) - 1
     does = "repels by itself" if rate > 1 else "is the slowest"
-    follow = f", which the {plural(followers, 'token')} after it follow" if followers > 1 else ""
+    follow = f", which also sets the rate of the {plural(followers, 'token')} after it" if followers > 1 else ""
     return (
-        f"“{visible(view.strings(int(prompt))[token])}” (token {token} of prompt {prompt}) {does}: its own eigenvalue "
-        f"has modulus {significant(rate, 3)}{follow}."
+        f"“{visible(view.strings(int(prompt))[token])}” (token {token} of prompt {prompt}) {does}: its own largest "
+        f"eigenvalue has modulus {significant(rate, 3)}{follow}."
     )
 
 
@@ -99,15 +97,15 @@ def _of_some(data: xarray.Dataset, total: int, untaken: int) -> Answer:
     radius = spectral_radius(token_eigenvalues(data))
     radius = radius[np.isfinite(radius)]
     own = (
-        f" The largest modulus of their own is {significant(float(np.median(radius)), 3)} (median), at most "
-        f"{significant(float(radius.max()), 3)}."
+        f" The largest modulus of their own eigenvalues is {significant(float(np.median(radius)), 3)} (median) and at "
+        f"most {significant(float(radius.max()), 3)}."
         if radius.size
         else ""
     )
     return STABILITY.unanswered(
         "cannot tell",
         f"Eigenvalues were taken of {total:,} of {plural(total + untaken, 'token')} (--eigenvalue-every). A token "
-        f"settles no faster than the slowest before it, which may be one of the others, so that nothing is "
+        f"settles no faster than the slowest token before it, which may be one of the others, so nothing is "
         f"predicted.{own}",
         outcome=Outcome.CANNOT_TELL,
         figure="stability-spectrum",
@@ -153,13 +151,12 @@ def _rates(data: xarray.Dataset, pairs: RatePairs) -> str:
         return ""
     slowest = float(rate.max())
     middle = significant(float(np.median(rate)), 3)
-    said = f" The predicted rate per recurrence is {middle} (median), at most {significant(slowest, 3)}"
-    said += f", {significant(1 - slowest)} below 1." if slowest < 1 else "."
+    said = f" The predicted rate per recurrence is {middle} (median) and at most {significant(slowest, 3)}."
     if pairs.predicted.size:
         within = np.abs(pairs.predicted - pairs.observed) <= pairs.uncertainty
         said += (
-            f" Observed rates differ from it by {significant(pairs.median_difference)} (median), within their "
-            f"uncertainty in {percent(float(within.mean()))} of {plural(within.size, 'token')}."
+            f" Observed rates differ from the prediction by {significant(pairs.median_difference)} (median); they "
+            f"agree within their uncertainty for {percent(float(within.mean()))} of {plural(within.size, 'token')}."
         )
     return said
 
@@ -175,8 +172,8 @@ def _injected(view: StudyView) -> str:
     if not factors:
         return ""
     return (
-        f" The injection alone would shrink a coordinate of the state by a factor of {factors[0]} (mean; at most "
-        f"{factors[1]}) in each recurrence, say the weights; what the layers add makes the difference."
+        f" By the weights of the injection alone, each recurrence would multiply a coordinate of the state by "
+        f"{factors[0]} (mean; at most {factors[1]}); the layers account for the difference."
     )
 
 
@@ -190,9 +187,9 @@ def _growth(data: xarray.Dataset, criterion: Criterion) -> str:
     if not grows.any():
         return ""
     return (
-        f" Where the point attracts, small disturbances first grow, to {significant(float(growth.max()))} times their "
-        f"size at least, in {percent(float(grows.mean()))} of these tokens to more than {criterion.growth_tolerated:g} "
-        "times."
+        f" Where the point attracts, small disturbances can grow first, by a factor of at least "
+        f"{significant(float(growth.max()))}; for {percent(float(grows.mean()))} of these tokens by more than "
+        f"{criterion.growth_tolerated:g}."
     )
 
 
@@ -269,12 +266,14 @@ def _of_kinds(data: xarray.Dataset, name: str, codes: Sequence[int]) -> np.ndarr
 
 def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int, pairs: RatePairs) -> list[str]:
     data = view.dataset
-    limits = ["Eigenvalues hold near the fixed point: a state that is thrown far from it may end elsewhere."]
+    limits = [
+        "Eigenvalues describe small disturbances: a state that is pushed far from the fixed point may end elsewhere."
+    ]
     if counts[PredictedKind.FAR]:
         step = data["point_step"].values
         limits.append(
             f"For {percent(counts[PredictedKind.FAR] / total)} of the tokens no fixed point was found: where their "
-            "eigenvalues were taken a recurrence moves the state by up to "
+            "eigenvalues were taken, one recurrence still moves the state by up to "
             f"{percent(float(np.nanmax(step)))} of its norm."
         )
     searched = int((data["point_searched"].values == 1).sum())
@@ -285,14 +284,19 @@ def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int, pa
             f"{percent(float(moved.median()))} of the norm (median) from where the run stood."
         )
     if not (data["eigenvalue_exact"].values == 1).all():
-        limits.append("The model's code cannot be differentiated twice, so products were taken by differences.")
+        limits.append(
+            "The model's code cannot be differentiated twice, so products with the Jacobian were taken by finite "
+            "differences."
+        )
     if abs(pairs.bias) > _TRANSIENT:
         where = "above" if pairs.bias > 0 else "below"
         limits.append(
             f"Observed rates lie {significant(abs(pairs.bias))} {where} the predicted ones (median). They are fitted "
-            f"on the way, to the steps that {view.dtype} leaves, where faster motion and tokens before still show; "
-            "the predicted ones hold at the fixed point."
+            f"to steps above the noise floor of {view.dtype}, where faster motion and earlier tokens still contribute; "
+            "the predicted rates hold at the fixed point."
         )
     if view.dtype in ("bfloat16", "float16"):
-        limits.append(f"They are those of exact arithmetic with the model's weights, not of rounding to {view.dtype}.")
+        limits.append(
+            f"Eigenvalues are those of exact arithmetic with the model's weights, not of rounding to {view.dtype}."
+        )
     return limits

@@ -46,16 +46,17 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
     shares = {quantity.name: repetition(_by_recurrence(view, quantity.of_prompt)) for quantity in _asked(view)}
     known = {name: share for name, share in shares.items() if math.isfinite(share)}
     if not known:
-        nothing = "The layers do not differ in any of the quantities."
+        nothing = "The layers do not differ in any of these quantities."
         return STAGES.unanswered("cannot tell", nothing, outcome=Outcome.CANNOT_TELL)
     repeated = [name for name, share in known.items() if share >= criterion.repetition_needed]
     others = [name for name in known if name not in repeated]
     least = min(known, key=lambda name: known[name])
-    numbers = f"{percent(known[least])} for {least}, the least"
+    numbers = f"least for {least}: {percent(known[least])}"
     if not others:
         outcome, verdict = Outcome.YES, "yes"
         sentence = (
-            f"Yes: from the second pass on, which layer it is decides nearly all of {listed(repeated)} ({numbers})."
+            f"Yes: from the second pass on, the layer explains nearly all of the variance of {listed(repeated)} "
+            f"({numbers})."
         )
     elif repeated:
         outcome, verdict = Outcome.PARTLY, "some of them"
@@ -63,14 +64,14 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"In part: {listed(repeated)} {verb} from pass to pass, but not {listed(others)} ({numbers})."
     else:
         outcome, verdict = Outcome.NO, "no"
-        sentence = f"No: {listed(others)} change from pass to pass more than such a repetition allows ({numbers})."
+        sentence = f"No: {listed(others)} vary from pass to pass; the layer explains too little of it ({numbers})."
     drawn = "entropy" if "relative_residual_entropy" in view.finite else "concentration"
     return STAGES.says(
         outcome,
         verdict,
         sentence,
         {f"repetition of {name}": share for name, share in shares.items()},
-        ["Means over heads, tokens and prompts are compared; single heads may do otherwise."],
+        ["Means over heads, tokens and prompts are compared; single heads may behave differently."],
         figure=f"{drawn}-by-recurrence",
     )
 

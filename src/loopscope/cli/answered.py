@@ -21,10 +21,10 @@ _STYLES = {Outcome.YES: "green", Outcome.NO: "red", Outcome.NOT_APPLICABLE: "dim
 
 _LINES = {
     "fixed_point": ("Reaches a fixed point?", "drift_between_horizons", "moves {}"),
-    "behaviour": ("What its tokens tend to", "tokens: orbit", "orbits {}"),
+    "behaviour": ("What do its tokens do?", "tokens: orbit", "orbits {}"),
     "stability": ("Are its points stable?", "predicted_rate_median", "rate {}"),
     "points": ("A point for each layer?", "smallest_cosine_to_layer_0", "cosine {}"),
-    "arrival": ("When is it there?", "recurrences_most", "at most {}"),
+    "arrival": ("Recurrences to settle?", "recurrences_most", "at most {}"),
     "trained_depth": ("Settled when trained?", "relative_distance_at_trained", "{} away"),
     "initial_state": ("Forgets its start?", "path_distance_at_last", "{} apart"),
     "loss": ("Does the loss improve?", "loss_at_last_readout", "{} nats"),
@@ -33,7 +33,7 @@ _LINES = {
     "exit_rule": ("Would an exit rule save?", "best_recurrences", "{} on average"),
     "heads": ("Do its heads stabilise?", "share_of_heads_stable", "{} do"),
     "stages": ("Do its stages repeat?", "repetition of ", "explains {}"),
-    "limits": ("What limits this", "prompts", "prompts: {}"),
+    "limits": ("What limits this?", "prompts", "prompts: {}"),
 }
 """Of each answer its question in a few words, and the number of its evidence that says most, with how it is said."""
 _SHARES = ("moves {}", "{} away", "{} apart", "{} after 1", "on {}", "{} do", "explains {}")

@@ -246,7 +246,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 _SHOWN = ("design", "layout", "loss", "loss beyond", "kept", "accuracy", "settled")
 """Columns of the table of trained models for which a terminal has room."""
 _LEGEND = (
-    "By the standard deviation of the weights: what most tokens tend to (F fixed point, A at floor, O orbit, S slider, "
-    "B bounded, D diverging, ? unknown) and the largest predicted rate of those whose fixed point is known; then the "
-    "scale at which that rate crosses 1, and the one at which half of the tokens no longer settle."
+    "By the standard deviation of the weights: what most tokens do in the long run (F fixed point, A at floor, "
+    "O orbit, S slider, B bounded, D diverging, ? unknown) and the largest predicted rate of those whose fixed point "
+    "is known; then the scale at which that rate crosses 1, and the one at which half of the tokens no longer settle."
 )

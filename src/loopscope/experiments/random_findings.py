@@ -254,7 +254,7 @@ def phase_answers(results: Sequence[CellResult]) -> list[Answer]:
         elif any(apart):
             outcome, verdict = Outcome.PARTLY, "roughly" if any(within) else "no"
         else:
-            outcome, verdict = Outcome.CANNOT_TELL, "the seeds do not tell"
+            outcome, verdict = Outcome.CANNOT_TELL, "undecided by the seeds"
         sentence = (
             "Standard deviation of the weights at which the predicted rate crosses 1, and at which half of the tokens "
             f"stop settling: {'; '.join(pairs)}."

@@ -72,7 +72,7 @@ class Told:
         return cls({name: interval(each, comparisons) for name, each in values.items() if each})
 
     def on(self, side: int) -> list[str]:
-        """Designs whose interval lies there: -1 below, 1 above, 0 for those of which the seeds do not tell."""
+        """Designs whose interval lies there: -1 below, 1 above, 0 for those that the seeds leave open."""
         return [name for name, each in self.intervals.items() if each.side == side]
 
     @property

@@ -36,9 +36,7 @@ TRAINING_COLUMNS = (
 BIGRAM = "bigram table fitted to the test text"
 _MOST_NAMES = 4
 """In a sentence."""
-_BIGRAM = Question(
-    key="bigram", text="Have these models learnt more than which token follows which?", figure="training-table"
-)
+_BIGRAM = Question(key="bigram", text="Have these models learnt more than pairs of tokens?", figure="training-table")
 _KEEPERS = Question(
     key="keepers", text="Which designs keep their loss beyond the trained depth?", figure="training-ranking"
 )
@@ -78,7 +76,7 @@ class DesignSummary:
     @property
     def kept_text(self) -> str:
         """What the seeds carry, and how many of them kept it."""
-        said = {-1: "yes", 0: "seeds do not tell", 1: "no"}[self.excess.side]
+        said = {-1: "yes", 0: "undecided", 1: "no"}[self.excess.side]
         return f"{said}, {self.kept} of {len(self.results)}"
 
 
@@ -152,10 +150,12 @@ def advice(results: Sequence[SweepResult]) -> list[Answer]:
         lambda: _recipe(looped),
         lambda: _settling(looped),
         lambda: _depth_pays(looped),
-        lambda: _against(looped, results, "equal-parameters", "its layers, run once each"),
+        lambda: _against(looped, results, "equal-parameters", "the same layers, each run once"),
         lambda: _against(looped, results, "equal-depth", "as many layers as it applies"),
     ]
-    return [each for ask in asked if looped and (each := ask()) is not None]
+    answers = [each for ask in asked if looped and (each := ask()) is not None]
+    # A reservation about all the others comes first; where there is none it is no news.
+    return [*answers[1:], answers[0]] if answers and answers[0].outcome is Outcome.YES else answers
 
 
 def _summary(name: str, control: ControlName | None, group: list[SweepResult], looped: int) -> DesignSummary:
@@ -189,11 +189,11 @@ def _above_bigram(looped: Sequence[DesignSummary]) -> Answer:
     below = told.on(-1)
     lines = " or ".join(f"{value:.3f}" for value in bigram_lines([r for each in looped for r in each.results]).values())
     sentence = (
-        f"A {BIGRAM} has a loss of {lines} nats, which one fitted to other text does not reach. "
+        f"A {BIGRAM} itself has a loss of {lines} nats; one fitted to other text would have a higher one. "
         f"{_counted(told, 'Below it', 'Above it')}"
     )
     if not below:
-        sentence += " What is said below is of models that may have learnt no more than pairs of tokens."
+        sentence += " The other answers are about models that may have learnt no more than pairs of tokens."
     return _BIGRAM.says(
         # Above the line of the very test text is no proof: a table of other text lies higher.
         _outcome(told) if below else Outcome.CANNOT_TELL,
@@ -237,7 +237,7 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
     cheaper = Told.of(costs)
     keep = [each for each in others if each.excess.side == -1]
     good = [each for each in keep if each.name in dearer.on(-1)]
-    lost = f"{plain.name} goes from {plain.loss.mean:.3f} to {plain.beyond.mean:.3f} nats ({dearer.seeds} a design)"
+    lost = f"{plain.name} goes from {plain.loss.mean:.3f} to {plain.beyond.mean:.3f} nats ({dearer.seeds} per design)"
     evidence: Evidence = {
         name: f"{_percents(each)} of the loss, "
         + next(f"kept in {one.kept} of {len(one.results)}" for one in others if one.name == name)
@@ -247,19 +247,19 @@ def _recipe(looped: Sequence[DesignSummary]) -> Answer | None:
         open_ = [each.name for each in others if each.excess.side < 1 and each.name not in dearer.on(1)]
         return _RECIPES.says(
             Outcome.CANNOT_TELL if open_ else Outcome.NO,
-            "the seeds do not tell" if open_ else "none of these",
-            "No recipe is shown by its seeds to be within 1 % of the plain loss and to keep it, where "
-            f"{lost}" + (f"; they leave open {_names(open_)}." if open_ else "."),
+            "undecided by the seeds" if open_ else "none of these",
+            "No recipe is shown by its seeds to have a loss within 1 % of the plain one and to keep it, where "
+            f"{lost}" + (f"; undecided: {_names(open_)}." if open_ else "."),
             evidence,
         )
-    sentence = f"Within 1 % of the plain loss, or below it, and kept, where {lost}: " + "; ".join(
+    sentence = f"With a loss within 1 % of the plain one, or below it, that is kept, where {lost}: " + "; ".join(
         f"{each.name} ({_percents(cheaper.intervals[each.name])})" for each in good
     )
     if len(good) > 1:
         best, *rest = good
         ahead = Told.of({each.name: _paired(best, each, lambda one, other: one - other) for each in rest})
         first = len(ahead.on(-1)) == len(rest)
-        sentence += f". The best is {best.name}" if first else ". Which of them is best the seeds do not tell"
+        sentence += f". The best is {best.name}" if first else ". The seeds do not decide which of them is best"
     return _RECIPES.says(Outcome.YES, f"yes, {_names([each.name for each in good])}", f"{sentence}.", evidence)
 
 
@@ -287,10 +287,10 @@ def _settling(looped: Sequence[DesignSummary]) -> Answer | None:
     return _SETTLING.says(
         Outcome.CANNOT_TELL if not tells else Outcome.NO if not more else Outcome.YES if not lost else Outcome.PARTLY,
         f"{settled}, against {others}",
-        f"Of designs most of whose tokens reach a fixed point in every seed, {settled} keep their loss; of those where "
-        f"they do in no seed, {others} do (Fisher's exact p = {significant(p_value)}"
-        f"{'' if tells else ', so the designs do not tell'}). Seeds that disagree, or do not tell, leave {left} of "
-        f"{len(looped)} designs out.",
+        f"Designs in which most tokens reach a fixed point in every seed: {settled} keep their loss. Designs in which "
+        f"they do so in no seed: {others} (Fisher's exact p = {significant(p_value)}"
+        f"{'' if tells else ', too few designs to decide'}). {left} of {len(looped)} designs are left out because "
+        "their seeds disagree or leave it open.",
         {"settled and kept": settled, "not settled and kept": others, "p": p_value},
     )
 
@@ -335,15 +335,16 @@ def _against(
     controls = sum(len(held) for held in of_seeds.values())
     question = Question(
         key=f"against-{control}",
-        text=f"Does the loop beat a feed-forward model of {what}?",
+        text=f"Does the loop beat a feed-forward model with {what}?",
         figure="training-table",
     )
     return question.says(
         _outcome(told),
         f"{len(told.on(-1))} of {len(gaps)} designs",
-        f"Against a feed-forward model of {what}, of the same seed (the looped one has {100 * fmean(shares):.0f} % of "
-        f"its parameters on average). {_counted(told, 'Lower loss', 'Higher loss')} The mean difference is {overall} "
-        f"nats over {plural(overall.count, 'seed')}, where each of the {plural(controls, 'control')} counts once.",
+        f"Against a feed-forward model with {what}, of the same seed (the looped one has {100 * fmean(shares):.0f} % "
+        f"of its parameters on average). {_counted(told, 'Lower loss', 'Higher loss')} The mean difference is "
+        f"{overall} nats over {plural(overall.count, 'seed')}, where "
+        f"each of the {plural(controls, 'control')} counts once.",
         {name: f"{each} nats" for name, each in told.intervals.items()},
     )
 
@@ -363,15 +364,15 @@ def _outcome(told: Told) -> Outcome:
 
 
 def _counted(told: Told, below: str, above: str) -> str:
-    """`Kept: 3 of 5 (a; b; c). Lost: 1 of 5 (d). The seeds do not tell: 1 of 5 (e).`, and what that rests on."""
+    """`Kept: 3 of 5 (a; b; c). Lost: 1 of 5 (d). Undecided by the seeds: 1 of 5 (e).`, and what that rests on."""
     count = len(told.intervals)
-    sides = ((below, -1), (above, 1), ("The seeds do not tell", 0))
+    sides = ((below, -1), (above, 1), ("Undecided by the seeds", 0))
     parts = [
         f"{what}: {len(told.on(side))} of {count} ({_names(told.on(side))})." for what, side in sides if told.on(side)
     ]
     return (
-        f"{' '.join(parts)} ({told.seeds} a design; Student's intervals over seeds, "
-        f"{f'the {count} of which hold together with 95 %' if count > 1 else '95 %'}.)"
+        f"{' '.join(parts)} ({told.seeds} per design; Student's intervals over seeds, "
+        f"{f'95 % for all {count} together' if count > 1 else '95 %'}.)"
     )
 
 

@@ -18,7 +18,7 @@ class ReportSettings:
     prompts: tuple[Annotated[int, Range(0, why="since prompts count from 0")], ...] = ()
     """Prompts drawn token by token, counted from 0. Unless given: the most ordinary one, and the one farthest from
     its horizon state at the end."""
-    most_tokens: Annotated[int, Range(2)] = 60
+    most_tokens: Annotated[int, Range(2)] = 32
     """Of a longer prompt, the last that many tokens are drawn: more rows than fit on a screen cannot be compared by
     eye."""
     most_recurrences: Annotated[int, Range(2)] = 200

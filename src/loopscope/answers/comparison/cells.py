@@ -62,7 +62,7 @@ class _Row:
 
 
 def _settled(evidence: Evidence) -> str:
-    return f"{percent(float(evidence['share_of_tokens_settled']))} of tokens settled; so in {evidence['prompts']}"
+    return f"{percent(float(evidence['share_of_tokens_settled']))} of tokens settled; verdict of {evidence['prompts']}"
 
 
 def _range(evidence: Evidence) -> str:
@@ -72,24 +72,24 @@ def _range(evidence: Evidence) -> str:
 
 def _rate(evidence: Evidence) -> str:
     predicted, observed = evidence["predicted_rate_median"], evidence.get("observed_rate_median", math.nan)
-    said = f"{significant(float(predicted), 3)} a recurrence by prediction"
+    said = f"rate per recurrence: predicted {significant(float(predicted), 3)}"
     if not math.isfinite(float(observed)):
         return said
     error = significant(float(evidence["uncertainty_of_observed_rate_median"]))
-    return f"{said}, {significant(float(observed), 3)} ± {error} observed"
+    return f"{said}, observed {significant(float(observed), 3)} ± {error}"
 
 
 _ROWS = (
     _Row("fixed_point", "Does it settle?", "share_of_tokens_settled", _settled),
-    _Row("behaviour", "What do the tokens tend to?"),
+    _Row("behaviour", "What do the tokens do in the long run?"),
     _Row(
         "points",
         "One point per layer?",
         "smallest_cosine_to_layer_0",
         lambda evidence: f"least cosine {significant(float(evidence['smallest_cosine_to_layer_0']))}",
     ),
-    _Row("arrival", "When is it there?", "recurrences_median", _range),
-    _Row("stability", "How fast, and does its point attract?", "predicted_rate_median", _rate),
+    _Row("arrival", "How many recurrences to settle?", "recurrences_median", _range),
+    _Row("stability", "How fast, and is its point stable?", "predicted_rate_median", _rate),
     _Row(
         "initial_state",
         "Does it forget its start?",
@@ -106,7 +106,7 @@ _ROWS = (
     _Row("stages", "Do the stages repeat in every pass?"),
     _Row(
         "exit_rule",
-        "Would an exit save recurrences?",
+        "Would an exit rule save recurrences?",
         "best_saved",
         lambda evidence: f"{percent(float(evidence['best_saved']))} by {evidence['best_rule']}",
     ),
@@ -148,7 +148,7 @@ def _losses(view: StudyView) -> list[Cell]:
     rows = dict(zip(at, loss.values, strict=True))
     last = at[-1]
     asked = {f"loss_{count}": (f"Loss after {count}", count) for count in _LOSS_AT if count in rows and view.looped}
-    asked["loss_last"] = ("Loss after all" if view.looped else "Loss", last)
+    asked["loss_last"] = ("Loss after the last" if view.looped else "Loss", last)
     cells = []
     for key, (question, count) in asked.items():
         found = paired_difference(rows[count].astype(np.float64), np.zeros(len(rows[count])))

@@ -21,7 +21,7 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     """
     question = Question(
         key=f"drift-{index}",
-        text=f"{label}: do the stages stay beyond the recurrences of its training?",
+        text=f"{label}: do its stages persist beyond the trained recurrences?",
         figure=f"drift-{index}",
     )
     study, settings = comparison.studies[label], comparison.settings
@@ -39,7 +39,7 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     shapes = {name: float(later["own_similarity"].sel(measure=name).min()) for name in names}
     known = [name for name in names if not math.isnan(levels[name])]
     if not known:
-        return question.says(Outcome.CANNOT_TELL, "cannot tell", "No stage measure was taken in its passes.")
+        return question.says(Outcome.CANNOT_TELL, "cannot tell", "No stage measure of its passes was taken.")
     evidence: Evidence = {f"largest change of level, {name}": levels[name] for name in known}
     evidence |= {f"least own similarity, {name}": shapes[name] for name in known if math.isfinite(shapes[name])}
     kept = [
@@ -50,36 +50,39 @@ def drift_answer(comparison: Comparison, label: str, index: int) -> Answer:
     lost = [name for name in known if name not in kept]
     most = max(known, key=lambda name: levels[name])
     far = f"between recurrences {trained} and {measured}"
-    furthest = f"{most} moves most, by {percent(levels[most])}"
+    furthest = f"{most} changes most, by {percent(levels[most])}"
     if math.isinf(levels[most]):
-        furthest = f"{most} leaves 0"
+        furthest = f"{most} was 0 and is not any more"
     if not lost:
         outcome, verdict = Outcome.YES, "yes"
-        sentence = f"Every measure stays as it is {far} ({furthest})."
+        sentence = f"No measure changes noticeably {far} ({furthest})."
     elif kept:
         outcome, verdict = Outcome.PARTLY, f"{len(kept)} of {len(known)} measures"
-        sentence = f"It keeps {listed(kept)} {far}, but not {listed(lost)} ({furthest})."
+        sentence = (
+            f"Between recurrences {trained} and {measured} there is no noticeable change of {listed(kept)}, but of "
+            f"{listed(lost)} there is ({furthest})."
+        )
     else:
         outcome, verdict = Outcome.NO, "no, they drift"
-        sentence = f"No measure stays as it is {far} ({furthest})."
+        sentence = f"Every measure changes {far} ({furthest})."
     return question.says(outcome, verdict, sentence, evidence)
 
 
 def limits_answer(comparison: Comparison) -> Answer:
     """What these studies themselves show first, then the limits of the method."""
     of_method = [
-        "Curves that rise and fall at the same depths are alike, which is not to say that the models compute the same. "
-        "Of unrelated pairs, independent, wandering or rising by some law, at most 6 in 100 are called alike; of pairs "
-        "that share a rise and little else, few.",
-        f"Each p stands for one comparison; of many, {100 * comparison.settings.alpha:g} in 100 fall below "
-        f"{comparison.settings.alpha:g} by chance. The mean over measures is one comparison for all of them.",
-        "Correlation is blind to level and scale; the level difference next to it is not.",
+        "Alike means that curves rise and fall at the same depths, not that the models compute the same. At most 6 in "
+        "100 unrelated pairs (independent, wandering or monotone curves) are called alike, and few of the pairs that "
+        "share a rise and little else.",
+        f"Each p is for one comparison; of many, {100 * comparison.settings.alpha:g} in 100 fall below "
+        f"{comparison.settings.alpha:g} by chance. The mean over measures is a single comparison.",
+        "Correlation does not see level and scale; the level difference beside it does.",
     ]
     caveats = [sentence for label in comparison.labels for sentence in _caveats(comparison, label)]
     return LIMITS.says(
         Outcome.NOT_APPLICABLE,
         plural(len(caveats), "caveat") if caveats else "those of the method",
-        " ".join(caveats) or "Nothing that these studies themselves show.",
+        " ".join(caveats) or "Nothing that shows in these studies themselves.",
         limits=[*caveats, *of_method],
     )
 
@@ -90,9 +93,7 @@ def _caveats(comparison: Comparison, label: str) -> list[str]:
     found = []
     if label != comparison.reference and not study["same_prompts_as_reference"]:
         if not study["same_model_as_reference"]:
-            found.append(
-                f"{label} and {comparison.reference} read different prompts: their differences mix model and text."
-            )
+            found.append(f"{label} and {comparison.reference} read different prompts: differences mix model and text.")
         tokens = [_tokens_a_prompt(entry) for entry in (study, reference)]
         if tokens[0] and tokens[1] and not 2 / 3 < tokens[0] / tokens[1] < 3 / 2:
             found.append(
@@ -105,7 +106,7 @@ def _caveats(comparison: Comparison, label: str) -> list[str]:
     if count and count < needed:
         low, _ = wilson_interval(count, count)
         found.append(
-            f"{label} has {plural(count, 'prompt')}: what all of them show may fail for up to "
+            f"{label} has {plural(count, 'prompt')}: what all of them show may still fail for up to "
             f"{math.ceil(100 - 100 * low)} % of such prompts (95 % Wilson interval)."
         )
     if study["dtype"] != reference["dtype"]:
@@ -115,7 +116,9 @@ def _caveats(comparison: Comparison, label: str) -> list[str]:
     if study["diverged_prompts"]:
         found.append(f"{plural(study['diverged_prompts'], 'prompt')} of {label} diverged and are left out.")
     if study["recurrences"] and study["trained_recurrences"] is None:
-        found.append(f"{label} does not say what it was trained for, so its last measured recurrence is judged.")
+        found.append(
+            f"{label} does not say how many recurrences it was trained with, so its last measured one is judged."
+        )
     return found
 
 

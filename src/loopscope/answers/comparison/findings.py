@@ -23,13 +23,13 @@ class Finding:
 
     value: float
     reversed: float
-    """With the layers back to front."""
+    """With the layers in reverse order."""
     null_high: float
     """95 % of the curves of the null that comes closest correlate less."""
     p_value: float
     """The largest by any null."""
     alike: bool
-    """As rare as `alpha` among the curves of every null, and better than back to front."""
+    """As rare as `alpha` among the curves of every null, and better than the reversed curve."""
     closest: str
     """The null that comes closest."""
     interval: tuple[float, float]
@@ -41,8 +41,8 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"correlation {self.value:.2f}{self._over_prompts}, against up to {self.null_high:.2f} in 95 % of curves "
-            f"with {self.closest} and {self.reversed:.2f} back to front (p {p_text(self.p_value)})"
+            f"correlation {self.value:.2f}{self._over_prompts}, where 95 % of curves with {self.closest} stay below "
+            f"{self.null_high:.2f} and the reversed curve has {self.reversed:.2f} (p {p_text(self.p_value)})"
         )
 
     @property
@@ -115,8 +115,8 @@ def _overview(comparison: Comparison, others: list[str], answers: list[Answer]) 
     if len(unknown) == len(others):
         outcome = Outcome.CANNOT_TELL
     rule = (
-        "Curves count as alike if few with shuffled layers, random phases or bent depth come as close, and they do "
-        "better than back to front."
+        "Curves count as alike if few curves with shuffled layers, random phases or bent depth come as close, and if "
+        "they correlate better than the reversed curve."
     )
     each = " ".join(f"{label}: {answer.verdict}." for label, answer in zip(others, answers, strict=True))
     question = Question(
@@ -173,9 +173,9 @@ def _other_model(comparison: Comparison, label: str, index: int) -> Answer:
             (True, True): f"A single pass through the block goes through the stages of {reference}, and so does the "
             "whole model once.",
             (True, False): f"A single pass through the block goes through the stages of {reference}; the whole model "
-            "does not, as far as can be shown.",
-            (False, True): f"The whole model goes through the stages of {reference} once; a single pass does not, as "
-            "far as can be shown.",
+            "is not shown to.",
+            (False, True): f"The whole model goes through the stages of {reference} once; a single pass is "
+            "not shown to.",
             (False, False): f"Neither a single pass nor the whole model is shown to go through the stages of "
             f"{reference}.",
         }[block.alike, whole.alike]
@@ -226,12 +226,12 @@ def _held_back(comparison: Comparison, label: str, outcome: Outcome, sentence: s
         settles.outcome in (Outcome.NO, Outcome.NOT_YET, Outcome.CANNOT_TELL)
         or settles.value < Criterion().prompts_needed
     ):
-        reasons.append(f"whether its state settles is answered with {settles.verdict}")
+        reasons.append(f"the answer to whether its state settles is “{settles.verdict}”")
     if not reasons:
         return outcome, sentence
     return (
         Outcome.PARTLY if outcome is Outcome.YES else outcome,
-        f"{sentence} Mind that {listed(reasons)}.",
+        f"{sentence} Note that {listed(reasons)}.",
     )
 
 
@@ -248,14 +248,14 @@ def _like_passes(comparison: Comparison, label: str) -> str:
     judged = int(comparison.studies[label]["judged_at"])
     alike = sum(finding_of(comparison, label, "block", recurrence=at).alike for at in range(1, judged + 1))
     count = "all" if alike == judged else "none" if not alike else f"{alike}"
-    return f" That is alike in {count} of the first {judged} passes." if judged > 1 else ""
+    return f" The block alone is alike in {count} of the first {judged} passes." if judged > 1 else ""
 
 
 def _alone(comparison: Comparison, label: str, spans: tuple[str, ...]) -> str:
     """The measures that are alike by themselves."""
     names = [str(name) for name in comparison.dataset["measure"].values]
     alike = [name for name in names if any(finding_of(comparison, label, span, name).alike for span in spans)]
-    return f" By themselves alike: {listed(alike)}." if alike else ""
+    return f" Alike on their own: {listed(alike)}." if alike else ""
 
 
 def _repeating(comparison: Comparison, label: str) -> str:
@@ -267,8 +267,8 @@ def _repeating(comparison: Comparison, label: str) -> str:
     if not known.size:
         return ""
     if not repeated:
-        return " From pass to pass none of its own curves repeats."
-    return f" From pass to pass it repeats its own curves of {listed(repeated)}."
+        return " None of its own curves repeats from pass to pass."
+    return f" It repeats its own curves of {listed(repeated)} from pass to pass."
 
 
 def _why_unknown(comparison: Comparison, label: str) -> str:
@@ -283,7 +283,7 @@ def _why_unknown(comparison: Comparison, label: str) -> str:
             f"{label} is judged at recurrence {study['judged_at']}, and {comparison.reference} was measured up to "
             f"{reference['recurrences']}."
         )
-    return "No measure was taken in both studies and varies along the depth of both."
+    return "There is no measure that both studies have and that varies along the depth of both."
 
 
 def _evidence(comparison: Comparison, label: str) -> Evidence:

@@ -105,7 +105,8 @@ _HEADS = ("model", "prompts", "tokens", "recurrences", "horizon", "dtype", "inte
 def facts_in_words(study: Mapping[str, Any]) -> dict[str, str]:
     """What a reader must know of a study before its answers, from its entry in a comparison."""
     prompts, changes = study["prompts"], study.get("interventions") or ()
-    source = f" of {prompts['source']}" if prompts.get("source") else ""
+    source = prompts.get("source")
+    source = f", {source}" if source == "given as a list" else f" of {source}" if source else ""
     return {
         "model": str(study["model"]),
         "prompts": f"{prompts['count']:,}{source}" if prompts.get("count") else "–",

@@ -34,8 +34,8 @@ from loopscope.study import powers_of_two
 _MOST_COLUMNS = 3
 """Looped studies beside each other on a page of a paper."""
 _PASSES = (
-    "A line per recurrence between prelude and coda (shaded), which run once; later ones lighter. Dashed: the "
-    "reference, of a looped one at the recurrence it is judged at. The first layer lies at 0 %, the last at 100 %."
+    "One line per recurrence, later ones lighter, between prelude and coda (shaded), which run once. Dashed: the "
+    "reference (if looped, at the recurrence it is judged at). The first layer lies at 0 %, the last at 100 %."
 )
 _TIP = "{label}, {x:.0f} %: {y:.3g}"
 _DRIFTS = {
@@ -81,13 +81,13 @@ def _over_training(comparison: Comparison, settings: ReportSettings) -> Plot:
             panels.append(Panel(title=question, x=x, y=y, marks=[line]))
     return Plot(
         question="How do the answers change over training?",
-        reading="The number behind each answer, a point for each checkpoint.",
+        reading="The number behind each answer, one point per checkpoint.",
         panels=panels,
     )
 
 
 def _no_run(comparison: Comparison) -> str | None:
-    return None if training_steps(comparison) else "the studies are no checkpoints of one run, named after their steps"
+    return None if training_steps(comparison) else "the studies are not checkpoints of one run, named after their steps"
 
 
 _UNITS = {
@@ -116,12 +116,13 @@ def _curves(comparison: Comparison, settings: ReportSettings) -> Plot:
             if label == comparison.reference
             else _line(comparison, label, quantity, _home(comparison, label), _named(label), next(others))
             for label in comparison.labels
+            if _has(comparison, label, [quantity.name]) or label == comparison.reference
         ]
         panels.append(_panel(quantity, marks, anchor=f"curves-{quantity.anchor}"))
     return Plot(
         question="How do the studies differ along one pass, measure by measure?",
         reading="Stage measures along one pass of each study, on relative depth: the first layer at 0 %, the last at "
-        "100 %; of a looped study prelude, the block at the recurrence it is judged at, and coda. "
+        "100 %. A looped study is shown with prelude, the block at the recurrence it is judged at, and coda. "
         f"{_readings(quantities)}",
         panels=panels,
     )
@@ -159,7 +160,7 @@ def _passes_of(comparison: Comparison, label: str) -> Plot:
     index, quantities = comparison.labels.index(label), _shared(comparison)
     lines = {label: powers_of_two(comparison.studies[label]["recurrences"])}
     return Plot(
-        question="Are its passes alike, and like the reference?",
+        question="Are its passes alike, and do they resemble the reference?",
         reading=f"{_readings(quantities)} {_PASSES}",
         panels=[
             _passes_panel(comparison, label, quantity, lines, anchor=f"passes-{index}-{quantity.anchor}")
@@ -227,7 +228,7 @@ def _readings(quantities: Sequence[StageQuantity], *, several: bool = False) -> 
     """What the measures are; by the letters of their panels, unless each has several."""
     lettered = len(quantities) > 1 and not several
     return " ".join(
-        (f"({'abcdefgh'[place]}) " if lettered else f"{quantity.y_title}: ") + quantity.reading
+        (f"({'abcdefgh'[place]}) " if lettered else "") + f"{quantity.name.capitalize()}: {quantity.reading}"
         for place, quantity in enumerate(quantities)
     )
 
@@ -246,7 +247,7 @@ def _named(label: str) -> str:
 
 def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
     """A panel per looped study and span: correlation of each pass with the reference, mean over the measures, beside
-    the null that comes closest and the curve back to front."""
+    the null that comes closest and the reversed curve."""
     panels = []
     for label in _compared(comparison):
         study = comparison.studies[label]
@@ -262,7 +263,7 @@ def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
                     marks=[
                         Band(x=counts, low=null[0], high=null[-1], name="90 % of the closest null"),
                         Line(
-                            x=counts, y=data["overall_reversed_similarity"].values, name="back to front", colour=MUTED,
+                            x=counts, y=data["overall_reversed_similarity"].values, name="reversed", colour=MUTED,
                             dash="dot",
                         ),
                         Line(
@@ -275,11 +276,11 @@ def _likeness(comparison: Comparison, settings: ReportSettings) -> Plot:
                 )
             )  # fmt: skip
     return Plot(
-        question="How like the reference is each pass?",
+        question="How similar is each pass to the reference?",
         reading="Pearson correlation of each pass with the reference, mean over the stage measures that can be judged; "
         "block: the recurrent block alone on 0 to 100 %, pass: prelude, block and coda. Grey: the middle 90 % of "
-        "curves with shuffled layers, random phases or bent depth, whichever come closest. Dotted: the curve back to "
-        "front.",
+        "curves with shuffled layers, random phases or bent depth, whichever come closest. Dotted: the reversed "
+        "curve.",
         panels=panels,
     )
 
@@ -313,10 +314,10 @@ def _drift(comparison: Comparison, settings: ReportSettings) -> Plot:
                 )
             )
     return Plot(
-        question="How far does each pass move from the one that is judged?",
+        question="How much does each pass differ from the one that is judged?",
         reading="Each pass through the block against the study's own pass at the recurrence it is judged at; two "
-        "panels a study: root mean square difference over the root mean square of that pass, and Pearson correlation. "
-        "Where all layers share one value there is no correlation. A line per stage measure.",
+        "panels per study: root mean square difference over the root mean square of that pass, and Pearson "
+        "correlation. One line per stage measure; it ends where all layers share one value.",
         panels=panels,
         columns=2,
     )
@@ -425,9 +426,8 @@ def comparison_sections(comparison: Comparison, settings: ReportSettings) -> lis
         Section(
             anchor="curves",
             short="Curves",
-            title="What does a pass look like beside the reference?",
-            lead="Medians over prompts. Of a looped model: prelude, the block at the recurrence it is judged at, and "
-            "coda.",
+            title="How does a pass compare with the reference?",
+            lead="Medians over prompts.",
             figures=curves,
         ),
         *(
@@ -435,23 +435,24 @@ def comparison_sections(comparison: Comparison, settings: ReportSettings) -> lis
                 anchor=f"passes-{comparison.labels.index(label)}",
                 short=f"Passes of {label}",
                 title=f"{label}, pass by pass",
-                lead="Every pass that is drawn, measure by measure: medians over prompts.",
-                figures=[plot] if (plot := _passes_of(comparison, label)).has_data else [],
+                lead="Measure by measure; medians over prompts.",
+                figures=[_passes_of(comparison, label)],
             )
             for label in looped(comparison)
+            if any(_has(comparison, label, [quantity.name]) for quantity in _shared(comparison))
         ),
         Section(
             anchor="likeness",
-            short="Likeness",
-            title="Is every pass as like the reference?",
+            short="Similarity",
+            title="Is every pass equally similar to the reference?",
             lead="Correlation with the reference, mean over the measures that can be judged, by recurrence.",
             figures=likeness,
         ),
         Section(
             anchor="drift",
             short="Drift",
-            title="Do the stages stay beyond the trained recurrences?",
-            lead="A line per measure. Where all layers share one value there is no correlation, and the line ends.",
+            title="Do the stages persist beyond the trained recurrences?",
+            lead="Each pass is compared with the study's own pass at the recurrence it is judged at.",
             figures=drift,
         ),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,8 +38,7 @@ from loopscope.report.figures.plot import (
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts
 
-PER_ROW = "Frobenius distances are over the square root of the number of tokens."
-_MEANS = "Medians over prompts of means over each prompt's tokens."
+PER_ROW = "Frobenius distances are divided by the square root of the number of tokens."
 _LAYOUTS: tuple[Layout, ...] = ("by layer", "by recurrence", "by depth")
 _MOST_NAMES = 12
 """Layers that are named on an axis."""
@@ -58,6 +57,8 @@ class _Quantity:
     horizon: bool = False
     """Whether it is 0 at the horizon, which is marked."""
     attention: bool = False
+    folded: bool = False
+    """Whether a page shows its panel when it is asked for."""
 
     def curve(self, view: StudyView) -> Curve:
         if self.attention:
@@ -77,15 +78,21 @@ def _drawn(
     recurrences = passes(view.recurrences)
     floors = [floor_words(view, curve) for quantity, curve in zip(quantities, curves, strict=True) if quantity.floor]
     marked = [Rule(x=view.horizon, name=f"H: {view.horizon}", above=True)] if view.recurrences >= view.horizon else []
+    means = "each prompt's heads" if any(quantity.attention for quantity in quantities) else "each prompt's tokens"
     asked = question if isinstance(question, str) else question(view)
     return Plot(
-        question=asked if layout == "by layer" else f"{asked.rstrip('?')}, {layout}?",
-        reading=" ".join(filter(None, [reading, line_words(view, layout, curves[0], recurrences), *floors])),
+        question=asked if layout == "by layer" else f"{asked.rstrip('?')} ({layout})?",
+        reading=reading,
+        lines=[
+            f"Medians over prompts of means over {means}.",
+            *line_words(view, layout, curves[0], recurrences),
+            *dict.fromkeys(filter(None, floors)),
+        ],
         panels=[
             laid_out(
                 view, settings, curve, layout, quantity.title, recurrences, floor=quantity.floor,
                 anchor=quantity.anchor if layout == "by layer" else "",
-                more=marked if quantity.horizon and layout == "by layer" else (),
+                more=marked if quantity.horizon and layout == "by layer" else (), folded=quantity.folded,
             )
             for quantity, curve in zip(quantities, curves, strict=True)
         ],
@@ -148,10 +155,10 @@ def _horizons(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question=f"How far does the state still move between {first} and {second} recurrences?",
         reading=(
-            "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H recurrences, the "
-            "steps into both, the estimated noise floor, and the tolerance of the quick answers (dashed). Everything "
-            "below it: settled. Drift above it with steps that do not shrink: no fixed point. Medians over prompts; "
-            "whiskers hold 90 % of the prompts. On a logarithmic axis exact zeros have no place."
+            "Per recurrent layer, as shares of the state's norm: how far the state moves from H to 2H, the steps into "
+            "both, the estimated noise floor, and the tolerance of the quick answers (dashed). A layer with everything "
+            "below the tolerance has settled; one with more drift, and steps that do not shrink, has no fixed point. "
+            "Medians over prompts; whiskers hold 90 % of the prompts. A logarithmic axis cannot show exact zeros."
         ),
         panels=[
             Panel(
@@ -172,8 +179,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "step",
         "How much does one more recurrence move each layer?",
         "How far one more recurrence moves each layer: (a) Euclidean norm of the difference of successive residual "
-        f"streams, (b) the same over the norm of the state: read it together with the growth of the norm. {_MEANS}",
-        _Quantity(variable="successive_difference", title="step"),
+        "streams, (b) divided by the norm of the state: read it together with the growth of the norm.",
+        _Quantity(variable="successive_difference", title="step", folded=True),
         _Quantity(variable="relative_step", title="step / norm of the state", floor=True),
         anchors=("step", "step-by-recurrence"),
         paper=(3,),
@@ -181,15 +188,16 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "distance",
         lambda view: f"How far is each layer from its state at recurrence {view.horizon}?",
-        "Distance of each layer's residual stream to its approximate fixed point, its state at the horizon H: (a) "
-        "Euclidean norm of the difference, (b) the same over the norm at H, (c) the same for the state at 2H. On a "
-        "logarithmic axis a straight fall is geometric convergence, and a plateau is where it ends. The distance to "
-        "the state at H is 0 there by construction, so the end of that curve proves nothing alone; a plateau in (c) "
-        f"that is absent in (b) is drift. {_MEANS}",
-        _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True),
+        "Distance of each layer's residual stream to its state at the horizon H, which stands in for the fixed point: "
+        "(a) Euclidean norm of the difference, (b) divided by the norm at H, (c) the same for the state at 2H. On a "
+        "logarithmic axis a straight fall is geometric convergence; it ends in a plateau. At H the distance in (a) and "
+        "(b) is 0 by construction, so the end of these curves alone proves nothing; a plateau in (c) "
+        "that is absent in (b) is drift.",
+        _Quantity(variable="distance_to_horizon", title="distance to state at H", horizon=True, folded=True),
         _Quantity(variable="relative_distance", title="distance / norm at H", floor=True, horizon=True),
         _Quantity(
-            variable="relative_distance_second_horizon", title="distance / norm at 2H", anchor="second-horizon"
+            variable="relative_distance_second_horizon", title="distance / norm at 2H", anchor="second-horizon",
+            folded=True,
         ),
         anchors=("distance", "distance-by-recurrence"),
         paper=(4,),
@@ -198,8 +206,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "direction",
         "Does the direction settle?",
         "Direction of each layer's residual stream: 1 − cosine (a) to the state one recurrence before, (b) to the "
-        "state at the horizon H; 0.005 is an angle of about 6 degrees. Direction alone: it does not see the norm. On a "
-        f"logarithmic axis what is exactly 0 is a gap. {_MEANS}",
+        "state at the horizon H; 0.005 is an angle of about 6 degrees. The norm plays no part. On a "
+        "logarithmic axis exact zeros are gaps.",
         _Quantity(variable="cosine_distance_to_previous", title="1 − cosine to state before"),
         _Quantity(variable="cosine_distance_to_horizon", title="1 − cosine to state at H"),
         anchors=("cosine", ""),
@@ -210,7 +218,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         "attention",
         "Does the attention of each layer settle?",
         "Attention maps of each layer: distance (a) to the map one recurrence before, (b) to the map at the horizon H. "
-        f"{PER_ROW} Medians over prompts of means over heads.",
+        f"{PER_ROW}",
         _Quantity(variable="attention_change", title="distance per row to map before", attention=True),
         _Quantity(
             variable="attention_distance_to_horizon", title="distance per row to map at H", attention=True,
@@ -223,8 +231,8 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "norm",
         "Does the norm of the residual stream keep growing?",
-        "(a) Mean token norm of the residual stream, (b) the same over its value after the first recurrence. A norm "
-        f"that grows shrinks relative steps although the state does not settle. {_MEANS}",
+        "(a) Mean token norm of the residual stream, (b) divided by its value after the first recurrence. A "
+        "growing norm makes relative steps shrink although the state does not settle.",
         _Quantity(variable="residual_norm", title="token norm"),
         _Quantity(variable="norm_growth", title="norm / norm after recurrence 1", anchor="norm-growth"),
         anchors=("norm-by-layer", ""),
@@ -235,11 +243,11 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
     *_types(
         "path-independence",
         "Do two initial states end in the same place?",
-        "Two runs of the same prompts from different initial states: (a) distance of their states over the mean "
-        "norm, (b) 1 − cosine. Falling to the noise floor: the model forgets where it started. A plateau: where it "
-        f"ends depends on it. {_MEANS}",
+        "Two runs of the same prompts from different initial states: (a) distance of their states, divided by the mean "
+        "norm, (b) 1 − cosine. If it falls to the noise floor, the model forgets where it started; if it stays above, "
+        "the end depends on the start.",
         _Quantity(variable="path_distance", title="distance / mean norm", floor=True),
-        _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs"),
+        _Quantity(variable="path_cosine_distance", title="1 − cosine of the two runs", folded=True),
         anchors=("path-independence", ""),
         layouts=("by layer",),
         settles=False,
@@ -248,19 +256,21 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         name="horizons", of=_horizons, anchor="horizon-drift", variables=("horizon_drift", "horizon_relative_step")
     ),
 )  # fmt: skip
-_SETTLING = ("horizons", "distance", "step", "direction", "norm")
+_SETTLING = ("distance", "step", "horizons", "path-independence", "direction", "norm")
 
 
 def convergence_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Movement between the horizons, then distance, step, direction and norm."""
+    """Distance and step, movement between the horizons and between two runs, then direction and norm."""
     types = {each.name: each for each in CONVERGENCE}
     names = [name for start in _SETTLING for name in types if name.startswith(start)]
+    figures = on_page([types[name] for name in names], view, settings)
+    lines: Sequence[str] = next((each.lines for each in figures if isinstance(each, Plot) and each.lines), ())
     return Section(
         anchor="settling",
         short="Settling",
         title="Does it settle?",
-        lead=f"Lines are medians over prompts of means over each prompt's tokens. H = {view.horizon} recurrences.",
-        figures=on_page([types[name] for name in names], view, settings),
+        lead=" ".join([f"H = {view.horizon} recurrences.", *lines]),
+        figures=figures,
     )
 
 

@@ -175,6 +175,7 @@ def laid_out(
     title: str = "",
     anchor: str = "",
     more: Sequence[Mark] = (),
+    folded: bool = False,
 ) -> Panel:
     """A curve in one of the layouts.
 
@@ -189,7 +190,9 @@ def laid_out(
         x, marks = _by_depth(view, curve, max(recurrences, default=0))
     if floor and (level := noise_floor(view, curve)) is not None:
         marks.append(Rule(y=level, name="noise floor", dash="dot"))
-    return Panel(x=x, y=Axis(title=y_title, scale=scale), marks=[*marks, *more], title=title, anchor=anchor)
+    return Panel(
+        x=x, y=Axis(title=y_title, scale=scale), marks=[*marks, *more], title=title, anchor=anchor, folded=folded
+    )
 
 
 def count_axis(total: int) -> Axis:
@@ -227,22 +230,23 @@ def floor_words(view: StudyView, curve: Curve) -> str:
     floor = view.variable("noise_floor").values
     floor = floor[np.isfinite(floor) & (floor > 0)]
     if noise_floor(view, curve) is not None:
-        return "Dotted: the estimated noise floor, around which what is left is rounding."
-    return f"The estimated noise floor, {significant(float(np.median(floor)))}, lies far below." if floor.size else ""
+        return "Dotted: the estimated noise floor, where the remaining motion is rounding."
+    if not floor.size:
+        return ""
+    return f"The estimated noise floor, {significant(float(np.median(floor)))}, lies far below the axis."
 
 
-def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Sequence[int] = ()) -> str:
-    """For a reading: what lines, band and marks of a layout are; `recurrences` as in `laid_out`."""
+def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Sequence[int] = ()) -> list[str]:
+    """Sentences for a reading: what lines, band and marks of a layout are; `recurrences` as in `laid_out`."""
     where = ""
     if layout == "by layer":
-        sentences, where = ["One line per recurrent layer over the recurrences."], " is that of the last layer and"
+        sentences, where = ["One line per recurrent layer."], " belongs to the last layer and"
     elif layout == "by recurrence":
-        lines = (
-            f"One line per recurrence ({', '.join(map(str, recurrences))}) along the depth of one pass, later lighter"
-        )
+        which = ", ".join(map(str, recurrences))
+        lines = f"One line per recurrence ({which}) along the depth of one pass, later ones lighter"
         outside = view.prelude + view.coda
         sentences = [f"{lines}; prelude and coda, which run once, are shaded." if outside else f"{lines}."]
-        where = " is that of the last of them and"
+        where = " belongs to the last of them and"
     else:
         joined = view.looped and view.recurrent <= _MOST_JOINED
         cut = view.looped and recurrences[-1] < view.recurrences
@@ -255,7 +259,7 @@ def line_words(view: StudyView, layout: Layout, curve: Curve, recurrences: Seque
     reached = view.recurrences if layout == "by layer" else max(recurrences, default=0) - 1
     if layout != "by recurrence" and view.looped and view.trained is not None and view.trained <= reached:
         sentences.append("Dashed: the trained number of recurrences.")
-    return " ".join(sentences)
+    return sentences
 
 
 def layer_lines(rows: NDArray[np.floating], x: NDArray[np.int64], *, steps: bool = False) -> list[Mark]:

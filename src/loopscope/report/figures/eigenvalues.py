@@ -77,17 +77,18 @@ def _rates(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Do the eigenvalues predict how fast tokens settle?",
         reading=(
-            f"A point for each of {pairs.predicted.size:,} tokens that settle by prediction and whose steps show a "
-            "rate; on the line the two are equal. Predicted is the largest modulus of the token and those before it, "
-            "which it follows; observed, the factor from one step's length to the next. The colour is its verdict. The "
-            f"median difference is {significant(pairs.median_difference)}.{_drawn_note(pairs.predicted.size)}"
+            f"One point for each of {pairs.predicted.size:,} tokens that are predicted to settle and whose steps show "
+            "a rate. Predicted: the largest modulus among the token and those before it, since it settles no faster "
+            "than they do. Observed: the factor between the lengths of successive steps. On the dashed line the two "
+            "are equal. Colours are the tokens' verdicts. The median difference is "
+            f" {significant(pairs.median_difference)}.{_drawn_note(pairs.predicted.size)}"
         ),
         panels=[
             Panel(
                 x=Axis(title="predicted rate per recurrence", span=span),
                 y=Axis(title="observed rate per recurrence"),
                 marks=marks,
-                height=420,
+                height=340,
             )
         ],
     )
@@ -95,7 +96,7 @@ def _rates(view: StudyView, settings: ReportSettings) -> Plot:
 
 def _no_rates(view: StudyView) -> str | None:
     some = rate_pairs(view.dataset).predicted.size
-    return None if some else "no token has both a predicted rate below 1 and an observed one"
+    return None if some else "no token has both a predicted rate below 1 and an observed rate"
 
 
 def _verdicts(view: StudyView) -> NDArray[np.integer]:
@@ -138,14 +139,14 @@ def _spectrum(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Where do the leading eigenvalues lie?",
         reading=(
-            "Each token's own eigenvalue of largest modulus, with its conjugate. Inside the circle the point attracts; "
-            "to the right of it, the state moves away in one direction, to the left it alternates, elsewhere "
-            "it turns. The colour is what is predicted, which is that of the slowest token up to it."
+            "Each token's own eigenvalue of largest modulus, with its complex conjugate. Inside the circle the fixed "
+            "point attracts. Outside it the state moves away: in one direction on the right, alternating on the left, "
+            "rotating elsewhere. Colours are the predictions, in which the slowest token so far decides."
             + _drawn_note(eigenvalues.size)
         ),
         panels=[
             Panel(
-                x=Axis(title="real part"), y=Axis(title="imaginary part"), marks=marks, height=420, equal=True
+                x=Axis(title="real part"), y=Axis(title="imaginary part"), marks=marks, height=340, equal=True
             )
         ],
     )  # fmt: skip
@@ -193,9 +194,9 @@ def _agreement(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Do the verdicts confirm the predictions?",
         reading=(
-            "Tokens by what their eigenvalue predicts and what their trajectory was judged to do. Framed cells "
-            f"agree: {found.agree:,} tokens; {found.disagree:,} disagree, and of {found.open:,} one of the two "
-            "cannot be told. The colour is the share of the row, even in the square root."
+            "Tokens by the prediction of their eigenvalues and the verdict on their trajectory. In framed cells the "
+            f"two agree: {found.agree:,} tokens; {found.disagree:,} disagree, and for {found.open:,} one of the two is "
+            "undecided. The colour is the share of the row, on a square-root scale."
         ),
         panels=[
             Panel(
@@ -234,8 +235,8 @@ def _radii(view: StudyView, settings: ReportSettings) -> Plot:
     counts, edges = np.histogram(radius, bins=50, range=(low, high))
     return Plot(
         question="How far are the tokens from where stability is lost?",
-        reading="The spectral radius of each token that stands at a fixed point, its own alone. The distance to 1 is "
-        "what it may grow by before the point no longer attracts.",
+        reading="The spectral radius of each token that stands at a fixed point, from its own eigenvalues alone. Its "
+        "distance to 1 is how much it may grow before the point no longer attracts.",
         panels=[
             Panel(
                 x=Axis(title="largest modulus of the token's eigenvalues"),
@@ -285,17 +286,18 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Do small disturbances grow before they shrink?",
         reading=(
-            "A point for each token whose own radius is below 1: the radius, and the largest factor by "
-            "which some disturbance of its state has grown after 1, 2, 4, ... recurrences, found from below. Every "
-            "disturbance dies out in the end; of the tokens above 1, some grow first. Of a normal matrix the two would "
-            f"be equal. The colour is what is predicted of the slowest token up to it.{_drawn_note(prompt.size)}"
+            "One point for each token whose own spectral radius is below 1, with the largest factor by which a "
+            "disturbance of its state was found to grow after 1, 2, 4, ... recurrences (a lower bound). Every "
+            "disturbance dies out in the end; where the factor is above 1, some grow first. A normal matrix would have "
+            "no growth. Colours are the predictions, in which the slowest token so far decides."
+            f"{_drawn_note(prompt.size)}"
         ),
         panels=[
             Panel(
                 x=Axis(title="largest modulus of the token's eigenvalues"),
                 y=Axis(title="largest growth", scale="auto"),
                 marks=marks,
-                height=420,
+                height=340,
             )
         ],
     )
@@ -308,21 +310,21 @@ def _damping(view: StudyView, settings: ReportSettings) -> Plot:
     largest = radii.max(1)
     place = int(largest.argmin())
     best = (
-        f"The slowest token is fastest at η = {_ETAS[place]:.2f}, with {significant(float(largest[place]), 3)}."
+        f"The slowest token settles fastest at η = {_ETAS[place]:.2f}, with modulus "
+        f"{significant(float(largest[place]), 3)}."
         if largest[place] < 1
-        else "No step makes every token stable: an eigenvalue moves along a line through 1, and one to the right of it "
-        "stays outside."
+        else "No step makes every token stable: damping moves an eigenvalue along a line through 1, and one to the "
+        "right of 1 stays there."
     )
     lines = (
         ("median token", np.median(radii, axis=1), CATEGORIES[0]),
-        ("95 % of the tokens are below", np.percentile(radii, 95, axis=1), CATEGORIES[5]),
+        ("95th percentile of the tokens", np.percentile(radii, 95, axis=1), CATEGORIES[5]),
         ("slowest token", largest, CATEGORIES[3]),
     )
     return Plot(
         question="What would damping the loop change?",
         reading=(
-            "With s ← (1 − η) s + η F(s) an eigenvalue λ becomes 1 − η + η λ; at η = 1 stands the loop as it was run. "
-            f"{best}"
+            f"With s ← (1 − η) s + η F(s) an eigenvalue λ becomes 1 − η + η λ; η = 1 is the loop as it was run. {best}"
         ),
         panels=[
             Panel(
@@ -423,10 +425,10 @@ def stability_section(view: StudyView, settings: ReportSettings) -> Section:
         short="Stability",
         title="Why: are the fixed points stable?",
         lead=(
-            "The eigenvalues of one recurrence, as a map of one token's state with the tokens before it held still, "
+            "Eigenvalues of one recurrence as a map of a single token's state, with earlier tokens held fixed; taken "
             f"where the state stands after {2 * view.horizon} recurrences, or at the fixed point that a search found "
-            "from there. Below 1 in modulus, the state returns to the point at that rate; a complex pair turns on its "
-            "way."
+            "from there. With all moduli below 1 the state returns to the point, at the rate of the largest; a complex "
+            "pair makes it rotate on its way."
         ),
         figures=on_page(STABILITY, view, settings),
     )

@@ -43,11 +43,11 @@ def _to_horizon(view: StudyView, settings: ReportSettings) -> Plot:
         for marks, y in zip(panels, (1 - row, row), strict=True):
             marks.append(Line(x=counts, y=y, name=kind_label(kind), colour=KIND_LOOKS[kind].colour))
     return Plot(
-        question="How does a token of each kind come to its last state?",
+        question="How does a token of each kind approach its last state?",
         reading="Cosine of a token's state after the last recurrent layer with its state at the horizon H = "
-        f"{view.horizon}: (a) as it is, (b) its distance from 1. Of each kind the token that still moves most: "
-        f"{'; '.join(said)}. An orbit comes back to near 1 again and again before H, a slider climbs all the way; at H "
-        "itself every curve ends at 1.",
+        f"{view.horizon}: (a) as it is, (b) its distance from 1. Shown for each kind: the token that still moves "
+        f"most, {'; '.join(said)}. An orbit returns close to 1 again and again before H, a slider climbs all the way; "
+        "at H itself every curve ends at 1.",
         panels=[
             Panel(x=count_axis(view.recurrences), y=Axis(title="cosine to state at H"), marks=panels[0]),
             Panel(
@@ -89,8 +89,8 @@ def extremes_plot(candidates: Sequence[Extreme]) -> Plot | None:
         said = [f"({letter}) {words}" for letter, words in zip("ab", said, strict=True)]
     return Plot(
         question="Which tokens move most?",
-        reading=f"{' '.join(said)} Each point is a state of the tail, in the plane in which it moves most; the star is "
-        "the last one.",
+        reading=f"{' '.join(said)} Each point is the state after one of the last recurrences, in the token's plane of "
+        "largest motion; the star is the last one.",
         panels=panels,
         anchor="behaviour-extremes",
     )
@@ -173,8 +173,8 @@ def _extremes_by_layer(view: StudyView, settings: ReportSettings) -> Plot:
         found.append((extreme, _drawn_path(extreme, f"layer {layer}: {kind}", f"extreme-layer-{layer}")))
     return Plot(
         question="Which token moves most at each layer?",
-        reading="Of each recurrent layer that has some, the orbit or slider that moves most, in the plane in which it "
-        "moves most: each point is a state of the tail, the star is the last one. "
+        reading="For each recurrent layer with orbits or sliders, the one that moves most, in its plane of largest "
+        "motion. Each point is the state after one of the last recurrences; the star is the last one. "
         + " ".join(f"{extreme.label}: {_size(extreme)}." for extreme, _ in found),
         panels=[panel for _, panel in found],
     )

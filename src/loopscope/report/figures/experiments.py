@@ -69,7 +69,7 @@ def architecture_section(cells: Sequence[CellResult]) -> Section:
         anchor="architectures",
         short="Random models",
         title="Which norms and injections make fixed points?",
-        lead="Randomly initialised models of every design, and what becomes of their states.",
+        lead="Randomly initialised models of every design, and where their states go.",
         figures=[*(_designs(depth, group) for depth, group in by_design(cells, lambda cell: cell.depth)), plot],
     )
 
@@ -92,12 +92,12 @@ def _designs(depth: int, cells: Sequence[CellResult]) -> Plot:
     seeds = sorted({len(group) for _, group in groups})
     models = plural(seeds[0], "randomly initialised model") if len(seeds) == 1 else "Randomly initialised models"
     return Plot(
-        question=f"{plural(depth, 'layer')}: which designs come to rest, and has each layer a point of its own?",
+        question=f"{plural(depth, 'layer')}: which designs settle, and does each layer have a point of its own?",
         reading=f"{models} of each design. (a) Distance of the states to those after {plural(horizon, 'recurrence')}, "
         "over the norm there, of the layer that is farthest; the mean over models, which ends where one of them "
         "overflows. (b) The least cosine between the "
-        "first layer's last state and another's: mean, and whiskers to the least and the largest; near 1 all layers "
-        "share one direction.",
+        "first layer's last state and another's: mean, and whiskers to the least and the largest; near 1, all "
+        "layers share one direction.",
         panels=[
             Panel(
                 x=Axis(title="recurrences", scale="log", ticks=powers_of_two(horizon)),
@@ -189,8 +189,8 @@ def phase_section(cells: Sequence[CellResult]) -> Section:
         anchor="phase",
         short="Phase diagram",
         title="Up to which scale of the weights does a design settle?",
-        lead="Tiles show what most tokens tend to. The black line is where the largest predicted rate crosses 1: to "
-        "its left the fixed point attracts, as far as eigenvalues tell.",
+        lead="Tiles show what most tokens do in the long run. The black line is where the largest predicted rate "
+        "crosses 1: to its left the fixed point attracts, by the eigenvalues.",
         figures=[plot for plot in plots if plot.has_data],
     )
 
@@ -209,7 +209,7 @@ def _phase_map(found: Sequence[Boundary]) -> Plot:
         for each in found
     ]
     return Plot(
-        question="What do tokens tend to, design by design?",
+        question="What do the tokens do, design by design?",
         reading="Numbers are the largest predicted rate of the tokens whose fixed point is known; no number: none is. "
         "Black lines: where that rate crosses 1, between two scales by their logarithm. Rings: where half of the "
         "tokens no longer settle.",
@@ -313,10 +313,10 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
     looped = [each for each in found if each.control is None]
     ranking = Plot(
         question="How do the designs rank by loss and accuracy?",
-        reading="(a) Test loss, (b) share of tokens that are the likeliest one, where earlier "
-        "tokens are given. A mark is a seed: filled ones at the trained number of recurrences, open ones at the "
-        "largest number; a line joins the two means. The dashed line is the loss of a bigram table fitted to the test "
-        "text itself: a design to its right may have learnt no more than pairs of tokens.",
+        reading="(a) Test loss, (b) accuracy: share of tokens that the model finds most "
+        "probable, given the earlier ones. Each mark is a seed: filled at the trained number of recurrences, open at "
+        "the largest number; a line joins the two means. The dashed line is the loss of a bigram table fitted to the "
+        "test text itself: a design to its right may have learnt no more than pairs of tokens.",
         panels=[_ranking(found, accuracy=False), _ranking(found, accuracy=True)],
         anchor="training-ranking",
     )
@@ -324,8 +324,8 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
         question="What is the loss after each number of recurrences?",
         reading="Each panel is a design, each line a seed; feed-forward controls of the first seed are dashed (as "
         "deep) and dotted (as large). The vertical line is the trained number of recurrences, the horizontal one the "
-        "loss of a bigram table fitted to the test text. Kept: the loss at the largest number is about that at the "
-        "trained one, of all seeds as their interval tells, and of how many.",
+        "loss of a bigram table fitted to the test text. Kept: whether the loss at the largest number is about that "
+        "at the trained one, by the interval over seeds, and in how many seeds.",
         panels=[_loss_curves(each, results, index) for index, each in enumerate(looped)],
         anchor="training-losses",
     )
@@ -333,14 +333,14 @@ def training_sections(results: Sequence[SweepResult]) -> list[Section]:
         Section(
             anchor="training",
             short="Ranking",
-            title="Which trained designs do best, and keep it?",
-            lead="Designs are in the order of their loss at the trained number of recurrences.",
+            title="Which trained designs do best, and keep their loss?",
+            lead="Designs in the order of their loss at the trained number of recurrences.",
             figures=[ranking],
         ),
         Section(
             anchor="training-curves",
             short="Loss by recurrences",
-            title="What do more recurrences than in training do?",
+            title="What happens beyond the trained recurrences?",
             lead="Test loss of every trained design, at fewer and at more recurrences than it was trained with.",
             figures=[curves] if curves.has_data else [],
         ),

@@ -23,7 +23,6 @@ from loopscope.report.figures.curves import (
 from loopscope.report.figures.look import decade, decade_ticks
 from loopscope.report.figures.maps import head_maps
 from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Rule, Section, on_page
-from loopscope.report.figures.similarity import SIMILARITY
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts, sites_of
 
@@ -50,10 +49,9 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Which heads keep changing?",
         reading=(
-            "How much each head's attention map changes from one recurrence to the next, a row per head, median over "
-            f"prompts. {PER_ROW} Dark to the right: the head's attention has settled. Bright stripes: heads that keep "
-            "changing, however often the block runs. White lines part the recurrent layers; no colour: no change at "
-            "all."
+            "How much each head's attention map changes from one recurrence to the next: a row per head, median over "
+            f"prompts. {PER_ROW} Rows that turn dark are heads whose attention settles; bright ones keep changing. "
+            "White lines separate the recurrent layers; no colour means no change at all."
         ),
         panels=[
             Panel(
@@ -77,7 +75,7 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
                         picks=_picks(view, "recurrent"),
                     )
                 ],
-                height=max(340, min(900, 120 + _ROW * len(rows))),
+                height=max(320, min(900, 120 + _ROW * len(rows))),
             )
         ],
     )
@@ -96,9 +94,9 @@ def _heads_stable(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="After how many recurrences are heads stable?",
         reading=(
-            "Share of heads, over all prompts, that are stable after that many recurrences: whose change per row stays "
+            "Share of heads, over all prompts, that are stable after that many recurrences: their change per row stays "
             f"at or below {view.head_stable:g} from there on (--head-stable). The last recurrence measured cannot "
-            "count: nothing after it was seen. One line per recurrent layer."
+            "count, since nothing after it was seen. One line per recurrent layer."
         ),
         panels=[
             Panel(
@@ -120,12 +118,12 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
     ends = (view.prelude, view.prelude + view.recurrent)
     one_pass = f" (recurrence {at})" if view.looped else ""
     return Plot(
-        question="Which heads rest on the first token?",
+        question="Which heads attend to the first token?",
         reading=" ".join(
             [
                 f"Share of each head's attention that the first token receives, along one pass{one_pass}, median over "
                 f"prompts. A head has a sink from {SINK_THRESHOLD:g} on."
-                + (" White lines part prelude, block and coda." if view.looped else ""),
+                + (" White lines separate prelude, block and coda." if view.looped else ""),
                 *short_prompts(view),
             ]
         ),
@@ -149,7 +147,7 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
                         picks="" if view.looped else _picks(view, "prelude"),
                     )
                 ],
-                height=420,
+                height=320,
             )
         ],
     )
@@ -266,16 +264,9 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     """Change, stabilisation and sinks of the heads."""
     maps = head_maps(view)
     # Two beside each other, then the maps that a click into them shows, then the others.
-    first = ("head-change", "head-sinks") if view.looped else ("head-sinks", "cycle-attention")
-    others = (
-        "cycle-attention",
-        "cycle-attention-long",
-        "heads-stable",
-        "head-supports",
-        "shared-cache",
-        "attention-by-layer",
-    )
-    types = [each for each in (*HEADS, *SIMILARITY, *CONVERGENCE) if each.name in (*first, *others)]
+    first = ("head-change", "head-sinks")
+    others = ("heads-stable", "head-supports", "shared-cache", "attention-by-layer")
+    types = [each for each in (*HEADS, *CONVERGENCE) if each.name in (*first, *others)]
     plots = {plot.name: plot for plot in on_page(types, view, settings)}
     figures: list[Drawn] = [plots.pop(name) for name in first if name in plots]
     figures += [maps] if maps is not None else []
@@ -283,11 +274,11 @@ def heads_section(view: StudyView, settings: ReportSettings) -> Section:
     lead = "Attention after the softmax, head by head; medians over prompts."
     if view.looped:
         lead += (
-            " Change is the root mean square, over the rows of a map, of the Euclidean distance between a row and the "
-            "same row one recurrence before; two rows with nothing in common are 1 to 1.4 apart."
+            " Change is the Euclidean distance between a row of a map and the same row one recurrence before, as root "
+            "mean square over rows; two rows with nothing in common are 1 to 1.4 apart."
         )
     if maps is None:
-        lead += " The study holds no maps of single heads: its analysis was told to keep none, or none can be seen."
+        lead += " The study holds no maps of single heads: none were to be kept, or none can be seen."
     return Section(
         anchor="heads",
         short="Heads",

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 from typing import Any
@@ -73,12 +73,15 @@ class Chart:
     """Unique on the page."""
     anchor: str
     heading: str
+    about: str
+    """What it shows, in a few words."""
     height: int
     least_width: int
     picks: str
     json: Markup
     """For a script element, packed if it is long; empty where a sentence says all."""
     said: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +101,18 @@ class Entry:
         return escaped(self.name)
 
 
-def legend(plot: Plot) -> list[Entry]:
-    """Every name once, numbers before words."""
+def legend(plot: Plot, *, folded: bool = False) -> list[Entry]:
+    """Every name once, numbers before words: of the panels that a page shows at once, or what those that are folded
+    have besides."""
+    shown = _named([panel for panel in plot.panels if not panel.folded] or plot.panels)
+    every = _named(plot.panels)
+    found = [every[name] for name in every if name not in shown] if folded else list(shown.values())
+    return sorted(found, key=lambda entry: int(entry.name) if entry.name.isdigit() else math.inf)
+
+
+def _named(panels: Sequence[Panel]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    for mark in (mark for panel in plot.panels for mark in panel.marks):
+    for mark in (mark for panel in panels for mark in panel.marks):
         if isinstance(mark, Rule) and mark.name and not mark.above:
             entries.setdefault(mark.name, Entry(name=mark.name, colour=MUTED, line=_BORDERS[mark.dash]))
         if not isinstance(mark, Line | Band | Dots | Bars) or not mark.name or not mark.listed:
@@ -114,32 +125,41 @@ def legend(plot: Plot) -> list[Entry]:
             glyph = _GLYPHS[mark.symbol][mark.hollow] if isinstance(mark, Dots) else "■"
             found = Entry(name=mark.name, colour=mark.colour, glyph=glyph)
         entries.setdefault(mark.name, found)
-    return sorted(entries.values(), key=lambda entry: int(entry.name) if entry.name.isdigit() else math.inf)
+    return entries
 
 
 def charts(plot: Plot) -> list[Chart]:
-    """Of the panels that have something to show."""
+    """Of the panels that have something to show; at least one of them is not folded."""
+    some = any(panel.has_data and not panel.folded for panel in plot.panels)
+    several = any(panel.folded for panel in plot.panels)
     return [
         Chart(
             key=panel.anchor or "-".join(filter(None, [plot.anchor, plot.letter(panel)])),
             anchor=panel.anchor,
-            heading=" ".join(filter(None, [plot.letter(panel) and f"({plot.letter(panel)})", panel.title])),
+            heading=_lettered(plot, panel, panel.title or (panel.y.title if several else "")),
+            about=_lettered(plot, panel, panel.title or panel.y.title),
+            folded=panel.folded and some,
             height=panel.height,
             least_width=panel.least_width,
             picks=next((mark.picks for mark in panel.marks if isinstance(mark, HeatMap)), ""),
             json=_content(plot, panel) if panel.one_value is None else Markup(),
-            said=_one_value(panel),
+            said=_one_value(plot, panel),
         )
         for panel in plot.panels
         if panel.has_data
     ]
 
 
-def _one_value(panel: Panel) -> str:
+def _lettered(plot: Plot, panel: Panel, words: str) -> str:
+    letter = plot.letter(panel)
+    return f"({letter}) {words}".rstrip() if letter else words
+
+
+def _one_value(plot: Plot, panel: Panel) -> str:
     if (value := panel.one_value) is None:
         return ""
     text = percent(value) if panel.y.percent else significant(value, 3)
-    return f"{panel.title or panel.y.title}: {text} throughout."
+    return f"{_lettered(plot, panel, panel.title or panel.y.title)}: {text} throughout."
 
 
 def _content(plot: Plot, panel: Panel) -> Markup:

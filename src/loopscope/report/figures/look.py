@@ -75,7 +75,7 @@ KIND_LOOKS: dict[Kind, KindLook] = {
     Kind.SLIDER: KindLook("#CC79A7", "#1C1D21", "S", "triangle-right", "moves on in one direction without a limit"),
     Kind.BOUNDED: KindLook("#E69F00", "#1C1D21", "B", "pentagon", "keeps moving within bounds, without a period"),
     Kind.DIVERGING: KindLook("#1C1D21", "#FFFFFF", "D", "triangle-up", "moves away faster and faster"),
-    Kind.UNKNOWN: KindLook("#8A8F98", "#1C1D21", "?", "x", "the trajectory does not tell"),
+    Kind.UNKNOWN: KindLook("#8A8F98", "#1C1D21", "?", "x", "the trajectory does not decide"),
 }
 
 

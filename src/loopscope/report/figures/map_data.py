@@ -47,7 +47,7 @@ def map_data(view: StudyView) -> dict[str, Any]:
             {
                 "tokens": [visible(str(token), 12) for token in view.study.tokens[prompt]["token_strings"]],
                 "note": _note(view, prompt),
-                "codes": _packed(codes[index]),
+                "codes": _packed(_changes(codes[index], sites)),
                 "numbers": _packed(numbers[index]),
             }
             for index, prompt in enumerate(mapped_prompts(view))
@@ -95,9 +95,20 @@ def _note(view: StudyView, prompt: int) -> str:
     total, shown = int(data["token_count"][prompt]), data.sizes["query"]
     said = []
     if shown < total:
-        said.append(f"Of its {total} tokens the first {shown} are drawn: the study keeps the maps of no more.")
+        said.append(f"The first {shown} of its {total} tokens are drawn; the study keeps no more of the maps.")
     said += sinks_by_chance([total]) if "sink_score" in data else []
     return " ".join(said)
+
+
+def _changes(codes: NDArray[np.uint8], sites: list[Site]) -> NDArray[np.uint8]:
+    """The codes of a prompt, less those of the same layer one visit before, modulo 256: half as long once compressed,
+    since maps hardly change from recurrence to recurrence."""
+    changes, last = codes.copy(), dict[tuple[str, int], int]()
+    for visit, site in enumerate(sites):
+        if (before := last.get((site.stage, site.layer))) is not None:
+            changes[visit] -= codes[before]
+        last[site.stage, site.layer] = visit
+    return changes
 
 
 def mapped_prompts(view: StudyView) -> list[int]:

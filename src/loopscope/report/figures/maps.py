@@ -36,9 +36,9 @@ _TICKS_APART = (0, 0.1, 0.5, 1)
 """On the short one of a paper."""
 _STOPS = 17
 """Colours from which the browser makes the colour bar."""
-_PLAN = (1240, 1000)
+_PLAN = (1240, 480)
 """CSS pixels, width and height, that a floorplan may take of a wide window, so that all of it is seen at a glance."""
-_AROUND = (50, 60)
+_AROUND = (42, 60)
 """What the names around one block of it take."""
 _MOST_BESIDE = 12
 """Heads of a block beside which there is room for another on a page of a paper."""
@@ -112,8 +112,9 @@ def head_maps(view: StudyView) -> HeadMaps | None:
     return HeadMaps(
         title="What does one head look at?",
         caption=(
-            "A row shows what one token looks at. All maps share one scale of colours, even in the square root of "
-            "attention, so that little differs visibly from nothing." + _on_numbers(view)
+            "A row shows what one token looks at. Colours follow the square root of attention, so that little "
+            "attention still differs from none. All maps share one scale, unless you choose a scale for each map."
+            + _on_numbers(view)
         ),
         layers=list(layers.items()),
         heads=data.sizes["head"],
@@ -145,7 +146,8 @@ def floorplan_section(view: StudyView) -> Section:
                 title="All heads on one prompt",
                 caption=(
                     "Rows are layers, columns heads; in each map a row shows what one token looks at. A bright column "
-                    "is a sink, a bright diagonal a head that looks at its own token. Click on a map to see it large."
+                    "is a sink, a bright diagonal a head that looks at its own token. All maps share one scale, unless "
+                    "you choose a scale for each map. Click on a map to enlarge it."
                 ),
                 prompts=_prompt_names(view),
                 heads=codes.sizes["head"],
@@ -161,7 +163,7 @@ def floorplan_section(view: StudyView) -> Section:
         title="The looped floorplan" if looped else "The floorplan",
         lead=(
             "A small attention map for every head of every layer, in the order in which the model applies them: "
-            "prelude, one block per recurrence, coda. Heads that settle look alike from block to block."
+            "prelude, one block per recurrence, coda. Heads that settle look the same from block to block."
             if looped
             else "A small attention map for every head of every layer, in the order in which the model applies them."
         ),
@@ -184,7 +186,7 @@ def _all_maps(view: StudyView, settings: ReportSettings) -> Plot:
         question="What does every head look at?",
         reading=f"Attention maps of prompt {prompt}, of {upto}, in the order in which the model applies its layers. "
         "Rows are layers, columns heads; in each map a row shows what one token looks at. A bright column is a sink, a "
-        "bright diagonal a head that looks at its own token. The colours are even in the square root of attention.",
+        "bright diagonal a head that looks at its own token. Colours follow the square root of attention.",
         panels=[
             _block(name, codes[places, :, :count, :count], [sites[place].layer for place in places])
             for name, places in blocks.items()

@@ -37,8 +37,8 @@ def patching_plot(found: Patching) -> Plot:
             "The corrupted prompt's run with one state of the clean prompt's run in it: how much of the difference "
             f"between the two it brings back, mean over {plural(pairs, 'pair')}. 0: nothing; 1: the whole answer; "
             "below 0: it leads away from it. Rows are the visits of layers in the order of the run, from above; white "
-            "lines part stages and recurrences, which are named at their first layer. No colour: not patched, or not "
-            "known." + (f" The {plural(left_out, 'part')} that bring least back are left out." if left_out else "")
+            "lines separate stages and recurrences, which are named at their first layer. No colour: not patched, or "
+            "not known." + (f" The {plural(left_out, 'part')} that bring least back are left out." if left_out else "")
         ),
         variables=("recovery",),
         panels=[

@@ -204,12 +204,14 @@ class Panel:
     title: str = ""
     anchor: str = ""
     """Of this panel on the page, where something links to it."""
-    height: int = 290
+    height: int = 260
     """CSS pixels on the page; on paper, what is above that of an ordinary panel makes it higher in proportion."""
     least_width: int = 0
     """CSS pixels that its texts take on the page, which scrolls where the window is narrower."""
     equal: bool = False
     """Whether one unit, or one cell, is as long on both axes."""
+    folded: bool = False
+    """Whether a page shows it when it is asked for: another panel shows nearly the same."""
 
     @property
     def has_data(self) -> bool:
@@ -242,6 +244,8 @@ class Plot:
     """What it asks or shows, in a sentence."""
     reading: str
     """How to read it: sentences that are true of the study from which it was drawn."""
+    lines: Sequence[str] = ()
+    """Sentences on its lines, bands and marks, which several figures may share: a page says them once a section."""
     panels: Sequence[Panel]
     legend: str = ""
     """Title of the legend, where its entries are numbers."""
@@ -414,13 +418,14 @@ class FigureType(Generic[S]):
 
     def draw(self, source: S, settings: ReportSettings) -> Plot:
         """Raises `StudyError` for a study without what it is drawn from."""
+        found = self.of(source, settings)
         return dataclasses.replace(
-            self.of(source, settings),
+            found,
             name=self.name,
             anchor=self.anchor,
             variables=self.variables,
             paper=self.paper,
-            folded=self.folded,
+            folded=self.folded or found.folded,
         )
 
     def absent(self, source: S) -> str | None:

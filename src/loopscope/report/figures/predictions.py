@@ -29,7 +29,7 @@ _COLOURS: dict[_Colour, tuple[str, str, str]] = {
     "divergence": (
         "token_kl_to_last",
         "KL divergence from the last (nats)",
-        ", coloured by the distance from the last readout",
+        ", coloured by the divergence from the last readout",
     ),
 }
 
@@ -107,7 +107,7 @@ def _panel(
                 tip="{label}",
             )
         ],
-        height=19 * len(strings) + 170,
+        height=18 * len(strings) + 120,
         least_width=90 + 62 * len(columns),
     )
 
@@ -118,10 +118,10 @@ def _by_recurrence(colour: _Colour, view: StudyView, settings: ReportSettings) -
     tokens = _of_prompt(view, settings, "token_top1", "readout_recurrence")
     return Plot(
         question=f"What does the model say after each recurrence{how}?",
-        reading=f"Prompt {_prompt(view, settings)}: the most probable next token after each of its tokens, when the "
-        "state is decoded after that many recurrences."
+        reading=f"The most probable next token after each token of prompt {_prompt(view, settings)}, with the state "
+        "decoded after that many recurrences."
         + _cut(view, settings)
-        + (" “#” and a number: a token whose text the study does not keep." if _unknown(view, tokens) else ""),
+        + (" “#” and a number stand for a token whose text the study does not keep." if _unknown(view, tokens) else ""),
         panels=[
             _panel(
                 view, settings, tokens.astype(np.int64), _of_prompt(view, settings, variable, "readout_recurrence"),
@@ -155,9 +155,9 @@ def _by_layer(view: StudyView, settings: ReportSettings) -> Plot:
         columns.append(f"layer {len(columns)}, coda")
     return Plot(
         question=f"What does the model say after each layer of recurrence {at}?",
-        reading=f"Prompt {_prompt(view, settings)}, coloured by probability. Within the block the state is read after "
-        "a layer by the final norm and the head alone, for which it was not trained; after the last layer by the "
-        "coda, as the model does." + _cut(view, settings),
+        reading=f"Prompt {_prompt(view, settings)}, coloured by probability. After a layer within the block the "
+        "state is read out by the final norm and the head alone, for which it was not trained; after the last layer "
+        "by the coda, as in the model." + _cut(view, settings),
         panels=[
             _panel(
                 view, settings, tokens.astype(np.int64), values, columns, "read after", "probability of the token"
@@ -187,7 +187,7 @@ def _answer(view: StudyView, settings: ReportSettings) -> Plot:
             for row, name, colour in zip(rows, names, colours, strict=False)
         ]
 
-    ticks = counts if len(counts) <= 12 else [count for count in counts if not count & (count - 1)]
+    ticks = counts if len(counts) <= 6 else [count for count in counts if not count & (count - 1)]
     x = Axis(title="recurrences before the readout", scale="log", span=(counts[0] / 1.1, counts[-1] * 1.1), ticks=ticks)
     return Plot(
         question="When does the model know the answer?",

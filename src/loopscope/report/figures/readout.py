@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopscope._util.statistics import mean, quantile
-from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.curves import BAND_LEVELS, final_shares, share_axis, trained_mark
 from loopscope.report.figures.exit_rules import EXIT_RULES_FIGURE
 from loopscope.report.figures.look import CATEGORIES
@@ -16,7 +15,7 @@ from loopscope.report.figures.predictions import PREDICTIONS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, powers_of_two
 
-_MOST_TICKS = 12
+_MOST_TICKS = 6
 """Numbers of recurrences that an axis names one by one; of more, the powers of two."""
 
 
@@ -28,7 +27,7 @@ def _loss(view: StudyView, settings: ReportSettings) -> Plot:
     if loss.sizes["prompt"] > 1:
         low, high = (view.median("loss", level).values for level in BAND_LEVELS)
         marks.append(Band(x=counts, low=low, high=high, name="90 % of prompts"))
-        spread = " The band holds 90 % of the prompts: it shows how much they differ, not how sure the mean is."
+        spread = " The band holds 90 % of the prompts: it shows how much they differ, not the uncertainty of the mean."
     means = np.array([mean(row) for row in loss.values])
     marks.append(
         Line(
@@ -38,8 +37,8 @@ def _loss(view: StudyView, settings: ReportSettings) -> Plot:
     )  # fmt: skip
     return Plot(
         question="Does the loss improve with more recurrences?",
-        reading="Mean next-token loss on the prompts' own tokens, when the state is decoded after that many "
-        f"recurrences; mean over prompts.{spread}",
+        reading="Mean next-token loss on the prompts' own tokens, with the state decoded after that many recurrences; "
+        f"mean over prompts.{spread}",
         panels=[_over_readouts(view, Axis(title="loss (nats a token)"), marks)],
     )
 
@@ -53,9 +52,9 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
     high = np.array([quantile(row, BAND_LEVELS[1]) for row in rows])
     return Plot(
         question="When does the prediction stop changing?",
-        reading="(a) Share of tokens whose most probable next token is that of the last readout, and that keep it from "
-        "there. (b) KL divergence of the prediction after that many recurrences from the last one, token by token: "
-        "mean over tokens, and the bound that 95 % stay below.",
+        reading="(a) Share of tokens with the same most probable next token as at the last readout, and share that "
+        "keep it from there on. (b) KL divergence of the prediction after that many recurrences from the last one: "
+        "mean over tokens, and the 95th percentile.",
         panels=[
             _over_readouts(
                 view,
@@ -65,7 +64,7 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
                         x=counts, y=agrees, name="same top token as at the last readout", colour=CATEGORIES[5],
                         points=True,
                     ),
-                    Line(x=counts, y=final, name="and it stays", colour=CATEGORIES[0], points=True),
+                    Line(x=counts, y=final, name="the same from there on", colour=CATEGORIES[0], points=True),
                 ],
             ),
             _over_readouts(
@@ -73,9 +72,10 @@ def _prediction(view: StudyView, settings: ReportSettings) -> Plot:
                 Axis(title="KL divergence from the last (nats)", scale="auto"),
                 [
                     Line(x=counts[:-1], y=means, name="mean over tokens", colour=CATEGORIES[2], points=True),
-                    Line(x=counts[:-1], y=high, name="95 % of tokens are below", colour=CATEGORIES[2], dash="dot"),
+                    Line(x=counts[:-1], y=high, name="95th percentile of tokens", colour=CATEGORIES[2], dash="dot"),
                 ],
                 anchor="readout-divergence",
+                folded=True,
             ),
         ],
     )  # fmt: skip
@@ -87,7 +87,7 @@ def _exit_gate(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Where does the exit gate stop?",
         reading="Probability, by the model's own gate, to stop after each recurrence; mean over tokens and prompts. "
-        f"Recurrence {len(share)}, the last measured, takes all that is left.",
+        f"Recurrence {len(share)}, the last measured, gets all that is left.",
         panels=[
             Panel(
                 x=Axis(title="recurrence", span=(0.4, len(share) + 0.6), whole=True),
@@ -103,7 +103,7 @@ def _exit_gate(view: StudyView, settings: ReportSettings) -> Plot:
     )  # fmt: skip
 
 
-def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "") -> Panel:
+def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str = "", *, folded: bool = False) -> Panel:
     """Over the numbers of recurrences at which the model was read out."""
     counts = [int(count) for count in view.variable("readout_recurrence").values]
     trained = view.trained is not None and counts[0] <= view.trained <= counts[-1]
@@ -117,6 +117,7 @@ def _over_readouts(view: StudyView, y: Axis, marks: Sequence[Mark], anchor: str 
         y=y,
         marks=[*marks, *(trained_mark(view) if trained else [])],
         anchor=anchor,
+        folded=folded,
     )
 
 
@@ -140,12 +141,11 @@ READOUT = (
 
 
 def readout_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Path independence, loss and what the model would say, as far as they were measured."""
-    types = [*PREDICTIONS, *READOUT, *(each for each in CONVERGENCE if each.anchor == "path-independence")]
+    """What the model would say, its loss, and what it would cost to stop, as far as they were measured."""
     return Section(
         anchor="readout",
         short="What it says",
-        title="What does it say, and does it forget its start?",
-        lead="Over the number of recurrences.",
-        figures=on_page(types, view, settings),
+        title="What does it say?",
+        lead="The state is decoded by the coda after different numbers of recurrences.",
+        figures=on_page((*PREDICTIONS, *READOUT), view, settings),
     )

@@ -19,7 +19,7 @@ _MOST_NUMBERS = 8
 """Layers whose cosines are written into the map."""
 _MOST_NAMES = 16
 """Passes that are named on an axis; more names would lie on top of each other."""
-_HEIGHT = 420
+_HEIGHT = 330
 
 
 def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
@@ -30,8 +30,8 @@ def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
         question="Do the layers share one point?",
         reading=(
             "Cosine between the residual streams of the recurrent layers at the horizon H, median over prompts of "
-            "means over tokens. All near 1: the layers share one point, and the cycle is no cycle. Otherwise each "
-            "layer has its own."
+            "means over tokens. Where all are near 1, the layers share one point; otherwise each layer has its "
+            "own."
         ),
         panels=[
             Panel(
@@ -67,19 +67,23 @@ def _residual(view: StudyView, recurrences: int | None) -> Plot:
     if view.looped:
         question = "Does every pass through the block repeat the last one?"
         reading = (
-            "White lines part the stages and recurrences. Diagonal stripes: the pass repeats itself layer by layer. "
-            "One bright square: all layers agree."
+            "White lines separate stages and recurrences. Diagonal stripes: each pass repeats the last one layer by "
+            "layer. One bright square: all layers are alike."
         )
     else:
-        question, reading = "How does the residual stream turn?", "Bright squares: layers that leave it as it is."
+        question, reading = (
+            "How does the residual stream turn from layer to layer?",
+            "Bright squares: layers that hardly turn it.",
+        )
     values, labels = _part(view, "cycle_similarity", recurrences)
     low = _least_within(values, labels)
     if low > np.nanmin(values):
-        reading += f" The colours begin at {low:g}, below the least between recurrent layers; what is lower is as dark."
+        reading += f" The colours begin at {low:g}, just below the least value between recurrent layers; lower values "
+        reading += "are as dark."
     return Plot(
         question=question,
         reading=(
-            f"Cosine between the residual streams after every two {_visits(view, recurrences)}, mean over tokens and "
+            f"Cosine between the residual streams of every two {_visits(view, recurrences)}, mean over tokens and "
             f"prompts. {reading}"
         ),
         panels=[_visits_map(values, labels, "cosine", low=low, high=1)],
@@ -96,9 +100,11 @@ def _cycle_attention_long(view: StudyView, settings: ReportSettings) -> Plot:
 
 def _attention(view: StudyView, recurrences: int | None) -> Plot:
     values, labels = _part(view, "attention_cycle_distance", recurrences)
-    repeats = " Dark diagonals: each layer attends as it did one pass before." if view.looped else ""
+    repeats = " Dark diagonals: each layer attends as in the pass before." if view.looped else ""
     return Plot(
-        question="Does attention repeat from pass to pass?" if view.looped else "How alike do the layers attend?",
+        question="Does attention repeat from pass to pass?"
+        if view.looped
+        else "How similar is the attention of the layers?",
         reading=(
             f"Distance between the attention maps of every two {_visits(view, recurrences)}, over all heads, mean over "
             f"prompts. {PER_ROW}{repeats}"
@@ -110,11 +116,11 @@ def _attention(view: StudyView, recurrences: int | None) -> Plot:
 def _cka(view: StudyView, settings: ReportSettings) -> Plot:
     values, labels = _part(view, "visit_cka", FEW)
     return Plot(
-        question="Are two visits' states the same but for a turn?",
+        question="Are the states of two visits the same up to rotation?",
         reading=(
             f"Linear CKA between the states of every two {_visits(view, FEW)}, over the tokens of a prompt, mean over "
-            "prompts. 1: one is the other turned and scaled, of which a cosine sees nothing. With fewer tokens than "
-            "directions it is high of itself. White lines part the stages and recurrences."
+            "prompts. 1: one is the other rotated and scaled, which a cosine does not see. With fewer tokens than "
+            "directions it is high by itself. White lines separate stages and recurrences."
         ),
         panels=[_visits_map(values, labels, "CKA", low=0, high=1)],
     )
@@ -198,24 +204,6 @@ def _no_longer(view: StudyView) -> str | None:
 
 SIMILARITY: tuple[FigureType[StudyView], ...] = (
     FigureType(name="layer-cosine", of=_layer_cosine, anchor="layer-cosine", variables=("layer_cosine",)),
-    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
-    FigureType(
-        name="cycle-attention",
-        of=_cycle_attention,
-        anchor="attention-cycle",
-        variables=("attention_cycle_distance",),
-        loops=False,
-        paper=(2,),
-    ),
-    FigureType(
-        name="cycle-attention-long",
-        folded=True,
-        of=_cycle_attention_long,
-        anchor="attention-cycle-long",
-        variables=("attention_cycle_distance",),
-        unless=_no_longer,
-        paper=(21,),
-    ),
     FigureType(
         name="cycle-residual",
         of=_cycle_residual,
@@ -223,6 +211,14 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
         variables=("cycle_similarity",),
         loops=False,
         paper=(19,),
+    ),
+    FigureType(
+        name="cycle-attention",
+        of=_cycle_attention,
+        anchor="attention-cycle",
+        variables=("attention_cycle_distance",),
+        loops=False,
+        paper=(2,),
     ),
     FigureType(
         name="cycle-residual-long",
@@ -233,15 +229,27 @@ SIMILARITY: tuple[FigureType[StudyView], ...] = (
         unless=_no_longer,
         paper=(20,),
     ),
+    FigureType(
+        name="cycle-attention-long",
+        folded=True,
+        of=_cycle_attention_long,
+        anchor="attention-cycle-long",
+        variables=("attention_cycle_distance",),
+        unless=_no_longer,
+        paper=(21,),
+    ),
+    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
 )
 
 
 def similarity_section(view: StudyView, settings: ReportSettings) -> Section:
-    """Cosines between layers at the horizon, and between all visits of the first recurrences."""
+    """Cosines between layers at the horizon, and residual streams and attention of all visits of the first
+    recurrences."""
     return Section(
         anchor="points",
         short="Points",
-        title="One point or many?" if view.looped else "How similar are the layers?",
-        lead="Cosines of residual streams, token by token, then averaged over tokens and prompts.",
-        figures=on_page([each for each in SIMILARITY if "attention" not in each.name], view, settings),
+        title="One point per layer, and every pass alike?" if view.looped else "How similar are the layers?",
+        lead="Residual streams are compared token by token; cosines are then averaged over tokens and prompts.",
+        columns=3 if view.looped else 2,
+        figures=on_page(SIMILARITY, view, settings),
     )

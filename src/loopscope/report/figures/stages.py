@@ -104,13 +104,14 @@ class _Stages:
         curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], self.lines(view)
         letters = [f"({letter}) " for letter in ascii_lowercase] if len(quantities) > 1 else [""]
         said = [
-            " ".join([f"{letter}{quantity.name}. {quantity.reading}", *_limits(view, quantity)])
+            " ".join([f"{letter}{quantity.name.capitalize()}: {quantity.reading}", *_limits(view, quantity)])
             for letter, quantity in zip(letters, quantities, strict=False)
         ]
         medians = "Medians over prompts, at every layer application."
         return Plot(
             question=self.question,
-            reading=" ".join([medians, *said, line_words(view, self.layout, curves[0], recurrences)]),
+            reading=" ".join([medians, *said]),
+            lines=line_words(view, self.layout, curves[0], recurrences),
             panels=[
                 laid_out(
                     view,
@@ -148,9 +149,8 @@ def _massive_places(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="Where are the largest entries?",
         reading=(
-            f"Where the largest entry of the residual stream is, at every layer application{upto}: share of prompts in "
-            "which it belongs to the first token, and in which it lies in the coordinate where it lies most often "
-            "there."
+            f"The largest entry of the residual stream at every layer application{upto}: share of prompts in which it "
+            "belongs to the first token, and in which it lies in its most common coordinate."
         ),
         panels=[
             Panel(
@@ -180,12 +180,12 @@ def _neurons(view: StudyView, settings: ReportSettings) -> Plot:
     names = short if view.looped else [str(layer) for layer in range(len(labels))]
     kinds = (("prediction", CATEGORIES[0]), ("suppression", CATEGORIES[1]))
     return Plot(
-        question="Which layers write tokens?",
+        question="Which layers have neurons that write single tokens?",
         reading=(
             "Share of MLP neurons whose output raises (prediction) or lowers (suppression) the logits of a few tokens "
-            "far more than the rest: its cosines with the unembedding have a kurtosis above 10. From the weights "
-            "alone. Folded: with the weights of the norms between them, and the unembedding less its mean over tokens. "
-            "Raw: between the weights as they are."
+            "far more than those of the rest: the cosines of its output weights with the unembedding have a kurtosis "
+            "above 10. Computed from the weights alone. Folded: including the weights of the norms between them, and "
+            "with the unembedding's mean over tokens removed. Raw: with the weights as they are."
         ),
         panels=[
             Panel(
@@ -243,7 +243,7 @@ STAGES: tuple[FigureType[StudyView], ...] = (
         only="magnitude",
     ).type((9,), loops=False),
     _Stages(
-        name="stages-by-depth", question="What does each visit do?", layout="by depth", lines=_few, anchored=True
+        name="stages-by-depth", question="What happens at each visit?", layout="by depth", lines=_few, anchored=True
     ).type((34,), "stages-by-depth", loops=False),
     _Stages(
         name="stages-by-recurrence", question=_REPEATING, layout="by recurrence", anchored=True
@@ -252,7 +252,7 @@ STAGES: tuple[FigureType[StudyView], ...] = (
         name="stages-by-layer", question="How does each layer change over the recurrences?", layout="by layer"
     ).type((47, 48, 49), "stages-by-layer"),
     _Stages(
-        name="stages-beyond", question="Do the stages stay beyond the trained recurrences?", layout="by recurrence",
+        name="stages-beyond", question="Do the stages persist beyond the trained recurrences?", layout="by recurrence",
         lines=beyond,
     ).type((50, 51, 52), "stages-beyond", unless=_nothing_beyond),
     FigureType(

@@ -40,9 +40,10 @@ def prompts_panel(view: StudyView, settings: ReportSettings) -> list[TokenPanel]
             groups,
             title="Token by token: what does each one do?",
             caption=(
-                f"After recurrent layer {int(data['judged_layer'])}. Pick a token, with the mouse or the arrow keys, "
-                "to see its way and its displacement: level for an orbit or for noise, rising in proportion to the lag "
-                "for a slider. The prompts shown are those with the rarest kinds, unless some were asked for."
+                f"States after recurrent layer {int(data['judged_layer'])}. Pick a token, with the mouse or the arrow "
+                "keys, to see its path and its displacement, which is flat for an orbit or for noise and grows in "
+                "proportion to the lag for a slider."
+                + (" The prompts shown are those with the rarest kinds." if not settings.prompts else "")
             ),
             choose="Prompt",
         )
@@ -174,7 +175,7 @@ def _trials(names: NDArray[np.str_], changes: NDArray[np.integer]) -> list[tuple
     values = dict(zip(map(str, names), changes.tolist(), strict=True))
     tried = [name for name, value in values.items() if value >= 0]
     changed = [name for name, value in values.items() if value == 1]
-    return [("tried against", listed(tried)), ("changes with", listed(changed) or "none")] if tried else []
+    return [("tried with another", listed(tried)), ("changes with another", listed(changed) or "none")] if tried else []
 
 
 def behaviour_section(view: StudyView, settings: ReportSettings) -> Section:
@@ -185,11 +186,11 @@ def behaviour_section(view: StudyView, settings: ReportSettings) -> Section:
     return Section(
         anchor="behaviour",
         short="Behaviour",
-        title="What do the tokens tend to?",
+        title="What do the tokens do in the long run?",
         lead=(
-            f"Each token's last states of {2 * view.horizon} recurrences, judged by the shape of their motion "
-            "(displacement) and by their cosine to the last state (cosine). The cosine is blind to the norm and to "
-            "small motion. Lengths are relative to the norm of the state."
+            f"The last states of each token, up to recurrence {2 * view.horizon}, are judged by two methods: by the "
+            "shape of their motion (displacement), and by their cosine to the last state (cosine), which is blind to "
+            "the norm and to small motion. Lengths are relative to the norm of the state."
         ),
         figures=figures,
     )

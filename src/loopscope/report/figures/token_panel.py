@@ -28,14 +28,14 @@ FACTS = {
     "amplitude": "amplitude",
     "speed": "speed per recurrence",
     "rate": "rate per recurrence",
-    "p_value": "p of its shape",
+    "p_value": "p-value of its shape",
 }
 """Numbers of a verdict that a reader is shown, and what they are called."""
 
 _STEPS = 128
 """Of a longer way, the last that many recurrences are drawn: an orbit of any period that can be told is closed by then,
 and the page stays light."""
-_FINEST = 32_000
+_FINEST = 2_000
 """A way is stored in whole steps of its greatest reach over this number, and a displacement as 1,000 times its natural
 logarithm: finer than a pixel."""
 

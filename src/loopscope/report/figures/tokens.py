@@ -23,7 +23,7 @@ def ordinary_and_farthest(view: StudyView) -> dict[int, str]:
     if not order.size:
         return {}
     ordinary, farthest = int(order[(len(order) - 1) // 2]), int(order[-1])
-    return {ordinary: ", an ordinary one"} | ({farthest: ", the farthest out"} if farthest != ordinary else {})
+    return {ordinary: ", a typical one"} | ({farthest: ", farthest from its horizon"} if farthest != ordinary else {})
 
 
 def _all_diverged(view: StudyView) -> str | None:
@@ -53,8 +53,8 @@ def _tokens(view: StudyView, settings: ReportSettings) -> Plot:
         question="Which tokens settle late?",
         reading=(
             "Distance of every token's state after the last recurrent layer to its state at the horizon H = "
-            f"{view.horizon}, over the norm there. Dark: close to it. Rows that stay bright are tokens that keep "
-            f"moving; a token sees only those above it.{''.join(cut)}"
+            f"{view.horizon}, divided by the norm there. Rows that stay bright are tokens that keep moving; a token "
+            f"sees only those above it.{''.join(cut)}"
         ),
         panels=[
             _panel(view, prompt, f"Prompt {prompt}{why}", shown[prompt], columns, ends)
@@ -94,7 +94,7 @@ def _panel(
         ],
         title=title,
         anchor=f"tokens-{prompt}",
-        height=17 * rows + 160,
+        height=16 * rows + 150,
     )
 
 
@@ -129,8 +129,8 @@ def tokens_section(view: StudyView, settings: ReportSettings) -> Section:
     return Section(
         anchor="tokens",
         short="Tokens",
-        title="Token by token",
-        lead="State after the last recurrent layer: distance to its state at the horizon, for every token.",
+        title="Which tokens settle late?",
+        lead="A row per token: bright while it is far from its state at the horizon, dark once it is close.",
         # Prompts that were asked for are drawn up to where they diverge.
         figures=[TOKENS.draw(view, settings)] if settings.prompts else on_page((TOKENS,), view, settings),
     )

@@ -51,18 +51,18 @@ def _trajectories(components: int, view: StudyView, settings: ReportSettings) ->
                 marks=_paths(scores[:, counts - 1, :components], counts),
                 title=f"Prompt {prompt}, token {token} “{visible(string.strip() or string, 20)}”",
                 anchor=f"trajectory-{components}d-{number}",
-                height=440 if components == 2 else 370,
+                height=350 if components == 2 else 370,
             )
         )
     return Plot(
         question="Where does a token go?" if components == 2 else "Where does a token go, in three dimensions?",
         reading=f"First {'two' if components == 2 else 'three'} principal components of the residual streams of single "
-        "tokens, over all recurrent layers and recurrences, with their shares of the variance. Grey: the way through "
-        "the layers, pass after pass. One line per layer joins its states; a circle is the first recurrence, a diamond "
-        "the last. "
+        "tokens, over all recurrent layers and recurrences, with their shares of the variance. Grey: the path through "
+        "the layers, pass after pass. A coloured line joins the states of one layer, from the first recurrence "
+        "(circle) to the last (diamond). "
         + (
-            "A spiral or a straight run into the diamond is convergence, and a grey loop that repeats itself the cycle "
-            "of the layers' points; a line of one layer that stays a ring is an orbit, one that goes on is drift."
+            "A spiral or a straight run into the diamond is convergence; a line that stays a ring is an orbit, and one "
+            "that goes on is drift. A grey loop that repeats itself is the cycle of the layers' points."
             if components == 2
             else "Each axis has a scale of its own."
         ),
@@ -129,6 +129,6 @@ def trajectories_section(view: StudyView, settings: ReportSettings) -> Section:
         anchor="trajectories",
         short="Trajectories",
         title="Where does a token go?",
-        lead="Principal components of one token's states over all recurrent layers and recurrences.",
+        lead="The states of single tokens, in the plane of their largest variance.",
         figures=on_page(TRAJECTORIES, view, settings),
     )

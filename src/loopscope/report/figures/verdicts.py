@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,9 +58,8 @@ def shares_plot(series: Sequence[ShareSeries], reading: str, things: str = "toke
         marks += _share_dots(each, [each.shares[kinds.index(kind)] for kind in there], shift)
     return Plot(
         question=f"How many {things} settle, orbit or move on?",
-        reading=f"{reading} Bars are 95 % intervals, from that of what was found to that of what was found and all "
-        "that cannot be told; a mark is the share of what can be told, a triangle the highest share that is possible "
-        "where none was found.",
+        reading=f"{reading} Marks are shares of the decided {things}. Bars are 95 % intervals, widened by all "
+        f"undecided {things}. A triangle is the upper end of the interval of a kind that was not found.",
         panels=[
             Panel(
                 x=Axis(
@@ -82,7 +82,7 @@ def share_label(share: KindShare) -> str:
     """`12 of 4,000, 40 more may be, 0.30 % (0.16 % to 1.5 %)`."""
     low, high = share.interval
     more = f", {share.undecided:,} more may be" if share.undecided else ""
-    shown = percent(share.share) if share.decided else "none can be told"
+    shown = percent(share.share) if share.decided else "none is decided"
     return f"{share.count:,} of {share.decided:,}{more}, {shown} ({percent(low)} to {percent(high)})"
 
 
@@ -114,11 +114,13 @@ def _shares(view: StudyView, settings: ReportSettings) -> Plot:
         for method, rates in found.items()
         for shares in (rates.tokens if things == "tokens" else rates.prompts,)
     ]
-    return shares_plot(
+    plot = shares_plot(
         series,
         f"After {found['displacement'].where}. A prompt counts for every kind that one of its tokens "
-        "has. Intervals of tokens count those of a prompt as dependent on each other." + driven(found["displacement"]),
+        "has. Intervals treat the tokens of a prompt as dependent." + driven(found["displacement"]),
     )
+    # The sentences beside it then say all.
+    return dataclasses.replace(plot, folded=all(_all_settle(rates.tokens) for rates in found.values()))
 
 
 # ---- maps ----
@@ -129,8 +131,8 @@ def _layers(view: StudyView, settings: ReportSettings) -> Plot:
     codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
     layers = [int(layer) for layer in data["judged_layer"].values]
     return Plot(
-        question="Is it the same at every layer?",
-        reading="Percent of the tokens, by displacement; the colours are even in the square root.",
+        question="Do all layers show the same kinds?",
+        reading="Percent of the tokens, by the displacement method; colours on a square-root scale.",
         panels=[
             _share_map(
                 {str(layer): token_shares(one) for layer, one in zip(layers, codes, strict=True)},
@@ -144,9 +146,9 @@ def _roles(view: StudyView, settings: ReportSettings) -> Plot:
     rates = study_rates(view.study)
     return Plot(
         question="Does it depend on what the token is?",
-        reading=f"Percent of the tokens of each role after {rates.where}, by displacement; the colours "
-        "are even in the square root. A token can have several roles: the question is what lies between a system "
-        "prompt and what a chat template adds.",
+        reading=f"Percent of the tokens of each role after {rates.where}, by the displacement method; colours "
+        "on a square-root scale. A token can have several roles: the question is what lies between a system prompt and "
+        "what a chat template adds.",
         panels=[
             _share_map(
                 {name.replace(" ", "\n"): shares for name, shares in rates.roles.items() if shares[0].total},
@@ -182,9 +184,8 @@ def _together(view: StudyView, settings: ReportSettings) -> Plot:
     ]
     return Plot(
         question="Does a token do the same at different layers?",
-        reading="Of the tokens that show the kind of a row at some layer, the share that shows the kind of the column "
-        "at some layer; the colours are even in the square root. The row of a rare kind tells what other layers show "
-        "of the tokens that have it.",
+        reading="Among the tokens that show the row's kind at some layer: the share that shows the column's kind at "
+        "some layer. Colours on a square-root scale. The row of a rare kind shows what its tokens do at other layers.",
         panels=[
             _kind_map(
                 shown, kinds, [KIND_LOOKS[kind].letter for kind in kinds], tips, "also at some layer", "at some layer"
@@ -255,9 +256,9 @@ def _sensitivity(view: StudyView, settings: ReportSettings) -> Plot:
     return Plot(
         question="How much do the verdicts depend on the thresholds?",
         reading=(
-            "Every token judged again with other values of two settings of the method. A cell gives the commonest "
-            "kinds by their letters, in percent, the colour the share of the one that is commonest with the values "
-            "that were used, which the frame marks. Cells alike around the frame: the verdicts do not hang on the "
+            "Every token judged again with other values of two settings of the method. A cell gives the most common "
+            "kinds by letter, in percent; its colour is the share of the kind that is most common with the values "
+            "used, which are framed. If the cells around the frame look alike, the verdicts do not depend on the "
             "choice."
         ),
         panels=panels,
@@ -347,20 +348,20 @@ def _settled_at_every_layer(view: StudyView) -> str | None:
     codes = data["verdict"].transpose("judged_layer", "prompt", "token").values
     layers = {int(layer): token_shares(one) for layer, one in zip(data["judged_layer"].values, codes, strict=True)}
     if (kind := _only_kind(list(layers.values()))) is not None:
-        return f"At every judged layer all tokens are of one kind: {kind}."
+        return f"All tokens are of one kind at every layer that was judged: {kind}."
     if not all(map(_all_settle, layers.values())):
         return None
     said = "; ".join(f"{split(shares)} after layer {layer}" for layer, shares in layers.items())
-    return f"At every judged layer all tokens settle: {said}."
+    return f"All tokens settle at every layer that was judged: {said}."
 
 
 def _settled_in_every_role(view: StudyView) -> str | None:
     roles = {name: shares for name, shares in study_rates(view.study).roles.items() if shares[0].total}
     if (kind := _only_kind(list(roles.values()))) is not None and not kind.settles:
-        return f"All tokens are of one kind whatever their role ({', '.join(roles)}): {kind}."
+        return f"All tokens are of one kind, whatever their role ({', '.join(roles)}): {kind}."
     if not roles or not all(map(_all_settle, roles.values())):
         return None
-    return f"All tokens settle whatever their role ({', '.join(roles)})."
+    return f"All tokens settle, whatever their role ({', '.join(roles)})."
 
 
 def _settled_under_every_setting(view: StudyView) -> str | None:
@@ -370,8 +371,9 @@ def _settled_under_every_setting(view: StudyView) -> str | None:
         if counts.sum() != counts[..., SETTLED_CODES].sum():
             return None
         names = " and ".join(str(each).replace("_", " ") for each in record["sensitivity"][method])
-        said.append(f"all {counts[..., 0].size} pairs of {names} of the method {method}")
-    return f"The verdicts do not depend on the thresholds: all tokens settle with {', and with '.join(said)} tried."
+        said.append(f"all {counts[..., 0].size} pairs of {names} (method {method})")
+    tried = " and with ".join(said)
+    return f"The verdicts do not depend on the thresholds: all tokens settle with {tried} that were tried."
 
 
 def _settled_together(view: StudyView) -> str | None:

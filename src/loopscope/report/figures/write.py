@@ -366,7 +366,7 @@ def _write(plan: _Plan, formats: tuple[Format, ...], width: Width) -> FigureSet:
             {
                 "name": name,
                 "files": [path.name for path in files[name]],
-                "caption": f"{plot.question} {plot.reading} {plan.subject}",
+                "caption": " ".join(filter(None, [plot.question, plot.reading, *plot.lines, plan.subject])),
                 "variables": list(plot.variables),
                 "paper_figures": list(plot.paper),
             }

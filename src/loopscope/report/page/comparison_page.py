@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from loopscope._util.table import Table
-from loopscope._util.wording import layout_text, listed, percent
+from loopscope._util.wording import layout_text, listed, percent, plural
 from loopscope.answers.comparison.findings import Finding, comparison_answers, finding_of, p_text
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.comparison.side_by_side import SideBySide, side_by_side
@@ -26,9 +26,9 @@ _SETTINGS = {"recurrences": "recurrences", "horizon": "horizons", "dtype": "dtyp
 _COLUMNS = (
     "measure",
     "correlation",
-    "back to front",
+    "reversed",
     "over prompts",
-    "95 % of the closest null below",
+    "95 % of the closest null",
     "p",
     "finding",
     "level difference",
@@ -53,11 +53,11 @@ def render_comparison(comparison: Comparison) -> str:
         limits=answers[-1].limits,
         tables=tables,
         tables_lead=(
-            "Pearson correlation of a study's curve with the reference's on relative depth. It is held "
-            f"against the curve with its layers shuffled ({settings.shuffles:,} orders, or all there are), with random "
-            "phases of its steps (as smooth), and on bent depth (as monotone): alike means that of each at most "
-            f"{100 * settings.alpha:g} % correlate as well, and that the curve does better than back to front. Over "
-            "prompts: 95 %, where there are several. Level difference: root mean square difference over the "
+            "Pearson correlation of a study's curve with the reference's, on relative depth. It is compared with "
+            f"three nulls: the curve with its layers shuffled ({settings.shuffles:,} orders, or all there are), with "
+            "random phases of its steps (as smooth), and on bent depth (as monotone). Alike: at most "
+            f"{100 * settings.alpha:g} % of each null correlate as well, and the reversed curve does worse. Over "
+            "prompts: 95 % interval, where there are several. Level difference: root mean square difference over the "
             "reference's root mean square."
         ),
         sections=sections,
@@ -87,13 +87,13 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         text = layout_text(layout["prelude"], layout["recurrent"], layout["coda"])
         if study["judged_at"]:
             text += f", judged at recurrence {study['judged_at']} of {study['recurrences']}"
-        text += f"; {prompts['count']} prompts" if prompts["count"] else ""
+        text += f"; {plural(prompts['count'], 'prompt')}" if prompts["count"] else ""
         facts.append((label, f"reference: {text}" if label == comparison.reference else text))
     return facts
 
 
 def _tables(comparison: Comparison, label: str) -> list[Table]:
-    """One for the block alone and one for the whole pass, where these differ."""
+    """One for the block alone and one for the whole pass, where these differ; none of which nothing is known."""
     if label == comparison.reference:
         return []
     study = comparison.studies[label]
@@ -104,7 +104,7 @@ def _tables(comparison: Comparison, label: str) -> list[Table]:
     if outside:
         titles = {"block": f"{label}{where}: the block alone, on 0 to 100 %", **titles}
     anchor = f"table-{comparison.labels.index(label)}"
-    return [
+    tables = [
         Table(
             anchor=anchor if index == 0 else f"{anchor}-{span}",
             title=title,
@@ -125,6 +125,7 @@ def _tables(comparison: Comparison, label: str) -> list[Table]:
         )
         for index, (span, title) in enumerate(titles.items())
     ]
+    return [table for table in tables if any(row[-2] != "cannot tell" for row in table.rows)]
 
 
 def _row(name: str, finding: Finding, difference: float) -> tuple[str, ...]:

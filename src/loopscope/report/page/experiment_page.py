@@ -177,9 +177,9 @@ def _phase_table(cells: Sequence[CellResult]) -> Table:
     columns, rows = phase_rows(boundaries(cells))
     return Table(
         anchor="phase-table",
-        title="What tokens tend to, by the scale of the weights",
-        lead="What most tokens tend to and the largest predicted rate; then the scale at which that rate crosses 1, "
-        "and the one at which half of the tokens no longer settle.",
+        title="What the tokens do, by the scale of the weights",
+        lead="What most tokens do in the long run, and the largest predicted rate; then the scale at which that "
+        "rate crosses 1, and the one at which half of the tokens no longer settle.",
         columns=columns,
         rows=rows,
     )

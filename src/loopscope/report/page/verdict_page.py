@@ -81,7 +81,7 @@ def _sections(judged: JudgedFiles) -> list[Section]:
         Section(
             anchor="behaviour",
             short="Verdicts",
-            title="What do the trajectories tend to?",
+            title="What do the trajectories do in the long run?",
             lead="Lengths are relative to the norm of the state.",
             figures=[figure for figure in figures if figure.has_data],
         )

@@ -142,9 +142,9 @@
   }
 
   const PLOTS = [
-    ["Its path, in the plane in which it moves most", way, "Its path was not kept."],
-    ["How far does it move within a number of recurrences (lag)?", displacement, "It does not move, or this was not kept."],
-    ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, and the circle of modulus 1", eigenvalues, "None were taken of this token."]] : []),
+    ["Path, in the plane of largest motion", way, "Its path was not kept."],
+    ["Displacement within a number of recurrences (lag)", displacement, "It does not move, or its displacement was not kept."],
+    ...(source.dataset.eigenvalues ? [["Eigenvalues of one recurrence, with the unit circle", eigenvalues, "None were taken of this token."]] : []),
   ].map(([title, drawing, otherwise]) => {
     const place = make("div", { class: "plot", role: "group", "aria-label": title });
     const missing = make("p", { class: "unseen" }, otherwise);
@@ -156,7 +156,15 @@
         place.hidden = found === null;
         if (found === null) return;
         const font = { family: getComputedStyle(figure).fontFamily, size: 12, color: INK };
-        const shared = { font, margin: { l: 8, r: 8, t: 24, b: 8 }, height: 300, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
+        const shared = {
+          font,
+          margin: { l: 8, r: 8, t: 24, b: 8 },
+          height: 260,
+          paper_bgcolor: "rgba(0,0,0,0)",
+          plot_bgcolor: "rgba(0,0,0,0)",
+          hoverlabel: { bgcolor: "#ffffff", bordercolor: "#b9bdc4", font },
+          modebar: { bgcolor: "#ffffff", color: MUTED, activecolor: INK },
+        };
         Plotly.react(place, found.traces, { ...shared, ...found.layout }, options);
       },
     };

@@ -17,6 +17,8 @@
       const [plot] = await Promise.all([loopscope.content(place.dataset.plot), loopscope.plotly()]);
       for (const trace of plot.data.filter(({ meta }) => meta))
         trace.text = trace.meta.map((row) => trace.meta.map((column) => `${row}<br>${column}`));
+      for (const button of place.closest("figure").querySelectorAll(".legend [aria-pressed=false]"))
+        for (const trace of plot.data) if (trace.name === button.dataset.trace) trace.visible = false;
       await Plotly.newPlot(place, plot.data, plot.layout, options);
       for (const button of place.querySelectorAll(".modebar-btn")) button.setAttribute("aria-label", button.dataset.title);
       if (place.dataset.picks) tellOfClicks(place);

@@ -15,7 +15,7 @@
   // Red, green, blue and opacity of each code, as the one number that a pixel is.
   const colours = new Uint32Array(256);
   palette.forEach((colour, code) => new Uint8Array(colours.buffer, 4 * code).set([...colour, 255]));
-  const chosen = { prompt: 0, layer: start.layer, head: start.head, recurrence: null };
+  const chosen = { prompt: 0, layer: start.layer, head: start.head, recurrence: null, scale: "shared" };
   let cursor = null; // {query, key}
   let longestName = 0; // of a token, in CSS pixels
   let maps = []; // of the chosen head: {visit, codes, image, canvas, value, place}
@@ -29,16 +29,39 @@
     return prompt().codes.subarray(first, first + side * side);
   }
 
+  // Codes are kept less those of the same layer one visit before, modulo 256.
+  function restored(codes) {
+    const size = heads * side * side;
+    const last = {};
+    visits.forEach(({ layer }, visit) => {
+      if (layer in last)
+        for (let place = 0; place < size; place++) codes[visit * size + place] += codes[last[layer] * size + place];
+      last[layer] = visit;
+    });
+    return codes;
+  }
+
+  // The colour of each code of a map. On a scale of its own the largest 2 % of its entries have the last colour: the
+  // largest of all is that of the first token, which has nothing but itself to look at.
+  function coloursOf(codes) {
+    if (chosen.scale === "shared") return colours;
+    const known = codes.filter((code) => code !== unknown).sort();
+    const top = known[Math.floor(0.98 * (known.length - 1))] || highest;
+    return colours.map((colour, code) => (code === unknown ? colour : colours[Math.min(highest, Math.round((code / top) * highest))]));
+  }
+
   // A canvas with maps on it: [left, top, codes] of each.
   function pictureOf(width, height, contents) {
     const canvas = make("canvas", { width, height });
     const context = canvas.getContext("2d");
     const image = context.createImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
-    for (const [left, top, codes] of contents)
+    for (const [left, top, codes] of contents) {
+      const scale = coloursOf(codes);
       for (let row = 0; row < count(); row++)
         for (let column = 0; column < count(); column++)
-          pixels[(top + row) * width + left + column] = colours[codes[row * side + column]];
+          pixels[(top + row) * width + left + column] = scale[codes[row * side + column]];
+    }
     context.putImageData(image, 0, 0);
     return canvas;
   }
@@ -58,7 +81,7 @@
         "div",
         { class: visit === marked ? "multiple marked" : "multiple" },
         make("h4", {}, visits[visit].name, value),
-        seen ? canvas : make("p", { class: "unseen" }, "Cannot be seen, or is not finite."),
+        seen ? canvas : make("p", { class: "unseen" }, "Not visible, or not finite."),
         make("ul", { class: "numbers" }, ...numbers.map((words) => make("li", {}, words))),
       );
       return { visit, codes, image: seen ? pictureOf(count(), count(), [[0, 0, codes]]) : null, canvas, value, place };
@@ -90,9 +113,10 @@
     const place = found.strongest_sink_position;
     if (Number.isFinite(found.sink_score)) words.push(`sink, first token: ${percent(found.sink_score)}`);
     if (place > 0) words.push(`strongest sink: ${percent(found.strongest_sink)}, “${prompt().tokens[place]}” (${place})`);
-    if (Number.isFinite(found.mixing_score)) words.push(`mixing: ${found.mixing_score.toFixed(2)} nats`);
-    if (Number.isFinite(found.change)) words.push(`change: ${Number(found.change.toPrecision(2))}`);
-    return words;
+    const last = [];
+    if (Number.isFinite(found.mixing_score)) last.push(`mixing: ${found.mixing_score.toFixed(2)} nats`);
+    if (Number.isFinite(found.change)) last.push(`change: ${Number(found.change.toPrecision(2))}`);
+    return last.length ? [...words, last.join(", ")] : words;
   }
 
   // Puts the cursor on one entry of all the maps, or nowhere.
@@ -105,7 +129,7 @@
     const { tokens } = prompt();
     pointed.textContent = cursor
       ? `Token ${cursor.query} “${tokens[cursor.query]}” looks at token ${cursor.key} “${tokens[cursor.key]}”`
-      : "Point at an entry, or go there with the arrow keys, to read it in every map.";
+      : "Point at an entry, or move to it with the arrow keys, to read its value in every map.";
   }
 
   function valueAt(codes) {
@@ -233,12 +257,15 @@
     if ("prompt" in changes) {
       if (typeof prompt().codes === "string") {
         const [codes, numbers] = await Promise.all([prompt().codes, prompt().numbers].map((text) => unpacked(text).arrayBuffer()));
-        Object.assign(prompt(), { codes: new Uint8Array(codes), numbers: new Float32Array(numbers) });
+        Object.assign(prompt(), { codes: restored(new Uint8Array(codes)), numbers: new Float32Array(numbers) });
       }
       const ruler = Object.assign(make("canvas", {}).getContext("2d"), { font: `700 ${FONT}` });
       longestName = 9 + Math.max(...prompt().tokens.slice(0, side).map((token) => ruler.measureText(token).width));
-      showPlan();
     }
+    if ("scale" in changes) {
+      for (const ticks of document.querySelectorAll("[data-scale]")) ticks.hidden = ticks.dataset.scale !== chosen.scale;
+    }
+    if ("prompt" in changes || "scale" in changes) showPlan();
     showHead();
     markPlan();
   }
@@ -246,7 +273,8 @@
   for (const choice of choices)
     choice.addEventListener("change", () => {
       const name = choice.dataset.choice;
-      choose({ [name]: name === "layer" ? choice.value : Number(choice.value), recurrence: null });
+      if (name === "scale") choose({ scale: choice.value });
+      else choose({ [name]: name === "layer" ? choice.value : Number(choice.value), recurrence: null });
     });
   document.addEventListener("pickhead", ({ detail }) => {
     choose(detail);
