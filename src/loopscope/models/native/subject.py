@@ -113,7 +113,7 @@ class NativeSubject(CallableSubject):
         parts: Parts | None = None,
     ) -> NativeRun:
         batch = batch.to(self.device)
-        applied = self._applied(batch, seed).with_parts(parts)
+        applied = self.applied(batch, seed).with_parts(parts)
         return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied)
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
@@ -121,7 +121,7 @@ class NativeSubject(CallableSubject):
         if not self.info.can_start_elsewhere:
             return None
         batch = batch.to(self.device)
-        applied = self._applied(batch, seed)
+        applied = self.applied(batch, seed)
         # Not the seed that the run itself is told to draw from, or the two would be one.
         seed = applied.seed(seed) + 1
         scale = next((abs(each.factor) for each in self.interventions if isinstance(each, StartScaled)), 1.0)
@@ -137,7 +137,8 @@ class NativeSubject(CallableSubject):
         noise = noise * square.sqrt()[:, None, None]
         return noise.to(self.device, self.model.dtype)
 
-    def _applied(self, batch: Batch, seed: int) -> AppliedInterventions:
+    def applied(self, batch: Batch, seed: int) -> AppliedInterventions:
+        """What interventions change in a run of these prompts."""
         return (
             RunInterventions(self.interventions, batch.input_ids, batch.mask, seed)
             if self.interventions

@@ -185,9 +185,12 @@ class LoopedTransformer(nn.Module):
         attention_mask: TokenMask | None = None,
         observers: Iterable[Observer] = (),
         applied: AppliedInterventions | None = None,
+        context: AttentionContext | None = None,
     ) -> Sequence:
-        """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence."""
-        context, applied = self._context(input_ids, attention_mask), applied or AppliedInterventions()
+        """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence; `context` is
+        what these tokens look at, where that is not each other.
+        """
+        context, applied = context or self.context(input_ids, attention_mask), applied or AppliedInterventions()
         embedded = self.embed(input_ids)
         encoded = self._stage("prelude", embedded, 0, context, applied, observers)
         return Sequence(
@@ -300,7 +303,8 @@ class LoopedTransformer(nn.Module):
                     observer.visit(visit)
         return state.to(home)
 
-    def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+    def context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+        """What tokens that look at each other share."""
         tokens = input_ids.shape[1]
         position = torch.arange(tokens, device=input_ids.device)
         behind = position[:, None] - position
