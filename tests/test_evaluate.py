@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import loopscope
+from loopscope.analysis import answering
+from loopscope.analysis.answering import rows_at_once
+from loopscope.analysis.greedy import generate_greedily
 from loopscope.cli import main
 from loopscope.errors import ConfigError, MissingDependencyError
 from loopscope.evaluation import likelihood
 from loopscope.evaluation.evaluating import evaluate
-from loopscope.evaluation.generation import generate_greedily
-from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of, rows_at_once
+from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of
 from loopscope.evaluation.result import Evaluation, TaskCurve, step_points, task_curve
 from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
 from loopscope.experiments.training.config import TrainConfig
@@ -91,7 +93,7 @@ def test_batches_follow_memory_and_are_halved_where_it_runs_out(monkeypatch: pyt
     assert rows_at_once(info, 1000, 10**7) < rows[2]
 
     whole, sizes = likelihoods(subject(INJECTED), REQUESTS, NUMBERS), []
-    answers = likelihood.answers
+    answers = answering.answers
 
     def short(model: Subject, prompts: Sequence[Any], *rest: Any) -> Any:
         sizes.append(len(prompts))

@@ -139,7 +139,7 @@ def test_costs_are_means_over_the_tokens_of_a_prompt(signal: Array, threshold: f
                 wanted["loss_difference"].append(loss[at] - loss[-1])
         for name, values in wanted.items():
             mean = np.mean(values) if values else np.nan
-            np.testing.assert_allclose(found[name].values[prompt], mean, rtol=1e-12, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(found[name][prompt], mean, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_the_same_number_for_all_costs_what_that_readout_costs() -> None:
@@ -165,7 +165,7 @@ def test_between_whole_numbers_tokens_are_drawn_at_random(recurrences: float) ->
     assert float(found["recurrences"][0]) == pytest.approx(recurrences)
     for name in COSTS:
         # Five standard errors of a mean of exponentially distributed numbers.
-        assert float(abs(found[name] - drawn[name])[0]) < 5 * 2 / np.sqrt(4000), name
+        assert float(abs(found[name].values - drawn[name])[0]) < 5 * 2 / np.sqrt(4000), name
 
 
 @pytest.mark.parametrize("at_least", [False, True])

@@ -26,11 +26,11 @@ from loopscope.models.subject import Batch
 CacheKind = Literal["per-recurrence", "last"]
 """What a recurrent layer keeps of a token: its keys and values after every recurrence, or of the last one alone.
 
-With `per-recurrence` a token in recurrence t looks at those of recurrence t; where a token before it stopped earlier, at
-those of its last one, which is the convention of Huginn's published code (the latest that is there). With `last` every
-recurrence looks at the last ones of the tokens before it, and at its own (Ouro; Zhu et al., arXiv 2510.25741, on shared
-caches); prompts are read as ever, all their tokens at once. That is another computation, with a cache as small as that of
-a model without a loop.
+With `per-recurrence` a token in recurrence t looks at those of recurrence t; where a token before it stopped earlier,
+at those of its last one, which is the convention of Huginn's published code (the latest that is there). With `last`
+every recurrence looks at the last ones of the tokens before it, and at its own (Ouro; Zhu et al., arXiv 2510.25741, on
+shared caches); prompts are read as ever, all their tokens at once. That is another computation, with a cache as small
+as that of a model without a loop.
 """
 
 Row = Int64[Tensor, " row"]
@@ -104,7 +104,8 @@ def _map(query: Queries, keys: Keys, allowed: Tensor) -> Float[Tensor, "row head
     dtype = torch.promote_types(query.dtype, torch.float32)
     spread = keys.to(dtype).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     scores = (query.to(dtype) * query.shape[-1] ** -0.5) @ spread.transpose(-1, -2)
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)[:, :, 0]
+    found: Tensor = scores.masked_fill(~allowed, -torch.inf).softmax(-1)[:, :, 0]
+    return found
 
 
 class Exits(Protocol):

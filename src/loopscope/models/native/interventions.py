@@ -50,9 +50,11 @@ def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, st
     return noise
 
 
-def growing_noise(prompt: Sequence[int], tokens: int, width: int, *, std: float, seed: int) -> Float32[Tensor, "token width"]:
-    """The same for a text of that many tokens that begins with a prompt, as if drawn on: the prompt's own rows are those
-    of `initial_noise`, so that what follows it changes none of them."""
+def growing_noise(
+    prompt: Sequence[int], tokens: int, width: int, *, std: float, seed: int
+) -> Float32[Tensor, "token width"]:
+    """The same for a text of that many tokens that begins with a prompt, as if drawn on: the prompt's own rows are
+    those of `initial_noise`, so that what follows it changes none of them."""
     return _prompt_noise(np.array(prompt), tokens, width, seed).float() * std
 
 
