@@ -13,6 +13,7 @@ from loopscope._util.shapes import Logits, States
 from loopscope.measures.functions import relative_distance
 from loopscope.models.checkpoints.free_memory import available_memory
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch, Run, Subject, SubjectInfo
 
 _MOST_ROWS = 64
@@ -48,13 +49,19 @@ def rows_at_once(info: SubjectInfo, tokens: int, memory: int, kept: int = 0) -> 
 
 
 def answers(
-    subject: Subject, prompts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int
+    subject: Subject, prompts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int, *, begun: int | None = None
 ) -> Iterator[tuple[int, Logits, Tensor]]:
     """One pass: each number of recurrences with the logits there, (prompt, token, vocabulary), and the relative length
-    of the last step, (prompt, token)."""
+    of the last step, (prompt, token). Of a text that begins with a prompt of `begun` tokens and was written on from
+    there, a random initial state is drawn on too."""
     looped = subject.info.is_looped
     most = max(numbers) if looped else 0
-    run: Run = subject.start(Batch.of(prompts).to(subject.device), recurrences=most, seed=seed)
+    batch = Batch.of(prompts).to(subject.device)
+    run: Run
+    if isinstance(subject, NativeSubject):
+        run = subject.start(batch, recurrences=most, seed=seed, begun=begun)
+    else:
+        run = subject.start(batch, recurrences=most, seed=seed)
     try:
         for number in itertools.count(1):
             before = run.state

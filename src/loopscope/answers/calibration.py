@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from loopscope._util.files import write_atomically
 from loopscope._util.reading import read_json
 from loopscope._util.statistics import finite_or_none, mean, paired_difference
+from loopscope._util.table import Table
 from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Criterion
 from loopscope.answers.exit_rules import (
@@ -320,3 +321,21 @@ def rule_sentence(found: CalibratedRule) -> str:
         f"{loss + half:.2g}): {over:+.2g} ({over - over_half:.2g} to {over + over_half:.2g}) beside the same mean "
         "number of recurrences for tokens drawn at random."
     )
+
+
+def rule_table(rules: Mapping[str, CalibratedRule | None]) -> Table:
+    """A row for each rule of one signal, on the prompts that its threshold was not chosen on."""
+    rows = []
+    for key, found in rules.items():
+        if found is None:
+            rows.append([key, "saves nothing within what may be lost", "", "", "", ""])
+            continue
+        judged = found.judged
+        losses = [
+            f"{judged[name]:+.2g} ± {judged[f'{name}_half_width']:.2g}" if math.isfinite(judged[name]) else ""
+            for name in ("loss_difference", "loss_over_constant")
+        ]
+        mean, saved = significant(judged["recurrences"], 3), percent(judged["saved"])
+        rows.append([str(found.rule), mean, saved, percent(judged["changed"]), *losses])
+    columns = ("rule", "mean", "saved", "changed", "loss (nats)", "beside a fixed number")
+    return Table(columns=columns, rows=rows)

@@ -32,7 +32,7 @@ class Condition:
     def __str__(self) -> str:
         if self.threshold is None:
             return self.signal
-        return f"{self.signal} {'>=' if self.about.at_least else '<='} {self.threshold:.6g}"
+        return f"{self.signal} {'>=' if self.about.at_least else '<='} {self.threshold:.4g}"
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,14 @@ _CUT = 3.0
 """Standard deviations at which the normal distribution is cut, as Huginn's published code does."""
 
 
-def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, std: float, seed: int) -> Noise:
+def initial_noise(
+    input_ids: TokenIds, mask: TokenMask | None, width: int, *, std: float, seed: int, begun: int | None = None
+) -> Noise:
     """Normal noise, cut at three standard deviations, (batch, token, width), float32 on the CPU.
 
     Each prompt has a generator of its own, keyed by the seed and the prompt's token ids. So neither batching, padding,
-    order nor sharding changes a prompt's state, on any device and in any dtype. Padding gets zeros.
+    order nor sharding changes a prompt's state, on any device and in any dtype. Padding gets zeros. Texts that went on
+    behind a prompt of `begun` tokens have the prompt's generator, drawn on, as `growing_noise` has it.
     """
     batch, tokens = input_ids.shape
     noise = torch.zeros(batch, tokens, width)
@@ -46,7 +49,7 @@ def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, st
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu()
     for row in range(batch):
         prompt = ids[row][keep[row]].numpy()
-        noise[row, keep[row]] = _prompt_noise(prompt, prompt.size, width, seed).float() * std
+        noise[row, keep[row]] = _prompt_noise(prompt[:begun], prompt.size, width, seed).float() * std
     return noise
 
 

@@ -111,10 +111,11 @@ class NativeSubject(CallableSubject):
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
         parts: Parts | None = None,
+        begun: int | None = None,
     ) -> NativeRun:
         batch = batch.to(self.device)
         applied = self.applied(batch, seed).with_parts(parts)
-        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied)
+        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied, begun)
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
@@ -164,6 +165,7 @@ class NativeRun:
         initial_state: States | None,
         observers: tuple[Observer, ...],
         applied: AppliedInterventions,
+        begun: int | None = None,
     ) -> None:
         self._model = model
         self._records = any(weight.requires_grad for weight in model.parameters())
@@ -173,7 +175,7 @@ class NativeRun:
         with torch.no_grad():
             self._sequence = model.encode(batch.input_ids, batch.mask, observers, applied)
             if initial_state is None:
-                initial_state = model.initial_state(self._sequence, seed)
+                initial_state = model.initial_state(self._sequence, seed, begun)
         self.state: States = initial_state.to(model.device, model.dtype)
         threshold = model.architecture.exit_threshold
         self._exits = ExitRule(threshold) if model.exit_gate is not None else None

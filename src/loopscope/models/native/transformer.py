@@ -203,11 +203,11 @@ class LoopedTransformer(nn.Module):
         scale = self.architecture.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
 
-    def initial_state(self, sequence: Sequence, seed: int) -> States:
-        """s_0 as the architecture says."""
-        return sequence.applied.started(self._own_initial_state(sequence, seed), sequence.encoded)
+    def initial_state(self, sequence: Sequence, seed: int, begun: int | None = None) -> States:
+        """s_0 as the architecture says; `begun` as for `initial_noise`."""
+        return sequence.applied.started(self._own_initial_state(sequence, seed, begun), sequence.encoded)
 
-    def _own_initial_state(self, sequence: Sequence, seed: int) -> States:
+    def _own_initial_state(self, sequence: Sequence, seed: int, begun: int | None) -> States:
         if self.architecture.state_init == "embeddings":
             return sequence.encoded
         noise = initial_noise(
@@ -216,6 +216,7 @@ class LoopedTransformer(nn.Module):
             self.architecture.width,
             std=self.architecture.state_std,
             seed=sequence.applied.seed(seed),
+            begun=begun,
         )
         return noise.to(self.device, self.dtype)
 
