@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,8 +78,7 @@ class Generation:
     def _differing(self) -> list[int]:
         if self.full_tokens is None:
             return []
-        longest = max(len(self.tokens), len(self.full_tokens))
-        pairs = [(each[place : place + 1] for each in (self.tokens, self.full_tokens)) for place in range(longest)]
+        pairs = zip_longest(self.tokens, self.full_tokens)
         return [place for place, (own, other) in enumerate(pairs, 1) if own != other]
 
     def sentences(self) -> list[str]:
@@ -230,7 +230,7 @@ def _encoded(
         loaded = pad_prompts(loaded, subject.tokenizer) if str(system_prompt) == PADDING else loaded
     else:
         ids = tuple(prompt)
-        if not ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        if not ids or not all(type(each) is int for each in ids):
             raise PromptError("The prompt must be a text, or token ids, one at least.")
         if system_prompt is not None:
             raise PromptError("system_prompt means nothing for a prompt of token ids; begin them with its own.")

@@ -96,7 +96,8 @@ def tables_of(
                 usual[rule.key] = own
                 given.append(own)
         asked = sorted({float(each) for each in given})
-        rules[rule.key] = exit_table(signal, asked, readouts, at_least=rule.at_least)
+        if asked:
+            rules[rule.key] = exit_table(signal, asked, readouts, at_least=rule.at_least)
     return ExitTables(recurrences=readouts.recurrences, constant=constant_table(readouts), rules=rules, usual=usual)
 
 
