@@ -20,6 +20,8 @@ from loopscope.analysis.settings import parts_except
 from loopscope.answers.calibration import calibrate_exit
 from loopscope.answers.exit_rules import quantities
 from loopscope.answers.exit_signals import SIGNALS
+from loopscope.answers.quick import quick_answers
+from loopscope.answers.rates import token_roles
 from loopscope.answers.stopping import Condition, StoppingRule
 from loopscope.cli import main
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
@@ -310,3 +312,53 @@ def test_a_shipped_model_writes_with_a_rule_from_a_file(tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert said.startswith(str(by_file.text))
     assert "of 8 recurrences on average" in said
+
+
+# Analysed while generating
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["native", "hooked"])
+def test_an_analysis_of_generated_tokens_is_that_of_the_same_tokens_as_prompts(watched: bool) -> None:
+    model = hooked_native(LOOP_NORM)[1] if watched else subject(INJECTED)
+    settings = AnalyzeSettings(recurrences=4, horizon=4, track=(), skip=parts_except("readout"))
+    study = analyze(model, PROMPTS, settings=settings, generate=5)
+    for entry, prompt in zip(study.tokens, PROMPTS, strict=True):
+        written = generate(model, prompt, max_new_tokens=5)
+        assert tuple(entry["token_ids"]) == (*prompt, *written.tokens)
+        assert entry["generated_tokens"] == len(written.tokens) == 5
+    same = analyze(model, [list(entry["token_ids"]) for entry in study.tokens], settings=settings)
+    for name in ("relative_step", "loss", "token_relative_step"):
+        np.testing.assert_array_equal(study.dataset[name], same.dataset[name])
+    prompts = study.manifest["prompts"]
+    assert (prompts["generated_tokens"], prompts["generated_after"]) == (25, 4)
+    assert study.manifest["identity"]["settings"]["generate"] == 5
+    assert prompts["sha256"] == same.manifest["prompts"]["sha256"]
+    limits = quick_answers(study)[-1]
+    assert "25 tokens of 49 were written by the model itself" in " ".join([limits.sentence, *limits.limits])
+    roles = token_roles(study.tokens, study.dataset.sizes["token"])
+    assert roles["generated"].sum() == 25
+    assert not (roles["generated"] & roles["question"]).any()
+
+
+def test_a_text_that_ends_grows_no_more_and_what_a_tokenizer_puts_behind_goes() -> None:
+    model = loopscope.load("demo:injected")
+    study = analyze(model, ["Ann has 6 hens and each of"], recurrences=1, horizon=2, generate=64, skip=parts_except())
+    (entry,) = study.tokens
+    assert model.tokenizer is not None
+    assert model.tokenizer.end is not None
+    own = generate(model, "Ann has 6 hens and each of")
+    assert own.ended == "end of text"
+    assert own.tokens[-1] == model.tokenizer.end.id
+    assert entry["generated_tokens"] == len(own.tokens) < 64
+    assert tuple(entry["token_ids"]) == (*own.prompt, *own.tokens)
+
+
+def test_what_an_analysis_cannot_generate_says_why() -> None:
+    with pytest.raises(ConfigError, match="need more positions than the 12"):
+        analyze(subject(architecture(max_positions=12)), PROMPTS, generate=6)
+    with pytest.raises(ConfigError, match="--generate would change"):
+        AnalyzeSettings(chunk=8, generate=4)
+    with pytest.raises(ConfigError, match="--generate must be at least 1"):
+        AnalyzeSettings(generate=0)
+    with pytest.raises(ConfigError, match="names a token of a prompt"):
+        analyze(subject(), PROMPTS, generate=3, intervene="token:0@1=zeros")

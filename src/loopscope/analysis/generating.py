@@ -182,7 +182,8 @@ def generate(
     else:
         exits = None if rule is None else RuleAtWork(rule, info, count)
         compared = compare and (rule is not None or cache == "last")
-        _check_memory(subject, cache, count, len(ids) + max_new_tokens, compared)
+        kind: CacheKind = "per-recurrence" if compared else cache
+        _check_memory(subject, kind, count, len(ids) + max_new_tokens)
         grown = partial(
             grow, subject, [ids], recurrences=count, most=max_new_tokens, is_over=is_over, seed=seed,
             own_gate=rule is None,
@@ -258,6 +259,48 @@ def without_end(prompt: TokenizedPrompt, chat: bool) -> TokenizedPrompt:
     )
 
 
+_TOGETHER = 8
+"""Prompts that are gone on with together: always as many, so that the same analysis writes the same texts again."""
+
+
+def continued(
+    subject: Subject, prompts: Sequence[TokenizedPrompt], most: int, *, chat: bool, seed: int
+) -> list[TokenizedPrompt]:
+    """The prompts with what a model writes behind them, greedily after its trained number of recurrences, up to the end
+    of a text. Raises `ConfigError` where there is no room or the number is not known, and as `grow`."""
+    info, tokenizer = subject.info, subject.tokenizer
+    if info.is_looped and info.trained_recurrences is None:
+        raise ConfigError(f"How many recurrences {info.name} was trained with is not known, so that it cannot write.")
+    begun = [without_end(prompt, chat) for prompt in prompts]
+    check_room(info, max(len(prompt.token_ids) for prompt in begun), most)
+    end = None if tokenizer is None else tokenizer.end
+    count = recurrences_of(info, None)
+
+    def is_over(tokens: list[int]) -> bool:
+        return end is not None and tokens[-1] == end.id
+
+    found = []
+    for first in range(0, len(begun), _TOGETHER):
+        some = begun[first : first + _TOGETHER]
+        ids = [prompt.token_ids for prompt in some]
+        if isinstance(subject, NativeSubject):
+            _check_memory(subject, "per-recurrence", count, sum(map(len, ids)) + len(ids) * most)
+            grown = grow(subject, ids, recurrences=count, most=most, is_over=is_over, seed=seed)
+        else:
+            grown = [_rerun(subject, each, count, most, is_over, seed) for each in ids]
+        for prompt, text in zip(some, grown, strict=True):
+            names = [str(token) if tokenizer is None else tokenizer.name(token) for token in text.tokens]
+            found.append(
+                dataclasses.replace(
+                    prompt,
+                    token_ids=(*prompt.token_ids, *text.tokens),
+                    token_strings=(*prompt.token_strings, *names),
+                    generated_tokens=len(text.tokens),
+                )
+            )
+    return found
+
+
 def _rerun(
     subject: Subject, prompt: Sequence[int], count: int, most: int, is_over: Callable[[list[int]], bool], seed: int
 ) -> Grown:
@@ -272,12 +315,11 @@ def _rerun(
     return grown
 
 
-def _check_memory(subject: NativeSubject, cache: CacheKind, count: int, tokens: int, compared: bool) -> None:
-    kind: CacheKind = "per-recurrence" if compared else cache
+def _check_memory(subject: NativeSubject, kind: CacheKind, count: int, tokens: int) -> None:
     needed = cache_bytes(subject.model.architecture, kind, count, tokens, subject.model.dtype.itemsize)
     free = available_memory(subject.device)
     if needed > free:
         raise ConfigError(
             f"Keys and values of {tokens} tokens after {count} recurrences take {size_text(needed)}, and "
-            f"{size_text(free)} are free; ask for fewer tokens, or take cache='last' with compare=False."
+            f"{size_text(free)} are free; ask for fewer tokens."
         )
