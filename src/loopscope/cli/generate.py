@@ -94,8 +94,8 @@ class ExitRules:
     study: tyro.conf.Positional[Path]
     """The --out folder of an analysis."""
     rule: str | None = None
-    """Conditions on signals, such as 'step & top1 >= 2' (all of them) or 'kl | margin' (any); docs/method.md lists them.
-    A threshold that is left out is chosen."""
+    """Conditions on signals, such as 'step & top1 >= 2' (all of them) or 'kl | margin' (any); docs/method.md lists
+    the signals. A threshold that is left out is chosen."""
     loss: Annotated[float, Range(0)] = 0.01
     """The most that the mean loss may rise beyond the full run's, nats a token."""
     changed: Annotated[float, Range(0, below=1)] = 0.05

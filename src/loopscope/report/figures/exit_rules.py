@@ -35,9 +35,9 @@ def _exit_rules(view: StudyView, settings: ReportSettings) -> Plot:
             f"Predictions at which a token stops beside those after a full run of {full} recurrences: (a) share of "
             "tokens whose most probable next token is another, (b) mean next-token loss less that after a full run, "
             "below 0: stopping early does better, (c) KL divergence from the full run's. A line is a rule under all "
-            "its thresholds: strict at the right, loose at the left; dashed where it goes by predictions, for which the "
-            "model is read out after every recurrence. A rule is worth something where it lies below the "
-            "black line: the same number for all tokens, or, between whole numbers, one more for tokens drawn at "
+            "its thresholds: strict at the right, loose at the left; dashed where it goes by predictions, for which "
+            "the model is read out after every recurrence. A rule is worth something where it lies below the black "
+            "line: the same number for all tokens, or, between whole numbers, one more for tokens drawn at "
             "random. Diamonds: the threshold that the model or its publishers use, or the setting for stable heads. "
             "Small differences are chance; the answer gives the interval for the rule that it names."
         ),
