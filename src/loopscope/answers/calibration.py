@@ -40,6 +40,7 @@ from loopscope.study import Study, StudyView, view_study
 _KIND = "exit rule"
 _COMBINATIONS = (81, 25, 9)
 """Thresholds that are tried of each condition, where one, two or three are to be chosen: some hundreds together."""
+_MOST_RECURRENCES = 10**6
 LEAST_PROMPTS = 4
 """Two to choose a rule and its threshold on and two to judge them on: fewer show no scatter."""
 
@@ -93,11 +94,14 @@ class CalibratedRule:
                 Condition(str(each["signal"]), float(each["threshold"])) for each in stored["conditions"]
             )
             rule = StoppingRule(conditions, stored["joined"], int(stored["patience"]), int(stored["least"]))
+            recurrences = found["recurrences"]
+            if type(recurrences) is not int or not 1 <= recurrences <= _MOST_RECURRENCES:
+                raise ConfigError(f"The exit rule {path} is of {recurrences!r} recurrences, which no full run has.")
             parts = {name: dict(found[name]) for name in ("model", "prompts", "tolerance", "judged", "choosing")}
-            return cls(rule=rule, recurrences=int(found["recurrences"]), dtype=str(found["dtype"]), **parts)
+            return cls(rule=rule, recurrences=recurrences, dtype=str(found["dtype"]), **parts)
         except OSError as error:
             raise ConfigError(f"The exit rule {path} cannot be read ({error.strerror or error}).") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"The exit rule {path} is damaged ({error}); write it again with `loopscope exits`."
             ) from None
