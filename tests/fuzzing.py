@@ -327,7 +327,7 @@ def read_evaluation(folder: Path) -> None:
 def read_rule(folder: Path) -> None:
     found = CalibratedRule.load(folder / "rule.json")
     found.rule.check_can_fire(found.recurrences)
-    own = {"name": "a", "revision": None, "dtype": "float32", "interventions": []}
+    own: dict[str, Any] = {"name": "a", "revision": None, "dtype": "float32", "interventions": []}
     found.check_fits({"weights_sha256": found.model.get("weights_sha256"), **own}, None)
 
 

@@ -114,7 +114,7 @@ class CalibratedRule:
                 f"{model['name']} (revision {model['revision']}) has other weights; choose one for it with `loopscope "
                 "exits`."
             )
-        if list(model["interventions"]) != list(self.model.get("interventions", [])):
+        if list(model["interventions"]) != (self.model.get("interventions") or []):
             raise ConfigError("The exit rule was chosen under other interventions; choose one under these.")
         if model["dtype"] != self.dtype:
             raise ConfigError(
