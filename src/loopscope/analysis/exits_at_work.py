@@ -107,10 +107,10 @@ class RuleAtWork:
     def _of_gate(self, gate: Tensor | None) -> dict[str, Tensor]:
         if gate is None:
             return {}
-        self._gates.append(gate[:, 0])
+        self._gates.append(gate)
         # The last of a distribution takes all that is left: one more is put behind, and left out.
-        cumulated = exit_cumulated(exit_distribution([*self._gates, gate[:, 0]])[:, :-1])
-        return {"token_exit_cumulated": widen(cumulated)[:, -1]}
+        cumulated = exit_cumulated(exit_distribution([*self._gates, gate])[..., :-1])
+        return {"token_exit_cumulated": widen(cumulated)[:, 0, -1]}
 
     def _keep(self, going: Bool[Tensor, " row"]) -> None:
         """Only what is known of the tokens that go on."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from loopscope._util.shapes import Keys, Queries, States, TokenValues
+from loopscope._util.shapes import Keys, Queries, SeenKeys, States, TokenValues
 from loopscope._util.sites import Stage
 from loopscope.errors import ConfigError
 from loopscope.models.architecture import Architecture
@@ -99,7 +99,7 @@ class KeyValueCache:
                         later[where[0], :, where[1]] = left
 
 
-def _map(query: Queries, keys: Keys, allowed: Tensor) -> Float[Tensor, "row head token"]:
+def _map(query: Queries, keys: SeenKeys, allowed: Tensor) -> Float[Tensor, "batch head key"]:
     """What one new token of each text looks at."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     spread = keys.to(dtype).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
@@ -108,6 +108,7 @@ def _map(query: Queries, keys: Keys, allowed: Tensor) -> Float[Tensor, "row head
     return found
 
 
+@runtime_checkable
 class Exits(Protocol):
     """Decides, recurrence by recurrence, which of some tokens go around no more."""
 
@@ -180,7 +181,7 @@ class CachedRun:
                 gated.after(state, self._model.gate(state))
         answer = state if gated is None else gated.answer(state)
         logits = self._model.decode(answer, self._mixing(sequence, "coda"))
-        self.logits: Tensor = logits[torch.arange(len(prompts)), self._lengths.to(logits.device) - 1]
+        self.logits: Tensor = logits[torch.arange(len(prompts)), self._lengths - 1]
 
     @torch.no_grad()
     def feed(
