@@ -50,7 +50,7 @@ class RuleAtWork:
         state: States,
         gate: TokenValues | None,
         logits: Float[Tensor, "row vocabulary"] | None,
-        maps: Sequence[Float[Tensor, "row head token"]],
+        maps: Sequence[Float[Tensor, "row head key"]],
     ) -> Bool[Tensor, " row"]:
         found = self._of_states(state[:, 0]) | self._of_prediction(logits) | self._of_maps(maps) | self._of_gate(gate)
         for name in self._wanted:

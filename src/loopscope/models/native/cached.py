@@ -57,7 +57,7 @@ class KeyValueCache:
         stage: Stage,
         recurrence: int = 0,
         at: tuple[Row, Row] | None = None,
-        maps: list[Float[Tensor, "row head token"]] | None = None,
+        maps: list[Float[Tensor, "row head key"]] | None = None,
     ) -> Mix:
         """How the layers of a stage mix values in one recurrence, to be called once by each in order.
 
@@ -125,7 +125,7 @@ class Exits(Protocol):
         state: States,
         gate: TokenValues | None,
         logits: Float[Tensor, "row vocabulary"] | None,
-        maps: Sequence[Float[Tensor, "row head token"]],
+        maps: Sequence[Float[Tensor, "row head key"]],
     ) -> Bool[Tensor, " row"]:
         """Which stop, of the tokens that were there after the recurrence before and did not. `maps` are those of the
         recurrent layers."""
