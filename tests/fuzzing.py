@@ -32,6 +32,7 @@ import loopscope
 from loopscope import Study
 from loopscope.analysis.job import Job, SilentProgress
 from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.answers.calibration import CalibratedRule
 from loopscope.answers.comparison.result import Comparison
 from loopscope.dynamics.trajectories.files import judge_files
 from loopscope.errors import LoopscopeError, UnforeseenError
@@ -323,6 +324,13 @@ def read_evaluation(folder: Path) -> None:
     accuracy_plots(found)
 
 
+def read_rule(folder: Path) -> None:
+    found = CalibratedRule.load(folder / "rule.json")
+    found.rule.check_can_fire(found.recurrences)
+    own: dict[str, Any] = {"name": "a", "revision": None, "dtype": "float32", "interventions": []}
+    found.check_fits({"weights_sha256": found.model.get("weights_sha256"), **own}, None)
+
+
 def read_training(folder: Path) -> None:
     config = TrainConfig.load(folder / "train.json")
     read_documents(folder / "prompts.jsonl", config.data.template)
@@ -419,6 +427,7 @@ KINDS = (
     ),
     Kind("grids", JSON_DAMAGE, in_json("experiment/grid.json", lambda folder: load_experiment(folder / "experiment"))),
     Kind("evaluations", JSON_DAMAGE, in_json("evaluation/curve.json", read_evaluation)),
+    Kind("exit rules", JSON_DAMAGE, in_json("rule.json", read_rule)),
     Kind("training", JSON_DAMAGE, in_json("train.json", read_training)),
     Kind("training logs", JSON_DAMAGE, prepare_log),
 )

@@ -145,6 +145,9 @@ def _steps_and_distances(states: _States, settings: AnalyzeSettings) -> dict[str
         if name not in ("distance_to_second_horizon", "cosine_distance_to_second_horizon"):
             both = np.array([by_layer[-1][name], loop_state[name]])
             found[f"token_{name}"] = (("site", "recurrence", "token"), both)
+    x, y, z = (states.carried[start : start + settings.recurrences - 1] for start in (2, 1, 0))
+    later = _norm(x - 2 * y + z) / _norm(x)
+    found["token_acceleration"] = (("recurrence", "token"), np.vstack([np.full_like(x[0, :, 0], np.nan), later]))
     return found
 
 

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 import loopscope
+from loopscope.analysis import answering
+from loopscope.analysis.answering import rows_at_once
+from loopscope.analysis.greedy import generate_greedily
 from loopscope.cli import main
 from loopscope.errors import ConfigError, MissingDependencyError, PromptError
 from loopscope.evaluation import likelihood
 from loopscope.evaluation.evaluating import evaluate
-from loopscope.evaluation.generation import generate_greedily
-from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of, rows_at_once
+from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of
 from loopscope.evaluation.result import Evaluation, TaskCurve, step_points, task_curve
 from loopscope.evaluation.synthetic import SYNTHETIC, SyntheticTask
 from loopscope.experiments.training.config import TrainConfig
@@ -96,7 +98,7 @@ def test_batches_follow_memory_and_are_halved_where_it_runs_out(monkeypatch: pyt
     assert rows_at_once(info, 1000, 10**7) < rows[2]
 
     whole, sizes = likelihoods(subject(INJECTED), REQUESTS, NUMBERS), []
-    answers = likelihood.answers
+    answers = answering.answers
 
     def short(model: Subject, prompts: Sequence[Any], *rest: Any) -> Any:
         sizes.append(len(prompts))
@@ -119,7 +121,10 @@ def test_generation_is_the_likeliest_token_again_and_again_with_each_number() ->
         for prompt, text in zip(prompts, found[number], strict=True):
             expected: list[int] = []
             while len(expected) < 5 and 7 not in expected:
-                expected.append(int(loopscope_logits(model, [*prompt, *expected], number)[-1].argmax()))
+                run = model.start(Batch.of([[*prompt, *expected]]), recurrences=number, begun=len(prompt))
+                for _ in range(number):
+                    run.advance()
+                expected.append(int(run.answer()[0, -1].argmax()))
             assert text == expected
 
 

@@ -31,6 +31,7 @@ from loopscope.answers.exit_rules import (
     stop_times,
     tables_of,
 )
+from loopscope.answers.exit_signals import SIGNALS
 from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError
 from loopscope.measures import readout
@@ -139,7 +140,7 @@ def test_costs_are_means_over_the_tokens_of_a_prompt(signal: Array, threshold: f
                 wanted["loss_difference"].append(loss[at] - loss[-1])
         for name, values in wanted.items():
             mean = np.mean(values) if values else np.nan
-            np.testing.assert_allclose(found[name].values[prompt], mean, rtol=1e-12, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(found[name][prompt], mean, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_the_same_number_for_all_costs_what_that_readout_costs() -> None:
@@ -165,7 +166,7 @@ def test_between_whole_numbers_tokens_are_drawn_at_random(recurrences: float) ->
     assert float(found["recurrences"][0]) == pytest.approx(recurrences)
     for name in COSTS:
         # Five standard errors of a mean of exponentially distributed numbers.
-        assert float(abs(found[name] - drawn[name])[0]) < 5 * 2 / np.sqrt(4000), name
+        assert float(abs(found[name].values - drawn[name])[0]) < 5 * 2 / np.sqrt(4000), name
 
 
 @pytest.mark.parametrize("at_least", [False, True])
@@ -206,6 +207,39 @@ class Slow:
         }
         if model.info.exit_threshold is not None:
             self.signals["gate"] = {place: self._stopped(trace, *place) for place in places}
+        self._of_states(trace, places)
+        self._of_predictions(places)
+
+    def _of_states(self, trace: Trace, places: list[tuple[int, int]]) -> None:
+        states = [trace.initial_state, *(trace.loop_state(t) for t in range(1, self.full + 1))]
+        for name in ("cosine", "acceleration", "contraction"):
+            self.signals[name] = {}
+        for t, token in places:
+            x, y, z = (states[max(t + 1 - back, 0)][0, token].double().numpy() for back in range(3))
+            cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+            self.signals["cosine"][t, token] = float(1 - cosine)
+            if t:
+                step, before = np.linalg.norm(x - y), np.linalg.norm(y - z)
+                rate, size = step / before, np.linalg.norm(x)
+                self.signals["acceleration"][t, token] = float(np.linalg.norm(x - 2 * y + z) / size)
+                left = step * rate / (1 - rate) / size if rate < 1 else np.inf
+                self.signals["contraction"][t, token] = float(left)
+
+    def _of_predictions(self, places: list[tuple[int, int]]) -> None:
+        for name in ("entropy", "entropy-change", "margin", "confidence", "top1"):
+            self.signals[name] = {}
+        for t, token in places:
+            share = self.shares[t][token]
+            entropy = self.signals["entropy"]
+            entropy[t, token] = float(-(share * np.log(share)).sum())
+            if t:
+                self.signals["entropy-change"][t, token] = abs(entropy[t, token] - entropy[t - 1, token])
+            second, first = np.sort(share)[-2:]
+            self.signals["margin"][t, token] = float(np.log(first / second))
+            self.signals["confidence"][t, token] = float(first)
+            tops = [self.shares[u][token].argmax() for u in range(t + 1)]
+            same = next((back for back in range(1, t + 1) if tops[t - back] != tops[t]), t + 1)
+            self.signals["top1"][t, token] = same - 1
 
     @staticmethod
     def _step(trace: Trace, t: int, token: int) -> float:
@@ -239,7 +273,7 @@ class Slow:
             stop = self.full
             for t in range(self.full):
                 signal = self.signals[key].get((t, token))
-                if signal is not None and (signal >= threshold if key == "gate" else signal <= threshold):
+                if signal is not None and (signal >= threshold if SIGNALS[key].at_least else signal <= threshold):
                     stop = t + 1
                     break
             found.append(stop)
@@ -267,9 +301,9 @@ def test_every_rule_is_what_a_loop_over_recurrences_and_tokens_finds(shape: Arch
     study = analyze(model, PROMPTS, settings=SETTINGS)
     spread = tables_of_study(study)
     assert spread.recurrences == 5
-    assert set(spread.rules) == {"step", "kl", "attention"} | ({"gate"} if shape.exit_gate else set())
-    # Signals are kept in float32: away from the thresholds of the table, which are values of the signal.
-    asked = {key: [1.0001 * float(each) for each in table["threshold"][::4]] for key, table in spread.rules.items()}
+    assert set(spread.rules) == set(SIGNALS) - ({"gate"} if not shape.exit_gate else set())
+    # Away from the thresholds of the table, which are values of the signal.
+    asked = {key: [1.0001 * float(each) for each in table["threshold"][::20]] for key, table in spread.rules.items()}
     tables = exit_tables(study, asked)
     assert tables is not None
     for row, prompt in enumerate(PROMPTS):
@@ -351,7 +385,7 @@ def test_a_hooked_model_is_judged_as_a_native_one() -> None:
     prompts = [[3, 1, 4, 1, 5, 9], [2, 7, 1], [8]]
     study = analyze(hooked, prompts, recurrences=5, horizon=3, exit_recurrences=4, track=())
     tables = tables_of_study(study)
-    assert set(tables.rules) == {"step", "kl", "attention"}
+    assert set(tables.rules) == set(SIGNALS) - {"gate"}
     for row, prompt in enumerate(prompts):
         batch = Batch.of([prompt])
         logits = [hooked.bare_logits(batch, recurrences=count)[0].double().log_softmax(-1) for count in range(1, 5)]
@@ -423,8 +457,8 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         analyze(subject(), PROMPTS, settings=SETTINGS, exit_recurrences=7)
     with pytest.raises(ConfigError, match="--exit-recurrences must not be negative, got -1"):
         AnalyzeSettings(exit_recurrences=-1)
-    with pytest.raises(ConfigError, match="Unknown exit rule 'entropy'; the rules are step, kl, attention, gate"):
-        exit_tables(looped_study(contracting()), {"entropy": [0.1]})
+    with pytest.raises(ConfigError, match="Unknown exit rule 'loss'; the rules are step, kl, attention, gate"):
+        exit_tables(looped_study(contracting()), {"loss": [0.1]})
 
 
 def test_logits_are_reduced_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +501,7 @@ def story(
     **manifest: Any,
 ) -> Study:
     """A study in which every prompt has the same tokens: arrays are (recurrence, token). The step of the loop state is
-    the signal, and the divergence of successive predictions says nothing."""
+    the signal, and others say nothing, but that predictions stay."""
     full, tokens = top1.shape
     study = looped_study(contracting(), prompts=prompts, tokens=tokens, trained=full, recurrences=16)
     data = study.dataset
@@ -479,8 +513,9 @@ def story(
         data[name] = (dims, changed)
 
     put("token_relative_step", np.full(top1.shape, np.nan) if signal is None else signal)
-    put("token_attention_change", np.full(top1.shape, np.nan))
-    put("token_kl_to_previous", np.full(top1.shape, np.nan))
+    silent = {name for signal in SIGNALS.values() for name in signal.variables} & set(data)
+    for name in silent - {"token_relative_step", "token_top1"}:
+        put(name, np.full(top1.shape, np.nan))
     put("token_kl_to_full", kl)
     put("token_top1", top1)
     put("token_loss", 2 + kl if loss is None else loss)

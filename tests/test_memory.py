@@ -73,10 +73,12 @@ class Small(NativeSubject):
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
         parts: Parts | None = None,
+        begun: int | None = None,
     ) -> NativeRun:
         run = super().start(
-            batch, recurrences=recurrences, seed=seed, initial_state=initial_state, observers=observers, parts=parts
-        )
+            batch, recurrences=recurrences, seed=seed, initial_state=initial_state, observers=observers, parts=parts,
+            begun=begun,
+        )  # fmt: skip
         if len(batch.mask) > self.most or int(batch.counts.max()) > self.longest:
 
             def fail(observers: Iterable[Observer] = ()) -> None:

@@ -216,6 +216,7 @@ def test_roles_of_the_tokens_of_a_prompt() -> None:
         "system prompt": [0, 1, 2],
         "digits": [3],
         "punctuation": [5],
+        "generated": [],
         "last token": [6],
     }
     assert np.flatnonzero(roles["question"][1]).tolist() == [0, 1]

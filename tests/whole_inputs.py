@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from loopscope.analysis.analyzing import analyze
+from loopscope.answers.calibration import CalibratedRule
 from loopscope.answers.comparison.comparing import compare
+from loopscope.answers.stopping import StoppingRule
 from loopscope.evaluation.result import Evaluation, step_points, task_curve
 from loopscope.experiments.cells import Cell, CellOutcome, CellResult
 from small_models import checkpoint
@@ -46,6 +48,7 @@ def whole_inputs() -> Path:
     (cells / "a.json").write_text(json.dumps(CELL.to_dict()))
     (folder / "experiment" / "grid.json").write_text('{"kind": "phase", "finished": true, "cells": ["a"]}')
     EVALUATION.save(folder / "evaluation")
+    RULE.save(folder / "rule.json")
     (folder / "run").mkdir()
     log = [{"kind": "start", "step": 0}, *({"kind": "step", "step": step, "loss": 1.5} for step in range(1, 6))]
     (folder / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -88,3 +91,12 @@ CELL = CellResult(
     degeneracy=0.5, drift=0.0, norm_growth=1.0, counts=(1, 2), distance=(0.5, 0.1), norm=(1.0, 1.0), radius=0.9,
     radius_median=0.8, radius_error=0.01, predicted={"fixed point": 16}, observed_rate=0.9,
 )  # fmt: skip
+RULE = CalibratedRule(
+    rule=StoppingRule.parse("step <= 0.1 & top1 >= 1"),
+    model={"name": "a", "weights_sha256": "0", "revision": None, "interventions": []},
+    recurrences=4,
+    dtype="float32",
+    prompts={"source": "a", "count": 4, "sha256": "0", "chosen_on": 2, "judged_on": 2},
+    tolerance={"loss": 0.01, "changed": 0.05},
+    judged={"recurrences": 2.5, "saved": 0.375},
+)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopscope.analysis.analyzing import analyze
+    from loopscope.analysis.generating import Generation, generate
     from loopscope.analysis.patching import patch
     from loopscope.analysis.probing import Probes, probe
     from loopscope.analysis.settings import AnalyzeSettings
     from loopscope.analysis.steering import Steering, steer
     from loopscope.answers.answer import Answer, Criterion
+    from loopscope.answers.calibration import CalibratedRule, calibrate_exit
     from loopscope.answers.comparison.comparing import compare
     from loopscope.answers.comparison.result import Comparison
     from loopscope.answers.comparison.side_by_side import side_by_side
@@ -45,13 +47,15 @@ if TYPE_CHECKING:
     from loopscope.study import Study
 
 _HOMES = {
-    "Answer": "answers.answer",
     "AnalyzeSettings": "analysis.settings",
+    "Answer": "answers.answer",
     "Architecture": "models.architecture",
+    "CalibratedRule": "answers.calibration",
     "Comparison": "answers.comparison.result",
     "Control": "experiments.damping",
     "Criterion": "answers.answer",
     "Evaluation": "evaluation.result",
+    "Generation": "analysis.generating",
     "Inspection": "models.inspection.facts",
     "LoopProbe": "experiments.training.probe",
     "LoopedTransformer": "models.native.transformer",
@@ -66,11 +70,13 @@ _HOMES = {
     "Trace": "models.trace",
     "Visit": "models.visits",
     "analyze": "analysis.analyzing",
+    "calibrate_exit": "answers.calibration",
     "capture": "models.trace",
     "check_subject": "models.contract.check",
     "compare": "answers.comparison.comparing",
     "control": "experiments.damping",
     "evaluate": "evaluation.evaluating",
+    "generate": "analysis.generating",
     "hook": "models.hooks.wrap",
     "inspect_model": "models.inspection.inspecting",
     "judge": "dynamics.trajectories.judge",
@@ -93,10 +99,12 @@ __all__ = [
     "AnalyzeSettings",
     "Answer",
     "Architecture",
+    "CalibratedRule",
     "Comparison",
     "Control",
     "Criterion",
     "Evaluation",
+    "Generation",
     "Inspection",
     "LoopProbe",
     "LoopedTransformer",
@@ -111,11 +119,13 @@ __all__ = [
     "Trace",
     "Visit",
     "analyze",
+    "calibrate_exit",
     "capture",
     "check_subject",
     "compare",
     "control",
     "evaluate",
+    "generate",
     "hook",
     "inspect_model",
     "judge",

@@ -59,6 +59,7 @@ def check_tokens(tokens: Sequence[Any], dataset: xr.Dataset) -> None:
         fields = entry if isinstance(entry, dict) else {}
         ids, strings = fields.get("token_ids"), fields.get("token_strings")
         whole = isinstance(ids, list) and isinstance(strings, list) and len(ids) == len(strings)
-        placed = all(type(fields.get(name, 0)) is int for name in ("system_tokens", "suffix_tokens"))
+        names = ("system_tokens", "suffix_tokens", "generated_tokens")
+        placed = all(type(fields.get(name, 0)) is int for name in names)
         if not (whole and placed and count in (None, len(ids or ()))):
             raise ValueError(f"line {number} of tokens.jsonl is no prompt of this study")

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from loopscope._util.wording import plural
 from loopscope.analysis.folder import begun_batch_size
+from loopscope.analysis.generating import continued
 from loopscope.analysis.job import Job, Progress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
@@ -120,6 +122,10 @@ def _analyze(
     if str(settings.system_prompt) == PADDING:
         loaded = pad_prompts(loaded, subject.tokenizer)
     tokenized = _tokenize(loaded, subject, settings)
+    if settings.generate is not None:
+        tokenized = continued(subject, tokenized, settings.generate, chat=settings.chat, seed=settings.seed)
+        written = sum(prompt.generated_tokens for prompt in tokenized)
+        progress.note(f"{subject.info.name} wrote {written:,} tokens behind {plural(len(tokenized), 'prompt')}.")
     check_recurrences(settings.interventions, settings.recurrences)
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     if out is not None and settings.batch_size == "auto":

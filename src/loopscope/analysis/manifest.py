@@ -155,6 +155,7 @@ def manifest(
             **_padding(subject, settings),
             "count": len(prompts),
             "tokens": sum(len(prompt.token_ids) for prompt in prompts),
+            **_generated(subject, prompts, settings),
             "sha256": digest,
         },
         "tokenizer": tokenizer,
@@ -211,6 +212,14 @@ def _padding(subject: Subject, settings: AnalyzeSettings) -> dict[str, Any]:
     if str(settings.system_prompt) != PADDING or subject.tokenizer is None:
         return {}
     return {"padding": padding_record(subject.tokenizer)}
+
+
+def _generated(subject: Subject, prompts: Sequence[TokenizedPrompt], settings: AnalyzeSettings) -> dict[str, Any]:
+    """How many of the tokens the model wrote itself, the likeliest each time after so many recurrences."""
+    if settings.generate is None:
+        return {}
+    written = sum(prompt.generated_tokens for prompt in prompts)
+    return {"generated_tokens": written, "generated_after": subject.info.trained_recurrences}
 
 
 def _plain(value: Any) -> Any:

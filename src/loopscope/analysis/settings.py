@@ -82,6 +82,9 @@ class PromptSettings:
     """Make each prompt the user's turn of a chat, written by the model's chat template."""
     truncate: int | None = None
     """Keep only the first tokens of each prompt, that many of them."""
+    generate: Count | None = None
+    """Let the model go on with each prompt by up to that many tokens, greedily after its trained number of recurrences,
+    and analyse prompts with what it wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,7 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
     def __post_init__(self) -> None:
         check_ranges(self, "--")
         if self.chunk is not None:
-            for name in ("system_prompt", "chat", "truncate"):
+            for name in ("system_prompt", "chat", "truncate", "generate"):
                 if getattr(self, name):
                     raise ConfigError(
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "

@@ -11,7 +11,9 @@ import xarray
 from loopscope._util.statistics import PairedDifference, mean, paired_difference
 from loopscope._util.wording import percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, some_finite
-from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, constant_at, tables_of
+from loopscope.answers.calibration import LEAST_PROMPTS
+from loopscope.answers.exit_rules import ExitTables, constant_at, constant_within, excess, tables_of
+from loopscope.answers.exit_signals import EXIT_SIGNALS, SIGNALS, ExitSignal
 from loopscope.study import StudyView
 
 EXIT_RULE = Question(
@@ -24,8 +26,6 @@ _LIMITS = (
     "Exit rules are judged by the states of a full run: a token that stops does not change what the others read, as it "
     "would if the loop stopped computing it.",
 )
-_LEAST = 4
-"""Prompts, two to choose rule and threshold on and two to judge them on: fewer show no scatter."""
 _DECODES = (
     "A rule that compares predictions reads the model out after every recurrence; that work is not counted against "
     "what it saves."
@@ -36,7 +36,7 @@ _DECODES = (
 class _Point:
     """A rule under one threshold."""
 
-    rule: StoppingRule
+    rule: ExitSignal
     threshold: float
     costs: xarray.Dataset
     """By prompt."""
@@ -79,11 +79,11 @@ def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
     full, prompts = tables.recurrences, tables.constant.sizes["prompt"]
     if full == 1:
         return EXIT_RULE.unanswered("nothing to save", "A full run is one recurrence.")
-    if prompts < _LEAST:
+    if prompts < LEAST_PROMPTS:
         return EXIT_RULE.unanswered(
             "not judged",
-            f"An exit rule is chosen on one half of the prompts and judged on the other: that takes {_LEAST} prompts, "
-            f"and there {'is' if prompts == 1 else 'are'} {prompts}.",
+            f"An exit rule is chosen on one half of the prompts and judged on the other: that takes {LEAST_PROMPTS} "
+            f"prompts, and there {'is' if prompts == 1 else 'are'} {prompts}.",
             outcome=Outcome.CANNOT_TELL,
             figure=EXIT_RULE.figure,
         )
@@ -93,7 +93,7 @@ def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
     if chosen is not None:
         costs = judging.rules[chosen.rule.key].sel(threshold=chosen.threshold)
         best = dataclasses.replace(chosen, costs=costs)
-    constant = _constant_within(choosing.constant, criterion)
+    constant = constant_within(choosing.constant, criterion)
     evidence: Evidence = {
         "full_run": float(full),
         "constant_recurrences": constant,
@@ -139,7 +139,7 @@ def _verdict(best: _Point | None, constant: float, full: int, criterion: Criteri
     saved, fixed = percent(1 - best.recurrences / full), significant(constant, 2)
     takes = f"the best rule takes {significant(best.recurrences, 2)} of the {full} recurrences of a full run on average"
     rule = f"It stops a token once {best.rule.condition(best.threshold)}. Then {_costs(best)}"
-    if not bool((_excess(best.costs, criterion) <= 0).all()):
+    if not bool((excess(best.costs, criterion) <= 0).all()):
         sentence = (
             f"Not safely: {takes}, chosen so that it stays within what is tolerated, but on the prompts that it was "
             f"not chosen on it goes beyond. {rule}"
@@ -155,37 +155,16 @@ def _verdict(best: _Point | None, constant: float, full: int, criterion: Criteri
 def _best(tables: ExitTables, criterion: Criterion) -> tuple[_Point | None, dict[str, _Point]]:
     """The rule with the fewest recurrences within tolerance, and that threshold of every rule which has one."""
     cheapest: dict[str, _Point] = {}
-    for rule in EXIT_RULES:
+    for rule in EXIT_SIGNALS:
         if rule.key not in tables.rules:
             continue
         table = tables.rules[rule.key]
-        within = (_excess(table, criterion) <= 0).all("cost")
+        within = (excess(table, criterion) <= 0).all("cost")
         if within.any():
             threshold = float(table["recurrences"].mean("prompt").where(within).idxmin("threshold"))
             cheapest[rule.key] = _Point(rule, threshold, table.sel(threshold=threshold))
     best = min(cheapest.values(), key=lambda point: point.recurrences, default=None)
     return best, cheapest
-
-
-def _excess(table: xarray.Dataset, criterion: Criterion) -> xarray.DataArray:
-    """By how much the share of changed tokens and the loss are beyond what is tolerated, (cost, threshold). A loss that
-    no prompt has is beyond nothing."""
-    means = table.mean("prompt")
-    changed = means["changed"] - (1 - criterion.tokens_needed)
-    loss = means["loss_difference"].fillna(0.0) - criterion.loss_tolerance
-    return xarray.concat([changed, loss], "cost")
-
-
-def _constant_within(constant: xarray.Dataset, criterion: Criterion) -> float:
-    """The smallest number of recurrences for all tokens within tolerance. Between whole numbers it is a mean, of tokens
-    drawn at random that get the one below or the one above."""
-    excess = _excess(constant, criterion).transpose("threshold", "cost").values
-    enough = int((excess <= 0).all(axis=1).argmax())
-    if enough == 0:
-        return 1.0
-    # Where each cost, on the line between the two, comes down to what is tolerated.
-    pairs = zip(excess[enough - 1], excess[enough], strict=True)
-    return enough + float(max(before / (before - after) for before, after in pairs if before > 0))
 
 
 def _over_constant(point: _Point, tables: ExitTables) -> Evidence:
@@ -215,8 +194,7 @@ def _own_gate(tables: ExitTables) -> _Point | None:
     if "gate" not in tables.rules or "gate" not in tables.usual:
         return None
     threshold = tables.usual["gate"]
-    rule = next(rule for rule in EXIT_RULES if rule.key == "gate")
-    return _Point(rule, threshold, tables.rules["gate"].sel(threshold=threshold))
+    return _Point(SIGNALS["gate"], threshold, tables.rules["gate"].sel(threshold=threshold))
 
 
 def _gate_sentence(gate: _Point, full: int) -> str:

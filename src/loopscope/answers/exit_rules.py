@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-from loopscope._util.wording import significant
+from loopscope.answers.answer import Criterion
+from loopscope.answers.exit_signals import EXIT_SIGNALS, SIGNALS, Quantities, Signal
+from loopscope.answers.stopping import first_of
 from loopscope.errors import ConfigError
 from loopscope.study import Study, StudyView, view_study
 
-Signal = NDArray[np.floating]
 Stops = NDArray[np.integer]
+Costs = Mapping[str, NDArray[np.float64]]
+"""By name, (prompt,)."""
 _THRESHOLDS = 81
 """Of each rule, spread so that the mean number of recurrences goes down by an 80th of what can be saved at a time:
 finer than any difference that an answer makes something of."""
-_HUGINN_STEP = 0.03
-_HUGINN_DIVERGENCE = 5e-4
-"""Where the published code of Huginn (arXiv 2502.05171) stops by itself when it is asked to generate adaptively."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,79 +54,9 @@ class ExitTables:
     constant: xarray.Dataset
     """The same number of recurrences for every token, from 1 to N, along `threshold`."""
     rules: Mapping[str, xarray.Dataset]
-    """By the key of the rule: `step`, `kl`, `attention`, `gate`; those whose signal the study has."""
+    """By the key of the signal (`EXIT_SIGNALS`); those that the study has."""
     usual: Mapping[str, float]
     """The threshold, one of the table's, that the model or its publishers use, or that the study was given."""
-
-
-@dataclass(frozen=True)
-class StoppingRule:
-    """One rule: a signal of every token after every recurrence, and on which side of a threshold it stops."""
-
-    key: str
-    name: str
-    """In a sentence and a legend."""
-    variable: str
-    """Of the study, which holds the signal."""
-    signal: Callable[[xarray.Dataset], xarray.DataArray]
-    """Dimensions (recurrence, prompt, token), at least as many recurrences as a full run has."""
-    usual: Callable[[StudyView], float | None]
-    """The threshold that the model or its publishers use, or that the study was given; marked in figures."""
-    condition: Callable[[float], str]
-    """When a token stops, in words."""
-    at_least: bool = False
-    """It stops where the signal reaches the threshold, rather than where it falls to it."""
-    decodes: bool = False
-    """To know its signal, the model has to be read out after every recurrence."""
-
-
-def _attention_change(data: xarray.Dataset) -> xarray.DataArray:
-    change = data["token_attention_change"]
-    # The first token has only itself to look at: its map never changes, which says nothing about the token.
-    return change.where(np.arange(change.sizes["token"]) > 0)
-
-
-EXIT_RULES = (
-    StoppingRule(
-        key="step",
-        name="small step",
-        variable="token_relative_step",
-        signal=lambda data: data["token_relative_step"].sel(site="loop_state"),
-        usual=lambda view: _HUGINN_STEP,
-        condition=lambda threshold: f"its loop state moves by at most {significant(100 * threshold, 3)} % of its norm",
-    ),
-    StoppingRule(
-        key="kl",
-        name="small KL divergence",
-        variable="token_kl_to_previous",
-        signal=lambda data: data["token_kl_to_previous"],
-        usual=lambda view: _HUGINN_DIVERGENCE,
-        condition=lambda threshold: (
-            f"the prediction before is at most {significant(threshold, 3)} nats from its own (KL divergence)"
-        ),
-        decodes=True,
-    ),
-    StoppingRule(
-        key="attention",
-        name="attention stable",
-        variable="token_attention_change",
-        signal=_attention_change,
-        usual=lambda view: view.head_stable,
-        condition=lambda threshold: (
-            f"its rows of the attention maps change by at most {significant(threshold, 3)} (root mean square over "
-            "heads and layers)"
-        ),
-    ),
-    StoppingRule(
-        key="gate",
-        name="exit gate",
-        variable="token_exit_cumulated",
-        signal=lambda data: data["token_exit_cumulated"],
-        usual=lambda view: view.exit_threshold,
-        condition=lambda threshold: f"the exit gate's probability to have stopped reaches {threshold:.4g}",
-        at_least=True,
-    ),
-)
 
 
 def exit_tables(study: Study, thresholds: Mapping[str, Sequence[float]] | None = None) -> ExitTables | None:
@@ -139,10 +69,9 @@ def exit_tables(study: Study, thresholds: Mapping[str, Sequence[float]] | None =
     None for a study in which no full run was read out after each recurrence (see the setting `exit_recurrences`).
     Raises `ConfigError` for an unknown rule, and `StudyError` for a study that lacks what every study has.
     """
-    keys = [rule.key for rule in EXIT_RULES]
     for key in thresholds or ():
-        if key not in keys:
-            raise ConfigError(f"Unknown exit rule {key!r}; the rules are {', '.join(keys)}.")
+        if key not in SIGNALS:
+            raise ConfigError(f"Unknown exit rule {key!r}; the rules are {', '.join(SIGNALS)}.")
     view = view_study(study)
     return tables_of(view, view.finite, thresholds or {})
 
@@ -153,12 +82,12 @@ def tables_of(
     """The same, of some of a study's prompts."""
     if "token_kl_to_full" not in prompts or not prompts.sizes["prompt"]:
         return None
-    readouts = _readouts(prompts)
+    readouts, known = readouts_of(prompts), quantities(prompts)
     rules, usual = {}, {}
-    for rule in EXIT_RULES:
-        if rule.variable not in prompts:
+    for rule in EXIT_SIGNALS:
+        if not set(rule.variables) <= set(known):
             continue
-        signal = rule.signal(prompts).transpose(..., "prompt", "token").values[: readouts.recurrences]
+        signal = rule.of(known)
         given = (thresholds or {}).get(rule.key)
         if given is None:
             given = list(spread_thresholds(signal, readouts.there, _THRESHOLDS, at_least=rule.at_least))
@@ -167,7 +96,8 @@ def tables_of(
                 usual[rule.key] = own
                 given.append(own)
         asked = sorted({float(each) for each in given})
-        rules[rule.key] = exit_table(signal, asked, readouts, at_least=rule.at_least)
+        if asked:
+            rules[rule.key] = exit_table(signal, asked, readouts, at_least=rule.at_least)
     return ExitTables(recurrences=readouts.recurrences, constant=constant_table(readouts), rules=rules, usual=usual)
 
 
@@ -175,23 +105,37 @@ def exit_table(
     signal: Signal, thresholds: Sequence[float], readouts: Readouts, *, at_least: bool = False
 ) -> xarray.Dataset:
     """`exit_costs` of a rule under each of some thresholds, with dimensions `threshold` and `prompt`."""
-    return _stacked(thresholds, [_costs(stop_times(signal, each, at_least=at_least), readouts) for each in thresholds])
+    return stacked(
+        thresholds, [exit_costs(stop_times(signal, each, at_least=at_least), readouts) for each in thresholds]
+    )
 
 
-def exit_costs(stops: Stops, readouts: Readouts) -> xarray.Dataset:
-    """What answering each token after `stops` recurrences, (prompt, token), takes and costs, with dimension `prompt`.
+def exit_costs(stops: Stops, readouts: Readouts) -> Costs:
+    """What answering each token after `stops` recurrences, (prompt, token), takes and costs, prompt by prompt.
 
     Means over a prompt's tokens: `recurrences`; `loss`, nats; `loss_difference` to the full run; `changed`, the share
     of tokens whose most probable next token is not the full run's; `kl`, `KL(p_N || p)`, nats.
     """
-    return xarray.Dataset({name: ("prompt", values) for name, values in _costs(stops, readouts).items()})
+    there = readouts.there
+    place = np.where(there, stops - 1, 0)[None]
+    loss, kl, top1 = (
+        np.take_along_axis(values, place, axis=0)[0] for values in (readouts.loss, readouts.kl, readouts.top1)
+    )
+    followed = there & ~np.isnan(readouts.loss[-1])
+    return {
+        "recurrences": _mean(stops, there),
+        "loss": _mean(loss, followed),
+        "loss_difference": _mean(loss - readouts.loss[-1], followed),
+        "changed": _mean(top1 != readouts.top1[-1], there),
+        "kl": _mean(kl, there),
+    }
 
 
 def constant_table(readouts: Readouts) -> xarray.Dataset:
     """`exit_costs` of the same number of recurrences for every token; the `threshold` is that number, from 1 to N."""
     counts = range(1, readouts.recurrences + 1)
     shape = readouts.top1.shape[1:]
-    return _stacked(counts, [_costs(np.full(shape, count), readouts) for count in counts])
+    return stacked(counts, [exit_costs(np.full(shape, count), readouts) for count in counts])
 
 
 def constant_at(constant: xarray.Dataset, recurrences: float) -> xarray.Dataset:
@@ -210,9 +154,7 @@ def stop_times(signal: Signal, threshold: float, *, at_least: bool = False) -> N
     """Recurrences that each token takes, (prompt, token): the first after which its signal is at most the threshold,
     or at least that; all N where there is none. NaN stops nothing.
     """
-    fires = signal >= float(threshold) if at_least else signal <= float(threshold)
-    fires[-1] = True
-    return np.asarray(fires.argmax(axis=0) + 1, dtype=np.int64)
+    return first_of(signal >= float(threshold) if at_least else signal <= float(threshold))
 
 
 def spread_thresholds(
@@ -235,23 +177,29 @@ def spread_thresholds(
     return np.unique(order * found[np.isfinite(found)])
 
 
-def _costs(stops: Stops, readouts: Readouts) -> dict[str, NDArray[np.float64]]:
-    there = readouts.there
-    place = np.where(there, stops - 1, 0)[None]
-    loss, kl, top1 = (
-        np.take_along_axis(values, place, axis=0)[0] for values in (readouts.loss, readouts.kl, readouts.top1)
-    )
-    followed = there & ~np.isnan(readouts.loss[-1])
-    return {
-        "recurrences": _mean(stops, there),
-        "loss": _mean(loss, followed),
-        "loss_difference": _mean(loss - readouts.loss[-1], followed),
-        "changed": _mean(top1 != readouts.top1[-1], there),
-        "kl": _mean(kl, there),
-    }
+def excess(table: xarray.Dataset, criterion: Criterion) -> xarray.DataArray:
+    """By how much the share of changed tokens and the loss are beyond what is tolerated, (cost, threshold). A loss that
+    no prompt has is beyond nothing."""
+    means = table.mean("prompt")
+    changed = means["changed"] - (1 - criterion.tokens_needed)
+    loss = means["loss_difference"].fillna(0.0) - criterion.loss_tolerance
+    return xarray.concat([changed, loss], "cost")
 
 
-def _stacked(thresholds: Sequence[float] | range, costs: Sequence[Mapping[str, NDArray[np.float64]]]) -> xarray.Dataset:
+def constant_within(constant: xarray.Dataset, criterion: Criterion) -> float:
+    """The smallest number of recurrences for all tokens within tolerance. Between whole numbers it is a mean, of tokens
+    drawn at random that get the one below or the one above."""
+    beyond = excess(constant, criterion).transpose("threshold", "cost").values
+    enough = int((beyond <= 0).all(axis=1).argmax())
+    if enough == 0:
+        return 1.0
+    # Where each cost, on the line between the two, comes down to what is tolerated.
+    pairs = zip(beyond[enough - 1], beyond[enough], strict=True)
+    return enough + float(max(before / (before - after) for before, after in pairs if before > 0))
+
+
+def stacked(thresholds: Sequence[float] | range, costs: Sequence[Costs]) -> xarray.Dataset:
+    """A table of what each threshold costs."""
     return xarray.Dataset(
         {name: (("threshold", "prompt"), np.stack([each[name] for each in costs])) for name in costs[0]},
         coords={"threshold": np.asarray(thresholds)},
@@ -265,7 +213,27 @@ def _mean(values: NDArray[np.generic], counted: NDArray[np.bool_]) -> NDArray[np
         return np.asarray(total / counted.sum(axis=-1))
 
 
-def _readouts(prompts: xarray.Dataset) -> Readouts:
+def quantities(prompts: xarray.Dataset) -> Quantities:
+    """What signals follow from, of the recurrences of a full run, (recurrence, prompt, token); those that are there."""
+    counts = prompts["exit_recurrence"].values
+    found = {}
+    for name in dict.fromkeys(name for signal in EXIT_SIGNALS for name in signal.variables):
+        if name not in prompts:
+            continue
+        values = prompts[name]
+        if "site" in values.dims:
+            values = values.sel(site="loop_state")
+        if "readout_recurrence" in values.dims:
+            values = values.sel(readout_recurrence=counts)
+        found[name] = values.transpose(..., "prompt", "token").values[: len(counts)]
+    if "token_attention_change" in found:
+        # The first token has only itself to look at: its map never changes, which says nothing about the token.
+        change = found["token_attention_change"]
+        found["token_attention_change"] = np.where(np.arange(change.shape[-1]) > 0, change, np.nan)
+    return found
+
+
+def readouts_of(prompts: xarray.Dataset) -> Readouts:
     """The readouts of a full run."""
     kl = prompts["token_kl_to_full"]
     loss, top1 = (

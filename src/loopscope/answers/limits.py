@@ -21,6 +21,7 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
     """Gather what the numbers cannot show, the gravest first, and the limits of the other answers."""
     found = [
         *_named("the interventions", _interventions(view)),
+        *_named("generated tokens", _generated(view)),
         *_named("divergence", diverged_prompts(view)),
         *_horizon(view, criterion),
         *_named("the number of prompts", few_prompts(view, criterion)),
@@ -63,6 +64,16 @@ def _interventions(view: StudyView) -> list[str]:
         return []
     changes = ", ".join(view.interventions)
     return [f"The model was changed while it ran ({changes}), so the answers are not about the unchanged model."]
+
+
+def _generated(view: StudyView) -> list[str]:
+    written = view.manifest.get("prompts", {}).get("generated_tokens")
+    if not written:
+        return []
+    return [
+        f"{plural(int(written), 'token')} of {view.tokens:,} were written by the model itself, the likeliest each "
+        "time: all answers count them, and the loss and the entropy there are those of its own choices."
+    ]
 
 
 def _named(name: str, sentences: list[str]) -> list[tuple[str, str]]:

@@ -19,9 +19,10 @@ from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
 from loopscope.study import Study, trusted, view_study
 
-ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "last token")
+ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "generated", "last token")
 """Of tokens; one token can have several, but that of the beginning of text neither is of the question nor of the system
-prompt. The question is what lies between system prompt and suffix."""
+prompt. The question is what lies between system prompt and suffix;
+generated is what the model wrote itself."""
 STRUCTURED = (Kind.ORBIT, Kind.SLIDER)
 """Kinds that are found by their shape, which noise may show by chance."""
 FALSE_DISCOVERIES = 0.05
@@ -266,7 +267,9 @@ def token_roles(
         count = len(prompt["token_ids"])
         system, suffix = int(prompt.get("system_tokens") or 0), int(prompt.get("suffix_tokens") or 0)
         roles["system prompt"][row, :system] = True
-        roles["question"][row, system : count - suffix] = True
+        generated = int(prompt.get("generated_tokens") or 0)
+        roles["question"][row, system : count - suffix - generated] = True
+        roles["generated"][row, count - generated : count] = True
         roles["last token"][row, count - 1] = True
         if count and prompt["token_ids"][0] == bos:
             roles["beginning of text"][row, 0] = True

@@ -26,6 +26,7 @@ from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.evaluate import Evaluate
 from loopscope.cli.experiment import EXPERIMENTS
+from loopscope.cli.generate import ExitRules, Generate
 from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.patching import PatchStates
 from loopscope.cli.rates import CountRates
@@ -346,6 +347,8 @@ COMMANDS: Commands = {
     "export": Export,
     "control": ControlTokens,
     "patch": PatchStates,
+    "generate": Generate,
+    "exits": ExitRules,
     "behaviour": JudgeTrajectories,
     "calibrate": Calibrate,
     "experiment": EXPERIMENTS,

@@ -12,8 +12,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
+from loopscope.analysis.greedy import generate_greedily
 from loopscope.errors import ConfigError
-from loopscope.evaluation.generation import generate_greedily
 from loopscope.evaluation.likelihood import Likelihood, Request, likelihoods, numbers_of
 from loopscope.models.loading import as_subject
 from loopscope.models.subject import Subject

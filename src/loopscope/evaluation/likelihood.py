@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loopscope._util.shapes import Logits, States
+from loopscope.analysis.answering import answers, batches, passes_of
 from loopscope.errors import ConfigError, ran_out
-from loopscope.measures.functions import relative_distance
-from loopscope.models.checkpoints.free_memory import available_memory
-from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.subject import Batch, Run, Subject, SubjectInfo, recurrences_of
+from loopscope.models.subject import Subject, SubjectInfo, recurrences_of
 
 Request = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a context and of its continuation, neither of them empty."""
-
-_MOST_ROWS = 64
-_SHARE = 0.5
-"""Of the memory that is free; the rest is for what the estimate of a batch leaves out."""
-_WIDTHS = 64
-"""States of one token that a layer holds at once: queries, keys, values, and an MLP of up to 8 widths several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +41,6 @@ def numbers_of(info: SubjectInfo, asked: Sequence[int] | None) -> tuple[int, ...
         raise ConfigError("No number of recurrences was given; name at least one, such as 1.")
     found = {recurrences_of(info, number) for number in ([None] if asked is None else asked)}
     return tuple(sorted(found)) if info.is_looped else (1,)
-
-
-def passes_of(subject: Subject, numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Which numbers of recurrences are read in one pass: all of them, unless the loop depends on how often it will run,
-    so that each is a pass of its own."""
-    foresees = isinstance(subject, HookedSubject) and subject.facts.foresees
-    return [(number,) for number in numbers] if foresees else [tuple(numbers)]
 
 
 def likelihoods(
@@ -91,24 +73,6 @@ def likelihoods(
     return {number: [each for each in answers if each is not None] for number, answers in found.items()}
 
 
-def batches(lengths: Sequence[int], info: SubjectInfo, device: torch.device) -> Iterator[list[int]]:
-    """Which rows go together, longest first, as many as there is memory for."""
-    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while left:
-        rows = rows_at_once(info, lengths[left[0]], available_memory(device))
-        yield left[:rows]
-        left = left[rows:]
-
-
-def rows_at_once(info: SubjectInfo, tokens: int, memory: int) -> int:
-    """Texts of that many tokens that run together in that many free bytes, from 1 to 64: logits twice, the states that
-    a layer holds, and two maps of attention per head. A count made beforehand, not a measurement."""
-    size = torch.finfo(getattr(torch, info.dtype.removeprefix("torch."))).bits // 8
-    maps = 2 * (info.heads or 1) * tokens
-    row = tokens * size * (2 * info.vocab_size + _WIDTHS * info.width + maps)
-    return max(1, min(_MOST_ROWS, int(_SHARE * memory / row)))
-
-
 def halved(
     run: Callable[[Sequence[Request]], dict[int, list[Likelihood]]], batch: Sequence[Request]
 ) -> dict[int, list[Likelihood]]:
@@ -134,34 +98,6 @@ def _of_batch(
         ]
         for number, logits, steps in answers(subject, prompts, numbers, seed)
     }
-
-
-def answers(
-    subject: Subject, prompts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int
-) -> Iterator[tuple[int, Logits, Tensor]]:
-    """One pass: each number of recurrences with the logits there, (prompt, token, vocabulary), and the relative length
-    of the last step, (prompt, token)."""
-    looped = subject.info.is_looped
-    most = max(numbers) if looped else 0
-    run: Run = subject.start(Batch.of(prompts).to(subject.device), recurrences=most, seed=seed)
-    try:
-        for number in itertools.count(1):
-            before = run.state
-            if looped:
-                run.advance()
-            if number in numbers:
-                logits = run.answer()
-                yield number, logits, _step(before, run.state if looped else None, logits)
-            if number >= most:
-                return
-    finally:
-        run.close()
-
-
-def _step(before: States | None, after: States | None, logits: Logits) -> Tensor:
-    if before is None or after is None:
-        return torch.full(logits.shape[:2], math.nan)
-    return relative_distance(before, after)
 
 
 def _likelihood(logits: Tensor, steps: Tensor, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:

@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
-from loopscope.measures.functions import distances, quantiles, residual_norm
+from loopscope.measures.functions import acceleration, distances, quantiles, residual_norm
 from loopscope.measures.memory import Memory
 from loopscope.models.visits import LoopState, Visit
 
@@ -63,6 +63,10 @@ class Convergence(Measure):
             )
             for name in TOKEN_NAMES
         },
+        "token_acceleration": variable(
+            "recurrence prompt token",
+            "of the loop state s: ||(s_t - s_{t-1}) - (s_{t-1} - s_{t-2})|| / ||s_t||; nothing at recurrence 1",
+        ),
         "norm_growth": variable(_DIMS, "residual_norm over its value at recurrence 1"),
     }
     needs = Needs(loop=True, horizon=True)
@@ -75,10 +79,13 @@ class Convergence(Measure):
         # State and norm of the recurrence before, per site; the last site is the loop state.
         self._previous: list[tuple[Tensor, Tensor] | None] = [None] * (self._layers + 1)
         self._last: tuple[Tensor, Tensor]
+        self._loop_states: list[Tensor | None] = [None, None]
+        """The two before, the later one last."""
         shape = (self._layers, batch.recurrences, batch.prompts)
         self._means = batch.unknown(len(NAMES), *shape, dtype=torch.float64)
         self._quantiles = batch.unknown(len(NAMES), len(LEVELS), *shape)
         self._tokens = batch.unknown(len(TOKEN_NAMES), 2, batch.recurrences, batch.prompts, batch.tokens)
+        self._acceleration = batch.unknown(batch.recurrences, batch.prompts, batch.tokens)
         # On the device once: lists would be copied there, and waited for, at every visit.
         self._levels = torch.tensor(LEVELS, dtype=torch.float64, device=batch.mask.device)
         self._kept = torch.tensor([NAMES.index(name) for name in TOKEN_NAMES], device=batch.mask.device)
@@ -86,13 +93,14 @@ class Convergence(Measure):
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
         states, wide = batch.bytes
-        return Memory(kept=(batch.info.recurrent + 1) * states, visit=8 * wide)
+        return Memory(kept=(batch.info.recurrent + 2) * states, visit=8 * wide)
 
     def start(self, initial_state: Tensor | None) -> None:
         """The first step of the loop state starts there; where it is not known that step is NaN."""
         if initial_state is None:
             return
         self._previous[self._layers] = (initial_state, residual_norm(initial_state.double()))
+        self._loop_states[1] = initial_state
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
@@ -111,6 +119,11 @@ class Convergence(Measure):
         if loop_state.state is not output or loop_state.recurrence == 1:
             values = self._compare(self._layers, loop_state.state)
         self._keep_tokens(1, loop_state.recurrence, values)
+        earlier, before = self._loop_states
+        if earlier is not None and before is not None:
+            found = acceleration(loop_state.state, before, earlier)
+            self._acceleration[loop_state.recurrence - 1] = found.masked_fill(~self.batch.mask, torch.nan)
+        self._loop_states = [before, loop_state.state]
 
     def _compare(self, site: int, state: Tensor) -> Tensor:
         """All of `NAMES` for one state, (name, batch, token)."""
@@ -139,6 +152,7 @@ class Convergence(Measure):
                 **dict(zip(NAMES, self._means, strict=True)),
                 **{f"{name}_quantile": self._quantiles[index] for index, name in enumerate(NAMES)},
                 **{f"token_{name}": self._tokens[index] for index, name in enumerate(TOKEN_NAMES)},
+                "token_acceleration": self._acceleration,
                 "norm_growth": norm / norm[:, :1],  # not finite from a state of zeros or infinity
             }
         )

@@ -68,6 +68,13 @@ def distances(states: Vectors, norm: Values, reference: Vectors, reference_norm:
     return away, ((square - longer.square()) / (2 * norm * reference_norm)).clamp(0.0, 2.0)
 
 
+def acceleration(states: Vectors, before: Vectors, earlier: Vectors) -> Values:
+    """`||(x - y) - (y - z)|| / ||x||` of three states in a row, x the last: how much a step differs from the one before
+    it, in float64."""
+    states, before = states.double(), before.double()
+    return residual_norm((states - before) - (before - earlier.double())) / residual_norm(states)
+
+
 def layer_cosine(states: LayerVectors) -> LayerPairs:
     """Cosines between the states of every pair of layers."""
     unit = widen(states) / residual_norm(states).unsqueeze(-1)

@@ -67,11 +67,11 @@ def kl_divergence(
 
     In float64: a small divergence is the difference of large sums, of which float32 resolves nothing below about 1e-7.
     """
-    return _Prediction.of(logits).divergence(_Prediction.of(other))
+    return Prediction.of(logits).divergence(Prediction.of(other))
 
 
 @dataclass(frozen=True, eq=False)
-class _Prediction:
+class Prediction:
     """A distribution over the vocabulary, `p_v = exp(score_v - normalizer)`, of each of some tokens."""
 
     scores: Tensor
@@ -80,7 +80,7 @@ class _Prediction:
     """`log sum_v exp(score_v)`, float64, (...)."""
 
     @classmethod
-    def of(cls, logits: Tensor) -> _Prediction:
+    def of(cls, logits: Tensor) -> Prediction:
         scores = logits.double()
         return cls(scores, scores.logsumexp(-1))
 
@@ -88,7 +88,7 @@ class _Prediction:
     def shares(self) -> Tensor:
         return (self.scores - self.normalizer[..., None]).exp_()
 
-    def mean_log(self, other: _Prediction) -> Tensor:
+    def mean_log(self, other: Prediction) -> Tensor:
         """`sum_v p_v log q_v`. Logarithms of the shares are never formed, which would be one more pass over them."""
         found: Tensor = torch.linalg.vecdot(self.shares, other.scores)
         if not self.scores.is_cpu or not bool(found.isfinite().all()):
@@ -96,9 +96,22 @@ class _Prediction:
             found = torch.where(self.shares == 0, 0.0, self.shares * other.scores).sum(-1)
         return found - other.normalizer
 
-    def divergence(self, other: _Prediction) -> Tensor:
+    def divergence(self, other: Prediction) -> Tensor:
         """`KL(p || q)`."""
         return (self.mean_log(self) - self.mean_log(other)).clamp(min=0.0)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Nats."""
+        return -self.mean_log(self)
+
+    @property
+    def top(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The most probable token, how far its logit is above the next one, and its probability."""
+        top = self.scores.argmax(-1, keepdim=True)
+        largest = self.scores.gather(-1, top)[..., 0]
+        margin = largest - self.scores.scatter(-1, top, -torch.inf).amax(-1)
+        return top[..., 0], margin, (largest - self.normalizer).exp()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,9 +122,9 @@ class _Decoded:
     normalizer: Tensor
     """Float64, (batch, token); of padding NaN."""
 
-    def at(self, place: tuple[int, slice]) -> _Prediction:
+    def at(self, place: tuple[int, slice]) -> Prediction:
         """Of some tokens of one prompt."""
-        return _Prediction(self.logits[place].double(), self.normalizer[place])
+        return Prediction(self.logits[place].double(), self.normalizer[place])
 
 
 class Readout(Measure):
@@ -239,21 +252,16 @@ class Readout(Measure):
         values = torch.full((7, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
-            made = _Prediction.of(now.logits[place])
+            made = Prediction.of(now.logits[place])
             now.normalizer[place] = made.normalizer
             values[0][place] = made.normalizer - made.scores.gather(-1, targets[place][:, None])[:, 0]
-            values[1][place] = -made.mean_log(made)
+            values[1][place] = made.entropy
             values[2][place] = last.at(place).divergence(made)
             if full is not None:
                 values[5][place] = values[2][place] if full is last else full.at(place).divergence(made)
                 if after is not None:
                     values[6][place] = made.divergence(after.at(place))
-            top = made.scores.argmax(-1, keepdim=True)
-            top1[place] = top[:, 0]
-            others = made.scores.scatter(-1, top, -torch.inf).amax(-1)
-            largest = made.scores.gather(-1, top)[:, 0]
-            values[3][place] = largest - others
-            values[4][place] = (largest - made.normalizer).exp()
+            top1[place], values[3][place], values[4][place] = made.top
             for answer, token in enumerate(self._answers):
                 score = made.scores[:, token]
                 self._log_probabilities[answer, index][place] = (score - made.normalizer).to(self.batch.stored)

@@ -55,6 +55,9 @@ class TokenizedPrompt:
     """This many trailing tokens come after the prompt's text: what a chat template writes there (the end of the turn,
     the beginning of an answer), or the EOS of a tokenizer that adds one. The prompt itself is
     `token_ids[system_tokens : len(token_ids) - suffix_tokens]`."""
+    generated_tokens: int = 0
+    """This many tokens, behind all others, were written by the model itself. With those the prompt itself is
+    `token_ids[system_tokens : len(token_ids) - suffix_tokens - generated_tokens]`."""
     special_in_text: tuple[str, ...] = ()
     """Special tokens that the prompt's own text or the system prompt spells out, such as `<s>`: they were read as those
     tokens."""

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loopscope._util.shapes import Keys, Queries, Rotation, States, TokenIds, TokenMask
+from loopscope._util.shapes import Keys, Queries, Rotation, SeenKeys, States, TokenIds, TokenMask
 from loopscope.models.architecture import (
     VALUE_GATE_INPUTS,
     Architecture,
@@ -138,7 +138,7 @@ def _yarn(frequency: Tensor, base: float, scaling: YarnScaling) -> Tensor:
     return frequency * (1 - stretched + stretched / scaling.factor)
 
 
-def mix_values(query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:
+def mix_values(query: Queries, key: SeenKeys, value: SeenKeys, allowed: Tensor | None) -> Queries:
     """softmax(q k^T / sqrt(d)) v, by whichever of torch's kernels is fastest."""
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=query.shape[1] != key.shape[1]

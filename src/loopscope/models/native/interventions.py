@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from loopscope._util.shapes import Noise, States, TokenIds, TokenMask
@@ -34,11 +34,14 @@ _CUT = 3.0
 """Standard deviations at which the normal distribution is cut, as Huginn's published code does."""
 
 
-def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, std: float, seed: int) -> Noise:
+def initial_noise(
+    input_ids: TokenIds, mask: TokenMask | None, width: int, *, std: float, seed: int, begun: int | None = None
+) -> Noise:
     """Normal noise, cut at three standard deviations, (batch, token, width), float32 on the CPU.
 
     Each prompt has a generator of its own, keyed by the seed and the prompt's token ids. So neither batching, padding,
-    order nor sharding changes a prompt's state, on any device and in any dtype. Padding gets zeros.
+    order nor sharding changes a prompt's state, on any device and in any dtype. Padding gets zeros. Texts that went on
+    behind a prompt of `begun` tokens have the prompt's generator, drawn on, as `growing_noise` has it.
     """
     batch, tokens = input_ids.shape
     noise = torch.zeros(batch, tokens, width)
@@ -46,17 +49,25 @@ def initial_noise(input_ids: TokenIds, mask: TokenMask | None, width: int, *, st
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu()
     for row in range(batch):
         prompt = ids[row][keep[row]].numpy()
-        noise[row, keep[row]] = torch.from_numpy(_prompt_noise(prompt, width, seed)).float() * std
+        noise[row, keep[row]] = _prompt_noise(prompt[:begun], prompt.size, width, seed).float() * std
     return noise
 
 
-def _prompt_noise(prompt: np.ndarray, width: int, seed: int) -> np.ndarray:
+def growing_noise(
+    prompt: Sequence[int], tokens: int, width: int, *, std: float, seed: int
+) -> Float32[Tensor, "token width"]:
+    """The same for a text of that many tokens that begins with a prompt, as if drawn on: the prompt's own rows are
+    those of `initial_noise`, so that what follows it changes none of them."""
+    return _prompt_noise(np.array(prompt), tokens, width, seed).float() * std
+
+
+def _prompt_noise(prompt: np.ndarray, tokens: int, width: int, seed: int) -> Tensor:
     """Standard normal values cut at `_CUT`, (token, width), float64, by inversion of the distribution function."""
     digest = hashlib.sha256(f"{seed}:".encode() + prompt.astype("<i8").tobytes()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    uniform = torch.from_numpy(generator.random((prompt.size, width)))
+    uniform = torch.from_numpy(generator.random((tokens, width)))
     lowest = 0.5 * math.erfc(_CUT / math.sqrt(2))
-    values: np.ndarray = torch.special.ndtri(lowest + (1 - 2 * lowest) * uniform).numpy()
+    values: Tensor = torch.special.ndtri(lowest + (1 - 2 * lowest) * uniform)
     return values
 
 

@@ -111,17 +111,18 @@ class NativeSubject(CallableSubject):
         initial_state: States | None = None,
         observers: Iterable[Observer] = (),
         parts: Parts | None = None,
+        begun: int | None = None,
     ) -> NativeRun:
         batch = batch.to(self.device)
-        applied = self._applied(batch, seed).with_parts(parts)
-        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied)
+        applied = self.applied(batch, seed).with_parts(parts)
+        return NativeRun(self.model, batch, seed, initial_state, tuple(observers), applied, begun)
 
     def other_initial_state(self, batch: Batch, seed: int) -> States | None:
         architecture = self.model.architecture
         if not self.info.can_start_elsewhere:
             return None
         batch = batch.to(self.device)
-        applied = self._applied(batch, seed)
+        applied = self.applied(batch, seed)
         # Not the seed that the run itself is told to draw from, or the two would be one.
         seed = applied.seed(seed) + 1
         scale = next((abs(each.factor) for each in self.interventions if isinstance(each, StartScaled)), 1.0)
@@ -137,7 +138,8 @@ class NativeSubject(CallableSubject):
         noise = noise * square.sqrt()[:, None, None]
         return noise.to(self.device, self.model.dtype)
 
-    def _applied(self, batch: Batch, seed: int) -> AppliedInterventions:
+    def applied(self, batch: Batch, seed: int) -> AppliedInterventions:
+        """What interventions change in a run of these prompts."""
         return (
             RunInterventions(self.interventions, batch.input_ids, batch.mask, seed)
             if self.interventions
@@ -163,6 +165,7 @@ class NativeRun:
         initial_state: States | None,
         observers: tuple[Observer, ...],
         applied: AppliedInterventions,
+        begun: int | None = None,
     ) -> None:
         self._model = model
         self._records = any(weight.requires_grad for weight in model.parameters())
@@ -172,7 +175,7 @@ class NativeRun:
         with torch.no_grad():
             self._sequence = model.encode(batch.input_ids, batch.mask, observers, applied)
             if initial_state is None:
-                initial_state = model.initial_state(self._sequence, seed)
+                initial_state = model.initial_state(self._sequence, seed, begun)
         self.state: States = initial_state.to(model.device, model.dtype)
         threshold = model.architecture.exit_threshold
         self._exits = ExitRule(threshold) if model.exit_gate is not None else None

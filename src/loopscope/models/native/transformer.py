@@ -185,9 +185,12 @@ class LoopedTransformer(nn.Module):
         attention_mask: TokenMask | None = None,
         observers: Iterable[Observer] = (),
         applied: AppliedInterventions | None = None,
+        context: AttentionContext | None = None,
     ) -> Sequence:
-        """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence."""
-        context, applied = self._context(input_ids, attention_mask), applied or AppliedInterventions()
+        """Embed the tokens and run the prelude. `applied` holds for all that is done with the sequence; `context` is
+        what these tokens look at, where that is not each other.
+        """
+        context, applied = context or self.context(input_ids, attention_mask), applied or AppliedInterventions()
         embedded = self.embed(input_ids)
         encoded = self._stage("prelude", embedded, 0, context, applied, observers)
         return Sequence(
@@ -200,11 +203,11 @@ class LoopedTransformer(nn.Module):
         scale = self.architecture.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
 
-    def initial_state(self, sequence: Sequence, seed: int) -> States:
-        """s_0 as the architecture says."""
-        return sequence.applied.started(self._own_initial_state(sequence, seed), sequence.encoded)
+    def initial_state(self, sequence: Sequence, seed: int, begun: int | None = None) -> States:
+        """s_0 as the architecture says; `begun` as for `initial_noise`."""
+        return sequence.applied.started(self._own_initial_state(sequence, seed, begun), sequence.encoded)
 
-    def _own_initial_state(self, sequence: Sequence, seed: int) -> States:
+    def _own_initial_state(self, sequence: Sequence, seed: int, begun: int | None) -> States:
         if self.architecture.state_init == "embeddings":
             return sequence.encoded
         noise = initial_noise(
@@ -213,6 +216,7 @@ class LoopedTransformer(nn.Module):
             self.architecture.width,
             std=self.architecture.state_std,
             seed=sequence.applied.seed(seed),
+            begun=begun,
         )
         return noise.to(self.device, self.dtype)
 
@@ -300,7 +304,8 @@ class LoopedTransformer(nn.Module):
                     observer.visit(visit)
         return state.to(home)
 
-    def _context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+    def context(self, input_ids: TokenIds, mask: TokenMask | None) -> AttentionContext:
+        """What tokens that look at each other share."""
         tokens = input_ids.shape[1]
         position = torch.arange(tokens, device=input_ids.device)
         behind = position[:, None] - position

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.wording import significant
-from loopscope.answers.exit_rules import EXIT_RULES, ExitTables, StoppingRule, tables_of
+from loopscope.answers.exit_rules import ExitTables, tables_of
+from loopscope.answers.exit_signals import EXIT_SIGNALS, ExitSignal
 from loopscope.report.figures.look import CATEGORIES, INK
 from loopscope.report.figures.plot import Axis, Dots, FigureType, Line, Mark, Panel, Plot
 from loopscope.report.settings import ReportSettings
@@ -34,8 +35,9 @@ def _exit_rules(view: StudyView, settings: ReportSettings) -> Plot:
             f"Predictions at which a token stops beside those after a full run of {full} recurrences: (a) share of "
             "tokens whose most probable next token is another, (b) mean next-token loss less that after a full run, "
             "below 0: stopping early does better, (c) KL divergence from the full run's. A line is a rule under all "
-            "its thresholds: strict at the right, loose at the left. A rule is worth something where it lies below the "
-            "black line: the same number for all tokens, or, between whole numbers, one more for tokens drawn at "
+            "its thresholds: strict at the right, loose at the left; dashed where it goes by predictions, for which "
+            "the model is read out after every recurrence. A rule is worth something where it lies below the black "
+            "line: the same number for all tokens, or, between whole numbers, one more for tokens drawn at "
             "random. Diamonds: the threshold that the model or its publishers use, or the setting for stable heads. "
             "Small differences are chance; the answer gives the interval for the rule that it names."
         ),
@@ -62,19 +64,22 @@ def _costs(tables: ExitTables, name: str, shown: str, least: float) -> list[Mark
         Line(x=between, y=_above(line, least), name="the same number for all", colour=INK, tip=tip),
         Dots(x=counts, y=_above(constant, least), colour=INK, size=6, tip=tip),
     ]
-    rules = [rule for rule in EXIT_RULES if rule.key in tables.rules]
-    for rule, colour in zip(rules, CATEGORIES, strict=False):
-        marks += _rule(rule, tables, name, colour, shown, least)
+    for decodes in (False, True):
+        alike = [rule for rule in EXIT_SIGNALS if rule.decodes is decodes]
+        for rule, colour in zip(alike, CATEGORIES[:-1], strict=True):  # the last one is that of the line for all
+            if rule.key in tables.rules:
+                marks += _rule(rule, tables, name, colour, shown, least)
     return marks
 
 
-def _rule(rule: StoppingRule, tables: ExitTables, name: str, colour: str, shown: str, least: float) -> list[Mark]:
+def _rule(rule: ExitSignal, tables: ExitTables, name: str, colour: str, shown: str, least: float) -> list[Mark]:
     table = tables.rules[rule.key].mean("prompt")
     tip = f"{rule.name} {'≥' if rule.at_least else '≤'} {{label}}\n{{x:.2f}} recurrences: {shown}"
     digits = 5 if rule.at_least else 3
     marks: list[Mark] = [
         Line(
             x=table["recurrences"].values, y=_above(table[name].values, least), name=rule.name, colour=colour,
+            dash="dash" if rule.decodes else "solid",
             labels=[significant(float(each), digits) for each in table["threshold"].values], tip=tip,
         )
     ]  # fmt: skip

@@ -33,6 +33,8 @@ def header_facts(view: StudyView) -> list[tuple[str, str]]:
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
     facts += _interventions(view.study)
+    written = view.manifest.get("prompts", {}).get("generated_tokens")
+    facts += [("of them generated", f"{int(written):,}")] if written else []
     ignored = model.get("ignored_config")
     facts += [("config.json without", ", ".join(ignored))] if ignored else []
     facts += _beginning(view.manifest.get("tokenizer"))
