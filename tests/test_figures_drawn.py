@@ -439,7 +439,7 @@ def test_the_loss_is_a_mean_over_prompts(study: Study) -> None:
 def test_predictions_are_compared_with_the_last(study: Study) -> None:
     shares, distances = panels(draw_figure(study, "prediction"))
     # The top token is the last one's from 4 recurrences on, and the divergence halves.
-    np.testing.assert_allclose(line(shares, "and it stays")[1], [0, 0, 0, 1, 1, 1])
+    np.testing.assert_allclose(line(shares, "the same from there on")[1], [0, 0, 0, 1, 1, 1])
     x, y = line(distances, "mean over tokens")
     np.testing.assert_array_equal(x, [1, 2, 3, 4, 8])
     np.testing.assert_allclose(y, 0.5 ** np.array([1, 2, 3, 4, 8]))
