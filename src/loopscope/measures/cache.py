@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from loopscope._util.shapes import Keys, Rows
+from loopscope._util.shapes import Rows, Values
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, Variable, variable
 from loopscope.measures.functions import widen
 from loopscope.measures.memory import Memory
@@ -81,7 +81,7 @@ class SharedCache(Measure):
         if self._rows:
             found[2] = self._change(view, view.value, end, end.value)
 
-    def _change(self, view: QueryKeyAttention, value: Keys, end: QueryKeyAttention, last: Keys) -> Tensor:
+    def _change(self, view: QueryKeyAttention, value: Values, end: QueryKeyAttention, last: Values) -> Tensor:
         """(head, prompt); NaN of a prompt without a sampled row."""
         shared = dataclasses.replace(view, key=end.key.clone())
         values, lasts = widen(value), widen(last)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loopscope._util.shapes import Keys, Maps, Queries, Rows, States, TokenMask
+from loopscope._util.shapes import Keys, Maps, Queries, Rows, States, TokenMask, Values
 from loopscope._util.sites import Site, Stage
 
 
@@ -78,7 +78,7 @@ class QueryKeyAttention(AttentionView):
     """A query looks at no later key."""
     added: Tensor | None = None
     """What the model adds to the scores, broadcast to (batch, head, query, key): -infinity where a key is hidden."""
-    value: Keys | None = None
+    value: Values | None = None
     """What the rows mix, one per key-value head; None where it is not kept."""
 
     @property
