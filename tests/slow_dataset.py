@@ -147,7 +147,8 @@ def _steps_and_distances(states: _States, settings: AnalyzeSettings) -> dict[str
             found[f"token_{name}"] = (("site", "recurrence", "token"), both)
     x, y, z = (states.carried[start : start + settings.recurrences - 1] for start in (2, 1, 0))
     later = _norm(x - 2 * y + z) / _norm(x)
-    found["token_acceleration"] = (("recurrence", "token"), np.vstack([np.full_like(x[0, :, 0], np.nan), later]))
+    unknown = np.full((1, later.shape[1]), np.nan, dtype=later.dtype)
+    found["token_acceleration"] = (("recurrence", "token"), np.vstack([unknown, later]))
     return found
 
 
