@@ -23,8 +23,8 @@ class CountRates:
     """Count what the tokens of studies tend to: shares with 95 % intervals, several studies side by side.
 
     Shares are of decided tokens, of drivers (a token that sets the rate of those after it counts once with them all),
-    and of prompts with at least one such token. Undecided tokens widen every interval: its upper end counts all of them
-    as that kind.
+    and of prompts with at least one such token. Undecided tokens widen every interval: the lower end counts none of
+    them as that kind, the upper end all.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
