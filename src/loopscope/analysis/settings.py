@@ -62,17 +62,17 @@ class PromptSettings:
     """Which prompts."""
 
     prompts: str | None = None
-    """A file (.txt: a prompt a line; .jsonl: with --field), or the name of a preset such as word-problems."""
+    """A file (.txt with one prompt per line, or .jsonl with --field), or the name of a preset such as word-problems."""
     field: str | None = None
     """Field of a .jsonl file that holds the prompt, as text or as a list of token ids."""
     text: tuple[str, ...] = ()
-    """Prompts given right here, instead of --prompts."""
+    """Prompts given on the command line, instead of --prompts."""
     whole_file: bool = False
     """Take a text file as one prompt."""
     chunk: Count | None = None
     """Take a text file as running text, and cut it into prompts of that many tokens each."""
     limit: int | None = None
-    """Use that many prompts: the first ones, or a random subset with --sample-seed."""
+    """Use at most that many prompts: the first ones, or a random subset with --sample-seed."""
     sample_seed: Annotated[int, Range()] | None = None
     """Draw the --limit prompts at random; the same seed draws the same prompts everywhere."""
     system_prompt: Path | None = None
@@ -81,71 +81,71 @@ class PromptSettings:
     chat: bool = False
     """Make each prompt the user's turn of a chat, written by the model's chat template."""
     truncate: int | None = None
-    """Keep only the first tokens of each prompt, that many of them."""
+    """Keep only that many tokens of each prompt, the first ones."""
     generate: Count | None = None
-    """Let the model go on with each prompt by up to that many tokens, greedily after its trained number of recurrences,
-    and analyse prompts with what it wrote."""
+    """Let the model continue each prompt by up to that many tokens, greedily and with its trained number of
+    recurrences, and analyse each prompt together with its continuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How far the model is run, and as what."""
+    """How far the model is run, and in which form."""
 
     recurrences: Count = 64
     """How many recurrences to measure."""
     horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
     """Recurrences after which the state stands in for the fixed point; twice as many are run, to check it."""
     horizon_method: HorizonMethod = "auto"
-    """How distances to the horizon are had: run again (second-pass), or keep all states of a batch (keep). The
-    numbers are the same. auto keeps them while they fit into --keep-limit."""
+    """How to get distances to the horizon: run the batch again (second-pass), or keep all its states (keep). The
+    numbers are the same. auto keeps the states while they fit into --keep-limit."""
     intervene: tuple[str, ...] = ()
     """Change the model's computation: mlp:STAGE.LAYER[@RECURRENCES]=FACTOR, attention:... likewise, inject[@T]=frozen,
-    damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Such as mlp:prelude.1=0
-    or attention:recurrent.*@4-=0.5; see docs/interventions.md."""
+    damp=ETA, start=zeros|prelude|seed:N|scale:FACTOR, token:INDEX@T=zeros|noise|token:INDEX. Examples: mlp:prelude.1=0,
+    attention:recurrent.*@4-=0.5; see docs/interventions.md."""
     dtype: DtypeName | Literal["auto", "stored"] = "float32"
-    """What the model runs in. Measures are taken in float32, or float64 where that is the model's. auto takes float64,
-    which sees nine more digits settle, for models of less than 50 million parameters on a CPU, where an analysis then
-    takes less than twice as long, and float32 for others. stored takes what the checkpoint's weights are stored in."""
+    """Dtype that the model runs in. Measures use float32, or float64 if the model does. auto takes float64 for models
+    of less than 50 million parameters on a CPU, where it shows nine more digits settle and an analysis takes less than
+    twice as long, and float32 for others. stored takes the dtype of the checkpoint's weights."""
     prefix: Literal["trained", "causal"] = "trained"
-    """How a model reads its prompt that was trained to read one in both directions, as HRM-Text was: so (trained), or
-    as a text in which no token sees a later one (causal). Nothing to other models."""
+    """How a model that was trained to read its prompt in both directions, such as HRM-Text, reads it: in both
+    directions (trained), or with no token seeing a later one (causal). No effect on other models."""
     seed: Annotated[int, Range()] = 0
-    """Seed of random initial states; a prompt's state depends on it and on the prompt's tokens alone, but in a hooked
-    model that draws its own."""
+    """Seed of random initial states. A prompt's state depends only on the seed and the prompt's tokens, except in a
+    hooked model that draws its own."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hugging Face hub."""
     ignore_config: tuple[str, ...] = ()
-    """A field of config.json that loopscope does not know, to be passed over where you know that it does not change
-    what the model computes. Again for several."""
+    """Ignore a field of config.json that loopscope does not know, if you know that it does not change what the model
+    computes. Repeat for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
-    """On what it is run, and how much at once."""
+    """Where the model is run, and how much at once."""
 
     device: str = "auto"
-    """A torch device; auto takes a GPU where there is one."""
+    """A torch device; auto takes a GPU if there is one."""
     device_map: str | None = None
-    """Where layers go of a model that the device has no room for: auto (other GPUs, memory, disk), or places by layers
-    such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk; see docs/models.md. Numbers are those of one device."""
+    """Where to put the layers of a model that does not fit on the device: auto (other GPUs, memory, disk), or places by
+    layers such as prelude=cuda:0,recurrent.0-3=cuda:1,coda=disk; see docs/models.md. The numbers are those of one
+    device."""
     batch_size: Count | Literal["auto"] = "auto"
-    """Prompts that are saved, and run, together; fewer are run at once where memory is short. auto takes as many
-    as there is room for (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
+    """Prompts that are saved and run together; fewer run at once where memory is short. auto takes as many as fit
+    (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
     memory_limit: Annotated[int, Range(0)] | None = None
-    """MiB that what runs at once may take beside the model, in each worker; half of what is free unless given."""
+    """MiB that a batch may take beside the model, in each worker; default: half of the free memory."""
     keep_limit: Annotated[int, Range(0)] | None = None
-    """MiB of states that auto may keep; if not given, a sixteenth of what is free on the model's device, shared by all
+    """MiB of states that auto may keep; default: a sixteenth of the free memory of the model's device, shared by all
     workers."""
     threads: Processes | None = None
-    """CPU threads; torch's choice unless given. Of each worker, where there are several: its share of the CPUs unless
-    given."""
+    """CPU threads, of each worker if there are several; default: torch's choice, or a worker's share of the CPUs."""
     engine: EngineName = "serial"
     """Where batches of prompts are run: in this process (serial), in worker processes of this machine (processes), or
     on a Ray cluster (ray). Each worker loads the model. See docs/engines.md."""
     workers: Processes | None = None
-    """How many work side by side; one for each CPU unless given."""
+    """Number of workers; default: one for each CPU."""
     address: str = "auto"
-    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+    """Address of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,64 +153,65 @@ class MeasureSettings:
     """What is measured."""
 
     other_starts: Annotated[int, Range(1, 1024)] = 1
-    """Other initial states from which the measured recurrences are run too, to see whether all end in one place; each
-    takes --recurrences more."""
+    """Number of other initial states from which the measured recurrences are run too, to see whether all end in one
+    place; each costs --recurrences more."""
     cycle_recurrences: Count = 8
     """Recurrences in the cycle similarity; memory grows with it."""
     track: tuple[str, ...] = ("0:-1", "1:-1", "2:-1")
-    """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0 or, negative,
-    from the end."""
+    """Tokens whose trajectories are projected on principal components, as PROMPT:TOKEN, counted from 0, or from the end
+    if negative."""
     components: Annotated[int, Range(1, 1024)] = 3
     """Principal components to keep."""
     readout: tuple[Count, ...] = ()
-    """Numbers of recurrences after which the state is decoded for the loss; powers of two and the trained number unless
-    given."""
+    """Numbers of recurrences after which the state is decoded for the loss; default: powers of two, the trained number
+    and the last."""
     answer: tuple[str, ...] = ()
-    """Texts, such as ' 42', for each of whose tokens rank and log-probability as the next token are read out too."""
+    """Texts such as ' 42'; for each of their tokens, rank and log-probability as the next token are read out too."""
     exit_recurrences: Annotated[int, Range(0)] | None = None
-    """Recurrences of a full run, of which an exit rule might save some: the state is decoded after each of them,
-    besides --readout. The trained number unless given; 0 leaves exit rules out."""
+    """Recurrences of a full run, of which an exit rule might save some. The state is decoded after each of them, in
+    addition to --readout. Default: the trained number; 0 leaves exit rules out."""
     head_stable: Annotated[float, Range(above=0, infinite=True)] = 0.01
     """A head is stable from the recurrence after which its map's rows change by no more than this, as the root mean
     square of their Euclidean distances (two rows with nothing in common are 1 to 1.4 apart)."""
     support_every: Annotated[int, Range(0, 10**6)] = 0
-    """Follow the support of attention, the keys that a row looks at, on every n-th row of a prompt from its seventeenth
-    on, with the similarity of keys between recurrences and the linear CKA of every two visits; 0 leaves that out."""
+    """Measure the support of attention, the keys that a row looks at, on every n-th row of a prompt from its
+    seventeenth on; also the similarity of keys between recurrences, what one shared cache would change, and the linear
+    CKA of every two visits. 0 leaves these out."""
     judged_layers: JudgedLayers = "all"
-    """Recurrent layers whose tokens' limits are judged (fixed point, orbit, slider ...): all, or the last. Of the
-    states that are judged, up to 1.75 times --horizon of them a layer, 32 numbers each are kept until they are."""
+    """Recurrent layers at which tokens are judged (fixed point, orbit, slider ...): all, or the last. Until then 32
+    numbers are kept for each judged state, of which a layer has up to 1.75 times --horizon."""
     eigenvalue_products: Annotated[int, Range(1, 10**4)] = 40
-    """Products with the Jacobian of one recurrence, at most, from which a token's leading eigenvalues are found; each
-    takes about a recurrence, and fewer are made where the first eigenvalue is known to a thousandth."""
+    """The most products with the Jacobian of one recurrence to find a token's leading eigenvalues; each costs about a
+    recurrence. Fewer are made if the first eigenvalue is known to a thousandth earlier."""
     eigenvalue_every: Annotated[int, Range(0)] = 1
-    """Take eigenvalues of every n-th token of a prompt, counted from its last; 0 takes those of the last alone. What a
-    token does follows from all before it, so that with other numbers than 1 nothing is predicted."""
+    """Take the eigenvalues of every n-th token of a prompt, counted from its last; 0 takes only the last. What a token
+    does depends on all tokens before it, so with numbers other than 1 nothing is predicted."""
     eigenvalue_search: Annotated[int, Range(0, 10**6)] = 200
     """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
     --horizon; 0 takes the state as it is."""
     hooked_eigenvalues: bool = False
-    """Take eigenvalues of a hooked model too. Each product then takes as many copies of a prompt as it has tokens."""
+    """Take eigenvalues of a hooked model too. Each product then needs as many copies of a prompt as it has tokens."""
     map_prompts: tuple[Annotated[int, Range(0, why="since prompts count from 0")], ...] = (0,)
     """Prompts whose attention maps are kept, counted from 0; every head of every layer."""
     map_recurrences: tuple[Count, ...] = ()
-    """Numbers of recurrences whose maps are kept; the first four, powers of two, the trained number and the last unless
-    given."""
+    """Numbers of recurrences whose maps are kept; default: the first four, powers of two, the trained number and the
+    last."""
     map_tokens: Count = 64
-    """Of a longer prompt, that many tokens from the start keep their maps: with more, a pixel of a figure is less than
-    an entry."""
+    """Keep the maps of that many tokens of a longer prompt, the first ones: with more, an entry is smaller than a pixel
+    of a figure."""
     map_limit: Count = 8
-    """MiB that all these maps together may take, a byte an entry; fewer tokens are kept where they would not fit. With
-    8 a report is at most about twice as large as one without."""
+    """MiB that all these maps together may take, at one byte per entry; fewer tokens are kept if they would not fit.
+    With 8 a report is at most about twice as large as one without maps."""
     neuron_limit: Annotated[float, Range(0, infinite=True)] = 1.0
-    """Prediction and suppression neurons are counted if that takes at most this many tera floating-point operations:
-    for small models; minutes on a GPU where it is a hundred."""
+    """Count prediction and suppression neurons if that takes at most this many tera floating-point operations. 1 covers
+    small models; 100 take minutes on a GPU."""
     skip: tuple[Part, ...] = ()
     """Parts to leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSettings):
-    """What to run, on which prompts, and how far. Its parts are the groups of `loopscope analyze --help`."""
+    """What to run, on which prompts, and how far. Its base classes are the groups of `loopscope analyze --help`."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
@@ -233,11 +234,11 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
 
     @classmethod
     def preset(cls, name: Preset, **changes: Any) -> AnalyzeSettings:
-        """Settings by what they cost, and changes of them, which win; `skip` leaves more out.
+        """Settings by cost. `changes` override them; `skip` leaves more out.
 
-        `quick` is convergence, readout, and verdicts of the last layer with the noise floor that they rest on;
-        `standard` the defaults; `full` everything that those leave out for its cost. Raises `ConfigError` for another
-        name, and for a change of something that the preset leaves out.
+        `quick` is convergence, readout, and verdicts of the last layer with their noise floor; `standard` is the
+        defaults; `full` adds what the defaults leave out because of its cost. Raises `ConfigError` for another name,
+        and for a change of something that the preset leaves out.
         """
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}; the presets are {', '.join(_PRESETS)}.")

@@ -23,7 +23,7 @@ _Method = Literal["displacement", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeTrajectories:
-    """Judge trajectories that any tool captured: what does each token's state tend to?
+    """Judge trajectories captured by any tool: what does each token's state tend to?
 
     Takes .npy, .npz and .safetensors files of arrays (recurrence, width) or (token, recurrence, width). Writes
     verdicts.jsonl, manifest.json and report.html to --out.
@@ -32,15 +32,15 @@ class JudgeTrajectories:
     states: tyro.conf.Positional[tuple[Path, ...]]
     """Files of states."""
     dtype: Dtype
-    """The dtype that the model ran in, whatever the files are stored in: it sets how much motion is rounding."""
+    """The dtype that the model ran in, whatever dtype the files have: it decides how much motion is rounding."""
     out: Path
     """Folder for the verdicts."""
     method: _Method = "displacement"
-    """displacement looks at the shape of the motion; cosine, after the paper, at the cosine to the last state."""
+    """displacement judges the shape of the motion; cosine, after the paper, the cosine to the last state."""
     array: str | None = None
-    """The array to take from files that hold several; all of them unless given."""
+    """The array to take from files with several; default: all of them."""
     first_recurrence: Annotated[int, Range(1)] = 1
-    """Number of recurrences after which the first state stands: more than 1 if the beginning was cut off."""
+    """Number of recurrences after which the first state was taken: more than 1 if the beginning was cut off."""
     set: tuple[str, ...] = ()
     """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
     check_order: bool = True
@@ -82,18 +82,18 @@ class JudgeTrajectories:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate:
-    """Try the methods on trajectories whose truth is known, and show what each one gets right."""
+    """Try the methods on trajectories with known truth, and show what each method gets right."""
 
     count: Count = 1300
-    """Trajectories, spread evenly over the cases."""
+    """Number of trajectories, spread evenly over the cases."""
     dtype: tuple[Dtype, ...] = ("float32", "bfloat16")
-    """Dtypes whose noise they carry."""
+    """Dtypes whose noise the trajectories carry."""
     method: tuple[_Method, ...] = ("displacement", "cosine")
     """Methods to try."""
     seed: Seed = 0
     """The same seed makes the same trajectories."""
     threads: Processes | None = None
-    """CPU threads; torch's choice unless given."""
+    """CPU threads; default: torch's choice."""
     json: bool = False
     """Print JSON, for programs."""
 

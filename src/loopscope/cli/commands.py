@@ -39,7 +39,7 @@ class _Shown:
     """How the answers of a study are shown."""
 
     verbose: bool = False
-    """Show each answer in sentences, with its numbers, rather than on a line."""
+    """Show each answer in sentences with its numbers, instead of one line."""
     json: bool = False
     """Print JSON, for programs."""
     open: bool = False
@@ -50,8 +50,8 @@ class _Shown:
 class Analyze(_Shown):
     """Run prompts through a model and measure how each layer's state settles.
 
-    Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. A run that was
-    interrupted is resumed when the same command is given again, with its --out.
+    Writes a study to --out: arrays (study.nc), manifest.json, tokens.jsonl and report.html. To resume an interrupted
+    run, give the same command again with its --out.
     """
 
     model: tyro.conf.Positional[str]
@@ -62,21 +62,21 @@ class Analyze(_Shown):
     machine: MachineSettings
     measure: MeasureSettings
     out: Path | None = None
-    """Folder for the study; runs/MODEL-TIME unless given."""
+    """Folder for the study; default: runs/MODEL-TIME."""
     preset: Preset = "standard"
-    """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer;
+    """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer; costs
     1.7 times a bare run to twice the horizon on the shipped models. standard: 3.1 times where tokens settle, 4.0 where
-    they do not. full: larger attention maps and supports of attention too, neurons of large models and eigenvalues
-    of hooked ones; 3.3 and 4.3 times without supports, about 8 % more with them, and more where neurons and hooked
-    eigenvalues come in. An option wins; --skip leaves out more."""
+    they do not. full: also larger attention maps, supports of attention, neurons of large models and eigenvalues of
+    hooked ones; 3.3 and 4.3 times without supports, about 8 % more with them, and more with neurons and hooked
+    eigenvalues. Options override the preset; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """The command line, which tells an option that was given from its default."""
+    """The command line, to tell an option that was given from its default."""
 
     @property
     def settings(self) -> AnalyzeSettings:
-        """Those of the preset but for what the command line gives."""
+        """Those of the preset, overridden by the command line."""
         parts = (self.prompt, self.run_, self.machine, self.measure)
         flags = {argument.partition("=")[0].replace("_", "-").replace("--no-", "--") for argument in self.given}
         options = {name: value for part in parts for name, value in vars(part).items()}
@@ -130,7 +130,7 @@ class Report:
     study: tyro.conf.Positional[Path]
     """The --out folder of an analysis."""
     out: Path | None = None
-    """Where to write it; report.html in the study's folder unless given."""
+    """File to write; default: report.html in the study's folder."""
 
     def run(self) -> None:
         from loopscope.cli.console import say_path
@@ -142,7 +142,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Compare:
-    """Put the answers of studies side by side, and ask whether their stages of inference are alike.
+    """Compare the answers of studies, and ask whether their stages of inference are alike.
 
     Several models or checkpoints, looped or feed-forward, or one model on several data sets or with several settings.
     Writes a comparison to --out: report.html, the table of answers (answers.csv, answers.tex), arrays (comparison.nc)
@@ -152,11 +152,11 @@ class Compare:
     studies: tyro.conf.Positional[tuple[Path, ...]]
     """The --out folders of two or more analyses."""
     out: Path
-    """Folder for the comparison; a name that ends in .html gets the report alone."""
+    """Folder for the comparison; if the name ends in .html, only the report is written there."""
     settings: Annotated[CompareSettings, tyro.conf.arg(name="")]
     reference: str | None = None
-    """Folder, or name, of the study that the others are compared with; the first feed-forward one unless given, or
-    else the first."""
+    """Folder or name of the study that the others are compared with; default: the first feed-forward one, or else the
+    first."""
 
     def run(self) -> None:
         from loopscope._util.files import write_atomically
@@ -184,20 +184,20 @@ class Figures:
     """Write paper figures of studies, a comparison, experiments or evaluations, as PDF, SVG or PNG, with captions
     (figures.json).
 
-    All that a study can support; what is left out is listed with its reason. Of several studies, also the figures that
-    put them side by side. Needs matplotlib: pip install 'loopscope[figures]'.
+    Writes every figure that a study supports, and lists those left out with the reason. For several studies, also
+    writes the figures that compare them. Needs matplotlib: pip install 'loopscope[figures]'.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
     """The --out folders of analyses, of a comparison, a patching, experiments or evaluate."""
     out: Path
-    """Folder for the figures; of several studies each gets a folder of its own inside."""
+    """Folder for the figures; with several studies each gets its own folder inside."""
     format: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf",)
-    """One or several."""
+    """One or several formats."""
     width: Literal["auto", "single", "double"] | float = "auto"
-    """A column (3.25 inches), two (6.75), inches, or what the panels of each figure need."""
+    """One column (3.25 inches), two columns (6.75 inches), a number of inches, or what each figure's panels need."""
     only: tuple[str, ...] = ()
-    """Names of figures, such as step-by-layer, instead of all; docs/figures.md lists them, and so does the answer to an
+    """Names of figures, such as step-by-layer, instead of all; docs/figures.md lists them, and so does the error for an
     unknown name."""
 
     def run(self) -> None:
@@ -215,9 +215,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the arrays of studies as tables: tokens, readouts, visits, heads, prompts, and a row for each study.
+    """Write the arrays of studies as tables: tokens, readouts, visits, heads, prompts, and one row per study.
 
-    csv, parquet, or a folder that the Hugging Face hub takes as a data set: tables, manifests and a card.
+    Writes csv, parquet, or a folder that the Hugging Face hub accepts as a data set, with tables, manifests and a card.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
@@ -227,7 +227,7 @@ class Export:
     to: Literal["csv", "parquet", "hub-folder"] = "parquet"
     """parquet needs pyarrow: pip install 'loopscope[hub]'."""
     licence: str = "unknown"
-    """Of the data set, in the card of a hub-folder: an identifier of the hub such as mit or cc-by-4.0."""
+    """Licence of the data set in the card of a hub-folder: an identifier of the hub such as mit or cc-by-4.0."""
 
     def run(self) -> None:
         from loopscope.cli.console import say_path
@@ -240,7 +240,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model from a configuration; the same command resumes a run that was interrupted."""
+    """Train a model from a configuration; the same command resumes an interrupted run."""
 
     config: tyro.conf.Positional[Path]
     """A JSON file: architecture, data, optimiser, recurrences. The shipped models' are in loopscope/demo/configs."""
@@ -251,7 +251,7 @@ class Train:
     test_data: Path | None = None
     """Held-out text, instead of the configuration's."""
     threads: Processes | None = None
-    """CPU threads; torch's choice unless given."""
+    """CPU threads; default: torch's choice."""
     device: str = "cpu"
     """A torch device."""
 
@@ -274,10 +274,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what models are and what running them takes, without loading them.
+    """Show what models are and what it takes to run them, without loading them.
 
-    Reads config.json, the tokenizer's files and the headers of the tensors; of a model on the hub nothing else is
-    downloaded. Several models are put side by side: layout, norms, injection, initial state, what begins a text.
+    Reads config.json, the tokenizer's files and the headers of the tensors; nothing else of a model on the hub is
+    downloaded. Several models are compared: layout, norms, injection, initial state, the token that begins a text.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
@@ -285,15 +285,15 @@ class Inspect:
     organisation/model."""
     run_size: Annotated[RunSize, tyro.conf.arg(name="")]
     revision: str | None = None
-    """A branch, tag or commit of the model, if there is one, on the hub."""
+    """Branch, tag or commit of a model on the Hugging Face hub."""
     ignore_config: tuple[str, ...] = ()
-    """A field of config.json that loopscope does not know, to be passed over. Again for several."""
+    """Ignore a field of config.json that loopscope does not know. Repeat for several."""
     device: str = "auto"
     """A torch device, for --device-map."""
     device_map: str | None = None
-    """Say where layers would go on this machine, as analyze has it: auto, or places by layers."""
+    """Show where layers would go on this machine: auto, or places by layers as in analyze."""
     json: bool = False
-    """Print JSON, for programs: an object, of several models a list of them."""
+    """Print JSON, for programs: one object, or a list of objects for several models."""
 
     def run(self) -> None:
         from loopscope.analysis.memory import foresee
@@ -329,7 +329,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Models:
-    """List the shipped models, and the families of checkpoints that are read."""
+    """List the shipped models, and the families of checkpoints that loopscope reads."""
 
     def run(self) -> None:
         from loopscope.cli.console import say_models

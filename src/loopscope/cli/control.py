@@ -10,7 +10,7 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class ControlTokens:
-    """Damp what does not settle: run prompts whose tokens orbit, slide or diverge again, as their eigenvalues ask for.
+    """Damp what does not settle: rerun prompts with tokens that orbit, slide or diverge, as their eigenvalues call for.
 
     Writes the study of the damped loop to --out, with report.html and control.json: the step, what was predicted, and
     the verdicts before and after.
@@ -21,13 +21,13 @@ class ControlTokens:
     out: Path
     """Folder for the study of the damped loop."""
     model: str | None = None
-    """The model, if it is not to be had by the name in the study; its weights must be the same."""
+    """The model, if the name in the study does not find it; its weights must be the same."""
     eta: float | None = None
-    """Step of the damped loop, above 0 and up to 1, instead of the one that the eigenvalues ask for."""
+    """Step of the damped loop, above 0 and up to 1, instead of the one that the eigenvalues call for."""
     radius: float = 0.95
-    """What the largest modulus of the damped eigenvalues may be: the rate at which the slowest token then settles."""
+    """Largest modulus that the damped eigenvalues may have: the rate at which the slowest token then settles."""
     horizon: int | None = None
-    """Horizon of the damped run, which with a small step needs more recurrences; that of the study unless given."""
+    """Horizon of the damped run, which needs more recurrences with a small step; default: that of the study."""
     report: bool = True
     """Also write report.html."""
 

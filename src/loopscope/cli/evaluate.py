@@ -14,38 +14,38 @@ from loopscope.models.inspection.facts import Dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Run tasks of lm-evaluation-harness and show accuracy against the number of recurrences.
+    """Run loopscope's own tasks or those of lm-evaluation-harness, and show accuracy against recurrences.
 
-    Likelihoods of all numbers come from one pass. With --out, writes curve.json, a page (report.html), and the
-    harness's own results (harness-N.json) and documents (samples-N.jsonl) of each number.
+    One pass gives the likelihoods for all numbers of recurrences. With --out, writes curve.json, a report (report.html)
+    and, for the harness's tasks, its results (harness-N.json) and documents (samples-N.jsonl) for each number.
     """
 
     model: tyro.conf.Positional[str]
     """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
     organisation/model."""
     tasks: tuple[str, ...]
-    """Names of tasks, apart or with commas between: arc_easy gsm8k. The harness's own need `pip install
-    'loopscope[lm-eval]'`."""
+    """Names of tasks, separated by spaces or commas: permutations and addition are loopscope's own; the harness's, such
+    as arc_easy and gsm8k, need `pip install 'loopscope[lm-eval]'`."""
     recurrences: tuple[int, ...] = ()
-    """Numbers of recurrences; the trained one unless given."""
+    """Numbers of recurrences; default: the trained one."""
     include_path: Path | None = None
     """Folder with task files of your own. They may call Python."""
     limit: int | None = None
-    """The most documents of a task, the first ones."""
+    """Use at most that many documents of a task, the first ones."""
     fewshot: int | None = None
     """Examples before each question, instead of the task's own number."""
     chat: bool = False
-    """Make each request the user's turn of a chat, written by the model's chat template; of the harness's tasks."""
+    """Make each request of the harness's tasks the user's turn of a chat, written by the model's chat template."""
     seed: int = 0
-    """Of random initial states."""
+    """Seed of random initial states."""
     revision: str | None = None
-    """A branch, tag or commit of the model, if it is one on the hub."""
+    """Branch, tag or commit of a model on the Hugging Face hub."""
     dtype: Dtype = "float32"
-    """Of weights and states."""
+    """Dtype of weights and states."""
     device: str = "auto"
-    """A torch device; auto takes a GPU where there is one."""
+    """A torch device; auto takes a GPU if there is one."""
     out: Path | None = None
-    """Folder for the results, which must hold no other evaluation."""
+    """Folder for the results; it must hold no other evaluation."""
     json: bool = False
     """Print JSON, for programs."""
 

@@ -30,13 +30,13 @@ class _GridCommand:
     """What every experiment takes."""
 
     out: Path
-    """Folder for the results, a file a cell; an experiment that was interrupted is resumed."""
+    """Folder for the results, one file per cell; an interrupted experiment is resumed."""
     engine: EngineName = "processes"
     """Where cells are run: in this process (serial), in worker processes, or on a Ray cluster (ray)."""
     workers: Processes | None = None
-    """How many work side by side, each on one thread; one for each CPU unless given."""
+    """Number of workers, each on one thread; default: one for each CPU."""
     address: str = "auto"
-    """Of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
+    """Address of the Ray cluster: the one of this machine (auto), or HOST:PORT."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
@@ -53,16 +53,16 @@ class _RandomModels(_GridCommand):
     """What both experiments over random models take."""
 
     norm: tuple[NormName, ...] = NORMS
-    """Where norms stand: before each branch (pre), on the residual stream (residual: Huginn), around each branch and at
-    the end of a recurrence (ouro), after each branch (olmo2)."""
+    """Where the norms are: before each branch (pre), on the residual stream (residual, as in Huginn), around each
+    branch and at the end of a recurrence (ouro), after each branch (olmo2)."""
     injection: tuple[InjectionName, ...] = INJECTIONS
     """How the prompt enters each recurrence."""
     width: int = 192
-    """Of the residual stream."""
+    """Width of the residual stream."""
     seeds: _Seeds = 3
-    """Models of each design."""
+    """Number of models of each design."""
     recurrences: int = 128
-    """The horizon; twice as many are run."""
+    """The horizon; twice as many recurrences are run."""
 
     def cells_done(self, cells: Sequence[Cell], kind: str) -> list[CellResult]:
         from loopscope._util.progress import ProgressBar
@@ -74,13 +74,13 @@ class _RandomModels(_GridCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Architectures(_RandomModels):
-    """Which norms and injections make fixed points, at random initialisation (arXiv 2604.11791, Figure 6).
+    """Find which norms and injections make fixed points at random initialisation (arXiv 2604.11791, Figure 6).
 
-    Says design by design whether the paper's outcome was reproduced.
+    Says for each design whether the paper's outcome was reproduced.
     """
 
     depth: tuple[int, ...] = (4, 12, 16)
-    """Recurrent layers."""
+    """Number of recurrent layers."""
     std: float = 0.02
     """Standard deviation of the weights."""
 
@@ -121,13 +121,13 @@ class Architectures(_RandomModels):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase(_RandomModels):
-    """Where each design stops converging as its weights grow, and where its eigenvalues say that it should."""
+    """Find where each design stops converging as its weights grow, and where its eigenvalues predict it."""
 
     width: int = 128
     depth: int = 4
-    """Recurrent layers."""
+    """Number of recurrent layers."""
     seeds: _Seeds = 2
-    """Models of each design and scale."""
+    """Number of models of each design and scale."""
     std: tuple[float, ...] = SCALES
     """Standard deviations of the weights."""
     injection_scale: tuple[float, ...] = (1.0,)
@@ -161,16 +161,16 @@ class Phase(_RandomModels):
 class Training(_GridCommand):
     """Train the models of a sweep, analyse each, and say which designs keep their loss beyond the trained depth.
 
-    Grids over block size, injection, norms and the rest of a training configuration, named recipes, seeds, and
-    feed-forward controls. A sweep that was interrupted is resumed, within a cell too. See docs/experiments.md.
+    A sweep is a grid over block size, injection, norms and the rest of a training configuration, with named recipes,
+    seeds and feed-forward controls. An interrupted sweep is resumed, also within a cell. See docs/experiments.md.
     """
 
     sweep: tyro.conf.Positional[Path]
-    """A JSON file."""
+    """The sweep, a JSON file."""
     base: Path | None = None
-    """Folder that the sweep's paths are relative to; the one of its file unless given."""
+    """Folder that the sweep's paths are relative to; default: the folder of its file."""
     only: tuple[str, ...] = ()
-    """Do the cells of these designs alone, by their names in the table; others that are done stay in the report."""
+    """Run only the cells of these designs, by their names in the table; others that are done stay in the report."""
 
     def run(self) -> None:
         from loopscope.experiments.sweep import Sweep
@@ -203,12 +203,12 @@ class Training(_GridCommand):
 
 @dataclass(frozen=True)
 class ExperimentReport:
-    """Draw one page of several experiments: small multiples, phase diagram, ranking, and what the numbers support."""
+    """Write one report of several experiments: small multiples, phase diagram, ranking, supported conclusions."""
 
     experiments: tyro.conf.Positional[tuple[Path, ...]]
     """The --out folders of experiments."""
     out: Path
-    """Where to write it, such as experiments.html."""
+    """File to write, such as experiments.html."""
 
     def run(self) -> None:
         from loopscope.cli.console import say_path
@@ -246,7 +246,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 _SHOWN = ("design", "layout", "loss", "loss beyond", "kept", "accuracy", "settled")
 """Columns of the table of trained models for which a terminal has room."""
 _LEGEND = (
-    "By the standard deviation of the weights: what most tokens do in the long run (F fixed point, A at floor, "
+    "For each standard deviation of the weights: what most tokens do in the long run (F fixed point, A at floor, "
     "O orbit, S slider, B bounded, D diverging, ? unknown) and the largest predicted rate of those whose fixed point "
     "is known; then the scale at which that rate crosses 1, and the one at which half of the tokens no longer settle."
 )

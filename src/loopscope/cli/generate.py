@@ -13,41 +13,42 @@ from loopscope._util.ranges import Count, Range, Seed, check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Let a model go on with a prompt, and stop recurrences early by an exit rule that is really taken.
+    """Let a model continue a prompt; with an exit rule, tokens really stop their recurrences early.
 
-    Shows the text, and beside an exit rule what it saved and how the text differs from the full run's.
+    Shows the text and, with an exit rule, what it saved and how the text differs from the full run's.
     """
 
     model: tyro.conf.Positional[str]
     """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
     organisation/model."""
     prompt: tyro.conf.Positional[str]
-    """The text to go on with."""
+    """The text to continue."""
     recurrences: Count | None = None
-    """Of a full run; the trained number, or that of a rule from a file, unless given."""
+    """Recurrences of a full run; default: the number in the rule's file, or else the trained number."""
     exit: str | None = None
-    """Stop a token once a rule fires: such as 'step <= 0.03 & top1 >= 2', or a file of `loopscope exits`."""
+    """Stop a token once this rule fires: such as 'step <= 0.03 & top1 >= 2', or a file from `loopscope exits`."""
     max_new_tokens: Count = 64
     """The most tokens to generate."""
     cache: Literal["per-recurrence", "last", "none"] | None = None
-    """Keys and values that are kept of the tokens before: of every recurrence, which is exact and the default; of the
-    last one alone, as Ouro shares them; or none, so that each token is a pass over the whole text."""
+    """Which keys and values of earlier tokens are kept: those of every recurrence (exact), only those of the last one
+    (as Ouro shares them), or none, so that each token is a pass over the whole text. Default: per-recurrence, or none
+    for a hooked model."""
     compare: bool = True
-    """With exits or a shared cache, write the full run's text too, to compare."""
+    """With exits or a shared cache, also generate the full run's text for comparison."""
     seed: Seed = 0
-    """Of random initial states."""
+    """Seed of random initial states."""
     system_prompt: Path | None = None
     """As in analyze."""
     chat: bool = False
     """Make the prompt the user's turn of a chat, written by the model's chat template."""
     intervene: tuple[str, ...] = ()
-    """Change the model's computation, as in analyze. Again for several."""
+    """Change the model's computation, as in analyze. Repeat for several."""
     dtype: str = "float32"
     """float32, float64, bfloat16, float16, stored or auto."""
     device: str = "auto"
     """A torch device."""
     revision: str | None = None
-    """A branch, tag or commit of the model, on the hub."""
+    """Branch, tag or commit of a model on the Hugging Face hub."""
     json: bool = False
     """Print JSON, for programs."""
 
@@ -87,8 +88,8 @@ class Generate:
 class ExitRules:
     """Choose thresholds of exit rules on half of a study's prompts, and judge them on the other half.
 
-    Without --rule a table of all rules of one signal. With --rule and --out, writes the rule with its thresholds as a
-    JSON file, which generate takes.
+    Without --rule, shows a table of all rules with one signal. With --rule and --out, writes the rule with its
+    thresholds to a JSON file for generate.
     """
 
     study: tyro.conf.Positional[Path]
@@ -97,15 +98,15 @@ class ExitRules:
     """Conditions on signals, such as 'step & top1 >= 2' (all of them) or 'kl | margin' (any); docs/method.md lists
     the signals. A threshold that is left out is chosen."""
     loss: Annotated[float, Range(0)] = 0.01
-    """The most that the mean loss may rise beyond the full run's, nats a token."""
+    """The most by which the mean loss may exceed the full run's, in nats per token."""
     changed: Annotated[float, Range(0, below=1)] = 0.05
-    """The largest share of most probable next tokens that may be others."""
+    """The largest share of most probable next tokens that may change."""
     patience: Count = 1
-    """Recurrences in a row at which the conditions have to hold."""
+    """Recurrences in a row at which the rule has to hold."""
     least: Count = 1
     """The first recurrence after which a token may stop."""
     out: Path | None = None
-    """The file to write."""
+    """File to write."""
     json: bool = False
     """Print JSON, for programs."""
 

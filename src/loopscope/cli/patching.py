@@ -13,7 +13,7 @@ from loopscope._util.ranges import Count, Range, Seed, check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class PatchStates:
-    """Find where an answer is made: put states of a clean prompt's run into a corrupted prompt's, one by one.
+    """Find where an answer is made: copy states of a clean prompt's run into a corrupted prompt's run, one by one.
 
     Writes a grid of recoveries to --out: patching.nc, patching.json and report.html; `loopscope figures` draws it too.
     """
@@ -22,29 +22,29 @@ class PatchStates:
     """A shipped model such as demo:injected, a checkpoint folder, or a model of the Hugging Face hub such as
     organisation/model."""
     pairs: Path
-    """JSONL: clean and corrupted (prompts of as many tokens), answer and, of all or none, wrong (one token each)."""
+    """JSONL: clean and corrupted (prompts of equal length), answer and, in all or none, wrong (one token each)."""
     out: Path
-    """Folder for what is found."""
+    """Folder for the results."""
     recurrences: Count | None = None
-    """How often the loop runs; the trained number unless given."""
+    """How often the loop runs; default: the trained number."""
     parts: tuple[Literal["residual", "attention", "mlp", "head"], ...] = ("residual",)
-    """What is put in: a layer's output, what its attention or MLP adds, or what one head has mixed."""
+    """What is copied: a layer's output, what its attention or MLP adds, or the output of one head."""
     visits: tuple[str, ...] = ("*",)
-    """Patterns of the visits' labels, such as 'recurrent.2@*' or 'prelude.*'."""
+    """Patterns for the labels of visits, such as 'recurrent.2@*' or 'prelude.*'."""
     positions: Literal["each", "all"] = "each"
     """One token at a time, or all of them at once."""
     batch_size: Annotated[int, Range(1, 10**4)] = 32
-    """Cells that are run at once."""
+    """Cells to run at once."""
     seed: Seed = 0
-    """Of random initial states."""
+    """Seed of random initial states."""
     intervene: tuple[str, ...] = ()
-    """Change the model in both runs, as in analyze. Again for several."""
+    """Change the model in both runs, as in analyze. Repeat for several."""
     dtype: str = "float32"
     """float32, float64, bfloat16, float16, stored or auto."""
     device: str = "auto"
     """A torch device."""
     revision: str | None = None
-    """A branch, tag or commit of the model, on the hub."""
+    """Branch, tag or commit of a model on the Hugging Face hub."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")

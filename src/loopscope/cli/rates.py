@@ -22,19 +22,20 @@ _SMALLEST = 1e-5
 class CountRates:
     """Count what the tokens of studies tend to: shares with 95 % intervals, several studies side by side.
 
-    Shares of the tokens that can be told, of what drives them (a token that sets the rate of those after it counts once
-    with them all), and of prompts that have at least one such token. Tokens that cannot be told widen every interval:
-    it ends where all of them would be of that kind.
+    Shares are of decided tokens, of drivers (a token that sets the rate of those after it counts once with them all),
+    and of prompts with at least one such token. Undecided tokens widen every interval: the lower end counts none of
+    them as that kind, the upper end all.
     """
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
     """The --out folders of analyses, such as those of one model under several system prompts."""
     layer: int | None = None
-    """A recurrent layer; the last one judged unless given."""
+    """A recurrent layer; default: the last judged one."""
     method: Literal["displacement", "cosine"] = "displacement"
-    """Whose verdicts are counted."""
+    """The method whose verdicts are counted."""
     roles: bool = False
-    """Also by the role of the token: beginning of text, question, system prompt, digits, punctuation, last token."""
+    """Also by role of the token: beginning of text, question, system prompt, digits, punctuation, generated, last
+    token."""
     json: bool = False
     """Print JSON, for programs."""
 

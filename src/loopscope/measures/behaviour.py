@@ -65,48 +65,48 @@ class Behaviour(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "verdict": variable(
             _TOKEN,
-            "what the token tends to, by the displacement method, as a place in kind; -1 beyond the prompt's end",
+            "what the token tends to by the displacement method, as a position in kind; -1 beyond the prompt's end",
             "code",
             flags=_KIND_NAMES,
         ),
-        "verdict_cosine": variable(_TOKEN, "the same by the cosine method", "code", flags=_KIND_NAMES),
+        "verdict_cosine": variable(_TOKEN, "verdict by the cosine method", "code", flags=_KIND_NAMES),
         "verdict_doubt": variable(
             _TOKEN,
-            "why the displacement method cannot tell, of tokens of kind unknown; -1 of all others",
+            "why the displacement method cannot tell, for tokens of kind unknown; -1 for all others",
             "code",
             flags=tuple(doubt.name.lower() for doubt in DOUBTS),
         ),
         "verdict_changes": variable(
             f"change {_TOKEN}",
-            "1 where the verdict at 2H changes within a shorter window, at H, at H/2, or with another initial state, 0 "
-            "where it stands, -1 where that was not tried",
+            "1 if the verdict at 2H changes with a shorter window, at H, at H/2, or with another initial state; "
+            "0 if it stands; -1 if that was not tried",
             "code",
             flags=("stands", "changes"),
         ),
         "verdict_level": variable(_TOKEN, "largest root mean square displacement within the tail, over the norm"),
         "verdict_floor": variable(_TOKEN, "estimated noise floor, over the norm"),
-        "verdict_period": variable(_TOKEN, "of an orbit, or of a damped rotation: its period", "recurrences"),
-        "verdict_amplitude": variable(_TOKEN, "of an orbit: root mean square distance to its centre, over the norm"),
-        "verdict_speed": variable(_TOKEN, "of a slider: mean step per recurrence, over the norm"),
+        "verdict_period": variable(_TOKEN, "period of an orbit or a damped rotation", "recurrences"),
+        "verdict_amplitude": variable(_TOKEN, "for an orbit: root mean square distance to its centre, over the norm"),
+        "verdict_speed": variable(_TOKEN, "for a slider: mean step per recurrence, over the norm"),
         "verdict_rate": variable(
             _TOKEN,
-            "factor per recurrence by which the distance to the limit shrinks, or that to the start grows",
+            "factor per recurrence by which the distance to the limit shrinks, or the distance to the start grows",
         ),
         "verdict_p_value": variable(
-            _TOKEN, "that noise alone would look as structured, corrected for the shapes that were tried"
+            _TOKEN, "probability that noise alone would look as structured, corrected for the shapes that were tried"
         ),
         "displacement": variable(
             "lag prompt token",
-            "of the last recurrent layer: root mean square displacement at each lag, over the norm",
+            "for the last recurrent layer: root mean square displacement at each lag, over the norm",
         ),
         "tail_path": variable(
             "plane tail prompt token",
-            "of the last recurrent layer: the path through the tail in the plane in which the token moves most, over "
-            "the norm",
+            "for the last recurrent layer: the path through the tail in the plane in which the token moves "
+            "most, over the norm",
         ),
         "mover": variable(
             "judged_layer prompt",
-            "the orbit or slider that moves most, -1 where there is none",
+            "the orbit or slider that moves most; -1 if there is none",
             "token",
         ),
         "mover_path": variable("plane tail judged_layer prompt", "the path of the mover, as in tail_path"),
@@ -116,7 +116,9 @@ class Behaviour(Measure):
             "tokens",
         ),
         "cosine_sensitivity": variable(
-            "prompt cosine_setting cosine_setting_other kind", "the same of the cosine method", "tokens"
+            "prompt cosine_setting cosine_setting_other kind",
+            "displacement_sensitivity for the cosine method",
+            "tokens",
         ),
     }
     needs = Needs(loop=True, long_run=True)

@@ -32,13 +32,13 @@ class SharedCache(Measure):
     part = "support"
     variables: ClassVar[dict[str, Variable]] = {
         "cache_key_distance": variable(
-            _HEAD, "||k[t] - k[H]|| / ||k[H]|| of the keys that a head reads, as they are, mean over tokens"
+            _HEAD, "||k[t] - k[H]|| / ||k[H]|| of the keys as a head reads them, mean over tokens"
         ),
-        "cache_value_distance": variable(_HEAD, "the same of the values"),
+        "cache_value_distance": variable(_HEAD, "cache_key_distance for the values"),
         "cache_output_change": variable(
             _HEAD,
-            "what a head mixes at t with the horizon's keys and values for all tokens before, less what it mixes, over "
-            "the norm of that, mean over sampled rows: what sharing one cache would change there",
+            "change of a head's output at t if all earlier tokens had the horizon's keys and values, as with "
+            "one shared cache, over the norm of the output, mean over sampled rows",
         ),
     }
     needs = Needs(loop=True, attention=True, horizon=True, also=("heads",))

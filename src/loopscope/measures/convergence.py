@@ -19,7 +19,7 @@ LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 _RAW = "residual stream"
 _MEANINGS = {
     "successive_difference": ("mean over tokens of ||X[i,t] - X[i,t-1]||", _RAW),
-    "relative_step": ("the same over ||X[i,t]||", "1"),
+    "relative_step": ("mean over tokens of ||X[i,t] - X[i,t-1]|| / ||X[i,t]||", "1"),
     "cosine_distance_to_previous": ("1 - cosine of X[i,t] and X[i,t-1]", "1"),
     "distance_to_horizon": ("||x - x*||", _RAW),
     "relative_distance": ("||x - x*|| / ||x*||", "1"),

@@ -107,22 +107,22 @@ class HeadMeasures(Measure):
         "attention_distance_to_horizon": variable(_CHANGE, "||A[t] - A[H]||", otherwise=_NO_LOOP),
         "attention_bound_ratio": variable(
             _CHANGE,
-            "attention_change over the most that the change of queries and keys allows (Prop. 4.2 of the paper, in the "
-            "sharper form without weights); above 1 would be an error of the instrument",
+            "attention_change over the most that the change of queries and keys allows (Prop. 4.2 of the paper, "
+            "in its sharper form without weights); a value above 1 would be an error of the instrument",
             otherwise=_NO_LOOP,
         ),
         "head_stable_from": variable(
             "layer head prompt",
-            "number of recurrences after which attention_change / sqrt(T) stays at or below the setting head_stable; "
-            "NaN for a head that is not stable within the recurrences measured",
+            "number of recurrences after which attention_change / sqrt(T) stays at or below the setting "
+            "head_stable; NaN for a head that is not stable within the measured recurrences",
             "recurrences",
             otherwise=_NO_LOOP,
         ),
         "token_attention_change": variable(
             "recurrence prompt token",
-            "root mean square, over the heads of all recurrent layers that can be seen, of the Euclidean norm by which "
-            "the token's row of the map changes from t - 1 to t; nothing at recurrence 1; 0 for the first token, which "
-            "has only itself to look at",
+            "Euclidean norm of the change of the token's row of the map from t - 1 to t, root mean square over "
+            "all visible heads of the recurrent layers; nothing at recurrence 1; 0 for the first token, which "
+            "attends only to itself",
             otherwise=_NO_LOOP,
         ),
     }

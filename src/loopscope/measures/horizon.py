@@ -27,7 +27,7 @@ class NoiseFloor(Measure):
 
     part = "noise-floor"
     variables: ClassVar[dict[str, Variable]] = {
-        "noise_floor": variable("layer prompt", "relative step that rounding alone keeps up (see method)")
+        "noise_floor": variable("layer prompt", "relative step that rounding alone makes (see method)")
     }
     needs = Needs(loop=True, long_run=True)
 
@@ -61,17 +61,17 @@ class Horizons(Measure):
         "horizon_drift_cosine": variable("layer prompt", "cosine of the states at H and 2H"),
         "horizon_norm_growth": variable("layer prompt", "||X[2H]|| / ||X[H]||"),
         "horizon_relative_step": variable("horizon layer prompt", "relative step into the state at H and at 2H"),
-        "horizon_residual_norm": variable("horizon layer prompt", "mean token norm there", "residual stream"),
+        "horizon_residual_norm": variable("horizon layer prompt", "mean token norm at H and at 2H", "residual stream"),
         "token_horizon_drift": variable("site prompt token", "horizon_drift of one token"),
         "layer_cosine": variable("layer layer_other prompt", "cosine of X*[i] and X*[j]"),
         "degeneracy": variable(
             "prompt",
-            "mean over tokens of min over i > 0 of cos(X*[0], X*[i]); near 1: all layers share one point",
+            "mean over tokens of min over i > 0 of cos(X*[0], X*[i]); near 1 if all layers share one point",
         ),
         "unrelated_degeneracy": variable(
             "prompt",
-            "the same with X*[i] of the token half a prompt away: what states of this model that have nothing to do "
-            "with each other show; NaN for a prompt of one token",
+            "degeneracy with X*[i] of the token half a prompt away: the value for unrelated states of this "
+            "model; NaN for a prompt of one token",
         ),
     }
     needs = Needs(loop=True, long_run=True)

@@ -32,12 +32,13 @@ class LayerReadout(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "layer_top1": variable(
             _DIMS,
-            "the most probable token id by norm and head of the state after a layer, at the trained number of "
-            "recurrences or the last one measured; -1 after the last layer, which the coda reads, and beyond the end",
+            "the most probable token id when final norm and head read the state after a layer, at the trained "
+            "number of recurrences or the last measured one; -1 after the last layer, which the coda reads, and "
+            "beyond the end",
             "token id",
         ),
-        "layer_top1_probability": variable(_DIMS, "its probability"),
-        "layer_entropy": variable(_DIMS, "entropy of that prediction", "nats"),
+        "layer_top1_probability": variable(_DIMS, "probability of layer_top1"),
+        "layer_entropy": variable(_DIMS, "entropy of the prediction whose most probable token is layer_top1", "nats"),
     }
 
     @classmethod

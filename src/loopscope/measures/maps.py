@@ -53,7 +53,7 @@ class AttentionMaps(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "attention_map": variable(
             "mapped map_visit head query key",
-            "a byte an entry, round(254 sqrt(A_ij)); 255 where there is nothing; see Attention maps",
+            "one byte per entry, round(254 sqrt(A_ij)); 255 where there is nothing; see Attention maps",
             "code",
         )
     }

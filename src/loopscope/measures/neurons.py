@@ -80,22 +80,22 @@ class Neurons(Declared):
     variables: ClassVar[dict[str, Variable]] = {
         "prediction_neurons": variable(
             "unique_layer",
-            "share of MLP neurons whose output, by cosine with the unembedding of every token, has a kurtosis above 10 "
-            "and positive skew; from the weights alone",
+            "share of MLP neurons for which the cosines of the output with the unembeddings of all tokens have a "
+            "kurtosis above 10 and positive skew; from the weights alone",
         ),
-        "suppression_neurons": variable("unique_layer", "the same with negative skew"),
-        "neuron_kurtosis": variable("unique_layer neuron", "of those cosines; 3 for a normal distribution"),
-        "neuron_skew": variable("unique_layer neuron", "of those cosines; 0 for a normal distribution"),
+        "suppression_neurons": variable("unique_layer", "prediction_neurons with negative skew instead"),
+        "neuron_kurtosis": variable("unique_layer neuron", "kurtosis of those cosines; 3 for a normal distribution"),
+        "neuron_skew": variable("unique_layer neuron", "skew of those cosines; 0 for a normal distribution"),
         "folded_prediction_neurons": variable(
             "unique_layer",
-            "prediction_neurons with the weights of the final norm in the unembedding, less its mean over tokens, and "
-            "those of the norm behind the MLP in the output",
+            "prediction_neurons with the final norm's weights folded into the unembedding, its mean over tokens "
+            "subtracted, and the weights of the norm after the MLP folded into the output",
         ),
-        "folded_suppression_neurons": variable("unique_layer", "suppression_neurons likewise"),
-        "folded_neuron_kurtosis": variable("unique_layer neuron", "neuron_kurtosis likewise"),
-        "folded_neuron_skew": variable("unique_layer neuron", "neuron_skew likewise"),
+        "folded_suppression_neurons": variable("unique_layer", "suppression_neurons, folded likewise"),
+        "folded_neuron_kurtosis": variable("unique_layer neuron", "neuron_kurtosis, folded likewise"),
+        "folded_neuron_skew": variable("unique_layer neuron", "neuron_skew, folded likewise"),
     }
-    otherwise = "neurons were not counted (a model watched from outside, or a count over --neuron-limit)"
+    otherwise = "neurons were not counted (a model watched through hooks, or a count over --neuron-limit)"
 
     @classmethod
     def of(cls, subject: Subject, limit: float, note: Callable[[str], None]) -> xr.Dataset:

@@ -22,16 +22,16 @@ class PathIndependence(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "path_distance": variable(
             "layer recurrence prompt",
-            "distance of the trajectories from two initial states, over the mean norm; with more of them, that of the "
-            "one farthest away",
+            "distance between the trajectories from two initial states, over the mean norm; with more initial "
+            "states, that of the farthest",
         ),
         "path_cosine_distance": variable(
-            "layer recurrence prompt", "1 - cosine of the trajectories from two initial states, likewise"
+            "layer recurrence prompt", "1 - cosine of the trajectories from two initial states; with more, the largest"
         ),
         "start_distance": variable(
             "start start_other prompt token",
-            "distance of the loop's last layer after the measured recurrences from two initial states, over the mean "
-            "norm; the first is the run's own",
+            "distance between the states of the last recurrent layer after the measured recurrences, from two "
+            "initial states, over the mean norm; the first start is the run's own",
         ),
     }
     needs = Needs(loop=True, second_run=True)

@@ -36,7 +36,7 @@ EXIT_READOUTS = ("token_kl_to_previous", "token_kl_to_full")
 
 _READ, _EXIT = "readout_recurrence prompt token", "exit_recurrence prompt token"
 _NO_EXITS = "the model was not read out after each recurrence of a full run (--exit-recurrences)"
-_NO_ANSWER = "no answer was given whose tokens would be looked for (--answer)"
+_NO_ANSWER = "no answer was given to look for (--answer)"
 _NO_GATE = "the model has no exit gate"
 
 _PIECE_ENTRIES = 2**18
@@ -141,24 +141,29 @@ class Readout(Measure):
     part = "readout"
     variables: ClassVar[dict[str, Variable]] = {
         "loss": variable("readout_recurrence prompt", "mean next-token loss on the prompt's own tokens", "nats"),
-        "token_loss": variable(_READ, "loss of the token that follows; nothing at the prompt's last token", "nats"),
+        "token_loss": variable(_READ, "loss of the following token; nothing at the prompt's last token", "nats"),
         "token_entropy": variable(_READ, "entropy of the prediction", "nats"),
         "token_kl_to_last": variable(
-            _READ, "KL(p_last || p): what is lost by answering here rather than after the last readout", "nats"
+            _READ, "KL(p_last || p): the cost of answering here rather than after the last readout", "nats"
         ),
         "token_margin": variable(
-            _READ, "logit of the most probable token less that of the next one: what a change must overturn", "logits"
+            _READ,
+            "logit of the most probable token minus that of the second most probable: what a change must overturn",
+            "logits",
         ),
         "token_top1_probability": variable(_READ, "probability of the most probable token"),
         "token_top1": variable(_READ, "the most probable token id; -1 beyond the prompt's end", "token id"),
         "answer_rank": variable(
             f"answer {_READ}",
-            "rank of a token of the answer (--answer) among all as the next one, 1 for the most probable; -1 beyond "
-            "the prompt's end",
+            "rank of a token of the answer (--answer) as the next token, 1 for the most probable; -1 beyond the "
+            "prompt's end",
             otherwise=_NO_ANSWER,
         ),
         "answer_log_probability": variable(
-            f"answer {_READ}", "log-probability of that token as the next one", "nats", otherwise=_NO_ANSWER
+            f"answer {_READ}",
+            "log-probability of a token of the answer as the next token",
+            "nats",
+            otherwise=_NO_ANSWER,
         ),
         "token_kl_to_previous": variable(
             _EXIT,
@@ -168,23 +173,23 @@ class Readout(Measure):
         ),
         "token_kl_to_full": variable(
             _EXIT,
-            "KL(p_N || p_t): what is lost by answering after t recurrences rather than after a full run",
+            "KL(p_N || p_t): the cost of answering after t recurrences rather than after a full run",
             "nats",
             otherwise=_NO_EXITS,
         ),
         "exit_probability": variable(
             "recurrence prompt",
-            "of a model with an exit gate: probability to stop after each recurrence, mean over tokens; the last one "
-            "measured takes all that is left",
+            "for a model with an exit gate: probability of stopping after each recurrence, mean over tokens; "
+            "the last measured recurrence gets the remainder",
             otherwise=_NO_GATE,
         ),
         "token_exit_probability": variable(
-            "recurrence prompt token", "exit_probability, not averaged", otherwise=_NO_GATE
+            "recurrence prompt token", "exit_probability of each token", otherwise=_NO_GATE
         ),
         "token_exit_cumulated": variable(
             "recurrence prompt token",
-            "probability to have stopped by then, summed up and rounded as the model does before it compares it with "
-            "its threshold (model.exit_threshold in the manifest)",
+            "probability of having stopped by then, summed and rounded as in the model before it compares it "
+            "with its threshold (model.exit_threshold in the manifest)",
             otherwise=_NO_GATE,
         ),
     }

@@ -55,10 +55,13 @@ class Always(Declared):
     """What the job itself adds."""
 
     variables = {  # noqa: RUF012 - declared as in every measure
-        "token_count": variable("prompt", "tokens of the prompt, special ones and system prompt included", "tokens"),
+        "token_count": variable(
+            "prompt", "tokens of the prompt, including special tokens and the system prompt", "tokens"
+        ),
         "diverged_at": variable(
             "prompt",
-            "number of recurrences after which a token's norm is first not finite (in float32 beyond 1.8e19), or -1",
+            "number of recurrences after which a token's norm is first not finite (in float32 beyond 1.8e19); "
+            "-1 if it stays finite",
             "recurrences",
         ),
     }

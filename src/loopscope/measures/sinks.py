@@ -19,8 +19,8 @@ class SinkMass(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "sink_mass": variable(
             "depth head prompt",
-            "mean over the tokens of the probability that a head gives to a column beside them (a learned sink); what "
-            "is left is what the tokens get",
+            "mean over tokens of the probability that a head gives to a learned sink, a column beside the "
+            "tokens; the tokens get the rest",
         )
     }
 

@@ -35,57 +35,59 @@ _PAIR, _TOKEN = "pair prompt token", "prompt token"
 _EIGENVALUES: dict[str, tuple[str, ...]] = {
     "eigenvalue_real": (
         _PAIR,
-        "real parts of the leading eigenvalues of one recurrence as a map of the token's own loop state, at the point",
+        "real parts of the leading eigenvalues of one recurrence, as a map of the token's own loop state at the point",
     ),
-    "eigenvalue_imag": (_PAIR, "their imaginary parts"),
+    "eigenvalue_imag": (_PAIR, "imaginary parts of the leading eigenvalues"),
     "eigenvalue_residual": (_PAIR, "|J x - λ x| for the Ritz vector x of length one"),
     "eigenvalue_error": (_PAIR, "estimated distance to an eigenvalue"),
     "eigenvalue_products": (
         _TOKEN,
-        "products with the Jacobian from which they were found; NaN of a token whose eigenvalues were not to be taken",
+        "products with the Jacobian from which the eigenvalues were found; NaN for a token whose eigenvalues "
+        "were not to be taken",
     ),
-    "eigenvalue_exact": ("prompt", "1 if products are by automatic differentiation, 0 if by differences", "code"),
+    "eigenvalue_exact": ("prompt", "1 if products use automatic differentiation, 0 if they use differences", "code"),
     "point_step": (_TOKEN, "|F(x) - x| / |x| at the point: 0 at a fixed point"),
-    "point_moved": (_TOKEN, "how far the point is from where the run stood, over the norm"),
+    "point_moved": (_TOKEN, "distance between the point and where the run stood, over the norm"),
     "point_searched": ("prompt", "1 if a search found the point, 0 if the run stood there", "code"),
     "predicted_rate": (
         _TOKEN,
-        "largest modulus of the token and those before it; NaN where one of these was not to be taken",
+        "largest eigenvalue modulus of the token and those before it; NaN if the eigenvalues of one of these "
+        "were not to be taken",
         "per recurrence",
     ),
     "predicted_rate_error": (_TOKEN, "estimated error of predicted_rate", "per recurrence"),
     "predicted_kind": (
         _TOKEN,
-        "what that eigenvalue predicts, as a place in the manifest's stability.kinds; -1 beyond the prompt's end, and "
-        "of a token whose eigenvalues were not to be taken",
+        "what the eigenvalue of predicted_rate predicts, as a position in the manifest's stability.kinds; -1 "
+        "beyond the prompt's end, and for a token whose eigenvalues were not to be taken",
         "code",
     ),
-    "predicted_period": (_TOKEN, "a turn of that eigenvalue; NaN for a positive one", "recurrences"),
-    "stability_margin": (_TOKEN, "1 - predicted_rate: negative where stability is lost"),
+    "predicted_period": (_TOKEN, "recurrences for one turn of that eigenvalue; NaN for a positive one", "recurrences"),
+    "stability_margin": (_TOKEN, "1 - predicted_rate; negative where stability is lost"),
     "damping_needed": (
         _TOKEN,
-        "largest step η with which the damped eigenvalues of the token and those before it come to at most 1; NaN "
-        "where none does, and at no fixed point",
+        "largest step η that brings the moduli of the damped eigenvalues of the token and those before it to at "
+        "most 1; NaN if none does, and where there is no fixed point",
     ),
     "singular_value": (
         _TOKEN,
-        "largest singular value of the derivative by the token's own state, from below: what one recurrence may "
-        "enlarge a disturbance by",
+        "largest singular value of the derivative with respect to the token's own state, estimated from below: the "
+        "most by which one recurrence enlarges a disturbance",
     ),
-    "krylov_singular_value": (_TOKEN, "the same on the space in which the eigenvalues were found"),
+    "krylov_singular_value": (_TOKEN, "singular_value on the space in which the eigenvalues were found"),
     "krylov_departure": (
         _TOKEN,
-        "Henrici's number in that space: 0 of a normal matrix, near 1 where eigenvalues say little of its size",
+        "Henrici's number in that space: 0 for a normal matrix, near 1 where eigenvalues say little about its size",
     ),
     "noise_gain": (
         _TOKEN,
-        "motion about the fixed point that rounding in each recurrence keeps up, over one rounding, root mean square, "
-        "in that space; NaN where the radius is 1 or more",
+        "root mean square motion about the fixed point that rounding in each recurrence sustains, over one "
+        "rounding, in that space; NaN where the spectral radius is 1 or more",
     ),
     "transient_growth": (
         _TOKEN,
-        "largest factor by which a disturbance of the token's own state grows in 1, 2, 4, ... recurrences, fewer than "
-        "the products, from below",
+        "largest factor, estimated from below, by which a disturbance of the token's own state grows in 1, 2, 4, ... "
+        "recurrences, fewer than the products",
     ),
 }
 NORMALITY_NAMES = ("singular_value", "krylov_singular_value", "krylov_departure", "noise_gain", "transient_growth")
@@ -93,23 +95,24 @@ EIGENVALUE_NAMES = tuple(_EIGENVALUES)
 _RATES: dict[str, tuple[str, ...]] = {
     "observed_rate": (
         _TOKEN,
-        "factor from one step of the loop state to the next, fitted on the way to 2H",
+        "factor from one step length of the loop state to the next, fitted on the way to 2H",
         "per recurrence",
     ),
     "observed_rate_uncertainty": (
         _TOKEN,
-        "four times the difference between the halves of the fit, or what a factor of t² adds there, if more",
+        "four times the difference between the halves of the fit, or the contribution of a factor of t² if that "
+        "is more",
         "per recurrence",
     ),
     "observed_rate_reason": (
         _TOKEN,
-        "why there is a rate or none, as a place in the manifest's stability.reasons",
+        "why there is a rate or none, as a position in the manifest's stability.reasons",
         "code",
     ),
     "remaining_path": (
         _TOKEN,
-        "summed length of the loop state's steps from the last measured recurrence to H: never less than the distance; "
-        "nothing where that lies behind H",
+        "summed length of the loop state's steps from the last measured recurrence to H, never less than the "
+        "distance; nothing if the last measured recurrence lies beyond H",
         "residual stream",
     ),
 }

@@ -77,16 +77,17 @@ class AttentionSupport(Measure):
         "support_strongest": variable(
             _LAYER, "Jaccard similarity of a row's 16 strongest keys at t - 1 and t, mean over sampled rows"
         ),
-        "support_strongest_to_horizon": variable(_LAYER, "the same between t and the horizon"),
+        "support_strongest_to_horizon": variable(_LAYER, "support_strongest between t and the horizon"),
         "support_mass": variable(
             _LAYER,
-            "Jaccard similarity of the fewest keys with 95 % of a row's attention at t - 1 and t, mean over rows",
+            "Jaccard similarity of the smallest sets of keys with 95 % of a row's attention at t - 1 and t, "
+            "mean over sampled rows",
         ),
-        "support_mass_to_horizon": variable(_LAYER, "the same between t and the horizon"),
+        "support_mass_to_horizon": variable(_LAYER, "support_mass between t and the horizon"),
         "support_stable_from": variable(
             "layer head prompt",
-            "recurrence from which support_strongest is at least 0.9 over three transitions (arXiv 2609.27373); "
-            "NaN for a head where it never is within the recurrences measured",
+            "first recurrence from which support_strongest is at least 0.9 over three transitions (arXiv "
+            "2609.27373); NaN if it never is within the measured recurrences",
             "recurrence",
         ),
         "key_cosine": variable(
@@ -95,7 +96,7 @@ class AttentionSupport(Measure):
         ),
         "key_cosine_to_horizon": variable(
             "layer recurrence prompt",
-            "the same between t and the horizon: what one cache for all recurrences would keep",
+            "key_cosine between t and the horizon, whose keys one cache for all recurrences would keep",
         ),
     }
     needs = Needs(loop=True, attention=True, horizon=True, also=("heads",))

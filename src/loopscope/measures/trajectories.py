@@ -49,7 +49,7 @@ class Trajectories(Measure):
         "trajectory": variable(
             "tracked layer recurrence component", "principal-component scores of one token's states", "residual stream"
         ),
-        "trajectory_variance": variable("tracked component", "share of variance"),
+        "trajectory_variance": variable("tracked component", "share of the variance that each component explains"),
     }
     needs = Needs(loop=True)
 

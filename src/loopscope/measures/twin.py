@@ -64,24 +64,24 @@ class Twin(Measure):
     variables: ClassVar[dict[str, Variable]] = {
         "twin_distance": variable(
             "layer long_recurrence prompt",
-            "distance of the run from its twin, nudged by one rounding at every recurrence from the horizon on, over "
-            "the norm: root mean square over tokens; NaN before",
+            "distance over the norm between the run and its twin, which is nudged by one rounding at every "
+            "recurrence from the horizon on; root mean square over tokens; NaN before the horizon",
         ),
         "twin_floor": variable(
             "layer prompt token",
-            "measured noise floor: the same of one token, root mean square over the second half of the twin's way",
+            "measured noise floor: twin_distance of one token, root mean square over the second half of the twin's run",
         ),
         "twin_growth": variable(
             "prompt token",
-            "finite-time Lyapunov exponent: slope of the logarithm of the distance at the last recurrent layer, until "
-            "that is a tenth of what it becomes",
+            "finite-time Lyapunov exponent: slope of the logarithm of the twin's distance at the last recurrent "
+            "layer, until it reaches a tenth of its final size",
             "e-folds per recurrence",
         ),
-        "twin_growth_error": variable("prompt token", "its standard error", "e-folds per recurrence"),
+        "twin_growth_error": variable("prompt token", "standard error of twin_growth", "e-folds per recurrence"),
         "twin_parted": variable(
             "prompt token",
-            "recurrences after the first nudge until the twins are a tenth of the norm apart at the last recurrent "
-            "layer, so that what follows is made by rounding; -1 if they never are",
+            "recurrences from the first nudge until the twins are a tenth of the norm apart at the last "
+            "recurrent layer; later states are made by rounding; -1 if they never are",
             "recurrences",
         ),
     }

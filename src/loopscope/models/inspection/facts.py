@@ -38,13 +38,13 @@ class RunSize:
     tokens: Count = 512
     """Tokens of the longest prompt in a batch."""
     batch_size: Count = 8
-    """Prompts that are run together."""
+    """Prompts to run together."""
     recurrences: Count = 64
     """How often the recurrent block runs."""
     horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
-    """Of an analysis, which runs twice as many."""
+    """Horizon of an analysis, which runs twice as many recurrences."""
     dtype: DtypeName = "float32"
-    """What the model runs in."""
+    """Dtype that the model runs in."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
