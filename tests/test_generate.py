@@ -14,6 +14,7 @@ from torch import Tensor
 
 import loopscope
 from loopscope import AnalyzeSettings, analyze, generate
+from loopscope._util.frames import study_frames
 from loopscope.analysis.exits_at_work import RuleAtWork
 from loopscope.analysis.greedy import grow
 from loopscope.analysis.settings import parts_except
@@ -343,6 +344,7 @@ def test_an_analysis_of_generated_tokens_is_that_of_the_same_tokens_as_prompts(w
     roles = token_roles(study.tokens, study.dataset.sizes["token"])
     assert roles["generated"].sum() == 25
     assert not (roles["generated"] & roles["question"]).any()
+    assert study_frames(study.dataset, study.tokens)["tokens"]["generated"].sum() == 25
 
 
 def test_a_text_that_ends_grows_no_more_and_what_a_tokenizer_puts_behind_goes() -> None:
