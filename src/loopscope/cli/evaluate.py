@@ -78,9 +78,12 @@ class Evaluate:
             )
         try:
             report = None if self.out is None else write_evaluation(found, self.out / "report.html")
-        except StorageError as error:
+        except StorageError:
             # Not "run the same command again", which the folder would refuse.
-            raise StorageError(f"{error} The curve is in {self.out}, and loopscope figures draws it.") from None
+            raise StorageError(
+                f"The curve is in {self.out}, and its page could not be written; `loopscope figures {self.out}` draws "
+                "the curve, and a page needs another folder with room."
+            ) from None
         if self.json:
             print(dumps(dataclasses.asdict(found)))
             return
