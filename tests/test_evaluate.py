@@ -20,7 +20,7 @@ from loopscope.analysis import answering
 from loopscope.analysis.answering import rows_at_once
 from loopscope.analysis.greedy import generate_greedily
 from loopscope.cli import main
-from loopscope.errors import ConfigError, MissingDependencyError, PromptError
+from loopscope.errors import ConfigError, MissingDependencyError, PromptError, StudyError
 from loopscope.evaluation import likelihood
 from loopscope.evaluation.evaluating import evaluate
 from loopscope.evaluation.likelihood import Request, likelihoods, numbers_of
@@ -181,6 +181,12 @@ def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> Non
     assert Evaluation.load(tmp_path / "found") == found
     with pytest.raises(ConfigError, match="holds an evaluation already"):
         evaluate("demo:permutations", "permutations", device="cpu", out=str(tmp_path / "found"))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/manifest.json").touch()
+    with pytest.raises(StudyError, match="holds a study"):  # whose report it would replace
+        evaluate("demo:permutations", "permutations", device="cpu", out=tmp_path / "study")
+    with pytest.raises(ConfigError, match="mean nothing to loopscope's own tasks"):
+        evaluate("demo:permutations", "permutations", device="cpu", fewshot=3)
     whole, *parts = found.curves
     assert whole.documents == 48 == sum(part.documents for part in parts)
     once, trained = values(whole)

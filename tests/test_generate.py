@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import loopscope
 from loopscope import AnalyzeSettings, analyze, generate
+from loopscope._util.frames import study_frames
 from loopscope.analysis.exits_at_work import RuleAtWork
 from loopscope.analysis.greedy import grow
 from loopscope.analysis.settings import parts_except
@@ -263,6 +264,9 @@ def test_what_cannot_be_generated_says_why() -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"max_new_tokens": 6}, "need more positions than the 12"),
         ({"max_new_tokens": 0}, "1 token or more"),
+        ({"max_new_tokens": 2.5}, "a whole number of them, got 2.5"),
+        ({"exit": ""}, "The exit rule '' cannot be read"),
+        ({"exit": 3}, "got 3"),
         ({"exit": "gate >= 0.5"}, "has no exit gate"),
         ({"exit": "top1 >= 4"}, "never fires"),
         ({"exit": "step"}, "names no threshold of step"),
@@ -274,8 +278,9 @@ def test_what_cannot_be_generated_says_why() -> None:
     for settings, message in cases:
         with pytest.raises(ConfigError, match=message):
             generate(model, PROMPTS[0], **{"max_new_tokens": 2, **settings})
-    with pytest.raises(PromptError, match="token ids"):
-        generate(model, [])
+    for prompt in ([], None, b"ab", [True], [1.5]):
+        with pytest.raises(PromptError, match="token ids"):
+            generate(model, cast("Any", prompt))
     with pytest.raises(ConfigError, match="nothing to stop"):
         generate(subject(ARCHITECTURES["feed-forward"]), PROMPTS[0], exit="step <= 1", max_new_tokens=2)
     broken = subject(INJECTED)
@@ -293,6 +298,7 @@ def test_a_shipped_model_writes_with_a_rule_from_a_file(tmp_path: Path, capsys: 
     rule = calibrate_exit(study, "step & top1 >= 2", loss=0.1, changed=0.5).save(tmp_path / "rule.json")
     by_file = generate(model, "Ann has 6 hens and each", exit=tmp_path / "rule.json", max_new_tokens=6)
     assert by_file == generate(model, "Ann has 6 hens and each", exit=rule, max_new_tokens=6)
+    assert by_file == generate(model, "Ann has 6 hens and each", exit=str(rule.rule), max_new_tokens=6)  # as shown
     assert 0 < by_file.saved < 1
     with pytest.raises(ConfigError, match="has other weights"):
         generate("demo:uninjected", "Ann", exit=rule)
@@ -338,6 +344,7 @@ def test_an_analysis_of_generated_tokens_is_that_of_the_same_tokens_as_prompts(w
     roles = token_roles(study.tokens, study.dataset.sizes["token"])
     assert roles["generated"].sum() == 25
     assert not (roles["generated"] & roles["question"]).any()
+    assert study_frames(study.dataset, study.tokens)["tokens"]["generated"].sum() == 25
 
 
 def test_a_text_that_ends_grows_no_more_and_what_a_tokenizer_puts_behind_goes() -> None:

@@ -145,6 +145,10 @@ def test_what_was_found_is_saved_and_read_back(tmp_path: Path) -> None:
     assert (
         loaded.sentences() == found.sentences() == json.loads((tmp_path / "out/patching.json").read_text())["sentences"]
     )
+    (tmp_path / "evaluated").mkdir()
+    (tmp_path / "evaluated/curve.json").touch()
+    with pytest.raises(StudyError, match="holds an evaluation; choose another folder"):
+        found.save(tmp_path / "evaluated")
     with pytest.raises(StudyError, match="holds no patching"):
         Patching.load(tmp_path)
     (tmp_path / "out/patching.nc").write_bytes(b"nothing")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -37,8 +39,11 @@ def test_the_vector_is_the_mean_difference_at_the_last_tokens() -> None:
 
 def test_what_cannot_be_steered_is_refused() -> None:
     model = subject(INJECTED)
-    with pytest.raises(ConfigError, match="recurrences from 1 to 4, got 5"):
-        loopscope.steer(model, PROMPTS, towards=TOWARDS, away=AWAY, at=[5])
+    for at in ([5], [], [1.5], 2):
+        with pytest.raises(ConfigError, match="a list of recurrences from 1 to 4, got"):
+            loopscope.steer(model, PROMPTS, towards=TOWARDS, away=AWAY, at=cast("Any", at))
+    with pytest.raises(ConfigError, match="other than 0, got 0"):  # of which nothing could be kept
+        loopscope.steer(model, PROMPTS, towards=TOWARDS, away=AWAY, at=[1], scale=0)
     with pytest.raises(ConfigError, match="2 prompts to steer towards and 1 to steer away"):
         loopscope.steer(model, PROMPTS, towards=TOWARDS, away=AWAY[:1], at=[1])
     with pytest.raises(ConfigError, match="no direction"):

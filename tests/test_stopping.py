@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -78,11 +79,13 @@ def test_rules_are_read_and_written_alike() -> None:
         "": "cannot be read",
         "step <= 1e": "is no number",
         "step <= 1e999": "must be a finite number",
+        "step <= 0.1 & step <= 0.2": "names step more than once",
     }.items():
         with pytest.raises(ConfigError, match=message.replace("|", r"\|")):
             StoppingRule.parse(text)
-    with pytest.raises(ConfigError, match="1 or more"):
-        StoppingRule.parse("step <= 1", patience=0)
+    for patience in (0, 1.5):
+        with pytest.raises(ConfigError, match="1 or more"):
+            StoppingRule.parse("step <= 1", patience=cast("Any", patience))
 
 
 def test_a_rule_that_can_never_fire_is_refused() -> None:
@@ -137,6 +140,8 @@ def test_a_rule_survives_its_file(tmp_path: Path) -> None:
     study = looped_study(contracting())
     found = calibrate_exit(study, "step | kl", loss=1.0, changed=0.9, patience=2).save(tmp_path / "rule.json")
     again = CalibratedRule.load(tmp_path / "rule.json")
+    # What is shown is what was judged.
+    assert StoppingRule.parse(str(again.rule).split(" (")[0], patience=2) == again.rule
     assert again == dataclasses.replace(found, prompts=dict(found.prompts))
     model = {**study.manifest["model"], "interventions": []}
     again.check_fits(model, None)
@@ -163,6 +168,10 @@ def test_what_cannot_be_chosen_says_why() -> None:
     study = looped_study(contracting())
     with pytest.raises(ConfigError, match="never fires before the last recurrence"):
         calibrate_exit(study, "margin >= 1000")
+    with pytest.raises(ConfigError, match="can stop no token before the last"):
+        calibrate_exit(study, "step", patience=1000)
+    with pytest.raises(ConfigError, match="a text or a StoppingRule, got 3"):
+        calibrate_exit(study, cast("Any", 3))
     with pytest.raises(StudyError, match="lacks token_exit_cumulated"):
         calibrate_exit(study, "gate")
     with pytest.raises(StudyError, match="which takes 4 prompts, and 3 prompts stayed finite"):

@@ -175,8 +175,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
-    except FileNotFoundError:
-        what = "is not a study (it has no manifest.json)" if folder.is_dir() else "does not exist"
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is not a study (it has no manifest.json)" if folder.exists() else "does not exist"
         raise StudyError(f"{folder} {what}; give the --out folder of a `loopscope analyze` run.") from None
     except OSError as error:
         raise StudyError(f"{path} cannot be read: {error.strerror or error}.") from None

@@ -20,6 +20,23 @@ _LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
 
 
+_RECORDS = {
+    "manifest.json": "a study",
+    "comparison.json": "a comparison",
+    "curve.json": "an evaluation",
+    "patching.json": "a patching",
+}
+"""By its file what a folder holds; each has its page under the same name."""
+
+
+def check_no_other(folder: Path, own: str) -> None:
+    """Raises `StudyError` for a folder with a result of another kind than that of the record `own`, whose page would be
+    replaced."""
+    for record, what in _RECORDS.items():
+        if record != own and (folder / record).exists():
+            raise StudyError(f"{folder} holds {what}; choose another folder for this.")
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`; see `atomic_file`."""
     with atomic_file(path) as file:

@@ -32,7 +32,13 @@ def study_frames(dataset: xr.Dataset, tokens: Sequence[Mapping[str, Any]]) -> di
     }
     texts = pd.DataFrame(
         [
-            {"prompt": prompt, "token": place, "token_id": entry["token_ids"][place], "token_string": string}
+            {
+                "prompt": prompt,
+                "token": place,
+                "token_id": entry["token_ids"][place],
+                "token_string": string,
+                "generated": place >= len(entry["token_ids"]) - (entry.get("generated_tokens") or 0),
+            }
             for prompt, entry in enumerate(tokens)
             for place, string in enumerate(entry["token_strings"])
         ]

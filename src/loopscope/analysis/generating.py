@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -214,11 +215,15 @@ def _rule(
     given: str | Path | StoppingRule | CalibratedRule | None, subject: Subject, recurrences: int | None
 ) -> StoppingRule | CalibratedRule | None:
     """Of a text the rule, or the file that it names."""
-    if isinstance(given, Path) or (isinstance(given, str) and (given.endswith(".json") or is_there(Path(given)))):
+    if isinstance(given, Path) or (
+        isinstance(given, str) and given.strip() and (given.endswith(".json") or is_there(Path(given)))
+    ):
         given = CalibratedRule.load(given)
     if isinstance(given, CalibratedRule):
         given.check_fits(subject.info.to_dict(), recurrences)
         return given
+    if not isinstance(given, str | StoppingRule | None):
+        raise ConfigError(f"An exit rule is a text, a file or what calibrate_exit found, got {given!r}.")
     return StoppingRule.parse(given) if isinstance(given, str) else given
 
 
@@ -230,9 +235,11 @@ def _encoded(
         loaded = load_prompts(text=(prompt,), system_prompt=None if system_prompt is None else Path(system_prompt))
         loaded = pad_prompts(loaded, subject.tokenizer) if str(system_prompt) == PADDING else loaded
     else:
-        ids = tuple(prompt)
-        if not ids or not all(type(each) is int for each in ids):
+        # Of numpy, torch and Python alike; the bytes of a text are no token ids.
+        ids = tuple(prompt) if hasattr(prompt, "__iter__") and not isinstance(prompt, bytes) else ()
+        if not ids or not all(hasattr(each, "__index__") and not isinstance(each, bool) for each in ids):
             raise PromptError("The prompt must be a text, or token ids, one at least.")
+        ids = tuple(operator.index(each) for each in ids)
         if system_prompt is not None:
             raise PromptError("system_prompt means nothing for a prompt of token ids; begin them with its own.")
         loaded = [Prompt("prompt", token_ids=ids)]

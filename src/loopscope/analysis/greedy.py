@@ -103,8 +103,8 @@ def generate_greedily(
 
 def check_room(info: SubjectInfo, longest: int, most: int) -> None:
     """Raises `ConfigError` where a prompt of so many tokens has no room for as many more."""
-    if most < 1:
-        raise ConfigError(f"A text grows by 1 token or more, got {most}.")
+    if type(most) is not int or most < 1:
+        raise ConfigError(f"A text grows by 1 token or more, a whole number of them, got {most!r}.")
     if info.only_tokens is not None:
         raise ConfigError(f"{info.name} runs on prompts of {info.only_tokens} tokens only, so that no text can grow.")
     if info.max_positions is not None and longest + most - 1 > info.max_positions:

@@ -6,6 +6,7 @@ push is forgotten, however much it would change at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,11 @@ def steer(
             "take a model of a family that loopscope reads natively."
         )
     count = recurrences_of(subject.info, recurrences)
-    pushes = sorted(set(at))
-    if not pushes or not all(1 <= push <= count for push in pushes):
-        raise ConfigError(f"at names recurrences from 1 to {count}, got {', '.join(map(str, at)) or 'none'}.")
+    pushes = sorted(set(at)) if hasattr(at, "__iter__") else []
+    if not pushes or not all(type(push) is int and 1 <= push <= count for push in pushes):
+        raise ConfigError(f"at is a list of recurrences from 1 to {count}, got {at!r}.")
+    if not math.isfinite(scale) or scale == 0:
+        raise ConfigError(f"scale must be a finite number other than 0, got {scale}.")
     batch, ends = batch_for(subject, input_ids), (batch_for(subject, towards), batch_for(subject, away))
     if len(ends[0].mask) != len(ends[1].mask):
         raise ConfigError(

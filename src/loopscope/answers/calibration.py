@@ -93,7 +93,7 @@ class CalibratedRule:
             conditions = tuple(
                 Condition(str(each["signal"]), float(each["threshold"])) for each in stored["conditions"]
             )
-            rule = StoppingRule(conditions, stored["joined"], int(stored["patience"]), int(stored["least"]))
+            rule = StoppingRule(conditions, stored["joined"], stored["patience"], stored["least"])
             recurrences = found["recurrences"]
             if type(recurrences) is not int or not 1 <= recurrences <= _MOST_RECURRENCES:
                 raise ConfigError(f"The exit rule {path} is of {recurrences!r} recurrences, which no full run has.")
@@ -109,9 +109,12 @@ class CalibratedRule:
     def check_fits(self, model: Mapping[str, Any], recurrences: int | None) -> None:
         """Raises `ConfigError` for another model, revision, dtype or number of recurrences than it was chosen for."""
         if model["weights_sha256"] != self.model.get("weights_sha256"):
+            own, other = (
+                str(each.get("name")) + (f" (revision {each['revision']})" if each.get("revision") else "")
+                for each in (self.model, model)
+            )
             raise ConfigError(
-                f"The exit rule was chosen for {self.model.get('name')} (revision {self.model.get('revision')}), and "
-                f"{model['name']} (revision {model['revision']}) has other weights; choose one for it with `loopscope "
+                f"The exit rule was chosen for {own}, and {other} has other weights; choose one for it with `loopscope "
                 "exits`."
             )
         if list(model["interventions"]) != (self.model.get("interventions") or []):
@@ -187,12 +190,15 @@ def calibrate_exit(
     study = study if isinstance(study, Study) else Study.load(study)
     if isinstance(rule, str):
         rule = StoppingRule.parse(rule, patience=patience, least=least)
+    elif not isinstance(rule, StoppingRule):
+        raise ConfigError(f"A rule is a text or a StoppingRule, got {rule!r}.")
     criterion = tolerated(loss, changed)
     view = view_study(study)
     halves = _Halves.of(view)
     missing = [each for signal in rule.signals for each in signal.variables if each not in halves.known]
     if missing:
         raise StudyError(f"The study lacks {listed(list(dict.fromkeys(missing)))}, which the exit rule {rule} goes by.")
+    rule.check_reachable(halves.readouts.recurrences)
     found = _chosen(view, halves, rule, criterion)
     if found is None:
         raise ConfigError(
@@ -304,8 +310,9 @@ def _cheapest(half: _Halves, rule: StoppingRule, criterion: Criterion) -> Stoppi
 
 
 def _thresholds(condition: Condition, signal: Signal, readouts: Readouts, count: int) -> list[float]:
-    about = condition.about
-    return [float(each) for each in spread_thresholds(signal, readouts.there, count, at_least=about.at_least)]
+    """As they are shown, with four digits: who types what was shown has the rule that was judged."""
+    spread = spread_thresholds(signal, readouts.there, count, at_least=condition.about.at_least)
+    return sorted({float(f"{each:.4g}") for each in spread})
 
 
 def rule_sentence(found: CalibratedRule) -> str:

@@ -54,7 +54,7 @@ def _contraction(known: Quantities) -> Signal:
     come if each is r times the one before. Infinite where steps do not shrink; 0 where there is no step any more."""
     step, norm = (known[name].astype(np.float64) for name in ("token_successive_difference", "token_residual_norm"))
     left = np.full(step.shape, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         ratio = step[1:] / step[:-1]
         left[1:] = np.where(ratio < 1, step[1:] * ratio / (1 - ratio), np.inf) / norm[1:]
     left[1:][np.isnan(ratio)] = np.nan

@@ -12,13 +12,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from loopscope._util.files import write_atomically
+from loopscope._util.files import check_no_other, write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.reading import read_json
 from loopscope._util.wording import plural, significant
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.errors import StudyError
-from loopscope.study import MANIFEST
 
 PATCHING_FILE = "patching.json"
 ARRAYS = "patching.nc"
@@ -112,11 +111,10 @@ class Patching:
     def save(self, folder: str | Path) -> Patching:
         """Write arrays and record, each file whole or not at all; what was there is replaced.
 
-        Raises `StudyError` for the folder of a study, whose report would be replaced too, and `StorageError`.
+        Raises `StudyError` for the folder of another result, whose report would be replaced too, and `StorageError`.
         """
         folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            raise StudyError(f"{folder} holds a study; choose another folder for the patching.")
+        check_no_other(folder, PATCHING_FILE)
         write_atomically(folder / ARRAYS, netcdf(self.dataset))
         text = json.dumps({**self.manifest, "sentences": self.sentences()}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / PATCHING_FILE, text.encode())

@@ -32,7 +32,7 @@ class Condition:
     def __str__(self) -> str:
         if self.threshold is None:
             return self.signal
-        return f"{self.signal} {'>=' if self.about.at_least else '<='} {self.threshold:.4g}"
+        return f"{self.signal} {'>=' if self.about.at_least else '<='} {self.threshold:.15g}"
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ class StoppingRule:
                 raise ConfigError(f"Unknown exit signal {each.signal!r}; the signals are {', '.join(SIGNALS)}.")
             if each.threshold is not None and not np.isfinite(each.threshold):
                 raise ConfigError(f"The threshold of {each.signal} must be a finite number, got {each.threshold}.")
+            if sum(other.signal == each.signal for other in self.conditions) > 1:
+                raise ConfigError(f"The exit rule names {each.signal} more than once; keep one of its conditions.")
         if not self.conditions or self.joined not in ("all", "any"):
             raise ConfigError("An exit rule has one condition or more, joined by all (&) or any (|) of them.")
-        if self.patience < 1 or self.least < 1:
-            raise ConfigError(
-                f"An exit rule's patience and least number of recurrences are 1 or more, got {self.patience} and "
-                f"{self.least}."
-            )
+        for number in (self.patience, self.least):
+            if type(number) is not int or number < 1:
+                raise ConfigError(
+                    "An exit rule's patience and least number of recurrences are whole numbers, 1 or more, got "
+                    f"{self.patience!r} and {self.least!r}."
+                )
 
     @classmethod
     def parse(cls, text: str, *, patience: int = 1, least: int = 1) -> StoppingRule:
@@ -112,6 +115,10 @@ class StoppingRule:
                 f"The exit rule {self} names no threshold of {listed(unknown)}; give one, such as "
                 f"'{unknown[0]} {'>=' if SIGNALS[unknown[0]].at_least else '<='} 0.1', or let `loopscope exits` choose."
             )
+        self.check_reachable(recurrences)
+
+    def check_reachable(self, recurrences: int) -> None:
+        """The same of the thresholds that are there."""
         never = [
             (each.threshold or 0) > min(each.about.largest, recurrences - 2 if each.signal == "top1" else np.inf)
             for each in self.conditions

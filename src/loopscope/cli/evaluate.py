@@ -55,6 +55,7 @@ class Evaluate:
 
         from loopscope._util.progress import ProgressBar
         from loopscope.cli.console import say, say_path, say_table
+        from loopscope.errors import StorageError
         from loopscope.evaluation.evaluating import evaluate
         from loopscope.evaluation.result import CURVE
         from loopscope.report.page.write import write_evaluation
@@ -75,7 +76,14 @@ class Evaluate:
                 device=self.device,
                 done=lambda count: progress.step("requests", count),
             )
-        report = None if self.out is None else write_evaluation(found, self.out / "report.html")
+        try:
+            report = None if self.out is None else write_evaluation(found, self.out / "report.html")
+        except StorageError:
+            # Not "run the same command again", which the folder would refuse.
+            raise StorageError(
+                f"The curve is in {self.out}, and its page could not be written; `loopscope figures {self.out}` draws "
+                "the curve, and a page needs another folder with room."
+            ) from None
         if self.json:
             print(dumps(dataclasses.asdict(found)))
             return

@@ -50,11 +50,14 @@ class PatchStates:
         check_ranges(self, "--")
 
     def run(self) -> None:
+        from loopscope._util.files import check_no_other
         from loopscope.analysis.patching import patch
+        from loopscope.answers.patching import PATCHING_FILE
         from loopscope.cli.console import say, say_path
         from loopscope.models.loading import load
         from loopscope.report.page.write import write_patching
 
+        check_no_other(self.out, PATCHING_FILE)  # before the work, and not only when it is to be saved
         model = load(self.model, revision=self.revision, dtype=self.dtype, device=self.device)
         found = patch(
             model,

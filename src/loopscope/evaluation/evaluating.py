@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from loopscope._util.files import write_atomically
+from loopscope._util.files import check_no_other, write_atomically
 from loopscope._util.hub import require
 from loopscope._util.ranges import Range
 from loopscope.errors import ConfigError, LoopscopeError, last_resort, one_line
@@ -72,7 +72,7 @@ def evaluate(
     not there or cannot be run, numbers of recurrences that the model cannot have, a model without a tokenizer, and a
     folder that holds an evaluation; `MissingDependencyError` without the extra; and the errors of `load`.
     """
-    tasks = [tasks] if isinstance(tasks, str) else tasks
+    tasks = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
     out, include_path = (None if each is None else Path(each) for each in (out, include_path))
     if not tasks:
         raise ConfigError("No task was given; name one, such as arc_easy.")
@@ -80,11 +80,15 @@ def evaluate(
         broken = None if given is None else Range(least, 2**31).broken_by(given)
         if broken:
             raise ConfigError(f"{name} must {broken}, got {given}.")
-    if out is not None and (out / CURVE).exists():
-        raise ConfigError(f"{out} holds an evaluation already; name another folder.")
+    if out is not None:
+        check_no_other(out, CURVE)
+        if (out / CURVE).exists():
+            raise ConfigError(f"{out} holds an evaluation already; name another folder.")
     subject = subject_of(model, revision=revision, dtype=dtype, device=device)
     numbers = numbers_of(subject.info, recurrences)
     named = [each for each in tasks if each not in SYNTHETIC]
+    if not named and (fewshot is not None or include_path is not None):
+        raise ConfigError("fewshot and include_path mean nothing to loopscope's own tasks; leave them out.")
     if chat:
         _check_chat(subject, [each for each in tasks if each in SYNTHETIC])
     curves: list[TaskCurve] = []

@@ -12,14 +12,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from loopscope._util.files import write_atomically
+from loopscope._util.files import check_no_other, write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.old_counts import COUNTS_FROM, arrays_from_one, texts_from_one
 from loopscope._util.reading import read_json
 from loopscope.answers.comparison.cells import Cell
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
-from loopscope.study import MANIFEST
 
 COMPARISON_FILE = "comparison.json"
 ARRAYS = "comparison.nc"
@@ -94,11 +93,10 @@ class Comparison:
     def save(self, folder: str | Path) -> Comparison:
         """Write arrays and manifest, each file whole or not at all; a comparison that was there is replaced.
 
-        Raises `StudyError` for the folder of a study, whose report would be replaced too, and `StorageError`.
+        Raises `StudyError` for the folder of another result, whose report would be replaced too, and `StorageError`.
         """
         folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            raise StudyError(f"{folder} holds a study; choose another folder for the comparison.")
+        check_no_other(folder, COMPARISON_FILE)
         write_atomically(folder / ARRAYS, netcdf(self.dataset))
         manifest = {**self.manifest, COUNTS_FROM: 1}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
