@@ -6,7 +6,7 @@ WORKERS ?= 2
 
 # Tests in which annotations are checked at run time, shapes included: they are quick, and reach nearly every function
 # that has shapes. Checking takes as long as the tests themselves, so the others run without.
-SHAPES := architecture attention_measures behaviour behaviour_command checkpoints chunking families hooked_families \
+SHAPES := architecture attention_measures behaviour_command checkpoints chunking families \
 	hooks_attention initial_state interventions measures model model_settings prompt_tokens prompts rates spectra \
 	stability_hooked system_prompts tokenizer trace training training_config training_data training_evaluate \
 	training_penalties training_schedule
