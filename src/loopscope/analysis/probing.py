@@ -6,7 +6,7 @@ Alain and Bengio, arXiv 1610.01644; the control of shuffled labels after Hewitt 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,8 +110,8 @@ def probe(
     if not -shortest <= token < shortest:
         raise ConfigError(f"There is no token {token} in a prompt of {plural(shortest, 'token')}.")
     by_recurrence = isinstance(labels, str)
-    if by_recurrence and labels != "recurrence":
-        raise ConfigError(f"labels are one for each prompt, or recurrence; got the text {labels!r:.40}.")
+    if labels != "recurrence" if by_recurrence else not isinstance(labels, Iterable):
+        raise ConfigError(f"labels are one for each prompt, or recurrence; got {labels!r:.40}.")
     if by_recurrence and count < 2:
         raise ConfigError("With fewer than two recurrences there is nothing to tell apart; run more.")
     given = [] if by_recurrence else list(labels)

@@ -38,7 +38,16 @@ _REPEATED = ("intervene", "ignore_config", "set")
 _METAVARS = {
     **dict.fromkeys(("out", "study", "studies", "experiments", "base"), "DIR"),
     **dict.fromkeys(("model", "models"), "MODEL"),
-    **{"text": "TEXT", "address": "HOST:PORT", "track": "PROMPT:TOKEN", "set": "NAME=VALUE", "intervene": "CHANGE"},
+    **{
+        "text": "TEXT",
+        "prompt": "TEXT",
+        "exit": "RULE",
+        "rule": "RULE",
+        "address": "HOST:PORT",
+        "track": "PROMPT:TOKEN",
+        "set": "NAME=VALUE",
+        "intervene": "CHANGE",
+    },
 }
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
