@@ -359,6 +359,10 @@ def test_what_there_is_is_said_without_being_asked(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "None" not in shown
     assert [name for name in ("prompt", "run", "machine", "measure") if f" {name} options " not in shown] == []
+    assert run("generate", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "{per-recurrence,last,none}" in shown
+    assert " RULE " in shown
 
 
 def test_other_words_for_model_and_folder(monkeypatch: pytest.MonkeyPatch) -> None:

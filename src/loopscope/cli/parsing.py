@@ -13,7 +13,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Protocol, Union, cast, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -38,16 +49,9 @@ _REPEATED = ("intervene", "ignore_config", "set")
 _METAVARS = {
     **dict.fromkeys(("out", "study", "studies", "experiments", "base"), "DIR"),
     **dict.fromkeys(("model", "models"), "MODEL"),
-    **{
-        "text": "TEXT",
-        "prompt": "TEXT",
-        "exit": "RULE",
-        "rule": "RULE",
-        "address": "HOST:PORT",
-        "track": "PROMPT:TOKEN",
-        "set": "NAME=VALUE",
-        "intervene": "CHANGE",
-    },
+    **dict.fromkeys(("text", "prompt"), "TEXT"),
+    **dict.fromkeys(("exit", "rule"), "RULE"),
+    **{"address": "HOST:PORT", "track": "PROMPT:TOKEN", "set": "NAME=VALUE", "intervene": "CHANGE"},
 }
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
@@ -159,6 +163,8 @@ def _as_option(field: StructFieldSpec) -> StructFieldSpec:
     while get_origin(entry) is Annotated:
         entry = get_args(entry)[0]
     metavar = _METAVARS.get(field.name, _METAVARS_BY_TYPE.get(entry))
+    if get_origin(entry) is Literal:
+        metavar = f"{{{','.join(map(str, get_args(entry)))}}}"
     if metavar and get_origin(kind) is tuple and field.name not in _REPEATED:
         metavar += " ..."
     hint = "" if field.default in (None, (), False) else "(the default)" if field.default is True else None
