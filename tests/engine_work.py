@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
+from loopscope._util.files import held_folder
 from loopscope.errors import ConfigError
 
-__all__ = ["Square"]
+__all__ = ["Hold", "Square"]
 
 
 class Square:
@@ -30,3 +32,14 @@ class Square:
         if (self.folder / f"talk-{item}").exists():
             print("a model that prints")
         return item * item, os.getpid()
+
+
+class Hold:
+    """Holds a folder until the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, item: int) -> None:
+        with held_folder(self.folder):
+            time.sleep(60)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 import torch
 import xarray
 
-from engine_work import Square
+from engine_work import Hold, Square
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.engine import make_engine
-from loopscope.analysis.engine.run import run_items
+from loopscope.analysis.engine.processes import ProcessEngine
+from loopscope.analysis.engine.run import WorkerDiedError, run_items
 from loopscope.analysis.settings import EngineName
 from loopscope.errors import ConfigError, UnforeseenError, WorkerError
 from loopscope.experiments.run_sweep import run_sweep
@@ -214,6 +216,19 @@ def test_a_sweep_is_whole_though_a_worker_is_killed(
     weights = [sorted((folder / "runs").glob("*/model.safetensors")) for folder in (tmp_path / name, out)]
     assert len(weights[0]) == len(weights[1]) == 3
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+
+
+def test_a_worker_that_is_ended_gives_up_what_it_holds(tmp_path: Path) -> None:
+    folder, worker = tmp_path / "held", ProcessEngine(1).start(Hold(tmp_path / "held"))
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(worker.call, 0)
+        while not (folder / ".lock").exists():
+            assert not called.done()
+            time.sleep(0.01)
+        worker.close()
+        with pytest.raises(WorkerDiedError):
+            called.result()
+    assert list(folder.iterdir()) == []
 
 
 SERIAL_AND_WORKER: list[dict[str, Any]] = [{}, {"engine": "processes", "workers": 1}]

@@ -17,6 +17,8 @@ from loopscope.analysis.engine.worker import pack_work, receive, send
 
 _TOLD = 400
 """Characters of what a dying worker wrote."""
+_TIDY = 2.0
+"""Seconds that a worker has to give up what its work holds, such as the lock of a folder."""
 
 
 class ProcessEngine:
@@ -66,8 +68,12 @@ class ProcessWorker:
         return value
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._process.terminate()
+        try:
+            self._process.wait(_TIDY)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 try:

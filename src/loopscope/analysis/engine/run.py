@@ -92,8 +92,12 @@ def run_items(
             else:
                 raise value
     finally:
-        for hand in hands:
-            hand.stop()
+        # All at once: each waits for its worker to give up what it holds.
+        stops = [threading.Thread(target=hand.stop) for hand in hands]
+        for stop in stops:
+            stop.start()
+        for stop in stops:
+            stop.join()
         engine.close()
         for hand in hands:
             hand.join(timeout=_PATIENCE)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import struct
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from types import FrameType
 from typing import IO, Any
 
 from loopscope.errors import LoopscopeError, WorkerError, last_resort
@@ -57,9 +59,27 @@ def receive(pipe: IO[bytes]) -> bytes | None:
     return content if len(content) == length else None
 
 
+class _Stopped(BaseException):
+    """The process that started this one wants it to end."""
+
+
 def main() -> None:
-    """Until standard input ends."""
+    """Until standard input ends, or SIGTERM comes: then what the work holds, such as the lock of a folder, is given up
+    first."""
     _end_with(int(sys.argv[1]))
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _work()
+    except _Stopped:
+        os._exit(128 + signal.SIGTERM)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: tidying up is not interrupted
+    raise _Stopped
+
+
+def _work() -> None:
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # Whatever a model's code prints must not get between the results.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -96,6 +116,8 @@ def answer(work: Any, item: Any) -> tuple[str, Any]:
         return "result", work(item)
     except LoopscopeError as error:
         return "error", error
+    except _Stopped:
+        raise
     except BaseException as error:
         try:
             with last_resort("at work in a worker"):
