@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -17,7 +17,7 @@ from loopscope._util.reading import is_there
 from loopscope._util.wording import percent, plural, significant
 from loopscope.analysis.answering import answers, passes_of
 from loopscope.analysis.exits_at_work import RuleAtWork
-from loopscope.analysis.greedy import Grown, check_room, grow
+from loopscope.analysis.greedy import Grown, Over, check_room, grow
 from loopscope.answers.calibration import CalibratedRule
 from loopscope.answers.stopping import StoppingRule
 from loopscope.errors import ConfigError, PromptError, last_resort
@@ -172,11 +172,7 @@ def generate(
         raise ConfigError(f"{info.name} has no recurrent layers, so that there is nothing to stop; leave exit out.")
     ids = _encoded(prompt, subject, system_prompt, chat)
     check_room(info, len(ids), max_new_tokens)
-    end = None if subject.tokenizer is None else subject.tokenizer.end
-
-    def is_over(tokens: list[int]) -> bool:
-        return end is not None and tokens[-1] == end.id
-
+    is_over = _end_of_text(subject)
     full: Grown | None = None
     if cache == "none" or not isinstance(subject, NativeSubject):
         own = _rerun(subject, ids, count, max_new_tokens, is_over, seed)
@@ -280,18 +276,14 @@ def continued(
         raise ConfigError(f"How many recurrences {info.name} was trained with is not known, so that it cannot write.")
     begun = [without_end(prompt, chat) for prompt in prompts]
     check_room(info, max(len(prompt.token_ids) for prompt in begun), most)
-    end = None if tokenizer is None else tokenizer.end
-    count = recurrences_of(info, None)
-
-    def is_over(tokens: list[int]) -> bool:
-        return end is not None and tokens[-1] == end.id
-
+    is_over, count = _end_of_text(subject), recurrences_of(info, None)
     found = []
     for first in range(0, len(begun), _TOGETHER):
         some = begun[first : first + _TOGETHER]
         ids = [prompt.token_ids for prompt in some]
         if isinstance(subject, NativeSubject):
-            _check_memory(subject, "per-recurrence", count, sum(map(len, ids)) + len(ids) * most)
+            # Every text has as many places as the longest.
+            _check_memory(subject, "per-recurrence", count, len(ids) * (max(map(len, ids)) + most))
             grown = grow(subject, ids, recurrences=count, most=most, is_over=is_over, seed=seed)
         else:
             grown = [_rerun(subject, each, count, most, is_over, seed) for each in ids]
@@ -308,9 +300,13 @@ def continued(
     return found
 
 
-def _rerun(
-    subject: Subject, prompt: Sequence[int], count: int, most: int, is_over: Callable[[list[int]], bool], seed: int
-) -> Grown:
+def _end_of_text(subject: Subject) -> Over:
+    """A text is over with the tokenizer's end of a text, where it has one."""
+    end = None if subject.tokenizer is None else subject.tokenizer.end
+    return lambda tokens: end is not None and tokens[-1] == end.id
+
+
+def _rerun(subject: Subject, prompt: Sequence[int], count: int, most: int, is_over: Over, seed: int) -> Grown:
     """Every token by a pass over the whole text."""
     grown = Grown()
     while len(grown.tokens) < most and not (grown.tokens and is_over(grown.tokens)):
