@@ -51,6 +51,11 @@ class Kind(StrEnum):
         return not self.settles and self is not Kind.UNKNOWN
 
     @property
+    def code(self) -> int:
+        """Its place in `KINDS`, by which a study numbers verdicts."""
+        return KINDS.index(self)
+
+    @property
     def letter(self) -> str:
         """In tables and maps that have no room for the name."""
         return "?" if self is Kind.UNKNOWN else self[0].upper()
@@ -58,9 +63,9 @@ class Kind(StrEnum):
 
 KINDS = tuple(Kind)
 """In the order in which they are listed, coloured and numbered in a study."""
-SETTLED_CODES = tuple(code for code, kind in enumerate(KINDS) if kind.settles)
-"""Places in `KINDS`, by which a study numbers its verdicts, of those that settle."""
-MOVING_CODES = tuple(code for code, kind in enumerate(KINDS) if kind.moves)
+SETTLED_CODES = tuple(kind.code for kind in KINDS if kind.settles)
+"""Of those that settle."""
+MOVING_CODES = tuple(kind.code for kind in KINDS if kind.moves)
 """Of those that go on moving."""
 
 

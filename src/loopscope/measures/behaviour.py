@@ -266,7 +266,7 @@ class Behaviour(Measure):
         finite = states.isfinite().all(-1).all(-1)
         rows = finite.nonzero()[:, 0]
         kinds = [Kind.DIVERGING] * len(states)
-        found = trial_kinds(states[rows], self._dtype, self._settings, span[0] + 1, noise.take(rows))
+        found = trial_kinds(states[rows], self._settings, span[0] + 1, noise.take(rows))
         for row, kind in zip(rows.tolist(), found, strict=True):
             kinds[row] = kind
         return kinds

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.limits import limit_of
-from loopscope.dynamics.trajectories.motion import Motion, measure_motions
+from loopscope.dynamics.trajectories.motion import Motions, measure_motions
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
-from loopscope.dynamics.verdicts import Doubt, Kind, Verdict
-from loopscope.models.inspection.facts import Dtype
+from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, Doubt, Kind, Verdict
 
 _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
@@ -35,16 +33,81 @@ _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
 way. `BOUNDED` is left out on purpose: several rotations without a common period are neither."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenMotions:
-    """One token's motion within the tail, its later half and its last two thirds; None where that was not needed."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TailMotions:
+    """Motions within the tail, its later half and its last two thirds; the latter two of some tokens only."""
 
-    whole: Motion
-    later: Motion | None = None
-    shorter: Motion | None = None
+    whole: Motions
+    later: tuple[Int[Tensor, " row"], Motions]
+    shorter: tuple[Int[Tensor, " row"], Motions]
 
 
-def displacement_verdicts(measured: Sequence[TokenMotions], settings: DisplacementSettings) -> list[Verdict]:
+def measure_tails(
+    states: Float[Tensor, "token recurrence width"],
+    settings: DisplacementSettings,
+    noise: Noise,
+    first_recurrence: int = 1,
+    *,
+    others: Sequence[DisplacementSettings] = (),
+    shorter: bool = False,
+    kinds_only: bool = False,
+) -> TailMotions:
+    """All that a verdict needs of finite trajectories of one length, by these settings or by `others`, which differ in
+    `floor_factor` and `unexplained` alone; `noise` is what was measured of it.
+
+    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window;
+    `kinds_only` leaves out what decides no kind.
+    """
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    tails = take_tails(states, window, first_recurrence)
+    whole = measure_motions(tails, noise, settings, kinds_only=kinds_only)
+
+    def within(length: int, chosen: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Motions]:
+        # Of no tokens, there is something to measure in a window of any length.
+        length, rows = (
+            max(length, _SHORTEST_HALF),
+            chosen.nonzero()[:, 0] if length >= _SHORTEST_HALF else torch.arange(0),
+        )
+        some, its_noise, plain = tails.last(length, rows), noise.take(rows), kinds_only or ends is None
+        its_ends = None if ends is None else ends[rows]
+        return rows, measure_motions(some, its_noise, settings, kinds_only=plain, ends=its_ends)
+
+    # Halves cost as much again, so they are measured only where some settings would look at them.
+    found = [_findings(whole, each) for each in (settings, *others)]
+    unsettled = whole.fitted & ~torch.stack([each.settled for each in found]).all(0)
+    later = within(window // 2, unsettled, found[0].kind != Kind.FIXED_POINT.code)
+    # Nothing is held against what could not be told.
+    told = _decided(found[0], later, settings)[0] != Kind.UNKNOWN.code
+    third = within(2 * window // 3, whole.fitted & told & shorter)
+    return TailMotions(whole, later, third)
+
+
+def displacement_kinds(motions: TailMotions, settings: DisplacementSettings) -> Int[Tensor, " token"]:
+    """The kinds alone, as places in `KINDS`, by the settings or one of the others that the motions were measured
+    for."""
+    return _decided(_findings(motions.whole, settings), motions.later, settings)[0]
+
+
+def plain_kinds(
+    states: Float[Tensor, "token recurrence width"],
+    settings: DisplacementSettings,
+    first_recurrence: int,
+    noise: Noise,
+) -> Int[Tensor, " token"]:
+    """The same where rest that is seen and rest that noise hides count as one: nothing but the level is measured of
+    tokens that rest."""
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    level = take_tails(states, window, first_recurrence).displacement().amax(-1).sqrt()
+    loud = (noise.floor >= _LOUD) & (level > settings.rounding_factor * noise.rounding)
+    kinds = torch.where(loud, Kind.UNKNOWN.code, Kind.AT_FLOOR.code)
+    rows = (level > noise.rest(settings)).nonzero()[:, 0]
+    if len(rows):
+        motions = measure_tails(states[rows], settings, noise.take(rows), first_recurrence, kinds_only=True)
+        kinds[rows] = displacement_kinds(motions, settings)
+    return kinds
+
+
+def displacement_verdicts(motions: TailMotions, settings: DisplacementSettings) -> list[Verdict]:
     """A verdict for each token, from what `measure_tails` says of it.
 
     What has no shape over the whole tail may be an approach that ends within it; then its later half decides, if it has
@@ -52,98 +115,14 @@ def displacement_verdicts(measured: Sequence[TokenMotions], settings: Displaceme
     unstable. So is, without a measured noise, motion that is new in a recurrence by no more than some roundings: one
     mode in hundreds that noise drives looks like a true one.
     """
-    verdicts = []
-    for motions in measured:
-        finding = _decide(motions.whole, motions.later, settings)
-        kind = finding.kind if motions.shorter is None else _decide(motions.shorter, None, settings).kind
-        if kind.settles and finding.kind == Kind.BOUNDED:
-            # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
-            reason = f"{finding.reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
-            finding = finding._replace(kind=Kind.UNKNOWN, reason=reason, doubt=Doubt.REMEMBERED)
-        verdict = _verdict(finding)
-        doubts = [] if same_limit(verdict.kind, kind) else ["window"]
-        if verdict.kind.moves and _amplified(finding.motion, settings):
-            doubts.append("noise")
-        verdicts.append(dataclasses.replace(verdict, unstable=tuple(doubts)))
-    return verdicts
-
-
-def displacement_kinds(
-    states: Float[Tensor, "token recurrence width"],
-    dtype: Dtype,
-    settings: DisplacementSettings,
-    first_recurrence: int,
-    noise: Noise,
-) -> list[Kind]:
-    """The kinds alone, of which most are plain: nothing but the level is measured of tokens that rest."""
-    window = tail_length(states.shape[1], settings.window, first_recurrence)
-    level = take_tails(states, window, first_recurrence).displacement().amax(-1).sqrt()
-    moves = level > noise.rest(settings)
-    loud = (noise.floor >= _LOUD) & (level > settings.rounding_factor * noise.rounding)
-    kinds = [Kind.UNKNOWN if one else Kind.AT_FLOOR for one in loud.tolist()]
-    rows = moves.nonzero()[:, 0]
-    if len(rows):
-        found = measure_tails(states[rows], dtype, settings, first_recurrence, kinds_only=True, noise=noise.take(rows))
-        for row, motions in zip(rows.tolist(), found, strict=True):
-            kinds[row] = decide_kind(motions, settings)
-    return kinds
-
-
-def measure_tails(
-    states: Float[Tensor, "token recurrence width"],
-    dtype: Dtype,
-    settings: DisplacementSettings,
-    first_recurrence: int = 1,
-    *,
-    others: Sequence[DisplacementSettings] = (),
-    shorter: bool = False,
-    kinds_only: bool = False,
-    noise: Noise | None = None,
-) -> list[TokenMotions]:
-    """All that a verdict needs of finite trajectories of one length, by these settings or by `others`, which may have
-    other thresholds. Shapes are fitted to all tokens together, which are decided one by one; `noise` is what was
-    measured of it.
-
-    `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window;
-    `kinds_only` leaves out what decides no kind.
-    """
-    window = tail_length(states.shape[1], settings.window, first_recurrence)
-    tails = take_tails(states, window, first_recurrence)
-    noise = noise or Noise.of(dtype, len(states))
-    whole = measure_motions(tails, noise, settings, kinds_only=kinds_only)
-
-    def within(length: int, rows: list[int], ends: list[bool] | None = None) -> dict[int, Motion]:
-        if not rows or length < _SHORTEST_HALF:
-            return {}
-        some = torch.tensor(rows)
-        motions = measure_motions(
-            tails.last(length, some),
-            noise.take(some),
-            settings,
-            kinds_only=kinds_only or ends is None,
-            ends=None if ends is None else torch.tensor(ends),
-        )
-        return dict(zip(rows, motions, strict=True))
-
-    # Halves cost as much again, so they are measured only where some settings would look at them.
-    moving = [token for token, motion in enumerate(whole) if motion.shape is not None]
-    unsettled = [
-        token for token in moving if not all(_decide_one(whole[token], each).settled for each in (settings, *others))
-    ]
-    half = within(
-        window // 2,
-        unsettled,
-        [_decide_one(whole[token], settings).kind != Kind.FIXED_POINT for token in unsettled],
-    )
-    # Nothing is held against what could not be told.
-    told = [token for token in moving if _decide(whole[token], half.get(token), settings).kind != Kind.UNKNOWN]
-    third = within(2 * window // 3, told) if shorter else {}
-    return [TokenMotions(motion, half.get(token), third.get(token)) for token, motion in enumerate(whole)]
-
-
-def decide_kind(motions: TokenMotions, settings: DisplacementSettings) -> Kind:
-    """The kind alone, by the settings or one of the others that the motions were measured for."""
-    return _decide(motions.whole, motions.later, settings).kind
+    whole = _findings(motions.whole, settings)
+    kinds, later, taken = _decided(whole, motions.later, settings)
+    rows, shorter = motions.shorter
+    kinds[rows] = _findings(shorter, settings).kind
+    findings = whole.tokens()
+    for row, finding, ends in zip(motions.later[0].tolist(), later.tokens(), taken.tolist(), strict=True):
+        findings[row] = finding if ends else findings[row]
+    return [_verdict(finding, KINDS[code]) for finding, code in zip(findings, kinds.tolist(), strict=True)]
 
 
 def same_limit(one: Kind, other: Kind) -> bool:
@@ -151,277 +130,322 @@ def same_limit(one: Kind, other: Kind) -> bool:
     return one == other or (one.settles and other.settles)
 
 
+class _Motion(SimpleNamespace):
+    """The numbers of one token's motion, as `Motions.rows` gives them, and what sentences say of them."""
+
+    @property
+    def times(self) -> str:
+        what = "times the measured noise floor" if self.measured else "times what one rounding does"
+        return f"{self.level / self.unit:.2g} {what}"
+
+    @property
+    def falls(self) -> float:
+        return float(1 / self.trend)
+
+    @property
+    def lengthens(self) -> float:
+        return float(1 / self.shrinking)
+
+    @property
+    def power(self) -> float:
+        return max(0.0, float(self.slowing))
+
+    @property
+    def new_units(self) -> float:
+        return float(self.innovation / self.unit)
+
+    @property
+    def new_roundings(self) -> float:
+        return float(self.innovation / self.rounding)
+
+    @property
+    def begins(self) -> str:
+        return {
+            Kind.FIXED_POINT: "It approaches a point",
+            Kind.ORBIT: "It is periodic",
+            Kind.SLIDER: "It moves on",
+            Kind.DIVERGING: "It moves away",
+            Kind.BOUNDED: "It keeps turning without a period",
+        }[KINDS[self.limit]]
+
+
 class _Finding(NamedTuple):
+    """Of one token."""
+
     kind: Kind
-    reason: str
-    motion: Motion
-    settled: bool = True
-    """The later half of the tail need not be asked."""
-    shaped: bool = False
+    motion: _Motion
+    seems: bool
+    """It may be amplified rounding."""
+    sentence: str
+    shaped: bool
     """A shape explains the motion."""
-    doubt: Doubt | None = None
+    doubt: Doubt | None
     """Of what cannot be told."""
 
 
-def _decide(whole: Motion, later: Motion | None, settings: DisplacementSettings) -> _Finding:
-    finding = _decide_one(whole, settings)
-    if finding.settled or later is None:
-        return finding
-    return _with_later_half(finding, _decide_one(later, settings))
+class _Findings:
+    """What is said of each motion: the first rule that holds."""
+
+    def __init__(self, motions: Motions, settings: DisplacementSettings) -> None:
+        self.motions, self.settings = motions, settings
+        self.rest, self.amplified = motions.noise.rest(settings), motions.noise.amplified(settings)
+        self.grows = motions.norm_growth >= settings.norm_growth
+        new = motions.innovation / motions.noise.rounding
+        small = (motions.level <= settings.gain * motions.noise.rounding) & ~motions.noise.measured
+        self.seems = small & (new >= settings.least_new) & (new <= settings.new)
+        """It may be rounding that the recurrence amplifies: what is new in a recurrence is that of a few roundings."""
+        self.kind = torch.full((len(motions.level),), Kind.UNKNOWN.code)
+        self.settled = torch.ones(len(motions.level), dtype=torch.bool)
+        """The later half of the tail need not be asked."""
+        self._rule = torch.full_like(self.kind, -1)
+        self._rules: list[tuple[str, bool, Doubt | None]] = []
+
+    def say(
+        self,
+        where: Bool[Tensor, " token"],
+        kind: Kind | Tensor,
+        sentence: str,
+        *,
+        shaped: bool = False,
+        settled: bool | Tensor = True,
+        doubt: Doubt | None = None,
+    ) -> None:
+        """The next rule; its sentence is a format of a `_Motion`, `it`."""
+        new = where & (self._rule < 0)
+        self._rule[new] = len(self._rules)
+        self._rules.append((sentence, shaped, doubt))
+        self.kind = torch.where(new, kind.code if isinstance(kind, Kind) else kind, self.kind)
+        self.settled = torch.where(new, settled, self.settled)
+
+    def tokens(self) -> list[_Finding]:
+        """One by one."""
+        rows = zip(self.kind.tolist(), self.motions.rows(), self.seems.tolist(), self._rule.tolist(), strict=True)
+        return [
+            _Finding(KINDS[kind], _Motion(**motion), seems, *self._rules[rule]) for kind, motion, seems, rule in rows
+        ]
 
 
-def _with_later_half(whole: _Finding, later: _Finding) -> _Finding:
-    """An approach is over where the later half rests, and leads to an orbit or a drift where that has such a shape."""
-    if whole.kind == Kind.FIXED_POINT:
-        ends = later.kind in (Kind.ORBIT, Kind.SLIDER) and later.motion.window >= _SHORTEST_END
-    else:
-        ends = later.kind.settles or later.kind == Kind.ORBIT
-    return later if later.settled and ends else whole
+def _decided(
+    whole: _Findings, later: tuple[Tensor, Motions], settings: DisplacementSettings
+) -> tuple[Int[Tensor, " token"], _Findings, Bool[Tensor, " row"]]:
+    """The kinds, what is said of the later halves, and of which of them that is the verdict.
+
+    An approach is over where the later half rests, and leads to an orbit or a drift where that has such a shape.
+    """
+    rows, motions = later
+    half = _findings(motions, settings)
+    there, orbits, slides = whole.kind[rows], half.kind == Kind.ORBIT.code, half.kind == Kind.SLIDER.code
+    onwards = (orbits | slides) & (motions.window >= _SHORTEST_END)
+    rests = torch.isin(half.kind, torch.tensor(SETTLED_CODES)) | orbits
+    ends = torch.where(there == Kind.FIXED_POINT.code, onwards, rests)
+    taken = ~whole.settled[rows] & half.settled & ends
+    return whole.kind.index_copy(0, rows[taken], half.kind[taken]), half, taken
 
 
-def _decide_one(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    rest = motion.rest(settings)
-    if motion.level == 0:
-        return _Finding(Kind.FIXED_POINT, f"Its last {motion.window} states are the same.", motion)
-    if motion.shape is None and motion.level > rest:
-        return _Finding(Kind.FIXED_POINT, f"Its steps shrink {motion.shrinking:.3g}-fold within the tail.", motion)
-    if motion.shape is None:
-        return _resting(motion, settings)
-    if motion.parted:
-        return _parted(motion, settings)
-    # From the surest to the vaguest: a shape that explains the motion, then the lengths of its steps, then its size.
-    approaches = _approaches(motion, settings, rest)
-    kind = limit_of(motion.shape, settings)
-    if kind == Kind.FIXED_POINT and not approaches and _drifts(motion, settings):
-        return _drifting(motion, settings)
-    if kind == Kind.SLIDER and not approaches and motion.shrinking >= settings.shrinking_late:
-        # Curves bend like an approach whose steps shrink as a power of time since some moment.
-        if motion.slowing >= settings.adds_up:
-            reason = (
-                f"It approaches a point: its steps shrink like time to the power -{motion.slowing:.2g}, which adds up "
-                "to a limit."
-            )
-            return _Finding(Kind.FIXED_POINT, reason, motion)
-        if motion.slowing > settings.slowing:
-            reason = (
-                f"Its steps shrink like time to the power -{motion.slowing:.2g}: too near to -1 to tell whether they "
-                "add up to a limit."
-            )
-            return _Finding(Kind.UNKNOWN, reason, motion, doubt=Doubt.SLOWING)
+def _findings(motions: Motions, settings: DisplacementSettings) -> _Findings:
+    """From the surest to the vaguest: rest, a shape that explains the motion, the lengths of its steps, its size."""
+    found = _Findings(motions, settings)
+    _say_resting(found)
+    m, noise, limit, rest = motions, motions.noise, motions.best.limit, found.rest
+    slides, goes_on = limit == Kind.SLIDER.code, ~noise.parted
+    # Where rounding grows without end, a point, a closed curve and a drift are what it cannot be.
+    away = "runs of it that differ by rounding alone part, to {it.floor:.2g} of its norm"
+    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles"
+    found.say(noise.parted & found.grows, Kind.DIVERGING, f"{grown}, and {away}.")
+    approaches, drifts = _approaches(found), _drifts(found)
+    _say_drifting(found, goes_on & (limit == Kind.FIXED_POINT.code) & ~approaches & drifts)
+    # Curves bend like an approach whose steps shrink as a power of time since some moment.
+    bends = goes_on & slides & ~approaches & (m.shrinking >= settings.shrinking_late)
+    power = "its steps shrink like time to the power -{it.slowing:.2g}"
+    adds_up = f"It approaches a point: {power}, which adds up to a limit."
+    found.say(bends & (m.slowing >= settings.adds_up), Kind.FIXED_POINT, adds_up)
+    near = f"I{power[1:]}: too near to -1 to tell whether they add up to a limit."
+    found.say(bends & (m.slowing > settings.slowing), Kind.UNKNOWN, near, doubt=Doubt.SLOWING)
     # Steps that shrink contradict a motion that goes on, and those of an orbit are as long at the end as at the start.
-    contradicted = (approaches and kind in (Kind.ORBIT, Kind.SLIDER)) or (
-        not 1 / settings.even <= motion.evenness <= settings.even
+    uneven = (m.best.evenness < 1 / settings.even) | (m.best.evenness > settings.even)
+    contradicted = (approaches & (slides | (limit == Kind.ORBIT.code))) | uneven
+    may = torch.where(noise.parted, limit == Kind.DIVERGING.code, ~contradicted)
+    _say_shaped(found, _explained(found) & may)
+    chaotic = f"It keeps moving by {{it.level:.2g}} of its norm, and {away}: it is chaotic."
+    found.say(noise.parted, Kind.BOUNDED, chaotic)
+    _say_drifting(found, approaches & drifts)
+    shrink = "It approaches a point: its steps shrink {it.shrinking:.3g}-fold within the tail."
+    found.say(approaches, Kind.FIXED_POINT, shrink, settled=m.late_step <= rest)
+    found.say(
+        slides & (m.ballistic >= settings.ballistic) & (m.unexplained <= settings.unsteady),
+        Kind.SLIDER,
+        "It moves on, not quite steadily: {it.shape.words} leaves {it.unexplained:.2g} of its variance.",
     )
-    if _is_explained(motion, kind, settings) and not contradicted:
-        return _shaped(motion, kind, settings)
-    if approaches and _drifts(motion, settings):
-        return _drifting(motion, settings)
-    if approaches:
-        reason = f"It approaches a point: its steps shrink {motion.shrinking:.3g}-fold within the tail."
-        return _Finding(Kind.FIXED_POINT, reason, motion, settled=motion.late_step <= rest)
-    if kind == Kind.SLIDER and motion.ballistic >= settings.ballistic and motion.unexplained <= settings.unsteady:
-        reason = (
-            f"It moves on, not quite steadily: {motion.shape.words} leaves {motion.unexplained:.2g} of its variance."
-        )
-        return _Finding(Kind.SLIDER, reason, motion)
-    seems = _amplified(motion, settings)
-    if motion.noise > motion.amplified(settings) and motion.trend <= 1 / settings.steady:
-        reason = f"It approaches a point, in many turns: its steps shrink steadily, {1 / motion.trend:.3g}-fold."
-        return _Finding(Kind.FIXED_POINT, reason, motion)
-    if motion.noise > motion.amplified(settings) and motion.trend >= settings.steady and not seems:
-        reason = f"It moves away, in many turns: its steps lengthen steadily, {motion.trend:.3g}-fold."
-        return _Finding(Kind.DIVERGING, reason, motion)
-    if motion.shrinking <= 1 / settings.shrinking and motion.spreading >= settings.spreading and not seems:
-        return _Finding(Kind.DIVERGING, f"Its steps lengthen {1 / motion.shrinking:.3g}-fold within the tail.", motion)
-    return _shapeless(motion, settings)
+    more = m.left > found.amplified
+    found.say(
+        more & (m.trend <= 1 / settings.steady),
+        Kind.FIXED_POINT,
+        "It approaches a point, in many turns: its steps shrink steadily, {it.falls:.3g}-fold.",
+    )
+    found.say(
+        more & (m.trend >= settings.steady) & ~found.seems,
+        Kind.DIVERGING,
+        "It moves away, in many turns: its steps lengthen steadily, {it.trend:.3g}-fold.",
+    )
+    found.say(
+        (m.shrinking <= 1 / settings.shrinking) & (m.spreading >= settings.spreading) & ~found.seems,
+        Kind.DIVERGING,
+        "Its steps lengthen {it.lengthens:.3g}-fold within the tail.",
+    )
+    _say_shapeless(found)
+    return found
 
 
-def _resting(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    size = f"it moves by {motion.level:.2g} of its norm, {_times(motion)}"
-    if motion.level <= settings.rounding_factor * motion.rounding:
-        return _Finding(Kind.FIXED_POINT, f"It rests: {size}.", motion)
-    if motion.floor >= _LOUD:
-        reason = (
-            f"Rounding alone moves it by {motion.floor:.2g} of its norm; only a finer dtype tells whether that is "
-            "noise or chaos."
-        )
-        return _Finding(Kind.UNKNOWN, reason, motion, doubt=Doubt.LOUD)
-    return _Finding(Kind.AT_FLOOR, f"It hovers: {size}.", motion)
+def _say_resting(found: _Findings) -> None:
+    """Of motions too small, or approaches too plain, to look for a shape."""
+    m, noise, none = found.motions, found.motions.noise, ~found.motions.fitted
+    moves = "it moves by {it.level:.2g} of its norm, {it.times}."
+    found.say(m.level == 0, Kind.FIXED_POINT, "Its last {it.window} states are the same.")
+    shrink = "Its steps shrink {it.shrinking:.3g}-fold within the tail."
+    found.say(none & (m.level > found.rest), Kind.FIXED_POINT, shrink)
+    exact = m.level <= found.settings.rounding_factor * noise.rounding
+    found.say(none & exact, Kind.FIXED_POINT, f"It rests: {moves}")
+    loud = (
+        "Rounding alone moves it by {it.floor:.2g} of its norm; only a finer dtype tells whether that is noise or "
+        "chaos."
+    )
+    found.say(none & (noise.floor >= _LOUD), Kind.UNKNOWN, loud, doubt=Doubt.LOUD)
+    found.say(none, Kind.AT_FLOOR, f"It hovers: {moves}")
 
 
-def _parted(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    """Rounding grows without end: a point, a closed curve and a drift are what it cannot be."""
-    assert motion.shape is not None
-    away = f"runs of it that differ by rounding alone part, to {motion.floor:.2g} of its norm"
-    if motion.norm_growth >= settings.norm_growth:
-        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, and {away}."
-        return _Finding(Kind.DIVERGING, reason, motion)
-    if limit_of(motion.shape, settings) == Kind.DIVERGING and _is_explained(motion, Kind.DIVERGING, settings):
-        return _shaped(motion, Kind.DIVERGING, settings)
-    reason = f"It keeps moving by {motion.level:.2g} of its norm, and {away}: it is chaotic."
-    return _Finding(Kind.BOUNDED, reason, motion)
+def _say_drifting(found: _Findings, where: Tensor) -> None:
+    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles, in steps that have no limit."
+    found.say(where & found.grows, Kind.DIVERGING, grown)
+    slow = "It moves on: its steps shrink like time to the power -{it.power:.2g}, and have no limit."
+    found.say(where, Kind.SLIDER, slow)
 
 
-def _times(motion: Motion) -> str:
-    if motion.measured:
-        return f"{motion.level / motion.unit:.2g} times the measured noise floor"
-    return f"{motion.level / motion.unit:.2g} times what one rounding does"
+def _say_shaped(found: _Findings, where: Tensor) -> None:
+    """Of motions that their shapes explain."""
+    m, settings, noise, best = found.motions, found.settings, found.motions.noise, found.motions.best
+    slides = where & (best.limit == Kind.SLIDER.code)
+    small = where & torch.isin(best.limit, torch.tensor([kind.code for kind in _MADE_BY_ROUNDING]))
+    least = torch.where(noise.measured, settings.rest, settings.visible)
+    hovers = "It hovers: its motion is {it.times}."
+    found.say(small & (m.level < least * noise.unit), Kind.AT_FLOOR, hovers, shaped=True)
+    # Amplified rounding would seem to have such a shape: over a window that is no longer than its memory, a mode that
+    # noise drives turns, drifts or grows, but leaves more than a true one does.
+    most = settings.unexplained_mode * torch.where(slides, m.window / 32, 1.0)
+    leaves = (m.unexplained > most) | (m.left > settings.memory * m.innovation)
+    seems = (
+        "It follows {it.shape.words}, but rounding that a slow mode amplifies would seem to as well: it is {it.times}, "
+        "of which {it.new_units:.2g} are new in each recurrence."
+    )
+    found.say(small & found.seems & leaves, Kind.UNKNOWN, seems, shaped=True, doubt=Doubt.AMPLIFIED)
+    as_well = (best.rival == Kind.FIXED_POINT.code) & (best.margin < settings.margin)
+    rivals = "It moves slowly: {it.shape.words} and an approach to a point explain it about as well."
+    found.say(slides & as_well, Kind.UNKNOWN, rivals, shaped=True, doubt=Doubt.RIVALS)
+    follows = "it follows {it.shape.words}, which leaves {it.unexplained:.2g} of its variance."
+    grown = f"Its norm grows {{it.norm_growth:.3g}}-fold while time doubles: {follows}"
+    found.say(slides & found.grows, Kind.DIVERGING, grown, shaped=True)
+    found.say(where, best.limit, f"{{it.begins}}: {follows}", shaped=True)
 
 
-def _approaches(motion: Motion, settings: DisplacementSettings, rest: float) -> bool:
-    """The steps shrink as they do on the way to a point, whatever the way looks like."""
-    still = motion.shrinking_late >= settings.shrinking_late or motion.late_step <= rest
-    nearer = motion.later_level <= settings.nearer * motion.level
-    return motion.shrinking >= settings.shrinking and still and nearer
-
-
-def _drifts(motion: Motion, settings: DisplacementSettings) -> bool:
-    """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
-    exact = motion.noise <= motion.amplified(settings)
-    one_way = motion.unexplained <= settings.unsteady and motion.ballistic >= settings.one_way
-    return not exact and one_way and motion.slowing <= settings.slowing
-
-
-def _drifting(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    if motion.norm_growth >= settings.norm_growth:
-        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in steps that have no limit."
-        return _Finding(Kind.DIVERGING, reason, motion)
-    reason = f"It moves on: its steps shrink like time to the power -{max(0.0, motion.slowing):.2g}, and have no limit."
-    return _Finding(Kind.SLIDER, reason, motion)
-
-
-def _is_explained(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
-    """The best shape is no chance, and what it leaves is noise, or little."""
-    if motion.p_value > settings.significance:
-        return False
-    # How little has to be left depends on what it can be: rounding, amplified rounding, or nothing but other motion.
-    noisy = settings.unexplained_noise if kind == Kind.FIXED_POINT else settings.unexplained_small
-    if motion.noise <= motion.rest(settings):
-        return motion.unexplained <= noisy
-    if motion.noise <= motion.amplified(settings):
-        fills = motion.residual_filling >= settings.filling
-        return motion.unexplained <= (noisy if fills else settings.unexplained)
-    return motion.unexplained <= settings.unexplained_structure
-
-
-def _shaped(motion: Motion, kind: Kind, settings: DisplacementSettings) -> _Finding:
-    assert motion.shape is not None
-    least = settings.rest if motion.measured else settings.visible
-    if kind in _MADE_BY_ROUNDING and motion.level < least * motion.unit:
-        reason = f"It hovers: its motion is {_times(motion)}."
-        return _Finding(Kind.AT_FLOOR, reason, motion, shaped=True)
-    words = motion.shape.words
-    if kind in _MADE_BY_ROUNDING and _seems(motion, kind, settings):
-        reason = (
-            f"It follows {words}, but rounding that a slow mode amplifies would seem to as well: it is "
-            f"{_times(motion)}, of which {motion.innovation / motion.unit:.2g} are new in each recurrence."
-        )
-        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True, doubt=Doubt.AMPLIFIED)
-    left = f"which leaves {motion.unexplained:.2g} of its variance"
-    if kind == Kind.SLIDER and motion.rival == Kind.FIXED_POINT and motion.margin < settings.margin:
-        reason = f"It moves slowly: {words} and an approach to a point explain it about as well."
-        return _Finding(Kind.UNKNOWN, reason, motion, shaped=True, doubt=Doubt.RIVALS)
-    if kind == Kind.SLIDER and motion.norm_growth >= settings.norm_growth:
-        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles: it follows {words}, {left}."
-        return _Finding(Kind.DIVERGING, reason, motion, shaped=True)
-    begins = {
-        Kind.FIXED_POINT: "It approaches a point",
-        Kind.ORBIT: "It is periodic",
-        Kind.SLIDER: "It moves on",
-        Kind.DIVERGING: "It moves away",
-        Kind.BOUNDED: "It keeps turning without a period",
-    }
-    return _Finding(kind, f"{begins[kind]}: it follows {words}, {left}.", motion, shaped=True)
-
-
-def _amplified(motion: Motion, settings: DisplacementSettings) -> bool:
-    """It may be rounding that the recurrence amplifies: what is new in a recurrence is that of a few roundings."""
-    small = motion.level <= settings.gain * motion.rounding
-    new = settings.least_new <= motion.innovation / motion.rounding <= settings.new
-    return not motion.measured and small and new
-
-
-def _seems(motion: Motion, kind: Kind, settings: DisplacementSettings) -> bool:
-    """Amplified rounding would seem to have such a shape: over a window that is no longer than its memory, a mode that
-    noise drives turns, drifts or grows, but leaves more than a true one does."""
-    most = settings.unexplained_mode * (motion.window / 32 if kind == Kind.SLIDER else 1)
-    left = motion.unexplained > most or motion.noise > settings.memory * motion.innovation
-    return _amplified(motion, settings) and left
-
-
-def _shapeless(motion: Motion, settings: DisplacementSettings) -> _Finding:
-    moves = f"its motion of {motion.level:.2g} of its norm has no shape and is {_times(motion)}"
+def _say_shapeless(found: _Findings) -> None:
+    """Of all others, by their size."""
+    m, settings, noise = found.motions, found.settings, found.motions.noise
+    moves = "its motion of {it.level:.2g} of its norm has no shape and is {it.times}"
+    new = "what is new in a recurrence is {it.new_roundings:.2g} times that"
     # Of motion that does not spread, not the largest lag: in a short tail, one of many is far above the others.
-    spreads = motion.spreading >= settings.spreading
-    size = motion.level if spreads else statistics.median(motion.displacement)
-    new = f"what is new in a recurrence is {motion.innovation / motion.rounding:.2g} times that"
-    if _amplified(motion, settings):
-        if size <= _LOUD:
-            reason = f"It hovers: {moves}, but {new}: rounding, which a contraction has amplified."
-            return _Finding(Kind.AT_FLOOR, reason, motion)
-        reason = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.LOUD)
-    if motion.norm_growth >= settings.norm_growth:
-        reason = f"Its norm grows {motion.norm_growth:.3g}-fold while time doubles, in no shape."
-        return _Finding(Kind.DIVERGING, reason, motion)
-    filled = motion.measured or motion.filling >= settings.filling
-    if size <= motion.amplified(settings) * (1.0 if filled else _IN_FEW_DIRECTIONS):
-        return _Finding(Kind.AT_FLOOR, f"It hovers: {moves}.", motion)
-    if spreads:
-        reason = (
-            f"It wanders: its squared displacement still grows {motion.spreading:.2g}-fold from short lags to long "
-            "ones, in no direction of its own."
-        )
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.WANDERS)
-    if motion.measured:
-        reason = (
-            f"It moves: {moves}; but a twin stayed near for {motion.window} recurrences, so that it is no noise, "
-            "and chaos only if that is slow."
-        )
-        return _Finding(Kind.UNKNOWN, reason, motion, settled=False, doubt=Doubt.SHAPELESS)
-    return _Finding(Kind.BOUNDED, f"It keeps moving: {moves}.", motion, settled=False)
+    spreads = m.spreading >= settings.spreading
+    lags, ordered = m.displacement.shape[-1], m.displacement.sort(-1).values
+    median = (ordered[:, (lags - 1) // 2] + ordered[:, lags // 2]) / 2
+    size = torch.where(spreads, m.level, median)
+    contracted = f"It hovers: {moves}, but {new}: rounding, which a contraction has amplified."
+    found.say(found.seems & (size <= _LOUD), Kind.AT_FLOOR, contracted)
+    finer = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
+    found.say(found.seems, Kind.UNKNOWN, finer, settled=False, doubt=Doubt.LOUD)
+    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles, in no shape."
+    found.say(found.grows, Kind.DIVERGING, grown)
+    filled = noise.measured | (m.filling >= settings.filling)
+    most = found.amplified * torch.where(filled, 1.0, _IN_FEW_DIRECTIONS)
+    found.say(size <= most, Kind.AT_FLOOR, f"It hovers: {moves}.")
+    wanders = (
+        "It wanders: its squared displacement still grows {it.spreading:.2g}-fold from short lags to long ones, in no "
+        "direction of its own."
+    )
+    found.say(spreads, Kind.UNKNOWN, wanders, settled=False, doubt=Doubt.WANDERS)
+    beside = (
+        f"It moves: {moves}; but a twin stayed near for {{it.window}} recurrences, so that it is no noise, and chaos "
+        "only if that is slow."
+    )
+    found.say(noise.measured, Kind.UNKNOWN, beside, settled=False, doubt=Doubt.SHAPELESS)
+    found.say(torch.ones_like(spreads), Kind.BOUNDED, f"It keeps moving: {moves}.", settled=False)
 
 
-def _floor(finding: _Finding) -> float:
-    """The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at
-    least that of one rounding."""
-    motion = finding.motion
-    if finding.kind == Kind.AT_FLOOR:
-        return max(motion.displacement[0], motion.unit)
-    return max(motion.noise, motion.unit) if finding.shaped else motion.unit
+def _approaches(found: _Findings) -> Tensor:
+    """The steps shrink as they do on the way to a point, whatever the way looks like."""
+    m, settings = found.motions, found.settings
+    still = (m.shrinking_late >= settings.shrinking_late) | (m.late_step <= found.rest)
+    return (m.shrinking >= settings.shrinking) & still & (m.later_level <= settings.nearer * m.level)
 
 
-def _verdict(finding: _Finding) -> Verdict:
-    motion, shape = finding.motion, finding.motion.shape
-    orbits, slides = finding.kind == Kind.ORBIT, finding.kind == Kind.SLIDER
-    described = shape is not None and finding.shaped and finding.kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.DIVERGING)
-    nan = float("nan")
-    reason = finding.reason
-    if motion.window < _LONG and finding.kind != Kind.UNKNOWN:
-        reason = f"So far, in {motion.window} recurrences: {reason[0].lower()}{reason[1:]}"
+def _drifts(found: _Findings) -> Tensor:
+    """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
+    m, settings = found.motions, found.settings
+    one_way = (m.unexplained <= settings.unsteady) & (m.ballistic >= settings.one_way)
+    return (m.left > found.amplified) & one_way & (m.slowing <= settings.slowing)
+
+
+def _explained(found: _Findings) -> Tensor:
+    """The best shape is no chance, and what it leaves is noise, or little."""
+    m, settings = found.motions, found.settings
+    # How little has to be left depends on what it can be: rounding, amplified rounding, or nothing but other motion.
+    points, fills = m.best.limit == Kind.FIXED_POINT.code, m.filling_left >= settings.filling
+    noisy = torch.where(points, settings.unexplained_noise, settings.unexplained_small)
+    amplifies = torch.where(fills, noisy, settings.unexplained)
+    most = torch.where(m.left <= found.amplified, amplifies, settings.unexplained_structure)
+    most = torch.where(m.left <= found.rest, noisy, most)
+    return (m.best.p_value <= settings.significance) & (m.unexplained <= most)
+
+
+def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
+    """`shorter` is the kind of the last two thirds of the tail."""
+    kind, it, seems, sentence, shaped, doubt = finding
+    reason = sentence.format(it=it)
+    if shorter.settles and kind == Kind.BOUNDED:
+        # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
+        reason = f"{reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
+        kind, doubt = Kind.UNKNOWN, Doubt.REMEMBERED
+    if it.window < _LONG and kind != Kind.UNKNOWN:
+        reason = f"So far, in {it.window} recurrences: {reason[0].lower()}{reason[1:]}"
+    unstable = [] if same_limit(kind, shorter) else ["window"]
+    if kind.moves and seems:
+        unstable.append("noise")
+    # The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at least
+    # that of one rounding.
+    floor = it.displacement[0] if kind == Kind.AT_FLOOR else it.left if shaped else 0.0
+    described = shaped and kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.DIVERGING)
+    orbits = kind == Kind.ORBIT
     return Verdict(
-        kind=finding.kind,
+        kind=kind,
         reason=reason,
         method="displacement",
-        doubt=finding.doubt,
-        floor=_floor(finding),
-        level=motion.level,
-        period=shape.period if shape is not None and described else nan,
-        amplitude=motion.amplitude if orbits else nan,
-        speed=motion.speed if slides else nan,
-        rate=shape.rate if shape is not None and described and not orbits else nan,
-        p_value=motion.p_value,
+        doubt=doubt,
+        floor=max(floor, it.unit),
+        level=it.level,
+        period=it.shape.period if described else math.nan,
+        amplitude=it.amplitude if orbits else math.nan,
+        speed=it.speed if kind == Kind.SLIDER else math.nan,
+        rate=it.shape.rate if described and not orbits else math.nan,
+        p_value=it.p_value,
+        unstable=tuple(unstable),
         evidence={
-            "rounding": motion.rounding,
-            "measured_floor": motion.floor,
-            "innovation": motion.innovation,
-            "window": float(motion.window),
-            "unexplained": motion.unexplained,
-            "margin": motion.margin,
-            "filling": motion.filling,
-            "spreading": motion.spreading,
-            "shrinking": motion.shrinking,
-            "norm_growth": motion.norm_growth,
+            "rounding": it.rounding,
+            "measured_floor": it.floor,
+            "innovation": it.innovation,
+            "window": float(it.window),
+            "unexplained": it.unexplained,
+            "margin": it.margin,
+            "filling": it.filling,
+            "spreading": it.spreading,
+            "shrinking": it.shrinking,
+            "norm_growth": it.norm_growth,
         },
-        displacement=motion.displacement,
+        displacement=tuple(it.displacement),
     )

@@ -100,17 +100,19 @@ def residuals(
     return Residuals(directions, (1 - correlation) / (1 + correlation))
 
 
-def significance(fit: Fit, parts: Components) -> Tensor:
-    """Probability that noise would be explained so well, corrected for the members tried,
-    (token,): an F test."""
-    ours, directions = fit.columns, parts.noise_directions
-    rest = (parts.window - 1 - ours).clamp_min(1.0)
-    explained = (parts.energy - fit.left).clamp_min(0.0)
-    ratio = (explained / ours.clamp_min(1.0)) / (fit.left / rest).clamp_min(1e-300)
+def significance(
+    left: Float[Tensor, " token"], columns: Float[Tensor, " token"], tried: Float[Tensor, " token"], parts: Components
+) -> Float[Tensor, " token"]:
+    """Probability that noise would be explained so well by so many columns, corrected for the members tried: an F
+    test."""
+    rest = (parts.window - 1 - columns).clamp_min(1.0)
+    explained = (parts.energy - left).clamp_min(0.0)
+    ratio = (explained / columns.clamp_min(1.0)) / (left / rest).clamp_min(1e-300)
     # fdtrc(a, b, x) is the upper tail of the F distribution. A column has a coefficient in each direction that noise
     # takes, hence the degrees of freedom.
-    tail = special.fdtrc((ours * directions).numpy(), (rest * directions).numpy(), ratio.clamp(max=1e200).numpy())
-    return (torch.from_numpy(tail) * fit.tried).clamp(max=1.0)
+    freedom = (each * parts.noise_directions for each in (columns, rest))
+    tail = special.fdtrc(*(each.numpy() for each in (*freedom, ratio.clamp(max=1e200))))
+    return (torch.from_numpy(tail) * tried).clamp(max=1.0)
 
 
 def _add_rotations(found: list[Fit], single: Fit, parts: Components, least_periods: float) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.cosine import cosine_kinds, cosine_verdicts, measure_turns
 from loopscope.dynamics.trajectories.displacement import (
-    decide_kind,
     displacement_kinds,
     displacement_verdicts,
     measure_tails,
+    plain_kinds,
 )
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import (
@@ -34,7 +34,7 @@ from loopscope.dynamics.trajectories.states import (
     rounding_step,
     stored_dtype,
 )
-from loopscope.dynamics.verdicts import Kind, Verdict
+from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
 
@@ -146,14 +146,13 @@ def judge_by_all(
 
 
 @torch.inference_mode()
-def trial_kinds(
-    states: Tensor, dtype: Dtype, settings: DisplacementSettings, first_recurrence: int, noise: Noise
-) -> list[Kind]:
+def trial_kinds(states: Tensor, settings: DisplacementSettings, first_recurrence: int, noise: Noise) -> list[Kind]:
     """What verdicts of some finite trajectories are held against: the same by the displacement method, where rest that
     is seen and rest that noise hides count as one."""
     kinds: list[Kind] = []
     for rows in _chunks(torch.arange(len(states)), *states.shape[1:]):
-        kinds += displacement_kinds(states[rows], dtype, settings, first_recurrence, noise.take(rows))
+        found = plain_kinds(states[rows], settings, first_recurrence, noise.take(rows))
+        kinds += [KINDS[code] for code in found.tolist()]
     return kinds
 
 
@@ -173,18 +172,12 @@ def _judge(
         kinds = [cosine_kinds(turns, each) for each in others if isinstance(each, CosineSettings)]
     else:
         alike = [each for each in others if isinstance(each, DisplacementSettings)]
+        noise = noise or Noise.of(dtype, len(states))
         motions = measure_tails(
-            states,
-            dtype,
-            settings,
-            first_recurrence,
-            others=alike,
-            shorter=try_window,
-            kinds_only=not try_window,
-            noise=noise,
+            states, settings, noise, first_recurrence, others=alike, shorter=try_window, kinds_only=not try_window
         )
         found = displacement_verdicts(motions, settings)
-        kinds = [[decide_kind(motion, each) for motion in motions] for each in alike]
+        kinds = [[KINDS[code] for code in displacement_kinds(motions, each).tolist()] for each in alike]
     for token, verdict in enumerate(found):
         if zero[token]:
             reason = "Every number is 0: this may be padding, or nothing ran."

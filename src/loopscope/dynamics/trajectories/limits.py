@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
@@ -64,29 +65,25 @@ class Shape:
         return f"a {slowly}closed curve of period {self.period:.4g}"
 
 
-def closed_period(turns: tuple[float, ...], window: int, least_periods: float, slip: float) -> float | None:
-    """The period after which rotations by these turns (radians a recurrence) are all round again; None if there is none
+def closed_periods(
+    turns: Float[Tensor, "motion turn"], window: int, least_periods: float, slip: Float[Tensor, " motion"]
+) -> Float[Tensor, " motion"]:
+    """The period after which rotations by these turns (radians a recurrence) are all round again; NaN if there is none
     that the window holds `least_periods` times, or two turns are too close to tell apart.
 
     `slip` is the phase, in radians, by which a turn may miss a multiple of the common one over the whole window.
     """
     longest = window / least_periods
-    for harmonic in range(1, int(longest / 2) + 1):
-        period = 2 * math.pi * harmonic / turns[0]
-        if period > longest:
-            return None
-        common = turns[0] / harmonic
-        if all(_missed_by(turn, common) * window <= slip for turn in turns):
-            return period
-    return None
-
-
-def _missed_by(turn: float, common: float) -> float:
-    """How far a turn is from the nearest multiple of the common one, as recurrences show it: folded back at half a
-    round."""
-    nearest = round(turn / common) * common
-    beyond = round((2 * math.pi - turn) / common) * common
-    return min(abs(turn - nearest), abs(2 * math.pi - turn - beyond))
+    common = turns[:, :1] / torch.arange(1, int(longest / 2) + 1)
+    period = 2 * math.pi / common
+    # How far a turn is from the nearest multiple of the common one, as recurrences show it: folded back at half a
+    # round.
+    turns, each = turns[:, None], common[..., None]
+    nearest, beyond = (turns / each).round() * each, ((2 * math.pi - turns) / each).round() * each
+    missed = torch.minimum((turns - nearest).abs(), (2 * math.pi - turns - beyond).abs()).amax(-1)
+    closes = (missed * window <= slip[:, None]) & (period <= longest)
+    least = torch.where(closes, period, math.inf).amin(-1)
+    return torch.where(least.isfinite(), least, math.nan)
 
 
 def separate(turns: Float[Tensor, "motion turn"], window: int) -> Bool[Tensor, " motion"]:
@@ -94,28 +91,27 @@ def separate(turns: Float[Tensor, "motion turn"], window: int) -> Bool[Tensor, "
     return (turns.sort(-1).values.diff(dim=-1) >= 2 * math.pi / window).all(-1)
 
 
-def limit_of(shape: Shape, settings: DisplacementSettings) -> Kind:
-    """What a motion of exactly this shape tends to."""
-    family, numbers = shape.family, shape.numbers
-    grows = math.log(settings.growth)
+def limits_of(
+    family: str, numbers: Float[Tensor, "motion number"], window: int, settings: DisplacementSettings
+) -> Int[Tensor, " motion"]:
+    """What motions of exactly these shapes tend to, as places in `KINDS`."""
+    first, last, grows = numbers[:, 0], numbers[:, -1], math.log(settings.growth)
+    point, orbit, slider, away = (kind.code for kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING))
     if family == "power":
-        if numbers[0] <= settings.summable:
-            return Kind.FIXED_POINT
         # By how much the steps lengthen while time doubles.
-        return Kind.DIVERGING if 2 ** (numbers[0] - 1) >= settings.growth else Kind.SLIDER
+        on = torch.where(2 ** (first - 1) >= settings.growth, away, slider)
+        return torch.where(first <= settings.summable, point, on)
     if family == "exponential":
-        if numbers[0] >= grows:
-            return Kind.DIVERGING
-        return Kind.SLIDER if numbers[0] > -grows else Kind.FIXED_POINT
+        return torch.where(first >= grows, away, torch.where(first > -grows, slider, point))
     if family in ("alternating", "spiral"):
-        if numbers[-1] < -math.log(settings.settling):
-            return Kind.FIXED_POINT
-        if numbers[-1] >= grows:
-            return Kind.DIVERGING
+        period = 2 * math.pi / first if family == "spiral" else torch.full_like(first, 2.0)
         # Less than a few turns at one size are a way, not a cycle.
-        return Kind.ORBIT if shape.window >= settings.least_periods * shape.period else Kind.SLIDER
+        on = torch.where(window >= settings.least_periods * period, orbit, slider)
+        return torch.where(last < -math.log(settings.settling), point, torch.where(last >= grows, away, on))
     if family == "modes":
-        return Kind.FIXED_POINT
-    if family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
-        return Kind.SLIDER
-    return Kind.BOUNDED if family == "none" or family.endswith("rotations") else Kind.ORBIT
+        kind = point
+    elif family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
+        kind = slider
+    else:
+        kind = Kind.BOUNDED.code if family.endswith("rotations") else orbit
+    return torch.full((len(numbers),), kind)

@@ -1,20 +1,20 @@
-"""What is measured of each token's motion within its tail, before anything is decided."""
+"""What is measured of motions within a tail, before anything is decided."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.limits import Shape
-from loopscope.dynamics.trajectories.noise import Noise, TokenNoise, innovation_step
-from loopscope.dynamics.trajectories.selection import BestShape, best_shapes
+from loopscope.dynamics.trajectories.noise import Noise, innovation_step
+from loopscope.dynamics.trajectories.selection import BestShapes, best_shapes
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import Tails, decompose
-from loopscope.dynamics.verdicts import Kind
 
 _PLAIN, _PLAIN_LATE = 30.0, 3.0
 """Steps that shrink by these factors, within the tail and, unless they have come to rest, within its later half, are
@@ -27,58 +27,65 @@ _SLOWING_MISFIT = 0.05
 """Root mean square of the logarithm of the steps about a power law: 5 % of a step."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Motion(TokenNoise):
-    """Of one token, beside what noise makes of it. Lengths are relative to the state's norm."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Motions:
+    """Of some tokens, (token,) each. Lengths are relative to the state's norm."""
 
     window: int
-    last_recurrence: int
-    """Of the tail, counted from 1."""
-    innovation: float
+    noise: Noise
+    """What it makes of each."""
+    best: BestShapes
+    innovation: Tensor
     """Step of what a linear map of the leading components does not foresee, one recurrence ahead; NaN where there is
     nothing to fit one to."""
-    level: float
+    level: Tensor
     """Root mean square displacement at the lag where it is largest."""
-    later_level: float
+    later_level: Tensor
     """The same within the later half of the tail."""
-    noise: float
+    left: Tensor
     """Step that what the best shape leaves would make, were it noise."""
-    shape: Shape | None
-    """The best one; None where the motion is too small to look for one."""
-    unexplained: float
+    unexplained: Tensor
     """Share of the variance that it leaves."""
-    amplitude: float
+    amplitude: Tensor
     """Root mean square distance to the centre of what it explains."""
-    p_value: float
-    margin: float
-    """Logarithm of how much likelier it is than the best shape that tends to something else."""
-    rival: Kind | None
-    """What that one tends to."""
-    filling: float
+    filling: Tensor
     """Directions that the motion takes, over those of white noise."""
-    residual_filling: float
+    filling_left: Tensor
     """The same of what the shape leaves."""
-    spreading: float
+    spreading: Tensor
     """Mean squared displacement at lags about W/2 over that at lags about W/16."""
-    shrinking: float
+    shrinking: Tensor
     """Step in the first third of the tail over that in the last third."""
-    shrinking_late: float
+    shrinking_late: Tensor
     """The same within the later half."""
-    late_step: float
-    norm_growth: float
-    evenness: float
-    """Of periodic motion: step in the first whole periods of the tail over that in the last as many; 1 of other
-    motion."""
-    speed: float
-    """Length of the way from the first quarter of the tail to the last, per recurrence."""
-    slowing: float
+    late_step: Tensor
+    norm_growth: Tensor
+    slowing: Tensor
     """The power a of steps that shrink like (t + s)^-a; NaN where noise hides it or they do not follow one."""
-    trend: float
+    trend: Tensor
     """Factor by which the steps change over the tail, if they do so steadily; 1 otherwise."""
-    ballistic: float
+    ballistic: Tensor
     """Exponent of the mean squared displacement between lags W/4 and W/2: 2 for a drift, 1 for a random walk."""
-    displacement: tuple[float, ...]
+    displacement: Float[Tensor, "token lag"]
     """Root mean square, by lag."""
+
+    @property
+    def fitted(self) -> Bool[Tensor, " token"]:
+        """Whether a shape was looked for."""
+        return torch.tensor([shape is not None for shape in self.best.shape], dtype=torch.bool)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The numbers of each token as Python's own, those of its shape and its noise among them."""
+        noise = {"floor": self.noise.floor, "unit": self.noise.unit, "measured": self.noise.measured}
+        own = {name: getattr(self, name) for name in _NUMBERS}
+        best = {field.name: getattr(self.best, field.name) for field in fields(self.best) if field.name != "shape"}
+        columns = {name: column.tolist() for name, column in {**best, **noise, **own}.items()}
+        for shape, *values in zip(self.best.shape, *columns.values(), strict=True):
+            numbers = dict(zip(columns, values, strict=True))
+            yield {**numbers, "shape": shape, "window": self.window, "rounding": self.noise.rounding}
+
+
+_NUMBERS = tuple(field.name for field in fields(Motions) if field.name not in ("window", "noise", "best"))
 
 
 def measure_motions(
@@ -88,9 +95,9 @@ def measure_motions(
     *,
     kinds_only: bool = False,
     ends: Bool[Tensor, " token"] | None = None,
-) -> list[Motion]:
-    """One motion a token. Shapes are fitted where it moves by more than noise; for `kinds_only`, not where its steps
-    shrink so fast that it plainly approaches a point, on whatever way. `ends` as in `best_shapes`."""
+) -> Motions:
+    """Shapes are fitted where a token moves by more than noise; for `kinds_only`, not where its steps shrink so fast
+    that it plainly approaches a point, on whatever way. `ends` as in `best_shapes`."""
     displacement = tails.displacement()
     level = displacement.amax(-1).sqrt()
     steps = _step_numbers(tails)
@@ -100,33 +107,32 @@ def measure_motions(
         still = (steps["shrinking_late"] >= _PLAIN_LATE) | (steps["late_step"] <= rest)
         moves &= ~((steps["shrinking"] >= _PLAIN) & still)
     moving = moves.nonzero()[:, 0]
-    best: dict[int, BestShape] = {}
-    innovation = torch.full_like(level, math.nan)
+    squares = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    energy = (squares - tails.products.mean(-1).sum(-1)).clamp_min(0.0)
+    best, innovation = BestShapes.none(None, energy, 0, torch.zeros_like(level)), torch.full_like(level, math.nan)
     if len(moving):
         parts = decompose(tails.last(tails.window, moving))
         innovation[moving] = innovation_step(parts)
-        found = best_shapes(
-            parts, displacement[moving], noise.take(moving), settings, None if ends is None else ends[moving]
-        )
-        best = dict(zip(moving.tolist(), found, strict=True))
-    energies = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1) - tails.products.mean(-1).sum(-1)
-    numbers = {
-        "level": level,
-        "later_level": tails.displacement(tails.window - tails.window // 2).amax(-1).sqrt(),
-        "energy": energies.clamp_min(0.0),
-        "spreading": _spreading(displacement, tails.window),
-        "ballistic": _ballistic(displacement, tails.window),
-        "norm_growth": tails.norm_growth,
-        "floor": noise.floor,
-        "innovation": innovation,
+        its_ends = None if ends is None else ends[moving]
+        best = best.put(moving, best_shapes(parts, displacement[moving], noise.take(moving), settings, its_ends))
+    return Motions(
+        window=tails.window,
+        noise=noise,
+        best=best,
+        innovation=innovation,
+        level=level,
+        later_level=tails.displacement(tails.window - tails.window // 2).amax(-1).sqrt(),
+        left=(2 * best.left / (tails.window - 1 - best.columns).clamp_min(1.0)).sqrt(),
+        unexplained=torch.where(energy > 0, best.left / energy, 1.0),
+        amplitude=((energy - best.left).clamp_min(0.0) / tails.window).sqrt(),
+        filling=best.directions / tails.white_directions,
+        filling_left=best.directions_left / tails.white_directions,
+        spreading=_spreading(displacement, tails.window),
+        norm_growth=tails.norm_growth,
+        ballistic=_ballistic(displacement, tails.window),
+        displacement=displacement.sqrt(),
         **steps,
-    }
-    rows = zip(*(column.tolist() for column in numbers.values()), strict=True)
-    curves = displacement.sqrt().tolist()
-    return [
-        _motion(tails, noise, token, best.get(token), dict(zip(numbers, row, strict=True)), curves[token])
-        for token, row in enumerate(rows)
-    ]
+    )
 
 
 def slowing_power(
@@ -179,32 +185,6 @@ def _slope(logs: Tensor) -> tuple[Tensor, Tensor]:
     neighbours = (rest[:, 1:] * rest[:, :-1]).sum(-1) / rest.square().sum(-1).clamp_min(1e-300)
     correlation = neighbours.clamp(0.0, 0.99)
     return slope, (variance / (time @ time) * (1 + correlation) / (1 - correlation)).sqrt()
-
-
-def _motion(
-    tails: Tails, noise: Noise, token: int, its: BestShape | None, numbers: dict[str, float], curve: list[float]
-) -> Motion:
-    energy = numbers.pop("energy")
-    left, columns = (energy, 0.0) if its is None else (its.left, its.columns)
-    return Motion(
-        window=tails.window,
-        last_recurrence=int(tails.times[-1]),
-        rounding=noise.rounding,
-        parted=bool(noise.parted[token]),
-        noise=math.sqrt(2 * left / max(1.0, tails.window - 1 - columns)),
-        shape=None if its is None else its.shape,
-        unexplained=left / energy if energy > 0 else 1.0,
-        amplitude=math.sqrt(max(0.0, energy - left) / tails.window),
-        p_value=1.0 if its is None else its.p_value,
-        margin=0.0 if its is None else its.margin,
-        rival=None if its is None else its.rival,
-        filling=0.0 if its is None else its.directions / tails.white_directions,
-        residual_filling=0.0 if its is None else its.directions_left / tails.white_directions,
-        evenness=1.0 if its is None else its.evenness,
-        speed=0.0 if its is None else its.speed,
-        displacement=tuple(curve),
-        **numbers,
-    )
 
 
 def _step_numbers(tails: Tails) -> dict[str, Tensor]:

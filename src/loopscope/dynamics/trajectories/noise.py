@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,37 +18,6 @@ _MODES = 8
 """Components that the linear map is fitted to, at most: what noise excites strongly is a few modes."""
 _SAMPLES = 5
 """Recurrences for each of them, at least, or the map would follow the noise."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenNoise:
-    """What noise makes of one token's motion, over the norm."""
-
-    rounding: float
-    """Step that one rounding makes."""
-    floor: float
-    """Step that noise makes, where it was measured; NaN where it was not."""
-    parted: bool
-    """A run that differs by rounding alone has parted from it."""
-
-    @property
-    def measured(self) -> bool:
-        """Its noise was measured, and is noise."""
-        return self.floor == self.floor and not self.parted  # NaN is not itself
-
-    @property
-    def unit(self) -> float:
-        """The step that noise makes: the measured one, or that of one rounding."""
-        return max(self.rounding, self.floor) if self.measured else self.rounding
-
-    def rest(self, settings: DisplacementSettings) -> float:
-        """Motion up to this is rest."""
-        least = settings.rounding_factor * self.rounding
-        return max(least, settings.rest * self.floor) if self.measured else least
-
-    def amplified(self, settings: DisplacementSettings) -> float:
-        """What a shape leaves of a motion is noise up to this."""
-        return self.rest(settings) if self.measured else settings.floor_factor * self.rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,18 +41,24 @@ class Noise:
         """Of some tokens."""
         return Noise(self.rounding, self.floor[rows], self.parted[rows])
 
+    @property
+    def measured(self) -> Bool[Tensor, " token"]:
+        """Its noise was measured, and is noise."""
+        return ~(self.floor.isnan() | self.parted)
+
+    @property
+    def unit(self) -> Float[Tensor, " token"]:
+        """The step that noise makes: the measured one, or that of one rounding."""
+        return torch.where(self.measured, self.floor.double(), self.rounding).clamp_min(self.rounding)
+
     def rest(self, settings: DisplacementSettings) -> Float[Tensor, " token"]:
-        """`TokenNoise.rest` of each."""
-        return self._each(lambda one: one.rest(settings))
+        """Motion up to this is rest."""
+        floor = torch.where(self.measured, self.floor.double(), 0.0)
+        return (settings.rest * floor).clamp_min(settings.rounding_factor * self.rounding)
 
     def amplified(self, settings: DisplacementSettings) -> Float[Tensor, " token"]:
-        """`TokenNoise.amplified` of each."""
-        return self._each(lambda one: one.amplified(settings))
-
-    def _each(self, number: Callable[[TokenNoise], float]) -> Tensor:
-        pairs = zip(self.floor.tolist(), self.parted.tolist(), strict=True)
-        numbers = [number(TokenNoise(rounding=self.rounding, floor=floor, parted=parted)) for floor, parted in pairs]
-        return torch.tensor(numbers, dtype=torch.float64)
+        """What a shape leaves of a motion is noise up to this."""
+        return torch.where(self.measured, self.rest(settings), settings.floor_factor * self.rounding)
 
 
 def innovation_step(parts: Components) -> Float[Tensor, " token"]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.curves import SINGLE_MODES, fit_curves, fit_modes
 from loopscope.dynamics.trajectories.fitting import Fit, fit_shapes, residuals, significance
-from loopscope.dynamics.trajectories.limits import Shape, closed_period, limit_of, separate
+from loopscope.dynamics.trajectories.limits import Shape, closed_periods, limits_of, separate
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.shapes import explained_energy, families
@@ -54,28 +54,59 @@ _EXACT = 1e-13
 """Of the energy: likewise, since the components of a motion in float64 are no better."""
 
 
-@dataclass(frozen=True, slots=True)
-class BestShape:
-    """The likeliest shape of one motion, and what it leaves."""
+@dataclass(frozen=True, slots=True, eq=False)
+class BestShapes:
+    """The likeliest shape of each motion, and what it leaves; (token,) each."""
 
-    shape: Shape
-    left: float
+    shape: tuple[Shape | None, ...]
+    """None where a motion is too small to look for one."""
+    limit: Tensor
+    """What the shape tends to, as a place in `KINDS`."""
+    left: Tensor
     """Sum of squares that it leaves."""
-    columns: float
+    columns: Tensor
     """How many coefficients it has in each direction."""
-    p_value: float
-    margin: float
+    p_value: Tensor
+    margin: Tensor
     """Logarithm of how much likelier it is than the best shape that tends to something else."""
-    rival: Kind
+    rival: Tensor
     """What that one tends to."""
-    directions: float
+    directions: Tensor
     """How many the motion takes."""
-    directions_left: float
+    directions_left: Tensor
     """How many what is left takes."""
-    speed: float
+    speed: Tensor
     """Length of the way from the first quarter of the tail to the last, per recurrence."""
-    evenness: float
+    evenness: Tensor
     """Of periodic motion: step in the first whole periods of the tail over that in the last as many; else 1."""
+
+    @classmethod
+    def none(cls, shape: Shape | None, left: Tensor, columns: int, directions: Tensor) -> BestShapes:
+        """Of motions that no shape was fitted to."""
+        zeros, ones = torch.zeros_like(left), torch.ones_like(left)
+        bounded = torch.full((len(left),), Kind.BOUNDED.code)
+        return cls(
+            shape=(shape,) * len(left),
+            limit=bounded,
+            left=left,
+            columns=columns * ones,
+            p_value=ones,
+            margin=zeros,
+            rival=bounded,
+            directions=directions,
+            directions_left=directions,
+            speed=zeros,
+            evenness=ones,
+        )
+
+    def put(self, rows: Int[Tensor, " row"], some: BestShapes) -> BestShapes:
+        """With others at some places."""
+        shapes = list(self.shape)
+        for row, shape in zip(rows.tolist(), some.shape, strict=True):
+            shapes[row] = shape
+        names = [field.name for field in fields(self) if field.name != "shape"]
+        put = {name: getattr(self, name).index_copy(0, rows, getattr(some, name)) for name in names}
+        return replace(self, shape=tuple(shapes), **put)
 
 
 def best_shapes(
@@ -84,35 +115,18 @@ def best_shapes(
     noise: Noise,
     settings: DisplacementSettings,
     ends: Bool[Tensor, " token"] | None = None,
-) -> list[BestShape]:
+) -> BestShapes:
     """The likeliest shape of each motion, and how much likelier it is than the best that tends to something else.
 
     `displacement` is the mean squared one, from which is seen where no shape can explain a motion: none is fitted
     there. Of the tokens in `ends` only an approach and an orbit are of interest.
     """
     left = _least_left(parts, _COLUMNS)
-    possible = _may_have_shape(parts, displacement, noise, settings, ends)
-    found = [
-        BestShape(
-            shape=Shape("none", (), parts.window),
-            left=its_left,
-            columns=float(_COLUMNS),
-            p_value=1.0,
-            margin=0.0,
-            rival=Kind.BOUNDED,
-            directions=directions,
-            directions_left=directions,
-            speed=0.0,
-            evenness=1.0,
-        )
-        for its_left, directions in zip(left.tolist(), parts.directions.tolist(), strict=True)
-    ]
-    rows = possible.nonzero()[:, 0]
-    if len(rows):
-        fitted = _fitted(parts.take(rows), displacement[rows], noise.take(rows), settings)
-        for row, best in zip(rows.tolist(), fitted, strict=True):
-            found[row] = best
-    return found
+    none = BestShapes.none(Shape("none", (), parts.window), left, _COLUMNS, parts.directions)
+    rows = _may_have_shape(parts, displacement, noise, settings, ends).nonzero()[:, 0]
+    if not len(rows):
+        return none
+    return none.put(rows, _fitted(parts.take(rows), displacement[rows], noise.take(rows), settings))
 
 
 def _may_have_shape(
@@ -150,40 +164,62 @@ def _least_left(parts: Components, columns: int) -> Float[Tensor, " token"]:
     return (parts.energy - leading).clamp_min(0.0)
 
 
-def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings) -> list[BestShape]:
+def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings) -> BestShapes:
     fits, cost, directions = _compared(parts, noise, settings)
-    p_values = torch.stack([significance(fit, parts) for fit in fits])
-    speeds, steps = _speeds(parts).tolist(), _squared_steps(parts)
-    found = []
-    for row, (best, *others) in enumerate(cost.argsort(0).T.tolist()):
-        shape = _shape(fits[best], row, parts, settings)
-        kind = limit_of(shape, settings)
-        if kind == Kind.ORBIT:
+    periods = [_common_periods(fit, parts, settings) for fit in fits]
+    limits = torch.stack(
+        [
+            torch.where(period.isnan(), limits_of(fit.name, fit.numbers, parts.window, settings), Kind.ORBIT.code)
+            for fit, period in zip(fits, periods, strict=True)
+        ]
+    )
+    best = cost.argmin(0, keepdim=True)
+    limit = limits.gather(0, best)
+    # The margin is between limits, not between shapes: a logarithm and a power may tend to the same.
+    rival = torch.where(limits == limit, math.inf, cost).min(0)
+    left, columns, tried = (
+        torch.stack(each).gather(0, best)[0]
+        for each in (
+            [fit.left for fit in fits],
+            [fit.columns for fit in fits],
+            [torch.full_like(fit.left, fit.tried) for fit in fits],
+        )
+    )
+    shapes, evenness, steps = [], torch.ones_like(left), _squared_steps(parts)
+    for row, (place, kind) in enumerate(zip(best[0].tolist(), limit[0].tolist(), strict=True)):
+        fit, period = fits[place], float(periods[place][row])
+        closed = period == period  # NaN is not itself
+        numbers = (period,) if closed else tuple(fit.numbers[row].tolist())
+        shape = Shape("closed curve" if closed else fit.name, numbers, parts.window)
+        if kind == Kind.ORBIT.code:
             returns = _first_return(parts, row, displacement[row], shape.period, settings)
             if returns is not None:
                 shape = Shape("approached cycle", (float(returns),), parts.window)
-        rival, rival_kind = math.inf, kind
-        # The margin is between limits, not between shapes: a logarithm and a power may tend to the same.
-        for other in others:
-            rival_kind = limit_of(_shape(fits[other], row, parts, settings), settings)
-            if rival_kind != kind:
-                rival = float(cost[other, row])
-                break
-        found.append(
-            BestShape(
-                shape=shape,
-                left=float(fits[best].left[row]),
-                columns=float(fits[best].columns[row]),
-                p_value=float(p_values[best, row]),
-                margin=(rival - float(cost[best, row])) / 2,
-                rival=rival_kind,
-                directions=float(parts.directions[row]),
-                directions_left=float(directions[row]),
-                speed=speeds[row],
-                evenness=_evenness(steps[row], shape.period) if kind == Kind.ORBIT else 1.0,
-            )
-        )
-    return found
+            evenness[row] = _evenness(steps[row], shape.period)
+        shapes.append(shape)
+    return BestShapes(
+        shape=tuple(shapes),
+        limit=limit[0],
+        left=left,
+        columns=columns,
+        p_value=significance(left, columns, tried, parts),
+        margin=(rival.values - cost.gather(0, best)[0]) / 2,
+        rival=limits.gather(0, rival.indices[None])[0],
+        directions=parts.directions,
+        directions_left=directions,
+        speed=_speeds(parts),
+        evenness=evenness,
+    )
+
+
+def _common_periods(fit: Fit, parts: Components, settings: DisplacementSettings) -> Float[Tensor, " token"]:
+    """Of rotations that have a common period, which are a closed curve; NaN of all other shapes."""
+    if not fit.name.endswith("rotations"):
+        return torch.full_like(fit.left, math.nan)
+    noise = (fit.left / parts.energy.clamp_min(1e-300) / parts.window).sqrt()
+    slip = (_SLIP + _SLIP_IN_NOISE * noise).clamp(max=_MOST_SLIP)
+    periods = closed_periods(fit.numbers, parts.window, settings.least_periods, slip)
+    return torch.where(fit.left <= settings.unexplained_noise * parts.energy, periods, math.nan)
 
 
 def _first_return(
@@ -298,18 +334,6 @@ def _left_over(fits: list[Fit], parts: Components, settings: DisplacementSetting
     # Two states that differ by noise are apart by twice its variance; each column takes a degree of freedom.
     step = (2 * left / (parts.window - 1 - columns).clamp_min(1.0)).sqrt()
     return left <= settings.unexplained_structure * parts.energy, step
-
-
-def _shape(fit: Fit, row: int, parts: Components, settings: DisplacementSettings) -> Shape:
-    """Rotations that have a common period are a closed curve."""
-    numbers = tuple(fit.numbers[row].tolist())
-    left, energy = float(fit.left[row]), float(parts.energy[row])
-    if fit.name.endswith("rotations") and left <= settings.unexplained_noise * energy:
-        slip = min(_MOST_SLIP, _SLIP + _SLIP_IN_NOISE * math.sqrt(left / max(energy, 1e-300) / parts.window))
-        period = closed_period(numbers, parts.window, settings.least_periods, slip)
-        if period is not None:
-            return Shape("closed curve", (period,), parts.window)
-    return Shape(fit.name, numbers, parts.window)
 
 
 def _costs(fits: list[Fit], parts: Components, unresolved: Tensor, independent: Tensor) -> Tensor:
