@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.displacement import same_limit
-from loopscope.dynamics.trajectories.judge import judge_by_all, trial_kinds
+from loopscope.dynamics.trajectories.judge import judge_by_all, judged_bytes, trial_kinds
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, judge_over_grid
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
@@ -33,7 +33,7 @@ _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 
 _TAIL = DisplacementSettings().window
 _GRIDS = {"displacement": DISPLACEMENT_GRID, "cosine": COSINE_GRID}
-_PIECE_BYTES = 2**25
+_PIECE_BYTES = 2**26
 """That the method may take for the tokens that are judged at once. It is as fast as with more, or faster."""
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
@@ -49,12 +49,6 @@ def _tail(end: int, longest: int = _TAIL) -> Span | None:
     too short to be judged."""
     length = tail_length(end, longest)
     return (end - length, end) if length >= DisplacementSettings().least_recurrences else None
-
-
-def _judged_bytes(length: int) -> int:
-    """What the method takes for a token whose tail is so long: some copies of it in float64, and every displacement at
-    every lag. Measured, to a fifth."""
-    return 8 * length * (6 * DIMENSIONS + 4 * length)
 
 
 class Behaviour(Measure):
@@ -151,7 +145,7 @@ class Behaviour(Measure):
             len(plan.judged_layers) * number * sum(stop - first for first, stop in filter(None, spans))
             for spans in (earlier, (seed, seed))
         )
-        piece = min(_PIECE_BYTES, tokens * _judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
+        piece = min(_PIECE_BYTES, tokens * judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
         long_run = until_judged + len(plan.judged_layers) * wide
         return Memory(kept=of_seeds, until_ended=long_run, ended=piece, result=piece)
 
@@ -229,7 +223,7 @@ class Behaviour(Measure):
     def _pieces(self, tokens: Tensor) -> Iterator[Tensor]:
         """Some tokens, as many at a time as take little memory."""
         length = self._second[1] - self._second[0]
-        yield from tokens.split(max(1, _PIECE_BYTES // _judged_bytes(length)))
+        yield from tokens.split(max(1, _PIECE_BYTES // judged_bytes(length)))
 
     def _noise(self, layer: int) -> Noise:
         """What the twin says of a layer's tokens; without a twin, nothing."""

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.fitting import SPARE, Fit
-from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
+from loopscope.dynamics.trajectories.fitting import Fit
+from loopscope.dynamics.trajectories.narrowing import SPARE, best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import (
     ShapeFamily,
     explained_energy,

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy import special
 from torch import Tensor
 
-from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
+from loopscope.dynamics.trajectories.narrowing import SPARE, best_on_grid, narrow
 from loopscope.dynamics.trajectories.shapes import (
     ShapeFamily,
     explained_energy,
@@ -23,8 +23,6 @@ from loopscope.dynamics.trajectories.shapes import (
 )
 from loopscope.dynamics.trajectories.tail import Components
 
-SPARE = 2
-"""Components beside as many as a shape has columns that its numbers are fitted to."""
 _PROMISING = 0.5
 """Motions of which a grid point explains this share have their fits narrowed. What explains less can gain little, and
 decides nothing."""

@@ -34,12 +34,13 @@ from loopscope.dynamics.trajectories.states import (
     rounding_step,
     stored_dtype,
 )
+from loopscope.dynamics.trajectories.tail import tail_length
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
 
-_CHUNK_BYTES = 2**27
-"""Of a trajectory's tails in float64, judged at a time."""
+_CHUNK_BYTES = 2**28
+"""That judging some tokens at a time may take: most of it is many small operations, fewer for larger pieces."""
 _FEW = 256
 """Tokens that are looked through for what is not finite at a time."""
 _OUTGROWN = 10.0
@@ -132,7 +133,7 @@ def judge_by_all(
         verdict = _not_finite(tensor[token], finite[token], first_recurrence, method)
         told[token] = verdict, [verdict.kind] * len(others)
         progress(1)
-    for rows in _chunks(whole.nonzero()[:, 0], recurrences, tensor.shape[2]):
+    for rows in _chunks(whole.nonzero()[:, 0], tensor, tail_length(recurrences, chosen.window, first_recurrence)):
         measured = None if noise is None else noise.take(rows)
         judged = _judge(tensor[rows], coarse, chosen, others, first_recurrence, try_window, measured)
         told |= zip(rows.tolist(), judged, strict=True)
@@ -150,7 +151,8 @@ def trial_kinds(states: Tensor, settings: DisplacementSettings, first_recurrence
     """What verdicts of some finite trajectories are held against: the same by the displacement method, where rest that
     is seen and rest that noise hides count as one."""
     kinds: list[Kind] = []
-    for rows in _chunks(torch.arange(len(states)), *states.shape[1:]):
+    window = tail_length(states.shape[1], settings.window, first_recurrence)
+    for rows in _chunks(torch.arange(len(states)), states, window):
         found = plain_kinds(states[rows], settings, first_recurrence, noise.take(rows))
         kinds += [KINDS[code] for code in found.tolist()]
     return kinds
@@ -185,9 +187,14 @@ def _judge(
         yield verdict, [its[token] for its in kinds]
 
 
-def _chunks(rows: Tensor, recurrences: int, width: int) -> Iterator[Tensor]:
-    # Tails and Gram matrices of as many recurrences as states.
-    each = 8 * recurrences * (width + recurrences)
+def judged_bytes(window: int) -> int:
+    """What judging takes for a token whose tail is so long, beside its states: some copies of its leading components,
+    and every displacement at every lag. Measured, to a fifth."""
+    return 8 * window * (192 + 4 * window)
+
+
+def _chunks(rows: Tensor, states: Tensor, window: int) -> Iterator[Tensor]:
+    each = states.shape[1:].numel() * states.itemsize + judged_bytes(window)
     yield from rows.split(max(1, _CHUNK_BYTES // each)) if len(rows) else ()
 
 

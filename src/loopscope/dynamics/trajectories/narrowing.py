@@ -10,21 +10,25 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.shapes import ShapeFamily, shape_columns
 
+SPARE = 2
+"""Components beside as many as a shape has columns that its numbers are fitted to: what it explains is in few."""
 _CHUNK_ENTRIES = 2**20
 """Of projections at a time: 4 MiB in float32, which stay in the cache."""
 _ITERATIONS = 12
 """At most. From a grid point the numbers are right to nine digits after four to eight."""
-_TRIAL, _BEHIND = 5, 10.0
-"""After this many, what leaves this many times as much as another shape is given up."""
+_TRIAL, _BEHIND = 2, 10.0
+"""After this many more, what leaves this many times as much as another shape is given up."""
 _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
 _RESOLVED = 1e-15
 """Of the energy: gains below are rounding."""
-_DIFFERENCE = 1e-4
-"""Of the family's step: how far apart the columns are whose difference stands for the derivative. It is right to eight
-digits, and moves no limit by more than that share of what is left."""
+_DIFFERENCE = 1e-6
+"""Of the family's step: how far apart the columns are whose difference stands for the derivative. It is right to six
+digits, which moves no limit: what is best is decided by the energy explained, not by its gradient."""
 _DAMPING = 1e-3
 """To begin with, relative to the diagonal of the normal equations; Levenberg's and Marquardt's."""
+_UNDAMPED = 1e-9
+"""What a full step would gain is asked with this damping, which keeps equal columns apart."""
 _HOPELESS = 100.0
 """Damping from which on steps are too short to matter."""
 
@@ -37,6 +41,7 @@ def best_on_grid(
     In float32, which tells neighbours on a grid apart.
     """
     flat = _grid_basis(family, float(times[0]), len(times))
+    scores = scores[..., -family.columns - SPARE :]
     candidates, columns, components = len(family.grid), family.columns, scores.shape[-1]
     # Energies of motions near the rounding of float64 are no float32 numbers.
     largest = scores.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
@@ -79,6 +84,8 @@ def narrow(
     tried, gradient = numbers, torch.zeros_like(numbers)
     normal = torch.zeros(*numbers.shape, numbers.shape[-1], dtype=scores.dtype)
     for iteration in range(iterations):
+        if not len(active):
+            break
         found, slope, square = _linearised(family, times, scores[active], tried)
         gain = found - value[active]
         better = gain > 0
@@ -86,27 +93,31 @@ def narrow(
         best[kept], value[kept] = tried[better], found[better]
         gradient[kept], normal[kept] = slope[better], square[better]
         damping[active] = torch.where(better, damping[active] / 8, damping[active] * 8)
+        left = energy - value
+        enough = _CONVERGED * left + _RESOLVED * energy
         # A step that gained nothing is tried again, shorter, unless it was already too small to matter.
-        enough = _CONVERGED * (energy - value)[active] + _RESOLVED * energy[active]
-        active = active[(gain.abs() > enough) & (damping[active] < _HOPELESS)]
+        active = active[(gain.abs() > enough[active]) & (damping[active] < _HOPELESS)]
         if rivals is not None and iteration >= _TRIAL:
-            active = active[(energy - value)[active] <= _BEHIND * rivals[active]]
-        if not len(active):
-            break
-        tried = _step(family, best[active], gradient[active], normal[active], damping[active])
+            active = active[left[active] <= _BEHIND * rivals[active]]
+        tried, promised = _step(family, best[active], gradient[active], normal[active], damping[active])
+        worth = promised > enough[active]
+        active, tried = active[worth], tried[worth]
     return best
 
 
-def _step(family: ShapeFamily, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor) -> Tensor:
+def _step(
+    family: ShapeFamily, numbers: Tensor, gradient: Tensor, normal: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where to look next, and what the linearised problem promises of a step that is not damped."""
     # What is at its bound and would go beyond stays there.
     free = ~((numbers <= family.low) & (gradient < 0) | (numbers >= family.high) & (gradient > 0))
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     gradient, normal = gradient * free, normal * free[..., None] * free[..., None, :] + (~free).double().diag_embed()
-    ridge = damping[:, None] * diagonal + 1e-300
-    moved: Tensor = torch.linalg.solve_ex(normal + ridge.diag_embed(), gradient)[0]
+    ridge = torch.stack((damping, torch.full_like(damping, _UNDAMPED)))[..., None] * diagonal + 1e-300
+    sides = gradient.expand_as(ridge)[..., None]
+    moved, full = torch.linalg.solve_ex(normal + ridge.diag_embed(), sides)[0][..., 0].nan_to_num(0.0, 0.0, 0.0)
     reach = torch.maximum(4 * family.step, numbers.abs() / 2)
-    moved = moved.nan_to_num(0.0, 0.0, 0.0).clamp(-reach, reach)
-    return (numbers + moved).clamp(family.low, family.high)
+    return (numbers + moved.clamp(-reach, reach)).clamp(family.low, family.high), (gradient * full).sum(-1)
 
 
 def _linearised(family: ShapeFamily, times: Tensor, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,9 +137,8 @@ def _with_derivatives(family: ShapeFamily, numbers: Tensor, times: Tensor) -> tu
     """The columns (motion, time, column) and how they change with each number (motion, number, time, column)."""
     width = _DIFFERENCE * family.step
     shifts = width.diag_embed()
-    around = torch.cat((torch.zeros_like(shifts[:1]), shifts, -shifts))
+    around = torch.cat((torch.zeros_like(shifts[:1]), shifts))
     columns = family.design(numbers[:, None] + around, times)
     columns = columns - columns.mean(-2, keepdim=True)
-    count = len(width)
-    changes = (columns[:, 1 : count + 1] - columns[:, count + 1 :]) / (2 * width[:, None, None])
+    changes = (columns[:, 1:] - columns[:, :1]) / width[:, None, None]
     return columns[:, 0], changes
