@@ -378,9 +378,13 @@ class Section:
 
     @property
     def anchors(self) -> set[str]:
-        """Of its figures and of their panels."""
+        """Its own, and those of its figures and of their panels."""
         panels = [panel for figure in self.figures if isinstance(figure, Plot) for panel in figure.panels]
-        return {figure.anchor for figure in self.figures} | {panel.anchor for panel in panels if panel.anchor}
+        return {
+            self.anchor,
+            *(figure.anchor for figure in self.figures),
+            *filter(None, (panel.anchor for panel in panels)),
+        }
 
 
 S = TypeVar("S", StudyView, Comparison)
