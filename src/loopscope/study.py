@@ -116,7 +116,7 @@ class Study:
         Raises `StudyError` if the study lacks a variable that the answers need.
         """
         # By its name, since answers read studies, and studies do not know of answers.
-        return cast(dict[str, float], import_module("loopscope.answers.metrics").study_metrics(self))
+        return cast(dict[str, float], import_module("loopscope.answers.quick").study_metrics(self))
 
     def save(self, folder: str | Path) -> Study:
         """Write the study, each file whole or not at all, the manifest last. Raises `StorageError`."""

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.called import Call, WatchedForward, is_same
 from loopscope.models.hooks.calls import FORMS, ModelCall
-from loopscope.models.hooks.how_often import Argument, find_setting, named_as_one
+from loopscope.models.hooks.how_often import (
+    Argument,
+    Repeats,
+    find_repeats,
+    find_setting,
+    is_one_loop,
+    named_as_one,
+    order_in_words,
+)
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
-from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 from loopscope.models.hooks.pausing import Setting
 from loopscope.models.hooks.probe import is_rounding, with_other_end
 from loopscope.models.subject import Batch

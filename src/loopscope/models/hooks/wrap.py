@@ -19,12 +19,11 @@ from loopscope.models.checkpoints.placement import DeviceMap, parse_device_map
 from loopscope.models.checkpoints.store import TensorStore, read_json
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
-from loopscope.models.hooks.dispatched import weights_of
 from loopscope.models.hooks.foreign import check_foreign, reason_of
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
 from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
-from loopscope.models.hooks.unwrapping import unwrap
+from loopscope.models.hooks.wrappers import unwrap, weights_of
 from loopscope.models.subject import Batch, PrefixReading
 from loopscope.prompts.tokenizer import as_tokenizer, load_tokenizer
 

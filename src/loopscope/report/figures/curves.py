@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from loopscope._util.sites import stage_starts
 from loopscope._util.wording import plural, significant
 from loopscope.answers.comparison.curves import relative_depth
-from loopscope.answers.final import final_from
 from loopscope.answers.quantities import StageQuantity
+from loopscope.answers.readout import final_from
 from loopscope.report.figures.look import CATEGORIES, MUTED, layer_colours, named_in_legend, ordered_colours
 from loopscope.report.figures.plot import Axis, Band, Line, Mark, Panel, Rule, Scale, Shade
 from loopscope.report.settings import ReportSettings
