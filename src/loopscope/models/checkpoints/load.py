@@ -137,12 +137,6 @@ def _values(
     part: TensorSlice, store: TensorStore, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     values = torch.empty(shape, dtype=dtype, device=device)
-    _read(part, store, values)
-    return values
-
-
-def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:
-    """Fill `values` with a part of a stored tensor."""
     start, stop = part.rows
     header = store.headers[part.name]
     flat = values.view(stop - start, -1)  # a bias of heads and their entries lies in one row of the file
@@ -155,6 +149,7 @@ def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:
                 f"The weight {part.name!r} in {store.folder / header.file} holds NaN or infinity in {values.dtype}; "
                 "the checkpoint is damaged, or needs a wider dtype."
             )
+    return values
 
 
 def _check_copy(copy: str, original: str, store: TensorStore) -> None:

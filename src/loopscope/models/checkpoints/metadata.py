@@ -41,21 +41,17 @@ def read_metadata(name_or_path: str | Path, revision: str | None = None) -> Meta
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and is_hub_name(name) and not is_there(Path(name).expanduser()):
-        return _hub_metadata(name, revision)
+        with snapshot(name, revision, ("*.json", "*.jinja")) as folder:
+            refuse_adapter(folder)
+            config = read_json(folder / "config.json")
+            try:
+                headers: Headers = TensorStore(folder).headers
+            except CheckpointError:  # the weights are not in the cache, or not all of them
+                headers = _remote_headers(name, folder.name)
+        return Metadata(folder, folder.name, config, headers)
     found = find_checkpoint(name_or_path, revision)
     config = read_json(found.folder / "config.json")
     return Metadata(found.folder, found.revision, config, TensorStore(found.folder).headers)
-
-
-def _hub_metadata(name: str, revision: str | None) -> Metadata:
-    with snapshot(name, revision, ("*.json", "*.jinja")) as folder:
-        refuse_adapter(folder)
-        config = read_json(folder / "config.json")
-        try:
-            headers: Headers = TensorStore(folder).headers
-        except CheckpointError:  # the weights are not in the cache, or not all of them
-            headers = _remote_headers(name, folder.name)
-    return Metadata(folder, folder.name, config, headers)
 
 
 def _remote_headers(name: str, commit: str) -> Headers:

@@ -134,7 +134,8 @@ def _refuse_products(call: ModelCall, batch: Batch, layers: list[Call], extra: M
 
 
 def _one_loop(layers: Sequence[Call]) -> Repeats | None:
-    order = _numbers([one.module for one in layers])
+    known: dict[nn.Module, int] = {}  # the same number for the same module
+    order = [known.setdefault(module, len(known)) for module in (one.module for one in layers)]
     found = find_repeats(order)
     return found if found is not None and is_one_loop(order, found) else None
 
@@ -269,12 +270,6 @@ def _looped(
 
 def _hooked(layers: Sequence[Call]) -> tuple[HookedLayer, ...]:
     return tuple(HookedLayer(one.path, one.module) for one in layers)
-
-
-def _numbers(modules: Sequence[nn.Module]) -> list[int]:
-    """The same number for the same module."""
-    known: dict[nn.Module, int] = {}
-    return [known.setdefault(module, len(known)) for module in modules]
 
 
 def _layer_calls(model: nn.Module, calls: list[Call]) -> list[Call]:

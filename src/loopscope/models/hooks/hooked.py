@@ -147,17 +147,13 @@ class HookedSubject(CallableSubject):
                 "tell loopscope.hook what sets them (set_recurrences); given no layers either, it looks for both."
             )
         check_length(self.info, batch.counts.tolist())
-        if not bool(batch.mask.all()):
-            self._check_padding(batch)
-        batch, count = batch.to(self.device), recurrences if self.info.is_looped else 0
-        return HookedRun(lambda done: self.forward_of_prompts(batch, done, seed), self.info, facts, count, observers)
-
-    def _check_padding(self, batch: Batch) -> None:
         if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
             raise ConfigError(
                 f"{self.info.name} is run through hooks and counts positions itself, from the first column on; put "
                 "padding behind the prompts, not before or within them."
             )
+        batch, count = batch.to(self.device), recurrences if self.info.is_looped else 0
+        return HookedRun(lambda done: self.forward_of_prompts(batch, done, seed), self.info, facts, count, observers)
 
     def padding(self, recurrences: int | None) -> Padding:
         """What padding does in a run of that many recurrences; measured for more than were tried so far."""
