@@ -311,14 +311,16 @@ def view_study(study: Study) -> StudyView:
     try:
         model = manifest["model"]
         looped = model["kind"] == "looped"
-        prelude, recurrent, coda = (int(model["layout"][name]) for name in STAGES)
-        injection = str(model["injection"] or "unknown") if looped else "none"
-        dtype = str(manifest["settings"]["dtype"])
-        horizon = int(manifest["settings"]["horizon"]) if looped else 0
-        trained = None if model.get("trained_recurrences") is None else int(model["trained_recurrences"])
-        head_stable = float(manifest["settings"].get("head_stable", np.nan))
-        exit_threshold = None if model.get("exit_threshold") is None else float(model["exit_threshold"])
-        interventions = tuple(manifest["settings"].get("intervene", ()))
+        facts: dict[str, Any] = {
+            **{name: int(model["layout"][name]) for name in STAGES},
+            "injection": str(model["injection"] or "unknown") if looped else "none",
+            "dtype": str(manifest["settings"]["dtype"]),
+            "horizon": int(manifest["settings"]["horizon"]) if looped else 0,
+            "trained": None if model.get("trained_recurrences") is None else int(model["trained_recurrences"]),
+            "head_stable": float(manifest["settings"].get("head_stable", np.nan)),
+            "exit_threshold": None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
+            "interventions": tuple(manifest["settings"].get("intervene", ())),
+        }
     except KeyError as error:
         raise StudyError(
             f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
@@ -340,17 +342,8 @@ def view_study(study: Study) -> StudyView:
         dataset=dataset,
         # The same arrays where that is all of them: a large study would be there twice.
         finite=dataset if whole.all() else dataset.isel(prompt=np.flatnonzero(whole)),
-        prelude=prelude,
-        recurrent=recurrent,
-        coda=coda,
         recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
-        horizon=horizon,
-        trained=trained,
-        injection=injection,
-        head_stable=head_stable,
-        exit_threshold=exit_threshold,
-        dtype=dtype,
-        interventions=interventions,
+        **facts,
     )
 
 
