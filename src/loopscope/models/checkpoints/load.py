@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +48,11 @@ class _Brought(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model and where it came from."""
+    """A loaded model and what it is."""
 
     model: LoopedTransformer
     family: str
-    folder: Path
-    tokenizer: Path | None
-    """tokenizer.json, where there is one."""
     weights_sha256: str
-    config: Mapping[str, Any]
     placement: Placement | None = None
     """Where its layers lie, if that was asked for."""
 
@@ -90,16 +85,7 @@ def load_checkpoint(
     for copy, original in layout.copies.items():
         _check_copy(copy, original, store)
     model = _fill(layout, store, dtype, home, placement)
-    tokenizer = folder / "tokenizer.json"
-    return Checkpoint(
-        model=model.eval().requires_grad_(False),
-        family=layout.family,
-        folder=folder,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        weights_sha256=store.sha256(),
-        config=layout.config,
-        placement=placement,
-    )
+    return Checkpoint(model.eval().requires_grad_(False), layout.family, store.sha256(), placement)
 
 
 def _fill(
