@@ -391,11 +391,6 @@ def quantile_over(array: xr.DataArray, level: float, dim: str) -> xr.DataArray:
     return array.reduce(quantile, dim)
 
 
-def positive(values: NDArray[np.floating]) -> NDArray[np.float32]:
-    """For a logarithmic axis: 0 becomes a gap instead of a fall to minus infinity."""
-    return np.where(values > 0, values, np.nan).astype(np.float32)
-
-
 def sites_of(dataset: xr.Dataset, dim: str = "depth") -> list[Site]:
     """The visits of the dimension `depth`, or of those whose maps are kept (`map`), in order."""
     columns = (dataset[f"{dim}_{name}"].values for name in Site._fields)
