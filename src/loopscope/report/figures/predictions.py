@@ -63,8 +63,7 @@ def _of_prompt(view: StudyView, settings: ReportSettings, name: str, across: str
     """(token, across) of the prompt that is shown."""
     prompt = _prompt(view, settings)
     values = view.variable(name).isel(prompt=prompt).transpose("token", across).values
-    shown: NDArray[Any] = values[_rows(view, settings, prompt)]
-    return shown
+    return np.asarray(values[_rows(view, settings, prompt)])
 
 
 def _panel(
