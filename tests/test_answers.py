@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from loopscope._util.statistics import Share, paired_difference, wilson_interval
 from loopscope._util.wording import percent, significant, spans
 from loopscope.answers.answer import Answer, Criterion, Outcome
-from loopscope.answers.final import final_from
 from loopscope.answers.quick import quick_answers
+from loopscope.answers.readout import final_from
 from loopscope.answers.settled import arrival
 from loopscope.answers.stages import repetition
 from loopscope.errors import ConfigError, StudyError

@@ -106,7 +106,7 @@ def test_a_prompt_that_was_trained_to_be_read_in_both_directions(tmp_path: Path)
         said = [sentence for sentence in subject.unobservable if sentence.startswith("Direction")]
         assert len(said) == 1
         assert ("reads it causally here" if reading == "causal" else "and does so here") in said[0]
-    assert (causal.facts.causal, trained.facts.causal) == (True, False)
+    assert (causal.facts.behind.causal, trained.facts.behind.causal) == (True, False)
     check_subject(trained)
     assert loopscope.load("demo:injected").info.prefix is None
     study = loopscope.analyze(folder, IDS.tolist(), recurrences=2, horizon=2, device="cpu")
@@ -224,7 +224,7 @@ def test_a_model_that_loops_over_shared_layers() -> None:
     assert subject.info.trained_recurrences == 5
     assert subject.info.injection == "none"
     assert subject.facts.unseen == {}
-    assert not subject.facts.causal
+    assert not subject.facts.behind.causal
     check_subject(subject)
     trace = loopscope.capture(subject, IDS, recurrences=7, attention=True)
     config.num_hidden_layers = 7

@@ -18,7 +18,7 @@ import loopscope
 from foreign_models import VOCAB, WIDTH, Block, ForeignLoop, assert_untouched
 from loopscope.analysis.settings import parts_except
 from loopscope.errors import ConfigError
-from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
+from loopscope.models.hooks.how_often import Repeats, find_repeats, is_one_loop, order_in_words
 
 IDS = [[3, 1, 4, 1, 5, 9]]
 

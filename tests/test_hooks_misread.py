@@ -163,20 +163,20 @@ class Rounds(Model):
 
 def test_rounding_is_no_token_that_looks_ahead() -> None:
     subject = loopscope.hook(Rounds(Experts(256), width=256).eval())
-    assert subject.facts.causal
-    assert subject.facts.padding is None
+    assert subject.facts.behind.causal
+    assert subject.facts.behind.effect is None
     assert check_subject(subject).passed
     for leak in (1e-3, 1e-4):
         leaks = Rounds(Experts(256), width=256).eval()
         leaks.leak = leak
-        assert not loopscope.hook(leaks).facts.causal
+        assert not loopscope.hook(leaks).facts.behind.causal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_leak_is_found_in_every_dtype(dtype: torch.dtype) -> None:
     for causal in (True, False):
         subject = loopscope.hook(Model(Block(causal=causal)).to(dtype).eval())
-        assert subject.facts.causal == causal
+        assert subject.facts.behind.causal == causal
 
 
 class Accelerates(Model):
@@ -193,11 +193,11 @@ class Accelerates(Model):
 
 def test_a_leak_that_begins_late_is_found_at_the_number_that_is_run() -> None:
     subject = loopscope.hook(Accelerates(Step()).eval())
-    assert not subject.facts.causal
+    assert not subject.facts.behind.causal
     later = Accelerates(Step()).eval()
     later.begins = 5
     subject = loopscope.hook(later)
-    assert subject.facts.causal
+    assert subject.facts.behind.causal
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
     for recurrences in (4, 8):
         together = loopscope.capture(subject, prompts, recurrences=recurrences)
@@ -334,7 +334,7 @@ class Registers(Model):
 @pytest.mark.parametrize("place", [0, 4, 99])
 def test_tokens_within_the_text_or_behind_it_are_not_taken_for_such_before(place: int) -> None:
     if place == 0:
-        assert loopscope.hook(Registers(place).eval(), tokens_before=3).facts.causal
+        assert loopscope.hook(Registers(place).eval(), tokens_before=3).facts.behind.causal
         return
     with pytest.raises(
         ConfigError, match=r"another token 0 of 11 changes the state in place 0 of 14 before any layer, not 3\."

@@ -132,7 +132,7 @@ def test_the_model_is_a_checkpoint_that_loads_with_its_tokenizer(uninterrupted: 
     checkpoint = load_checkpoint(uninterrupted.folder)
     assert checkpoint.model.architecture == CONFIG.architecture
     assert {parameter.dtype for parameter in checkpoint.model.parameters()} == {torch.float32}
-    assert checkpoint.tokenizer == uninterrupted.folder / "tokenizer.json"
+    assert (uninterrupted.folder / "tokenizer.json").is_file()
 
 
 PROGRAM = """

@@ -9,42 +9,52 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopscope.analysis.analyzing import analyze
-    from loopscope.analysis.generating import Generation, generate
-    from loopscope.analysis.patching import patch
-    from loopscope.analysis.probing import Probes, probe
-    from loopscope.analysis.settings import AnalyzeSettings
-    from loopscope.analysis.steering import Steering, steer
-    from loopscope.answers.answer import Answer, Criterion
-    from loopscope.answers.calibration import CalibratedRule, calibrate_exit
-    from loopscope.answers.comparison.comparing import compare
-    from loopscope.answers.comparison.result import Comparison
-    from loopscope.answers.comparison.side_by_side import side_by_side
-    from loopscope.answers.patching import Patching
-    from loopscope.answers.quick import quick_answers
-    from loopscope.answers.rates import study_rates
-    from loopscope.dynamics.eigenvalues.exponents import LyapunovExponents, lyapunov_exponents
-    from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues
-    from loopscope.dynamics.trajectories.judge import judge
-    from loopscope.errors import LoopscopeError
-    from loopscope.evaluation.evaluating import evaluate
-    from loopscope.evaluation.result import Evaluation
-    from loopscope.experiments.damping import Control, control
-    from loopscope.experiments.training.probe import LoopProbe
-    from loopscope.models.architecture import Architecture
-    from loopscope.models.contract.check import check_subject
-    from loopscope.models.hooks.wrap import hook
-    from loopscope.models.inspection.facts import Inspection
-    from loopscope.models.inspection.inspecting import inspect_model
-    from loopscope.models.loading import load
-    from loopscope.models.native.transformer import LoopedTransformer
-    from loopscope.models.subject import Subject
-    from loopscope.models.trace import Trace, capture
-    from loopscope.models.visits import Observer, Visit
-    from loopscope.report.exported import write_export
-    from loopscope.report.figures.write import write_figures
-    from loopscope.report.page.write import write_comparison, write_report
-    from loopscope.study import Study
+    from loopscope.analysis.analyzing import analyze as analyze
+    from loopscope.analysis.generating import Generation as Generation
+    from loopscope.analysis.generating import generate as generate
+    from loopscope.analysis.patching import patch as patch
+    from loopscope.analysis.probing import Probes as Probes
+    from loopscope.analysis.probing import probe as probe
+    from loopscope.analysis.settings import AnalyzeSettings as AnalyzeSettings
+    from loopscope.analysis.steering import Steering as Steering
+    from loopscope.analysis.steering import steer as steer
+    from loopscope.answers.answer import Answer as Answer
+    from loopscope.answers.answer import Criterion as Criterion
+    from loopscope.answers.calibration import CalibratedRule as CalibratedRule
+    from loopscope.answers.calibration import calibrate_exit as calibrate_exit
+    from loopscope.answers.comparison.comparing import compare as compare
+    from loopscope.answers.comparison.result import Comparison as Comparison
+    from loopscope.answers.comparison.side_by_side import side_by_side as side_by_side
+    from loopscope.answers.patching import Patching as Patching
+    from loopscope.answers.quick import quick_answers as quick_answers
+    from loopscope.answers.rates import study_rates as study_rates
+    from loopscope.dynamics.eigenvalues.exponents import LyapunovExponents as LyapunovExponents
+    from loopscope.dynamics.eigenvalues.exponents import lyapunov_exponents as lyapunov_exponents
+    from loopscope.dynamics.eigenvalues.of_model import leading_eigenvalues as leading_eigenvalues
+    from loopscope.dynamics.trajectories.judge import judge as judge
+    from loopscope.errors import LoopscopeError as LoopscopeError
+    from loopscope.evaluation.evaluating import evaluate as evaluate
+    from loopscope.evaluation.result import Evaluation as Evaluation
+    from loopscope.experiments.damping import Control as Control
+    from loopscope.experiments.damping import control as control
+    from loopscope.experiments.training.probe import LoopProbe as LoopProbe
+    from loopscope.models.architecture import Architecture as Architecture
+    from loopscope.models.contract.check import check_subject as check_subject
+    from loopscope.models.hooks.wrap import hook as hook
+    from loopscope.models.inspection.facts import Inspection as Inspection
+    from loopscope.models.inspection.inspecting import inspect_model as inspect_model
+    from loopscope.models.loading import load as load
+    from loopscope.models.native.transformer import LoopedTransformer as LoopedTransformer
+    from loopscope.models.subject import Subject as Subject
+    from loopscope.models.trace import Trace as Trace
+    from loopscope.models.trace import capture as capture
+    from loopscope.models.visits import Observer as Observer
+    from loopscope.models.visits import Visit as Visit
+    from loopscope.report.exported import write_export as write_export
+    from loopscope.report.figures.write import write_figures as write_figures
+    from loopscope.report.page.write import write_comparison as write_comparison
+    from loopscope.report.page.write import write_report as write_report
+    from loopscope.study import Study as Study
 
 _HOMES = {
     "AnalyzeSettings": "analysis.settings",
@@ -95,54 +105,7 @@ _HOMES = {
     "write_report": "report.page.write",
 }
 
-__all__ = [
-    "AnalyzeSettings",
-    "Answer",
-    "Architecture",
-    "CalibratedRule",
-    "Comparison",
-    "Control",
-    "Criterion",
-    "Evaluation",
-    "Generation",
-    "Inspection",
-    "LoopProbe",
-    "LoopedTransformer",
-    "LoopscopeError",
-    "LyapunovExponents",
-    "Observer",
-    "Patching",
-    "Probes",
-    "Steering",
-    "Study",
-    "Subject",
-    "Trace",
-    "Visit",
-    "analyze",
-    "calibrate_exit",
-    "capture",
-    "check_subject",
-    "compare",
-    "control",
-    "evaluate",
-    "generate",
-    "hook",
-    "inspect_model",
-    "judge",
-    "leading_eigenvalues",
-    "load",
-    "lyapunov_exponents",
-    "patch",
-    "probe",
-    "quick_answers",
-    "side_by_side",
-    "steer",
-    "study_rates",
-    "write_comparison",
-    "write_export",
-    "write_figures",
-    "write_report",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

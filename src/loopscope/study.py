@@ -116,7 +116,7 @@ class Study:
         Raises `StudyError` if the study lacks a variable that the answers need.
         """
         # By its name, since answers read studies, and studies do not know of answers.
-        return cast(dict[str, float], import_module("loopscope.answers.metrics").study_metrics(self))
+        return cast(dict[str, float], import_module("loopscope.answers.quick").study_metrics(self))
 
     def save(self, folder: str | Path) -> Study:
         """Write the study, each file whole or not at all, the manifest last. Raises `StorageError`."""
@@ -311,14 +311,16 @@ def view_study(study: Study) -> StudyView:
     try:
         model = manifest["model"]
         looped = model["kind"] == "looped"
-        prelude, recurrent, coda = (int(model["layout"][name]) for name in STAGES)
-        injection = str(model["injection"] or "unknown") if looped else "none"
-        dtype = str(manifest["settings"]["dtype"])
-        horizon = int(manifest["settings"]["horizon"]) if looped else 0
-        trained = None if model.get("trained_recurrences") is None else int(model["trained_recurrences"])
-        head_stable = float(manifest["settings"].get("head_stable", np.nan))
-        exit_threshold = None if model.get("exit_threshold") is None else float(model["exit_threshold"])
-        interventions = tuple(manifest["settings"].get("intervene", ()))
+        facts: dict[str, Any] = {
+            **{name: int(model["layout"][name]) for name in STAGES},
+            "injection": str(model["injection"] or "unknown") if looped else "none",
+            "dtype": str(manifest["settings"]["dtype"]),
+            "horizon": int(manifest["settings"]["horizon"]) if looped else 0,
+            "trained": None if model.get("trained_recurrences") is None else int(model["trained_recurrences"]),
+            "head_stable": float(manifest["settings"].get("head_stable", np.nan)),
+            "exit_threshold": None if model.get("exit_threshold") is None else float(model["exit_threshold"]),
+            "interventions": tuple(manifest["settings"].get("intervene", ())),
+        }
     except KeyError as error:
         raise StudyError(
             f"The study's manifest has no entry {error}, so its numbers cannot be read; analyze the model again."
@@ -340,17 +342,8 @@ def view_study(study: Study) -> StudyView:
         dataset=dataset,
         # The same arrays where that is all of them: a large study would be there twice.
         finite=dataset if whole.all() else dataset.isel(prompt=np.flatnonzero(whole)),
-        prelude=prelude,
-        recurrent=recurrent,
-        coda=coda,
         recurrences=int(dataset.sizes["recurrence"]) if looped else 0,
-        horizon=horizon,
-        trained=trained,
-        injection=injection,
-        head_stable=head_stable,
-        exit_threshold=exit_threshold,
-        dtype=dtype,
-        interventions=interventions,
+        **facts,
     )
 
 
@@ -396,11 +389,6 @@ def quantile_over(array: xr.DataArray, level: float, dim: str) -> xr.DataArray:
         return found.astype(values.dtype) if np.ravel(empty)[0] else found
 
     return array.reduce(quantile, dim)
-
-
-def positive(values: NDArray[np.floating]) -> NDArray[np.float32]:
-    """For a logarithmic axis: 0 becomes a gap instead of a fall to minus infinity."""
-    return np.where(values > 0, values, np.nan).astype(np.float32)
 
 
 def sites_of(dataset: xr.Dataset, dim: str = "depth") -> list[Site]:

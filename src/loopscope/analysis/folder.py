@@ -46,7 +46,15 @@ class StudyFolder(ClaimedFolder):
                     "choose another --out."
                 )
             found = manifest_from_one(found)
-        _check_same(self.folder, found, self.manifest)
+        folder = self.folder
+        known = found.get("identity")
+        if not isinstance(known, dict) or not isinstance(known.get("settings", {}), dict):
+            raise StudyError(f"{folder} holds something else than a study of this kind; choose another --out.")
+        differing = differences(_comparable(known), _comparable(self.manifest["identity"]))
+        if differing:
+            some = [f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items()][:3]
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise StudyError(f"{folder} holds another study ({'; '.join(some)}{more}); choose another --out.")
 
     def begin(self) -> None:
         # The manifest first: from then on the folder is known to be this study's.
@@ -107,17 +115,6 @@ def _key(name: str, arrays: xr.Dataset) -> str:
     if name.endswith("_weight"):
         return f"weight/{name.removesuffix('_weight')}"
     return f"sum/{name}" if f"{name}_weight" in arrays else f"prompt/{name}"
-
-
-def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    known = found.get("identity")
-    if not isinstance(known, dict) or not isinstance(known.get("settings", {}), dict):
-        raise StudyError(f"{folder} holds something else than a study of this kind; choose another --out.")
-    differing = differences(_comparable(known), _comparable(wanted["identity"]))
-    if differing:
-        some = [f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items()][:3]
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise StudyError(f"{folder} holds another study ({'; '.join(some)}{more}); choose another --out.")
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,18 +107,14 @@ class MemoryPlan:
                 f"A prompt of {max(lengths):,} tokens needs more than {size_text(self._elsewhere[device])} on {device} "
                 "while a layer runs there; put fewer layers there (--device-map), or take shorter prompts (--truncate)."
             )
-        arrays = self._study(lengths)
+        whole = planned_batch(self._subject, Batch.of([[0] * length for length in lengths]), self._plan)
+        arrays = sum(array_bytes(kind, whole) for kind in asked_for(whole))
         if 2 * arrays * (1 - _ERROR) > self._machine:
             raise ConfigError(
                 f"The arrays of {len(lengths):,} prompts take about {size_text(2 * arrays)} while they are put "
                 f"together, and {size_text(self._machine)} are free; analyse fewer prompts at a time (--limit), or "
                 "measure fewer recurrences (--recurrences)."
             )
-
-    def _study(self, lengths: Sequence[int]) -> int:
-        """Bytes of all arrays."""
-        whole = planned_batch(self._subject, Batch.of([[0] * length for length in lengths]), self._plan)
-        return sum(array_bytes(kind, whole) for kind in asked_for(whole))
 
     def _advice(self, lengths: Sequence[int], needed: int) -> str:
         saved = sorted(self.saved(lengths, 1), reverse=True)

@@ -130,7 +130,10 @@ def probe(
         codes = np.array([kinds.index(label) for label in given])[:, None]
         classes = [str(kind) for kind in kinds]
     fold = _dealt(codes[:, 0], folds, random)
-    shuffled = [_shuffled(codes, random, within=by_recurrence) for _ in range(_SHUFFLES)]
+    # Labels exchanged within each prompt, or among prompts.
+    shuffled = [
+        random.permuted(codes, axis=1) if by_recurrence else random.permutation(codes) for _ in range(_SHUFFLES)
+    ]
     found = [_accuracies(each, codes, shuffled, fold, len(classes)) for each in groups.values()]
     names = ("accuracy", "standard_error", "norm_accuracy", "shuffled_accuracy", "shuffled_most")
     dim = "layer" if by_recurrence else "visit"
@@ -204,11 +207,6 @@ def _dealt(codes: NDArray[np.int64], folds: int, random: np.random.Generator) ->
     return fold
 
 
-def _shuffled(codes: NDArray[np.int64], random: np.random.Generator, *, within: bool) -> NDArray[np.int64]:
-    """Labels exchanged among prompts, or within each of them."""
-    return random.permuted(codes, axis=1) if within else random.permutation(codes)
-
-
 def _accuracies(
     states: _Numbers,
     codes: NDArray[np.int64],
@@ -261,7 +259,5 @@ def _ridge(features: _Numbers, targets: _Numbers) -> _Numbers:
     penalty = max(_RIDGE * np.trace(gram) / small, np.finfo(float).tiny)
     inside = gram + penalty * np.eye(small)
     if samples < width:
-        found: _Numbers = features.T @ np.linalg.solve(inside, targets)
-    else:
-        found = np.linalg.solve(inside, features.T @ targets)
-    return found
+        return np.asarray(features.T @ np.linalg.solve(inside, targets))
+    return np.asarray(np.linalg.solve(inside, features.T @ targets))

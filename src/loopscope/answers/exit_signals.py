@@ -31,10 +31,10 @@ class ExitSignal:
     """In a sentence and a legend."""
     variables: tuple[str, ...]
     """Of the study, from which the signal follows."""
-    of: Callable[[Quantities], Signal]
-    """(recurrence, ...); NaN where nothing is known, which stops nothing."""
     condition: Callable[[float], str]
     """When a token stops, in words."""
+    computed: Callable[[Quantities], Signal] | None = None
+    """How it follows; the only variable is the signal unless given."""
     usual: Callable[[StudyView], float | None] = lambda view: None
     """The threshold that the model or its publishers use, or that the study was given; marked in figures."""
     at_least: bool = False
@@ -43,6 +43,10 @@ class ExitSignal:
     """To know its signal, the model has to be read out after every recurrence."""
     largest: float = np.inf
     """What it can be at most."""
+
+    def of(self, known: Quantities) -> Signal:
+        """(recurrence, ...); NaN where nothing is known, which stops nothing."""
+        return np.asarray(known[self.variables[0]]) if self.computed is None else self.computed(known)
 
     def reaches(self, signal: Signal, threshold: float) -> NDArray[np.bool_]:
         """Where a token may stop."""
@@ -76,16 +80,11 @@ def _unchanged(known: Quantities) -> Signal:
     return found
 
 
-def _plain(name: str) -> Callable[[Quantities], Signal]:
-    return lambda known: np.asarray(known[name])
-
-
 EXIT_SIGNALS = (
     ExitSignal(
         key="step",
         name="small step",
         variables=("token_relative_step",),
-        of=_plain("token_relative_step"),
         usual=lambda view: _HUGINN_STEP,
         condition=lambda threshold: f"its loop state moves by at most {significant(100 * threshold, 3)} % of its norm",
     ),
@@ -93,7 +92,6 @@ EXIT_SIGNALS = (
         key="kl",
         name="small KL divergence",
         variables=("token_kl_to_previous",),
-        of=_plain("token_kl_to_previous"),
         usual=lambda view: _HUGINN_DIVERGENCE,
         condition=lambda threshold: (
             f"the prediction before is at most {significant(threshold, 3)} nats from its own (KL divergence)"
@@ -104,7 +102,6 @@ EXIT_SIGNALS = (
         key="attention",
         name="attention stable",
         variables=("token_attention_change",),
-        of=_plain("token_attention_change"),
         usual=lambda view: view.head_stable,
         condition=lambda threshold: (
             f"its rows of the attention maps change by at most {significant(threshold, 3)} (root mean square over "
@@ -115,7 +112,6 @@ EXIT_SIGNALS = (
         key="gate",
         name="exit gate",
         variables=("token_exit_cumulated",),
-        of=_plain("token_exit_cumulated"),
         usual=lambda view: view.exit_threshold,
         condition=lambda threshold: f"the exit gate's probability to have stopped reaches {threshold:.4g}",
         at_least=True,
@@ -125,14 +121,12 @@ EXIT_SIGNALS = (
         key="cosine",
         name="direction stable",
         variables=("token_cosine_distance_to_previous",),
-        of=_plain("token_cosine_distance_to_previous"),
         condition=lambda threshold: f"1 less the cosine of its loop state to the one before is at most {threshold:.3g}",
     ),
     ExitSignal(
         key="acceleration",
         name="small acceleration",
         variables=("token_acceleration",),
-        of=_plain("token_acceleration"),
         condition=lambda threshold: (
             f"its step differs from the one before by at most {significant(100 * threshold, 3)} % of its norm"
         ),
@@ -141,7 +135,7 @@ EXIT_SIGNALS = (
         key="contraction",
         name="little left to go",
         variables=("token_successive_difference", "token_residual_norm"),
-        of=_contraction,
+        computed=_contraction,
         condition=lambda threshold: (
             "its steps, if they go on shrinking as the last one did, move it by at most "
             f"{significant(100 * threshold, 3)} % of its norm"
@@ -151,7 +145,6 @@ EXIT_SIGNALS = (
         key="entropy",
         name="low entropy",
         variables=("token_entropy",),
-        of=_plain("token_entropy"),
         condition=lambda threshold: f"the entropy of its prediction is at most {significant(threshold, 3)} nats",
         decodes=True,
     ),
@@ -159,7 +152,7 @@ EXIT_SIGNALS = (
         key="entropy-change",
         name="entropy stable",
         variables=("token_entropy",),
-        of=_entropy_change,
+        computed=_entropy_change,
         condition=lambda threshold: (
             f"the entropy of its prediction changes by at most {significant(threshold, 3)} nats"
         ),
@@ -169,7 +162,6 @@ EXIT_SIGNALS = (
         key="margin",
         name="large margin",
         variables=("token_margin",),
-        of=_plain("token_margin"),
         condition=lambda threshold: (
             f"the logit of its most probable next token is {significant(threshold, 3)} above the next one"
         ),
@@ -180,7 +172,6 @@ EXIT_SIGNALS = (
         key="confidence",
         name="high confidence",
         variables=("token_top1_probability",),
-        of=_plain("token_top1_probability"),
         condition=lambda threshold: f"its most probable next token has a probability of at least {threshold:.4g}",
         at_least=True,
         decodes=True,
@@ -190,7 +181,7 @@ EXIT_SIGNALS = (
         key="top1",
         name="prediction unchanged",
         variables=("token_top1",),
-        of=_unchanged,
+        computed=_unchanged,
         condition=lambda threshold: f"its most probable next token has not changed for {threshold:g} recurrences",
         at_least=True,
         decodes=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray
 
 from loopscope._util.statistics import median
 from loopscope._util.wording import percent, plural, significant
@@ -33,7 +32,8 @@ def heads_answer(view: StudyView, criterion: Criterion) -> Answer:
     share = float(stable.mean())
     from_count = median(found.values)
     last = change.isel(recurrence=-1)
-    layer, head = _most_restless(last)
+    middle = last.median("prompt").transpose("layer", "head").fillna(-1).values
+    layer, head = (int(place) for place in np.unravel_index(int(middle.argmax()), middle.shape))
     largest = float(last.sel(layer=layer, head=head).median("prompt"))
     evidence: Evidence = {
         "share_of_heads_stable": share,
@@ -77,10 +77,3 @@ def _largest_over_bound(view: StudyView) -> float:
     ratio = view.finite["attention_bound_ratio"].values
     finite = ratio[np.isfinite(ratio)]
     return float(finite.max()) if finite.size else float("nan")
-
-
-def _most_restless(change: xarray.DataArray) -> tuple[int, int]:
-    """Layer and head whose last change is largest, median over prompts."""
-    middle = change.median("prompt").transpose("layer", "head").fillna(-1).values
-    layer, head = np.unravel_index(int(middle.argmax()), middle.shape)
-    return int(layer), int(head)

@@ -22,7 +22,6 @@ class StageQuantity:
     """Of the study, from which it is computed."""
     of_prompt: Callable[[xarray.Dataset], xarray.DataArray]
     """Dimensions (depth, prompt)."""
-    title: str
     y_title: str
     reading: str
     logarithmic: bool = False
@@ -35,7 +34,6 @@ STAGE_QUANTITIES = (
         name="attention concentration",
         variable="colsum_concentration",
         of_prompt=lambda data: data["colsum_concentration"].mean("head"),
-        title="How concentrated is the attention?",
         y_title="ColSum concentration",
         reading="1 if all attention goes to one token; mean over heads. Its minimum depends on the prompt's length.",
     ),
@@ -44,7 +42,6 @@ STAGE_QUANTITIES = (
         name="sink rate",
         variable="sink_score",
         of_prompt=lambda data: (data["sink_score"] >= SINK_THRESHOLD).where(data["sink_score"].notnull()).mean("head"),
-        title="How many heads attend to the first token?",
         y_title="sink rate",
         reading=f"share of heads that give the first token at least {100 * SINK_THRESHOLD:g} % of their attention.",
     ),
@@ -53,7 +50,6 @@ STAGE_QUANTITIES = (
         name="mixing",
         variable="relative_mixing_score",
         of_prompt=lambda data: data["relative_mixing_score"].mean("head"),
-        title="How widely do tokens mix?",
         y_title="row entropy / its maximum",
         reading="1 if every token attends evenly to all before it, 0 if only to one; mean over heads and rows.",
     ),
@@ -62,7 +58,6 @@ STAGE_QUANTITIES = (
         name="residual entropy",
         variable="relative_residual_entropy",
         of_prompt=lambda data: data["relative_residual_entropy"],
-        title="How many directions does the residual stream use?",
         y_title="entropy / log min(T, D)",
         reading="entropy of the squared singular values; near 0, one direction holds almost all of the norm.",
     ),
@@ -71,7 +66,6 @@ STAGE_QUANTITIES = (
         name="residual magnitude",
         variable="mean_token_norm",
         of_prompt=lambda data: data["mean_token_norm"],
-        title="How large is the residual stream?",
         y_title="mean token norm",
         reading="Euclidean norm of a token's state; mean over tokens.",
     ),
@@ -80,7 +74,6 @@ STAGE_QUANTITIES = (
         name="massive activations",
         variable="massive_activation",
         of_prompt=lambda data: data["massive_activation"],
-        title="Are there massive activations?",
         y_title="largest / median |entry|",
         reading="largest over median |entry| of a prompt's states; in the thousands where one entry stands out.",
         logarithmic=True,
@@ -95,7 +88,6 @@ VISIT_QUANTITIES = (
         name="effective rank",
         variable="effective_rank",
         of_prompt=lambda data: data["effective_rank"],
-        title="Over how many directions do the states of a prompt spread?",
         y_title="effective rank",
         reading="exponential of the entropy of the normalised singular values, between 1 and min(T, D).",
     ),

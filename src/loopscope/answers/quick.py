@@ -1,8 +1,9 @@
-"""All questions, in the order in which a reader wants them."""
+"""All questions, in the order in which a reader wants them; and the answers as numbers alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from loopscope.answers.answer import Answer, Criterion, Question
@@ -10,12 +11,12 @@ from loopscope.answers.behaviour import BEHAVIOUR, behaviour_answer
 from loopscope.answers.consistency import consistent
 from loopscope.answers.criteria import CRITERIA, criteria_answer
 from loopscope.answers.early_exit import EXIT_RULE, exit_rule_answer
-from loopscope.answers.final import FINAL, final_answer
 from loopscope.answers.fixed_point import FIXED_POINT, fixed_point_answer
 from loopscope.answers.heads import HEADS, heads_answer
 from loopscope.answers.initial_state import INITIAL_STATE, initial_state_answer
 from loopscope.answers.limits import limits_answer
-from loopscope.answers.readout import LOSS, loss_answer
+from loopscope.answers.rates import study_rates
+from loopscope.answers.readout import FINAL, LOSS, final_answer, loss_answer
 from loopscope.answers.settled import (
     ARRIVAL,
     POINTS,
@@ -70,3 +71,19 @@ def _answers(view: StudyView, criterion: Criterion) -> list[Answer]:
     answers = consistent(answers)
     answers.append(limits_answer(view, criterion, answers))
     return [dataclasses.replace(answer, criterion=criterion) for answer in answers]
+
+
+def study_metrics(study: Study) -> dict[str, float]:
+    """A study as a flat dictionary, for those who follow many runs: the numbers that the answers rest on, as
+    `QUESTION/NAME`, and the share of the decided tokens that are of each kind, as `tokens/KIND`. What is not finite, or
+    was not measured, is absent."""
+    found = {
+        f"{answer.key}/{name}": value for answer in quick_answers(study) for name, value in answer.evidence.items()
+    }
+    if "verdict" in study.dataset:
+        found |= {f"tokens/{each.kind}": each.share for each in study_rates(study).tokens if each.decided}
+    return {
+        name.replace(" ", "_"): float(value)
+        for name, value in found.items()
+        if not isinstance(value, str) and math.isfinite(value)
+    }

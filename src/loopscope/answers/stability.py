@@ -260,8 +260,7 @@ def _of_known(data: xarray.Dataset, name: str) -> np.ndarray:
 
 def _of_kinds(data: xarray.Dataset, name: str, codes: Sequence[int]) -> np.ndarray:
     some = np.isin(data["predicted_kind"].transpose("prompt", "token").values, codes)
-    found: np.ndarray = data[name].transpose("prompt", "token").values[some]
-    return found
+    return np.asarray(data[name].transpose("prompt", "token").values[some])
 
 
 def _limits(view: StudyView, counts: Mapping[PredictedKind, int], total: int, pairs: RatePairs) -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from loopscope.cli.parsing import options
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControlTokens:
@@ -40,15 +42,7 @@ class ControlTokens:
 
         last = (Phase("report", 1, seconds=REPORT_SECONDS),) if self.report else ()
         with ProgressBar("loading", last=last) as progress:
-            found = control(
-                self.study,
-                out=self.out,
-                model=self.model,
-                eta=self.eta,
-                radius=self.radius,
-                horizon=self.horizon,
-                progress=progress,
-            )
+            found = control(self.study, **options(self, "study", "report"), progress=progress)
             report = write_report(found.after, self.out / "report.html") if self.report else None
         for sentence in found.sentences():
             say(sentence)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from loopscope.cli.parsing import options
 from loopscope.models.inspection.facts import Dtype
 
 
@@ -65,15 +66,7 @@ class Evaluate:
                 self.model,
                 [name for given in self.tasks for name in given.split(",") if name],
                 recurrences=self.recurrences or None,
-                out=self.out,
-                include_path=self.include_path,
-                limit=self.limit,
-                fewshot=self.fewshot,
-                chat=self.chat,
-                seed=self.seed,
-                revision=self.revision,
-                dtype=self.dtype,
-                device=self.device,
+                **options(self, "model", "tasks", "recurrences", "json"),
                 done=lambda count: progress.step("requests", count),
             )
         try:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from loopscope._util.ranges import Processes, Range, check_ranges
+from loopscope._util.table import Table
 from loopscope.analysis.settings import EngineName, check_engine
 from loopscope.cli.parsing import Commands
 from loopscope.errors import ConfigError
 from loopscope.experiments.designs import INJECTIONS, NORMS, SCALES, InjectionName, NormName
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from loopscope.analysis.engine.run import Engine
     from loopscope.experiments.cells import Cell, CellResult
 
@@ -87,7 +86,7 @@ class Architectures(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.cli.console import say_path
+        from loopscope.cli.console import say_path, say_table
         from loopscope.experiments.random_findings import (
             ARCHITECTURE_COLUMNS,
             architecture_grid,
@@ -106,9 +105,8 @@ class Architectures(_RandomModels):
         )
         results = self.cells_done(cells, "architectures")
         report = _report([self.out], self.out / "report.html")
-        console = Console(highlight=False)
-        console.print(_table(ARCHITECTURE_COLUMNS, architecture_rows(results)))
-        rows = reproduction(results)
+        say_table(Table(columns=ARCHITECTURE_COLUMNS, rows=architecture_rows(results)))
+        console, rows = Console(highlight=False), reproduction(results)
         for row in rows:
             name = f"{row.norm}, {'with' if row.injection == 'linear' else 'no'} injection"
             console.print(
@@ -136,7 +134,7 @@ class Phase(_RandomModels):
     def run(self) -> None:
         from rich.console import Console
 
-        from loopscope.cli.console import say_path
+        from loopscope.cli.console import say_path, say_table
         from loopscope.experiments.random_findings import boundaries, phase_grid, phase_rows
 
         cells = phase_grid(
@@ -151,9 +149,9 @@ class Phase(_RandomModels):
         )
         results = self.cells_done(cells, "phase")
         report = _report([self.out], self.out / "report.html")
-        console = Console(highlight=False)
-        console.print(_table(*phase_rows(boundaries(results), lambda kind: kind.letter)))
-        console.print(_LEGEND, style="dim")
+        columns, rows = phase_rows(boundaries(results), lambda kind: kind.letter)
+        say_table(Table(columns=columns, rows=rows))
+        Console(highlight=False).print(_LEGEND, style="dim")
         say_path("report", report)
 
 
@@ -178,10 +176,8 @@ class Training(_GridCommand):
         # Before torch is imported, so that a wrong file is said at once.
         sweep = Sweep.load(self.sweep)
 
-        from rich.console import Console
-
         from loopscope._util.progress import ProgressBar
-        from loopscope.cli.console import say_answers, say_path
+        from loopscope.cli.console import say_answers, say_path, say_table
         from loopscope.experiments.run_sweep import run_sweep
         from loopscope.experiments.sweep_findings import TRAINING_COLUMNS, advice, summaries, training_rows
 
@@ -196,7 +192,7 @@ class Training(_GridCommand):
             )
         shown = [TRAINING_COLUMNS.index(name) for name in _SHOWN]
         rows = [[row[column] for column in shown] for row in training_rows(summaries(results))]
-        Console(highlight=False).print(_table(_SHOWN, rows))
+        say_table(Table(columns=_SHOWN, rows=rows))
         say_answers(advice(results))
         say_path("report", _report([self.out], self.out / "report.html"))
 
@@ -231,16 +227,6 @@ def _report(folders: Sequence[Path], out: Path) -> Path:
     from loopscope.report.page.write import write_experiments
 
     return write_experiments([load_experiment(folder) for folder in folders], out)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
 
 
 _SHOWN = ("design", "layout", "loss", "loss beyond", "kept", "accuracy", "settled")

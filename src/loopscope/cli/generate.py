@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from loopscope._util.ranges import Count, Range, Seed, check_ranges
+from loopscope.cli.parsing import options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +64,8 @@ class Generate:
         from loopscope.models.loading import load
 
         model = load(self.model, revision=self.revision, dtype=self.dtype, device=self.device)
-        found = generate(
-            model,
-            self.prompt,
-            recurrences=self.recurrences,
-            exit=self.exit,
-            max_new_tokens=self.max_new_tokens,
-            cache=self.cache,
-            compare=self.compare,
-            seed=self.seed,
-            system_prompt=self.system_prompt,
-            chat=self.chat,
-            intervene=self.intervene,
-        )
+        others = ("model", "prompt", "dtype", "device", "revision", "json")
+        found = generate(model, self.prompt, **options(self, *others))
         if self.json:
             print(dumps(found.to_dict(), ensure_ascii=False))
             return

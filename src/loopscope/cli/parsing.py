@@ -80,6 +80,12 @@ def parse(commands: Commands, arguments: list[str]) -> Command | None:
         commands = found
 
 
+def options(command: object, *others: str) -> dict[str, Any]:
+    """What a command hands on as it is: all of its fields but for some, by name."""
+    fields = [field.name for field in dataclasses.fields(cast(Any, command))]
+    return {name: getattr(command, name) for name in fields if name not in others}
+
+
 def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
     flags = ["--help", *_flags(cls)]
     for place, argument in enumerate(arguments):

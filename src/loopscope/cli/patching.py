@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from loopscope._util.ranges import Count, Range, Seed, check_ranges
+from loopscope.cli.parsing import options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +60,8 @@ class PatchStates:
 
         check_no_other(self.out, PATCHING_FILE)  # before the work, and not only when it is to be saved
         model = load(self.model, revision=self.revision, dtype=self.dtype, device=self.device)
-        found = patch(
-            model,
-            self.pairs,
-            recurrences=self.recurrences,
-            parts=self.parts,
-            visits=self.visits,
-            positions=self.positions,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            intervene=self.intervene,
-        ).save(self.out)
+        others = ("model", "pairs", "out", "dtype", "device", "revision")
+        found = patch(model, self.pairs, **options(self, *others)).save(self.out)
         report = write_patching(found, self.out / "report.html")
         for sentence in found.sentences():
             say(sentence)

@@ -185,8 +185,7 @@ def _verdicts(study: Study) -> NDArray[np.integer]:
     """After the last recurrent layer, (prompt, token)."""
     if "verdict" not in study.dataset:
         raise StudyError("The study has no verdicts, so nothing says which tokens to damp; analyze with behaviour.")
-    found: NDArray[np.integer] = study.dataset["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
-    return found
+    return np.asarray(study.dataset["verdict"].isel(judged_layer=-1).transpose("prompt", "token"))
 
 
 def _observed_rate(study: Study, verdicts: NDArray[np.integer]) -> float:

@@ -41,21 +41,27 @@ _DECIDED = ("data", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What a sweep's file asks for: a base, and what is varied around it."""
+class _Checked:
+    """The fields of a sweep that have a form of their own."""
 
     task: Task
+    seeds: Annotated[int, Range(1, 1000)] = 5
+    """Models of each design; fewer tell only of what is far larger than their spread."""
+    controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
+    """Feed-forward models that are trained beside each looped one."""
+    study: StudySettings = field(default_factory=StudySettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(_Checked):
+    """What a sweep's file asks for: a base, and what is varied around it."""
+
     base: dict[str, Any]
     """A training configuration without its `data`, `seed` and `evaluation.recurrences`, which the sweep decides."""
     grids: tuple[dict[str, list[Any]], ...] = ()
     """Each: dotted fields of the configuration with the values to try, all combinations of them."""
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named designs: dotted fields with one value each."""
-    seeds: Annotated[int, Range(1, 1000)] = 5
-    """Models of each design; fewer tell only of what is far larger than their spread."""
-    controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
-    """Feed-forward models that are trained beside each looped one."""
-    study: StudySettings = field(default_factory=StudySettings)
 
     def __post_init__(self) -> None:
         check_ranges(self, UNRUNNABLE)
@@ -193,16 +199,6 @@ class Sweep:
                     ),
                 )
         return list(found.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """The fields of a sweep that have a form of their own."""
-
-    task: Task
-    seeds: int = 5
-    controls: tuple[ControlName, ...] = ("equal-depth", "equal-parameters")
-    study: StudySettings = field(default_factory=StudySettings)
 
 
 def control_config(looped: TrainConfig, control: ControlName) -> TrainConfig:

@@ -19,8 +19,8 @@ from loopscope.models.checkpoints.load import load_checkpoint
 from loopscope.models.checkpoints.placement import DeviceMap
 from loopscope.models.checkpoints.store import Headers, TensorStore
 from loopscope.models.hooks.hooked import HookedSubject
-from loopscope.models.hooks.unwrapping import unwrap
 from loopscope.models.hooks.wrap import hook, load_hooked
+from loopscope.models.hooks.wrappers import unwrap
 from loopscope.models.inspection.facts import Dtype, dtype_name
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer

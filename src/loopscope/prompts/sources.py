@@ -138,84 +138,62 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShippedPreset:
-    """A JSONL file inside the package."""
+class Preset:
+    """One data file, of the package or of a dataset repository. Files, not loading scripts: no code of a dataset ever
+    runs."""
 
     file: str
     field: str
-    about: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubPreset:
-    """One data file of a dataset repository. Files, not loading scripts: no code of a dataset ever runs."""
-
-    repo: str
-    revision: str
+    repo: str = ""
+    """On the hub; empty for a file of the package."""
+    revision: str = ""
     """A commit, so that the prompts stay what they are, and a cached copy is used without asking the network."""
-    file: str
-    field: str
-    about: str
 
 
-SHIPPED_PRESETS: Mapping[str, ShippedPreset] = MappingProxyType(
+SHIPPED_PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "word-problems": ShippedPreset(
-            file="demo/prompts/word-problems.jsonl",
-            field="question",
-            about="64 grade-school word problems, shipped with loopscope",
-        ),
-        "gsm8k-64": ShippedPreset(
-            file="demo/prompts/gsm8k-64.jsonl",
-            field="question",
-            about="the first 64 test questions of GSM8K, shipped with loopscope",
-        ),
+        "word-problems": Preset(file="demo/prompts/word-problems.jsonl", field="question"),
+        "gsm8k-64": Preset(file="demo/prompts/gsm8k-64.jsonl", field="question"),
     }
 )
 
-HUB_PRESETS: Mapping[str, HubPreset] = MappingProxyType(
+HUB_PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "gsm8k": HubPreset(
+        "gsm8k": Preset(
             repo="openai/gsm8k",
             revision="740312add88f781978c0658806c59bc2815b9866",
             file="main/test-00000-of-00001.parquet",
             field="question",
-            about="GSM8K, grade-school mathematics, 1,319 test questions",
         ),
-        "svamp": HubPreset(
+        "svamp": Preset(
             repo="ChilleD/SVAMP",
             revision="5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef",
             file="data/test-00000-of-00001.parquet",
             field="question_concat",
-            about="SVAMP, one-step arithmetic in varied wording, 300 test questions",
         ),
-        "aqua": HubPreset(
+        "aqua": Preset(
             repo="deepmind/aqua_rat",
             revision="33301c6a050c96af81f63cad5562cb5363e88971",
             file="raw/test-00000-of-00001.parquet",
             field="question",
-            about="AQuA-RAT, algebra, 254 test questions without their options",
         ),
-        "math500": HubPreset(
+        "math500": Preset(
             repo="HuggingFaceH4/MATH-500",
             revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
             file="test.jsonl",
             field="problem",
-            about="MATH-500, competition mathematics, 500 problems",
         ),
-        "arc-challenge": HubPreset(
+        "arc-challenge": Preset(
             repo="allenai/ai2_arc",
             revision="210d026faf9955653af8916fad021475a3f00453",
             file="ARC-Challenge/test-00000-of-00001.parquet",
             field="question",
-            about="ARC-Challenge, school science, 1,172 test questions without their options",
         ),
-        "humaneval": HubPreset(
+        "humaneval": Preset(
             repo="openai/openai_humaneval",
             revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
             file="openai_humaneval/test-00000-of-00001.parquet",
             field="prompt",
-            about="HumanEval, Python functions to complete, 164 prompts",
         ),
     }
 )
@@ -240,7 +218,7 @@ def find_preset(name: str) -> tuple[Path, str] | None:
     return None
 
 
-def _download(name: str, preset: HubPreset) -> Path:
+def _download(name: str, preset: Preset) -> Path:
     purpose = f"The preset {name!r}"
     hub = require("huggingface_hub", purpose)
     if preset.file.endswith(".parquet"):

@@ -10,7 +10,7 @@ from datetime import datetime
 from loopscope.errors import PromptError
 from loopscope.prompts.chat import RenderedChat
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
-from loopscope.prompts.tokenizer import Encoded, SpecialToken, TextTokenizer
+from loopscope.prompts.tokenizer import Encoded, TextTokenizer
 
 BETWEEN = "\n\n"
 """A blank line between system prompt and prompt."""
@@ -255,21 +255,17 @@ def cut_text(
 def _chunk(
     number: int, text: str, ids: list[int], tokens: list[TextToken], tokenizer: TextTokenizer
 ) -> TokenizedPrompt:
-    own = text[tokens[0].start : tokens[-1].end]
+    own, before, after = text[tokens[0].start : tokens[-1].end], tokenizer.before, tokenizer.after
     return TokenizedPrompt(
         id=f"chunk-{number}",
         text=own,
-        token_ids=(*_ids(tokenizer.before), *ids, *_ids(tokenizer.after)),
-        token_strings=(*_names(tokenizer.before), *(token.piece for token in tokens), *_names(tokenizer.after)),
+        token_ids=(*(each.id for each in before), *ids, *(each.id for each in after)),
+        token_strings=(
+            *(each.text for each in before),
+            *(each.piece for each in tokens),
+            *(each.text for each in after),
+        ),
         system_tokens=0,
-        suffix_tokens=len(tokenizer.after),
+        suffix_tokens=len(after),
         special_in_text=tokenizer.special_in(own),
     )
-
-
-def _ids(special: tuple[SpecialToken, ...]) -> list[int]:
-    return [token.id for token in special]
-
-
-def _names(special: tuple[SpecialToken, ...]) -> list[str]:
-    return [token.text for token in special]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from loopscope._util.files import write_atomically
 from loopscope._util.hub import require
-from loopscope.answers.metrics import study_metrics
+from loopscope.answers.quick import study_metrics
 from loopscope.errors import StudyError
 from loopscope.study import MANIFEST, Study, view_study
 

@@ -230,8 +230,7 @@ class BatchStream:
         if epoch != self._epoch:
             self._windows = windows(self._corpus.epoch(self._seed, epoch), self._context)
             self._epoch = epoch
-        window: Tokens = self._windows[position]
-        return window
+        return np.asarray(self._windows[position])
 
 
 def windows(tokens: Tokens, context: int) -> Tokens:
@@ -250,8 +249,7 @@ def scored(tokens: Tokens, answer_after: int | None, end: int) -> Scored:
     opened, closed = (
         np.maximum.accumulate(np.where(tokens == token, places, -1), axis=-1) for token in (answer_after, end)
     )
-    answers: Scored = (opened > closed) & (opened < places)
-    return answers
+    return np.asarray((opened > closed) & (opened < places))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from loopscope.models.checkpoints.family import Family
-from loopscope.models.checkpoints.llama import LLAMA, MISTRAL, OLMO2, QWEN3
+from loopscope.models.checkpoints.llama import LLAMA, MISTRAL, OLMO2, OURO, QWEN3
 from loopscope.models.checkpoints.nanbeige import NANBEIGE
 from loopscope.models.checkpoints.native import NATIVE
-from loopscope.models.checkpoints.ouro import OURO
 from loopscope.models.checkpoints.parcae import PARCAE
 from loopscope.models.checkpoints.raven import HUGINN, RETROFIT_LLAMA, RETROFIT_OLMO
 

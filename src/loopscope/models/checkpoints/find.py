@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -27,7 +28,7 @@ _SCRIPT = (
 )
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
-LEFT_OUT = (
+_LEFT_OUT = (
     "*/*",  # below the top level lie copies for other programs
     "consolidated*",  # the same weights a second time, for another program
 )
@@ -66,6 +67,16 @@ def download_model(name: str, revision: str | None = None) -> tuple[Path, str]:
     Raises `MissingDependencyError` without the extra `hub`, `StorageError` for a full disk, `CheckpointError` for
     everything else that stands in the way.
     """
+    with snapshot(name, revision, _WANTED) as folder:
+        if not any(folder.glob("*.safetensors")):
+            raise without_safetensors(name, folder.name)
+    return folder, folder.name
+
+
+@contextmanager
+def snapshot(name: str, revision: str | None, wanted: Sequence[str]) -> Iterator[Path]:
+    """The folder of a repository's files of these patterns, downloaded if they are not in the cache. What goes wrong
+    there, or in the `with`, raises as in `download_model`."""
     hub = require("huggingface_hub", f"{name!r} is no folder, and to look for it on the Hugging Face hub loopscope")
     with downloading(
         repr(name),
@@ -74,16 +85,14 @@ def download_model(name: str, revision: str | None = None) -> tuple[Path, str]:
         otherwise="if it is meant to be a folder, check the path, as there is none of this name",
         revision=revision,
     ):
-        folder = Path(
-            hub.snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(LEFT_OUT))
+        yield Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(_LEFT_OUT))
         )
-        if not any(folder.glob("*.safetensors")):
-            raise without_safetensors(name, folder.name, hub.HfApi().list_repo_files(name, revision=folder.name))
-    return folder, folder.name
 
 
-def without_safetensors(name: str, commit: str, files: list[str]) -> CheckpointError:
-    """The error for a repository that holds no safetensors, given the names of its files."""
+def without_safetensors(name: str, commit: str) -> CheckpointError:
+    """The error for a repository that holds no safetensors."""
+    files = require("huggingface_hub", name).HfApi().list_repo_files(name, revision=commit)
     pickled = sorted(file for file in files if "/" not in file and is_pickled(file))
     if not pickled:
         return CheckpointError(

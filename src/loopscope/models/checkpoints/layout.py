@@ -33,7 +33,6 @@ class CheckpointLayout:
     dtypes: Mapping[str, int]
     """Bytes of weights in each dtype that they are stored in: `{"bfloat16": 2_800_000_000}`. Copies and buffers that
     are not read do not count."""
-    config: Mapping[str, Any]
     files: tuple[str, ...]
     """Names of the files that hold the tensors."""
 
@@ -84,7 +83,6 @@ def find_layout(
         parts=parts,
         copies=copies,
         dtypes=dict(sorted(dtypes.items())),
-        config=config,
         files=tuple(sorted({header.file for header in headers.values()})),
     )
 

@@ -1,8 +1,9 @@
-"""The families with Llama's names, Llama, Mistral, OLMo-2 and Qwen3: what they share, and what each one adds."""
+"""The families with Llama's names, Llama, Mistral, OLMo-2, Qwen3 and Ouro: what they share, and what each one adds."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from loopscope.errors import UnknownSettingError
@@ -36,8 +37,6 @@ _IN_LAYER = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-
-_NORMS = {"norm_2": "post_attention_layernorm", "norm_4": "post_feedforward_layernorm"}
 
 
 def read_llama_like(
@@ -109,115 +108,104 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def has_llama_layers(names: Collection[str]) -> bool:
-    """Two norms before the branches and no other, by the tensors' names; Mistral's are the same."""
-    return looks_llama_like(
-        names,
-        has=("input_layernorm", "post_attention_layernorm"),
-        lacks=("self_attn.q_norm", "input_layernorm_2", "post_feedforward_layernorm"),
+LLAMA_LAYERS = partial(
+    looks_llama_like,
+    has=("input_layernorm", "post_attention_layernorm"),
+    lacks=("self_attn.q_norm", "input_layernorm_2", "post_feedforward_layernorm"),
+)
+"""Two norms before the branches and no other, by the tensors' names; Mistral's are the same."""
+
+
+def _family(
+    name: str,
+    called: str,
+    recognises: Callable[[Collection[str]], bool],
+    *,
+    loops: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    read: Callable[[ConfigReader, int], Mapping[str, Any]] = lambda fields, layers: {},
+    norms: Mapping[str, str] = LLAMA_NORMS,
+    harmless: Collection[str] = IGNORED_FIELDS,
+    **defaults: int,
+) -> Family:
+    """One of these families, all of whose layers loop, or none: its own `settings` of the `Architecture`, those that
+    it `read`s from the config and its number of layers, and the `defaults` of `read_llama_like`."""
+
+    def architecture(config: Config) -> Architecture:
+        fields = ConfigReader(config, called)
+        layers = fields.layers("num_hidden_layers")
+        prelude, recurrent = (0, layers) if loops else (layers, 0)
+        own = {**(settings or {}), **read(fields, layers), **read_llama_like(fields, **defaults)}
+        found = Architecture(prelude=prelude, recurrent=recurrent, coda=0, **own)
+        fields.close(harmless)
+        return found
+
+    parts = partial(llama_like_parts, norms=norms)
+    return Family(
+        name=name,
+        model_types=(name,),
+        recognises=recognises,
+        architecture=architecture,
+        parts=parts,
+        tied_head=LLAMA_HEAD,
     )
 
 
-def _llama_architecture(config: Config) -> Architecture:
-    fields = ConfigReader(config, "Llama")
-    architecture = Architecture(
-        prelude=fields.layers("num_hidden_layers"), recurrent=0, coda=0, **read_llama_like(fields)
-    )
-    fields.close(IGNORED_FIELDS)
-    return architecture
-
-
-LLAMA = Family(
-    name="llama",
-    model_types=("llama",),
-    recognises=has_llama_layers,
-    architecture=_llama_architecture,
-    parts=llama_like_parts,
-    tied_head=LLAMA_HEAD,
+LLAMA = _family("llama", "Llama", LLAMA_LAYERS)
+MISTRAL = _family(
+    "mistral",
+    "Mistral",
+    LLAMA_LAYERS,
+    read=lambda fields, layers: {"sliding_window": fields.optional_integer("sliding_window", 4096)},
+    kv_heads=8,
+    max_positions=4096 * 32,
 )
 
-
-def _mistral_architecture(config: Config) -> Architecture:
-    fields = ConfigReader(config, "Mistral")
-    architecture = Architecture(
-        prelude=fields.layers("num_hidden_layers"),
-        recurrent=0,
-        coda=0,
-        sliding_window=fields.optional_integer("sliding_window", 4096),
-        **read_llama_like(fields, kv_heads=8, max_positions=4096 * 32),
-    )
-    fields.close(IGNORED_FIELDS)
-    return architecture
-
-
-MISTRAL = Family(
-    name="mistral",
-    model_types=("mistral",),
-    recognises=has_llama_layers,
-    architecture=_mistral_architecture,
-    parts=llama_like_parts,
-    tied_head=LLAMA_HEAD,
+_OLMO_NORMS = {"norm_2": "post_attention_layernorm", "norm_4": "post_feedforward_layernorm"}
+OLMO2 = _family(
+    "olmo2",
+    "OLMo-2",
+    partial(looks_llama_like, has=("self_attn.q_norm", *_OLMO_NORMS.values()), lacks=("input_layernorm",)),
+    settings={"norm_placement": "branch-out", "qk_norm": "full"},
+    norms=_OLMO_NORMS,
+)
+QWEN3 = _family(
+    "qwen3",
+    "Qwen3",
+    partial(
+        looks_llama_like,
+        has=("self_attn.q_norm", "input_layernorm"),
+        lacks=("input_layernorm_2", "post_feedforward_layernorm"),
+    ),
+    settings={"qk_norm": "head"},
+    read=read_windows,
+    kv_heads=32,
+    head_dim=128,
+    max_positions=32768,
 )
 
-
-def _olmo2_recognises(names: Collection[str]) -> bool:
-    return looks_llama_like(names, has=("self_attn.q_norm", *_NORMS.values()), lacks=("input_layernorm",))
-
-
-def _olmo2_architecture(config: Config) -> Architecture:
-    fields = ConfigReader(config, "OLMo-2")
-    architecture = Architecture(
-        prelude=fields.layers("num_hidden_layers"),
-        recurrent=0,
-        coda=0,
-        norm_placement="branch-out",
-        qk_norm="full",
-        **read_llama_like(fields),
-    )
-    fields.close(IGNORED_FIELDS)
-    return architecture
-
-
-def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
-    return llama_like_parts(architecture, names, _NORMS)
-
-
-OLMO2 = Family(
-    name="olmo2",
-    model_types=("olmo2",),
-    recognises=_olmo2_recognises,
-    architecture=_olmo2_architecture,
-    parts=_parts,
-    tied_head=LLAMA_HEAD,
-)
-
-
-def _qwen3_recognises(names: Collection[str]) -> bool:
-    return looks_llama_like(
-        names, has=("self_attn.q_norm", "input_layernorm"), lacks=("input_layernorm_2", "post_feedforward_layernorm")
-    )
-
-
-def _qwen3_architecture(config: Config) -> Architecture:
-    fields = ConfigReader(config, "Qwen3")
-    layers = fields.layers("num_hidden_layers")
-    architecture = Architecture(
-        prelude=layers,
-        recurrent=0,
-        coda=0,
-        qk_norm="head",
+_OURO_NORMS = {
+    "norm_1": "input_layernorm",
+    "norm_2": "input_layernorm_2",
+    "norm_3": "post_attention_layernorm",
+    "norm_4": "post_attention_layernorm_2",
+}
+OURO = _family(
+    "ouro",
+    "Ouro",
+    partial(looks_llama_like, has=_OURO_NORMS.values()),
+    loops=True,
+    settings={"norm_placement": "branch-in-out", "loop_norm": "recurrence", "exit_gate": True},
+    read=lambda fields, layers: {
+        "recurrences": fields.integer("total_ut_steps", 4),
+        "exit_threshold": fields.number("early_exit_threshold", 1.0),
         **read_windows(fields, layers),
-        **read_llama_like(fields, kv_heads=32, head_dim=128, max_positions=32768),
-    )
-    fields.close(IGNORED_FIELDS)
-    return architecture
-
-
-QWEN3 = Family(
-    name="qwen3",
-    model_types=("qwen3",),
-    recognises=_qwen3_recognises,
-    architecture=_qwen3_architecture,
-    parts=llama_like_parts,
-    tied_head=LLAMA_HEAD,
+    },
+    norms=_OURO_NORMS,
+    # Sizes for computing in pieces, which the published code does not use, and how training by RLTT saves memory.
+    harmless=IGNORED_FIELDS | {"chunk_size", "rltt_logprob_chunk_size", "rltt_loop_level_checkpointing"},
+    kv_heads=32,
+    max_positions=32768,
 )
+"""Ouro (ByteDance/Ouro-*; Zhu et al., arXiv 2510.25741): all layers loop, from the embeddings, without injection. The
+final norm closes each recurrence, so every recurrence can be read by the head; a gate says where to stop."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +48,11 @@ class _Brought(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model and where it came from."""
+    """A loaded model and what it is."""
 
     model: LoopedTransformer
     family: str
-    folder: Path
-    tokenizer: Path | None
-    """tokenizer.json, where there is one."""
     weights_sha256: str
-    config: Mapping[str, Any]
     placement: Placement | None = None
     """Where its layers lie, if that was asked for."""
 
@@ -90,16 +85,7 @@ def load_checkpoint(
     for copy, original in layout.copies.items():
         _check_copy(copy, original, store)
     model = _fill(layout, store, dtype, home, placement)
-    tokenizer = folder / "tokenizer.json"
-    return Checkpoint(
-        model=model.eval().requires_grad_(False),
-        family=layout.family,
-        folder=folder,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        weights_sha256=store.sha256(),
-        config=layout.config,
-        placement=placement,
-    )
+    return Checkpoint(model.eval().requires_grad_(False), layout.family, store.sha256(), placement)
 
 
 def _fill(
@@ -137,12 +123,6 @@ def _values(
     part: TensorSlice, store: TensorStore, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     values = torch.empty(shape, dtype=dtype, device=device)
-    _read(part, store, values)
-    return values
-
-
-def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:
-    """Fill `values` with a part of a stored tensor."""
     start, stop = part.rows
     header = store.headers[part.name]
     flat = values.view(stop - start, -1)  # a bias of heads and their entries lies in one row of the file
@@ -155,6 +135,7 @@ def _read(part: TensorSlice, store: TensorStore, values: Tensor) -> None:
                 f"The weight {part.name!r} in {store.folder / header.file} holds NaN or infinity in {values.dtype}; "
                 "the checkpoint is damaged, or needs a wider dtype."
             )
+    return values
 
 
 def _check_copy(copy: str, original: str, store: TensorStore) -> None:

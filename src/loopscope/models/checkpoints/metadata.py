@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopscope._util.hub import downloading, require
+from loopscope._util.hub import require
 from loopscope._util.reading import is_there
 from loopscope.errors import CheckpointError
-from loopscope.models.checkpoints.find import LEFT_OUT, find_checkpoint, is_hub_name, without_safetensors
+from loopscope.models.checkpoints.find import find_checkpoint, is_hub_name, snapshot, without_safetensors
 from loopscope.models.checkpoints.store import (
     Headers,
     TensorHeader,
@@ -41,33 +41,17 @@ def read_metadata(name_or_path: str | Path, revision: str | None = None) -> Meta
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and is_hub_name(name) and not is_there(Path(name).expanduser()):
-        return _hub_metadata(name, revision)
+        with snapshot(name, revision, ("*.json", "*.jinja")) as folder:
+            refuse_adapter(folder)
+            config = read_json(folder / "config.json")
+            try:
+                headers: Headers = TensorStore(folder).headers
+            except CheckpointError:  # the weights are not in the cache, or not all of them
+                headers = _remote_headers(name, folder.name)
+        return Metadata(folder, folder.name, config, headers)
     found = find_checkpoint(name_or_path, revision)
     config = read_json(found.folder / "config.json")
     return Metadata(found.folder, found.revision, config, TensorStore(found.folder).headers)
-
-
-def _hub_metadata(name: str, revision: str | None) -> Metadata:
-    hub = require("huggingface_hub", f"{name!r} is no folder, and to look for it on the Hugging Face hub loopscope")
-    with downloading(
-        repr(name),
-        name,
-        error=CheckpointError,
-        otherwise="if it is meant to be a folder, check the path, as there is none of this name",
-        revision=revision,
-    ):
-        folder = Path(
-            hub.snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.jinja"], ignore_patterns=list(LEFT_OUT)
-            )
-        )
-        refuse_adapter(folder)
-        config = read_json(folder / "config.json")
-        try:
-            headers: Headers = TensorStore(folder).headers
-        except CheckpointError:  # the weights are not in the cache, or not all of them
-            headers = _remote_headers(name, folder.name)
-    return Metadata(folder, folder.name, config, headers)
 
 
 def _remote_headers(name: str, commit: str) -> Headers:
@@ -76,7 +60,7 @@ def _remote_headers(name: str, commit: str) -> Headers:
     try:
         found = hub.HfApi().get_safetensors_metadata(name, revision=commit)
     except errors.NotASafetensorsRepoError:
-        raise without_safetensors(name, commit, hub.HfApi().list_repo_files(name, revision=commit)) from None
+        raise without_safetensors(name, commit) from None
     except errors.SafetensorsParsingError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"A safetensors file of {name!r} is damaged on the hub ({reason}).") from error

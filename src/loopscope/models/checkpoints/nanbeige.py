@@ -9,7 +9,7 @@ from __future__ import annotations
 from loopscope.models.architecture import Architecture
 from loopscope.models.checkpoints.config_reader import IGNORED_FIELDS, ConfigReader
 from loopscope.models.checkpoints.family import Config, Family
-from loopscope.models.checkpoints.llama import LLAMA_HEAD, has_llama_layers, llama_like_parts, read_llama_like
+from loopscope.models.checkpoints.llama import LLAMA_HEAD, LLAMA_LAYERS, llama_like_parts, read_llama_like
 
 _OFF = (
     # More in a layer.
@@ -59,7 +59,7 @@ def _architecture(config: Config) -> Architecture:
 NANBEIGE = Family(
     name="nanbeige",
     model_types=("nanbeige",),
-    recognises=has_llama_layers,
+    recognises=LLAMA_LAYERS,
     architecture=_architecture,
     parts=llama_like_parts,
     tied_head=LLAMA_HEAD,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,6 @@ from loopscope.models.checkpoints.family import Config, Family, TensorSlice, par
 from loopscope.models.native.transformer import LoopedTransformer
 
 _VERSION = 1
-
-
-def _recognises(names: Collection[str]) -> bool:
-    return {"embedding.weight", "norm.weight"} <= set(names)
 
 
 def _architecture(config: Config) -> Architecture:
@@ -38,16 +34,14 @@ def _architecture(config: Config) -> Architecture:
     return Architecture.from_dict(fields)
 
 
-def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
-    return {name: TensorSlice(name, shape) for name, shape in parameter_shapes(architecture).items()}
-
-
 NATIVE = Family(
     name="loopscope",
     model_types=("loopscope",),
-    recognises=_recognises,
+    recognises={"embedding.weight", "norm.weight"}.issubset,
     architecture=_architecture,
-    parts=_parts,
+    parts=lambda architecture, names: {
+        name: TensorSlice(name, shape) for name, shape in parameter_shapes(architecture).items()
+    },
     unused=re.compile(r"(?!)"),
 )
 

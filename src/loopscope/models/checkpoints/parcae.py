@@ -64,10 +64,6 @@ _IN_LAYER = {
 }
 
 
-def _recognises(names: Collection[str]) -> bool:
-    return "transformer.adapter.A_log" in names
-
-
 def _architecture(config: Config) -> Architecture:
     fields = ConfigReader(config, "Parcae")
     for name, value in _FIXED.items():
@@ -154,7 +150,7 @@ def _parts(architecture: Architecture, names: Collection[str]) -> dict[str, Tens
 PARCAE = Family(
     name="parcae",
     model_types=("ParcaeConfig", "Parcae"),
-    recognises=_recognises,
+    recognises=lambda names: "transformer.adapter.A_log" in names,
     architecture=_architecture,
     parts=_parts,
     tied_head="lm_head.weight",

@@ -47,8 +47,6 @@ _STACKED = {
     "mlp.fc": ("mlp.gate", "mlp.up"),
 }
 
-_NORMS = {f"norm_{number}": f"norm_{number}" for number in (1, 2, 3, 4)}
-
 _HARMLESS = RAVEN_IGNORED_FIELDS | {"rope_base", "block_size"}
 """Left over from Huginn."""
 
@@ -70,7 +68,31 @@ def raven_fields(config: Mapping[str, object], family: str) -> ConfigReader:
     return fields
 
 
-def raven_parts(architecture: Architecture, norms: Mapping[str, str]) -> dict[str, TensorSlice]:
+def _read_raven(fields: ConfigReader) -> dict[str, Any]:
+    """The settings of the `Architecture` that Huginn and the retrofitted models share."""
+    width, heads = fields.integer("n_embd"), fields.count("n_heads")
+    init = fields.mapping("init_values")
+    embedding_scale = init.number("embed_scale")
+    return {
+        "vocab_size": fields.integer("padded_vocab_size"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": fields.integer("head_dim", width // heads),
+        "mlp_width": fields.integer("intermediate_size"),
+        "prelude": fields.integer("n_layers_in_prelude"),
+        "recurrent": fields.integer("n_layers_in_recurrent_block"),
+        "coda": fields.integer("n_layers_in_coda"),
+        "recurrences": fields.integer("mean_recurrence"),
+        "injection": "linear",
+        "norm_eps": fields.number("norm_eps"),
+        "embedding_scale": embedding_scale,
+        "state_init": "normal",
+        "state_std": init.number("std") * embedding_scale,
+    }
+
+
+def raven_parts(architecture: Architecture, names: Collection[str], norms: Mapping[str, str]) -> dict[str, TensorSlice]:
     """Where each parameter lies; `norms` maps our four norms of a layer to theirs."""
     shapes = parameter_shapes(architecture)
     return {name: _part(parse_name(name), shapes, architecture, {**_IN_LAYER, **norms}) for name in shapes}
@@ -98,57 +120,36 @@ def _part(
     return TensorSlice(f"{theirs}.{in_layer[name.module]}.{name.leaf}", shapes[f"{ours}.{name.module}.{name.leaf}"])
 
 
-def _recognises(names: Collection[str]) -> bool:
+def _is_huginn(names: Collection[str]) -> bool:
     """By its norms: the retrofitted models carry the same model_type and lack the third."""
     return looks_like_raven(names) and any(name.endswith(".norm_3.weight") for name in names)
 
 
 def _huginn_architecture(config: Config) -> Architecture:
     fields = raven_fields(config, "Huginn")
-    width, heads = fields.integer("n_embd"), fields.count("n_heads")
-    fields.require("num_key_value_heads", heads)
+    fields.require("num_key_value_heads", fields.count("n_heads"))
     for tied in ("tie_embeddings", "tie_word_embeddings"):
         fields.require(tied, True)
-    init = fields.mapping("init_values")
-    embedding_scale = init.number("embed_scale")
     architecture = Architecture(
-        vocab_size=fields.integer("padded_vocab_size"),
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=fields.integer("head_dim", width // heads),
-        mlp_width=fields.integer("intermediate_size"),
-        prelude=fields.integer("n_layers_in_prelude"),
-        recurrent=fields.integer("n_layers_in_recurrent_block"),
-        coda=fields.integer("n_layers_in_coda"),
-        recurrences=fields.integer("mean_recurrence"),
-        injection="linear",
+        **_read_raven(fields),
         norm_placement="residual",
         loop_norm="loop",
-        norm_eps=fields.number("norm_eps"),
         qk_bias=fields.boolean("qk_bias"),
         rotary="adjacent",
         rope_base=fields.number("rope_base"),
         tied_embeddings=True,
-        embedding_scale=embedding_scale,
-        state_init="normal",
-        state_std=init.number("std") * embedding_scale,
         max_positions=fields.count("block_size"),
     )
     fields.close(RAVEN_IGNORED_FIELDS)
     return architecture
 
 
-def _huginn_parts(architecture: Architecture, names: Collection[str]) -> dict[str, TensorSlice]:
-    return raven_parts(architecture, _NORMS)
-
-
 HUGINN = Family(
     name="huginn",
     model_types=("huginn_raven",),
-    recognises=_recognises,
+    recognises=_is_huginn,
     architecture=_huginn_architecture,
-    parts=_huginn_parts,
+    parts=partial(raven_parts, norms={f"norm_{number}": f"norm_{number}" for number in (1, 2, 3, 4)}),
     tied_head=RAVEN_HEAD,
 )
 
@@ -164,26 +165,9 @@ def _retrofit_architecture(config: Config, *, olmo: bool) -> Architecture:
     for option in ("tie_embeddings", "tie_word_embeddings", "qk_bias"):
         fields.require(option, False)
     fields.require("initial_state_mode", "random")  # of the embedding, or without the adapter, it is another model
-    width, heads = fields.integer("n_embd"), fields.count("n_heads")
-    init = fields.mapping("init_values")
-    embedding_scale = init.number("embed_scale")
     max_positions = fields.count("max_position_embeddings")
     architecture = Architecture(
-        vocab_size=fields.integer("padded_vocab_size"),
-        width=width,
-        heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", width // heads),
-        mlp_width=fields.integer("intermediate_size"),
-        prelude=fields.integer("n_layers_in_prelude"),
-        recurrent=fields.integer("n_layers_in_recurrent_block"),
-        coda=fields.integer("n_layers_in_coda"),
-        recurrences=fields.integer("mean_recurrence"),
-        injection="linear",
-        norm_eps=fields.number("norm_eps"),
-        embedding_scale=embedding_scale,
-        state_init="normal",
-        state_std=init.number("std") * embedding_scale,
+        **_read_raven(fields),
         max_positions=max_positions,
         **(_OLMO if olmo else {}),
         **read_rope(fields, max_positions, default_base=None),  # Huginn's would be wrong
@@ -192,17 +176,13 @@ def _retrofit_architecture(config: Config, *, olmo: bool) -> Architecture:
     return architecture
 
 
-def _retrofit_parts(architecture: Architecture, names: Collection[str], *, olmo: bool) -> dict[str, TensorSlice]:
-    return raven_parts(architecture, _OLMO_NORMS if olmo else _LLAMA_NORMS)
-
-
 RETROFIT_LLAMA, RETROFIT_OLMO = (
     Family(
         name=name,
         model_types=("huginn_raven",),
         recognises=partial(_is_retrofit, olmo=olmo),
         architecture=partial(_retrofit_architecture, olmo=olmo),
-        parts=partial(_retrofit_parts, olmo=olmo),
+        parts=partial(raven_parts, norms=_OLMO_NORMS if olmo else _LLAMA_NORMS),
     )
     for name, olmo in (("retrofit-llama", False), ("retrofit-olmo", True))
 )

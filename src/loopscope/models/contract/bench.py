@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -13,9 +12,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from loopscope._util.shapes import Logits, TokenIds
+from loopscope._util.shapes import Logits, States, TokenIds
 from loopscope.errors import ConfigError, LoopscopeError
-from loopscope.models.contract.recording import Recording, record, recorded
+from loopscope.models.contract.recording import RecordedRun, Recording
 from loopscope.models.contract.results import CheckSkipped, Tolerances
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.native.subject import NativeSubject
@@ -76,23 +75,41 @@ class Bench:
     def batch(self) -> Batch:
         return Batch.of(self.prompts)
 
+    def start(
+        self,
+        batch: Batch | None = None,
+        recurrences: int | None = None,
+        *,
+        seed: int | None = None,
+        initial_state: States | None = None,
+        observed: bool = True,
+    ) -> RecordedRun:
+        """The main run, but for what is given."""
+        return RecordedRun(
+            self.subject,
+            self.batch if batch is None else batch,
+            self.recurrences if recurrences is None else recurrences,
+            seed=self.seed if seed is None else seed,
+            initial_state=initial_state,
+            observed=observed,
+        )
+
     @cached_property
     def main(self) -> Recording:
         """The observed run that others are compared with."""
-        return record(self.subject, self.batch, self.recurrences, seed=self.seed)
+        return self.start().complete()
 
     @cached_property
     def unobserved(self) -> Recording:
-        return record(self.subject, self.batch, self.recurrences, seed=self.seed, observed=False)
+        return self.start(observed=False).complete()
 
     def in_other_number(self, recurrences: int) -> Recording:
         """The main run with another number of recurrences; `CheckSkipped` where the subject refuses to start it."""
-        with ExitStack() as stack:
-            try:
-                run = stack.enter_context(recorded(self.subject, self.batch, recurrences, seed=self.seed))
-            except LoopscopeError as error:
-                raise CheckSkipped(f"{recurrences} recurrences are refused: {error}") from error
-            return run.complete()  # what has started has promised to get through
+        try:
+            run = self.start(recurrences=recurrences)
+        except LoopscopeError as error:
+            raise CheckSkipped(f"{recurrences} recurrences are refused: {error}") from error
+        return run.complete()  # what has started has promised to get through
 
     def raw(self, prompt: Sequence[int], recurrences: int) -> Logits:
         """The raw model's logits of one prompt; `CheckSkipped` where there is no raw model to ask."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -158,7 +157,8 @@ class _Recorder(Observer):
 
 
 class RecordedRun:
-    """One run, advanced from outside. Unless `observed`, nobody watches it, and only its states and logits are kept."""
+    """One run, advanced from outside, which its `with` closes whatever happens. Unless `observed`, nobody watches it,
+    and only its states and logits are kept."""
 
     def __init__(
         self,
@@ -166,9 +166,9 @@ class RecordedRun:
         batch: Batch,
         recurrences: int,
         *,
-        seed: int = 0,
-        initial_state: States | None = None,
-        observed: bool = True,
+        seed: int,
+        initial_state: States | None,
+        observed: bool,
     ) -> None:
         self.recording = Recording(batch, recurrences)
         self._recorder = _Recorder(self.recording)
@@ -180,6 +180,12 @@ class RecordedRun:
         if self.run.state is not None and subject.info.is_looped:
             self.recording.keep("initial state", self.run.state)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.close()
+
     def advance(self) -> None:
         self._recorder.phase = "advance"
         self.run.advance(self._observers)
@@ -189,9 +195,10 @@ class RecordedRun:
 
     def complete(self) -> Recording:
         """All recurrences and the answer."""
-        for _ in range(self.recording.recurrences):
-            self.advance()
-        return self.finish()
+        with self:
+            for _ in range(self.recording.recurrences):
+                self.advance()
+            return self.finish()
 
     def finish(self) -> Recording:
         """Ask for the model's answer and close the run."""
@@ -199,35 +206,3 @@ class RecordedRun:
         self.recording.keep("logits", self.run.answer(self._observers))
         self.run.close()
         return self.recording
-
-
-@contextmanager
-def recorded(
-    subject: Subject,
-    batch: Batch,
-    recurrences: int,
-    *,
-    seed: int = 0,
-    initial_state: States | None = None,
-    observed: bool = True,
-) -> Iterator[RecordedRun]:
-    """A run that is closed whatever happens."""
-    run = RecordedRun(subject, batch, recurrences, seed=seed, initial_state=initial_state, observed=observed)
-    try:
-        yield run
-    finally:
-        run.run.close()
-
-
-def record(
-    subject: Subject,
-    batch: Batch,
-    recurrences: int,
-    *,
-    seed: int = 0,
-    initial_state: States | None = None,
-    observed: bool = True,
-) -> Recording:
-    """A whole run."""
-    with recorded(subject, batch, recurrences, seed=seed, initial_state=initial_state, observed=observed) as run:
-        return run.complete()

@@ -10,7 +10,7 @@ from loopscope._util.shapes import States
 from loopscope.errors import LoopscopeError
 from loopscope.models.contract.announcements import require_visits
 from loopscope.models.contract.bench import Bench
-from loopscope.models.contract.recording import Recording, record, recorded, require_close
+from loopscope.models.contract.recording import Recording, require_close
 from loopscope.models.contract.results import CheckFailed, CheckSkipped
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.subject import Batch
@@ -26,10 +26,7 @@ def logits_are_raw(bench: Bench) -> str:
 
 def _against_raw(bench: Bench, recurrences: int) -> str:
     expected = torch.cat([bench.raw(prompt, recurrences)[0] for prompt in bench.prompts])
-    alone = [
-        record(bench.subject, Batch.of([prompt]), recurrences, seed=bench.seed, observed=False)
-        for prompt in bench.prompts
-    ]
+    alone = [bench.start(Batch.of([prompt]), recurrences, observed=False).complete() for prompt in bench.prompts]
     got = torch.cat([run.tensors["logits"] for run in alone])
     label = f"logits at R = {recurrences}"
     limit = bench.tolerances.raw_in(bench.info.dtype, is_own=bench.raw_logits is None)
@@ -74,7 +71,7 @@ def padding_is_not_seen(bench: Bench) -> str:
     """A padded batch against its prompts one by one, and against other ids where there is padding."""
     if isinstance(bench.subject, HookedSubject) and bench.subject.facts.random:
         raise CheckSkipped("it draws random states for a whole batch at once, so that a prompt alone has others")
-    alone = [record(bench.subject, Batch.of([prompt]), bench.recurrences, seed=bench.seed) for prompt in bench.prompts]
+    alone = [bench.start(Batch.of([prompt])).complete() for prompt in bench.prompts]
     expected = {
         label: torch.cat([_as_in_batch(run.tensors[label], label, bench.batch) for run in alone])
         for label in alone[0].tensors
@@ -86,7 +83,7 @@ def padding_is_not_seen(bench: Bench) -> str:
     if bool(bench.batch.mask.all()):
         return result
     other_ids = bench.batch.input_ids.masked_fill(~bench.batch.mask, bench.info.vocab_size - 1)
-    other = record(bench.subject, Batch(other_ids, bench.batch.mask), bench.recurrences, seed=bench.seed)
+    other = bench.start(Batch(other_ids, bench.batch.mask)).complete()
     require_close(
         other.tensors, main.tensors, main.places, bench.regrouped, "with other token ids as padding, a prompt differs"
     )
@@ -102,13 +99,13 @@ def _as_in_batch(tensor: Tensor, label: str, batch: Batch) -> Tensor:
 
 def runs_repeat(bench: Bench) -> str:
     """The same seed twice."""
-    again = record(bench.subject, bench.batch, bench.recurrences, seed=bench.seed)
+    again = bench.start().complete()
     return _same(bench, again, bench.main, "the same run a second time differs")
 
 
 def seed_decides(bench: Bench) -> str:
     """Another seed changes a random initial state, and nothing else."""
-    other = record(bench.subject, bench.batch, bench.recurrences, seed=bench.seed + 1)
+    other = bench.start(seed=bench.seed + 1).complete()
     if bench.info.state_init == "embeddings" or not bench.info.is_looped:
         return _same(bench, other, bench.main, "another seed differs, although nothing is drawn at random")
     label = "initial state" if "initial state" in bench.main.tensors else "state@1"
@@ -148,7 +145,7 @@ def initial_state_is_honoured(bench: Bench) -> str:
 
 def _run_from(bench: Bench, state: object) -> Recording:
     assert isinstance(state, torch.Tensor)
-    return record(bench.subject, bench.batch, bench.recurrences, seed=bench.seed, initial_state=state)
+    return bench.start(initial_state=state).complete()
 
 
 def observing_changes_nothing(bench: Bench) -> str:
@@ -164,7 +161,7 @@ def decoding_disturbs_nothing(bench: Bench) -> str:
         raise CheckSkipped("it has no loop")
     decoded: list[Tensor] = []
     again: Tensor | None = None
-    with recorded(bench.subject, bench.batch, bench.recurrences, seed=bench.seed, observed=False) as run:
+    with bench.start(observed=False) as run:
         first: States | None = None
         for _ in range(bench.recurrences):
             run.advance()
@@ -192,7 +189,7 @@ def decoding_disturbs_nothing(bench: Bench) -> str:
 
 def _decoded_shorter(bench: Bench, decoded: Tensor) -> None:
     """The logits after one recurrence of the long run are those of a run of one."""
-    with recorded(bench.subject, bench.batch, 1, seed=bench.seed, observed=False) as short:
+    with bench.start(recurrences=1, observed=False) as short:
         short.advance()
         expected = short.recording.at_tokens(short.run.decode())
         short.finish()
@@ -210,7 +207,7 @@ def rounding_error_is_given(bench: Bench) -> str:
     info = bench.info
     if not info.is_looped:
         raise CheckSkipped("it has no loop")
-    with recorded(bench.subject, bench.batch, bench.recurrences, seed=bench.seed, observed=False) as run:
+    with bench.start(observed=False) as run:
         run.advance()
         error = run.run.rounding_error()
         for _ in range(1, bench.recurrences):
@@ -232,8 +229,8 @@ def runs_take_turns(bench: Bench) -> str:
     """Two runs advanced in turn, as two initial states are followed side by side."""
     backwards = Batch.of(list(reversed(bench.prompts)))
     with (
-        recorded(bench.subject, bench.batch, bench.recurrences, seed=bench.seed) as first,
-        recorded(bench.subject, backwards, bench.recurrences, seed=bench.seed + 1) as second,
+        bench.start() as first,
+        bench.start(backwards, seed=bench.seed + 1) as second,
     ):
         for _ in range(bench.recurrences):
             first.advance()
@@ -244,11 +241,11 @@ def runs_take_turns(bench: Bench) -> str:
 
 def abandoned_runs_leave_nothing(bench: Bench) -> str:
     """A run that is closed on the way; closing twice is allowed."""
-    with recorded(bench.subject, bench.batch, bench.recurrences, seed=bench.seed + 1) as run:
+    with bench.start(seed=bench.seed + 1) as run:
         if bench.recurrences > 1:
             run.advance()
         run.run.close()
-    again = record(bench.subject, bench.batch, bench.recurrences, seed=bench.seed)
+    again = bench.start().complete()
     return _same(bench, again, bench.main, "after a run that was closed on the way, the run differs")
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from loopscope._util.shapes import Logits, Rows
-from loopscope._util.sites import Stage
 from loopscope.models.hooks.forward import Event, HookedForward, Injected, Ready
 from loopscope.models.subject import Batch
 from loopscope.models.visits import AttentionView, LoopState, Visit
@@ -74,10 +73,6 @@ class ForwardsApart:
     def listening(self, value: bool) -> None:
         for forward in self._forwards:
             forward.listening = value
-
-    @property
-    def attention_calls(self) -> dict[tuple[Stage, int], int]:
-        return self._forwards[0].attention_calls
 
     def nudge(self, factors: Tensor) -> None:
         for group, forward in zip(self._groups, self._forwards, strict=True):

@@ -68,7 +68,18 @@ def with_other(
         return new if value is old else value
 
     def within(value: Any) -> Any:
-        return _within(value, old, new)
+        """A container with the other tensor in the first place where the old one is; anything else as it is."""
+        place = next((place for place, each in enumerate(_parts(value) or ()) if each is old), None)
+        if place is None:
+            return value
+        if isinstance(value, Mapping):
+            changed: Any = copy.copy(value)
+            changed.update({list(value)[place]: new})
+            return changed
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.replace(value, **{dataclasses.fields(value)[place].name: new})
+        entries = [*value[:place], new, *value[place + 1 :]]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
     for change in (itself, within):
         places: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in names)]
@@ -83,21 +94,6 @@ def with_other(
             else:
                 return args, kwargs | {place: changed}
     raise AssertionError("what was found among the arguments is there")
-
-
-def _within(value: Any, old: Tensor, new: Tensor) -> Any:
-    """A container with another tensor in the first place where the old one is; anything else as it is."""
-    place = next((place for place, each in enumerate(_parts(value) or ()) if each is old), None)
-    if place is None:
-        return value
-    if isinstance(value, Mapping):
-        changed: Any = copy.copy(value)
-        changed.update({list(value)[place]: new})
-        return changed
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{dataclasses.fields(value)[place].name: new})
-    entries = [*value[:place], new, *value[place + 1 :]]
-    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def twins_of(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.called import Call, WatchedForward, is_same
 from loopscope.models.hooks.calls import FORMS, ModelCall
-from loopscope.models.hooks.how_often import Argument, find_setting, named_as_one
+from loopscope.models.hooks.how_often import (
+    Argument,
+    Repeats,
+    find_repeats,
+    find_setting,
+    is_one_loop,
+    named_as_one,
+    order_in_words,
+)
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, two_stacks
-from loopscope.models.hooks.order import Repeats, find_repeats, is_one_loop, order_in_words
 from loopscope.models.hooks.pausing import Setting
 from loopscope.models.hooks.probe import is_rounding, with_other_end
 from loopscope.models.subject import Batch
@@ -127,7 +134,8 @@ def _refuse_products(call: ModelCall, batch: Batch, layers: list[Call], extra: M
 
 
 def _one_loop(layers: Sequence[Call]) -> Repeats | None:
-    order = _numbers([one.module for one in layers])
+    known: dict[nn.Module, int] = {}  # the same number for the same module
+    order = [known.setdefault(module, len(known)) for module in (one.module for one in layers)]
     found = find_repeats(order)
     return found if found is not None and is_one_loop(order, found) else None
 
@@ -262,12 +270,6 @@ def _looped(
 
 def _hooked(layers: Sequence[Call]) -> tuple[HookedLayer, ...]:
     return tuple(HookedLayer(one.path, one.module) for one in layers)
-
-
-def _numbers(modules: Sequence[nn.Module]) -> list[int]:
-    """The same number for the same module."""
-    known: dict[nn.Module, int] = {}
-    return [known.setdefault(module, len(known)) for module in modules]
 
 
 def _layer_calls(model: nn.Module, calls: list[Call]) -> list[Call]:

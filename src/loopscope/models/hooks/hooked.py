@@ -15,7 +15,6 @@ from loopscope.models.hooks.apart import ForwardsApart, Group, SteppedForward
 from loopscope.models.hooks.called import settle_form, settle_place
 from loopscope.models.hooks.calls import Forward, ModelCall, is_prefix_model, is_pretrained
 from loopscope.models.hooks.discovery import branches, check_places
-from loopscope.models.hooks.dispatched import placement_of, weights_of
 from loopscope.models.hooks.forward import ForwardSpec, HookedForward
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import ForwardContext, Setting, devices_of
@@ -23,6 +22,7 @@ from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_
 from loopscope.models.hooks.run import HookedRun
 from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
 from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
+from loopscope.models.hooks.wrappers import placement_of, weights_of
 from loopscope.models.subject import Batch, CallableSubject, PrefixReading, SubjectInfo, check_length, weights_digest
 from loopscope.models.visits import Observer
 from loopscope.prompts.tokenizer import TextTokenizer
@@ -147,17 +147,13 @@ class HookedSubject(CallableSubject):
                 "tell loopscope.hook what sets them (set_recurrences); given no layers either, it looks for both."
             )
         check_length(self.info, batch.counts.tolist())
-        if not bool(batch.mask.all()):
-            self._check_padding(batch)
-        batch, count = batch.to(self.device), recurrences if self.info.is_looped else 0
-        return HookedRun(lambda done: self.forward_of_prompts(batch, done, seed), self.info, facts, count, observers)
-
-    def _check_padding(self, batch: Batch) -> None:
         if bool((batch.mask[:, 1:] & ~batch.mask[:, :-1]).any()):
             raise ConfigError(
                 f"{self.info.name} is run through hooks and counts positions itself, from the first column on; put "
                 "padding behind the prompts, not before or within them."
             )
+        batch, count = batch.to(self.device), recurrences if self.info.is_looped else 0
+        return HookedRun(lambda done: self.forward_of_prompts(batch, done, seed), self.info, facts, count, observers)
 
     def padding(self, recurrences: int | None) -> Padding:
         """What padding does in a run of that many recurrences; measured for more than were tried so far."""

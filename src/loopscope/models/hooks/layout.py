@@ -193,7 +193,8 @@ def two_stacks(model: nn.Module) -> HookLayout | None:
     config: Any = getattr(model, "config", None)
     if not (is_pretrained(model) and hasattr(config, "H_cycles") and hasattr(config, "L_cycles")):
         return None
-    base = _base(model)
+    prefix = getattr(model, "base_model_prefix", "")  # of the model under its head, where it has one
+    base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     low, high = (
         find_layers(model, f"{base}{name}.layers", "the layout of a two-stack model")
         for name in ("L_module", "H_module")
@@ -201,12 +202,6 @@ def two_stacks(model: nn.Module) -> HookLayout | None:
     end = find_module(model, f"{base}H_module", "the layout of a two-stack model")
     cycles = low * config.L_cycles
     return HookLayout(prelude=(), recurrent=cycles + high, coda=(), loop_end=end, other_states=(len(cycles) - 1,))
-
-
-def _base(model: nn.Module) -> str:
-    """Path of the model under its head, with a dot, or nothing for a model without a head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
 def decoder_layers(model: Any) -> tuple[HookedLayer, ...]:

@@ -105,14 +105,6 @@ class Facts:
     unseen: dict[tuple[Stage, int], int] = field(default_factory=dict)
     """(stage, layer) without exactly one attention computation that is understood, with how many were seen."""
 
-    @property
-    def causal(self) -> bool:
-        return self.behind.causal
-
-    @property
-    def padding(self) -> str | None:
-        return self.behind.effect
-
 
 def measure_facts(
     start: StartForward, *, looped: bool, own: int | None, settable: bool, takes_mask: bool, probe: Batch

@@ -13,10 +13,10 @@ from loopscope.errors import ConfigError, LoopscopeError
 from loopscope.models.hooks.called import WatchedForward
 from loopscope.models.hooks.calls import ModelCall, is_pretrained
 from loopscope.models.hooks.discovery import discover
-from loopscope.models.hooks.dispatched import is_dispatched
 from loopscope.models.hooks.layout import HookLayout
 from loopscope.models.hooks.pausing import Setting, devices_of
 from loopscope.models.hooks.probe import PROBE_TOKENS, probe_batch
+from loopscope.models.hooks.wrappers import is_dispatched
 from loopscope.models.subject import Batch
 
 ProbeTokens = int | Sequence[int] | Tensor

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,18 +17,21 @@ from torch import nn
 from loopscope._util.hub import require
 from loopscope.errors import CheckpointError, ConfigError, NonFiniteError, UnknownFamilyError, UnknownSettingError
 from loopscope.models.checkpoints.free_memory import check_memory
+from loopscope.models.checkpoints.layout import listed, refuse_looped_class
 from loopscope.models.checkpoints.placement import DeviceMap, parse_device_map
-from loopscope.models.checkpoints.store import TensorStore, read_json
+from loopscope.models.checkpoints.store import READABLE, Headers, TensorStore, read_json
 from loopscope.models.hooks.calls import Forward, ModelCall
 from loopscope.models.hooks.discovery import Found, find_layout
-from loopscope.models.hooks.dispatched import weights_of
-from loopscope.models.hooks.foreign import check_foreign, reason_of
 from loopscope.models.hooks.hooked import HookedSubject, SetRecurrences
+from loopscope.models.hooks.how_often import LOOPS
 from loopscope.models.hooks.layout import HookLayout, Layers, find_layers, find_module
 from loopscope.models.hooks.trial import ProbeTokens, check_weights, probe_of, trial
-from loopscope.models.hooks.unwrapping import unwrap
+from loopscope.models.hooks.wrappers import unwrap, weights_of
 from loopscope.models.subject import Batch, PrefixReading
 from loopscope.prompts.tokenizer import as_tokenizer, load_tokenizer
+
+_NARROW = re.compile(r"F8_|F4|F6")
+"""How safetensors names the numbers that only a scale beside them makes weights of."""
 
 
 def hook(
@@ -227,6 +232,49 @@ def _load(
     _check_report(report, folder)
     loaded: nn.Module = model
     return loaded
+
+
+def check_foreign(config: Mapping[str, Any], headers: Headers, known: Any, where: str) -> None:
+    """`known` is the configuration as transformers has read it. Raises `CheckpointError` for weights that are stored as
+    whole numbers or in eight bits and would be taken as they are, and for a field that is named like a number of loops
+    and that the configuration's class does not have, or code of another name that is called like a loop's: the model
+    may loop, and the code of transformers does not."""
+    for name, header in headers.items():
+        whole = header.code not in READABLE and name.endswith("weight")
+        if (whole or _NARROW.match(header.code)) and not config.get("quantization_config"):
+            raise CheckpointError(
+                f"{name!r} in {header.file} is stored as {header.dtype}; weights are read as floating-point numbers "
+                "only: give the checkpoint as it was before it was quantised."
+            )
+    if not any(hasattr(sys.modules["transformers"], name) for name in listed(config.get("architectures"))):
+        refuse_looped_class(config, where)
+    for field, value, kind in _unknown(config, known):
+        if (
+            LOOPS.search(field)
+            and isinstance(value, int | float | str | list | dict)
+            and value not in (0, 1, "", [], {})
+        ):
+            raise CheckpointError(
+                f"config.json sets {field} = {value!s:.40}, which {kind} of transformers does not know: the model may "
+                "loop, and the code of transformers would run it without a loop. Load it by its own code and give it "
+                "to loopscope.hook; if the field says nothing of the model, take it out of config.json."
+            )
+
+
+def _unknown(config: Mapping[str, Any], known: Any) -> Iterator[tuple[str, Any, str]]:
+    """Fields that the configuration's class does not have, with their values and its name."""
+    with suppress(Exception):  # a class that cannot be made without arguments says nothing
+        there = {*type(known)().to_dict(), *type(known).attribute_map}
+        yield from ((name, value, type(known).__name__) for name, value in config.items() if name not in there)
+    for name, part in config.items():
+        if isinstance(part, Mapping) and hasattr(getattr(known, name, None), "to_dict"):
+            yield from _unknown(part, getattr(known, name))
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of another library, and the next one where the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def auto_class(transformers: ModuleType, config: Any) -> Any:

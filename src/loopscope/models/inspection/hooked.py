@@ -23,11 +23,10 @@ from loopscope.errors import CheckpointError, UnknownFamilyError, UnknownSetting
 from loopscope.models.checkpoints.metadata import Metadata
 from loopscope.models.hooks.calls import ModelCall, is_prefix_model
 from loopscope.models.hooks.discovery import Found, find_layout
-from loopscope.models.hooks.foreign import check_foreign, reason_of
 from loopscope.models.hooks.layout import HookedLayer, HookLayout, decoder_layers
 from loopscope.models.hooks.trial import probe_of
 from loopscope.models.hooks.unobservable import OF_ALL_LOOPS, OF_ALL_MODELS
-from loopscope.models.hooks.wrap import auto_class
+from loopscope.models.hooks.wrap import auto_class, check_foreign, reason_of
 from loopscope.models.inspection.facts import (
     Inspection,
     MemoryEstimate,

@@ -312,20 +312,15 @@ class LoopedTransformer(nn.Module):
         window = self.architecture.sliding_window
         # A window as long as the text hides nothing, and causality alone lets the fast kernels apply.
         near = None if window is None or window >= tokens else ((behind >= 0) & (behind < window))[None, None]
+        places, allowed = position[None], None
         if mask is None or bool(mask.all()):
-            return AttentionContext(
-                input_ids, rotation_table(self.architecture, position[None], self.dtype), None, None, near
-            )
-        if not bool(mask.any(-1).all()):
+            mask = None
+        elif not bool(mask.any(-1).all()):
             raise ConfigError("A row of attention_mask has no token; leave empty prompts out of the batch.")
-        if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            # Padding comes last, so no token can look at it.
-            return AttentionContext(
-                input_ids, rotation_table(self.architecture, position[None], self.dtype), mask, None, near
-            )
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
-        itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
-        allowed = (((behind >= 0) & mask[:, None, :]) | itself)[:, None]
-        near = allowed if near is None else allowed & (near | itself)
+        elif bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # else padding comes last, so that no token can look at it
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            # A padding query may look at itself, or its softmax would be 0/0 and its NaN would spread into gradients.
+            itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
+            allowed = (((behind >= 0) & mask[:, None, :]) | itself)[:, None]
+            near = allowed if near is None else allowed & (near | itself)
         return AttentionContext(input_ids, rotation_table(self.architecture, places, self.dtype), mask, allowed, near)

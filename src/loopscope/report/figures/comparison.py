@@ -375,9 +375,10 @@ def _stages_type(
 ) -> FigureType[Comparison]:
     lacks = _lacks_beyond if beyond else _lacks
     return FigureType(
-        name=name,
-        of=partial(_stages, measures, beyond),
-        variables=_CURVES,
+        name,
+        partial(_stages, measures, beyond),
+        _CURVES,
+        for_paper=True,
         unless=partial(lacks, measures[0]) if measures else _too_many,
         paper=paper,
     )
@@ -385,26 +386,20 @@ def _stages_type(
 
 _CURVES = ("curve", "depth_percent")
 COMPARED: tuple[FigureType[Comparison], ...] = (
-    FigureType(name="over-training", of=_over_training, anchor="over-training", variables=(), unless=_no_run),
-    FigureType(name="compared-curves", of=_curves, anchor="all-curves", variables=_CURVES),
+    FigureType("over-training", _over_training, (), unless=_no_run),
+    FigureType("compared-curves", _curves, _CURVES, anchor="all-curves"),
     _stages_type("compared-concentration", ["attention concentration"], (8, 10)),
     _stages_type("compared-concentration-beyond", ["attention concentration"], (12,), beyond=True),
     _stages_type("compared-magnitude", ["residual magnitude"], (9,)),
     _stages_type("compared-stages", [], (*range(35, 47), *range(54, 63))),
     FigureType(
-        name="compared-likeness",
-        of=_likeness,
+        "compared-likeness",
+        _likeness,
+        ("overall_similarity", "overall_reversed_similarity", "overall_null_quantile"),
         anchor="all-likeness",
-        variables=("overall_similarity", "overall_reversed_similarity", "overall_null_quantile"),
         unless=_nothing_compared,
     ),
-    FigureType(
-        name="compared-drift",
-        of=_drift,
-        anchor="all-drift",
-        variables=("drift", "own_similarity"),
-        unless=_single_passes,
-    ),
+    FigureType("compared-drift", _drift, ("drift", "own_similarity"), anchor="all-drift", unless=_single_passes),
 )
 
 

@@ -116,10 +116,11 @@ def _types(
     that are `folded`."""
     return [
         FigureType(
-            name=f"{name}-{layout.replace(' ', '-')}",
-            of=partial(_drawn, quantities, question, reading, layout),
+            f"{name}-{layout.replace(' ', '-')}",
+            partial(_drawn, quantities, question, reading, layout),
+            tuple(quantity.variable for quantity in quantities),
             anchor=anchor,
-            variables=tuple(quantity.variable for quantity in quantities),
+            for_paper=not anchor,
             paper=paper if layout == "by layer" else (),
             unless=one_recurrence if settles else never,
             folded=folded or layout != "by layer",
@@ -252,9 +253,7 @@ CONVERGENCE: tuple[FigureType[StudyView], ...] = (
         layouts=("by layer",),
         settles=False,
     ),
-    FigureType(
-        name="horizons", of=_horizons, anchor="horizon-drift", variables=("horizon_drift", "horizon_relative_step")
-    ),
+    FigureType("horizons", _horizons, ("horizon_drift", "horizon_relative_step"), anchor="horizon-drift"),
 )  # fmt: skip
 _SETTLING = ("distance", "step", "horizons", "path-independence", "direction", "norm")
 

@@ -12,11 +12,10 @@ import xarray
 from jaxtyping import Float64
 from numpy.typing import NDArray
 
-from loopscope._util.sites import stage_starts
 from loopscope._util.wording import plural, significant
 from loopscope.answers.comparison.curves import relative_depth
-from loopscope.answers.final import final_from
 from loopscope.answers.quantities import StageQuantity
+from loopscope.answers.readout import final_from
 from loopscope.report.figures.look import CATEGORIES, MUTED, layer_colours, named_in_legend, ordered_colours
 from loopscope.report.figures.plot import Axis, Band, Line, Mark, Panel, Rule, Scale, Shade
 from loopscope.report.settings import ReportSettings
@@ -346,8 +345,3 @@ def _by_depth(view: StudyView, curve: Curve, recurrences: int) -> tuple[Axis, li
         marks += trained_mark(view, view.prelude + layers * view.trained + 0.5)
     title = "layer application, in order" if looped else "layer"
     return Axis(title=title, span=(float(visits[0]) - 0.5, float(visits[-1]) + 0.5), whole=True), marks
-
-
-def parted(labels: Sequence[str]) -> list[float]:
-    """Between the places of visits in order, where a stage or a recurrence begins."""
-    return [start - 0.5 for start in stage_starts(labels)[1:]]

@@ -3,7 +3,9 @@ does to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from loopscope.answers.predictions import (
 from loopscope.dynamics.prediction import PREDICTED_KINDS, damped, spectral_radius
 from loopscope.dynamics.prediction import PredictedKind as Kind
 from loopscope.dynamics.verdicts import KINDS
-from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, PREDICTED_LOOKS, kind_label
+from loopscope.report.figures.look import CATEGORIES, INK, KIND_LOOKS, MUTED, PREDICTED_LOOKS, Symbol, kind_label
 from loopscope.report.figures.plot import (
     Axis,
     Bars,
@@ -47,6 +49,7 @@ _POINT = 6
 _OPACITY = 0.6
 _NAME = 12
 """Characters of a line of a kind's name along an axis."""
+_PREDICTED = {place: (str(kind), *PREDICTED_LOOKS[kind]) for place, kind in enumerate(PREDICTED_KINDS)}
 
 
 def _rates(view: StudyView, settings: ReportSettings) -> Plot:
@@ -55,25 +58,16 @@ def _rates(view: StudyView, settings: ReportSettings) -> Plot:
     both = np.concatenate([pairs.predicted, pairs.observed])
     span = max(0.0, float(both.min()) - 0.05), min(float(both.max()) + 0.05, 1.1)
     marks: list[Mark] = [Line(x=span, y=span, name="equal", colour=MUTED, width=1, dash="dash")]
-    codes = _verdicts(view)
-    prompt, token = pairs.prompt[shown], pairs.token[shown]
-    for code in [-1, *range(len(KINDS))]:
-        of_kind = codes[prompt, token] == code
-        if of_kind.any():
-            look = None if code < 0 else KIND_LOOKS[KINDS[code]]
-            marks.append(
-                Dots(
-                    x=pairs.predicted[shown][of_kind],
-                    y=pairs.observed[shown][of_kind],
-                    name="not judged" if look is None else kind_label(KINDS[code]),
-                    colour=MUTED if look is None else look.colour,
-                    symbol="circle" if look is None else look.symbol,
-                    size=_POINT,
-                    opacity=_OPACITY,
-                    labels=_labels(view, prompt[of_kind], token[of_kind]),
-                    tip="{label}: predicted {x:.3f}, observed {y:.3f}",
-                )
-            )
+    where = pairs.prompt[shown], pairs.token[shown]
+    looks: list[tuple[str, str, Symbol]] = [
+        *((kind_label(kind), KIND_LOOKS[kind].colour, KIND_LOOKS[kind].symbol) for kind in KINDS),
+        ("not judged", MUTED, "circle"),
+    ]
+    order = [-1, *range(len(KINDS))]
+    marks += _dots(
+        view, where, (pairs.predicted[shown], pairs.observed[shown]), _verdicts(view)[where],
+        {code: looks[code] for code in order}, "{label}: predicted {x:.3f}, observed {y:.3f}",
+    )  # fmt: skip
     return Plot(
         question="Do the eigenvalues predict how fast tokens settle?",
         reading=(
@@ -104,45 +98,65 @@ def _verdicts(view: StudyView) -> NDArray[np.integer]:
     data = view.dataset
     if "verdict" not in data:
         return np.full((data.sizes["prompt"], data.sizes["token"]), -1)
-    found: NDArray[np.integer] = data["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
-    return found
+    return np.asarray(data["verdict"].isel(judged_layer=-1).transpose("prompt", "token"))
+
+
+def _kinds(view: StudyView) -> NDArray[np.integer]:
+    """Places in `PREDICTED_KINDS`, (prompt, token)."""
+    return np.asarray(view.dataset["predicted_kind"].transpose("prompt", "token"))
+
+
+def _dots(
+    view: StudyView,
+    where: tuple[NDArray[np.int64], NDArray[np.int64]],
+    points: tuple[NDArray[Any], NDArray[Any]],
+    codes: NDArray[np.integer],
+    looks: Mapping[int, tuple[str, str, Symbol]],
+    tip: str,
+    data: NDArray[Any] | None = None,
+) -> list[Mark]:
+    """Tokens, by prompt and token: those of one code in one colour. `points` are x and y, (token,), or (point, token)
+    where a token has several; so is `data`. `looks` have name, colour and symbol."""
+    marks: list[Mark] = []
+    x, y = np.atleast_2d(*points)
+    for code, (name, colour, symbol) in looks.items():
+        of_code = codes == code
+        if of_code.any():
+            marks.append(
+                Dots(
+                    x=x[:, of_code].ravel(),
+                    y=y[:, of_code].ravel(),
+                    name=name,
+                    colour=colour,
+                    symbol=symbol,
+                    size=_POINT,
+                    opacity=_OPACITY,
+                    labels=len(x) * _labels(view, where[0][of_code], where[1][of_code]),
+                    data=None if data is None else data[:, of_code].reshape(-1, 1).astype(np.float32),
+                    tip=tip,
+                )
+            )
+    return marks
 
 
 def _spectrum(view: StudyView, settings: ReportSettings) -> Plot:
     """Leading eigenvalues in the complex plane."""
     leading = token_eigenvalues(view.dataset)[..., 0]
-    prompt, token = np.nonzero(np.isfinite(leading))
-    eigenvalues = leading[prompt, token]
-    kinds = view.dataset["predicted_kind"].transpose("prompt", "token").values[prompt, token]
-    shown = _drawn_tokens(eigenvalues.size)
+    where = _some(np.isfinite(leading))
+    values = leading[where]
     angle = np.linspace(0, 2 * np.pi, 200)
     marks: list[Mark] = [Line(x=np.cos(angle), y=np.sin(angle), name="modulus 1", colour=INK, width=1, tip="modulus 1")]
-    for place, kind in enumerate(PREDICTED_KINDS):
-        of_kind = shown[kinds[shown] == place]
-        if of_kind.size:
-            colour, symbol = PREDICTED_LOOKS[kind]
-            values = eigenvalues[of_kind]
-            marks.append(
-                Dots(
-                    x=np.concatenate([values.real, values.real]),
-                    y=np.concatenate([values.imag, -values.imag]),
-                    name=str(kind),
-                    colour=colour,
-                    symbol=symbol,
-                    size=_POINT,
-                    opacity=_OPACITY,
-                    labels=2 * _labels(view, prompt[of_kind], token[of_kind]),
-                    data=np.abs(np.concatenate([values, values]))[:, None].astype(np.float32),
-                    tip="{label}: {x:.3f} {y:+.3f}i, modulus {0:.3f}",
-                )
-            )
+    marks += _dots(
+        view, where, (np.stack([values.real] * 2), np.stack([values.imag, -values.imag])), _kinds(view)[where],
+        _PREDICTED, "{label}: {x:.3f} {y:+.3f}i, modulus {0:.3f}", np.abs(np.stack([values] * 2)),
+    )  # fmt: skip
     return Plot(
         question="Where do the leading eigenvalues lie?",
         reading=(
             "Each token's own eigenvalue of largest modulus, with its complex conjugate. Inside the circle the fixed "
             "point attracts. Outside it the state moves away: in one direction on the right, alternating on the left, "
             "rotating elsewhere. Colours are the predictions, in which the slowest token so far decides."
-            + _drawn_note(eigenvalues.size)
+            + _drawn_note(int(np.isfinite(leading).sum()))
         ),
         panels=[
             Panel(
@@ -157,6 +171,13 @@ def _drawn_tokens(count: int) -> NDArray[np.int64]:
     if count <= _MOST_POINTS:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).choice(count, _MOST_POINTS, replace=False))
+
+
+def _some(there: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompt and token of those that are drawn."""
+    prompt, token = np.nonzero(there)
+    drawn = _drawn_tokens(prompt.size)
+    return prompt[drawn], token[drawn]
 
 
 def _drawn_note(count: int) -> str:
@@ -261,27 +282,10 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
     """What disturbances grow to, beside the radius that rules in the end."""
     radius = spectral_radius(token_eigenvalues(view.dataset))
     growth = view.dataset["transient_growth"].transpose("prompt", "token").values
-    kinds = view.dataset["predicted_kind"].transpose("prompt", "token").values
-    prompt, token = np.nonzero(np.isfinite(growth) & (radius < 1))
-    shown = _drawn_tokens(prompt.size)
-    marks: list[Mark] = []
-    for place, kind in enumerate(PREDICTED_KINDS):
-        of_kind = shown[kinds[prompt, token][shown] == place]
-        if of_kind.size:
-            colour, symbol = PREDICTED_LOOKS[kind]
-            marks.append(
-                Dots(
-                    x=radius[prompt, token][of_kind],
-                    y=growth[prompt, token][of_kind],
-                    name=str(kind),
-                    colour=colour,
-                    symbol=symbol,
-                    size=_POINT,
-                    opacity=_OPACITY,
-                    labels=_labels(view, prompt[of_kind], token[of_kind]),
-                    tip="{label}: radius {x:.3f}, growth {y:.2f}",
-                )
-            )
+    there = np.isfinite(growth) & (radius < 1)
+    where = _some(there)
+    tip = "{label}: radius {x:.3f}, growth {y:.2f}"
+    marks = _dots(view, where, (radius[where], growth[where]), _kinds(view)[where], _PREDICTED, tip)
     marks.append(Rule(y=1.0, name="no growth", dash="dot"))
     return Plot(
         question="Do small disturbances grow before they shrink?",
@@ -290,7 +294,7 @@ def _growth(view: StudyView, settings: ReportSettings) -> Plot:
             "disturbance of its state was found to grow after 1, 2, 4, ... recurrences (a lower bound). Every "
             "disturbance dies out in the end; where the factor is above 1, some grow first. A normal matrix would have "
             "no growth. Colours are the predictions, in which the slowest token so far decides."
-            f"{_drawn_note(prompt.size)}"
+            f"{_drawn_note(int(there.sum()))}"
         ),
         panels=[
             Panel(
@@ -342,9 +346,8 @@ def _damping(view: StudyView, settings: ReportSettings) -> Plot:
 def _at_fixed_points(view: StudyView) -> NDArray[np.complex128]:
     """Eigenvalues of the tokens at whose point there is a fixed point, (token, pair)."""
     values = token_eigenvalues(view.dataset)
-    kinds = view.dataset["predicted_kind"].transpose("prompt", "token").values
-    found: NDArray[np.complex128] = values[np.isfinite(values).any(-1) & (kinds != PREDICTED_KINDS.index(Kind.FAR))]
-    return found
+    known = np.isfinite(values).any(-1)
+    return np.asarray(values[known & (_kinds(view) != PREDICTED_KINDS.index(Kind.FAR))])
 
 
 def _no_growth(view: StudyView) -> str | None:
@@ -375,46 +378,12 @@ def _all_agree(view: StudyView) -> str | None:
 
 _EIGENVALUES = ("eigenvalue_real", "eigenvalue_imag", "predicted_kind")
 STABILITY = (
-    FigureType(
-        name="stability-rates",
-        of=_rates,
-        anchor="stability-rates",
-        variables=("predicted_rate", "observed_rate"),
-        unless=_no_rates,
-    ),
-    FigureType(name="stability-spectrum", of=_spectrum, anchor="stability-spectrum", variables=_EIGENVALUES),
-    FigureType(
-        name="stability-agreement",
-        said=_all_agree,
-        of=_agreement,
-        anchor="stability-agreement",
-        variables=("predicted_kind", "verdict"),
-        unless=_no_table,
-    ),
-    FigureType(
-        name="stability-radii",
-        folded=True,
-        of=_radii,
-        anchor="stability-radii",
-        variables=_EIGENVALUES,
-        unless=_no_fixed_point,
-    ),
-    FigureType(
-        name="stability-growth",
-        folded=True,
-        of=_growth,
-        anchor="stability-growth",
-        variables=("transient_growth", *_EIGENVALUES),
-        unless=_no_growth,
-    ),
-    FigureType(
-        name="stability-damping",
-        folded=True,
-        of=_damping,
-        anchor="stability-damping",
-        variables=_EIGENVALUES,
-        unless=_no_damping,
-    ),
+    FigureType("stability-rates", _rates, ("predicted_rate", "observed_rate"), unless=_no_rates),
+    FigureType("stability-spectrum", _spectrum, _EIGENVALUES),
+    FigureType("stability-agreement", _agreement, ("predicted_kind", "verdict"), said=_all_agree, unless=_no_table),
+    FigureType("stability-radii", _radii, _EIGENVALUES, folded=True, unless=_no_fixed_point),
+    FigureType("stability-growth", _growth, ("transient_growth", *_EIGENVALUES), folded=True, unless=_no_growth),
+    FigureType("stability-damping", _damping, _EIGENVALUES, folded=True, unless=_no_damping),
 )
 
 

@@ -104,10 +104,5 @@ def _no_choice(view: StudyView) -> str | None:
 
 
 EXIT_RULES_FIGURE = FigureType(
-    name="exit-rules",
-    folded=True,
-    of=_exit_rules,
-    anchor="exit-changed",
-    variables=("token_kl_to_full",),
-    unless=_no_choice,
+    "exit-rules", _exit_rules, ("token_kl_to_full",), anchor="exit-changed", folded=True, unless=_no_choice
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loopscope._util.sinks import SINK_THRESHOLD
 from loopscope._util.wording import significant
@@ -20,9 +19,9 @@ from loopscope.report.figures.curves import (
     stable_share,
     trained_mark,
 )
-from loopscope.report.figures.look import decade, decade_ticks
+from loopscope.report.figures.look import decade, decade_ticks, decades, logarithms
 from loopscope.report.figures.maps import head_maps
-from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Panel, Plot, Rule, Section, on_page
+from loopscope.report.figures.plot import Axis, Drawn, FigureType, HeatMap, Mark, Panel, Plot, Rule, Section, on_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, median_over_prompts, sites_of
 
@@ -41,9 +40,8 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
     values = change.values[..., counts - 1].astype(np.float64)
     layers, heads, _ = values.shape
     rows = values.reshape(-1, len(counts))
-    with np.errstate(divide="ignore"):  # a map that does not change at all has no logarithm, and no colour
-        shown = np.where(rows > 0, np.log10(rows), np.nan)
-    powers = decade_ticks(*_decades(shown), most=9)
+    shown = logarithms(rows)
+    powers = decade_ticks(*decades(shown), most=9)
     every = max(1, -(-layers // _MOST_NAMES))
     place = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), axis=-1).reshape(-1, 1, 2)
     return Plot(
@@ -79,13 +77,6 @@ def _head_change(view: StudyView, settings: ReportSettings) -> Plot:
             )
         ],
     )
-
-
-def _decades(logarithms: NDArray[np.float64]) -> tuple[float, float]:
-    """Whole powers of ten around the values."""
-    finite = logarithms[np.isfinite(logarithms)]
-    low, high = (float(np.floor(finite.min())), float(np.ceil(finite.max()))) if finite.size else (-1.0, 0.0)
-    return low, max(high, low + 1)
 
 
 def _heads_stable(view: StudyView, settings: ReportSettings) -> Plot:
@@ -154,7 +145,6 @@ def _head_sinks(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 def _supports(view: StudyView, settings: ReportSettings) -> Plot:
-    counts = drawn_recurrences(view.recurrences, settings)
     panels = []
     for name, title in (
         ("support_strongest", "16 strongest keys, to the recurrence before"),
@@ -162,19 +152,10 @@ def _supports(view: StudyView, settings: ReportSettings) -> Plot:
         ("support_mass", "keys with 95 %, to the recurrence before"),
         ("support_mass_to_horizon", "to the horizon"),
     ):
-        rows = view.shown[name].median(("head", "prompt")).transpose("layer", "recurrence").values[:, counts - 1]
-        panels.append(
-            Panel(
-                x=count_axis(view.recurrences),
-                y=Axis(title="Jaccard similarity", span=(0, 1)),
-                title=title,
-                marks=[
-                    *layer_lines(rows, counts),
-                    Rule(y=_SUPPORT_STABLE, name="stable", dash="dot"),
-                    *trained_mark(view),
-                ],
-            )
-        )
+        stable = Rule(y=_SUPPORT_STABLE, name="stable", dash="dot")
+        marks = [*_medians(view, settings, name), stable, *trained_mark(view)]
+        y = Axis(title="Jaccard similarity", span=(0, 1))
+        panels.append(Panel(x=count_axis(view.recurrences), y=y, title=title, marks=marks))
     return Plot(
         question="Do heads still change which keys they look at?",
         reading=(
@@ -188,17 +169,22 @@ def _supports(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
-def _shared_cache(view: StudyView, settings: ReportSettings) -> Plot:
+def _medians(view: StudyView, settings: ReportSettings, name: str) -> list[Mark]:
+    """Over heads and prompts, a line per recurrent layer."""
     counts = drawn_recurrences(view.recurrences, settings)
+    rows = view.shown[name].median(("head", "prompt")).transpose("layer", "recurrence").values[:, counts - 1]
+    return layer_lines(rows, counts)
+
+
+def _shared_cache(view: StudyView, settings: ReportSettings) -> Plot:
     panels = []
     for name, title, axis in (
         ("cache_key_distance", "keys, from those at the horizon", "relative distance"),
         ("cache_value_distance", "values, from those at the horizon", "relative distance"),
         ("cache_output_change", "what a head mixes with them", "relative change"),
     ):
-        rows = view.shown[name].median(("head", "prompt")).transpose("layer", "recurrence").values[:, counts - 1]
         y = Axis(title=axis, scale="auto")
-        marks = [*layer_lines(rows, counts), *trained_mark(view)]
+        marks = [*_medians(view, settings, name), *trained_mark(view)]
         panels.append(Panel(x=count_axis(view.recurrences), y=y, title=title, marks=marks))
     return Plot(
         question="What would one cache for all recurrences change?",
@@ -219,44 +205,29 @@ def _picks(view: StudyView, stage: str) -> str:
 
 
 HEADS: tuple[FigureType[StudyView], ...] = (
+    FigureType("head-change", _head_change, ("attention_change",), unless=one_recurrence),
+    # Not head_stable_from: a head that is never stable has no number, so that may be finite nowhere.
+    FigureType("heads-stable", _heads_stable, ("attention_change",), folded=True, unless=one_recurrence),
     FigureType(
-        name="head-change",
-        of=_head_change,
-        anchor="head-change",
-        variables=("attention_change",),
-        unless=one_recurrence,
-    ),
-    FigureType(
-        name="heads-stable",
-        folded=True,
-        of=_heads_stable,
-        anchor="heads-stable",
-        # Not head_stable_from: a head that is never stable has no number, so that may be finite nowhere.
-        variables=("attention_change",),
-        unless=one_recurrence,
-    ),
-    FigureType(
-        name="head-supports",
-        folded=True,
-        of=_supports,
-        anchor="head-supports",
-        variables=(
+        "head-supports",
+        _supports,
+        (
             "support_strongest",
             "support_strongest_to_horizon",
             "support_mass",
             "support_mass_to_horizon",
         ),
+        folded=True,
         unless=one_recurrence,
     ),
     FigureType(
-        name="shared-cache",
+        "shared-cache",
+        _shared_cache,
+        ("cache_key_distance", "cache_value_distance", "cache_output_change"),
         folded=True,
-        of=_shared_cache,
-        anchor="shared-cache",
-        variables=("cache_key_distance", "cache_value_distance", "cache_output_change"),
         unless=one_recurrence,
     ),
-    FigureType(name="head-sinks", of=_head_sinks, anchor="head-sinks", variables=("sink_score",), loops=False),
+    FigureType("head-sinks", _head_sinks, ("sink_score",), loops=False),
 )
 
 

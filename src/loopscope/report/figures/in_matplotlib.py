@@ -445,8 +445,7 @@ def _whiskers(middle: NDArray[np.float64], low: Any, high: Any, *, log: bool) ->
     lengths = np.nan_to_num(np.stack([middle - np.asarray(low), np.asarray(high) - middle]))
     if log:
         lengths[0] = np.minimum(lengths[0], np.nan_to_num(0.999 * middle))
-    ends: NDArray[np.float64] = np.maximum(lengths, 0)
-    return ends
+    return np.asarray(np.maximum(lengths, 0))
 
 
 def _name_x_once(drawn: Sequence[Axes]) -> None:

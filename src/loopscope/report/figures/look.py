@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, Kind
@@ -188,3 +189,16 @@ def decade_ticks(low: float, high: float, most: int = 6) -> list[int]:
     first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
     step = max(1, math.ceil((last - first) / max(1, most - 1)))
     return list(range(first, last + 1, step))
+
+
+def logarithms(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To base 10; NaN, which has no colour, where a value is exactly 0."""
+    with np.errstate(divide="ignore"):
+        return np.where(values > 0, np.log10(values), np.nan)
+
+
+def decades(logarithms: NDArray[np.float64]) -> tuple[float, float]:
+    """Whole powers of ten around the values, one apart at least."""
+    finite = logarithms[np.isfinite(logarithms)]
+    low, high = (float(np.floor(finite.min())), float(np.ceil(finite.max()))) if finite.size else (-1.0, 0.0)
+    return low, max(high, low + 1)

@@ -220,7 +220,7 @@ def _block(name: str, codes: NDArray[np.uint8], layers: list[int]) -> Panel:
 
 
 MAPS = (
-    FigureType(name="attention-maps", of=_all_maps, variables=("attention_map",), loops=False, paper=(63,)),
+    FigureType("attention-maps", _all_maps, ("attention_map",), for_paper=True, loops=False, paper=(63,)),
 )  # fmt: skip
 
 

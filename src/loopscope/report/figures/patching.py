@@ -27,7 +27,8 @@ def patching_plot(found: Patching) -> Plot:
     left_out = len(recovery) - len(drawn)
     pairs = data.sizes["pair"]
     names = _position_names(found)
-    y = Axis(title="visit", ticks={start: stage_name(labels[start]) for start in _sparse(starts)})
+    named = starts[:: -(-len(starts) // _MOST_NAMES)]
+    y = Axis(title="visit", ticks={start: stage_name(labels[start]) for start in named})
     x = Axis(title="token, from the end", ticks=names)
     return Plot(
         name="patching",
@@ -65,10 +66,6 @@ def patching_plot(found: Patching) -> Plot:
             for part in drawn
         ],
     )
-
-
-def _sparse(starts: list[int]) -> list[int]:
-    return starts[:: -(-len(starts) // _MOST_NAMES)]
 
 
 def _place(position: int) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from string import ascii_lowercase
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -378,9 +378,13 @@ class Section:
 
     @property
     def anchors(self) -> set[str]:
-        """Of its figures and of their panels."""
+        """Its own, and those of its figures and of their panels."""
         panels = [panel for figure in self.figures if isinstance(figure, Plot) for panel in figure.panels]
-        return {figure.anchor for figure in self.figures} | {panel.anchor for panel in panels if panel.anchor}
+        return {
+            self.anchor,
+            *(figure.anchor for figure in self.figures),
+            *filter(None, (panel.anchor for panel in panels)),
+        }
 
 
 S = TypeVar("S", StudyView, Comparison)
@@ -392,17 +396,20 @@ def never(_: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FigureType(Generic[S]):
     """A type of figure: what it needs, and how it is drawn."""
 
     name: str
     """Of its files."""
     of: Callable[[S, ReportSettings], Plot]
-    anchor: str = ""
-    """On a page; without one it is drawn for papers alone."""
     variables: tuple[str, ...]
     """Of the study or the comparison, from which it is drawn."""
+    _: KW_ONLY
+    anchor: str = ""
+    """On a page; its name unless given."""
+    for_paper: bool = False
+    """Whether it is drawn for papers alone."""
     one_is_enough: bool = False
     """Whether it is drawn where the study has but one of the variables."""
     loops: bool = True
@@ -422,7 +429,7 @@ class FigureType(Generic[S]):
         return dataclasses.replace(
             found,
             name=self.name,
-            anchor=self.anchor,
+            anchor="" if self.for_paper else self.anchor or self.name,
             variables=self.variables,
             paper=self.paper,
             folded=self.folded or found.folded,
@@ -444,10 +451,10 @@ def on_page(types: Sequence[FigureType[S]], source: S, settings: ReportSettings)
     """Those for a page that can be drawn and have something to show."""
     found: list[Plot | Sentence] = []
     for each in types:
-        if not each.anchor or each.absent(source) is not None:
+        if each.for_paper or each.absent(source) is not None:
             continue
-        said = each.said(source)
-        shown = each.draw(source, settings) if said is None else Sentence(name=each.name, anchor=each.anchor, text=said)
+        said, anchor = each.said(source), each.anchor or each.name
+        shown = each.draw(source, settings) if said is None else Sentence(name=each.name, anchor=anchor, text=said)
         found += [shown] if shown.has_data else []
     return found
 

@@ -63,8 +63,7 @@ def _of_prompt(view: StudyView, settings: ReportSettings, name: str, across: str
     """(token, across) of the prompt that is shown."""
     prompt = _prompt(view, settings)
     values = view.variable(name).isel(prompt=prompt).transpose("token", across).values
-    shown: NDArray[Any] = values[_rows(view, settings, prompt)]
-    return shown
+    return np.asarray(values[_rows(view, settings, prompt)])
 
 
 def _panel(
@@ -201,24 +200,20 @@ def _answer(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 PREDICTIONS: tuple[FigureType[StudyView], ...] = (
-    FigureType(
-        name="answer", of=_answer, anchor="answer-rank", variables=("answer_rank", "answer_log_probability")
-    ),
+    FigureType("answer", _answer, ("answer_rank", "answer_log_probability"), anchor="answer-rank"),
     *(
         FigureType(
-            name="predictions" if colour == "probability" else f"predictions-{colour}",
-            of=partial(_by_recurrence, colour),
-            anchor="predictions" if colour == "probability" else f"predictions-{colour}",
-            variables=("token_top1", variable),
+            "predictions" if colour == "probability" else f"predictions-{colour}",
+            partial(_by_recurrence, colour),
+            ("token_top1", variable),
             folded=colour != "probability",
         )
         for colour, (variable, _, _) in _COLOURS.items()
     ),
     FigureType(
-        name="predictions-by-layer",
-        of=_by_layer,
-        anchor="predictions-by-layer",
-        variables=("layer_top1", "layer_top1_probability", "token_top1", "token_top1_probability"),
+        "predictions-by-layer",
+        _by_layer,
+        ("layer_top1", "layer_top1_probability", "token_top1", "token_top1_probability"),
         folded=True,
     ),
-)  # fmt: skip
+)

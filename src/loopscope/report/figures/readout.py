@@ -127,15 +127,11 @@ def _one_readout(view: StudyView) -> str | None:
 
 
 READOUT = (
-    FigureType(name="loss", of=_loss, anchor="loss", variables=("loss",), unless=_one_readout),
+    FigureType("loss", _loss, ("loss",), unless=_one_readout),
     FigureType(
-        name="prediction",
-        of=_prediction,
-        anchor="final-token",
-        variables=("token_top1", "token_kl_to_last"),
-        unless=_one_readout,
+        "prediction", _prediction, ("token_top1", "token_kl_to_last"), anchor="final-token", unless=_one_readout
     ),
-    FigureType(name="exit-gate", of=_exit_gate, anchor="exit-gate", variables=("exit_probability",)),
+    FigureType("exit-gate", _exit_gate, ("exit_probability",)),
     EXIT_RULES_FIGURE,
 )
 

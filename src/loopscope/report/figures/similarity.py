@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
                         z=cosine,
                         x=np.arange(layers),
                         bar="cosine at H",
-                        low=_lowest(cosine),
+                        low=min(0.0, float(np.nanmin(cosine))),
                         high=1,
                         texts=[[f"{value:.2f}" for value in row] for row in cosine] if layers <= _MOST_NUMBERS else (),
                         tip="layers {y} and {x}: {z:.3f}",
@@ -55,15 +56,7 @@ def _layer_cosine(view: StudyView, settings: ReportSettings) -> Plot:
     )
 
 
-def _cycle_residual(view: StudyView, settings: ReportSettings) -> Plot:
-    return _residual(view, FEW)
-
-
-def _cycle_residual_long(view: StudyView, settings: ReportSettings) -> Plot:
-    return _residual(view, None)
-
-
-def _residual(view: StudyView, recurrences: int | None) -> Plot:
+def _residual(recurrences: int | None, view: StudyView, settings: ReportSettings) -> Plot:
     if view.looped:
         question = "Does every pass through the block repeat the last one?"
         reading = (
@@ -90,15 +83,7 @@ def _residual(view: StudyView, recurrences: int | None) -> Plot:
     )
 
 
-def _cycle_attention(view: StudyView, settings: ReportSettings) -> Plot:
-    return _attention(view, FEW)
-
-
-def _cycle_attention_long(view: StudyView, settings: ReportSettings) -> Plot:
-    return _attention(view, None)
-
-
-def _attention(view: StudyView, recurrences: int | None) -> Plot:
+def _attention(recurrences: int | None, view: StudyView, settings: ReportSettings) -> Plot:
     values, labels = _part(view, "attention_cycle_distance", recurrences)
     repeats = " Dark diagonals: each layer attends as in the pass before." if view.looped else ""
     return Plot(
@@ -124,10 +109,6 @@ def _cka(view: StudyView, settings: ReportSettings) -> Plot:
         ),
         panels=[_visits_map(values, labels, "CKA", low=0, high=1)],
     )
-
-
-def _lowest(cosine: NDArray[np.float64]) -> float:
-    return min(0.0, float(np.nanmin(cosine)))
 
 
 def _least_within(values: NDArray[np.float64], labels: Sequence[str]) -> float:
@@ -203,42 +184,42 @@ def _no_longer(view: StudyView) -> str | None:
 
 
 SIMILARITY: tuple[FigureType[StudyView], ...] = (
-    FigureType(name="layer-cosine", of=_layer_cosine, anchor="layer-cosine", variables=("layer_cosine",)),
+    FigureType("layer-cosine", _layer_cosine, ("layer_cosine",)),
     FigureType(
-        name="cycle-residual",
-        of=_cycle_residual,
+        "cycle-residual",
+        partial(_residual, FEW),
+        ("cycle_similarity",),
         anchor="cycle-similarity",
-        variables=("cycle_similarity",),
         loops=False,
         paper=(19,),
     ),
     FigureType(
-        name="cycle-attention",
-        of=_cycle_attention,
+        "cycle-attention",
+        partial(_attention, FEW),
+        ("attention_cycle_distance",),
         anchor="attention-cycle",
-        variables=("attention_cycle_distance",),
         loops=False,
         paper=(2,),
     ),
     FigureType(
-        name="cycle-residual-long",
-        folded=True,
-        of=_cycle_residual_long,
+        "cycle-residual-long",
+        partial(_residual, None),
+        ("cycle_similarity",),
         anchor="cycle-similarity-long",
-        variables=("cycle_similarity",),
+        folded=True,
         unless=_no_longer,
         paper=(20,),
     ),
     FigureType(
-        name="cycle-attention-long",
-        folded=True,
-        of=_cycle_attention_long,
+        "cycle-attention-long",
+        partial(_attention, None),
+        ("attention_cycle_distance",),
         anchor="attention-cycle-long",
-        variables=("attention_cycle_distance",),
+        folded=True,
         unless=_no_longer,
         paper=(21,),
     ),
-    FigureType(name="visit-cka", of=_cka, anchor="visit-cka", variables=("visit_cka",), folded=True, loops=False),
+    FigureType("visit-cka", _cka, ("visit_cka",), folded=True, loops=False),
 )
 
 

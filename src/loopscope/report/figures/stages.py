@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from string import ascii_lowercase
 from typing import Any
 
@@ -24,7 +24,7 @@ from loopscope.report.figures.curves import (
     visit_curve,
 )
 from loopscope.report.figures.look import CATEGORIES
-from loopscope.report.figures.plot import Axis, Bars, FigureType, Line, Panel, Plot, Section, never, on_page
+from loopscope.report.figures.plot import Axis, Bars, FigureType, Line, Panel, Plot, Section, on_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView, sites_of
 
@@ -62,72 +62,67 @@ def _nothing_beyond(view: StudyView) -> str | None:
     return None if beyond(view) else f"no recurrence beyond the trained {view.trained} was measured"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stages:
-    """A type of figure with a panel per stage measure."""
+def _stages(
+    name: str,
+    question: str,
+    layout: Layout,
+    paper: tuple[int, ...],
+    *,
+    lines: Callable[[StudyView], list[int]] = within,
+    only: str = "",
+    anchored: bool = False,
+    **how: Any,
+) -> FigureType[StudyView]:
+    """A panel per stage measure, or `only` the one of this anchor; each has an anchor on the page if they are
+    `anchored`, and `how` is what else is said of the type."""
+    quantities = [quantity for quantity in VISIT_QUANTITIES if only in ("", quantity.anchor)]
+    return FigureType(
+        name,
+        partial(_drawn, quantities, question, layout, lines, anchored),
+        tuple(quantity.variable for quantity in quantities),
+        one_is_enough=True,
+        paper=paper,
+        **how,
+    )
 
-    name: str
-    question: str
-    layout: Layout
-    lines: Callable[[StudyView], list[int]] = within
-    only: str = ""
-    """The measure that it shows alone, by its anchor."""
-    anchored: bool = False
-    """Whether each panel has an anchor on the page."""
 
-    @property
-    def quantities(self) -> list[StageQuantity]:
-        return [quantity for quantity in VISIT_QUANTITIES if self.only in ("", quantity.anchor)]
-
-    def type(
-        self,
-        paper: tuple[int, ...],
-        anchor: str = "",
-        *,
-        loops: bool = True,
-        unless: Callable[[StudyView], str | None] = never,
-    ) -> FigureType[StudyView]:
-        variables = tuple(quantity.variable for quantity in self.quantities)
-        return FigureType(
-            name=self.name,
-            of=self.draw,
-            anchor=anchor,
-            variables=variables,
-            one_is_enough=True,
-            loops=loops,
-            unless=unless,
-            paper=paper,
-        )
-
-    def draw(self, view: StudyView, settings: ReportSettings) -> Plot:
-        quantities = [quantity for quantity in self.quantities if view.why_absent(quantity.variable) is None]
-        curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], self.lines(view)
-        letters = [f"({letter}) " for letter in ascii_lowercase] if len(quantities) > 1 else [""]
-        said = [
-            " ".join([f"{letter}{quantity.name.capitalize()}: {quantity.reading}", *_limits(view, quantity)])
-            for letter, quantity in zip(letters, quantities, strict=False)
-        ]
-        medians = "Medians over prompts, at every layer application."
-        return Plot(
-            question=self.question,
-            reading=" ".join([medians, *said]),
-            lines=line_words(view, self.layout, curves[0], recurrences),
-            panels=[
-                laid_out(
-                    view,
-                    settings,
-                    curve,
-                    self.layout,
-                    quantity.y_title,
-                    recurrences,
-                    scale="auto" if quantity.logarithmic else "linear",
-                    title=quantity.name.capitalize() if len(quantities) > 1 else "",
-                    anchor=f"{quantity.anchor}-{self.layout.replace(' ', '-')}" if self.anchored else "",
-                )
-                for quantity, curve in zip(quantities, curves, strict=True)
-            ],
-            legend="recurrence" if self.layout == "by recurrence" else "layer",
-        )
+def _drawn(
+    quantities: Sequence[StageQuantity],
+    question: str,
+    layout: Layout,
+    lines: Callable[[StudyView], list[int]],
+    anchored: bool,
+    view: StudyView,
+    settings: ReportSettings,
+) -> Plot:
+    quantities = [quantity for quantity in quantities if view.why_absent(quantity.variable) is None]
+    curves, recurrences = [visit_curve(view, quantity) for quantity in quantities], lines(view)
+    letters = [f"({letter}) " for letter in ascii_lowercase] if len(quantities) > 1 else [""]
+    said = [
+        " ".join([f"{letter}{quantity.name.capitalize()}: {quantity.reading}", *_limits(view, quantity)])
+        for letter, quantity in zip(letters, quantities, strict=False)
+    ]
+    medians = "Medians over prompts, at every layer application."
+    return Plot(
+        question=question,
+        reading=" ".join([medians, *said]),
+        lines=line_words(view, layout, curves[0], recurrences),
+        panels=[
+            laid_out(
+                view,
+                settings,
+                curve,
+                layout,
+                quantity.y_title,
+                recurrences,
+                scale="auto" if quantity.logarithmic else "linear",
+                title=quantity.name.capitalize() if len(quantities) > 1 else "",
+                anchor=f"{quantity.anchor}-{layout.replace(' ', '-')}" if anchored else "",
+            )
+            for quantity, curve in zip(quantities, curves, strict=True)
+        ],
+        legend="recurrence" if layout == "by recurrence" else "layer",
+    )
 
 
 def _limits(view: StudyView, quantity: StageQuantity) -> list[str]:
@@ -223,55 +218,38 @@ _CONCENTRATED = "How concentrated is the attention?"
 _REPEATING = "Do the stages of inference repeat?"
 
 STAGES: tuple[FigureType[StudyView], ...] = (
-    _Stages(
-        name="concentration-by-depth", question=_CONCENTRATED, layout="by depth", lines=_few, only="concentration"
-    ).type((7,), loops=False),
-    _Stages(
-        name="concentration-by-depth-long", question=_CONCENTRATED, layout="by depth", lines=_all, only="concentration"
-    ).type((11,), unless=_no_more_than_few),
-    _Stages(
-        name="concentration-by-recurrence", question=_CONCENTRATED, layout="by recurrence", only="concentration"
-    ).type((8,)),
-    _Stages(
-        name="concentration-beyond", question=_CONCENTRATED, layout="by recurrence", lines=beyond, only="concentration"
-    ).type((12,), unless=_nothing_beyond),
-    _Stages(
-        name="magnitude-by-depth",
-        question="How large is the residual stream?",
-        layout="by depth",
-        lines=_few,
-        only="magnitude",
-    ).type((9,), loops=False),
-    _Stages(
-        name="stages-by-depth", question="What happens at each visit?", layout="by depth", lines=_few, anchored=True
-    ).type((34,), "stages-by-depth", loops=False),
-    _Stages(
-        name="stages-by-recurrence", question=_REPEATING, layout="by recurrence", anchored=True
-    ).type(tuple(range(35, 47)), "stages-by-recurrence"),
-    _Stages(
-        name="stages-by-layer", question="How does each layer change over the recurrences?", layout="by layer"
-    ).type((47, 48, 49), "stages-by-layer"),
-    _Stages(
-        name="stages-beyond", question="Do the stages persist beyond the trained recurrences?", layout="by recurrence",
-        lines=beyond,
-    ).type((50, 51, 52), "stages-beyond", unless=_nothing_beyond),
-    FigureType(
-        name="massive-places",
-        folded=True,
-        of=_massive_places,
-        anchor="massive-places",
-        variables=("massive_token", "massive_dimension"),
+    _stages(
+        "concentration-by-depth", _CONCENTRATED, "by depth", (7,), lines=_few, only="concentration", for_paper=True,
         loops=False,
     ),
+    _stages(
+        "concentration-by-depth-long", _CONCENTRATED, "by depth", (11,), lines=_all, only="concentration",
+        for_paper=True, unless=_no_more_than_few,
+    ),
+    _stages(
+        "concentration-by-recurrence", _CONCENTRATED, "by recurrence", (8,), only="concentration", for_paper=True
+    ),
+    _stages(
+        "concentration-beyond", _CONCENTRATED, "by recurrence", (12,), lines=beyond, only="concentration",
+        for_paper=True, unless=_nothing_beyond,
+    ),
+    _stages(
+        "magnitude-by-depth", "How large is the residual stream?", "by depth", (9,), lines=_few, only="magnitude",
+        for_paper=True, loops=False,
+    ),
+    _stages(
+        "stages-by-depth", "What happens at each visit?", "by depth", (34,), lines=_few, anchored=True, loops=False
+    ),
+    _stages("stages-by-recurrence", _REPEATING, "by recurrence", tuple(range(35, 47)), anchored=True),
+    _stages("stages-by-layer", "How does each layer change over the recurrences?", "by layer", (47, 48, 49)),
+    _stages(
+        "stages-beyond", "Do the stages persist beyond the trained recurrences?", "by recurrence", (50, 51, 52),
+        lines=beyond, unless=_nothing_beyond,
+    ),
+    FigureType("massive-places", _massive_places, ("massive_token", "massive_dimension"), folded=True, loops=False),
     FigureType(
-        name="neurons",
-        folded=True,
-        of=_neurons,
-        anchor="neurons",
-        variables=("prediction_neurons", "suppression_neurons"),
-        loops=False,
-        unless=_no_neuron,
-        paper=(32, 33),
+        "neurons", _neurons, ("prediction_neurons", "suppression_neurons"), folded=True, loops=False,
+        unless=_no_neuron, paper=(32, 33),
     ),
 )  # fmt: skip
 

@@ -30,7 +30,7 @@ _TURNING = (Predicted.DAMPED_ROTATION, Predicted.ORBIT, Predicted.PERIOD_TWO)
 
 def prompts_panel(view: StudyView, settings: ReportSettings) -> list[TokenPanel]:
     """The tokens of some prompts, after the last recurrent layer."""
-    data = _last_layer(view)
+    data = view.dataset.isel(judged_layer=-1).transpose(..., "prompt", "token", missing_dims="ignore")
     chosen = list(settings.prompts) or _interesting(data)
     if not chosen:
         return []
@@ -75,11 +75,6 @@ def verdict_line(kind: Kind, numbers: dict[str, float], doubt: int = -1) -> str:
 def _said(sentence: str, value: float, shown: object = significant) -> str:
     assert callable(shown)
     return sentence.format(shown(value)) if math.isfinite(value) else ""
-
-
-def _last_layer(view: StudyView) -> xarray.Dataset:
-    data = view.dataset.isel(judged_layer=-1)
-    return data.transpose(..., "prompt", "token", missing_dims="ignore")
 
 
 def _interesting(data: xarray.Dataset) -> list[int]:

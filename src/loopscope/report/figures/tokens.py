@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import visible
 from loopscope.errors import ConfigError
-from loopscope.report.figures.look import decade, decade_ticks
+from loopscope.report.figures.look import decade, decade_ticks, decades, logarithms
 from loopscope.report.figures.plot import Axis, FigureType, HeatMap, Panel, Plot, Section, on_page
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
@@ -48,7 +48,7 @@ def _tokens(view: StudyView, settings: ReportSettings) -> Plot:
         if count > settings.most_tokens:
             cut.append(f" Of prompt {prompt} only the last {settings.most_tokens} of its {count} tokens are drawn.")
     # One range of colours, so that the prompts can be compared.
-    ends = _decades(list(shown.values()))
+    ends = decades(np.concatenate([np.empty(0), *(logarithms(values).ravel() for values in shown.values())]))
     return Plot(
         question="Which tokens settle late?",
         reading=(
@@ -74,14 +74,12 @@ def _panel(
     rows, places = len(shown), np.arange(len(columns))
     strings = view.strings(prompt)
     names = [visible(token, 18) for token in strings[len(strings) - rows :]]
-    with np.errstate(divide="ignore"):  # a distance of exactly 0 has no logarithm, and no colour
-        powers = np.where(shown > 0, np.log10(shown), np.nan)
     return Panel(
         x=Axis(title="recurrence", ticks={int(at): str(columns[at]) for at in places[:: max(1, len(columns) // 7)]}),
         y=Axis(title="", ticks=dict(enumerate(names)), span=(rows - 0.5, -0.5)),
         marks=[
             HeatMap(
-                z=powers,
+                z=logarithms(shown),
                 x=places,
                 bar="distance / norm at H",
                 low=ends[0],
@@ -105,22 +103,8 @@ def _columns(recurrences: int) -> NDArray[np.int64]:
     return np.unique(np.geomspace(1, recurrences, _COLUMNS).round().astype(np.int64))
 
 
-def _decades(distances: list[NDArray[np.float64]]) -> tuple[float, float]:
-    """Whole powers of ten below and above all distances."""
-    positive = np.concatenate([values[values > 0] for values in distances] or [np.empty(0)])
-    positive = positive[np.isfinite(positive)]
-    if not positive.size:
-        return -1.0, 0.0
-    low = float(np.floor(np.log10(positive.min())))
-    return low, max(low + 1, float(np.ceil(np.log10(positive.max()))))
-
-
 TOKENS = FigureType(
-    name="tokens",
-    of=_tokens,
-    anchor="token-distances",
-    variables=(_NAME, "relative_distance_second_horizon"),
-    unless=_all_diverged,
+    "tokens", _tokens, (_NAME, "relative_distance_second_horizon"), anchor="token-distances", unless=_all_diverged
 )
 
 

@@ -112,10 +112,11 @@ def _cycle(scores: NDArray[np.float64], counts: NDArray[np.int64]) -> Line:
 
 TRAJECTORIES = tuple(
     FigureType(
-        name=name,
-        of=partial(_trajectories, components),
-        anchor="trajectories-2d" if components == 2 else "",  # the third component says nothing more to a reader
-        variables=("trajectory",),
+        name,
+        partial(_trajectories, components),
+        ("trajectory",),
+        anchor="trajectories-2d" if components == 2 else "",
+        for_paper=components == 3,  # the third component says nothing more to a reader
         unless=partial(_none_finite, components),
         paper=(5, 26, 27, 28),
     )

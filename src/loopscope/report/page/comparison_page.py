@@ -38,9 +38,6 @@ _COLUMNS = (
 def render_comparison(comparison: Comparison) -> str:
     """The whole report of a comparison as HTML."""
     answers = comparison_answers(comparison)
-    sections = comparison_sections(comparison, ReportSettings())
-    tables = [table for label in comparison.labels for table in _tables(comparison, label)]
-    anchors = set().union(*(section.anchors for section in sections))
     settings, kind = comparison.settings, str(comparison.manifest["kind"])
     side = side_by_side(comparison)
     return render_template(
@@ -51,7 +48,7 @@ def render_comparison(comparison: Comparison) -> str:
         facts=_facts(comparison),
         answers=answers,
         limits=answers[-1].limits,
-        tables=tables,
+        tables=[table for label in comparison.labels for table in _tables(comparison, label)],
         tables_lead=(
             "Pearson correlation of a study's curve with the reference's, on relative depth. It is compared with "
             f"three nulls: the curve with its layers shuffled ({settings.shuffles:,} orders, or all there are), with "
@@ -60,8 +57,7 @@ def render_comparison(comparison: Comparison) -> str:
             "prompts: 95 % interval, where there are several. Level difference: root mean square difference over the "
             "reference's root mean square."
         ),
-        sections=sections,
-        anchors=anchors | {table.anchor for table in tables} | {"limits"},
+        sections=comparison_sections(comparison, ReportSettings()),
         thresholds=thresholds(settings),
         provenance=_provenance(comparison),
         created=str(comparison.manifest["created"])[:16].replace("T", " "),

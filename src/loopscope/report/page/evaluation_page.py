@@ -48,11 +48,8 @@ def render_evaluation(found: Evaluation) -> str:
         limits=list(_LIMITS),
         tables=tables,
         sections=[section] if section.figures else [],
-        anchors=section.anchors | {"limits", *(each.anchor for each in tables)},
         thresholds=[("documents at most", "all" if found.limit is None else str(found.limit), "")],
         provenance=[("model", [("name", found.model), ("weights", found.weights_sha256), ("seed", str(found.seed))])],
-        created="",
-        version="",
     )
 
 

@@ -47,9 +47,6 @@ def render_experiments(experiments: Sequence[Experiment]) -> str:
         suffix = "" if seen[each.kind] == 1 else f"-{seen[each.kind]}"
         several = sum(other.kind == each.kind for other in experiments) > 1
         parts.append(_part(each, suffix, f" ({each.folder.name})" if several else ""))
-    sections = [section for part in parts for section in part.sections]
-    tables = [table for part in parts for table in part.tables]
-    anchors = set().union(*(section.anchors for section in sections))
     return render_template(
         "experiment.html",
         heading="Which designs settle?",
@@ -61,18 +58,16 @@ def render_experiments(experiments: Sequence[Experiment]) -> str:
             if len(parts) > 1
         ],
         limits=_limits(experiments),
-        tables=tables,
-        sections=sections,
-        anchors=anchors | {table.anchor for table in tables} | {section.anchor for section in sections} | {"limits"},
+        tables=[table for part in parts for table in part.tables],
+        sections=[section for part in parts for section in part.sections],
         thresholds=[],
         provenance=[(each.folder.name, part.settings) for each, part in zip(experiments, parts, strict=True)],
-        created="",
         version=version("loopscope"),
     )
 
 
 def _part(experiment: Experiment, suffix: str, which: str) -> _Part:
-    part = _trained(experiment, which) if experiment.kind == "training" else _random(experiment, which)
+    part = _trained(experiment, which) if experiment.kind == "training" else _random(experiment)
     return _Part(
         answers=[
             dataclasses.replace(
@@ -107,7 +102,7 @@ def _suffixed(figure: Drawn, suffix: str) -> Plot:
     return dataclasses.replace(figure, anchor=figure.anchor + suffix, panels=panels)
 
 
-def _random(experiment: Experiment, which: str) -> _Part:
+def _random(experiment: Experiment) -> _Part:
     cells = experiment.cells
     first = cells[0].cell
     settings = [
@@ -117,19 +112,12 @@ def _random(experiment: Experiment, which: str) -> _Part:
         ("recurrences", f"{2 * first.recurrences}, judged at {first.recurrences} and at the end"),
         ("hours of one worker", f"{sum(each.seconds for each in cells) / 3600:.2f}"),
     ]
-    if experiment.kind == "architectures":
-        return _Part(
-            answers=architecture_answers(cells),
-            tables=[_architecture_table(cells)],
-            sections=experiment_sections(experiment),
-            facts=("architectures", _unfinished(f"{len(cells)} random models", experiment)),
-            settings=settings,
-        )
+    in_grid = experiment.kind == "architectures"
     return _Part(
-        answers=phase_answers(cells),
-        tables=[_phase_table(cells)],
+        answers=architecture_answers(cells) if in_grid else phase_answers(cells),
+        tables=[_architecture_table(cells) if in_grid else _phase_table(cells)],
         sections=experiment_sections(experiment),
-        facts=("phase diagram", _unfinished(f"{len(cells)} random models", experiment)),
+        facts=("architectures" if in_grid else "phase diagram", _unfinished(f"{len(cells)} random models", experiment)),
         settings=settings,
     )
 

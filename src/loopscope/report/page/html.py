@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from loopscope._util.table import Table
 from loopscope._util.wording import significant
 from loopscope.answers.answer import Answer, Outcome
 from loopscope.report.figures.in_plotly import charts, legend
-from loopscope.report.figures.plot import Plot, packed
+from loopscope.report.figures.plot import Plot, Section, packed
 
 _PLOTLY_OPTIONS: dict[str, Any] = {
     "responsive": True,
@@ -47,16 +48,17 @@ def render_template(
     name: str,
     *,
     answers: Sequence[Answer],
+    sections: Sequence[Section],
+    tables: Sequence[Table] = (),
     groups: Sequence[tuple[str, Sequence[Answer]]] | None = None,
     first: Plot | None = None,
-    beside: str = "",
-    command: str = "",
     **values: Any,
 ) -> str:
     """A template of `report/templates`, rendered with `values` and all that every page has.
 
     The first of the `answers` stands above the others, with the figure `first` and the sentence `beside`; the others in
-    their `groups`, or in one without a name.
+    their `groups`, or in one without a name. An answer is linked to the figure or the table that it names where that is
+    in the `sections` or among the `tables`.
 
     Every text is escaped by the template. A content security policy lets the browser run the page's own scripts
     and plotly alone, known by their hashes, and load nothing.
@@ -72,13 +74,15 @@ def render_template(
     environment.globals |= {"charts": charts, "legend": legend}
     environment.filters["number"] = _number
     environment.filters["tied"] = _tied
+    said_if_known = {"beside": "", "command": "", "created": "", "version": ""}
     return environment.get_template(name).render(
-        **values,
+        **said_if_known | values,
         answers=answers,
+        sections=sections,
+        tables=tables,
+        anchors={"limits"}.union(*(section.anchors for section in sections), (table.anchor for table in tables)),
         groups=groups or [("", answers[1:])],
         first=first,
-        beside=beside,
-        command=command,
         marks=_MARKS,
         style=Markup(_static("report.css")),
         scripts=[Markup(script) for script in scripts],

@@ -33,12 +33,10 @@ def render_patching(found: Patching) -> str:
         facts=facts + changed,
         answers=[answer],
         limits=answer.limits,
-        table=_table(found),
+        tables=[_table(found)],
         sections=[section] if section.figures else [],
-        anchors=section.anchors | {"limits", "table"},
         thresholds=[(name.replace("_", " "), str(value), "") for name, value in settings.items()],
         provenance=[("model", [(name, str(value)) for name, value in model.items()])],
-        created="",
         version=str(found.manifest["versions"]["loopscope"]),
     )
 

@@ -34,7 +34,6 @@ _GROUPS = {
 def render_page(study: Study, settings: ReportSettings, answers: Sequence[Answer]) -> str:
     """The whole report as HTML."""
     view = view_study(study)
-    sections = _sections(view, settings)
     changed = f", with {', '.join(view.interventions)}" if view.interventions else ""
     groups = [(name, [each for each in answers[1:] if each.key in keys]) for name, keys in _GROUPS.items()]
     return render_template(
@@ -48,8 +47,7 @@ def render_page(study: Study, settings: ReportSettings, answers: Sequence[Answer
         first=first_figure(view, settings),
         beside=leading_token(view),
         limits=next(answer.limits for answer in answers if answer.key == "limits"),
-        sections=sections,
-        anchors=set().union(*(section.anchors for section in sections)) | {"limits"},
+        sections=_sections(view, settings),
         thresholds=thresholds(settings.criterion),
         command=command_of(study),
         provenance=provenance(study.manifest),

@@ -31,7 +31,6 @@ _COLUMNS = ("trajectory", "kind", "reason", "period", "noise floor", "may change
 def render_behaviour(judged: JudgedFiles) -> str:
     """The whole report as HTML."""
     answer = judged_answer(judged)
-    sections = _sections(judged)
     manifest = judged.manifest
     return render_template(
         "verdicts.html",
@@ -39,12 +38,10 @@ def render_behaviour(judged: JudgedFiles) -> str:
         facts=_facts(judged),
         answers=[answer],
         limits=answer.limits,
-        table=_table(judged.trajectories),
-        sections=sections,
-        anchors=set().union(*(section.anchors for section in sections)) | {"limits", "table"},
+        tables=[_table(judged.trajectories)],
+        sections=_sections(judged),
         thresholds=[(name.replace("_", " "), f"{value:g}", "") for name, value in manifest["settings"].items()],
         provenance=_provenance(judged),
-        created="",
         version=str(manifest["versions"]["loopscope"]),
     )
 

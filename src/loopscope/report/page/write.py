@@ -57,39 +57,22 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
 
 
 def write_behaviour_report(judged: JudgedFiles, path: str | Path) -> Path:
-    """Write the report of judged trajectories to `path` as one HTML file that needs no network, and return the path.
-
-    The file is whole or not written; a report that was there is replaced. Raises `StorageError` if the file cannot be
-    written.
-    """
+    """Likewise of judged trajectories."""
     return _written(path, render_behaviour(judged))
 
 
 def write_patching(found: Patching, path: str | Path) -> Path:
-    """Write the page of a patching to `path` as one HTML file that needs no network, and return the path.
-
-    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
-    written.
-    """
+    """Likewise of a patching."""
     return _written(path, render_patching(found))
 
 
 def write_evaluation(found: Evaluation, path: str | Path) -> Path:
-    """Write the page of an evaluation to `path` as one HTML file that needs no network, and return the path.
-
-    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
-    written.
-    """
+    """Likewise of an evaluation."""
     return _written(path, render_evaluation(found))
 
 
 def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Path:
-    """Write the page of one or several experiments to `path` as one HTML file that needs no network, and return the
-    path.
-
-    The file is whole or not written; a page that was there is replaced. Raises `StorageError` if the file cannot be
-    written.
-    """
+    """Likewise of one or several experiments, on one page."""
     return _written(path, render_experiments(experiments))
 
 
