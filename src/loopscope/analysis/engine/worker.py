@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -91,6 +92,7 @@ def _work() -> None:
         try:
             if work is None:
                 work = unpack_work(content)
+                gc.freeze()  # what was imported for it stays, and is never looked through for garbage
             found = answer(work, pickle.loads(item))  # noqa: S301 - from the process that started this one
         except Exception as error:
             found = ("error", WorkerError(f"A worker could not read its work: {type(error).__name__}: {error}"))

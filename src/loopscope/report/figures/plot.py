@@ -469,5 +469,5 @@ def packed(content: bytes) -> str:
     missing = -len(found) % 4
     words = np.frombuffer(found + bytes(missing), dtype=">u4").astype(np.uint32)
     digits = words[:, None] // 85 ** np.arange(4, -1, -1, dtype=np.uint32) % 85
-    text = np.frombuffer(_DIGITS, dtype="S1")[digits].tobytes().decode()
+    text: str = np.frombuffer(_DIGITS, dtype="S1")[digits].tobytes().decode()
     return text[: len(text) - missing]
