@@ -56,7 +56,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def what_a_module_leaves_is_no_garbage() -> Iterator[None]:
-    """What its tests have imported and remembered stays, and would be looked through at every analysis of later ones."""
+    """What its tests have imported and remembered stays, and would be looked through in every analysis after it."""
     yield
     gc.collect()
     gc.freeze()
