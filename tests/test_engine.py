@@ -22,6 +22,7 @@ from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.processes import ProcessEngine
+from loopscope.analysis.engine.ray_cluster import RayEngine
 from loopscope.analysis.engine.run import WorkerDiedError, run_items
 from loopscope.analysis.settings import EngineName
 from loopscope.errors import ConfigError, UnforeseenError, WorkerError
@@ -56,7 +57,7 @@ def cluster() -> Iterator[str]:
     try:
         while True:
             try:
-                make_engine("ray", 2, address).close()
+                RayEngine(address, 2, 0.0).close()
                 break
             except ConfigError:
                 assert time.monotonic() < deadline
