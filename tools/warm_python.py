@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 
 import loopscope.cli
+from loopscope.cli.commands import COMMANDS
+from loopscope.cli.parsing import parse
 
 # Functions that stand before the real commands. What a shell does with a command's output, such as a pipe, needs the
 # real one. A function's body is a subshell, so that the script's `set -x` shows the command and none of this.
@@ -125,6 +127,7 @@ def _serve(folder: Path) -> None:
         # The last two of these need packages of extras that may not be there.
         if not module.name.endswith(("__main__", ".worker", ".fused", ".harness")):
             import_module(module.name)
+    parse(COMMANDS, ["analyze", "MODEL"])  # the first time takes four times as long as others
     # Forks look for no garbage in what they share, not even when they end, which would be most of a short one's time.
     gc.collect()
     gc.freeze()
