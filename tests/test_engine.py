@@ -22,6 +22,7 @@ from loopscope import AnalyzeSettings, Study, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.engine import make_engine
 from loopscope.analysis.engine.processes import ProcessEngine
+from loopscope.analysis.engine.ray_cluster import RayEngine
 from loopscope.analysis.engine.run import WorkerDiedError, run_items
 from loopscope.analysis.settings import EngineName
 from loopscope.errors import ConfigError, UnforeseenError, WorkerError
@@ -52,8 +53,16 @@ def cluster() -> Iterator[str]:
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
+    address, deadline = f"127.0.0.1:{port}", time.monotonic() + 120
     try:
-        yield f"127.0.0.1:{port}"
+        while True:
+            try:
+                RayEngine(address, 2, 0.0).close()
+                break
+            except ConfigError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield address
     finally:
         parts = [head, *psutil.Process(head.pid).children(recursive=True)]
         for part in parts:
@@ -62,16 +71,9 @@ def cluster() -> Iterator[str]:
 
 
 def engine_of(name: EngineName, request: pytest.FixtureRequest) -> Any:
-    if name != "ray":
-        return make_engine(name, 2 if name == "processes" else None)
-    address, deadline = request.getfixturevalue("cluster"), time.monotonic() + 120
-    while True:
-        try:
-            return make_engine("ray", 2, address)
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+    if name == "ray":
+        return make_engine("ray", 2, request.getfixturevalue("cluster"))
+    return make_engine(name, 2 if name == "processes" else None)
 
 
 @pytest.mark.parametrize("name", ["serial", "processes", "ray"])
@@ -165,7 +167,6 @@ def test_a_study_is_the_same_whoever_makes_it_though_a_worker_is_killed(
     folder, serial = serial_study
     changes: dict[str, Any] = {"engine": name, "workers": 2}
     if name == "ray":
-        engine_of(name, request).close()
         changes["address"] = request.getfixturevalue("cluster")
     killer, prompts, out = Killer(name), [*PROMPTS, *PROMPTS], tmp_path / "study"
     made = analyze(str(folder), prompts, settings=SETTINGS, out=out, progress=killer, **changes)

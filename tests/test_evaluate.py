@@ -43,20 +43,12 @@ REQUESTS: list[Request] = [
 ]
 
 
-def _subjects() -> dict[str, Subject]:
-    shapes = {
-        "injected": INJECTED,
-        "residual norm": RESIDUAL_NORM,
-        "loop norm": LOOP_NORM,
-        "added": ADDED,
-        "gated": GATED,
-    }
-    return {name: subject(shape) for name, shape in shapes.items()} | {"hooked": hooked_native(LOOP_NORM)[1]}
+LOOPS = {"injected": INJECTED, "residual norm": RESIDUAL_NORM, "loop norm": LOOP_NORM, "added": ADDED, "gated": GATED}
 
 
-@pytest.mark.parametrize("name", _subjects())
+@pytest.mark.parametrize("name", [*LOOPS, "hooked"])
 def test_all_numbers_from_one_pass_are_those_of_runs_with_one_number(name: str) -> None:
-    model = _subjects()[name]
+    model: Subject = hooked_native(LOOP_NORM)[1] if name == "hooked" else subject(LOOPS[name])
     together = likelihoods(model, REQUESTS, NUMBERS)
     for number in NUMBERS:
         for (context, continuation), found in zip(REQUESTS, together[number], strict=True):

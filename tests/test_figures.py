@@ -325,7 +325,9 @@ def assert_inside(figure: Figure, name: str) -> None:
     """All that is drawn lies on the page, to a hundredth of an inch."""
     with paper_style():
         figure.set_dpi(300)  # as image files have; at fewer pixels letters are rounded to other widths
-        figure.draw_without_rendering()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
         box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01, (name, box.extents, width, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -90,7 +91,10 @@ def _work() -> None:
     while (item := receive(sys.stdin.buffer)) is not None:
         try:
             if work is None:
+                gc.disable()  # what is imported for it stays, and is not looked through for garbage
                 work = unpack_work(content)
+                gc.freeze()
+                gc.enable()
             found = answer(work, pickle.loads(item))  # noqa: S301 - from the process that started this one
         except Exception as error:
             found = ("error", WorkerError(f"A worker could not read its work: {type(error).__name__}: {error}"))

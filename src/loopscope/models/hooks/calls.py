@@ -110,9 +110,10 @@ def twins_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether this is a model of the transformers package, which is not imported to find out."""
-    package = sys.modules.get("transformers")
-    return package is not None and isinstance(model, package.PreTrainedModel)
+    """Whether this is a model of the transformers package, nothing of which is imported to find out: each of its models
+    has imported this module."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def is_prefix_model(model: nn.Module) -> bool:

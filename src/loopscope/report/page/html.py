@@ -64,18 +64,9 @@ def render_template(
     and plotly alone, known by their hashes, and load nothing.
     """
     scripts = [*map(_static, _SCRIPTS)]
-    environment = Environment(
-        loader=PackageLoader("loopscope.report.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"charts": charts, "legend": legend}
-    environment.filters["number"] = _number
-    environment.filters["tied"] = _tied
     said_if_known = {"beside": "", "command": "", "created": "", "version": ""}
-    return environment.get_template(name).render(
+    template = _environment().get_template(name)
+    return template.render(
         **said_if_known | values,
         answers=answers,
         sections=sections,
@@ -90,6 +81,21 @@ def render_template(
         plotly=Markup(_plotly()),
         script_hashes=[_hash(script) for script in (*scripts, get_plotlyjs())],
     )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loopscope.report.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"charts": charts, "legend": legend}
+    environment.filters["number"] = _number
+    environment.filters["tied"] = _tied
+    return environment
 
 
 @cache
