@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -95,6 +95,9 @@ def held_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+FolderT = TypeVar("FolderT", bound="ClaimedFolder")
+
+
 class ClaimedFolder(ABC):
     """A folder that holds one thing and that one process writes to: a context manager that holds its lock.
 
@@ -115,7 +118,7 @@ class ClaimedFolder(ABC):
     def begin(self) -> None:
         """Write it, and what has to be there from the start."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: FolderT) -> FolderT:
         with ExitStack() as stack:
             stack.enter_context(held_folder(self.folder))
             there = self.first.exists()

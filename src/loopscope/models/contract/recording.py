@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ class RecordedRun:
         if self.run.state is not None and subject.info.is_looped:
             self.recording.keep("initial state", self.run.state)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RecordedRun:
         return self
 
     def __exit__(self, *_: object) -> None:
