@@ -385,10 +385,9 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     """The first prompt jumps over its fixed point to and fro, the second only moves on."""
     center = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
-        jumps = state + 2.4 * torch.tanh(center[: len(state)] - state)
-        drifts = state + 0.1
-        return torch.stack((jumps[0], drifts[-1]))[: len(state)].where(prompts[:, None, None], torch.nan)
+    def recurrence(state: Tensor, tokens: Tensor) -> Tensor:
+        jumps = state + 2.4 * torch.tanh(center[: len(tokens)][tokens] - state)
+        return jumps.where(tokens.nonzero()[:, :1] == 0, state + 0.1)
 
     mask = torch.ones(2, 3, dtype=torch.bool)
     begin = center + 0.3
@@ -403,7 +402,7 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
 def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
     asked: list[int] = []
 
-    def recurrence(state: Tensor, prompts: Tensor) -> Tensor:
+    def recurrence(state: Tensor, _: Tensor) -> Tensor:
         asked.append(len(asked))
         return torch.randn(state.shape, generator=torch.Generator().manual_seed(len(asked)))
 
@@ -411,7 +410,42 @@ def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
     state, found = find_fixed_point(recurrence, begin, torch.ones(1, 3, dtype=torch.bool), settled=1e-4, evaluations=99)
     assert not found.any()
     assert torch.equal(state, begin)
-    assert len(asked) < 20
+    assert len(asked) < 40
+
+
+@pytest.mark.parametrize(("shape", "changes"), CASES)
+def test_a_recurrence_token_by_token_is_that_of_the_whole_prompt(shape: str, changes: str) -> None:
+    """On either side of padding, from the first tokens on, some of them again with another state in between."""
+    lists = [ids[:count] for ids, count in zip(random_ids(3, 7).tolist(), (7, 4, 6), strict=True)]
+    ids, mask = torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.bool)
+    for row, (each, padding) in enumerate(zip(lists, (0, 3, 0), strict=True)):
+        ids[row, padding : padding + len(each)] = torch.tensor(each)
+        mask[row, padding : padding + len(each)] = True
+    model = NativeSubject(random_model(**SHAPES[shape]).requires_grad_(False)).intervened(INTERVENTIONS[changes])
+    near = linearise_native(model, Batch(ids, mask), recurrences=3, seed=0)
+    wanted, following = near.apply(near.state), near.token_map()
+    place = mask.cumsum(-1) - 1
+    for first, end in ((0, 3), (1, 3), (1, 4), (4, 6), (6, 7)):
+        tokens = mask & (place >= first) & (place < end)
+        following(torch.randn_like(near.state[tokens]), tokens)
+        torch.testing.assert_close(following(near.state[tokens], tokens), wanted[tokens], rtol=1e-11, atol=1e-12)
+
+
+def test_the_search_moves_few_tokens_of_a_long_prompt_at_a_time() -> None:
+    model = subject(RESIDUAL_NORM, seed=0, std=0.2)
+    near = linearise_native(model, Batch.of(random_ids(2, 40).tolist()), recurrences=20, seed=0)
+    following, evaluated = near.token_map(), list[int]()
+
+    def counted(vectors: Tensor, tokens: Tensor) -> Tensor:
+        evaluated.append(int(tokens.sum()))
+        return following(vectors, tokens)
+
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    assert relative_step(near.state, near.apply(near.state)).amax() > 0.5
+    state, found = find_fixed_point(counted, near.state, mask, settled=1e-4, evaluations=200)
+    assert found.all()
+    assert ((near.apply(state) - state).norm(dim=-1) <= 1.01e-4 * near.state.norm(dim=-1)).all()
+    assert max(evaluated) == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

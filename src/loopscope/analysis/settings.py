@@ -187,7 +187,7 @@ class MeasureSettings:
     """Take the eigenvalues of every n-th token of a prompt, counted from its last; 0 takes only the last. What a token
     does depends on all tokens before it, so with numbers other than 1 nothing is predicted."""
     eigenvalue_search: Annotated[int, Range(0, 10**6)] = 200
-    """Recurrences that may be spent on finding the fixed point of prompts whose state still moves after twice
+    """Recurrences of a prompt that may be spent on finding its fixed point, if its state still moves after twice
     --horizon; 0 takes the state as it is."""
     hooked_eigenvalues: bool = False
     """Take eigenvalues of a hooked model too. Each product then needs as many copies of a prompt as it has tokens."""

@@ -15,6 +15,7 @@ from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS, eigenvalues_nea
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence, recorded_bytes
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
+from loopscope.dynamics.eigenvalues.search import WINDOW, WINDOWS
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
@@ -187,10 +188,14 @@ class TokenStability(Measure):
         lengths = 2 * 2 * batch.plan.horizon * batch.mask.numel() * max(4, batch.itemsize)
         ended = 0
         if settings is not None:
-            # States, first vectors and, of the search, the last ten states and steps, with their combination.
-            ended = (8 + 30 * bool(settings.search)) * wide
+            # Of the search, the last ten states and steps of the tokens that it moves, with their combination.
+            searched, products = 30 * wide, 0
             if isinstance(batch.subject, NativeSubject):
-                ended += min(settings.block_bytes, tokens * _recorded(batch, settings))
+                sizes = batch.sizes
+                searched = int(searched * min(1, max(1 / WINDOWS, WINDOW / batch.tokens)))
+                searched += 2 * sizes.recurrent * sizes.key_width * tokens * max(4, batch.itemsize)
+                products = min(settings.block_bytes, tokens * _recorded(batch, settings))
+            ended = 8 * wide + max(searched * bool(settings.search), products)
         return Memory(kept=2 * wide + lengths, ended=ended, result=4 * lengths)
 
     @classmethod

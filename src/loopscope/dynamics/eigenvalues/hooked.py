@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,6 +19,7 @@ from loopscope.dynamics.eigenvalues.krylov import (
     disagreement,
 )
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
+from loopscope.dynamics.eigenvalues.search import TokenMap
 from loopscope.errors import ConfigError
 from loopscope.models.hooks.forward import Injected
 from loopscope.models.hooks.hooked import HookedSubject
@@ -92,6 +92,7 @@ class HookedRecurrence:
     """
 
     site: StateSite = "block input"
+    by_token = False
 
     def __init__(
         self, subject: HookedSubject, batch: Batch, seed: int, recurrences: int, state: States, last_step: States
@@ -101,11 +102,19 @@ class HookedRecurrence:
         self.state: States = state.to(subject.device, subject.facts.dtype)
         self.last_step: States = last_step
 
-    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
-        if prompts is None:
-            return self._following(self._batch, state, gradients=False)
-        some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])
-        return state.index_put((prompts,), self._following(some, state[prompts], gradients=False))
+    def apply(self, state: States) -> States:
+        return self._following(self._batch, state, gradients=False)
+
+    def token_map(self) -> TokenMap:
+        state = self.state.clone()
+
+        def following(vectors: TokenVectors, tokens: TokenMask) -> TokenVectors:
+            state[tokens] = vectors
+            prompts = tokens.any(-1)
+            some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])
+            return self._following(some, state[prompts], gradients=False)[tokens[prompts]]
+
+        return following
 
     def check(self, early: Sequence[States], late: Sequence[States]) -> None:
         """What the first layer receives before and after a recurrence near the start, and where the run stands. Raises

@@ -101,6 +101,46 @@ class SideBySide:
         return seen[None, None]
 
 
+class AfterOthers:
+    """Attention of some tokens, one after the other, to those before them in their prompt as they were when they were
+    last among these."""
+
+    def __init__(self, mask: Places) -> None:
+        self._places = [row.nonzero()[:, 0] for row in mask]
+        self._layers: list[dict[int, Tensor]] = []
+        """Keys and values, (2, 1, head, token, head_dim), of each prompt that was begun."""
+        self.turn = 0
+        """The layer that comes next, to be set back after the last one."""
+
+    def begin(self, tokens: Places) -> None:
+        """These are the tokens from now on."""
+        self._spans: dict[int, slice] = {}
+        for row in tokens.any(-1).nonzero()[:, 0].tolist():
+            among = tokens[row, self._places[row]].nonzero()[:, 0]
+            self._spans[row] = slice(int(among[0]), int(among[-1]) + 1)
+
+    def __call__(self, query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:
+        if self.turn == len(self._layers):
+            self._layers.append({})
+        layer, self.turn = self._layers[self.turn], self.turn + 1
+        counts, mixed = [span.stop - span.start for span in self._spans.values()], []
+        for (row, span), parts in zip(
+            self._spans.items(),
+            zip(*(each.split(counts, dim=2) for each in (query, key, value)), strict=True),
+            strict=True,
+        ):
+            places = self._places[row].to(key.device)
+            if row not in layer:
+                layer[row] = key.new_zeros(2, *key.shape[:2], len(places), key.shape[-1])
+            for known, now in zip(layer[row], parts[1:], strict=True):
+                known[:, :, span] = now
+            seen_key, seen_value = (known[:, :, : span.stop] for known in layer[row])
+            at, before = places[span], places[: span.stop]
+            seen = at[:, None] >= before if allowed is None else allowed[row % len(allowed), 0, at][:, before]
+            mixed.append(mix_values(parts[0], seen_key, seen_value, seen[None, None]))
+        return torch.cat(mixed, dim=2)
+
+
 class OthersSeen:
     """Runs beside `SideBySide` once and keeps what every layer's tokens see."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
-from loopscope.dynamics.eigenvalues.mixing import OthersFrozen, OthersSeen, SideBySide
+from loopscope.dynamics.eigenvalues.mixing import AfterOthers, OthersFrozen, OthersSeen, SideBySide
 from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, TokenBlock
+from loopscope.dynamics.eigenvalues.search import TokenMap
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Sizes
 from loopscope.models.interventions.kinds import FreezeInjection, ReplaceToken
@@ -68,6 +67,7 @@ class NativeRecurrence:
     """
 
     site: StateSite = "loop state"
+    by_token = True
 
     def __init__(
         self,
@@ -90,10 +90,25 @@ class NativeRecurrence:
         self.last_step: States = last_step.to(self._dtype)
 
     @torch.no_grad()
-    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
-        mask = self._mask if prompts is None else self._mask & prompts[:, None]
-        alone = self._following(SideBySide(mask), mask)
-        return state.index_put((mask,), alone(state[mask][None])[0])
+    def apply(self, state: States) -> States:
+        alone = self._following(SideBySide(self._mask), self._mask)
+        return state.index_put((self._mask,), alone(state[self._mask][None])[0])
+
+    def token_map(self) -> TokenMap:
+        mix, latest = AfterOthers(self._mask), torch.zeros_like(self._mask)
+        alone = self._following(mix, latest)
+
+        @torch.no_grad()
+        def following(vectors: TokenVectors, tokens: TokenMask) -> TokenVectors:
+            nonlocal alone, latest
+            if not torch.equal(tokens, latest):
+                mix.begin(tokens)
+                alone, latest = self._following(mix, tokens), tokens
+            mix.turn = 0
+            image: TokenVectors = alone(vectors[None])[0]
+            return image
+
+        return following
 
     def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
         for places in tokens.nonzero().split(self._at_once):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import Products
+from loopscope.dynamics.eigenvalues.search import TokenMap
 
 StateSite = Literal["loop state", "block input"]
 """Where the state is taken: as one recurrence hands it on, or as the first recurrent layer receives it. The two maps
@@ -45,8 +45,14 @@ class LinearisedRecurrence(Protocol):
     """How many were run before the state."""
     site: StateSite
 
-    def apply(self, state: States, prompts: Bool[Tensor, " batch"] | None = None) -> States:
-        """One recurrence of all prompts, or of those alone, without gradients."""
+    by_token: bool
+    """Whether `token_map` computes less for fewer tokens of a prompt."""
+
+    def apply(self, state: States) -> States:
+        """One recurrence of all prompts, without gradients."""
+
+    def token_map(self) -> TokenMap:
+        """One recurrence of some tokens, without gradients."""
 
     def linearised(self, state: States, tokens: TokenMask) -> Iterator[TokenBlock]:
         """The recurrence's derivative at these states, in blocks that hold each of those tokens once. Some of a block's

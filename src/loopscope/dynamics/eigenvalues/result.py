@@ -46,8 +46,8 @@ class EigenvalueSettings:
     """If a token's relative step at the point is larger, a fixed point is searched from there. An eigenvalue changes by
     about as much as the state, so a smaller step changes no rate in its third decimal."""
     search: Annotated[int, Range(0)] = 200
-    """Recurrences that the search may evaluate; 0 takes the point as it is. Where small random models have a fixed
-    point that repels, half of them need up to 40, and one in ten more than 130."""
+    """Recurrences of a whole prompt to which the evaluations of its tokens may add up in the search; 0 takes the point
+    as it is."""
     block_bytes: Annotated[int, Range(1)] = 2**30
     """Tokens of a native model are taken in blocks whose basis vectors, and what is recorded for their derivative, take
     about so much memory at most; one token at the least."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope._util.shapes import States, TokenMask
+from loopscope.dynamics.eigenvalues.krylov import TokenVectors
 
+WINDOW, WINDOWS = 8, 8
+"""Tokens of a prompt that are moved at a time: an eighth of it, and 8 at least. Those behind wait for what they look at
+to stand still: moved all at once, random prompts of 24 tokens need twice as many evaluations of each."""
 _MEMORY = 10
 """Earlier states that a guess is made from. More find a fixed point in no fewer steps on random models, and fewer take
 half as many again."""
@@ -18,113 +22,109 @@ _DAMPING = 0.5
 _REACH = 10.0
 """A fixed point that is farther away than this many lengths of the state is none that the run has to do with. So far
 out a state that only creeps moves by less than it is rounded."""
-_TRIED, _HOPELESS = 12, 0.3
-"""After so many evaluations a prompt whose middle token still moves by more than this share of its norm is given up."""
-_PATIENCE, _NEARER = 60, 0.7
-"""A prompt is given up whose smallest steps, that of its middle token and the largest of its tokens, are both above
-that share of what they were so many evaluations before. Of 104 random prompts whose fixed point 200 evaluations find,
-both rules together give up 7, and others after 32 evaluations on average."""
+_PATIENCE, _NEARER = 100, 0.7
+"""A token is given up whose smallest step has not fallen to that share within so many evaluations. With 60, three of
+103 random prompts whose fixed point is found have none."""
+_FAR, _LESS_PATIENCE = 0.3, 24
+"""The same, of a token that moves by more than this share of its norm in each of them."""
 _RIDGE = 1e-12
 """Relative size of what keeps the least squares solvable where the earlier states lie in one line."""
 
-Recurrence = Callable[[States, Bool[Tensor, " batch"]], States]
-"""Of the states of all prompts: those prompts one recurrence later."""
+TokenMap = Callable[[TokenVectors, TokenMask], TokenVectors]
+"""States of some tokens, in the order of the batch, to their states one recurrence later. The others stand where they
+were when they were last among those."""
 
 
-def relative_step(state: States, following: States, size: Float[Tensor, "batch token"] | None = None) -> Tensor:
-    """`|F(x) - x| / |x|` of each token, (batch, token), or relative to another size."""
-    size = torch.linalg.vector_norm(state, dim=-1) if size is None else size
-    step: Tensor = torch.linalg.vector_norm(following - state, dim=-1) / size
+def relative_step(state: States, following: States) -> Tensor:
+    """`|F(x) - x| / |x|` of each token, (batch, token)."""
+    step: Tensor = torch.linalg.vector_norm(following - state, dim=-1) / torch.linalg.vector_norm(state, dim=-1)
     return step
 
 
 @torch.no_grad()
 def find_fixed_point(
-    recurrence: Recurrence, state: States, mask: TokenMask, *, settled: float, evaluations: int
+    recurrence: TokenMap, state: States, mask: TokenMask, *, settled: float, evaluations: int, whole: bool = False
 ) -> tuple[States, Bool[Tensor, " batch"]]:
     """States with `|F(x) - x| <= settled |state|` at every token, and for which prompts they were found.
 
     Anderson's mixing (1965; Walker and Ni 2011) of each token's states by itself. It solves `F(x) = x` rather than
-    following F, so that it reaches fixed points that repel, as that within an orbit. Prompts for which none is found
-    in that many evaluations of F, that run away, or that come no nearer (see `_PATIENCE`), keep their state. Steps are
-    relative to the state given and not to where the search has gone.
+    following F, so that it reaches fixed points that repel, as that within an orbit. In a causal model the fixed point
+    of a token is one whatever comes behind it: a prompt's tokens are taken from its first on, a window at a time unless
+    they are to be moved as a `whole`, and the first ones stand still as soon as they have settled. Prompts keep their
+    state where a token runs away or comes no nearer (see `_PATIENCE`) once all before it stand still, and where it
+    takes more than that many evaluations of every token. Steps are relative to the state given and not to where the
+    search has gone.
     """
-    kept, found = state.clone(), torch.zeros(len(state), dtype=torch.bool, device=state.device)
-    open_ = torch.ones_like(found)
-    begin, size, real = state, torch.linalg.vector_norm(state, dim=-1), mask
-    mixing, history = _Mixing(state), _History()
-    for _ in range(evaluations):
-        following = recurrence(kept.index_put((open_,), state), open_)[open_]
-        near = (relative_step(begin, state) <= _REACH).logical_or(~real).all(-1)
-        steps = relative_step(state, following, size)
-        rests = (steps <= settled).logical_or(~real).all(-1) & near
-        goes_on = near & ~rests & history.hopeful(steps, real)
-        places = open_.nonzero()[:, 0]
-        kept[places[rests]], found[places[rests]] = state[rests], True
-        if not bool(goes_on.any()):
-            break
-        state = mixing.guess(state, following - state)
-        if not bool(goes_on.all()):
-            open_ = torch.zeros_like(open_).index_put((places[goes_on],), torch.tensor(True, device=open_.device))
-            begin, size, real, state = (each[goes_on] for each in (begin, size, real, state))
-            mixing.keep(goes_on)
-            history.keep(goes_on)
-    return kept, found
-
-
-class _History:
-    """By how much the prompts' steps have shrunk."""
-
-    def __init__(self) -> None:
-        self._smallest: list[Float[Tensor, "batch 2"]] = []
-
-    def hopeful(self, steps: Float[Tensor, "batch token"], mask: TokenMask) -> Bool[Tensor, " batch"]:
-        """Whether a prompt may still come to a fixed point."""
-        middle = steps.masked_fill(~mask, torch.nan).nanmedian(-1).values
-        now = torch.stack((middle, steps.masked_fill(~mask, 0.0).amax(-1)), dim=-1)
-        self._smallest.append(torch.minimum(now, self._smallest[-1]) if self._smallest else now)
-        count, smallest = len(self._smallest), self._smallest[-1]
-        hopeful = torch.ones_like(smallest[:, 0], dtype=torch.bool)
-        if count > _TRIED:
-            hopeful = smallest[:, 0] <= _HOPELESS
-        if count > _PATIENCE:
-            hopeful = hopeful & (smallest <= _NEARER * self._smallest[-1 - _PATIENCE]).any(-1)
-        return hopeful
-
-    def keep(self, some: Bool[Tensor, " batch"]) -> None:
-        self._smallest = [each[some] for each in self._smallest]
+    count, place = mask.sum(-1), mask.cumsum(-1) - 1
+    window = count if whole else (count // WINDOWS).clamp(min=WINDOW)
+    size = torch.linalg.vector_norm(state, dim=-1)
+    first, used, tries, open_ = *torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device), count > 0
+    smallest = mark = size.new_full(first.shape, torch.inf)
+    searched, tokens, mixing = state.clone(), torch.zeros_like(mask), _Mixing(state)
+    while bool(open_.any()):
+        taken = mask & open_[:, None] & (place >= first[:, None]) & (place < (first + window)[:, None])
+        if not torch.equal(taken, tokens):
+            mixing.take(tokens, taken)
+            tokens = taken
+        before = searched[tokens]
+        change = recurrence(before, tokens) - before
+        guess = mixing.guess(before, change)
+        step = size.new_full(mask.shape, torch.inf)
+        step[tokens] = torch.linalg.vector_norm(change, dim=-1) / size[tokens]
+        away = torch.linalg.vector_norm(searched - state, dim=-1) / size
+        # Of the first token that is not settled: what it sees stands still, so that this is its own step.
+        own = step.masked_fill(place != first[:, None], torch.inf).amin(-1)
+        smallest = torch.minimum(smallest, own)
+        nearer = smallest <= _NEARER * mark
+        tries, mark = torch.where(nearer, 0, tries + 1), torch.where(nearer, smallest, mark)
+        used = used + tokens.sum(-1)
+        hopeless = tries > torch.where(smallest > _FAR, _LESS_PATIENCE, _PATIENCE)
+        hopeless |= (used >= evaluations * count) | ~((away <= _REACH) | ~tokens).all(-1)
+        settles = ((step <= settled) | (place < first[:, None]) | ~mask).cumprod(-1).bool()
+        ahead = (settles & mask).sum(-1)
+        tries, smallest, mark = (
+            torch.where(ahead > first, anew, each)
+            for anew, each in ((0, tries), (torch.inf, smallest), (torch.inf, mark))
+        )
+        first = ahead
+        open_ = open_ & (first < count) & ~hopeless
+        moves = tokens & open_[:, None] & (place >= first[:, None])
+        searched[moves] = guess[moves[tokens]]
+    found = (first == count) & (count > 0)
+    return torch.where(found[:, None, None], searched, state), found
 
 
 class _Mixing:
     """The differences of each token's last states, and of their steps."""
 
     def __init__(self, state: States) -> None:
-        shape = (*state.shape[:2], _MEMORY, state.shape[2])
-        self._moved, self._turned = state.new_zeros(shape), state.new_zeros(shape)
-        self._last: tuple[States, States] | None = None
+        self._moved = self._turned = state.new_zeros(0, _MEMORY, state.shape[-1])
+        self._state = self._step = state.new_zeros(0, state.shape[-1])
         self._count = 0
 
-    def keep(self, some: Bool[Tensor, " batch"]) -> None:
-        self._moved, self._turned = self._moved[some], self._turned[some]
-        assert self._last is not None
-        self._last = self._last[0][some], self._last[1][some]
+    def take(self, tokens: TokenMask, others: TokenMask) -> None:
+        """Those others in place of the tokens so far; of the ones that are new nothing is known."""
+        stay, again = others[tokens], tokens[others]
+        for name in ("_moved", "_turned", "_state", "_step"):
+            known: Tensor = getattr(self, name)
+            # NaN is what a difference from is not known.
+            whole = known.new_full((len(again), *known.shape[1:]), 0.0 if known.ndim == 3 else torch.nan)
+            whole[again] = known[stay]
+            setattr(self, name, whole)
 
-    def guess(self, state: States, step: States) -> States:
+    def guess(self, state: TokenVectors, step: TokenVectors) -> TokenVectors:
         """The combination of the last states whose steps, taken as linear, cancel best, moved along what is left."""
-        if self._last is None:
-            self._last = state, step
-            return state + _DAMPING * step
         slot = self._count % _MEMORY
-        self._moved[:, :, slot], self._turned[:, :, slot] = state - self._last[0], step - self._last[1]
-        self._last, self._count = (state, step), self._count + 1
-        known = min(self._count, _MEMORY)
-        moved, turned = self._moved[:, :, :known], self._turned[:, :, :known]
-        normal = (turned @ turned.mT).double()
-        # Tokens that have arrived differ by nothing.
+        self._moved[:, slot], self._turned[:, slot] = (
+            (now - before).nan_to_num(0.0, 0.0, 0.0) for now, before in ((state, self._state), (step, self._step))
+        )
+        self._state, self._step, self._count = state, step, self._count + 1
+        normal = (self._turned @ self._turned.mT).double()
+        # Tokens that have arrived, or have only just come in, differ by nothing.
         ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + torch.finfo(torch.float64).tiny
-        normal = normal + ridge[..., None, None] * torch.eye(known, dtype=normal.dtype, device=normal.device)
+        normal = normal + ridge[..., None, None] * torch.eye(_MEMORY, dtype=normal.dtype, device=normal.device)
         # Not `solve`, which would end the search of every prompt for one whose states have overflown.
-        weights, _ = torch.linalg.solve_ex(normal, (turned @ step[..., None]).double())
+        weights, _ = torch.linalg.solve_ex(normal, (self._turned @ step[..., None]).double())
         taken = weights.to(step.dtype).mT
-        guess: Tensor = state + _DAMPING * step - (taken @ moved + _DAMPING * (taken @ turned))[..., 0, :]
+        guess: Tensor = state + _DAMPING * step - (taken @ self._moved + _DAMPING * (taken @ self._turned))[:, 0]
         return guess

@@ -39,7 +39,7 @@ class TailMotions:
 
     whole: Motions
     later: tuple[Int[Tensor, " row"], Motions]
-    shorter: tuple[Int[Tensor, " row"], Motions]
+    shorter: tuple[Int[Tensor, " other"], Motions]
 
 
 def measure_tails(
