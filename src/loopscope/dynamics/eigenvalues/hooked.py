@@ -18,6 +18,7 @@ from loopscope.dynamics.eigenvalues.krylov import (
     TokenVectors,
     disagreement,
 )
+from loopscope.dynamics.eigenvalues.mixing import Places
 from loopscope.dynamics.eigenvalues.recurrence import Derivative, LastStep, StateSite, TokenBlock
 from loopscope.dynamics.eigenvalues.search import TokenMap
 from loopscope.errors import ConfigError
@@ -108,7 +109,7 @@ class HookedRecurrence:
     def token_map(self) -> TokenMap:
         state = self.state.clone()
 
-        def following(vectors: TokenVectors, tokens: TokenMask) -> TokenVectors:
+        def following(vectors: TokenVectors, tokens: Places) -> TokenVectors:
             state[tokens] = vectors
             prompts = tokens.any(-1)
             some = Batch(self._batch.input_ids[prompts], self._batch.mask[prompts])

@@ -8,7 +8,7 @@ import torch
 
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
-from loopscope.dynamics.eigenvalues.mixing import AfterOthers, OthersFrozen, OthersSeen, SideBySide
+from loopscope.dynamics.eigenvalues.mixing import AfterOthers, OthersFrozen, OthersSeen, Places, SideBySide
 from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, TokenBlock
 from loopscope.dynamics.eigenvalues.search import TokenMap
 from loopscope.errors import ConfigError
@@ -99,7 +99,7 @@ class NativeRecurrence:
         alone = self._following(mix, latest)
 
         @torch.no_grad()
-        def following(vectors: TokenVectors, tokens: TokenMask) -> TokenVectors:
+        def following(vectors: TokenVectors, tokens: Places) -> TokenVectors:
             nonlocal alone, latest
             if not torch.equal(tokens, latest):
                 mix.begin(tokens)
