@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -133,7 +133,6 @@ class Behaviour(Measure):
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
         self._arrays = self._empty()
-        self._kinds: dict[int, list[int]] = {}
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -145,7 +144,8 @@ class Behaviour(Measure):
             len(plan.judged_layers) * number * sum(stop - first for first, stop in filter(None, spans))
             for spans in (earlier, (seed, seed))
         )
-        piece = min(_PIECE_BYTES, tokens * judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
+        rows = len(plan.judged_layers) * tokens
+        piece = min(_PIECE_BYTES, rows * judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
         long_run = until_judged + len(plan.judged_layers) * wide
         return Memory(kept=of_seeds, until_ended=long_run, ended=piece, result=piece)
 
@@ -157,48 +157,63 @@ class Behaviour(Measure):
         self._tails.visit(visit)
 
     def ended(self, end: RunEnd) -> None:
-        """Judge layer by layer; the kept states go as they are judged, but for those of the other run's recurrences."""
-        mask = self.batch.mask.cpu().numpy()
-        for place, layer in enumerate(self.batch.plan.judged_layers):
-            noise, last = self._noise(layer), layer == self.batch.info.recurrent - 1
-            verdicts: list[Verdict] = []
-            cosine: list[Verdict] = []
-            for tokens in self._pieces(torch.arange(mask.sum())):
-                states = self._tails.trajectories(layer, self._second, tokens)
-                # Where the kinds of the last layer are told for other thresholds, they are for the same motion.
-                places = self.batch.mask.cpu().nonzero()[tokens].numpy() if last else None
-                verdicts += self._judge(states, self._settings, noise.take(tokens), places)
-                cosine += self._judge(states, self._cosine, None, places)
-                finite = states.isfinite().all(-1).all(-1)
-                if places is not None and bool(finite.any()):
-                    prompts, columns = places[finite.numpy()].T
-                    paths = tail_paths(states[finite], self._second[0] + 1).numpy()
-                    self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
-            self._arrays["verdict"][place][mask] = self._kinds[layer] = _codes(verdicts)
-            self._arrays["verdict_cosine"][place][mask] = _codes(cosine)
-            self._arrays["verdict_doubt"][place][mask] = [
-                -1 if verdict.doubt is None else DOUBTS.index(verdict.doubt) for verdict in verdicts
-            ]
-            for name in VERDICT_NUMBERS:
-                self._arrays[f"verdict_{name}"][place][mask] = [getattr(verdict, name) for verdict in verdicts]
-            self._arrays["verdict_changes"][:, place][:, mask] = self._changes(layer, verdicts, noise)
-            for prompt, row in movers(verdicts, mask):
-                self._arrays["mover"][place, prompt] = row - mask[:prompt].sum()
-                states = self._tails.trajectories(layer, self._second, torch.tensor([row]))
-                self._arrays["mover_path"][:, :, place, prompt] = tail_paths(states, self._second[0] + 1)[0].T.numpy()
-            if last:
-                self._arrays["displacement"] = _curves(verdicts, mask)
-            self._tails.drop(layer, but=self._seed)
+        """Judge tokens of several layers at once, as judging costs nearly the same for a few as for many; those of the
+        last layer by themselves, whose kinds are told for other thresholds as well. The kept states go as they are
+        judged, but for those of the other run's recurrences."""
+        layers, last = self.batch.plan.judged_layers, [self.batch.info.recurrent - 1]
+        for some in ([layer for layer in layers if layer not in last], [layer for layer in layers if layer in last]):
+            if some:
+                self._judge_layers(some, last=some == last)
+                for layer in some:
+                    self._tails.drop(layer, but=self._seed)
 
     def result(self) -> xr.Dataset:
         """What was judged, and whether another initial state changes it."""
-        mask = self.batch.mask.cpu().numpy()
-        for place, layer in enumerate(self.batch.plan.judged_layers if self._seed is not None else ()):
-            changes = self._changes_with_seed(layer, np.array(self._kinds[layer]), self._noise(layer))
-            self._arrays["verdict_changes"][CHANGES.index("seed"), place][mask] = changes
-            self._tails.drop(layer)
-            self._other.drop(layer)
+        layers, mask = self.batch.plan.judged_layers, self.batch.mask.cpu().numpy()
+        if self._seed is not None:
+            changed = self._changes_with_seed(layers, self._arrays["verdict"][:, mask].flatten())
+            self._arrays["verdict_changes"][CHANGES.index("seed")][:, mask] = changed.reshape(len(layers), -1)
+            for layer in layers:
+                self._tails.drop(layer)
+                self._other.drop(layer)
         return self.dataset(self._arrays)
+
+    def _judge_layers(self, layers: Sequence[int], *, last: bool) -> None:
+        mask = self.batch.mask.cpu().numpy()
+        positions, noise = np.argwhere(mask), self._noise(layers)
+        verdicts: list[Verdict] = []
+        cosine: list[Verdict] = []
+        for rows in self._pieces(torch.arange(len(layers) * len(positions))):
+            states = self._states(self._tails, layers, self._second, rows)
+            places = positions[rows.numpy()] if last else None
+            verdicts += self._judge(states, self._settings, noise.take(rows), places)
+            cosine += self._judge(states, self._cosine, None, places)
+            finite = states.isfinite().all(-1).all(-1)
+            if places is not None and bool(finite.any()):
+                prompts, columns = places[finite.numpy()].T
+                paths = tail_paths(states[finite], self._second[0] + 1).numpy()
+                self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
+        found: dict[str, Sequence[float]] = {
+            "verdict": _codes(verdicts),
+            "verdict_cosine": _codes(cosine),
+            "verdict_doubt": [-1 if each.doubt is None else DOUBTS.index(each.doubt) for each in verdicts],
+            **{f"verdict_{name}": [getattr(each, name) for each in verdicts] for name in VERDICT_NUMBERS},
+        }
+        first = self.batch.plan.judged_layers.index(layers[0])
+        there = slice(first, first + len(layers))
+        for name, values in found.items():
+            self._arrays[name][there][:, mask] = np.reshape(values, (len(layers), -1))
+        changes = self._changes(layers, verdicts, noise)
+        self._arrays["verdict_changes"][:, there][:, :, mask] = changes.reshape(len(changes), len(layers), -1)
+        for place, layer in enumerate(layers):
+            its = verdicts[place * len(positions) : (place + 1) * len(positions)]
+            for prompt, row in movers(its, mask):
+                self._arrays["mover"][first + place, prompt] = row - mask[:prompt].sum()
+                states = self._tails.trajectories(layer, self._second, torch.tensor([row]))
+                path = tail_paths(states, self._second[0] + 1)[0]
+                self._arrays["mover_path"][:, :, first + place, prompt] = path.T.numpy()
+        if last:
+            self._arrays["displacement"] = _curves(verdicts, mask)
 
     def _empty(self) -> dict[str, np.ndarray]:
         """Its arrays, without anything in them."""
@@ -220,15 +235,24 @@ class Behaviour(Measure):
                 arrays[f"{name}_sensitivity"] = np.zeros((prompts, *steps, len(KINDS)), dtype=np.int64)
         return arrays
 
-    def _pieces(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Some tokens, as many at a time as take little memory."""
+    def _pieces(self, rows: Tensor) -> Iterator[Tensor]:
+        """As many at a time as take little memory."""
         length = self._second[1] - self._second[0]
-        yield from tokens.split(max(1, _PIECE_BYTES // judged_bytes(length)))
+        yield from rows.split(max(1, _PIECE_BYTES // judged_bytes(length))) if len(rows) else ()
 
-    def _noise(self, layer: int) -> Noise:
-        """What the twin says of a layer's tokens; without a twin, nothing."""
-        twin, tokens = self.batch.twin, int(self.batch.counts.sum())
-        return Noise.of(self._dtype, tokens) if twin is None else twin.noise(layer)
+    def _states(self, tails: Tails, layers: Sequence[int], span: Span, rows: Tensor) -> Tensor:
+        """Trajectories of some (layer, token), numbered through, in their order."""
+        tokens = int(self.batch.counts.sum())
+        own = [rows[rows // tokens == place] - place * tokens for place in range(len(layers))]
+        there = zip(layers, own, strict=True)
+        return torch.cat([tails.trajectories(layer, span, some) for layer, some in there if len(some)])
+
+    def _noise(self, layers: Sequence[int]) -> Noise:
+        """What the twin says of the tokens of some layers; without a twin, nothing."""
+        twin = self.batch.twin
+        if twin is None:
+            return Noise.of(self._dtype, len(layers) * int(self.batch.counts.sum()))
+        return Noise.together([twin.noise(layer) for layer in layers])
 
     def _judge(
         self, states: Tensor, settings: Settings, noise: Noise | None, places: NDArray[np.integer] | None
@@ -265,34 +289,36 @@ class Behaviour(Measure):
             kinds[row] = kind
         return kinds
 
-    def _changes(self, layer: int, verdicts: list[Verdict], noise: Noise) -> NDArray[np.int8]:
-        """By what a verdict is tried against, whether it changes, (change, token): 1 or 0, and -1 where that could not
-        be tried, or there is nothing to try since the trajectory did not tell."""
+    def _changes(self, layers: Sequence[int], verdicts: list[Verdict], noise: Noise) -> NDArray[np.int8]:
+        """By what a verdict is tried against, whether it changes, (change, layer and token): 1 or 0, and -1 where that
+        could not be tried, or there is nothing to try since the trajectory did not tell."""
         changed = np.full((len(CHANGES), len(verdicts)), -1, dtype=np.int8)
         told = np.array([verdict.kind is not Kind.UNKNOWN for verdict in verdicts])
         known = [verdict for verdict, is_told in zip(verdicts, told, strict=True) if is_told]
         changed[CHANGES.index("window"), told] = ["window" in verdict.unstable for verdict in known]
         for name, span in self._earlier.items():
             if span is not None:
-                found = self._tried(self._tails, layer, span, told, noise)
+                found = self._tried(self._tails, layers, span, told, noise)
                 changed[CHANGES.index(name), told] = _differ([verdict.kind for verdict in known], found)
         return changed
 
-    def _changes_with_seed(self, layer: int, codes: NDArray[np.integer], noise: Noise) -> NDArray[np.int8]:
-        """Likewise, (token,): whether two runs from different initial states are told apart."""
+    def _changes_with_seed(self, layers: Sequence[int], codes: NDArray[np.integer]) -> NDArray[np.int8]:
+        """Likewise, (layer and token,): whether two runs from different initial states are told apart."""
         assert self._seed is not None
         changed = np.full(len(codes), -1, dtype=np.int8)
-        told = codes != KINDS.index(Kind.UNKNOWN)
-        runs = [self._tried(tails, layer, self._seed, told, noise) for tails in (self._tails, self._other)]
+        told, noise = codes != Kind.UNKNOWN.code, self._noise(layers)
+        runs = [self._tried(tails, layers, self._seed, told, noise) for tails in (self._tails, self._other)]
         changed[told] = _differ(*runs)
         return changed
 
-    def _tried(self, tails: Tails, layer: int, span: Span, told: NDArray[np.bool_], noise: Noise) -> list[Kind]:
+    def _tried(
+        self, tails: Tails, layers: Sequence[int], span: Span, told: NDArray[np.bool_], noise: Noise
+    ) -> list[Kind]:
         """Of the tokens that are told, within another span."""
         return [
             kind
             for rows in self._pieces(torch.from_numpy(told.nonzero()[0]))
-            for kind in self._try(tails.trajectories(layer, span, rows), span, noise.take(rows))
+            for kind in self._try(self._states(tails, layers, span, rows), span, noise.take(rows))
         ]
 
 
@@ -314,7 +340,7 @@ def movers(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> list[tuple[int, 
 
 
 def _codes(verdicts: list[Verdict]) -> list[int]:
-    return [KINDS.index(verdict.kind) for verdict in verdicts]
+    return [verdict.kind.code for verdict in verdicts]
 
 
 def _differ(one: list[Kind], other: list[Kind]) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,15 @@ class Noise:
     def of(cls, dtype: Dtype, tokens: int) -> Noise:
         """Nothing was measured."""
         return cls(rounding_step(dtype), torch.full((tokens,), math.nan), torch.zeros(tokens, dtype=torch.bool))
+
+    @classmethod
+    def together(cls, several: Sequence[Noise]) -> Noise:
+        """Of the tokens of all, one after the other."""
+        return cls(
+            several[0].rounding,
+            torch.cat([each.floor for each in several]),
+            torch.cat([each.parted for each in several]),
+        )
 
     def take(self, rows: Int[Tensor, " row"]) -> Noise:
         """Of some tokens."""
