@@ -182,7 +182,7 @@ def test_what_cannot_fit_is_refused_before_it_starts_with_what_would_help(
 ) -> None:
     model, texts = subject(), [[1] * 40]
     needed = _job(model, texts, recurrences=6, horizon=8).needed
-    free(monkeypatch, int(1.2 * needed))  # half of which may be taken
+    free(monkeypatch, int(0.7 * needed))
     with pytest.raises(ConfigError) as refused:
         analyze(model, texts, out=tmp_path / "study", recurrences=6, horizon=8)
     said = str(refused.value)
