@@ -32,6 +32,8 @@ class Tails:
     norm_growth: Float[Tensor, " token"]
     """Norm of the last state over that of the state at half the time since the loop began."""
     width: int
+    differences: Float[Tensor, "token time width"] | None = None
+    """To the last state, where they have fewer numbers than their products."""
 
     @property
     def window(self) -> int:
@@ -56,6 +58,7 @@ class Tails:
         """The last `window` recurrences of some tokens, in units of their median norm there."""
         norms = self.norms[rows, -window:]
         scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+        whole = self.differences
         return Tails(
             times=self.times[-window:],
             products=self.products[rows, -window:, -window:] / scale[..., None].square(),
@@ -63,6 +66,7 @@ class Tails:
             norms=norms / scale,
             norm_growth=self.norm_growth[rows],
             width=self.width,
+            differences=whole[rows, -window:] / scale[..., None] if whole is not None and self.width < window else None,
         )
 
 
@@ -115,12 +119,12 @@ def take_tails(states: Float[Tensor, "token recurrence width"], window: int, fir
     # In blocks that stay in a processor's cache: the states are by far the largest of what is looked at.
     block = max(1, _BLOCK_ENTRIES // (recurrences * width))
     parts = [_reduced(some, window, first_recurrence) for some in states.split(block)]
-    products, steps, norms, norm_growth = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Tails(times, products, steps, norms, norm_growth, width)
+    products, steps, norms, norm_growth, *differences = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Tails(times, products, steps, norms, norm_growth, width, *differences)
 
 
-def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Products, steps, norms and norm growth of some tokens."""
+def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor, ...]:
+    """Products, steps, norms and norm growth of some tokens, and the differences if they are few."""
     recurrences = states.shape[1]
     # Neither squares of tiny numbers nor those of huge ones are numbers.
     largest = states.abs().amax((1, 2)).double().clamp_min(1e-300)[:, None, None]
@@ -133,21 +137,30 @@ def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor
     # Differences before squares: the motion may be a millionth of the norm.
     moved = (tail - tail[:, -1:]) / scale[..., None]
     steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
-    return moved @ moved.mT, steps, norms / scale, norm_growth
+    few = (moved,) if moved.shape[-1] < window else ()
+    return moved @ moved.mT, steps, norms / scale, norm_growth, *few
 
 
 def decompose(tails: Tails) -> Components:
     """Principal components of each token's motion."""
-    gram = tails.gram()
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0.0)
-    kept = min(COMPONENTS, tails.window)
+    gram, kept = tails.gram(), min(COMPONENTS, tails.window)
+    if tails.differences is None:
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0.0)
+        scores = vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None]
+    else:
+        # The same from the smaller matrix: the other components of so narrow a state are 0.
+        centred = tails.differences - tails.differences.mean(1, keepdim=True)
+        values, vectors = torch.linalg.eigh(centred.mT @ centred)
+        lacking = tails.window - tails.width
+        values = torch.nn.functional.pad(values.clamp_min(0.0), (lacking, 0))
+        scores = torch.nn.functional.pad(centred @ vectors, (lacking, 0))[..., -kept:]
     rest = values[..., :-kept]
     return Components(
         times=tails.times,
         gram=gram,
         energy=values.sum(-1),
-        scores=vectors[..., -kept:] * values[..., -kept:].sqrt()[:, None],
+        scores=scores,
         directions=_participation(values),
         noise_directions=_noise_directions(rest, tails.width),
         rest_energy=rest.sum(-1),
@@ -189,5 +202,6 @@ def _noise_directions(rest: Tensor, width: int) -> Tensor:
     seen = rest.shape[-1]
     if seen < 3:
         return torch.ones(rest.shape[0], dtype=rest.dtype)
-    apparent = _participation(rest).clamp(min=1.0, max=seen * 0.999)
+    # Where the leading components are all that there are, nothing says that noise takes fewer than the width.
+    apparent = torch.where(rest.sum(-1) > 0, _participation(rest), seen).clamp(min=1.0, max=seen * 0.999)
     return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
