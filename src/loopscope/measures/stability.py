@@ -15,7 +15,7 @@ from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS, eigenvalues_nea
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence, recorded_bytes
 from loopscope.dynamics.eigenvalues.recurrence import LastStep
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
-from loopscope.dynamics.eigenvalues.search import WINDOW, WINDOWS
+from loopscope.dynamics.eigenvalues.search import LEAST_WINDOW, WINDOWS
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
 from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
@@ -192,7 +192,7 @@ class TokenStability(Measure):
             searched, products = 30 * wide, 0
             if isinstance(batch.subject, NativeSubject):
                 sizes = batch.sizes
-                searched = int(searched * min(1, max(1 / WINDOWS, WINDOW / batch.tokens)))
+                searched = int(searched * min(1, max(1 / WINDOWS, LEAST_WINDOW / batch.tokens)))
                 searched += 2 * sizes.recurrent * sizes.key_width * tokens * max(4, batch.itemsize)
                 products = min(settings.block_bytes, tokens * _recorded(batch, settings))
             ended = 8 * wide + max(searched * bool(settings.search), products)

@@ -11,9 +11,10 @@ from torch import Tensor
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import TokenVectors
 
-WINDOW, WINDOWS = 8, 8
-"""Tokens of a prompt that are moved at a time: an eighth of it, and 8 at least. Those behind wait for what they look at
-to stand still: moved all at once, random prompts of 24 tokens need twice as many evaluations of each."""
+LEAST_WINDOW, WINDOWS = 8, 8
+"""A prompt is moved a window at a time: one of so many parts of it, of so many tokens at the least. Those behind wait
+for what they look at to stand still: moved all at once, random prompts of 24 tokens need twice as many evaluations of
+each."""
 _MEMORY = 10
 """Earlier states that a guess is made from. More find a fixed point in no fewer steps on random models, and fewer take
 half as many again."""
@@ -47,20 +48,23 @@ def find_fixed_point(
 ) -> tuple[States, Bool[Tensor, " batch"]]:
     """States with `|F(x) - x| <= settled |state|` at every token, and for which prompts they were found.
 
+    `recurrence` is F, `state` where the search begins, and `evaluations` how often each token may be evaluated on
+    average over its prompt.
+
     Anderson's mixing (1965; Walker and Ni 2011) of each token's states by itself. It solves `F(x) = x` rather than
     following F, so that it reaches fixed points that repel, as that within an orbit. In a causal model the fixed point
     of a token is one whatever comes behind it: a prompt's tokens are taken from its first on, a window at a time unless
     they are to be moved as a `whole`, and the first ones stand still as soon as they have settled. Prompts keep their
     state where a token runs away or comes no nearer (see `_PATIENCE`) once all before it stand still, and where it
-    takes more than that many evaluations of every token. Steps are relative to the state given and not to where the
+    takes more evaluations than that. Steps are relative to the state given and not to where the
     search has gone.
     """
     count, place = mask.sum(-1), mask.cumsum(-1) - 1
-    window = count if whole else (count // WINDOWS).clamp(min=WINDOW)
+    window = count if whole else (count // WINDOWS).clamp(min=LEAST_WINDOW)
     size = torch.linalg.vector_norm(state, dim=-1)
     first, used, tries, open_ = *torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device), count > 0
     smallest = mark = size.new_full(first.shape, torch.inf)
-    searched, tokens, mixing = state.clone(), torch.zeros_like(mask), _Mixing(state)
+    searched, tokens, mixing = state.clone(), torch.zeros_like(mask), _AndersonMixing(state)
     while bool(open_.any()):
         taken = mask & open_[:, None] & (place >= first[:, None]) & (place < (first + window)[:, None])
         if not torch.equal(taken, tokens):
@@ -94,8 +98,8 @@ def find_fixed_point(
     return torch.where(found[:, None, None], searched, state), found
 
 
-class _Mixing:
-    """The differences of each token's last states, and of their steps."""
+class _AndersonMixing:
+    """The differences of each token's last `_MEMORY` states, (token, slot, width), and of their steps."""
 
     def __init__(self, state: States) -> None:
         self._moved = self._turned = state.new_zeros(0, _MEMORY, state.shape[-1])

@@ -53,7 +53,7 @@ def measure_tails(
     kinds_only: bool = False,
 ) -> TailMotions:
     """All that a verdict needs of finite trajectories of one length, by these settings or by `others`, which differ in
-    `floor_factor` and `unexplained` alone; `noise` is what was measured of it.
+    `floor_factor` and `unexplained` alone; `noise` is what was measured of each token's noise.
 
     `shorter` also measures the last two thirds of the tail, which say whether a verdict depends on the window;
     `kinds_only` leaves out what decides no kind.
@@ -63,14 +63,12 @@ def measure_tails(
     whole = measure_motions(tails, noise, settings, kinds_only=kinds_only)
 
     def within(length: int, chosen: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Motions]:
-        # Of no tokens, there is something to measure in a window of any length.
-        length, rows = (
-            max(length, _SHORTEST_HALF),
-            chosen.nonzero()[:, 0] if length >= _SHORTEST_HALF else torch.arange(0),
-        )
-        some, its_noise, plain = tails.last(length, rows), noise.take(rows), kinds_only or ends is None
+        """Of the chosen tokens, or of none where so few recurrences tell nothing."""
+        rows = (chosen & (length >= _SHORTEST_HALF)).nonzero()[:, 0]
+        some = tails.last(max(length, _SHORTEST_HALF), rows)
         its_ends = None if ends is None else ends[rows]
-        return rows, measure_motions(some, its_noise, settings, kinds_only=plain, ends=its_ends)
+        plain = kinds_only or ends is None
+        return rows, measure_motions(some, noise.take(rows), settings, kinds_only=plain, ends=its_ends)
 
     # Halves cost as much again, so they are measured only where some settings would look at them.
     found = [_findings(whole, each) for each in (settings, *others)]
@@ -184,11 +182,12 @@ class _Finding(NamedTuple):
 
 
 class _Findings:
-    """What is said of each motion: the first rule that holds."""
+    """What is said of each motion: the first rule that holds. Tensors are (token,) each."""
 
     def __init__(self, motions: Motions, settings: DisplacementSettings) -> None:
         self.motions, self.settings = motions, settings
         self.rest, self.amplified = motions.noise.rest(settings), motions.noise.amplified(settings)
+        """Steps, over the norm: motion up to the first is rest, and what a shape leaves is noise up to the second."""
         self.grows = motions.norm_growth >= settings.norm_growth
         new = motions.innovation / motions.noise.rounding
         small = (motions.level <= settings.gain * motions.noise.rounding) & ~motions.noise.measured
@@ -198,6 +197,7 @@ class _Findings:
         self.settled = torch.ones(len(motions.level), dtype=torch.bool)
         """The later half of the tail need not be asked."""
         self._rule = torch.full_like(self.kind, -1)
+        """Which of the rules spoke; -1 none yet."""
         self._rules: list[tuple[str, bool, Doubt | None]] = []
 
     def say(
@@ -210,7 +210,7 @@ class _Findings:
         settled: bool | Tensor = True,
         doubt: Doubt | None = None,
     ) -> None:
-        """The next rule; its sentence is a format of a `_Motion`, `it`."""
+        """The next rule, of tokens that no earlier one spoke of; its sentence is a format of a `_Motion`, `it`."""
         new = where & (self._rule < 0)
         self._rule[new] = len(self._rules)
         self._rules.append((sentence, shaped, doubt))
@@ -418,7 +418,7 @@ def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
     if kind.moves and seems:
         unstable.append("noise")
     # The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at least
-    # that of one rounding.
+    # the measured one or that of one rounding.
     floor = it.displacement[0] if kind == Kind.AT_FLOOR else it.left if shaped else 0.0
     described = shaped and kind in (Kind.FIXED_POINT, Kind.ORBIT, Kind.DIVERGING)
     orbits = kind == Kind.ORBIT

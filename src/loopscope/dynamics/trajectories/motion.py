@@ -20,6 +20,7 @@ _PLAIN, _PLAIN_LATE = 30.0, 3.0
 """Steps that shrink by these factors, within the tail and, unless they have come to rest, within its later half, are
 those of an approach."""
 _SHIFTS = 24
+"""Of time, tried for steps like a power of it."""
 _STEADY = 8.0
 """Standard errors by which the slope of the logarithm of the steps must differ from 0, in each half of the tail by half
 as much."""
@@ -29,7 +30,8 @@ _SLOWING_MISFIT = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Motions:
-    """Of some tokens, (token,) each. Lengths are relative to the state's norm."""
+    """Of some tokens, (token,) each but for `displacement`. Lengths are relative to the state's norm, steps root mean
+    squares."""
 
     window: int
     noise: Noise
@@ -59,7 +61,9 @@ class Motions:
     shrinking_late: Tensor
     """The same within the later half."""
     late_step: Tensor
+    """Step in the last sixth of the tail."""
     norm_growth: Tensor
+    """Norm of the last state over that at half the time since the loop began."""
     slowing: Tensor
     """The power a of steps that shrink like (t + s)^-a; NaN where noise hides it or they do not follow one."""
     trend: Tensor
@@ -109,7 +113,7 @@ def measure_motions(
     moving = moves.nonzero()[:, 0]
     squares = tails.products.diagonal(dim1=-2, dim2=-1).sum(-1)
     energy = (squares - tails.products.mean(-1).sum(-1)).clamp_min(0.0)
-    best, innovation = BestShapes.none(None, energy, 0, torch.zeros_like(level)), torch.full_like(level, math.nan)
+    best, innovation = BestShapes.unfitted(None, energy, 0, torch.zeros_like(level)), torch.full_like(level, math.nan)
     if len(moving):
         parts = decompose(tails.last(tails.window, moving))
         innovation[moving] = innovation_step(parts)

@@ -56,7 +56,7 @@ _EXACT = 1e-13
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BestShapes:
-    """The likeliest shape of each motion, and what it leaves; (token,) each."""
+    """The likeliest shape of each motion, and what it leaves; (token,) each. Lengths are relative to the norm."""
 
     shape: tuple[Shape | None, ...]
     """None where a motion is too small to look for one."""
@@ -67,6 +67,7 @@ class BestShapes:
     columns: Tensor
     """How many coefficients it has in each direction."""
     p_value: Tensor
+    """That noise alone would fit a shape so well, corrected for how many were tried."""
     margin: Tensor
     """Logarithm of how much likelier it is than the best shape that tends to something else."""
     rival: Tensor
@@ -81,8 +82,9 @@ class BestShapes:
     """Of periodic motion: step in the first whole periods of the tail over that in the last as many; else 1."""
 
     @classmethod
-    def none(cls, shape: Shape | None, left: Tensor, columns: int, directions: Tensor) -> BestShapes:
-        """Of motions that no shape was fitted to."""
+    def unfitted(cls, shape: Shape | None, left: Tensor, columns: int, directions: Tensor) -> BestShapes:
+        """Of motions that no shape was fitted to: too small to look for one (`shape` None), or such that none can
+        explain them."""
         zeros, ones = torch.zeros_like(left), torch.ones_like(left)
         bounded = torch.full((len(left),), Kind.BOUNDED.code)
         return cls(
@@ -122,7 +124,7 @@ def best_shapes(
     there. Of the tokens in `ends` only an approach and an orbit are of interest.
     """
     left = _least_left(parts, _COLUMNS)
-    none = BestShapes.none(Shape("none", (), parts.window), left, _COLUMNS, parts.directions)
+    none = BestShapes.unfitted(Shape("none", (), parts.window), left, _COLUMNS, parts.directions)
     rows = _may_have_shape(parts, displacement, noise, settings, ends).nonzero()[:, 0]
     if not len(rows):
         return none

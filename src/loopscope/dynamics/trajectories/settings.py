@@ -43,9 +43,9 @@ class DisplacementSettings:
     """And the innovation is at least this multiple: motion driven by rounding has at least one rounding per
     recurrence."""
     filling: Positive = 0.2
-    """Noise moves in many directions at once. Motion beyond `rounding_factor` counts as noise only if it takes at least
-    this share of the directions that white noise would take in the same window (participation ratio of the principal
-    components), or stays within two fifths of `floor_factor`."""
+    """Noise moves in many directions at once. Without a measured noise floor, motion beyond `rounding_factor` counts as
+    noise only if it takes at least this share of the directions that white noise would take in the same window
+    (participation ratio of the principal components), or stays within two fifths of `floor_factor`."""
     significance: _Share = 1e-4
     """Motion has a shape if noise alone would fit one so well with at most this probability, after correction for the
     number of shapes tried. Of 10,000 tokens of noise, one is expected to look shaped by chance; its verdict then
@@ -116,8 +116,9 @@ class DisplacementSettings:
     within this factor. Harmonics that recurrences alias to nearly the same turn make a rotation whose size changes in
     any way; a sharp jump once per period may be seen as one step or as two."""
     visible: Positive = 7.0
-    """An orbit, a slider or diverging motion moves by at least this many times the rounding. Rounding makes small
-    cycles and slow hops of its own, which no data can tell from real ones."""
+    """Without a measured noise floor, an orbit, a slider or diverging motion moves by at least this many times the
+    rounding, which makes small cycles and slow hops of its own that no data can tell from real ones. With one, it moves
+    by at least `rest` times that."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "The setting ")
