@@ -69,15 +69,17 @@ def broken(states: NDArray[np.float32], case: str, path: Path) -> None:
     }
     if case == "damaged":
         path.write_bytes(b"no array")
+    elif case == "empty":
+        np.savez(path)
     elif case != "missing":
         np.save(path, made[case])
 
 
-@pytest.mark.parametrize("case", ["short", "nan", "axes", "text", "damaged", "missing"])
+@pytest.mark.parametrize("case", ["short", "nan", "axes", "text", "damaged", "missing", "empty"])
 def test_what_cannot_be_judged_is_one_sentence_with_the_file_in_it(
     case: str, states: NDArray[np.float32], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / f"{case}.npy"
+    path = tmp_path / (f"{case}.npz" if case == "empty" else f"{case}.npy")
     broken(states, case, path)
     with pytest.raises(SystemExit) as stopped:
         main(["behaviour", str(path), "--dtype", "float32", "--out", str(tmp_path / "out")])

@@ -95,6 +95,8 @@ def write(path: Path, content: str) -> Path:
         ("a.txt", "one", ("--track", "last"), "PROMPT:TOKEN"),
         ("a.txt", "one", ("--readout", "99"), "--readout asks for 99"),
         ("a.txt", "one", ("--recurrences", "0"), "--recurrences must be at least 1, got 0"),
+        ("a.txt", "one", ("--recurrences", "1e3"), "--recurrences takes a whole number, got '1e3'"),
+        ("a.txt", "one", ("--batch-size", "many"), "--batch-size takes INT|{auto}, got 'many'"),
         ("a.txt", "one", ("--horizon", "1"), "--horizon must be at least 2"),
         ("a.txt", "one", ("--batch-size", "0"), "--batch-size must be at least 1"),
         ("a.txt", "one", ("--threads", "0"), "--threads must be at least 1"),
@@ -334,7 +336,7 @@ def test_an_option_that_does_not_exist_is_answered_in_three_lines(
     [
         (["analyz"], "no command 'analyz'; did you mean analyze"),
         (["experiment", "phases"], "no command 'phases'; did you mean phase"),
-        (["analyze", "demo:injected", "--limit", "x"], "--limit: .*INT .*'x'"),
+        (["analyze", "demo:injected", "--limit", "x"], "--limit takes INT, got 'x'"),
         (["analyze", "demo:injected", "--preset", "slow"], "'slow' .*--preset.*quick"),
         (["analyze"], "Missing .*MODEL"),
         (["models", "all"], "'?all"),

@@ -55,6 +55,12 @@ _METAVARS = {
 }
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+_PLAIN = {
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: ": r"\1 takes a whole number, got ",
+    r"Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, got ",
+    r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]": r"\1 takes \2, got \3",
+}
+"""What the parser says of values in Python's terms, and the same in plain words."""
 
 
 def parse(commands: Commands, arguments: list[str]) -> Command | None:
@@ -115,6 +121,8 @@ def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
             " ".join(line for line in lines if re.search(r"\w", line)),
         )[0]
         wrong = wrong.replace("{None}|", "").replace(" (required)", "").rstrip(".")
+        for said_so, instead in _PLAIN.items():
+            wrong = re.sub(said_so, instead, wrong)
         raise ConfigError(f"{wrong}; `{name} --help` lists all options.") from None
 
 

@@ -184,7 +184,10 @@ def control(
 def _verdicts(study: Study) -> NDArray[np.integer]:
     """After the last recurrent layer, (prompt, token)."""
     if "verdict" not in study.dataset:
-        raise StudyError("The study has no verdicts, so nothing says which tokens to damp; analyze with behaviour.")
+        raise StudyError(
+            "The study has no verdicts, so nothing says which tokens to damp; analyze with behaviour and a horizon of "
+            "at least 8."
+        )
     return np.asarray(study.dataset["verdict"].isel(judged_layer=-1).transpose("prompt", "token"))
 
 

@@ -24,6 +24,7 @@ from loopscope.dynamics.trajectories.tail import tail_paths
 from loopscope.dynamics.verdicts import KINDS, JudgedFiles, JudgedTrajectory, Verdict
 from loopscope.errors import ConfigError, last_resort, one_line
 from loopscope.models.checkpoints.free_memory import available_memory
+from loopscope.models.checkpoints.store import ITEM_BYTES
 
 _DRAWN = 12
 """Trajectories of each kind whose way is kept, to be drawn: those that move most."""
@@ -67,7 +68,7 @@ def judge_files(
                 raise ConfigError(f"{path}{f', array {name!r}' if name else ''}: {error}") from None
             recurrences = tensor.shape[1]
             sources.append({"file": str(path), "array": name, "shape": list(states.shape), "sha256": sha256_of(path)})
-            paths_there = _paths(tensor, verdicts)
+            paths_there = _paths(tensor, verdicts, first_recurrence, chosen.window)
             judged += [
                 JudgedTrajectory(
                     file=str(path),
@@ -91,15 +92,17 @@ def judge_files(
     return JudgedFiles(trajectories=judged, manifest=manifest)
 
 
-def _paths(states: Tensor, verdicts: Sequence[Verdict]) -> dict[int, tuple[tuple[float, float], ...]]:
-    """Of the tokens of each kind that move most."""
+def _paths(
+    states: Tensor, verdicts: Sequence[Verdict], first_recurrence: int, window: int
+) -> dict[int, tuple[tuple[float, float], ...]]:
+    """Through the judged tail, of the tokens of each kind that move most."""
     kept: list[int] = []
     for kind in KINDS:
         there = [token for token, verdict in enumerate(verdicts) if verdict.kind == kind and verdict.level >= 0]
         kept += sorted(there, key=lambda token: -verdicts[token].level)[:_DRAWN]
     if not kept:
         return {}
-    drawn = tail_paths(states[kept]).tolist()
+    drawn = tail_paths(states[kept], first_recurrence, window).tolist()
     return {token: tuple((x, y) for x, y in path) for token, path in zip(kept, drawn, strict=True)}
 
 
@@ -155,7 +158,8 @@ def _read_npz(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[s
 def _read_safetensors(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:
     with safe_open(path, framework="pt") as stored:
         for name in _chosen(path, list(stored.keys()), array):
-            _check_size(path, math.prod(stored.get_slice(name).get_shape()))
+            held = stored.get_slice(name)
+            _check_size(path, math.prod(held.get_shape()) * ITEM_BYTES.get(held.get_dtype(), 1))
             yield name, stored.get_tensor(name)
 
 
@@ -170,8 +174,10 @@ def _check_size(path: Path, nbytes: int) -> None:
 
 
 def _chosen(path: Path, names: list[str], array: str | None) -> list[str]:
+    if not names:
+        raise ConfigError(f"{path} holds no array; save the states of one site in it, (token, recurrence, width).")
     if array is None:
         return names
     if array not in names:
-        raise ConfigError(f"{path} has no array {array!r}; it has {', '.join(names) or 'none'}.")
+        raise ConfigError(f"{path} has no array {array!r}; it has {', '.join(names)}.")
     return [array]

@@ -30,7 +30,8 @@ _OTHER = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "i
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+"""Of one number, by safetensors' spelling; 1 for others."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -63,7 +64,7 @@ class TensorHeader:
     @property
     def nbytes(self) -> int:
         """Size in the file; kinds that are not listed here have a byte for each number."""
-        return math.prod(self.shape) * _BYTES.get(self.code, 1)
+        return math.prod(self.shape) * ITEM_BYTES.get(self.code, 1)
 
 
 Headers = Mapping[str, TensorHeader]

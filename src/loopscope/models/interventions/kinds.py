@@ -115,7 +115,9 @@ class Damp:
 
     def __post_init__(self) -> None:
         if not 0 < self.eta <= 1:
-            raise ConfigError(f"damp takes a step above 0 and up to 1, which changes nothing; got {self.eta}.")
+            raise ConfigError(
+                f"The step of damping (eta) must be above 0 and up to 1 (which changes nothing), got {self.eta:g}."
+            )
 
     def __str__(self) -> str:
         return f"damp={_number(self.eta)}"
