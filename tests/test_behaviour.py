@@ -226,6 +226,42 @@ def test_states_that_never_change_are_a_fixed_point() -> None:
     assert "the same" in verdict.reason
 
 
+def test_states_that_become_zero_or_are_left_are_told_without_a_number_that_is_none() -> None:
+    states = np.stack([rounded(np.zeros((LENGTH, WIDTH)), "float32")] * 3)
+    moves = 0.01 * np.random.default_rng(0).standard_normal((LENGTH, WIDTH)).astype(np.float32)
+    states[0] = (states[0] + moves) * (TIME < 0.7 * LENGTH)[:, None]
+    states[1] = (states[1] + moves) * (TIME >= 0.85 * LENGTH)[:, None]
+    later = np.maximum(TIME - 0.875 * LENGTH, 0)
+    states[2] += (moves.cumsum(0) * later[:, None] ** 2).astype(np.float32)
+    verdicts = judge(states, "float32")
+    assert [verdict.kind for verdict in verdicts[:2]] == [Kind.FIXED_POINT, Kind.DIVERGING]
+    assert all(math.isfinite(verdict.level) for verdict in verdicts)
+    assert not any(word in verdict.reason for verdict in verdicts for word in ("nan", "inf", "e+"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("length", [17, 28, 40])
+def test_a_logarithm_of_time_has_no_limit_from_its_first_steps_on(length: int, dtype: Dtype) -> None:
+    """Half of so short a trajectory is judged with what comes before it, where the steps shrink as in an approach."""
+    path = np.log(np.arange(1, length + 1))[:, None] * directions(1)
+    assert judge(rounded(0.1 * path, dtype), dtype)[0].kind == Kind.SLIDER
+
+
+@pytest.mark.parametrize(("width", "taken"), [(3, 3), (5, 2), (16, 1), (16, 3), (16, 16)])
+def test_noise_in_narrow_states_looks_as_structured_as_its_p_value_says(width: int, taken: int) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((200, 32, width)) * np.where(np.arange(width) < taken, 1.0, 0.01)
+    verdicts = judge(1 + 1e-4 * noise, "float64", try_window=False)
+    assert np.mean([verdict.p_value < 0.01 for verdict in verdicts]) < 0.06
+
+
+def test_more_periods_than_the_shortest_tail_could_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="least_periods"):
+        DisplacementSettings(least_periods=8)
+    most = DisplacementSettings(least_periods=3)
+    assert judge(rounded(circle(4.0), "float32")[:16], "float32", settings=most)[0].kind == Kind.ORBIT
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, np.float32, "bf16", "torch.float16"])
 def test_a_number_type_may_be_an_object(dtype: object) -> None:
     assert judge(np.ones((32, 8), np.float32), dtype)[0].kind == Kind.FIXED_POINT

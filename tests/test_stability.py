@@ -399,6 +399,18 @@ def test_the_search_finds_a_fixed_point_that_repels_and_keeps_prompts_apart() ->
     torch.testing.assert_close(alone[0], state[0], atol=1e-12, rtol=0)
 
 
+def test_a_point_that_is_found_is_one_for_its_own_size_and_not_for_that_of_a_state_far_out() -> None:
+    """A run that grows has a state beside which every step of a small one is small."""
+    grows = relaxation(1.2, dtype=torch.float32)
+    found = leading_eigenvalues(grows, PROMPTS, recurrences=80)
+    assert found.searched.all()
+    assert (found.moved[found.mask] > 0.99).all()
+    run = grows.start(Batch.of(PROMPTS), recurrences=1, initial_state=torch.from_numpy(found.point))
+    run.advance()
+    step = relative_step(torch.from_numpy(found.point), run.state)
+    assert (step[torch.from_numpy(found.mask)] <= found.settings.settled).all()
+
+
 def test_the_search_gives_up_where_a_state_only_jumps_about() -> None:
     asked: list[int] = []
 

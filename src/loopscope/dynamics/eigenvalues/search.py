@@ -46,7 +46,7 @@ def relative_step(state: States, following: States) -> Tensor:
 def find_fixed_point(
     recurrence: TokenMap, state: States, mask: TokenMask, *, settled: float, evaluations: int, whole: bool = False
 ) -> tuple[States, Bool[Tensor, " batch"]]:
-    """States with `|F(x) - x| <= settled |state|` at every token, and for which prompts they were found.
+    """States with `|F(x) - x| <= settled |x|` at every token, and for which prompts they were found.
 
     `recurrence` is F, `state` where the search begins, and `evaluations` how often each token may be evaluated on
     average over its prompt.
@@ -56,8 +56,8 @@ def find_fixed_point(
     of a token is one whatever comes behind it: a prompt's tokens are taken from its first on, a window at a time unless
     they are to be moved as a `whole`, and the first ones stand still as soon as they have settled. Prompts keep their
     state where a token runs away or comes no nearer (see `_PATIENCE`) once all before it stand still, and where it
-    takes more evaluations than that. Steps are relative to the state given and not to where the
-    search has gone.
+    takes more evaluations than that. Steps are relative to the state given where the search has gone to a larger one:
+    all of them are small beside a state that runs away.
     """
     count, place = mask.sum(-1), mask.cumsum(-1) - 1
     window = count if whole else (count // WINDOWS).clamp(min=LEAST_WINDOW)
@@ -74,7 +74,8 @@ def find_fixed_point(
         change = recurrence(before, tokens) - before
         guess = mixing.guess(before, change)
         step = size.new_full(mask.shape, torch.inf)
-        step[tokens] = torch.linalg.vector_norm(change, dim=-1) / size[tokens]
+        length = torch.minimum(size[tokens], torch.linalg.vector_norm(before, dim=-1))
+        step[tokens] = torch.linalg.vector_norm(change, dim=-1) / length
         away = torch.linalg.vector_norm(searched - state, dim=-1) / size
         # Of the first token that is not settled: what it sees stands still, so that this is its own step.
         own = step.masked_fill(place != first[:, None], torch.inf).amin(-1)

@@ -28,6 +28,8 @@ _LONG = 64
 """Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _LOUD = 0.05
 """Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
+_ENDLESS = 1e200
+"""A ratio above this has a length of 0 below the line."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
 """What rounding alone can look like, so that such motion has to be `visible` to count: small cycles, and slow hops one
 way. `BOUNDED` is left out on purpose: several rotations without a common period are neither."""
@@ -141,8 +143,16 @@ class _Motion(SimpleNamespace):
         return float(1 / self.trend)
 
     @property
-    def lengthens(self) -> float:
-        return float(1 / self.shrinking)
+    def lengthens(self) -> str:
+        return f"{1 / self.shrinking:.3g}-fold" if self.shrinking else "from nothing"
+
+    @property
+    def shrinks(self) -> str:
+        return f"{self.shrinking:.3g}-fold" if self.shrinking < _ENDLESS else "to nothing"
+
+    @property
+    def grows(self) -> str:
+        return f"{self.norm_growth:.3g}-fold" if self.norm_growth < _ENDLESS else "from nothing"
 
     @property
     def power(self) -> float:
@@ -250,7 +260,7 @@ def _findings(motions: Motions, settings: DisplacementSettings) -> _Findings:
     slides, goes_on = limit == Kind.SLIDER.code, ~noise.parted
     # Where rounding grows without end, a point, a closed curve and a drift are what it cannot be.
     away = "runs of it that differ by rounding alone part, to {it.floor:.2g} of its norm"
-    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles"
+    grown = "Its norm grows {it.grows} while time doubles"
     found.say(noise.parted & found.grows, Kind.DIVERGING, f"{grown}, and {away}.")
     approaches, drifts = _approaches(found), _drifts(found)
     _say_drifting(found, goes_on & (limit == Kind.FIXED_POINT.code) & ~approaches & drifts)
@@ -269,7 +279,7 @@ def _findings(motions: Motions, settings: DisplacementSettings) -> _Findings:
     chaotic = f"It keeps moving by {{it.level:.2g}} of its norm, and {away}: it is chaotic."
     found.say(noise.parted, Kind.BOUNDED, chaotic)
     _say_drifting(found, approaches & drifts)
-    shrink = "It approaches a point: its steps shrink {it.shrinking:.3g}-fold within the tail."
+    shrink = "It approaches a point: its steps shrink {it.shrinks} within the tail."
     found.say(approaches, Kind.FIXED_POINT, shrink, settled=m.late_step <= rest)
     found.say(
         slides & (m.ballistic >= settings.ballistic) & (m.unexplained <= settings.unsteady),
@@ -290,7 +300,7 @@ def _findings(motions: Motions, settings: DisplacementSettings) -> _Findings:
     found.say(
         (m.shrinking <= 1 / settings.shrinking) & (m.spreading >= settings.spreading) & ~found.seems,
         Kind.DIVERGING,
-        "Its steps lengthen {it.lengthens:.3g}-fold within the tail.",
+        "Its steps lengthen {it.lengthens} within the tail.",
     )
     _say_shapeless(found)
     return found
@@ -301,7 +311,7 @@ def _say_resting(found: _Findings) -> None:
     m, noise, none = found.motions, found.motions.noise, ~found.motions.fitted
     moves = "it moves by {it.level:.2g} of its norm, {it.times}."
     found.say(m.level == 0, Kind.FIXED_POINT, "Its last {it.window} states are the same.")
-    shrink = "Its steps shrink {it.shrinking:.3g}-fold within the tail."
+    shrink = "Its steps shrink {it.shrinks} within the tail."
     found.say(none & (m.level > found.rest), Kind.FIXED_POINT, shrink)
     exact = m.level <= found.settings.rounding_factor * noise.rounding
     found.say(none & exact, Kind.FIXED_POINT, f"It rests: {moves}")
@@ -314,7 +324,7 @@ def _say_resting(found: _Findings) -> None:
 
 
 def _say_drifting(found: _Findings, where: Tensor) -> None:
-    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles, in steps that have no limit."
+    grown = "Its norm grows {it.grows} while time doubles, in steps that have no limit."
     found.say(where & found.grows, Kind.DIVERGING, grown)
     slow = "It moves on: its steps shrink like time to the power -{it.power:.2g}, and have no limit."
     found.say(where, Kind.SLIDER, slow)
@@ -341,7 +351,7 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     rivals = "It moves slowly: {it.shape.words} and an approach to a point explain it about as well."
     found.say(slides & as_well, Kind.UNKNOWN, rivals, shaped=True, doubt=Doubt.RIVALS)
     follows = "it follows {it.shape.words}, which leaves {it.unexplained:.2g} of its variance."
-    grown = f"Its norm grows {{it.norm_growth:.3g}}-fold while time doubles: {follows}"
+    grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"
     found.say(slides & found.grows, Kind.DIVERGING, grown, shaped=True)
     found.say(where, best.limit, f"{{it.begins}}: {follows}", shaped=True)
 
@@ -360,7 +370,7 @@ def _say_shapeless(found: _Findings) -> None:
     found.say(found.seems & (size <= _LOUD), Kind.AT_FLOOR, contracted)
     finer = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
     found.say(found.seems, Kind.UNKNOWN, finer, settled=False, doubt=Doubt.LOUD)
-    grown = "Its norm grows {it.norm_growth:.3g}-fold while time doubles, in no shape."
+    grown = "Its norm grows {it.grows} while time doubles, in no shape."
     found.say(found.grows, Kind.DIVERGING, grown)
     filled = noise.measured | (m.filling >= settings.filling)
     most = found.amplified * torch.where(filled, 1.0, _IN_FEW_DIRECTIONS)
@@ -386,10 +396,11 @@ def _approaches(found: _Findings) -> Tensor:
 
 
 def _drifts(found: _Findings) -> Tensor:
-    """The shape of an approach is not exact, and the steps shrink too slowly to add up to a limit."""
+    """No shape of an approach is exact, and the steps shrink too slowly to add up to a limit."""
     m, settings = found.motions, found.settings
+    other = (m.best.limit == Kind.SLIDER.code) & (m.best.margin >= settings.margin)
     one_way = (m.unexplained <= settings.unsteady) & (m.ballistic >= settings.one_way)
-    return (m.left > found.amplified) & one_way & (m.slowing <= settings.slowing)
+    return (other | (m.left > found.amplified)) & one_way & (m.slowing <= settings.slowing)
 
 
 def _explained(found: _Findings) -> Tensor:

@@ -67,7 +67,7 @@ class DisplacementSettings:
     unexplained_structure: _Share = 0.002
     """The same where more is left than amplified rounding, which must then be motion of another shape: a second
     rotation of a tenth of the first one's size is seen."""
-    least_periods: Positive = 2.5
+    least_periods: Annotated[float, Range(1, 3, why="since the shortest tail that is judged has 12 recurrences")] = 2.5
     """An orbit has to repeat this often within the tail. Two periods could be chance, and a slow turn through fewer is
     a path, not a cycle."""
     growth: Positive = 1.3

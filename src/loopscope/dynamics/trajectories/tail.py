@@ -13,13 +13,16 @@ COMPONENTS = 16
 others hold counts as unexplained, but for cycles, which are fitted to the whole Gram matrix."""
 _SMALLEST_TAIL = 24
 """Recurrences: half of a short trajectory would be too few to see a period in."""
+_NOTHING = 1e-30
+"""Of the largest norm in a tail: a median norm below this is that of states that are 0, by which no length is told."""
 _BLOCK_ENTRIES = 2**18
 """Of states that are reduced at a time: 2 MiB in float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tails:
-    """Tails of several tokens' trajectories; lengths are in units of each token's median norm within its tail."""
+    """Tails of several tokens' trajectories; lengths are in units of each token's median norm within its tail, or of
+    the largest one where half of the states are 0."""
 
     times: Float[Tensor, " time"]
     """Recurrences, counted from 1."""
@@ -57,7 +60,7 @@ class Tails:
     def last(self, window: int, rows: Int[Tensor, " row"]) -> Tails:
         """The last `window` recurrences of some tokens, in units of their median norm there."""
         norms = self.norms[rows, -window:]
-        scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+        scale = _scale(norms)
         whole = self.differences
         return Tails(
             times=self.times[-window:],
@@ -133,12 +136,17 @@ def _reduced(states: Tensor, window: int, first_recurrence: int) -> tuple[Tensor
     before = first_recurrence - 1
     half = states[:, max(0, (before + recurrences) // 2 - before)].double() / largest[:, 0]
     norm_growth = norms[:, -1] / torch.linalg.vector_norm(half, dim=-1).clamp_min(1e-300)
-    scale = norms.median(-1, keepdim=True).values.clamp_min(1e-300)
+    scale = _scale(norms)
     # Differences before squares: the motion may be a millionth of the norm.
     moved = (tail - tail[:, -1:]) / scale[..., None]
     steps = torch.linalg.vector_norm(moved[:, 1:] - moved[:, :-1], dim=-1)
     few = (moved,) if moved.shape[-1] < window else ()
     return moved @ moved.mT, steps, norms / scale, norm_growth, *few
+
+
+def _scale(norms: Float[Tensor, "token time"]) -> Float[Tensor, "token 1"]:
+    median, largest = norms.median(-1, keepdim=True).values, norms.amax(-1, keepdim=True)
+    return torch.where(median > _NOTHING * largest, median, largest).clamp_min(1e-300)
 
 
 def decompose(tails: Tails) -> Components:
@@ -162,7 +170,7 @@ def decompose(tails: Tails) -> Components:
         energy=values.sum(-1),
         scores=scores,
         directions=_participation(values),
-        noise_directions=_noise_directions(rest, tails.width),
+        noise_directions=_noise_directions(rest, values, tails.width),
         rest_energy=rest.sum(-1),
         rest_square=rest.square().sum(-1),
     )
@@ -197,11 +205,14 @@ def _participation(values: Tensor) -> Tensor:
     return values.sum(-1).square() / values.square().sum(-1).clamp_min(1e-300)
 
 
-def _noise_directions(rest: Tensor, width: int) -> Tensor:
+def _noise_directions(rest: Tensor, values: Tensor, width: int) -> Tensor:
     """White noise in D directions, seen n times, has a participation ratio of 1 / (1/D + 1/n)."""
-    seen = rest.shape[-1]
-    if seen < 3:
+    if rest.shape[-1] < 3:
         return torch.ones(rest.shape[0], dtype=rest.dtype)
-    # Where the leading components are all that there are, nothing says that noise takes fewer than the width.
-    apparent = torch.where(rest.sum(-1) > 0, _participation(rest), seen).clamp(min=1.0, max=seen * 0.999)
+    # Where the leading components are all that there are, noise is taken to be in as few directions as the motion: in
+    # more, it would imitate fewer shapes.
+    beyond, seen = rest.sum(-1) > 0, torch.full_like(rest[:, 0], rest.shape[-1])
+    apparent = torch.where(beyond, _participation(rest), _participation(values))
+    seen = torch.where(beyond, seen, values.shape[-1] - 1)
+    apparent = torch.minimum(apparent.clamp_min(1.0), 0.999 * seen)
     return (1 / (1 / apparent - 1 / seen)).clamp(1.0, width)
