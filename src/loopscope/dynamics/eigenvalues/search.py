@@ -56,8 +56,8 @@ def find_fixed_point(
     of a token is one whatever comes behind it: a prompt's tokens are taken from its first on, a window at a time unless
     they are to be moved as a `whole`, and the first ones stand still as soon as they have settled. Prompts keep their
     state where a token runs away or comes no nearer (see `_PATIENCE`) once all before it stand still, and where it
-    takes more evaluations than that. Steps are relative to the state given where the search has gone to a larger one:
-    all of them are small beside a state that runs away.
+    takes more evaluations than that. A step has to be small beside the state given too: all are small beside one that
+    runs away.
     """
     count, place = mask.sum(-1), mask.cumsum(-1) - 1
     window = count if whole else (count // WINDOWS).clamp(min=LEAST_WINDOW)
@@ -74,8 +74,10 @@ def find_fixed_point(
         change = recurrence(before, tokens) - before
         guess = mixing.guess(before, change)
         step = size.new_full(mask.shape, torch.inf)
-        length = torch.minimum(size[tokens], torch.linalg.vector_norm(before, dim=-1))
-        step[tokens] = torch.linalg.vector_norm(change, dim=-1) / length
+        length, norm = (torch.linalg.vector_norm(each, dim=-1) for each in (change, before))
+        step[tokens] = length / size[tokens]
+        settles = (place < first[:, None]) | ~mask
+        settles[tokens] |= length <= settled * torch.minimum(size[tokens], norm)
         away = torch.linalg.vector_norm(searched - state, dim=-1) / size
         # Of the first token that is not settled: what it sees stands still, so that this is its own step.
         own = step.masked_fill(place != first[:, None], torch.inf).amin(-1)
@@ -85,8 +87,7 @@ def find_fixed_point(
         used = used + tokens.sum(-1)
         hopeless = tries > torch.where(smallest > _FAR, _LESS_PATIENCE, _PATIENCE)
         hopeless |= (used >= evaluations * count) | ~((away <= _REACH) | ~tokens).all(-1)
-        settles = ((step <= settled) | (place < first[:, None]) | ~mask).cumprod(-1).bool()
-        ahead = (settles & mask).sum(-1)
+        ahead = (settles.cumprod(-1).bool() & mask).sum(-1)
         tries, smallest, mark = (
             torch.where(ahead > first, anew, each)
             for anew, each in ((0, tries), (torch.inf, smallest), (torch.inf, mark))
