@@ -28,6 +28,9 @@ _LONG = 64
 """Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _LOUD = 0.05
 """Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
+_MANY_ROUNDINGS = 4.0
+"""Times `new`: up to this, motion may still be rounding. A recurrence of several layers rounds more often than `new`
+allows for: of true fixed points of random models of four layers, up to 30 roundings are new in a recurrence."""
 _ENDLESS = 1e200
 """A ratio above this has a length of 0 below the line."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
@@ -182,7 +185,7 @@ class _Finding(NamedTuple):
 
     kind: Kind
     motion: _Motion
-    seems: bool
+    may: bool
     """It may be amplified rounding."""
     sentence: str
     shaped: bool
@@ -201,7 +204,9 @@ class _Findings:
         self.grows = motions.norm_growth >= settings.norm_growth
         new = motions.innovation / motions.noise.rounding
         small = (motions.level <= settings.gain * motions.noise.rounding) & ~motions.noise.measured
-        self.seems = small & (new >= settings.least_new) & (new <= settings.new)
+        self.may = small & (new >= settings.least_new) & (new <= _MANY_ROUNDINGS * settings.new)
+        """It cannot be excluded that it is rounding which the recurrence amplifies."""
+        self.seems = self.may & (new <= settings.new)
         """It may be rounding that the recurrence amplifies: what is new in a recurrence is that of a few roundings."""
         self.kind = torch.full((len(motions.level),), Kind.UNKNOWN.code)
         self.settled = torch.ones(len(motions.level), dtype=torch.bool)
@@ -229,10 +234,8 @@ class _Findings:
 
     def tokens(self) -> list[_Finding]:
         """One by one."""
-        rows = zip(self.kind.tolist(), self.motions.rows(), self.seems.tolist(), self._rule.tolist(), strict=True)
-        return [
-            _Finding(KINDS[kind], _Motion(**motion), seems, *self._rules[rule]) for kind, motion, seems, rule in rows
-        ]
+        rows = zip(self.kind.tolist(), self.motions.rows(), self.may.tolist(), self._rule.tolist(), strict=True)
+        return [_Finding(KINDS[kind], _Motion(**motion), may, *self._rules[rule]) for kind, motion, may, rule in rows]
 
 
 def _decided(
@@ -417,7 +420,7 @@ def _explained(found: _Findings) -> Tensor:
 
 def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
     """`shorter` is the kind of the last two thirds of the tail."""
-    kind, it, seems, sentence, shaped, doubt = finding
+    kind, it, may, sentence, shaped, doubt = finding
     reason = sentence.format(it=it)
     if shorter.settles and kind == Kind.BOUNDED:
         # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
@@ -426,7 +429,7 @@ def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
     if it.window < _LONG and kind != Kind.UNKNOWN:
         reason = f"So far, in {it.window} recurrences: {reason[0].lower()}{reason[1:]}"
     unstable = [] if same_limit(kind, shorter) else ["window"]
-    if kind.moves and seems:
+    if kind.moves and may:
         unstable.append("noise")
     # The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at least
     # the measured one or that of one rounding.
