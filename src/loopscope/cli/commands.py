@@ -66,10 +66,9 @@ class Analyze(_Shown):
     """Folder for the study; default: runs/MODEL-TIME."""
     preset: Preset = "standard"
     """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer; costs
-    1.8 times a bare run to twice the horizon on the shipped models. standard: 3.3 times where tokens settle, 3.6
-    where they do not. full: also larger attention maps, supports of attention, neurons of large models and
-    eigenvalues of hooked ones; 3.9 and 4.2 times, and more with neurons and hooked eigenvalues. Options override
-    the preset; --skip leaves out more."""
+    1.8 times a bare run to twice the horizon on the shipped models. standard: 3.3 times. full: also larger attention
+    maps, supports of attention, neurons of large models and eigenvalues of hooked ones; 3.9 times, and more with
+    neurons and hooked eigenvalues. Options override the preset; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
