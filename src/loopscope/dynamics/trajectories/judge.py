@@ -106,8 +106,8 @@ def judge_by_all(
     noise: Noise | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[Verdict], list[list[Kind]]]:
-    """What `judge` says by the chosen settings, and the kinds alone by each of the others, which have other thresholds
-    of the same method: the motion is measured once for all of them."""
+    """What `judge` says by the chosen settings, and the kinds alone by each of the others, which are of the same method
+    and differ in thresholds for which nothing is measured anew (see `measure_tails`)."""
     if first_recurrence < 1:
         raise ConfigError(f"first_recurrence counts from 1, got {first_recurrence}.")
     tensor = as_states(states)
