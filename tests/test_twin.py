@@ -16,11 +16,11 @@ from loopscope import AnalyzeSettings, analyze, judge
 from loopscope.analysis.settings import parts_except
 from loopscope.dynamics.trajectories.calibration import calibrate
 from loopscope.dynamics.trajectories.synthetic import generate
+from loopscope.dynamics.trajectories.twins import grows_exponentially, growth_of
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.experiments.cells import Cell
 from loopscope.experiments.designs import NormName
 from loopscope.experiments.random_models import architecture_of
-from loopscope.measures.twin import grows_exponentially, growth_of
 from loopscope.models.inspection.facts import Dtype
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer

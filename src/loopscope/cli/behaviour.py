@@ -41,6 +41,9 @@ class JudgeTrajectories:
     """The array to take from files with several; default: all of them."""
     first_recurrence: Annotated[int, Range(1)] = 1
     """Number of recurrences after which the first state was taken: more than 1 if the beginning was cut off."""
+    twins: tuple[Path, ...] = ()
+    """Files with the same array of other runs, which tell how large the noise is: from initial states that differ by
+    one rounding, best, or from any others."""
     set: tuple[str, ...] = ()
     """Change a setting of the method, as NAME=VALUE, such as floor_factor=50. See docs/behaviour.md."""
     check_order: bool = True
@@ -70,6 +73,7 @@ class JudgeTrajectories:
                 array=self.array,
                 first_recurrence=self.first_recurrence,
                 check_order=self.check_order,
+                twins=self.twins,
                 progress=partial(progress.step, "tokens"),
             )
         judged.save(self.out)

@@ -14,26 +14,17 @@ from typing import ClassVar
 
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.states import known_dtype, rounding_step
+from loopscope.dynamics.trajectories.twins import PARTED, floor_of, growth_of, have_parted
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, masked_mean, variable
 from loopscope.measures.functions import distance, residual_norm
 from loopscope.measures.memory import Memory
 from loopscope.models.native.interventions import initial_noise
 from loopscope.models.visits import Observer, Visit
-
-PARTED = 0.1
-"""Distance of the twins, over the norm, from which on a run's numbers are those of its rounding, and no longer of the
-model alone."""
-_MOST_GAIN = 10_000.0
-"""Of rounding: no contraction that anybody trains amplifies it further."""
-_STILL_GREW = 5.0
-"""Factor of the second half of the time from which on growth that is exponential shows that the twins part."""
-_GREW = 30.0
-"""Factor by which the distance must have grown for the growth to be a rate, rather than noise that adds up."""
 
 
 class Nudges:
@@ -116,25 +107,16 @@ class Twin(Measure):
         self._seen[visit.layer] = None
 
     def noise(self, layer: int) -> Noise:
-        """What it says of each token at a layer; tokens of all prompts in order.
-
-        A twin has parted whose distance grew, beyond what noise adds up to, to where no amplified rounding reaches; or
-        grows exponentially still.
-        """
-        dtype, mask = known_dtype(self.batch.info.dtype, otherwise="float32"), self.batch.mask
-        floor = self._floor(layer)
-        growth, error = growth_of(self._distance[layer].double())
-        far = floor >= min(PARTED, _MOST_GAIN * rounding_step(dtype))
-        parted = far & (growth >= 3 * error) & (growth * self._first >= math.log(_GREW))
-        grown = self._distance[layer, -1].double() >= _GREW * rounding_step(dtype)
-        parted |= grown & grows_exponentially(self._distance[layer].double())
-        return Noise(rounding_step(dtype), floor[mask].cpu(), parted[mask].cpu())
+        """What it says of each token at a layer; tokens of all prompts in order."""
+        rounding = rounding_step(known_dtype(self.batch.info.dtype, otherwise="float32"))
+        distance = self._distance[layer][:, self.batch.mask]
+        return Noise(rounding, floor_of(distance).cpu(), have_parted(distance, rounding).cpu())
 
     def result(self) -> xr.Dataset:
         if self._distance.isnan().all():
             return self.dataset({})
         mask, last = self.batch.mask, self._distance[-1].double()
-        floor = torch.stack([self._floor(layer) for layer in range(len(self._distance))])
+        floor = torch.stack([floor_of(distance) for distance in self._distance])
         over_tokens = masked_mean(self._distance.double().square(), mask).sqrt()
         growth, error = growth_of(last)
         far = last >= PARTED
@@ -148,10 +130,6 @@ class Twin(Measure):
         }
         return self.dataset({name: values.cpu().numpy() for name, values in arrays.items()})
 
-    def _floor(self, layer: int) -> Float[Tensor, "batch token"]:
-        """Of the second half: before, what slow modes make of the nudges has not added up yet."""
-        return self._distance[layer, self._first // 2 :].double().square().mean(0).sqrt()
-
 
 class _Nudged(Observer):
     def __init__(self, owner: Twin) -> None:
@@ -160,44 +138,3 @@ class _Nudged(Observer):
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent":
             self._owner.compare(visit)
-
-
-def grows_exponentially(distance: Float[Tensor, "time batch token"]) -> Bool[Tensor, "batch token"]:
-    """Whether a distance grows by at least `_STILL_GREW` in the second half of the time, and more in proportion to it
-    than in the quarter before.
-
-    Nudges that add up along a slow mode, or a chain of them, make the distance grow like a power of the time: by one
-    factor in the last half and in the quarter before.
-    """
-    length = len(distance)
-    few = max(1, length // 8)
-    logs = distance.clamp_min(1e-300).log()
-    quarter, half, end = (logs[place - few : place].mean(0) for place in (length // 4, length // 2, length))
-    late: Tensor = end - half
-    return (late >= math.log(_STILL_GREW)) & (late >= 1.5 * (half - quarter))
-
-
-def growth_of(distance: Float[Tensor, "time batch token"]) -> tuple[Tensor, Tensor]:
-    """Slope of the logarithm of a distance over the recurrences that it grows in, and its standard error, (batch,
-    token).
-
-    It grows until it is a tenth of what it is in the end. Where that is little more than it began with, nothing grows
-    but what the nudges add up to, and the slope is that of the second half of the run, about 0. Errors of least squares
-    for residuals with the correlation of a first-order autoregression.
-    """
-    logs = distance.clamp_min(1e-300).log()
-    time = torch.arange(len(logs), dtype=logs.dtype, device=logs.device)[:, None, None]
-    end = distance[-max(1, len(logs) // 4) :].square().mean(0).sqrt()
-    until = (distance >= end / 10).int().argmax(0)
-    grew = end >= 10 * _GREW * distance[0]
-    taken = torch.where(grew, time < until.clamp_min(3), time >= len(logs) // 2)
-    count = taken.sum(0).clamp_min(1)
-    time = torch.where(taken, time - (time * taken).sum(0) / count, 0.0)
-    logs = torch.where(taken, logs - torch.where(taken, logs, 0.0).sum(0) / count, 0.0)
-    square = time.square().sum(0).clamp_min(1e-300)
-    slope = (time * logs).sum(0) / square
-    rest = logs - slope * time
-    energy = rest.square().sum(0)
-    correlation = ((rest[1:] * rest[:-1]).sum(0) / energy.clamp_min(1e-300)).clamp(0.0, 0.99)
-    variance = energy / (count - 2).clamp_min(1) / square * (1 + correlation) / (1 - correlation)
-    return slope, variance.sqrt()

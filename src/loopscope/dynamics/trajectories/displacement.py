@@ -28,9 +28,6 @@ _LONG = 64
 """Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _LOUD = 0.05
 """Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
-_MANY_ROUNDINGS = 4.0
-"""Times `new`: up to this, motion may still be rounding. A recurrence of several layers rounds more often than `new`
-allows for: of true fixed points of random models of four layers, up to 30 roundings are new in a recurrence."""
 _ENDLESS = 1e200
 """A ratio above this has a length of 0 below the line."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
@@ -204,7 +201,7 @@ class _Findings:
         self.grows = motions.norm_growth >= settings.norm_growth
         new = motions.innovation / motions.noise.rounding
         small = (motions.level <= settings.gain * motions.noise.rounding) & ~motions.noise.measured
-        self.may = small & (new >= settings.least_new) & (new <= _MANY_ROUNDINGS * settings.new)
+        self.may = small & (new >= settings.least_new) & (new <= settings.may_be_new)
         """It cannot be excluded that it is rounding which the recurrence amplifies."""
         self.seems = self.may & (new <= settings.new)
         """It may be rounding that the recurrence amplifies: what is new in a recurrence is that of a few roundings."""

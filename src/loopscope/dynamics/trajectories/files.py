@@ -40,19 +40,24 @@ def judge_files(
     array: str | None = None,
     first_recurrence: int = 1,
     check_order: bool = True,
+    twins: Sequence[str | Path] = (),
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> JudgedFiles:
     """Judge the trajectories of .npy, .npz and .safetensors files; see `judge` for the arguments.
 
-    `array` names the array within a file that holds several. Raises `ConfigError` for a file that cannot be read or
-    holds no trajectory; the message names it.
+    `array` names the array within a file that holds several. `twins` are files with the same arrays of other runs, for
+    a single file of states. Raises `ConfigError` for a file that cannot be read or holds no trajectory; the message
+    names it.
     """
     if not paths:
         raise ConfigError("No file of states was given; give .npy, .npz or .safetensors files.")
+    if twins and len(paths) > 1:
+        raise ConfigError("Twins belong to one file of states; judge the files one at a time.")
     chosen = settings or method_settings(method)
     judged, sources = [], []
     for path in map(Path, paths):
         for name, states in load_trajectories(path, array):
+            runs = [_same_array(twin, name) for twin in map(Path, twins)]
             try:
                 tensor = as_states(states)
                 verdicts = judge(
@@ -62,6 +67,7 @@ def judge_files(
                     settings=chosen,
                     first_recurrence=first_recurrence,
                     check_order=check_order,
+                    twins=runs,
                     progress=progress,
                 )
             except ConfigError as error:
@@ -87,6 +93,7 @@ def judge_files(
         "dtype": check_dtype(dtype),
         "first_recurrence": first_recurrence,
         "sources": sources,
+        "twins": [{"file": str(twin), "sha256": sha256_of(Path(twin))} for twin in twins],
         "versions": {name: version(name) for name in ("loopscope", "torch", "numpy")},
     }
     return JudgedFiles(trajectories=judged, manifest=manifest)
@@ -126,6 +133,14 @@ def load_trajectories(path: str | Path, array: str | None = None) -> Iterator[tu
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); save the states again without pickled objects."
         ) from None
+
+
+def _same_array(twin: Path, name: str) -> NDArray[Any] | Tensor:
+    """The array of that name in a file of twins, or its only one where the states have no name."""
+    there = list(load_trajectories(twin, None if twin.suffix.lower() == ".npy" else name or None))
+    if len(there) > 1:
+        raise ConfigError(f"{twin} holds {len(there)} arrays, and the states have no name; keep one in it.")
+    return there[0][1]
 
 
 def _read_npy(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:

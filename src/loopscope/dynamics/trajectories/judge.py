@@ -35,6 +35,7 @@ from loopscope.dynamics.trajectories.states import (
     stored_dtype,
 )
 from loopscope.dynamics.trajectories.tail import tail_length
+from loopscope.dynamics.trajectories.twins import noise_of_twins
 from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
@@ -58,6 +59,7 @@ def judge(
     check_order: bool = True,
     try_window: bool = True,
     noise: Noise | None = None,
+    twins: Sequence[NDArray[Any] | Tensor | Sequence[Any]] = (),
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Verdict]:
     """What each token's state tends to.
@@ -68,7 +70,10 @@ def judge(
     no motion is seen. (If the array is stored in a coarser one, or every number of it is one of a coarser one, that
     counts, and the reasons say so.) `first_recurrence` is the number of recurrences after which the first state stands:
     more than 1 if the beginning was cut off.
-    `settings` are those of the method, its defaults unless given. `noise` is what was measured of each token's noise.
+    `settings` are those of the method, its defaults unless given. `noise` is what was measured of each token's noise;
+    where nothing was, `twins` may tell it, arrays like `states` of the same tokens in other runs of the model: from
+    initial states that differ by one rounding, best, or from any others (see `noise_of_twins`). Both are for the
+    displacement method.
     `try_window` has the displacement method judge the last two thirds of the tail too, and mark verdicts that these do
     not share; it takes most of the same time again. `progress` receives how many tokens were judged since the last
     time.
@@ -80,6 +85,9 @@ def judge(
     chosen = settings or method_settings(method)
     if isinstance(chosen, DisplacementSettings) != (method == "displacement"):
         raise ConfigError(f"These are settings of another method than {method}: {type(chosen).__name__}.")
+    if twins and (noise is not None or method != "displacement"):
+        reason = "the noise is given" if noise is not None else f"the {method} method has no noise floor"
+        raise ConfigError(f"Twins tell the noise of each token, but {reason}; leave them out.")
     return judge_by_all(
         states,
         dtype,
@@ -88,6 +96,7 @@ def judge(
         check_order=check_order,
         try_window=try_window,
         noise=noise,
+        twins=twins,
         progress=progress,
     )[0]
 
@@ -104,6 +113,7 @@ def judge_by_all(
     check_order: bool = True,
     try_window: bool = True,
     noise: Noise | None = None,
+    twins: Sequence[NDArray[Any] | Tensor | Sequence[Any]] = (),
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[Verdict], list[list[Kind]]]:
     """What `judge` says by the chosen settings, and the kinds alone by each of the others, which are of the same method
@@ -120,6 +130,7 @@ def judge_by_all(
         )
     if check_order:
         check_axes(tensor)
+    runs = [_other_run(each, tensor) for each in twins]
     declared = check_dtype(dtype)
     found = computed_dtype(tensor) or known_dtype(stored_dtype(tensor), otherwise=declared)
     coarse = max(declared, found, key=rounding_step)
@@ -135,6 +146,8 @@ def judge_by_all(
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], tensor, tail_length(recurrences, chosen.window, first_recurrence)):
         measured = None if noise is None else noise.take(rows)
+        if runs and isinstance(chosen, DisplacementSettings):
+            measured = noise_of_twins(tensor[rows], [run[rows] for run in runs], coarse, chosen, first_recurrence)
         judged = _judge(tensor[rows], coarse, chosen, others, first_recurrence, try_window, measured)
         told |= zip(rows.tolist(), judged, strict=True)
         progress(len(rows))
@@ -185,6 +198,18 @@ def _judge(
             reason = "Every number is 0: this may be padding, or nothing ran."
             verdict = dataclasses.replace(verdict, kind=Kind.UNKNOWN, reason=reason)
         yield verdict, [its[token] for its in kinds]
+
+
+def _other_run(twin: NDArray[Any] | Tensor | Sequence[Any], states: Tensor) -> Tensor:
+    other = as_states(twin)
+    if other.shape != states.shape:
+        raise ConfigError(
+            f"A twin is the same tokens in another run; its shape is {tuple(other.shape)}, that of the states "
+            f"{tuple(states.shape)}."
+        )
+    if torch.equal(other, states):
+        raise ConfigError("A twin holds the very same states; give those of a run from another initial state.")
+    return other
 
 
 def judged_bytes(window: int) -> int:
