@@ -14,7 +14,7 @@ from loopscope._util.shapes import States, TokenValues
 from loopscope.answers.stopping import StoppingRule
 from loopscope.errors import ConfigError
 from loopscope.measures.functions import acceleration, distances, residual_norm, widen
-from loopscope.measures.readout import Prediction
+from loopscope.measures.readout import TokenDistribution
 from loopscope.models.native.exit import exit_cumulated, exit_distribution
 from loopscope.models.subject import SubjectInfo
 
@@ -38,7 +38,7 @@ class RuleAtWork:
         self._states: list[Tensor] = []
         """The initial one, and those after each recurrence; the last three."""
         self._gates: list[Tensor] = []
-        self._prediction: Prediction | None = None
+        self._prediction: TokenDistribution | None = None
         self._maps: Sequence[Tensor] = ()
 
     def begin(self, state: States) -> None:
@@ -80,7 +80,7 @@ class RuleAtWork:
     def _of_prediction(self, logits: Tensor | None) -> dict[str, Tensor]:
         if logits is None:
             return {}
-        made, before = Prediction.of(logits), self._prediction
+        made, before = TokenDistribution.of(logits), self._prediction
         top1, margin, probability = made.top
         self._prediction = made
         return {
@@ -123,4 +123,4 @@ class RuleAtWork:
         self._maps = [each[going] for each in self._maps]
         made = self._prediction
         if made is not None:
-            self._prediction = Prediction(made.scores[going], made.normalizer[going])
+            self._prediction = TokenDistribution(made.scores[going], made.normalizer[going])

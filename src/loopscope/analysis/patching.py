@@ -28,7 +28,7 @@ from loopscope.errors import ConfigError, NonFiniteError, last_resort
 from loopscope.models.interventions.kinds import Intervention, StartFrom
 from loopscope.models.interventions.parsing import check_recurrences
 from loopscope.models.loading import subject_of
-from loopscope.models.native.attention import Part
+from loopscope.models.native.attention import LayerOutput
 from loopscope.models.native.interventions import Parts
 from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.native.subject import intervene as intervened
@@ -46,7 +46,7 @@ class Change:
     """A place in a run whose values are those of another run."""
 
     site: Site
-    part: Part
+    part: LayerOutput
     position: int | None
     """From 0; None for all."""
     head: int | None = None
@@ -56,10 +56,10 @@ class Change:
 class Recorded:
     """Keeps parts of layers while a run of one prompt passes."""
 
-    wanted: frozenset[Part]
-    values: dict[tuple[Site, Part], Tensor] = field(default_factory=dict)
+    wanted: frozenset[LayerOutput]
+    values: dict[tuple[Site, LayerOutput], Tensor] = field(default_factory=dict)
 
-    def __call__(self, site: Site, part: Part, values: Tensor) -> Tensor:
+    def __call__(self, site: Site, part: LayerOutput, values: Tensor) -> Tensor:
         if part in self.wanted:
             self.values[site, part] = values[0]
         return values
@@ -70,12 +70,12 @@ class Patches:
 
     def __init__(self, recorded: Recorded, changes: Sequence[Sequence[Change]]) -> None:
         self._values = recorded.values
-        self._at: dict[tuple[Site, Part], list[tuple[int, Change]]] = defaultdict(list)
+        self._at: dict[tuple[Site, LayerOutput], list[tuple[int, Change]]] = defaultdict(list)
         for row, group in enumerate(changes):
             for change in group:
                 self._at[change.site, change.part].append((row, change))
 
-    def __call__(self, site: Site, part: Part, values: Tensor) -> Tensor:
+    def __call__(self, site: Site, part: LayerOutput, values: Tensor) -> Tensor:
         if (site, part) not in self._at:
             return values
         values, source = values.clone(), self._values[site, part].to(values)
@@ -92,7 +92,7 @@ def patch(
     pairs: str | Path | Sequence[Mapping[str, Any]],
     *,
     recurrences: int | None = None,
-    parts: Sequence[Part] = ("residual",),
+    parts: Sequence[LayerOutput] = ("residual",),
     visits: Sequence[str] = ("*",),
     positions: Literal["each", "all"] | Sequence[int] = "each",
     batch_size: int = _BATCH,
@@ -129,8 +129,10 @@ def patch(
     count = recurrences_of(subject.info, recurrences)
     check_recurrences(subject.interventions, count)
     wanted = list(dict.fromkeys(parts))
-    if not wanted or not set(wanted) <= set(get_args(Part)):
-        raise ConfigError(f"parts must be some of {listed(list(get_args(Part)))}, got {', '.join(parts) or 'none'}.")
+    if not wanted or not set(wanted) <= set(get_args(LayerOutput)):
+        raise ConfigError(
+            f"parts must be some of {listed(list(get_args(LayerOutput)))}, got {', '.join(parts) or 'none'}."
+        )
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     numbers = range(1, count + 1)  # as visits count recurrences
@@ -196,12 +198,12 @@ class _Grid:
     numbers: range
     """Of the recurrences, as visits name them."""
     sites: list[Site]
-    parts: list[Part]
+    parts: list[LayerOutput]
     batch_size: int
     seed: int
 
     @property
-    def columns(self) -> list[tuple[str, Part, int | None]]:
+    def columns(self) -> list[tuple[str, LayerOutput, int | None]]:
         """Name, part and head of each entry of the dimension `part`."""
         heads = range(self.subject.model.architecture.heads)
         return [

@@ -118,7 +118,7 @@ class Architectures(_RandomModels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase(_RandomModels):
+class PhaseDiagram(_RandomModels):
     """Find where each design stops converging as its weights grow, and where its eigenvalues predict it."""
 
     width: int = 128
@@ -216,7 +216,7 @@ class ExperimentReport:
 
 EXPERIMENTS: Commands = {
     "architectures": Architectures,
-    "phase": Phase,
+    "phase": PhaseDiagram,
     "training": Training,
     "report": ExperimentReport,
 }

@@ -24,13 +24,11 @@ _LONGEST = 2048
 _GENERATED = 256
 """Tokens of a generated text where the task names no number; likewise."""
 
-Done = Callable[[int], None]
-
 
 class _Answers:
     """What was asked of one subject, by all numbers of recurrences at once, so that the next number finds it there."""
 
-    def __init__(self, subject: Subject, numbers: tuple[int, ...], seed: int, done: Done) -> None:
+    def __init__(self, subject: Subject, numbers: tuple[int, ...], seed: int, done: Callable[[int], None]) -> None:
         self.subject, self.numbers, self._seed, self._done = subject, numbers, seed, done
         self._likelihoods: dict[Request, dict[int, Likelihood]] = {}
         self._texts: dict[tuple[tuple[int, ...], str], dict[int, str]] = {}
@@ -106,7 +104,7 @@ class LoopedLM(TemplateLM):
         recurrences: Sequence[int] | None,
         *,
         seed: int = 0,
-        done: Done = lambda count: None,
+        done: Callable[[int], None] = lambda count: None,
     ) -> dict[int, LoopedLM]:
         """By number of recurrences, which share their passes. `done` is told how many requests were answered, once for
         all numbers."""

@@ -67,11 +67,11 @@ def kl_divergence(
 
     In float64: a small divergence is the difference of large sums, of which float32 resolves nothing below about 1e-7.
     """
-    return Prediction.of(logits).divergence(Prediction.of(other))
+    return TokenDistribution.of(logits).divergence(TokenDistribution.of(other))
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class TokenDistribution:
     """A distribution over the vocabulary, `p_v = exp(score_v - normalizer)`, of each of some tokens."""
 
     scores: Tensor
@@ -80,7 +80,7 @@ class Prediction:
     """`log sum_v exp(score_v)`, float64, (...)."""
 
     @classmethod
-    def of(cls, logits: Tensor) -> Prediction:
+    def of(cls, logits: Tensor) -> TokenDistribution:
         scores = logits.double()
         return cls(scores, scores.logsumexp(-1))
 
@@ -88,7 +88,7 @@ class Prediction:
     def shares(self) -> Tensor:
         return (self.scores - self.normalizer[..., None]).exp_()
 
-    def mean_log(self, other: Prediction) -> Tensor:
+    def mean_log(self, other: TokenDistribution) -> Tensor:
         """`sum_v p_v log q_v`. Logarithms of the shares are never formed, which would be one more pass over them."""
         found: Tensor = torch.linalg.vecdot(self.shares, other.scores)
         if not self.scores.is_cpu or not bool(found.isfinite().all()):
@@ -96,7 +96,7 @@ class Prediction:
             found = torch.where(self.shares == 0, 0.0, self.shares * other.scores).sum(-1)
         return found - other.normalizer
 
-    def divergence(self, other: Prediction) -> Tensor:
+    def divergence(self, other: TokenDistribution) -> Tensor:
         """`KL(p || q)`."""
         return (self.mean_log(self) - self.mean_log(other)).clamp(min=0.0)
 
@@ -122,9 +122,9 @@ class _Decoded:
     normalizer: Tensor
     """Float64, (batch, token); of padding NaN."""
 
-    def at(self, place: tuple[int, slice]) -> Prediction:
+    def at(self, place: tuple[int, slice]) -> TokenDistribution:
         """Of some tokens of one prompt."""
-        return Prediction(self.logits[place].double(), self.normalizer[place])
+        return TokenDistribution(self.logits[place].double(), self.normalizer[place])
 
 
 class Readout(Measure):
@@ -257,7 +257,7 @@ class Readout(Measure):
         values = torch.full((7, *mask.shape), torch.nan, dtype=torch.float64, device=mask.device)
         top1 = torch.full(mask.shape, -1, dtype=torch.int64, device=mask.device)
         for place in self._pieces(now.logits):
-            made = Prediction.of(now.logits[place])
+            made = TokenDistribution.of(now.logits[place])
             now.normalizer[place] = made.normalizer
             values[0][place] = made.normalizer - made.scores.gather(-1, targets[place][:, None])[:, 0]
             values[1][place] = made.entropy

@@ -21,7 +21,7 @@ _LOSS_AT = (1, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class ComparedAnswer:
     """What one study says to one question."""
 
     key: str
@@ -46,7 +46,7 @@ class Cell:
         return dataclasses.asdict(self) | {"value": self.value if math.isfinite(self.value) else None}
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> Cell:
+    def from_dict(cls, entry: Mapping[str, Any]) -> ComparedAnswer:
         """Of what `to_dict` gave. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
         value = entry["value"]
         return cls(**{**entry, "outcome": Outcome(entry["outcome"]), "value": math.nan if value is None else value})
@@ -113,7 +113,7 @@ _ROWS = (
 )
 
 
-def cells_of(study: Study) -> list[Cell]:
+def cells_of(study: Study) -> list[ComparedAnswer]:
     """What a study says to each question, and its losses. Questions that it declines are there, with the reason in a
     word."""
     answers = {answer.key: answer for answer in quick_answers(study)}
@@ -121,7 +121,7 @@ def cells_of(study: Study) -> list[Cell]:
     return sorted([*cells, *_losses(view_study(study))], key=lambda cell: place_of(cell.key))
 
 
-def _cell(row: _Row, answer: Answer) -> Cell:
+def _cell(row: _Row, answer: Answer) -> ComparedAnswer:
     evidence = answer.evidence
     known = bool(evidence) and (not row.value or row.value in evidence)
     try:
@@ -129,7 +129,7 @@ def _cell(row: _Row, answer: Answer) -> Cell:
     except KeyError:
         number = ""  # an answer that was declined half way gives the numbers that it has
     value = evidence.get(row.value, math.nan) if row.value else math.nan
-    return Cell(
+    return ComparedAnswer(
         key=row.key,
         question=row.question,
         outcome=answer.outcome,
@@ -139,7 +139,7 @@ def _cell(row: _Row, answer: Answer) -> Cell:
     )
 
 
-def _losses(view: StudyView) -> list[Cell]:
+def _losses(view: StudyView) -> list[ComparedAnswer]:
     """After each of a few numbers of recurrences, in nats a token: the mean over prompts, Student's t."""
     if "loss" not in view.finite or not view.finite.sizes["prompt"]:
         return []
@@ -157,7 +157,9 @@ def _losses(view: StudyView) -> list[Cell]:
         after = f" (R = {last})" if key == "loss_last" and view.looped else ""
         number = f"{middle:.3f}{interval} nats{after}" if math.isfinite(middle) else "–"
         outcome = Outcome.NOT_APPLICABLE
-        cells.append(Cell(key=key, question=question, outcome=outcome, verdict="", number=number, value=middle))
+        cells.append(
+            ComparedAnswer(key=key, question=question, outcome=outcome, verdict="", number=number, value=middle)
+        )
     return cells
 
 

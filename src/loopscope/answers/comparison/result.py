@@ -16,7 +16,7 @@ from loopscope._util.files import check_no_other, write_atomically
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.old_counts import COUNTS_FROM, arrays_from_one, texts_from_one
 from loopscope._util.reading import read_json
-from loopscope.answers.comparison.cells import Cell
+from loopscope.answers.comparison.cells import ComparedAnswer
 from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.errors import StudyError
 
@@ -52,9 +52,9 @@ class Comparison:
         """What the manifest says of each study, by label."""
         return {str(entry["label"]): entry for entry in self.manifest["studies"]}
 
-    def cells(self, label: str) -> dict[str, Cell]:
+    def cells(self, label: str) -> dict[str, ComparedAnswer]:
         """What a study says to each question, by key; of an older comparison nothing."""
-        return {cell["key"]: Cell.from_dict(cell) for cell in self.studies[label].get("answers", ())}
+        return {cell["key"]: ComparedAnswer.from_dict(cell) for cell in self.studies[label].get("answers", ())}
 
     def curve(self, label: str, measure: str, recurrence: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Of one study's pass in a recurrence (from 1): relative depth in percent and the values, both over the

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopscope._util.table import Table
-from loopscope.answers.comparison.cells import Cell, place_of
+from loopscope.answers.comparison.cells import ComparedAnswer, place_of
 from loopscope.answers.comparison.result import Comparison
 
 
@@ -24,7 +24,7 @@ class SideBySide:
     """Those facts that are not the same in all studies."""
     changed: list[bool]
     """Whether a study's model was changed while it ran."""
-    rows: dict[str, tuple[str, list[Cell | None]]]
+    rows: dict[str, tuple[str, list[ComparedAnswer | None]]]
     """By key: the question, and what each study says; None where it was not asked."""
 
     @property
@@ -118,7 +118,7 @@ def facts_in_words(study: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _both(cell: Cell | None) -> tuple[str, str]:
+def _both(cell: ComparedAnswer | None) -> tuple[str, str]:
     return ("", "") if cell is None else (cell.text, f"{cell.value:.9g}" if cell.has_value else "")
 
 

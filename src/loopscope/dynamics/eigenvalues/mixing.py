@@ -59,7 +59,7 @@ def mix_with_others_frozen(
     return mixed
 
 
-class SideBySide:
+class AmongAll:
     """Attention among all tokens of some prompts, (1, head, token, head_dim); no work is done for padding."""
 
     def __init__(self, mask: Places) -> None:
@@ -142,10 +142,10 @@ class AfterOthers:
 
 
 class OthersSeen:
-    """Runs beside `SideBySide` once and keeps what every layer's tokens see."""
+    """Runs beside `AmongAll` once and keeps what every layer's tokens see."""
 
     def __init__(self, mask: Places, tokens: Places) -> None:
-        self._plain, self._tokens = SideBySide(mask), tokens
+        self._plain, self._tokens = AmongAll(mask), tokens
         self.layers: list[list[Others | None]] = []
 
     def __call__(self, query: Queries, key: Keys, value: Keys, allowed: Tensor | None) -> Queries:

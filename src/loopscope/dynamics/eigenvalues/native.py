@@ -8,7 +8,7 @@ import torch
 
 from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import ExactProducts, TokenVectors
-from loopscope.dynamics.eigenvalues.mixing import AfterOthers, OthersFrozen, OthersSeen, Places, SideBySide
+from loopscope.dynamics.eigenvalues.mixing import AfterOthers, AmongAll, OthersFrozen, OthersSeen, Places
 from loopscope.dynamics.eigenvalues.recurrence import LastStep, StateSite, TokenBlock
 from loopscope.dynamics.eigenvalues.search import TokenMap
 from loopscope.errors import ConfigError
@@ -91,7 +91,7 @@ class NativeRecurrence:
 
     @torch.no_grad()
     def apply(self, state: States) -> States:
-        alone = self._following(SideBySide(self._mask), self._mask)
+        alone = self._following(AmongAll(self._mask), self._mask)
         return state.index_put((self._mask,), alone(state[self._mask][None])[0])
 
     def token_map(self) -> TokenMap:

@@ -18,7 +18,7 @@ from loopscope.models.visits import AttentionView, LoopState, Observer, Visit
 Place = tuple[int, int]
 """(prompt, token), both from 0."""
 
-Phase = Literal["start", "advance", "answer"]
+RunPhase = Literal["start", "advance", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _difference(label: str, got: Tensor, expected: Tensor, places: Sequence[Plac
 class Announcement:
     """Something announced to an observer."""
 
-    phase: Phase
+    phase: RunPhase
     """The call of the subject or its run in which it was announced."""
     label: str
 
@@ -136,7 +136,7 @@ class Recording:
 class _Recorder(Observer):
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.phase: Phase = "start"
+        self.phase: RunPhase = "start"
 
     def visit(self, visit: Visit) -> None:
         self._announced(visit.label, visit.residual)

@@ -28,10 +28,10 @@ Mix = Callable[[Queries, Keys, Keys, Tensor | None], Queries]
 """`mix(query, key, value, allowed)`: each query's mean of the values, (batch, head, token, head_dim). With None for
 `allowed`, causality alone decides where a query may look; otherwise it is True there."""
 
-Part = Literal["residual", "attention", "mlp", "head"]
+LayerOutput = Literal["residual", "attention", "mlp", "head"]
 """What a layer puts out, what its attention or its MLP adds to the residual stream, all (batch, token, width), and what
 each head of its attention has mixed before the output projection, (batch, head, token, head_dim)."""
-Through = Callable[[Part, Tensor], Tensor]
+Through = Callable[[LayerOutput, Tensor], Tensor]
 """`through(part, values)`: what takes the place of a part of a layer while it runs; the values themselves, where it
 only looks on."""
 

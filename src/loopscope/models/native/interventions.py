@@ -28,7 +28,7 @@ from loopscope.models.interventions.kinds import (
     StartSeed,
 )
 from loopscope.models.interventions.parsing import check_tokens
-from loopscope.models.native.attention import Part, Through
+from loopscope.models.native.attention import LayerOutput, Through
 
 _CUT = 3.0
 """Standard deviations at which the normal distribution is cut, as Huginn's published code does."""
@@ -82,7 +82,7 @@ class BranchScale:
 UNCHANGED = BranchScale()
 
 
-Parts = Callable[[Site, Part, Tensor], Tensor]
+Parts = Callable[[Site, LayerOutput, Tensor], Tensor]
 """`parts(site, part, values)`: what takes the place of a part of a layer at one visit; see `Through`."""
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loopscope._util.shapes import States
 from loopscope.models.architecture import Activation, Architecture, NormPlacement
-from loopscope.models.native.attention import Attention, AttentionContext, Part, RMSNorm, Through
+from loopscope.models.native.attention import Attention, AttentionContext, LayerOutput, RMSNorm, Through
 from loopscope.models.native.interventions import UNCHANGED, BranchScale
 from loopscope.models.visits import QueryKeyAttention
 
@@ -159,7 +159,7 @@ class Layer(nn.Module):
         return x if through is None else through("residual", x), view
 
     def _add(
-        self, part: Part, x: Tensor, branch: Tensor, norm: nn.Module, factor: float, through: Through | None
+        self, part: LayerOutput, x: Tensor, branch: Tensor, norm: nn.Module, factor: float, through: Through | None
     ) -> Tensor:
         """A factor is on what is added: a norm between the branch and the residual stream would undo it."""
         added: Tensor = _scaled(branch if self.on_residual else norm(branch), factor)
