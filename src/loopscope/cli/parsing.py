@@ -9,7 +9,7 @@ import re
 import shutil
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import UnionType
@@ -55,12 +55,18 @@ _METAVARS = {
 }
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
-_PLAIN = {
+_PLAIN: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"Error parsing (\S+): invalid literal for int\(\) with base 10: ": r"\1 takes a whole number, got ",
     r"Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, got ",
-    r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]": r"\1 takes \2, got \3",
+    r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]": lambda said: (
+        f"{said[1]} takes {_types(said[2])}, got {said[3]}"
+    ),
+    r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)": lambda said: (
+        f"{said[2]} takes one of {_sorted(said[3])}, got {said[1]!r}"
+    ),
 }
 """What the parser says of values in Python's terms, and the same in plain words."""
+_TYPES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
 def parse(commands: Commands, arguments: list[str]) -> Command | None:
@@ -77,8 +83,9 @@ def parse(commands: Commands, arguments: list[str]) -> Command | None:
             _print(words, commands)
             return None
         if word not in commands:
-            near = difflib.get_close_matches(word, commands, n=2) or list(commands)
-            raise ConfigError(f"{' '.join(words)} has no command {word!r}; did you mean {' or '.join(near)}?")
+            near = difflib.get_close_matches(word, commands, n=2)
+            meant = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(commands)}."
+            raise ConfigError(f"{' '.join(words)} has no command {word!r}; {meant}")
         found = commands[word]
         words.append(word)
         if isinstance(found, type):
@@ -124,6 +131,16 @@ def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
         for said_so, instead in _PLAIN.items():
             wrong = re.sub(said_so, instead, wrong)
         raise ConfigError(f"{wrong}; `{name} --help` lists all options.") from None
+
+
+def _sorted(choices: str) -> str:
+    """The parser gives them in quotes and in any order."""
+    return ", ".join(sorted(re.findall(r"'([^']+)'", choices)))
+
+
+def _types(types: str) -> str:
+    """As the parser writes them, such as `INT|{auto}`."""
+    return " or ".join(_TYPES.get(each, each.strip("{}").replace(",", ", ")) for each in types.strip("()").split("|"))
 
 
 def _flags(cls: type) -> Iterator[str]:
