@@ -59,7 +59,7 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
                 f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
             )
             return POINTS.says(Outcome.CANNOT_TELL, "not settled yet", open_ + there, evidence)
-        none = "Without a fixed point the layers have no points to compare."
+        none = "No prompt comes to rest in every layer, so there are no points to compare."
         return POINTS.says(Outcome.NOT_APPLICABLE, "no points", none + there, evidence)
 
     shared = shares_point(view.dataset, criterion)[has_points]
@@ -141,7 +141,7 @@ def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
         }
         return ARRIVAL.unanswered(
             "no point to reach" if settled is None or settled.decided else "not by this horizon",
-            reasons.get(settled, "There is no fixed point to arrive at."),
+            reasons.get(settled, "It arrives at no fixed point."),
             figure=ARRIVAL.figure,
         )
 

@@ -22,6 +22,9 @@ SUMMABLE_RATIO = 2**-1.25
 The limit is 1/t, a ratio of 1/2; what is left between the two is what a mean over tokens scatters, and what a drift
 shows whose slowing began late. No setting: it follows from the harmonic series."""
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNRELATED = 1.0
+"""Distance of a prompt's states at the two horizons, over the norm, from which on two steps say nothing of the way
+between them: states that have nothing to do with each other are 1.4 apart."""
 _PARTED = 0.5
 """Where more of a prompt's tokens are seen to move than this, that its layers settle on average is no finding."""
 
@@ -90,7 +93,8 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     growth would make steps look smaller. If the direction is settled while the norm grows, in steps that add up without
     limit and make most of the movement, only the direction has settled. If rounding alone explains the steps that are
     left, it is at the floor. Steps that shrink faster than 1/t, and are not small, are not yet there. What slows down
-    less, and small motion that leads nowhere, are not told from an approach or from amplified rounding here.
+    less, and small motion that leads nowhere, are not told from an approach or from amplified rounding here; nor is a
+    state that has gone farther than its own norm, whose steps may lengthen again.
     """
     data = view.dataset
     drift = data["horizon_drift"].transpose("layer", "prompt")
@@ -121,7 +125,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
         (small & (floor | shrinks), Settling.FIXED_POINT),
         (direction, Settling.DIRECTION_ONLY),
         (floor, Settling.AT_FLOOR),
-        (shrinks, Settling.NOT_YET),
+        (shrinks & (drift <= UNRELATED), Settling.NOT_YET),
         ((ratio < criterion.slowing_ratio) | (small & aimless), Settling.CANNOT_TELL),
     ]
     ranks = np.select(

@@ -83,6 +83,7 @@ class Doubt(StrEnum):
     WANDERS = "It wanders: its displacement still grows at long lags, in no direction of its own."
     SHAPELESS = "It moves in no shape, and yet a run that differs by rounding stayed near: chaos only if that is slow."
     REMEMBERED = "It moves, but the last two thirds rest: it may be noise that a slow mode remembers."
+    FEW_TURNS = "It turns, but too few times to tell whether it comes back to the same states again and again."
 
 
 DOUBTS = tuple(Doubt)

@@ -354,6 +354,12 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     rivals = "It moves slowly: {it.shape.words} and an approach to a point explain it about as well."
     found.say(slides & as_well, Kind.UNKNOWN, rivals, shaped=True, doubt=Doubt.RIVALS)
     follows = "it follows {it.shape.words}, which leaves {it.unexplained:.2g} of its variance."
+    # An approach to within such noise is none that anybody means, as rest in it is none.
+    loud = f"What is left is {{it.left:.2g}} of its norm, noise or chaos, which only a finer dtype tells: {follows}"
+    hides = (best.limit == Kind.FIXED_POINT.code) & (m.left >= _LOUD) & (m.left <= found.rest)
+    found.say(where & hides, Kind.UNKNOWN, loud, shaped=True, doubt=Doubt.LOUD)
+    turns = f"It turns, but too few times to tell whether it is periodic: {follows}"
+    found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
     grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"
     found.say(slides & found.grows, Kind.DIVERGING, grown, shaped=True)
     found.say(where, best.limit, f"{{it.begins}}: {follows}", shaped=True)
