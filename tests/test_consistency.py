@@ -189,6 +189,33 @@ def test_small_motion_is_settled_by_verdicts() -> None:
     assert found["fixed_point"].outcome is Outcome.YES
 
 
+def test_a_token_that_is_seen_to_turn_has_not_settled_wherever_it_is_at_the_horizons() -> None:
+    study = of_prompts(*["contracting"] * 4)
+    codes = np.full((LAYERS, 4, study.dataset.sizes["token"]), KINDS.index(Kind.FIXED_POINT), dtype=np.int8)
+    codes[:, :, -1] = KINDS.index(Kind.ORBIT)
+    found = {answer.key: answer for answer in quick_answers(with_behaviour(study, codes))}["fixed_point"]
+    assert found.verdict == "on average, not every token"
+    assert "But only 90" in found.sentence
+
+
+def test_shorter_steps_of_a_state_that_has_left_all_it_was_are_no_approach() -> None:
+    study = of_prompts("slow")
+    first, second = (answers["fixed_point"] for answers in map(by_key, (study, gone(study))))
+    assert first.outcome is Outcome.NOT_YET
+    assert second.outcome is Outcome.CANNOT_TELL
+    assert "may lengthen again" in second.sentence
+
+
+def by_key(study: Study) -> dict[str, Answer]:
+    return {answer.key: answer for answer in quick_answers(study)}
+
+
+def gone(study: Study) -> Study:
+    """Farther between the horizons than the state's norm."""
+    drift = study.dataset["horizon_drift"]
+    return Study(study.dataset.assign(horizon_drift=drift * 0 + 1.4), study.manifest, study.tokens)
+
+
 KEYS = ("fixed_point", "behaviour", "stability", "points", "arrival", "trained_depth")
 
 

@@ -267,6 +267,8 @@ def _loss_sentence(view: StudyView, trained: int, evidence: Evidence) -> str:
     if trained not in readouts or readouts[-1] <= trained:
         return ""
     means = [mean(loss.sel(readout_recurrence=at).values) for at in (trained, readouts[-1])]
+    if not all(math.isfinite(each) for each in means):
+        return ""
     evidence |= {"loss_at_trained": means[0], "loss_at_last": means[1]}
     return f" The loss is {significant(means[0], 3)} nats there and {significant(means[1], 3)} after {readouts[-1]}."
 
