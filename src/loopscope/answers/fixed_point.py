@@ -191,7 +191,9 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
             if 2 * _contradicted(view, criterion).total() > share.count:
                 how = "the horizons say one thing and the verdicts of the tokens the opposite"
             elif drift > UNRELATED and ratio < criterion.slowing_ratio:
-                how = "its last steps are shorter, but it has left all that it was, and they may lengthen again"
+                how = (
+                    "its last steps are shorter, but it has gone farther than its own norm, and they may lengthen again"
+                )
             elif ratio < criterion.slowing_ratio:
                 how = "the state slows down, but not clearly faster than 1/t, as steps must to add up to a limit"
             else:

@@ -92,7 +92,7 @@ def near_the_circle(data: xarray.Dataset) -> NDArray[np.bool_]:
     may as well attract. Raises `StudyError` for a study without predictions."""
     kind, rate, error = (_of(data, name) for name in ("predicted_kind", "predicted_rate", "predicted_rate_error"))
     turns = [PREDICTED_KINDS.index(each) for each in (PredictedKind.ORBIT, PredictedKind.PERIOD_TWO)]
-    return np.isin(kind, turns) & (rate - error <= 1)
+    return np.asarray(np.isin(kind, turns) & (rate - error <= 1))
 
 
 def agreement(table: NDArray[np.int64]) -> Agreement:

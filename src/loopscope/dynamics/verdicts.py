@@ -116,8 +116,8 @@ class Verdict:
     p_value: float = math.nan
     """That noise alone would look as structured as this, corrected for how many shapes were tried."""
     unstable: tuple[str, ...] = ()
-    """What changes the verdict, such as a shorter `window`; or may, where no twin was run: `noise`, of motion so small
-    that it may be rounding which a slow mode remembers."""
+    """What changes the verdict, such as a shorter `window`; or may, where no twin was run: `noise`, of motion that may
+    be rounding which a slow mode remembers, or small and smooth."""
     evidence: dict[str, float] = field(default_factory=dict)
     """Further numbers, by name."""
     displacement: tuple[float, ...] = ()
