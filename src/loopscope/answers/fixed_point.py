@@ -33,7 +33,7 @@ from loopscope.answers.settling import (
     step_ratio,
 )
 from loopscope.answers.token_kinds import token_kinds
-from loopscope.dynamics.verdicts import MOVING_CODES
+from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView, without_paths
 
 FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
@@ -139,17 +139,19 @@ def _evidence(data: xarray.Dataset) -> Evidence:
 
 
 def _settled_tokens(view: StudyView, chosen: NDArray[np.int64], criterion: Criterion) -> float:
-    """Share of these prompts' tokens whose state after the last layer drifts within the tolerance, or as
-    rounding does, and which are not seen to move: what turns twice between the horizons does not drift."""
+    """Share of these prompts' tokens that settle by their verdict or, where that is open, whose state after the last
+    layer drifts within the tolerance, or as rounding does: what turns twice between the horizons does not drift."""
     data = without_paths(view.dataset).isel(prompt=chosen)
     if "token_horizon_drift" not in data:
         return math.nan
     drift = data["token_horizon_drift"].sel(site="last_layer").transpose("prompt", "token").values
     floor = noise_floor(data).isel(layer=-1).fillna(0).values[:, None]
     allowed = np.maximum(criterion.drift_tolerance, np.sqrt(view.horizon) * criterion.floor_factor * floor)
-    moves = np.isin(token_kinds(view.study)[chosen], MOVING_CODES) if "verdict" in data else np.zeros(drift.shape, bool)
-    present = np.isfinite(drift)
-    return float((~moves & (drift <= allowed))[present].mean()) if present.any() else math.nan
+    settled, present = drift <= allowed, np.isfinite(drift)
+    if "verdict" in data:
+        kinds = token_kinds(view.study)[chosen]
+        settled = (settled | np.isin(kinds, SETTLED_CODES)) & ~np.isin(kinds, MOVING_CODES)
+    return float(settled[present].mean()) if present.any() else math.nan
 
 
 def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: Evidence) -> str:

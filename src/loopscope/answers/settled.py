@@ -56,7 +56,8 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         evidence: Evidence = {"smallest_cosine_to_layer_0": anywhere} if there else {}
         if undecided:
             open_ = (
-                f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
+                f"Cannot tell: no prompt is seen to settle, and {undecided} of {len(kinds)} "
+                f"{'is' if undecided == 1 else 'are'} undecided."
             )
             return POINTS.says(Outcome.CANNOT_TELL, "not settled yet", open_ + there, evidence)
         none = "No prompt comes to rest in every layer, so there are no points to compare."
@@ -102,7 +103,7 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     if len(values) < len(kinds):
         verdict += ", where it settles"
         sentence += f" Only these {len(values)} of {len(kinds)} prompts settle" + (
-            f"; {undecided} may do so later." if undecided else "."
+            f"; {undecided} {'is' if undecided == 1 else 'are'} undecided." if undecided else "."
         )
     directions = kinds.count(Settling.DIRECTION_ONLY)
     if directions:

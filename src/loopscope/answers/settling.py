@@ -78,6 +78,14 @@ def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
     return made.copy(data=np.fmax(measured.values, made.values))
 
 
+def _loud(data: xarray.Dataset) -> xarray.DataArray:
+    """Whether rounding alone moves most tokens so far that noise and chaos look the same, (layer, prompt)."""
+    if "twin_floor" not in data:
+        return data["noise_floor"] * 0 > 0
+    floor = data["twin_floor"]
+    return (floor >= _LOUD).sum("token") > _PARTED * floor.notnull().sum("token")
+
+
 def parts(data: xarray.Dataset) -> xarray.DataArray:
     """Whether a token's twin leaves it: its distance grows, three standard errors from not, (prompt, token)."""
     return data["twin_growth"] > 3 * data["twin_growth_error"]
@@ -124,6 +132,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
         (missing, Settling.DIVERGED),
         (small & (floor | shrinks), Settling.FIXED_POINT),
         (direction, Settling.DIRECTION_ONLY),
+        (floor & _loud(data), Settling.CANNOT_TELL),
         (floor, Settling.AT_FLOOR),
         (shrinks & (drift <= UNRELATED), Settling.NOT_YET),
         ((ratio < criterion.slowing_ratio) | (small & aimless), Settling.CANNOT_TELL),
@@ -149,7 +158,8 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
 
     The horizons compare a few states, the verdicts all states of a tail. Where the former see a prompt settle, or on
     its way, and the latter most of its tokens move, or the other way round, neither is believed. Where the former leave
-    small motion open and the latter see every token settle, it settles.
+    it open, it has no fixed point if the latter see most tokens move, and settles if these see all settle after small
+    motion.
     """
     kinds = horizon_settling(view, criterion)
     if "verdict" not in view.dataset:
@@ -160,6 +170,8 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     def agreed(kind: Settling, settle: bool, move: bool, near: bool) -> Settling:
         if kind is Settling.CANNOT_TELL and settle and near:
             return Settling.FIXED_POINT
+        if kind is Settling.CANNOT_TELL and move:
+            return Settling.NO_FIXED_POINT
         against = settle if kind in (Settling.NO_FIXED_POINT, Settling.DIRECTION_ONLY) else move
         return Settling.CANNOT_TELL if against and kind is not Settling.DIVERGED else kind
 
