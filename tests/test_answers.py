@@ -167,7 +167,20 @@ def test_orbit_whose_period_divides_the_horizon_is_not_taken_for_a_fixed_point()
 
     study = looped_study(period_four, horizon=32)
     assert study.dataset["horizon_drift"].max() < 1e-6  # the same state at both horizons
-    assert answers(study)["fixed_point"].outcome is Outcome.NO
+    found = answers(study)["fixed_point"]
+    assert found.outcome is Outcome.NO
+    assert "it comes back" in found.sentence
+
+
+def test_what_one_recurrence_cannot_show_is_not_told() -> None:
+    found = answers(looped_study(contracting(rate=0.6), recurrences=1))
+    assert found["initial_state"].outcome is Outcome.CANNOT_TELL
+    assert "After 1 recurrence two" in found["initial_state"].sentence
+
+
+def test_no_loss_is_quoted_where_there_is_none() -> None:
+    found = answers(looped_study(contracting(rate=0.6), loss=lambda count: np.full_like(count, np.nan)))
+    assert "loss" not in found["trained_depth"].sentence
 
 
 def test_slide_whose_norm_grows_is_not_taken_for_slowing_down() -> None:

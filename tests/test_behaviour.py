@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from loopscope import AnalyzeSettings, analyze, capture
 from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.judge import judge
+from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.sensitivity import judge_over_grid
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings
 from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.synthetic import CASES, make_trajectory
 from loopscope.dynamics.trajectories.tail import mean_squared_displacement
-from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
+from loopscope.dynamics.verdicts import KINDS, Doubt, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.measures.behaviour import movers
 from loopscope.models.inspection.facts import Dtype
@@ -78,6 +80,43 @@ SHAPES = {
     "exponential growth": (0.01 * (1.05**TIME)[:, None] * ALONG, {Kind.DIVERGING}),
     "norm in proportion to time": (TIME[:, None] * ALONG, {Kind.DIVERGING}),
 }
+
+
+@pytest.mark.parametrize(
+    ("turns", "kind"), [(0.3, Kind.SLIDER), (0.8, Kind.UNKNOWN), (1.7, Kind.UNKNOWN), (4.3, Kind.ORBIT)]
+)
+def test_few_turns_are_neither_a_way_nor_a_cycle(turns: float, kind: Kind) -> None:
+    verdict = judge(rounded(circle(LENGTH / 2 / turns), "float32"), "float32")[0]
+    assert verdict.kind == kind
+    assert (verdict.doubt is Doubt.FEW_TURNS) == (kind == Kind.UNKNOWN)
+
+
+def test_turns_that_cancel_are_no_approach() -> None:
+    # Its size is a polynomial of time, which three spirals of nearly the same turn make, each many times as large.
+    late = TIME / (LENGTH / 2) - 1
+    size, angle = 1 - 1.4 * late + 0.9 * late**2, 2 * math.pi * TIME / (LENGTH / 2)
+    parts = [size * np.cos(angle), size * np.sin(angle) * (1 - 0.3 * late), 0.5 * late * np.cos(angle + 1)]
+    path = 0.2 * np.stack(parts, axis=-1) @ directions(3)
+    assert judge(rounded(path, "float32"), "float32")[0].kind == Kind.UNKNOWN
+
+
+def test_nothing_rests_in_noise_that_is_a_share_of_the_norm() -> None:
+    rng, state, states = np.random.default_rng(0), np.zeros((8, 2)), []
+    for _ in TIME:
+        state = 0.8 * state + rng.standard_normal((8, 2))
+        states.append(0.12 * state @ directions(2) + directions(9, seed=1)[-1])
+    array = np.stack(states, axis=1).astype(np.float32)
+    level = [verdict.level for verdict in judge(array, "bfloat16", try_window=False)]
+    noise = Noise(rounding_step("bfloat16"), 0.5 * torch.tensor(level), torch.zeros(8, dtype=torch.bool))
+    for some in (noise, dataclasses.replace(noise, floor=0.45 * torch.tensor(level))):
+        assert {verdict.kind for verdict in judge(array, "bfloat16", noise=some)} == {Kind.UNKNOWN}
+
+
+def test_a_smooth_motion_that_may_be_amplified_rounding_is_marked() -> None:
+    slow = circle(29.0, size=0.01) + circle(47.0, size=0.01) + 0.01 * np.sin(TIME / 17)[:, None] * directions(5)[4]
+    verdict = judge(rounded(slow, "float16"), "float16")[0]
+    assert verdict.kind == Kind.AT_FLOOR
+    assert "noise" in verdict.unstable
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

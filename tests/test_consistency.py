@@ -46,6 +46,7 @@ FALSE_TOGETHER = (
         ("points", r"^(One per layer|The same one)(?!.*Only)"),
     ),
     (("fixed_point", r"^No\b"), ("behaviour", r"^all settle")),
+    (("fixed_point", r"But only \d.* settle individually"), ("behaviour", r"^all settle$")),
     (("behaviour", r"^all settle$"), ("stability", r"^no$")),
     (("behaviour", MOVES), ("stability", r"^yes, all")),
 )
@@ -163,6 +164,10 @@ def test_nor_about_any_mixture_of_prompts_and_verdicts(prompts: list[tuple[str, 
     assert contradictions(answers) == []
 
 
+def by_key(study: Study) -> dict[str, Answer]:
+    return {answer.key: answer for answer in quick_answers(study)}
+
+
 def test_a_loop_that_slides_on_is_never_told_to_stop() -> None:
     study = slow_slider()
     assert study.dataset["horizon_drift"].max() < 0.01
@@ -187,6 +192,41 @@ def test_small_motion_is_settled_by_verdicts() -> None:
     assert {answer.key: answer for answer in quick_answers(study)}["fixed_point"].outcome is Outcome.CANNOT_TELL
     found = {answer.key: answer for answer in quick_answers(judged(study, Kind.AT_FLOOR))}
     assert found["fixed_point"].outcome is Outcome.YES
+
+
+def test_what_the_horizons_leave_open_moves_where_most_tokens_are_seen_to() -> None:
+    assert by_key(of_prompts("circling"))["fixed_point"].outcome is Outcome.CANNOT_TELL
+    assert by_key(judged(of_prompts("circling"), Kind.ORBIT))["fixed_point"].outcome is Outcome.NO
+
+
+def test_steps_as_long_as_rounding_are_no_rest_where_rounding_is_loud() -> None:
+    study = looped_study(contracting(noise=0.1), prompts=2, floor=0.1, dtype="bfloat16")
+    data, tokens = study.dataset, study.dataset.sizes["token"]
+    assert by_key(study)["fixed_point"].verdict == "to within rounding"
+    floor = data["noise_floor"].expand_dims(token=tokens).transpose("layer", "prompt", "token")
+    still = floor.isel(layer=0, drop=True)
+    twin = data.assign(twin_floor=floor * 0 + 0.1, twin_growth=still * 0, twin_growth_error=still * 0 + 1)
+    found = by_key(Study(twin, study.manifest, study.tokens))["fixed_point"]
+    assert found.outcome is Outcome.CANNOT_TELL
+
+
+def test_a_token_that_is_seen_to_turn_has_not_settled_wherever_it_is_at_the_horizons() -> None:
+    study = of_prompts(*["contracting"] * 4)
+    codes = np.full((LAYERS, 4, study.dataset.sizes["token"]), KINDS.index(Kind.FIXED_POINT), dtype=np.int8)
+    codes[:, :, -1] = KINDS.index(Kind.ORBIT)
+    found = by_key(with_behaviour(study, codes))["fixed_point"]
+    assert found.verdict == "on average, not every token"
+    assert "But only 90" in found.sentence
+
+
+def test_shorter_steps_of_a_state_that_has_left_all_it_was_are_no_approach() -> None:
+    study = of_prompts("slow")
+    drift = study.dataset["horizon_drift"]
+    gone = Study(study.dataset.assign(horizon_drift=drift * 0 + 1.4), study.manifest, study.tokens)
+    first, second = (by_key(each)["fixed_point"] for each in (study, gone))
+    assert first.outcome is Outcome.NOT_YET
+    assert second.outcome is Outcome.CANNOT_TELL
+    assert "may lengthen again" in second.sentence
 
 
 KEYS = ("fixed_point", "behaviour", "stability", "points", "arrival", "trained_depth")

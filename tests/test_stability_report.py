@@ -89,6 +89,19 @@ def test_a_fixed_point_that_repels(turns: Study) -> None:
     assert answer.evidence["verdicts_that_agree"] == f"{TOKENS}, 0 do not, 0 open"
 
 
+@pytest.mark.parametrize("period", [5.0, 2.0, None])
+def test_a_slow_approach_is_on_the_edge_and_does_not_repel(period: float | None) -> None:
+    study = study_of(relaxation(0.985) if period is None else linear_loop(*rotation(period, 0.985)))
+    answer, agreed = answer_of(study), agreement(prediction_table(study.dataset))
+    assert (answer.outcome, answer.verdict) == (Outcome.CANNOT_TELL, "on the edge of stability")
+    assert "indistinguishable from 1" in answer.sentence
+    assert "repels" not in answer.sentence
+    assert agreed.disagree == 0
+    settled = next(answer for answer in quick_answers(study) if answer.key == "behaviour")
+    assert settled.verdict == "all settle"
+    assert "contradicted" not in answer.verdict
+
+
 def test_where_there_is_no_fixed_point_it_cannot_be_told() -> None:
     # s -> s + e goes on for ever: in steps of a share of the state that is above the tolerance to begin with.
     answer = answer_of(study_of(linear_loop(torch.eye(16), torch.eye(16)), horizon=16, eigenvalue_search=4))

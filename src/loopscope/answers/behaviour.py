@@ -79,8 +79,8 @@ def driven(rates: Rates) -> str:
     """How many drivers make how many tokens move, as a sentence after others; nothing where none is known."""
     pairs = zip(rates.tokens, rates.drivers, strict=False)
     said = [
-        f"{plural(drivers.count, 'driver')} set{'s' if drivers.count == 1 else ''} the motion of all {tokens.count:,} "
-        f"of kind {tokens.kind}"
+        f"{plural(drivers.count, 'driver')} set{'s' if drivers.count == 1 else ''} the motion of "
+        f"{'the one' if tokens.count == 1 else f'all {tokens.count:,}'} of kind {tokens.kind}"
         for tokens, drivers in pairs
         if tokens.kind.moves and tokens.count
     ]

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import xarray
+from numpy.typing import NDArray
 
 from loopscope._util.statistics import Share, median
 from loopscope._util.wording import listed, percent, plural, significant
@@ -21,6 +22,7 @@ from loopscope.answers.answer import (
     few_prompts,
 )
 from loopscope.answers.settling import (
+    UNRELATED,
     Settling,
     common_settling,
     horizon_settling,
@@ -30,6 +32,8 @@ from loopscope.answers.settling import (
     settling_by_layer,
     step_ratio,
 )
+from loopscope.answers.token_kinds import token_kinds
+from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView, without_paths
 
 FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
@@ -54,7 +58,7 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     chosen = np.flatnonzero(alike if common is not None else np.ones(len(kinds), dtype=bool))
     data = without_paths(view.dataset).isel(prompt=chosen)
     evidence = _evidence(data)
-    tokens = _settled_tokens(data, view.horizon, criterion)
+    tokens = _settled_tokens(view, chosen, criterion)
     if math.isfinite(tokens):
         evidence["share_of_tokens_settled"] = tokens
 
@@ -83,6 +87,7 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     if common is not None and common.settles and tokens < criterion.tokens_needed:
         outcome, verdict, claim = Outcome.PARTLY, "on average, not every token", None
         sentence = sentence.replace("Yes: every layer's", "On average every layer's")
+        sentence = sentence.replace("the steps that are left are", "the steps that are left are on average")
         sentence += f" But only {percent(tokens)} of the tokens settle individually."
     in_the_norm = common in (Settling.DIRECTION_ONLY, Settling.DIVERGED)
     evidence |= settling_by_layer(settling(view, criterion), criterion)
@@ -133,16 +138,20 @@ def _evidence(data: xarray.Dataset) -> Evidence:
     }
 
 
-def _settled_tokens(data: xarray.Dataset, horizon: int, criterion: Criterion) -> float:
-    """Share of the prompts' tokens whose state after the last layer drifts within the tolerance, or as
-    rounding does."""
+def _settled_tokens(view: StudyView, chosen: NDArray[np.int64], criterion: Criterion) -> float:
+    """Share of these prompts' tokens that settle by their verdict or, where that is open, whose state after the last
+    layer drifts within the tolerance, or as rounding does: what turns twice between the horizons does not drift."""
+    data = without_paths(view.dataset).isel(prompt=chosen)
     if "token_horizon_drift" not in data:
         return math.nan
     drift = data["token_horizon_drift"].sel(site="last_layer").transpose("prompt", "token").values
     floor = noise_floor(data).isel(layer=-1).fillna(0).values[:, None]
-    allowed = np.maximum(criterion.drift_tolerance, np.sqrt(horizon) * criterion.floor_factor * floor)
-    present = np.isfinite(drift)
-    return float((drift <= allowed)[present].mean()) if present.any() else math.nan
+    allowed = np.maximum(criterion.drift_tolerance, np.sqrt(view.horizon) * criterion.floor_factor * floor)
+    settled, present = drift <= allowed, np.isfinite(drift)
+    if "verdict" in data:
+        kinds = token_kinds(view.study)[chosen]
+        settled = (settled | np.isin(kinds, SETTLED_CODES)) & ~np.isin(kinds, MOVING_CODES)
+    return float(settled[present].mean()) if present.any() else math.nan
 
 
 def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: Evidence) -> str:
@@ -183,6 +192,10 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
         case Settling.CANNOT_TELL:
             if 2 * _contradicted(view, criterion).total() > share.count:
                 how = "the horizons say one thing and the verdicts of the tokens the opposite"
+            elif drift > UNRELATED and ratio < criterion.slowing_ratio:
+                how = (
+                    "its last steps are shorter, but it has gone farther than its own norm, and they may lengthen again"
+                )
             elif ratio < criterion.slowing_ratio:
                 how = "the state slows down, but not clearly faster than 1/t, as steps must to add up to a limit"
             else:
@@ -199,6 +212,9 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
                 "although the state goes on."
             )
         case Settling.NO_FIXED_POINT:
+            if 2 * drift < step:
+                between = f"In recurrence {second} it moves by {percent(step)} of its norm, though it is then "
+                between += f"{percent(drift)} from where it was after {first}: it comes back"
             return (
                 f"No: the state keeps moving, in {share}. {between}, and the step into recurrence {second} is "
                 f"{percent(ratio)} as long as that into {first}."

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.statistics import Share, median
-from loopscope._util.wording import percent
+from loopscope._util.wording import percent, plural
 from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, measured, some_finite
 from loopscope.answers.settling import noise_floor
 from loopscope.study import StudyView
@@ -56,8 +56,8 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
     runs, farthest = (f"{starts} runs", "the two farthest") if several else ("two runs", "they")
     now, at_first = percent(median(end)), percent(median(distance[0]))
     apart = (
-        f"After {view.recurrences} recurrences {runs} from different initial states are {now} apart; after the first "
-        f"recurrence {farthest} were {at_first} apart (medians over prompts)."
+        f"After {plural(view.recurrences, 'recurrence')} {runs} from different initial states are {now} apart; after "
+        f"the first recurrence {farthest} were {at_first} apart (medians over prompts)."
     )
     if several:
         evidence |= {"initial_states": starts, "most_ends_of_a_token": int(ends.max())}
@@ -78,6 +78,9 @@ def initial_state_answer(view: StudyView, criterion: Criterion) -> Answer:
         outcome, verdict = Outcome.NOT_YET, "not yet"
         sentence = f"Not within the recurrences measured, but the runs still draw closer. {apart}"
         limits.insert(0, "Measure more recurrences to see whether the runs meet.")
+    elif view.recurrences < 3:
+        outcome, verdict = Outcome.CANNOT_TELL, "cannot tell"
+        sentence = f"Cannot tell: it takes three recurrences to see whether the runs draw closer. {apart}"
     else:
         outcome, verdict, sentence = Outcome.NO, "no", f"No: the runs stay apart. {apart}"
     return INITIAL_STATE.says(outcome, verdict, sentence, evidence, limits)

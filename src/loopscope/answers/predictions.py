@@ -21,7 +21,8 @@ _TURNS = _MOVES - {Kind.SLIDER}
 EXPECTED: dict[PredictedKind, frozenset[Kind]] = {
     PredictedKind.FIXED_POINT: _SETTLES,
     PredictedKind.DAMPED_ROTATION: _SETTLES,
-    PredictedKind.SLIDER: frozenset({Kind.SLIDER}),
+    # An eigenvalue that cannot be told from 1 lets a state rest.
+    PredictedKind.SLIDER: _SETTLES | {Kind.SLIDER},
     PredictedKind.ORBIT: _TURNS,
     PredictedKind.PERIOD_TWO: _TURNS,
     PredictedKind.UNSTABLE: _MOVES,
@@ -73,8 +74,10 @@ class RatePairs:
 
 def prediction_table(data: xarray.Dataset) -> NDArray[np.int64]:
     """Tokens by predicted kind and by verdict after the last recurrent layer, (place in `PREDICTED_KINDS`, place in
-    `KINDS`). Raises `StudyError` for a study that lacks either."""
-    predicted = _of(data, "predicted_kind")
+    `KINDS`); those that `near_the_circle` finds are predicted nothing. Raises `StudyError` for a study that lacks
+    either."""
+    unresolved = PREDICTED_KINDS.index(PredictedKind.UNRESOLVED)
+    predicted = np.where(near_the_circle(data), unresolved, _of(data, "predicted_kind"))
     if "verdict" not in data:
         raise StudyError("The study has no verdicts to compare predictions with; analyze without --skip behaviour.")
     verdict = data["verdict"].isel(judged_layer=-1).transpose("prompt", "token").values
@@ -82,6 +85,14 @@ def prediction_table(data: xarray.Dataset) -> NDArray[np.int64]:
     table = np.zeros((len(PREDICTED_KINDS), len(KINDS)), dtype=np.int64)
     np.add.at(table, (predicted[there], verdict[there]), 1)
     return table
+
+
+def near_the_circle(data: xarray.Dataset) -> NDArray[np.bool_]:
+    """Tokens whose eigenvalue turns near the unit circle and is not known to lie outside, (prompt, token): the point
+    may as well attract. Raises `StudyError` for a study without predictions."""
+    kind, rate, error = (_of(data, name) for name in ("predicted_kind", "predicted_rate", "predicted_rate_error"))
+    turns = [PREDICTED_KINDS.index(each) for each in (PredictedKind.ORBIT, PredictedKind.PERIOD_TWO)]
+    return np.asarray(np.isin(kind, turns) & (rate - error <= 1))
 
 
 def agreement(table: NDArray[np.int64]) -> Agreement:

@@ -56,10 +56,11 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
         evidence: Evidence = {"smallest_cosine_to_layer_0": anywhere} if there else {}
         if undecided:
             open_ = (
-                f"Cannot tell: no prompt has settled by the horizon, and {undecided} of {len(kinds)} may do so later."
+                f"Cannot tell: no prompt is seen to settle, and {undecided} of {len(kinds)} "
+                f"{'is' if undecided == 1 else 'are'} undecided."
             )
             return POINTS.says(Outcome.CANNOT_TELL, "not settled yet", open_ + there, evidence)
-        none = "Without a fixed point the layers have no points to compare."
+        none = "No prompt comes to rest in every layer, so there are no points to compare."
         return POINTS.says(Outcome.NOT_APPLICABLE, "no points", none + there, evidence)
 
     shared = shares_point(view.dataset, criterion)[has_points]
@@ -102,7 +103,7 @@ def points_answer(view: StudyView, criterion: Criterion) -> Answer:
     if len(values) < len(kinds):
         verdict += ", where it settles"
         sentence += f" Only these {len(values)} of {len(kinds)} prompts settle" + (
-            f"; {undecided} may do so later." if undecided else "."
+            f"; {undecided} {'is' if undecided == 1 else 'are'} undecided." if undecided else "."
         )
     directions = kinds.count(Settling.DIRECTION_ONLY)
     if directions:
@@ -141,7 +142,7 @@ def arrival_answer(view: StudyView, criterion: Criterion) -> Answer:
         }
         return ARRIVAL.unanswered(
             "no point to reach" if settled is None or settled.decided else "not by this horizon",
-            reasons.get(settled, "There is no fixed point to arrive at."),
+            reasons.get(settled, "It arrives at no fixed point."),
             figure=ARRIVAL.figure,
         )
 
@@ -267,6 +268,8 @@ def _loss_sentence(view: StudyView, trained: int, evidence: Evidence) -> str:
     if trained not in readouts or readouts[-1] <= trained:
         return ""
     means = [mean(loss.sel(readout_recurrence=at).values) for at in (trained, readouts[-1])]
+    if not all(math.isfinite(each) for each in means):
+        return ""
     evidence |= {"loss_at_trained": means[0], "loss_at_last": means[1]}
     return f" The loss is {significant(means[0], 3)} nats there and {significant(means[1], 3)} after {readouts[-1]}."
 

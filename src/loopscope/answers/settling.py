@@ -22,6 +22,9 @@ SUMMABLE_RATIO = 2**-1.25
 The limit is 1/t, a ratio of 1/2; what is left between the two is what a mean over tokens scatters, and what a drift
 shows whose slowing began late. No setting: it follows from the harmonic series."""
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNRELATED = 1.0
+"""Distance of a prompt's states at the two horizons, over the norm, from which on two steps say nothing of the way
+between them: states that have nothing to do with each other are 1.4 apart."""
 _PARTED = 0.5
 """Where more of a prompt's tokens are seen to move than this, that its layers settle on average is no finding."""
 
@@ -75,6 +78,14 @@ def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
     return made.copy(data=np.fmax(measured.values, made.values))
 
 
+def _loud(data: xarray.Dataset) -> xarray.DataArray:
+    """Whether rounding alone moves most tokens so far that noise and chaos look the same, (layer, prompt)."""
+    if "twin_floor" not in data:
+        return data["noise_floor"] * 0 > 0
+    floor = data["twin_floor"]
+    return (floor >= _LOUD).sum("token") > _PARTED * floor.notnull().sum("token")
+
+
 def parts(data: xarray.Dataset) -> xarray.DataArray:
     """Whether a token's twin leaves it: its distance grows, three standard errors from not, (prompt, token)."""
     return data["twin_growth"] > 3 * data["twin_growth_error"]
@@ -90,7 +101,8 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     growth would make steps look smaller. If the direction is settled while the norm grows, in steps that add up without
     limit and make most of the movement, only the direction has settled. If rounding alone explains the steps that are
     left, it is at the floor. Steps that shrink faster than 1/t, and are not small, are not yet there. What slows down
-    less, and small motion that leads nowhere, are not told from an approach or from amplified rounding here.
+    less, and small motion that leads nowhere, are not told from an approach or from amplified rounding here; nor is a
+    state that has gone farther than its own norm, whose steps may lengthen again.
     """
     data = view.dataset
     drift = data["horizon_drift"].transpose("layer", "prompt")
@@ -120,8 +132,9 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
         (missing, Settling.DIVERGED),
         (small & (floor | shrinks), Settling.FIXED_POINT),
         (direction, Settling.DIRECTION_ONLY),
+        (floor & _loud(data), Settling.CANNOT_TELL),
         (floor, Settling.AT_FLOOR),
-        (shrinks, Settling.NOT_YET),
+        (shrinks & (drift <= UNRELATED), Settling.NOT_YET),
         ((ratio < criterion.slowing_ratio) | (small & aimless), Settling.CANNOT_TELL),
     ]
     ranks = np.select(
@@ -145,7 +158,8 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
 
     The horizons compare a few states, the verdicts all states of a tail. Where the former see a prompt settle, or on
     its way, and the latter most of its tokens move, or the other way round, neither is believed. Where the former leave
-    small motion open and the latter see every token settle, it settles.
+    it open, it has no fixed point if the latter see most tokens move, and settles if these see all settle after small
+    motion.
     """
     kinds = horizon_settling(view, criterion)
     if "verdict" not in view.dataset:
@@ -156,6 +170,8 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
     def agreed(kind: Settling, settle: bool, move: bool, near: bool) -> Settling:
         if kind is Settling.CANNOT_TELL and settle and near:
             return Settling.FIXED_POINT
+        if kind is Settling.CANNOT_TELL and move:
+            return Settling.NO_FIXED_POINT
         against = settle if kind in (Settling.NO_FIXED_POINT, Settling.DIRECTION_ONLY) else move
         return Settling.CANNOT_TELL if against and kind is not Settling.DIVERGED else kind
 

@@ -13,6 +13,7 @@ from loopscope.answers.predictions import (
     Agreement,
     RatePairs,
     agreement,
+    near_the_circle,
     prediction_table,
     rate_pairs,
     token_drivers,
@@ -34,12 +35,14 @@ _SAID = {
     PredictedKind.FIXED_POINT: "stand at a fixed point that attracts",
     PredictedKind.DAMPED_ROTATION: "spiral into a fixed point that attracts",
     PredictedKind.SLIDER: "have an eigenvalue indistinguishable from 1",
-    PredictedKind.ORBIT: "stand at a fixed point that repels with rotation",
-    PredictedKind.PERIOD_TWO: "stand at a fixed point that repels in alternating steps",
-    PredictedKind.UNSTABLE: "stand at a fixed point that repels in one direction",
+    # A search may have found it, away from where the state is.
+    PredictedKind.ORBIT: "have a fixed point that repels with rotation",
+    PredictedKind.PERIOD_TWO: "have a fixed point that repels in alternating steps",
+    PredictedKind.UNSTABLE: "have a fixed point that repels in one direction",
     PredictedKind.FAR: "stand at no fixed point",
     PredictedKind.UNRESOLVED: "have an eigenvalue that is not known precisely enough",
 }
+_NEAR_THE_CIRCLE = "turn about a fixed point, with an eigenvalue whose modulus is indistinguishable from 1"
 
 
 _TRANSIENT = 0.02
@@ -56,11 +59,17 @@ def stability_answer(view: StudyView, criterion: Criterion) -> Answer:
         return STABILITY.unanswered("not measured", "There is no token to take eigenvalues of.")
     if untaken := untaken_tokens(data):
         return _of_some(data, total, untaken)
-    outcome, verdict = _outcome(counts, total)
+    near = near_the_circle(data)
+    outcome, verdict = _outcome(counts, total, int(near.sum()))
     pairs = rate_pairs(data)
     found = agreement(prediction_table(data)) if "verdict" in data else None
-    there = sorted((kind for kind in counts if counts[kind]), key=lambda kind: -counts[kind])
-    parts = counted_parts([(counts[kind], _said(kind, counts[kind])) for kind in there], total, "tokens")
+    repel = counts | {
+        kind: int(((codes == PREDICTED_KINDS.index(kind)) & ~near).sum())
+        for kind in (PredictedKind.ORBIT, PredictedKind.PERIOD_TWO)
+    }
+    said = [(repel[kind], _SAID[kind]) for kind in counts] + [(int(near.sum()), _NEAR_THE_CIRCLE)]
+    there = sorted((each for each in said if each[0]), key=lambda each: -each[0])
+    parts = counted_parts([(count, _agreeing(words, count)) for count, words in there], total, "tokens")
     return STABILITY.says(
         outcome,
         verdict,
@@ -124,23 +133,28 @@ def _claims(view: StudyView, outcome: Outcome) -> list[Claim]:
     return [Claim.REPELS] if repels else [Claim.ATTRACTS] if outcome is Outcome.YES else []
 
 
-def _outcome(counts: Mapping[PredictedKind, int], total: int) -> tuple[Outcome, str]:
+def _outcome(counts: Mapping[PredictedKind, int], total: int, near: int) -> tuple[Outcome, str]:
+    """`near` is how many that turn may attract as well as repel; of those with an eigenvalue of about 1 nothing is
+    known either."""
     stable = sum(count for kind, count in counts.items() if kind.settles)
+    edge = near + counts[PredictedKind.SLIDER]
     unknown = sum(count for kind, count in counts.items() if not kind.known)
     if stable == total:
         return Outcome.YES, "yes, all"
-    if 2 * unknown > total:
-        return Outcome.CANNOT_TELL, "no fixed point found" if counts[PredictedKind.FAR] > counts[
-            PredictedKind.UNRESOLVED
-        ] else "cannot tell"
+    if 2 * (unknown + edge) > total:
+        known = counts[PredictedKind.FAR], counts[PredictedKind.UNRESOLVED], edge
+        words = "no fixed point found", "cannot tell", "on the edge of stability"
+        most = max(known)
+        part = f", for {percent(most / total)}" if most < total else ""
+        return Outcome.CANNOT_TELL, words[known.index(most)] + part
     if stable == 0:
         return Outcome.NO, "no"
     return Outcome.PARTLY, f"{percent(stable / total)} are"
 
 
-def _said(kind: PredictedKind, count: int) -> str:
+def _agreeing(words: str, count: int) -> str:
     """In the singular for one token."""
-    verb, _, rest = _SAID[kind].partition(" ")
+    verb, _, rest = words.partition(" ")
     return f"{ ({'have': 'has'}.get(verb, f'{verb}s') if count == 1 else verb) } {rest}"
 
 

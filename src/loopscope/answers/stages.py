@@ -64,7 +64,8 @@ def stages_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"In part: {listed(repeated)} {verb} from pass to pass, but not {listed(others)} ({numbers})."
     else:
         outcome, verdict = Outcome.NO, "no"
-        sentence = f"No: {listed(others)} vary from pass to pass; the layer explains too little of it ({numbers})."
+        vary = "varies" if len(others) == 1 else "vary"
+        sentence = f"No: {listed(others)} {vary} from pass to pass; the layer explains too little of it ({numbers})."
     drawn = "entropy" if "relative_residual_entropy" in view.finite else "concentration"
     return STAGES.says(
         outcome,

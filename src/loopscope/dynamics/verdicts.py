@@ -83,6 +83,7 @@ class Doubt(StrEnum):
     WANDERS = "It wanders: its displacement still grows at long lags, in no direction of its own."
     SHAPELESS = "It moves in no shape, and yet a run that differs by rounding stayed near: chaos only if that is slow."
     REMEMBERED = "It moves, but the last two thirds rest: it may be noise that a slow mode remembers."
+    FEW_TURNS = "It turns, but too few times to tell whether it comes back to the same states again and again."
 
 
 DOUBTS = tuple(Doubt)
@@ -115,8 +116,8 @@ class Verdict:
     p_value: float = math.nan
     """That noise alone would look as structured as this, corrected for how many shapes were tried."""
     unstable: tuple[str, ...] = ()
-    """What changes the verdict, such as a shorter `window`; or may, where no twin was run: `noise`, of motion so small
-    that it may be rounding which a slow mode remembers."""
+    """What changes the verdict, such as a shorter `window`; or may, where no twin was run: `noise`, of motion that may
+    be rounding which a slow mode remembers, or small and smooth."""
     evidence: dict[str, float] = field(default_factory=dict)
     """Further numbers, by name."""
     displacement: tuple[float, ...] = ()

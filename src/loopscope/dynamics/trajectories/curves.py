@@ -48,6 +48,10 @@ _FAR = 3.0
 """What is left to go at the end of the tail, over the root mean square of the motion within it: 2 for one exponential
 of a time constant within the tail, 5 for half of one. Exponentials that cancel fit any drift, its limit far away.
 """
+_CANCELS = 10.0
+"""Root mean square of a column of several modes over that of the motion, at most: columns that are nearly the same, and
+cancel, make any smooth way.
+"""
 _MOST_NUMBERS = 0.4
 """Columns and numbers per recurrence of the window."""
 _ITERATIONS = 30
@@ -214,10 +218,11 @@ def _as_fit(
     left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
     coefficients = shape_coefficients(family, numbers, parts.times, scores)
     # Columns that shrink tend to 0, so their sum at the end of the tail is what is still to go.
-    at_end = family.design(numbers, parts.times)[:, -1:]
-    ahead = torch.linalg.vector_norm((at_end @ coefficients)[:, 0], dim=-1)
+    columns, size = family.design(numbers, parts.times), (energy / parts.window).sqrt()
+    ahead = torch.linalg.vector_norm((columns[:, -1:] @ coefficients)[:, 0], dim=-1)
+    each = columns.square().mean(-2).sqrt() * torch.linalg.vector_norm(coefficients, dim=-1)
     shrinking: Bool[Tensor, " row"] = (rates <= -least_rate).all(-1)
-    near = shrinking & (ahead <= _FAR * (energy / parts.window).sqrt())
+    near = shrinking & (ahead <= _FAR * size) & (each.amax(-1) <= _CANCELS * size)
     slowest = torch.cat((numbers, rates.amax(-1, keepdim=True)), dim=-1)
     return Fit(
         name="modes",

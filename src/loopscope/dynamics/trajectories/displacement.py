@@ -16,7 +16,7 @@ from loopscope.dynamics.trajectories.motion import Motions, measure_motions
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
-from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, Doubt, Kind, Verdict
+from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES, Doubt, Kind, Verdict
 
 _SHORTEST_HALF = 12
 """Recurrences: in fewer, even rest and motion are hard to tell apart."""
@@ -231,7 +231,10 @@ class _Findings:
 
     def tokens(self) -> list[_Finding]:
         """One by one."""
-        rows = zip(self.kind.tolist(), self.motions.rows(), self.may.tolist(), self._rule.tolist(), strict=True)
+        # Where the motion is small anyway, it makes no difference which of the two it is.
+        large = torch.isin(self.kind, torch.tensor(MOVING_CODES)) | (self.motions.level > self.amplified)
+        may = (self.may & large).tolist()
+        rows = zip(self.kind.tolist(), self.motions.rows(), may, self._rule.tolist(), strict=True)
         return [_Finding(KINDS[kind], _Motion(**motion), may, *self._rules[rule]) for kind, motion, may, rule in rows]
 
 
@@ -315,12 +318,17 @@ def _say_resting(found: _Findings) -> None:
     found.say(none & (m.level > found.rest), Kind.FIXED_POINT, shrink)
     exact = m.level <= found.settings.rounding_factor * noise.rounding
     found.say(none & exact, Kind.FIXED_POINT, f"It rests: {moves}")
+    _say_hovering(found, none, f"It hovers: {moves}")
+
+
+def _say_hovering(found: _Findings, where: Tensor, sentence: str, *, shaped: bool = False) -> None:
+    """Of motions that may be noise."""
     loud = (
         "Rounding alone moves it by {it.floor:.2g} of its norm; only a finer dtype tells whether that is noise or "
         "chaos."
     )
-    found.say(none & (noise.floor >= _LOUD), Kind.UNKNOWN, loud, doubt=Doubt.LOUD)
-    found.say(none, Kind.AT_FLOOR, f"It hovers: {moves}")
+    found.say(where & (found.motions.noise.floor >= _LOUD), Kind.UNKNOWN, loud, doubt=Doubt.LOUD)
+    found.say(where, Kind.AT_FLOOR, sentence, shaped=shaped)
 
 
 def _say_drifting(found: _Findings, where: Tensor) -> None:
@@ -337,7 +345,7 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     small = where & torch.isin(best.limit, torch.tensor([kind.code for kind in _MADE_BY_ROUNDING]))
     least = torch.where(noise.measured, settings.rest, settings.visible)
     hovers = "It hovers: its motion is {it.times}."
-    found.say(small & (m.level < least * noise.unit), Kind.AT_FLOOR, hovers, shaped=True)
+    _say_hovering(found, small & (m.level < least * noise.unit), hovers, shaped=True)
     # Amplified rounding would seem to have such a shape: over a window that is no longer than its memory, a mode that
     # noise drives turns, drifts or grows, but leaves more than a true one does.
     most = settings.unexplained_mode * torch.where(slides, m.window / 32, 1.0)
@@ -351,6 +359,12 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     rivals = "It moves slowly: {it.shape.words} and an approach to a point explain it about as well."
     found.say(slides & as_well, Kind.UNKNOWN, rivals, shaped=True, doubt=Doubt.RIVALS)
     follows = "it follows {it.shape.words}, which leaves {it.unexplained:.2g} of its variance."
+    # An approach to within such noise is none that anybody means, as rest in it is none.
+    loud = f"What is left is {{it.left:.2g}} of its norm, noise or chaos, which only a finer dtype tells: {follows}"
+    hides = (best.limit == Kind.FIXED_POINT.code) & (m.left >= _LOUD) & (m.left <= found.rest)
+    found.say(where & hides, Kind.UNKNOWN, loud, shaped=True, doubt=Doubt.LOUD)
+    turns = f"It turns, but too few times to tell whether it is periodic: {follows}"
+    found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
     grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"
     found.say(slides & found.grows, Kind.DIVERGING, grown, shaped=True)
     found.say(where, best.limit, f"{{it.begins}}: {follows}", shaped=True)
@@ -374,7 +388,7 @@ def _say_shapeless(found: _Findings) -> None:
     found.say(found.grows, Kind.DIVERGING, grown)
     filled = noise.measured | (m.filling >= settings.filling)
     most = found.amplified * torch.where(filled, 1.0, _IN_FEW_DIRECTIONS)
-    found.say(size <= most, Kind.AT_FLOOR, f"It hovers: {moves}.")
+    _say_hovering(found, size <= most, f"It hovers: {moves}.")
     wanders = (
         "It wanders: its squared displacement still grows {it.spreading:.2g}-fold from short lags to long ones, in no "
         "direction of its own."
@@ -426,7 +440,7 @@ def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
     if it.window < _LONG and kind != Kind.UNKNOWN:
         reason = f"So far, in {it.window} recurrences: {reason[0].lower()}{reason[1:]}"
     unstable = [] if same_limit(kind, shorter) else ["window"]
-    if kind.moves and may:
+    if may and (kind.moves or kind == Kind.AT_FLOOR):
         unstable.append("noise")
     # The step that noise makes: all of it where the motion is noise, what is left where a shape was found, and at least
     # the measured one or that of one rounding.

@@ -105,12 +105,14 @@ def limits_of(
         return torch.where(first >= grows, away, torch.where(first > -grows, slider, point))
     if family in ("alternating", "spiral"):
         period = 2 * math.pi / first if family == "spiral" else torch.full_like(first, 2.0)
-        # Less than a few turns at one size are a way, not a cycle.
-        on = torch.where(window >= settings.least_periods * period, orbit, slider)
+        # Half a turn at one size leads back, but a few may be chance.
+        on = torch.where(window >= settings.least_periods * period, orbit, Kind.UNKNOWN.code)
         return torch.where(last < -math.log(settings.settling), point, torch.where(last >= grows, away, on))
+    if family == "arc":
+        return torch.where(first * window > math.pi, Kind.UNKNOWN.code, slider)
     if family == "modes":
         kind = point
-    elif family in ("arc", "logarithm", "logarithmic arc", "drift after transient"):
+    elif family in ("logarithm", "logarithmic arc", "drift after transient"):
         kind = slider
     else:
         kind = Kind.BOUNDED.code if family.endswith("rotations") else orbit
