@@ -93,7 +93,7 @@ def test_a_worker_that_is_ended_gives_up_what_it_holds(tmp_path: Path) -> None:
     folder, worker = tmp_path / "held", ProcessEngine(1).start(Hold(tmp_path / "held"))
     with ThreadPoolExecutor(1) as pool:
         called = pool.submit(worker.call, 0)
-        while not (folder / ".lock").exists():
+        while not folder.with_suffix(".held").exists():
             assert not called.done()
             time.sleep(0.01)
         worker.close()
