@@ -35,11 +35,12 @@ class Square:
 
 
 class Hold:
-    """Holds a folder until the process ends."""
+    """Holds a folder until the process ends; a file beside it says from when on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, item: int) -> None:
         with held_folder(self.folder):
+            self.folder.with_suffix(".held").touch()
             time.sleep(60)

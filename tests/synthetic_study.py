@@ -211,7 +211,7 @@ def feed_forward_study(prompts: int = 40, tokens: int = 10, seed: int = 0) -> St
     return _with(_measure(ScriptedSubject(info, states[None]), 1, 2), given, "Two apples")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _measured_loop(
     info: SubjectInfo, fates: tuple[Trajectory, ...], sizes: tuple[int, int, int, int], floor: float, seed: int
 ) -> tuple[Study, np.random.Generator]:

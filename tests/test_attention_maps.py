@@ -28,7 +28,7 @@ from random_model import random_model
 from small_models import FEED_FORWARD, PROMPTS, relaxation, subject
 
 Skipped = tuple[Part, ...]
-SKIP: Skipped = ("path-independence", "noise-floor", "neurons", "readout", "stages")
+SKIP: Skipped = ("path-independence", "noise-floor", "twin", "neurons", "readout", "stages", "behaviour", "stability")
 
 
 class Notes(SilentProgress):

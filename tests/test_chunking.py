@@ -119,7 +119,7 @@ def test_a_running_text_is_analysed_in_chunks(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model")
     text = tmp_path / "play.txt"
     text.write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n")
-    study = analyze(model, text, chunk=9, limit=3, recurrences=2, horizon=2)
+    study = analyze(model, text, chunk=9, limit=3, recurrences=2, horizon=2, skip=("stability",))
     assert study.dataset["token_count"].values.tolist() == [9, 9, 9]
     assert [each["text"] for each in study.tokens] == ["First Cit", "izen:\nBef", "ore we pr"]
     assert study.manifest["prompts"]["chunk"] == 9

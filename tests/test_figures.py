@@ -94,7 +94,8 @@ def without(study: Study, *variables: str, why: str | None = None, **settings: A
     return dataclasses.replace(study, dataset=study.dataset.drop_vars(list(variables)), manifest=manifest)
 
 
-def test_all_that_a_study_supports_is_written(study: Study, tmp_path: Path) -> None:
+def test_all_that_a_study_supports_is_written(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_matplotlib, "_PNG_DPI", 50)  # a third of the time goes into pixels
     (found,) = write_figures(study, tmp_path / "new" / "figs", formats=("png",))
     assert found.folder == tmp_path / "new" / "figs"
     assert names(found) == set(OF_STUDY) - NOT_SYNTHETIC

@@ -38,7 +38,13 @@ from small_models import (
 )
 
 IDS, RECURRENCES = [3, 1, 4, 1, 5, 9], 4
-SHORT: dict[str, Any] = {"recurrences": 5, "horizon": 4, "cycle_recurrences": 3, "batch_size": 3}
+SHORT: dict[str, Any] = {
+    "recurrences": 5,
+    "horizon": 4,
+    "cycle_recurrences": 3,
+    "batch_size": 3,
+    "eigenvalue_search": 30,
+}
 
 
 MOVES = ["token:1@3=token:4", "token:-2@3=token:1", "token:0@1=zeros"]

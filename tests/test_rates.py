@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import xarray
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from loopscope._util.statistics import clopper_pearson, cluster_interval, surviving
 from loopscope.answers.answer import Criterion
@@ -67,9 +67,9 @@ def test_at_the_ends_of_an_interval_the_binomial_test_leaves_half_of_five_percen
     low, high = clopper_pearson(successes, trials)
     assert 0 <= low <= successes / trials <= high <= 1
     if successes:
-        assert stats.binom.sf(successes - 1, trials, low) == pytest.approx(0.025, rel=1e-6)
+        assert scipy.stats.binom.sf(successes - 1, trials, low) == pytest.approx(0.025, rel=1e-6)
     if successes < trials:
-        assert stats.binom.cdf(successes, trials, high) == pytest.approx(0.025, rel=1e-6)
+        assert scipy.stats.binom.cdf(successes, trials, high) == pytest.approx(0.025, rel=1e-6)
 
 
 @pytest.mark.parametrize("prompts", [5, 40])

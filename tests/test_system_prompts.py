@@ -93,7 +93,7 @@ def test_the_condition_is_in_the_manifest() -> None:
         system_prompt=Path("padding"),
         recurrences=2,
         horizon=2,
-        skip=("neurons", "behaviour", "maps", "heads", "stages"),
+        skip=("neurons", "behaviour", "stability", "maps", "heads", "stages"),
     )
     assert study.manifest["prompts"]["system_prompt"] == "padding"
     padding = study.manifest["prompts"]["padding"]

@@ -55,8 +55,9 @@ ask_warm_python() {
 class WarmPython:
     """Runs bash scripts in which `loopscope ...` and `python - <<END` are forks of one process, made in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, package: str = "loopscope") -> None:
+        """`package` is that whose modules are imported beforehand, a part of loopscope or all of it."""
+        self.folder, self.package = folder, package
         self._server: subprocess.Popen[bytes] | None = None
         for name in ("ask", "answer"):
             os.mkfifo(folder / name)
@@ -93,7 +94,7 @@ class WarmPython:
         if self._server is None:
             # It ends when its standard input does, which is when this process ends, whatever way.
             self._server = subprocess.Popen(
-                [sys.executable, __file__, self.folder],
+                [sys.executable, __file__, self.folder, self.package],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
@@ -110,7 +111,7 @@ class WarmPython:
             self._server = None
 
 
-def _serve(folder: Path) -> None:
+def _serve(folder: Path, package: str) -> None:
     """Fork for everyone who asks. Each fork returns from here, and then is a Python process like any other."""
     status: int | None = None
 
@@ -123,7 +124,7 @@ def _serve(folder: Path) -> None:
             os._exit(status)
 
     atexit.register(leave)  # the first, and so done after all others
-    for module in pkgutil.walk_packages(loopscope.__path__, "loopscope."):
+    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
         # The last two of these need packages of extras that may not be there.
         if not module.name.endswith(("__main__", ".worker", ".fused", ".harness")):
             import_module(module.name)
@@ -176,4 +177,4 @@ def _become(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), sys.argv[2])

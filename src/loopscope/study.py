@@ -393,7 +393,7 @@ def quantile_over(array: xr.DataArray, level: float, dim: str) -> xr.DataArray:
 
 def sites_of(dataset: xr.Dataset, dim: str = "depth") -> list[Site]:
     """The visits of the dimension `depth`, or of those whose maps are kept (`map`), in order."""
-    columns = (dataset[f"{dim}_{name}"].values for name in Site._fields)
+    columns = (dataset.variables[f"{dim}_{name}"].values for name in Site._fields)
     return [Site(cast(Stage, str(stage)), int(layer), int(place)) for stage, layer, place in zip(*columns, strict=True)]
 
 

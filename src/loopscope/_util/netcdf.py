@@ -24,8 +24,8 @@ def netcdf(dataset: xr.Dataset) -> memoryview:
     """The dataset as the bytes of one NetCDF file; made in memory, since HDF5 does not survive a full disk."""
     encoding = {
         str(name): {"zlib": True, "complevel": 1, "shuffle": True}
-        for name, variable in dataset.data_vars.items()
-        if variable.dtype.kind in "fu" and variable.size > 1000
+        for name, variable in dataset.variables.items()
+        if name not in dataset.coords and variable.dtype.kind in "fu" and variable.size > 1000
     }
     with _small_caches(), uninterrupted():
         return memoryview(dataset.to_netcdf(None, engine=_ENGINE, encoding=encoding))

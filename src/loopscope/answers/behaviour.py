@@ -16,8 +16,8 @@ from loopscope.answers.rates import (
     KindShare,
     Rates,
     by_cluster,
-    study_rates,
     token_shares,
+    view_rates,
 )
 from loopscope.answers.settling import prompts_by_verdict
 from loopscope.answers.token_kinds import token_kinds
@@ -54,7 +54,7 @@ _CHANGES = {
 
 def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     """Shares of the kinds at the last layer judged, of tokens, of what drives them, and of prompts."""
-    rates = study_rates(view.study)
+    rates = view_rates(view, "displacement")
     evidence: Evidence = {"recurrent_layer": float(rates.layer)}
     for things, shares in (("tokens", rates.tokens), ("drivers", rates.drivers), ("prompts", rates.prompts)):
         evidence |= _evidence(shares, things)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from loopscope.answers.settling import Settling, horizon_settling
 from loopscope.answers.token_kinds import at_places, ends_of_states, least_settled, verdict_codes
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import StudyError
-from loopscope.study import Study, trusted, view_study
+from loopscope.study import Study, StudyView, trusted, view_study
 
 ROLES = ("beginning of text", "question", "system prompt", "digits", "punctuation", "generated", "last token")
 """Of tokens; one token can have several, but that of the beginning of text neither is of the question nor of the system
@@ -116,7 +117,14 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
         return _rates(study, layer, method)
 
 
-def _rates(study: Study, layer: int | None, method: str) -> Rates:
+@lru_cache(maxsize=2)  # by two methods, each of which several figures and an answer ask for
+def view_rates(view: StudyView, method: str) -> Rates:
+    """Those at the last layer judged, of a study that has been looked at."""
+    with trusted([view.study]):
+        return _rates(view.study, None, method, view)
+
+
+def _rates(study: Study, layer: int | None, method: str, view: StudyView | None = None) -> Rates:
     codes = verdict_codes(study, method)
     layers = [int(each) for each in study.dataset["judged_layer"].values]
     chosen = ends_of_states(study) if layer is None else [layer]
@@ -142,14 +150,14 @@ def _rates(study: Study, layer: int | None, method: str) -> Rates:
         roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
         discoveries=_discoveries(study, places) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
-        not_yet=_not_yet(study, there),
+        not_yet=_not_yet(study, there, view),
     )
 
 
-def _not_yet(study: Study, codes: NDArray[np.integer]) -> int:
+def _not_yet(study: Study, codes: NDArray[np.integer], view: StudyView | None) -> int:
     if not (codes == _UNKNOWN).any():
         return 0
-    shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view_study(study), Criterion())]
+    shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view or view_study(study), Criterion())]
     return int((codes[shrink] == _UNKNOWN).sum())
 
 

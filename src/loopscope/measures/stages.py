@@ -94,9 +94,12 @@ class StageMeasures(Measure):
 
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
-        self._lengths = batch.counts.tolist()
-        most = [min(length, batch.info.width) for length in self._lengths]
-        self._most = torch.tensor(most, dtype=torch.float64, device=batch.mask.device).log()
+        alike: dict[int, list[int]] = {}
+        for prompt, length in enumerate(batch.counts.tolist()):
+            alike.setdefault(length, []).append(prompt)
+        # Prompts of one length at once: with each by itself, this was most of what a short one takes.
+        self._alike = {length: torch.tensor(rows, device=batch.mask.device) for length, rows in alike.items()}
+        self._most = batch.counts.clamp(max=batch.info.width).double().log()
         self._values = batch.unknown(len(STAGE_NAMES), depth_count(batch), batch.prompts, dtype=torch.float64)
 
     @classmethod
@@ -110,18 +113,16 @@ class StageMeasures(Measure):
         states = visit.residual.masked_fill(~self.batch.mask.unsqueeze(-1), 0.0)
         entropy = _entropy(self.batch.squared_singular_values(visit))
         norms = residual_norm(states)
-        massive, places = [], []
-        for prompt, length in enumerate(self._lengths):
-            ratio, found = _massive(states[prompt, :length])
-            massive.append(ratio)
-            places.append(found)
-        place = torch.stack(places)
+        massive = norms.new_empty(self.batch.prompts)
+        place = massive.new_empty(self.batch.prompts, 2, dtype=torch.int64)
+        for length, rows in self._alike.items():
+            massive[rows], place[rows] = _massive(states[rows, :length])
         values = (
             entropy,
             torch.where(self._most > 0, entropy / self._most, torch.nan),
             masked_mean(norms, self.batch.mask),
             norms.amax(-1),
-            torch.stack(massive),
+            massive,
             place[:, 0],
             place[:, 1],
         )

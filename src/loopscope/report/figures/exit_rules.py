@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,12 +20,14 @@ _POINTS_BETWEEN = 16
 
 
 def _exit_rules(view: StudyView, settings: ReportSettings) -> Plot:
-    """Three costs over the mean number of recurrences."""
+    """Three costs over the mean number of recurrences, means over prompts."""
     tables = tables_of(view, view.shown)
     assert tables is not None
     full = tables.recurrences
     # Where nearly all tokens run to the end, the mean falls to 0. A tenth of what one recurrence less costs is enough.
     least = float(tables.constant["kl"].sel(threshold=full - 1).mean()) / 10
+    rules = {key: table.mean("prompt") for key, table in tables.rules.items()}
+    tables = dataclasses.replace(tables, constant=tables.constant.mean("prompt"), rules=rules)
     costs = (
         ("changed", "", Axis(title="share of tokens", percent=True), "{y:.2%}", -np.inf),
         ("loss_difference", "exit-loss", Axis(title="loss difference (nats a token)"), "{y:.3g} nats", -np.inf),
@@ -54,8 +58,8 @@ def _exit_rules(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 def _costs(tables: ExitTables, name: str, shown: str, least: float) -> list[Mark]:
-    """One cost of every rule and of the same number for all tokens, means over prompts, where it is above `least`."""
-    constant = tables.constant.mean("prompt")[name].values
+    """One cost of every rule and of the same number for all tokens, where it is above `least`."""
+    constant = tables.constant[name].values
     counts = np.arange(1, tables.recurrences + 1)
     between = np.linspace(1, tables.recurrences, (tables.recurrences - 1) * _POINTS_BETWEEN + 1)
     line = np.interp(between, counts, constant)  # as `constant_at`, all at once
@@ -73,7 +77,7 @@ def _costs(tables: ExitTables, name: str, shown: str, least: float) -> list[Mark
 
 
 def _rule(rule: ExitSignal, tables: ExitTables, name: str, colour: str, shown: str, least: float) -> list[Mark]:
-    table = tables.rules[rule.key].mean("prompt")
+    table = tables.rules[rule.key]
     tip = f"{rule.name} {'≥' if rule.at_least else '≤'} {{label}}\n{{x:.2f}} recurrences: {shown}"
     digits = 5 if rule.at_least else 3
     marks: list[Mark] = [

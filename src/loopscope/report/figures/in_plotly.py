@@ -442,7 +442,7 @@ def _array(values: Any) -> NDArray[np.float32]:
 def plain(value: Any) -> Any:
     """For JSON: numbers of arrays as plotly's typed arrays, what is not finite elsewhere as null, without what is None
     in a dictionary."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items() if each is not None}
     if isinstance(value, np.ndarray):
         if value.dtype == np.int64 and value.size:  # the narrowest that holds them all

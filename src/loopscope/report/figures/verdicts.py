@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loopscope._util.wording import percent, significant
 from loopscope.answers.behaviour import driven
-from loopscope.answers.rates import KindShare, co_occurrence, study_rates, token_shares
+from loopscope.answers.rates import KindShare, co_occurrence, token_shares, view_rates
 from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, Kind
 from loopscope.report.figures.examples import EXAMPLES
 from loopscope.report.figures.look import KIND_LOOKS, MUTED, Symbol, kind_label
@@ -107,7 +107,7 @@ def _share_dots(series: ShareSeries, shares: Sequence[KindShare], shift: float) 
 
 
 def _shares(view: StudyView, settings: ReportSettings) -> Plot:
-    found = {method: study_rates(view.study, method=method) for method in _METHODS}
+    found = {method: view_rates(view, method) for method in _METHODS}
     series = [
         ShareSeries(name=f"{things}, {method}", shares=shares, square=things == "prompts", hollow=method == "cosine")
         for things in ("tokens", "prompts")
@@ -143,7 +143,7 @@ def _layers(view: StudyView, settings: ReportSettings) -> Plot:
 
 
 def _roles(view: StudyView, settings: ReportSettings) -> Plot:
-    rates = study_rates(view.study)
+    rates = view_rates(view, "displacement")
     return Plot(
         question="Does it depend on what the token is?",
         reading=f"Percent of the tokens of each role after {rates.where}, by the displacement method; colours "
@@ -356,7 +356,7 @@ def _settled_at_every_layer(view: StudyView) -> str | None:
 
 
 def _settled_in_every_role(view: StudyView) -> str | None:
-    roles = {name: shares for name, shares in study_rates(view.study).roles.items() if shares[0].total}
+    roles = {name: shares for name, shares in view_rates(view, "displacement").roles.items() if shares[0].total}
     if (kind := _only_kind(list(roles.values()))) is not None and not kind.settles:
         return f"All tokens are of one kind, whatever their role ({', '.join(roles)}): {kind}."
     if not roles or not all(map(_all_settle, roles.values())):
