@@ -27,7 +27,7 @@ from loopscope.experiments.training.cost import check_cost
 from loopscope.experiments.training.data import DataFiles, load_texts
 from loopscope.experiments.training.evaluate import Score, bigram_entropy, scores_by_recurrences, unigram_entropy
 from loopscope.experiments.training.run_folder import RunFolder, TrainingProgress, load_state, save_state
-from loopscope.experiments.training.step import AdamW, StepReport, take_step
+from loopscope.experiments.training.step import StepReport, build_optimizer, take_step
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import find_device
@@ -139,7 +139,7 @@ class _Run:
             .initialize(config.seed, config.init_std, config.init_branch_gain)
             .to(device)
         )
-        self.optimizer = AdamW(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         self.progress = TrainingProgress()
         if folder.state.exists():
             self.progress = load_state(folder.state, self.model, self.optimizer)

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.optim import AdamW
 
 from loopscope._util.config_json import differences, read_object
 from loopscope._util.files import held_folder, storage_error, write_atomically
 from loopscope._util.reading import foreign, open_file, parse_json, read_bytes
 from loopscope.errors import CheckpointError, ConfigError
-from loopscope.experiments.training.step import AdamW
 
 
 @dataclass(frozen=True)

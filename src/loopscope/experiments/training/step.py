@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.adamw import adamw
+from torch.optim import AdamW
 
 from loopscope._util.shapes import States, TokenIds
 from loopscope.dynamics.eigenvalues.krylov import transposed_products
@@ -27,37 +27,20 @@ _STATES = 2
 _DIRECTIONS = 3
 
 
-class AdamW:
-    """`torch.optim.AdamW` by that module's own arithmetic. Its class imports torch's compiler: a second, and 70 MB."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over all parameters; norms and biases (one dimension) and embeddings are not decayed.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        """Over all parameters; norms and biases (one dimension) and embeddings are not decayed."""
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        parameters = list(model.parameters())
-        self._config = config
-        self.decayed = [entry for entry in parameters if entry.ndim >= 2 and id(entry) not in embeddings]
-        self.kept = [entry for entry in parameters if entry.ndim < 2 or id(entry) in embeddings]
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        """Of those that have had a gradient: `step`, `exp_avg` and `exp_avg_sq`."""
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update all parameters with a gradient."""
-        beta1, beta2 = self._config.betas
-        for group, decay in ((self.decayed, self._config.weight_decay), (self.kept, 0.0)):
-            moved = [entry for entry in group if entry.grad is not None]
-            for entry in moved:
-                if entry not in self.state:
-                    averages = {name: torch.zeros_like(entry) for name in ("exp_avg", "exp_avg_sq")}
-                    self.state[entry] = {"step": torch.tensor(0.0), **averages}
-            first, second, steps = (
-                [self.state[entry][name] for entry in moved] for name in ("exp_avg", "exp_avg_sq", "step")
-            )
-            gradients = [entry.grad for entry in moved if entry.grad is not None]
-            adamw(
-                list(moved), gradients, first, second, [], steps, amsgrad=False, maximize=False,
-                beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self._config.eps,
-            )  # fmt: skip
+    The learning rate is set at every step from the schedule.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = list(model.parameters())
+    decayed = [entry for entry in parameters if entry.ndim >= 2 and id(entry) not in embeddings]
+    kept = [entry for entry in parameters if entry.ndim < 2 or id(entry) in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps)
 
 
 class LastStates(Observer):
@@ -198,7 +181,7 @@ def take_step(
     added = torch.zeros_like(loss)
     if penalised:
         added = penalty(model, tokens[:, :-1], states, config.penalties, direction_seed(config.seed, step))
-    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     (loss + added).backward()
     grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm))
     value = float(loss.detach())
@@ -208,5 +191,7 @@ def take_step(
             "choose a lower optimizer.peak_lr or a longer warm-up, and another output folder."
         )
     lr = learning_rate(step, config.steps, config.optimizer)
-    optimizer.step(lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
     return StepReport(loss=value, penalty=float(added.detach()), lr=lr, grad_norm=grad_norm, recurrences=recurrences)
