@@ -41,6 +41,7 @@ from loopscope.measures.stability import (
     TokenStability,
     kept_pairs,
 )
+from loopscope.models.hooks.wrap import hook
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.trace import capture
@@ -218,6 +219,31 @@ def test_a_hooked_model_has_eigenvalues_on_request() -> None:
     assert any("--hooked-eigenvalues" in note for note in notes.said)
     asked, wanted = (study_of(each, hooked_eigenvalues=True).dataset for each in (hooked, native))
     np.testing.assert_allclose(asked["predicted_rate"], wanted["predicted_rate"], rtol=1e-3)
+
+
+def test_of_a_hooked_state_that_overflows_nothing_is_said() -> None:
+    class Growing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(48, 16), torch.nn.Linear(16, 48)
+            layers = [torch.nn.Linear(16, 16, bias=False) for _ in range(2)]
+            for layer in layers:
+                torch.nn.init.orthogonal_(layer.weight, gain=4.0)
+            self.layers = torch.nn.ModuleList(layers)
+
+        def forward(self, ids: Tensor, recurrences: int = 4) -> Tensor:
+            state = self.embedding(ids)
+            for _ in range(recurrences):
+                for layer in self.layers:
+                    state = layer(state)
+            found: Tensor = self.head(state)
+            return found
+
+    hooked = hook(Growing().eval(), recurrent="layers", set_recurrences=lambda _, count: {"recurrences": count})
+    data = study_of(hooked, hooked_eigenvalues=True).dataset
+    token = tokens_of(data)
+    assert np.isnan(data["eigenvalue_real"].values).all()
+    assert set(data["predicted_kind"].values[token]) == {PREDICTED_KINDS.index(PredictedKind.UNRESOLVED)}
 
 
 def test_where_a_token_is_replaced_there_are_no_eigenvalues() -> None:

@@ -55,18 +55,20 @@ def eigenvalues_near(
     for _ in range(SEARCH_STEPS):
         on_step()
     found = _Found(mask, min(settings.products, state.shape[-1]))
+    step = relative_step(state, following)
     # A token stands no nearer to a fixed point than those before it.
-    step = relative_step(state, following).masked_fill(~mask, 0.0)
-    far = step.cummax(-1).values > settings.far
+    far = step.masked_fill(~mask, 0.0).cummax(-1).values > settings.far
+    # What has grown beyond the numbers of its dtype has no neighbourhood to speak of.
+    there = taken_tokens(mask, settings.every) & step.isfinite()
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in near.linearised(state, taken_tokens(mask, settings.every)):
+    for block in near.linearised(state, there) if bool(there.any()) else ():
         space = KrylovSpace(start[block.tokens], spare[block.tokens], found.products)
         _solve(near, state, block, space, far, settings, on_step, found)
         derivatives.add(block.derivative)
     return Stability(
         **{name: whole.numpy() for name, whole in found.arrays.items()},
-        relative_step=_numbers(relative_step(state, following), mask),
+        relative_step=_numbers(step, mask),
         moved=_numbers(relative_step(start_state, state), mask),
         searched=searched.cpu().numpy(),
         mask=mask.cpu().numpy(),
@@ -85,6 +87,15 @@ class _Found:
     def __init__(self, mask: TokenMask, products: int) -> None:
         self._shape, self.products = mask.shape, products
         self.arrays: dict[str, Tensor] = {}
+        none = torch.zeros(0, products, dtype=torch.complex128)
+        self.put(
+            torch.zeros_like(mask),
+            eigenvalues=none,
+            residuals=none.real,
+            errors=none.real,
+            products_made=none.real[:, 0],
+            **non_normality(torch.zeros(0, products + 1, products, dtype=torch.float64), none, none.real[:, 0]),
+        )
 
     def put(self, tokens: TokenMask, **values: Tensor) -> None:
         """(token, ...) each, of those tokens; with fewer pairs than there may be, the first ones."""
