@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 
 _TAIL = DisplacementSettings().window
 _GRIDS = {"displacement": DISPLACEMENT_GRID, "cosine": COSINE_GRID}
-_PIECE_BYTES = 2**26
+_PIECE_BYTES = 2**25
 """That the method may take for the tokens that are judged at once. It is as fast as with more, or faster."""
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
@@ -186,14 +187,16 @@ class Behaviour(Measure):
         for rows in self._pieces(torch.arange(len(layers) * len(positions))):
             states = self._states(self._tails, layers, self._second, rows)
             places = positions[rows.numpy()] if last else None
-            verdicts += self._judge(states, self._settings, noise.take(rows), places)
+            found = self._judge(states, self._settings, noise.take(rows), places)
+            # Of other layers nobody asks for the curves, hundreds of numbers a token.
+            verdicts += found if last else [dataclasses.replace(each, displacement=()) for each in found]
             cosine += self._judge(states, self._cosine, None, places)
             finite = states.isfinite().all(-1).all(-1)
             if places is not None and bool(finite.any()):
                 prompts, columns = places[finite.numpy()].T
                 paths = tail_paths(states[finite], self._second[0] + 1).numpy()
                 self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
-        found: dict[str, Sequence[float]] = {
+        numbers: dict[str, Sequence[float]] = {
             "verdict": _codes(verdicts),
             "verdict_cosine": _codes(cosine),
             "verdict_doubt": [-1 if each.doubt is None else DOUBTS.index(each.doubt) for each in verdicts],
@@ -201,7 +204,7 @@ class Behaviour(Measure):
         }
         first = self.batch.plan.judged_layers.index(layers[0])
         there = slice(first, first + len(layers))
-        for name, values in found.items():
+        for name, values in numbers.items():
             self._arrays[name][there][:, mask] = np.reshape(values, (len(layers), -1))
         changes = self._changes(layers, verdicts, noise)
         self._arrays["verdict_changes"][:, there][:, :, mask] = changes.reshape(len(changes), len(layers), -1)
