@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -38,10 +38,10 @@ class Tails(Observer):
         self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
         self._kept: dict[tuple[int, Span], _Kept] = {}
         for layer in layers:
-            for span in sorted(spans, key=_length, reverse=True):
-                # A span within another is a part of what is kept for that one.
-                around = (kept for kept in self._kept.values() if kept.layer == layer and kept.holds(span))
-                self._kept[layer, span] = next(around, None) or _Kept(layer, span)
+            # A span within another is a part of what is kept for that one.
+            whole = [_Kept(span) for span in apart(spans)]
+            for span in spans:
+                self._kept[layer, span] = next(kept for kept in whole if _within(span, kept.span))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
@@ -63,12 +63,23 @@ class Tails(Observer):
         """Of some of the tokens of all prompts in order, in float64 on the CPU."""
         return self._kept[layer, span].trajectories(span, tokens)
 
-    def drop(self, layer: int, *, but: Span | None = None) -> None:
-        """Of what was judged."""
+    def drop(self, layer: int) -> None:
+        """What was judged."""
         for place in [place for place in self._kept if place[0] == layer]:
-            kept = self._kept.pop(place)
-            if place[1] == but:
-                self._kept[place] = kept.part(but)
+            del self._kept[place]
+
+
+def apart(spans: Iterable[Span]) -> list[Span]:
+    """Those that lie within no other."""
+    found: list[Span] = []
+    for span in sorted(spans, key=_length, reverse=True):
+        if not any(_within(span, other) for other in found):
+            found.append(span)
+    return found
+
+
+def _within(span: Span, other: Span) -> bool:
+    return other[0] <= span[0] and span[1] <= other[1]
 
 
 def _length(span: Span) -> int:
@@ -78,8 +89,8 @@ def _length(span: Span) -> int:
 class _Kept:
     """One layer within one span, by token and recurrence."""
 
-    def __init__(self, layer: int, span: Span) -> None:
-        self.layer, self.span = layer, span
+    def __init__(self, span: Span) -> None:
+        self.span = span
         self.previous: Tensor | None = None
         self.first: dict[int, Tensor] = {}
         """By recurrences done before, the image of the first state of each span, as long as the state."""
@@ -87,9 +98,6 @@ class _Kept:
         """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
         self.lengths: Tensor | None = None
         """Of the steps of the states themselves, (step, token)."""
-
-    def holds(self, span: Span) -> bool:
-        return self.span[0] <= span[0] and span[1] <= self.span[1]
 
     def add(self, state: Float[Tensor, "token width"], image: Tensor | None, recurrence: int, *, begins: bool) -> None:
         if begins:
@@ -108,21 +116,10 @@ class _Kept:
             self.steps[place] = step if image is None else step @ image.to(step.dtype)
         self.previous = None if recurrence == self.span[1] else state
 
-    def part(self, span: Span) -> _Kept:
-        """By itself, so that the rest can go."""
-        if span == self.span:
-            return self
-        assert self.steps is not None
-        assert self.lengths is not None
-        there, kept = self._steps_of(span), _Kept(self.layer, span)
-        kept.first = {span[0]: self.first[span[0]]}
-        kept.steps, kept.lengths = self.steps[there].clone(), self.lengths[there].clone()
-        return kept
-
     def trajectories(self, span: Span, tokens: slice | Tensor) -> Tensor:
         assert self.steps is not None  # a span begins where it is kept
         assert self.lengths is not None
-        there = self._steps_of(span)
+        there = slice(span[0] - self.span[0], span[1] - self.span[0] - 1)
         steps = self.steps[there][:, tokens].double().movedim(0, 1).contiguous()
         true = self.lengths[there][:, tokens].double().square().sum(0)
         seen = steps.square().sum((1, 2))
@@ -130,9 +127,6 @@ class _Kept:
         way = (steps * factor[:, None, None]).cumsum(1)
         first = self.first[span[0]][tokens][:, None]
         return torch.cat((first, first + way), dim=1).cpu()
-
-    def _steps_of(self, span: Span) -> slice:
-        return slice(span[0] - self.span[0], span[1] - self.span[0] - 1)
 
 
 @lru_cache(maxsize=4)
