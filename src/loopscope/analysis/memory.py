@@ -27,9 +27,9 @@ from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
 
-_KEPT_SHARE, _BATCH_SHARE = 1 / 16, 1 / 2
+_KEPT_SHARE, _BATCH_SHARE = 1 / 8, 1 / 2
 """Of free memory, that kept states may take, and that a batch is made to take: the C library may hold a quarter more
-than is in use, and others want memory too."""
+than is in use, and others want memory too. States that are not kept cost another run."""
 _MOST_PROMPTS = {"cpu": 8}
 _MOST_ON_A_GPU = 64
 _ERROR = 0.2
