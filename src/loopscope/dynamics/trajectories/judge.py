@@ -39,7 +39,7 @@ from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
 
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = 2**27
 """That judging some tokens at a time may take: most of it is many small operations, fewer for larger pieces."""
 _FEW = 256
 """Tokens that are looked through for what is not finite at a time."""
