@@ -34,9 +34,8 @@ _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 
 _TAIL = DisplacementSettings().window
 _GRIDS = {"displacement": DISPLACEMENT_GRID, "cosine": COSINE_GRID}
-_PIECE_BYTES = 2**25
-"""That the method may take for the tokens that are judged at once. With twice as much it is up to a quarter faster, and
-the peak of a long analysis."""
+_PIECE_BYTES = 2**26
+"""That the method may take for the tokens that are judged at once; more would be the peak of a long analysis."""
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
 

@@ -39,7 +39,7 @@ from loopscope.dynamics.verdicts import KINDS, Kind, Verdict
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import Dtype
 
-_CHUNK_BYTES = 2**27
+_CHUNK_BYTES = 2**28
 """That judging some tokens at a time may take: most of it is many small operations, fewer for larger pieces."""
 _FEW = 256
 """Tokens that are looked through for what is not finite at a time."""
@@ -189,8 +189,8 @@ def _judge(
 
 def judged_bytes(window: int) -> int:
     """What judging takes for a token whose tail is so long, beside its states: some copies of its leading components,
-    and every displacement at every lag. Measured with an image of 32 dimensions, to a fifth."""
-    return 8 * window * (128 + window)
+    and every displacement at every lag. No less than that: measured, a third to three fifths of it."""
+    return 8 * window * (192 + 4 * window)
 
 
 def _chunks(rows: Tensor, states: Tensor, window: int) -> Iterator[Tensor]:
