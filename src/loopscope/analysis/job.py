@@ -150,7 +150,6 @@ class Job:
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
             self.progress.start(self._phases(missing))
             self._run_all(missing, study.write)
-            give_memory_back(self.subject.device)
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
             give_memory_back(self.subject.device)
@@ -180,6 +179,8 @@ class Job:
                     cuda = self.subject.device.type == "cuda"
                     memory = torch.cuda.max_memory_allocated(self.subject.device) if cuda else peak_bytes()
                     self.progress.first_batch(memory)
+                # Measures and their batch know each other, so that nothing of them goes by itself.
+                give_memory_back(self.subject.device)
             return
         finished_before = False
 

@@ -27,9 +27,9 @@ from loopscope.models.native.subject import NativeSubject
 from loopscope.models.native.transformer import LoopedTransformer
 from loopscope.models.subject import Batch, Subject
 
-_KEPT_SHARE, _BATCH_SHARE = 1 / 16, 1 / 2
+_KEPT_SHARE, _BATCH_SHARE = 1 / 8, 1 / 2
 """Of free memory, that kept states may take, and that a batch is made to take: the C library may hold a quarter more
-than is in use, and others want memory too."""
+than is in use, and others want memory too. States that are not kept cost another run."""
 _MOST_PROMPTS = {"cpu": 8}
 _MOST_ON_A_GPU = 64
 _ERROR = 0.2
@@ -226,7 +226,6 @@ def batch_bytes(batch: BatchInfo, *, kept_states: int) -> int:
     near = [kind for kind in kinds if not kind.needs.long_run]
     early = [kind for kind in near if not kind.needs.horizon] if kept_states else []
     run = batch.mask.numel() * batch.itemsize * numbers_in_a_layer(batch.sizes)
-    whole = sum(array_bytes(kind, batch) for kind in kinds) + kept_states
 
     def total(some: Iterable[type[Measure]], part: str) -> int:
         return sum(getattr(memory[kind], part) for kind in some)
@@ -239,9 +238,17 @@ def batch_bytes(batch: BatchInfo, *, kept_states: int) -> int:
         later = [total(some[place:], "until_ended") + memory[kind].ended for place, kind in enumerate(some)]
         return max(later, default=0)
 
-    first = total([*far, *early], "kept") + max(passing([*far, *early]), ending(far))
-    second = total(kinds, "kept") + max(passing(near), ending(near))
-    return whole + max(first, second, _results(memory) - kept_states)
+    def arrays(some: Iterable[type[Measure]]) -> int:
+        return sum(array_bytes(kind, batch) for kind in some)
+
+    # Where states are kept, all measures are there from the beginning.
+    first = (
+        arrays(kinds if kept_states else far)
+        + total([*far, *early], "kept")
+        + max(passing([*far, *early]), ending(far))
+    )
+    second = arrays(kinds) + total(kinds, "kept") + max(passing(near), ending(near))
+    return max(first + kept_states, second + kept_states, arrays(kinds) + _results(memory))
 
 
 def _results(memory: dict[type[Measure], Memory]) -> int:

@@ -127,14 +127,16 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
     others = runs.start_elsewhere(plan.recurrences, elsewhere)
     batch.second_run, batch.has_twin = bool(others), _asked(runs.subject, plan, "twin")
     batch.horizon = horizon = Horizons(batch)
-    measures = [horizon if kind is Horizons else kind(batch) for kind in asked_for(batch)]
-    far = [each for each in measures if each.needs.long_run]
-    waiting = [each for each in measures if each.needs.horizon]
-    live = [each for each in measures if not (each.needs.long_run or each.needs.horizon)]
+    kinds = list(asked_for(batch))
+    far = [horizon if kind is Horizons else kind(batch) for kind in kinds if kind.needs.long_run]
+
+    def made() -> tuple[list[Measure], list[Measure]]:
+        """Those that wait for the horizon, and those that need no more than the measured run."""
+        near = [kind(batch) for kind in kinds if not kind.needs.long_run]
+        return [each for each in near if each.needs.horizon], [each for each in near if not each.needs.horizon]
+
     now: list[Observer]
-    # Of each run from elsewhere, those who watch it: some look at the first alone.
-    beside = [[each.beside[place] for each in measures if place < len(each.beside)] for place in range(len(others))]
-    nudged = [each.nudged for each in measures if each.nudged is not None]
+    nudged = [each.nudged for each in far if each.nudged is not None]
     nudges = Nudges(batch)
     twin: NudgedRun | None = None
 
@@ -151,8 +153,9 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
                     twin.nudge(nudges.factors(recurrence))
                     twin.advance(nudged)
                 tick("passes")
-            for other, watching in zip(others if measured else (), beside, strict=False):
-                other.advance(watching)
+            for place, other in enumerate(others if measured else ()):
+                # Some look at the first alone.
+                other.advance([each.beside[place] for each in measures if place < len(each.beside)])
                 tick("passes")
             if measured and recurrence + 1 == plan.recurrences:
                 run.decode(now)
@@ -161,6 +164,8 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
 
     guard = _FiniteGuard(batch)
     if keep:
+        waiting, live = made()
+        measures = [*far, *waiting, *live]
         kept = _Keeper(any(each.needs.attention for each in waiting), values=bool(plan.support_every))
         now = [*live, *(_OutsideTheLoop(each) for each in waiting)]
         run = runs.start(max(plan.recurrences, end), [guard, *now])
@@ -174,12 +179,15 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
         long_run = runs.start(end, [guard])
         _start(far, long_run.state)
         advance(long_run, 0, end, [guard, *far], measured=False, long=True)
+        # Not before, as their arrays are as long as the measured run.
+        waiting, live = made()
+        measures = [*far, *waiting, *live]
         now = [*waiting, *live]
         run = runs.start(plan.recurrences, now)
         _start([*waiting, *live], run.state)
         advance(run, 0, plan.recurrences, now, measured=True, long=False)
     _end([*live, *waiting], run, tick, runs)
-    return measures, horizon
+    return sorted(measures, key=lambda measure: kinds.index(type(measure))), horizon
 
 
 def _measure_once(runs: _Runs, batch: BatchInfo, tick: Tick) -> list[Measure]:

@@ -135,7 +135,7 @@ class MachineSettings:
     memory_limit: Annotated[int, Range(0)] | None = None
     """MiB that a batch may take beside the model, in each worker; default: half of the free memory."""
     keep_limit: Annotated[int, Range(0)] | None = None
-    """MiB of states that auto may keep; default: a sixteenth of the free memory of the model's device, shared by all
+    """MiB of states that auto may keep; default: an eighth of the free memory of the model's device, shared by all
     workers."""
     threads: Processes | None = None
     """CPU threads, of each worker if there are several; default: torch's choice, or a worker's share of the CPUs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
-from loopscope.measures.tails import DIMENSIONS, Span, Tails
+from loopscope.measures.tails import DIMENSIONS, Span, Tails, apart
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -34,7 +35,7 @@ _KIND_NAMES = tuple(str(kind) for kind in KINDS)
 _TAIL = DisplacementSettings().window
 _GRIDS = {"displacement": DISPLACEMENT_GRID, "cosine": COSINE_GRID}
 _PIECE_BYTES = 2**26
-"""That the method may take for the tokens that are judged at once. It is as fast as with more, or faster."""
+"""That the method may take for the tokens that are judged at once; more would be the peak of a long analysis."""
 _SEED_TAIL = 64
 """Recurrences that the two runs from different initial states are compared on, at most: they cost memory twice."""
 
@@ -133,21 +134,23 @@ class Behaviour(Measure):
         self._settings, self._cosine = DisplacementSettings(), CosineSettings()
         self._dtype = known_dtype(batch.info.dtype, otherwise="float32")
         self._arrays = self._empty()
+        self._own_kinds: list[Kind] = []
+        """Of the run itself where it is held against one from another initial state."""
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
         plan, tokens, wide = batch.plan, int(batch.counts.sum()), batch.bytes[1]
         seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
-        earlier = {_tail(2 * plan.horizon), _tail(plan.horizon), _tail(plan.horizon // 2)} - {seed}
+        own = _tail(2 * plan.horizon), _tail(plan.horizon), _tail(plan.horizon // 2), seed
         number = tokens * (min(DIMENSIONS, batch.info.width) + 1) * max(4, batch.itemsize)
-        until_judged, of_seeds = (
-            len(plan.judged_layers) * number * sum(stop - first for first, stop in filter(None, spans))
-            for spans in (earlier, (seed, seed))
+        until_judged, of_seed = (
+            len(plan.judged_layers) * number * sum(stop - first for first, stop in apart(filter(None, spans)))
+            for spans in (own, (seed,))
         )
         rows = len(plan.judged_layers) * tokens
         piece = min(_PIECE_BYTES, rows * judged_bytes(tail_length(2 * plan.horizon, _TAIL)))
         long_run = until_judged + len(plan.judged_layers) * wide
-        return Memory(kept=of_seeds, until_ended=long_run, ended=piece, result=piece)
+        return Memory(kept=of_seed, until_ended=long_run, ended=piece, result=piece)
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
@@ -159,22 +162,25 @@ class Behaviour(Measure):
     def ended(self, end: RunEnd) -> None:
         """Judge tokens of several layers at once, as judging costs nearly the same for a few as for many; those of the
         last layer by themselves, whose kinds are told for other thresholds as well. The kept states go as they are
-        judged, but for those of the other run's recurrences."""
+        judged."""
         layers, last = self.batch.plan.judged_layers, [self.batch.info.recurrent - 1]
         for some in ([layer for layer in layers if layer not in last], [layer for layer in layers if layer in last]):
             if some:
                 self._judge_layers(some, last=some == last)
+                if self._seed is not None:
+                    self._own_kinds += self._kinds_at_seed(self._tails, some)
                 for layer in some:
-                    self._tails.drop(layer, but=self._seed)
+                    self._tails.drop(layer)
 
     def result(self) -> xr.Dataset:
         """What was judged, and whether another initial state changes it."""
         layers, mask = self.batch.plan.judged_layers, self.batch.mask.cpu().numpy()
         if self._seed is not None:
-            changed = self._changes_with_seed(layers, self._arrays["verdict"][:, mask].flatten())
-            self._arrays["verdict_changes"][CHANGES.index("seed")][:, mask] = changed.reshape(len(layers), -1)
+            changed = np.full((len(layers), *mask.shape), -1, dtype=np.int8)
+            its = self._kinds_at_seed(self._other, layers)
+            changed[self._told(layers)] = _differ(self._own_kinds, its)
+            self._arrays["verdict_changes"][CHANGES.index("seed")] = changed
             for layer in layers:
-                self._tails.drop(layer)
                 self._other.drop(layer)
         return self.dataset(self._arrays)
 
@@ -186,14 +192,16 @@ class Behaviour(Measure):
         for rows in self._pieces(torch.arange(len(layers) * len(positions))):
             states = self._states(self._tails, layers, self._second, rows)
             places = positions[rows.numpy()] if last else None
-            verdicts += self._judge(states, self._settings, noise.take(rows), places)
+            found = self._judge(states, self._settings, noise.take(rows), places)
+            # Of other layers nobody asks for the curves, hundreds of numbers a token.
+            verdicts += found if last else [dataclasses.replace(each, displacement=()) for each in found]
             cosine += self._judge(states, self._cosine, None, places)
             finite = states.isfinite().all(-1).all(-1)
             if places is not None and bool(finite.any()):
                 prompts, columns = places[finite.numpy()].T
                 paths = tail_paths(states[finite], self._second[0] + 1).numpy()
                 self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
-        found: dict[str, Sequence[float]] = {
+        numbers: dict[str, Sequence[float]] = {
             "verdict": _codes(verdicts),
             "verdict_cosine": _codes(cosine),
             "verdict_doubt": [-1 if each.doubt is None else DOUBTS.index(each.doubt) for each in verdicts],
@@ -201,7 +209,7 @@ class Behaviour(Measure):
         }
         first = self.batch.plan.judged_layers.index(layers[0])
         there = slice(first, first + len(layers))
-        for name, values in found.items():
+        for name, values in numbers.items():
             self._arrays[name][there][:, mask] = np.reshape(values, (len(layers), -1))
         changes = self._changes(layers, verdicts, noise)
         self._arrays["verdict_changes"][:, there][:, :, mask] = changes.reshape(len(changes), len(layers), -1)
@@ -302,14 +310,17 @@ class Behaviour(Measure):
                 changed[CHANGES.index(name), told] = _differ([verdict.kind for verdict in known], found)
         return changed
 
-    def _changes_with_seed(self, layers: Sequence[int], codes: NDArray[np.integer]) -> NDArray[np.int8]:
-        """Likewise, (layer and token,): whether two runs from different initial states are told apart."""
+    def _told(self, layers: Sequence[int]) -> NDArray[np.bool_]:
+        """Of which tokens of these layers the trajectory tells, (layer, prompt, token)."""
+        codes = self._arrays["verdict"][[self.batch.plan.judged_layers.index(layer) for layer in layers]]
+        told: NDArray[np.bool_] = (codes != Kind.UNKNOWN.code) & self.batch.mask.cpu().numpy()
+        return told
+
+    def _kinds_at_seed(self, tails: Tails, layers: Sequence[int]) -> list[Kind]:
+        """Of those, in the recurrences that runs from two initial states are compared on."""
         assert self._seed is not None
-        changed = np.full(len(codes), -1, dtype=np.int8)
-        told, noise = codes != Kind.UNKNOWN.code, self._noise(layers)
-        runs = [self._tried(tails, layers, self._seed, told, noise) for tails in (self._tails, self._other)]
-        changed[told] = _differ(*runs)
-        return changed
+        told = self._told(layers)[:, self.batch.mask.cpu().numpy()].flatten()
+        return self._tried(tails, layers, self._seed, told, self._noise(layers))
 
     def _tried(
         self, tails: Tails, layers: Sequence[int], span: Span, told: NDArray[np.bool_], noise: Noise

@@ -178,8 +178,11 @@ class TokenStability(Measure):
         self._horizon, self._settings = batch.plan.horizon, batch.plan.eigenvalues
         self._dtype = getattr(torch, batch.info.dtype)
         self._last_step: LastStep | None = None
-        self._lengths: list[Tensor] = []
-        self._sizes: list[Tensor] = []
+        # Of the steps and of the states that they lead to. In one piece: hundreds of small ones among what passes would
+        # keep the memory around them from going back to the system.
+        wide = torch.promote_types(self._dtype, torch.float32)
+        self._lengths, self._sizes = (batch.unknown(2 * self._horizon, *batch.mask.shape, dtype=wide) for _ in range(2))
+        self._steps = 0
         self._found: Stability | None = None
 
     @classmethod
@@ -217,9 +220,8 @@ class TokenStability(Measure):
         if self._last_step is None:
             self._last_step = LastStep(loop_state.state, self._dtype)
             return
-        length, size = self._last_step.follow(loop_state.state)
-        self._lengths.append(length)
-        self._sizes.append(size)
+        self._lengths[self._steps], self._sizes[self._steps] = self._last_step.follow(loop_state.state)
+        self._steps += 1
 
     def ended(self, end: RunEnd) -> None:
         settings, subject = self._settings, self.batch.subject
@@ -250,7 +252,7 @@ class TokenStability(Measure):
     def _observed(self) -> dict[str, np.ndarray]:
         mask = self.batch.mask.cpu().numpy()
         lengths, sizes = (
-            torch.stack(each, dim=-1)[self.batch.mask].double().cpu().numpy() for each in (self._lengths, self._sizes)
+            each[: self._steps, self.batch.mask].T.double().cpu().numpy() for each in (self._lengths, self._sizes)
         )
         rates = observed_rate(lengths, sizes=sizes, dtype=self.batch.info.dtype)
         rate, uncertainty = np.full((2, *mask.shape), np.nan)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -36,79 +35,97 @@ class Tails(Observer):
     def __init__(self, mask: Tensor, width: int, layers: Sequence[int], spans: Sequence[Span]) -> None:
         # Places rather than a mask, whose number of places is known only when a device has counted them.
         self._places = mask.flatten().nonzero()[:, 0]
-        self._spans = tuple(dict.fromkeys(spans))
         self._image = None if width <= DIMENSIONS else _projection(width).to(mask.device)
-        self._kept = {(layer, span): _Kept(span[1] - span[0] - 1) for layer in layers for span in self._spans}
+        self._kept: dict[tuple[int, Span], _Kept] = {}
+        for layer in layers:
+            # A span within another is a part of what is kept for that one.
+            whole = [_Kept(span) for span in apart(spans)]
+            for span in spans:
+                self._kept[layer, span] = next(kept for kept in whole if _within(span, kept.span))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":
             return
-        spans = [
-            span for span in self._spans if span[0] < visit.recurrence <= span[1] and (visit.layer, span) in self._kept
-        ]
-        if not spans:
+        before = visit.recurrence - 1
+        there = [(span, kept) for (layer, span), kept in self._kept.items() if layer == visit.layer]
+        there = [(span, kept) for span, kept in there if span[0] <= before < span[1]]
+        if not there:
             return
         # Once for all spans, which remember it until the next.
         state = widen(visit.residual.flatten(0, 1).index_select(0, self._places))
-        for span in spans:
-            self._kept[visit.layer, span].add(state, self._image, last=visit.recurrence == span[1])
+        begins = any(span[0] == before for span, _ in there)
+        for kept in dict.fromkeys(kept for _, kept in there):
+            kept.add(state, self._image, visit.recurrence, begins=begins)
 
     def trajectories(
         self, layer: int, span: Span, tokens: slice | Tensor = slice(None)
     ) -> Float[Tensor, "token recurrence dimension"]:
         """Of some of the tokens of all prompts in order, in float64 on the CPU."""
-        return self._kept[layer, span].trajectories(tokens)
+        return self._kept[layer, span].trajectories(span, tokens)
 
-    def drop(self, layer: int, *, but: Span | None = None) -> None:
-        """Of what was judged."""
-        for span in self._spans:
-            if span != but:
-                self._kept.pop((layer, span), None)
+    def drop(self, layer: int) -> None:
+        """What was judged."""
+        for place in [place for place in self._kept if place[0] == layer]:
+            del self._kept[place]
 
 
-@dataclass(slots=True, eq=False)
+def apart(spans: Iterable[Span]) -> list[Span]:
+    """Those that lie within no other."""
+    found: list[Span] = []
+    for span in sorted(spans, key=_length, reverse=True):
+        if not any(_within(span, other) for other in found):
+            found.append(span)
+    return found
+
+
+def _within(span: Span, other: Span) -> bool:
+    return other[0] <= span[0] and span[1] <= other[1]
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
 class _Kept:
     """One layer within one span, by token and recurrence."""
 
-    most: int
-    """Steps that the span has."""
-    count: int = 0
-    previous: Tensor | None = None
-    first: Tensor | None = None
-    """The image of the first state, as long as the state."""
-    steps: Tensor | None = None
-    """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
-    lengths: Tensor | None = None
-    """Of the steps of the states themselves, (step, token)."""
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.previous: Tensor | None = None
+        self.first: dict[int, Tensor] = {}
+        """By recurrences done before, the image of the first state of each span, as long as the state."""
+        self.steps: Tensor | None = None
+        """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
+        self.lengths: Tensor | None = None
+        """Of the steps of the states themselves, (step, token)."""
 
-    def add(self, state: Float[Tensor, "token width"], image: Tensor | None, *, last: bool) -> None:
-        if self.first is None:
+    def add(self, state: Float[Tensor, "token width"], image: Tensor | None, recurrence: int, *, begins: bool) -> None:
+        if begins:
             double = state.double()
             first = double if image is None else double @ image.double()
             length = torch.linalg.vector_norm(first, dim=-1).clamp_min(1e-300)
-            self.first = first * (residual_norm(double) / length)[:, None]
-            self.steps = state.new_empty(self.most, *first.shape)
-            self.lengths = state.new_empty(self.most, len(first))
+            self.first[recurrence - 1] = first * (residual_norm(double) / length)[:, None]
+        if self.steps is None or self.lengths is None:
+            dimension = state.shape[-1] if image is None else image.shape[-1]
+            self.steps = state.new_empty(_length(self.span) - 1, len(state), dimension)
+            self.lengths = state.new_empty(_length(self.span) - 1, len(state))
         else:
             assert self.previous is not None  # spans have no gaps
-            assert self.steps is not None
-            assert self.lengths is not None
-            step = state - self.previous
-            torch.linalg.vector_norm(step, dim=-1, out=self.lengths[self.count])
-            self.steps[self.count] = step if image is None else step @ image.to(step.dtype)
-            self.count += 1
-        self.previous = None if last else state
+            step, place = state - self.previous, recurrence - self.span[0] - 2
+            torch.linalg.vector_norm(step, dim=-1, out=self.lengths[place])
+            self.steps[place] = step if image is None else step @ image.to(step.dtype)
+        self.previous = None if recurrence == self.span[1] else state
 
-    def trajectories(self, tokens: slice | Tensor) -> Tensor:
-        assert self.first is not None  # a span begins where it is kept
-        assert self.steps is not None
+    def trajectories(self, span: Span, tokens: slice | Tensor) -> Tensor:
+        assert self.steps is not None  # a span begins where it is kept
         assert self.lengths is not None
-        steps = self.steps[: self.count, tokens].double().movedim(0, 1).contiguous()
-        true = self.lengths[: self.count, tokens].double().square().sum(0)
+        there = slice(span[0] - self.span[0], span[1] - self.span[0] - 1)
+        steps = self.steps[there][:, tokens].double().movedim(0, 1).contiguous()
+        true = self.lengths[there][:, tokens].double().square().sum(0)
         seen = steps.square().sum((1, 2))
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
         way = (steps * factor[:, None, None]).cumsum(1)
-        first = self.first[tokens][:, None]
+        first = self.first[span[0]][tokens][:, None]
         return torch.cat((first, first + way), dim=1).cpu()
 
 

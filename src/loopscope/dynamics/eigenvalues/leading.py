@@ -148,7 +148,6 @@ def _solve(
         open_ = ~(ritz.known(settings.tolerance) | far[left].cpu())
         if space.columns == found.products:
             open_.fill_(False)
-        done = space.of(~open_)
         values, of_done = ritz.values[~open_], torch.zeros_like(left).index_put((left,), ~open_.to(left.device))
         found.put(
             of_done,
@@ -156,7 +155,7 @@ def _solve(
             residuals=ritz.residuals[~open_],
             errors=ritz.errors[~open_],
             products_made=torch.full((len(values),), float(space.columns), dtype=torch.float64),
-            **non_normality(done.coefficients, values, singular[~open_]),
+            **non_normality(space.coefficients[~open_], values, singular[~open_]),
         )
         space, singular, left = space.of(open_), singular[open_], left & ~of_done
         if 0 < int(left.sum()) <= _FEWER * int(made_of.sum()):

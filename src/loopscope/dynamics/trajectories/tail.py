@@ -195,10 +195,15 @@ def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[T
     From the Gram matrix; beyond, the mean would be over a few pairs only.
     """
     window = gram.shape[-1]
+    lags = max(1, 3 * window // 4)
     squares = gram.diagonal(dim1=-2, dim2=-1)
-    distances = (squares[:, :, None] + squares[:, None, :] - 2 * gram).clamp_min(0.0)
-    lags = range(1, max(2, 3 * window // 4 + 1))
-    return torch.stack([distances.diagonal(lag, dim1=-2, dim2=-1).mean(-1) for lag in lags], dim=-1)
+    # In place: this is the largest array that judging makes.
+    distances = squares[:, :, None] + squares[:, None, :]
+    distances.sub_(gram, alpha=2).clamp_(min=0.0).triu_()
+    # Column l of these rows, each of which begins one place later, is the diagonal at lag l. What runs over the edge of
+    # the array is below the diagonal of the next row: 0.
+    diagonals = distances.as_strided((len(gram), window - 1, lags), (window**2, window + 1, 1), 1)
+    return diagonals.sum(1) / torch.arange(window - 1, window - 1 - lags, -1)
 
 
 def _participation(values: Tensor) -> Tensor:
