@@ -150,6 +150,7 @@ class Job:
                 self.progress.note(f"Going on with {folder}: {done} of {self.shards} shards are done.")
             self.progress.start(self._phases(missing))
             self._run_all(missing, study.write)
+            give_memory_back(self.subject.device)
             arrays = [study.read(index) for index in range(self.shards)]
             whole = self.assemble(arrays, started)
             give_memory_back(self.subject.device)
@@ -174,13 +175,14 @@ class Job:
         engine = make_engine(settings.engine, settings.workers, settings.address, gpus)
         if engine is None:
             for shard in shards:
+                if shard != shards[0]:
+                    # Measures and their batch know each other, so that nothing of the last ones goes by itself.
+                    give_memory_back(self.subject.device)
                 done(shard, self.run(shard))
                 if shard == shards[0]:
                     cuda = self.subject.device.type == "cuda"
                     memory = torch.cuda.max_memory_allocated(self.subject.device) if cuda else peak_bytes()
                     self.progress.first_batch(memory)
-                # Measures and their batch know each other, so that nothing of them goes by itself.
-                give_memory_back(self.subject.device)
             return
         finished_before = False
 
