@@ -22,7 +22,7 @@ from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.settings import Part, parts_except
 from loopscope.cli import main
 from loopscope.errors import ConfigError, UnforeseenError, ran_out
-from loopscope.measures.memory import array_bytes
+from loopscope.measures.lengths import array_bytes
 from loopscope.measures.registry import asked_for
 from loopscope.models.inspection.facts import RunSize
 from loopscope.models.native.interventions import Parts

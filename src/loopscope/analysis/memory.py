@@ -18,7 +18,8 @@ from loopscope.analysis.settings import AnalyzeSettings, Part
 from loopscope.errors import ConfigError
 from loopscope.measures.base import BatchInfo, Measure, Plan
 from loopscope.measures.horizon import Horizons
-from loopscope.measures.memory import Memory, array_bytes
+from loopscope.measures.lengths import array_bytes
+from loopscope.measures.memory import Memory
 from loopscope.measures.neurons import Neurons
 from loopscope.measures.registry import asked_for, why_absent
 from loopscope.models.checkpoints.free_memory import available_memory
