@@ -122,7 +122,12 @@ def test_what_is_no_twin_is_refused_with_a_sentence(tmp_path: Path, capsys: pyte
         judge(states, "float32", "cosine", twins=[hovering(1, 0.1, new=1.0)])
     np.save(tmp_path / "one.npy", states)
     np.savez(tmp_path / "two.npz", a=states, b=states)
-    given = ["--twins", str(tmp_path / "two.npz"), "--dtype", "float32", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        main(["behaviour", str(tmp_path / "one.npy"), *given])
-    assert "two.npz holds 2 arrays" in capsys.readouterr().err
+    np.save(tmp_path / "whole.npy", np.zeros((6, 128, 64), dtype=int))
+    for name, sentence in (
+        ("two.npz", "two.npz holds 2 arrays"),
+        ("whole.npy", "whole.npy: States are floating-point"),
+    ):
+        given = ["--twins", str(tmp_path / name), "--dtype", "float32", "--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit):
+            main(["behaviour", str(tmp_path / "one.npy"), *given])
+        assert sentence in capsys.readouterr().err

@@ -135,12 +135,15 @@ def load_trajectories(path: str | Path, array: str | None = None) -> Iterator[tu
         ) from None
 
 
-def _same_array(twin: Path, name: str) -> NDArray[Any] | Tensor:
+def _same_array(twin: Path, name: str) -> Tensor:
     """The array of that name in a file of twins, or its only one where the states have no name."""
     there = list(load_trajectories(twin, None if twin.suffix.lower() == ".npy" else name or None))
     if len(there) > 1:
         raise ConfigError(f"{twin} holds {len(there)} arrays, and the states have no name; keep one in it.")
-    return there[0][1]
+    try:
+        return as_states(there[0][1])
+    except ConfigError as error:
+        raise ConfigError(f"{twin}: {error}") from None
 
 
 def _read_npy(path: Path, file: BinaryIO, array: str | None) -> Iterator[tuple[str, NDArray[Any] | Tensor]]:

@@ -171,13 +171,16 @@ def _facts(judged: JudgedFiles) -> list[tuple[str, str]]:
         ("recurrences", recurrences),
         ("noise floor", f"{significant(float(np.median(floors)))} of the norm (median)" if floors else "not estimated"),
     ]
-    names = [_source(entry) for entry in manifest["sources"]]
-    shown = listed(names[:3]) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-    return [*facts, ("files", shown)]
+    for what, of in (("files", "sources"), ("twins", "twins")):
+        # Verdicts that were written before there were twins lack them.
+        if names := [_source(entry) for entry in manifest.get(of, ())]:
+            shown = listed(names[:3]) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+            facts.append((what, shown))
+    return facts
 
 
 def _source(entry: dict[str, object]) -> str:
-    return f"{Path(str(entry['file'])).name} {entry['array']}".strip()
+    return f"{Path(str(entry['file'])).name} {entry.get('array', '')}".strip()
 
 
 def _number(value: float) -> str:
