@@ -217,7 +217,7 @@ def test_a_hooked_model_has_eigenvalues_on_request() -> None:
     assert not set(EIGENVALUE_NAMES) & set(plain)
     assert set(RATE_NAMES) <= set(plain)
     assert any("--hooked-eigenvalues" in note for note in notes.said)
-    asked, wanted = (study_of(each, hooked_eigenvalues=True).dataset for each in (hooked, native))
+    asked, wanted = (study_of(each, PROMPTS[:3], hooked_eigenvalues=True).dataset for each in (hooked, native))
     np.testing.assert_allclose(asked["predicted_rate"], wanted["predicted_rate"], rtol=1e-3)
 
 
