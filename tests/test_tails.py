@@ -9,13 +9,13 @@ import torch
 from loopscope import judge
 from loopscope.dynamics.trajectories.displacement import same_limit
 from loopscope.dynamics.trajectories.synthetic import generate
-from loopscope.measures.tails import DIMENSIONS, Tails
+from loopscope.measures.tails import DIMENSIONS, KeptTails
 from loopscope.models.visits import Visit
 
 
 def image(states: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
     """Of trajectories (token, recurrence, width) as those of one prompt."""
-    tails = Tails(torch.ones(1, len(states), dtype=torch.bool), states.shape[2], [0], [span])
+    tails = KeptTails(torch.ones(1, len(states), dtype=torch.bool), states.shape[2], [0], [span])
     for recurrence in range(states.shape[1]):
         tails.visit(Visit("recurrent", 0, recurrence + 1, states[None, :, recurrence], None))
     return tails.trajectories(0, span)

@@ -123,6 +123,10 @@ def test_what_is_no_twin_is_refused_with_a_sentence(tmp_path: Path, capsys: pyte
     np.save(tmp_path / "one.npy", states)
     np.savez(tmp_path / "two.npz", a=states, b=states)
     np.save(tmp_path / "whole.npy", np.zeros((6, 128, 64), dtype=int))
+    given = ["--twins", str(tmp_path / "one.npy"), "--dtype", "float32", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["behaviour", str(tmp_path / "two.npz"), *given])
+    assert "say whose twin it is (--array a)" in capsys.readouterr().err
     for name, sentence in (
         ("two.npz", "two.npz holds 2 arrays"),
         ("whole.npy", "whole.npy: States are floating-point"),

@@ -114,17 +114,18 @@ def study_rates(study: Study, *, layer: int | None = None, method: str = "displa
     Raises `StudyError` for a study without verdicts, or without those of the layer.
     """
     with trusted([study]):
-        return _rates(study, layer, method)
+        return _rates(view_study(study), layer, method)
 
 
 @lru_cache(maxsize=2)  # by two methods, each of which several figures and an answer ask for
 def view_rates(view: StudyView, method: str) -> Rates:
     """Those at the last layer judged, of a study that has been looked at."""
     with trusted([view.study]):
-        return _rates(view.study, None, method, view)
+        return _rates(view, None, method)
 
 
-def _rates(study: Study, layer: int | None, method: str, view: StudyView | None = None) -> Rates:
+def _rates(view: StudyView, layer: int | None, method: str) -> Rates:
+    study = view.study
     codes = verdict_codes(study, method)
     layers = [int(each) for each in study.dataset["judged_layer"].values]
     chosen = ends_of_states(study) if layer is None else [layer]
@@ -150,14 +151,14 @@ def _rates(study: Study, layer: int | None, method: str, view: StudyView | None 
         roles={name: token_shares(np.where(mask, there, -1)) for name, mask in roles.items()},
         discoveries=_discoveries(study, places) if displaced else None,
         changed={name: (int((found == 1).sum()), int((found >= 0).sum())) for name, found in tried.items()},
-        not_yet=_not_yet(study, there, view),
+        not_yet=_not_yet(view, there),
     )
 
 
-def _not_yet(study: Study, codes: NDArray[np.integer], view: StudyView | None) -> int:
+def _not_yet(view: StudyView, codes: NDArray[np.integer]) -> int:
     if not (codes == _UNKNOWN).any():
         return 0
-    shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view or view_study(study), Criterion())]
+    shrink = [kind is Settling.NOT_YET for kind in horizon_settling(view, Criterion())]
     return int((codes[shrink] == _UNKNOWN).sum())
 
 

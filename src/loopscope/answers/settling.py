@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from loopscope._util.wording import spans
 from loopscope.answers.answer import Criterion
 from loopscope.answers.token_kinds import token_kinds
+from loopscope.dynamics.trajectories.settings import LOUD
 from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView
 
@@ -59,10 +60,6 @@ class Settling(StrEnum):
 _ORDER = tuple(Settling)
 
 
-_LOUD = 0.05
-"""Share of the norm from which on nobody would call it noise that a state is at rest in."""
-
-
 def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
     """The relative step that rounding alone keeps up, dimensions (layer, prompt); NaN where it is not known.
 
@@ -74,16 +71,16 @@ def noise_floor(data: xarray.Dataset) -> xarray.DataArray:
         return made
     floor = data["twin_floor"].transpose("layer", "prompt", "token")
     parting = parts(data).transpose("prompt", "token").values
-    measured = floor.copy(data=np.where((floor.values < _LOUD) & ~parting, floor.values, np.nan)).mean("token")
+    measured = floor.copy(data=np.where((floor.values < LOUD) & ~parting, floor.values, np.nan)).mean("token")
     return made.copy(data=np.fmax(measured.values, made.values))
 
 
 def _loud(data: xarray.Dataset) -> xarray.DataArray:
     """Whether rounding alone moves most tokens so far that noise and chaos look the same, (layer, prompt)."""
     if "twin_floor" not in data:
-        return data["noise_floor"] * 0 > 0
+        return xarray.zeros_like(data["noise_floor"], dtype=bool)
     floor = data["twin_floor"]
-    return (floor >= _LOUD).sum("token") > _PARTED * floor.notnull().sum("token")
+    return (floor >= LOUD).sum("token") > _PARTED * floor.notnull().sum("token")
 
 
 def parts(data: xarray.Dataset) -> xarray.DataArray:

@@ -22,7 +22,7 @@ from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
-from loopscope.measures.tails import DIMENSIONS, Span, Tails, apart
+from loopscope.measures.tails import DIMENSIONS, KeptTails, Span, apart
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -127,7 +127,7 @@ class Behaviour(Measure):
         self._earlier = {"horizon": _tail(plan.horizon), "half-horizon": _tail(plan.horizon // 2)}
         self._seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
         self._tails, self._other = (
-            Tails(batch.mask, batch.info.width, plan.judged_layers, [span for span in kept if span is not None])
+            KeptTails(batch.mask, batch.info.width, plan.judged_layers, [span for span in kept if span is not None])
             for kept in ([self._second, *self._earlier.values(), self._seed], [self._seed])
         )
         self.beside = (self._other,) if batch.second_run else ()
@@ -248,7 +248,7 @@ class Behaviour(Measure):
         length = self._second[1] - self._second[0]
         yield from rows.split(max(1, _PIECE_BYTES // judged_bytes(length))) if len(rows) else ()
 
-    def _states(self, tails: Tails, layers: Sequence[int], span: Span, rows: Tensor) -> Tensor:
+    def _states(self, tails: KeptTails, layers: Sequence[int], span: Span, rows: Tensor) -> Tensor:
         """Trajectories of some (layer, token), numbered through, in their order."""
         tokens = int(self.batch.counts.sum())
         own = [rows[rows // tokens == place] - place * tokens for place in range(len(layers))]
@@ -316,14 +316,14 @@ class Behaviour(Measure):
         told: NDArray[np.bool_] = (codes != Kind.UNKNOWN.code) & self.batch.mask.cpu().numpy()
         return told
 
-    def _kinds_at_seed(self, tails: Tails, layers: Sequence[int]) -> list[Kind]:
+    def _kinds_at_seed(self, tails: KeptTails, layers: Sequence[int]) -> list[Kind]:
         """Of those, in the recurrences that runs from two initial states are compared on."""
         assert self._seed is not None
         told = self._told(layers)[:, self.batch.mask.cpu().numpy()].flatten()
         return self._tried(tails, layers, self._seed, told, self._noise(layers))
 
     def _tried(
-        self, tails: Tails, layers: Sequence[int], span: Span, told: NDArray[np.bool_], noise: Noise
+        self, tails: KeptTails, layers: Sequence[int], span: Span, told: NDArray[np.bool_], noise: Noise
     ) -> list[Kind]:
         """Of the tokens that are told, within another span."""
         return [

@@ -20,7 +20,7 @@ DIMENSIONS = 32
 """Of the image. Shapes are fitted to 16 principal components."""
 
 
-class Tails(Observer):
+class KeptTails(Observer):
     """Keeps the raw outputs of some recurrent layers in some spans of recurrences, as `DIMENSIONS` numbers each.
 
     A random orthonormal projection, the same for all states of one width, is linear: what rests, repeats, drifts or

@@ -110,7 +110,8 @@ class Twin(Measure):
         """What it says of each token at a layer; tokens of all prompts in order."""
         rounding = rounding_step(known_dtype(self.batch.info.dtype, otherwise="float32"))
         distance = self._distance[layer][:, self.batch.mask]
-        return Noise(rounding, floor_of(distance).cpu(), have_parted(distance, rounding).cpu())
+        floor = floor_of(distance)
+        return Noise(rounding, floor.cpu(), have_parted(distance, floor, rounding).cpu())
 
     def result(self) -> xr.Dataset:
         if self._distance.isnan().all():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.motion import Motions, measure_motions
 from loopscope.dynamics.trajectories.noise import Noise
-from loopscope.dynamics.trajectories.settings import DisplacementSettings
+from loopscope.dynamics.trajectories.settings import LOUD, DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
 from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES, Doubt, Kind, Verdict
 
@@ -26,8 +26,6 @@ _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _LONG = 64
 """Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
-_LOUD = 0.05
-"""Noise of this share of the norm is no rest that anybody means: small chaos would look the same."""
 _ENDLESS = 1e200
 """A ratio above this has a length of 0 below the line."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
@@ -98,7 +96,7 @@ def plain_kinds(
     tokens that rest."""
     window = tail_length(states.shape[1], settings.window, first_recurrence)
     level = take_tails(states, window, first_recurrence).displacement().amax(-1).sqrt()
-    loud = (noise.floor >= _LOUD) & (level > settings.rounding_factor * noise.rounding)
+    loud = (noise.floor >= LOUD) & (level > settings.rounding_factor * noise.rounding)
     kinds = torch.where(loud, Kind.UNKNOWN.code, Kind.AT_FLOOR.code)
     rows = (level > noise.rest(settings)).nonzero()[:, 0]
     if len(rows):
@@ -327,7 +325,7 @@ def _say_hovering(found: _Findings, where: Tensor, sentence: str, *, shaped: boo
         "Rounding alone moves it by {it.floor:.2g} of its norm; only a finer dtype tells whether that is noise or "
         "chaos."
     )
-    found.say(where & (found.motions.noise.floor >= _LOUD), Kind.UNKNOWN, loud, doubt=Doubt.LOUD)
+    found.say(where & (found.motions.noise.floor >= LOUD), Kind.UNKNOWN, loud, doubt=Doubt.LOUD)
     found.say(where, Kind.AT_FLOOR, sentence, shaped=shaped)
 
 
@@ -361,7 +359,7 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     follows = "it follows {it.shape.words}, which leaves {it.unexplained:.2g} of its variance."
     # An approach to within such noise is none that anybody means, as rest in it is none.
     loud = f"What is left is {{it.left:.2g}} of its norm, noise or chaos, which only a finer dtype tells: {follows}"
-    hides = (best.limit == Kind.FIXED_POINT.code) & (m.left >= _LOUD) & (m.left <= found.rest)
+    hides = (best.limit == Kind.FIXED_POINT.code) & (m.left >= LOUD) & (m.left <= found.rest)
     found.say(where & hides, Kind.UNKNOWN, loud, shaped=True, doubt=Doubt.LOUD)
     turns = f"It turns, but too few times to tell whether it is periodic: {follows}"
     found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
@@ -381,7 +379,7 @@ def _say_shapeless(found: _Findings) -> None:
     median = (ordered[:, (lags - 1) // 2] + ordered[:, lags // 2]) / 2
     size = torch.where(spreads, m.level, median)
     contracted = f"It hovers: {moves}, but {new}: rounding, which a contraction has amplified."
-    found.say(found.seems & (size <= _LOUD), Kind.AT_FLOOR, contracted)
+    found.say(found.seems & (size <= LOUD), Kind.AT_FLOOR, contracted)
     finer = f"It moves: {moves}; {new}, so that it may be rounding, which a finer dtype would tell."
     found.say(found.seems, Kind.UNKNOWN, finer, settled=False, doubt=Doubt.LOUD)
     grown = "Its norm grows {it.grows} while time doubles, in no shape."

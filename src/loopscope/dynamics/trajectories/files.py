@@ -57,7 +57,7 @@ def judge_files(
     judged, sources = [], []
     for path in map(Path, paths):
         for name, states in load_trajectories(path, array):
-            runs = [_same_array(twin, name) for twin in map(Path, twins)]
+            runs = [_same_array(twin, name, path if array is None else None) for twin in map(Path, twins)]
             try:
                 tensor = as_states(states)
                 verdicts = judge(
@@ -135,8 +135,14 @@ def load_trajectories(path: str | Path, array: str | None = None) -> Iterator[tu
         ) from None
 
 
-def _same_array(twin: Path, name: str) -> Tensor:
-    """The array of that name in a file of twins, or its only one where the states have no name."""
+def _same_array(twin: Path, name: str, unchosen: Path | None) -> Tensor:
+    """The array of that name in a file of twins, or its only one where one of the two has no name; `unchosen` is a file
+    of states that was not asked for one of its arrays."""
+    if unchosen is not None and name and twin.suffix.lower() == ".npy":
+        raise ConfigError(
+            f"{twin} holds one array without a name, and those of {unchosen} have names, such as {name}; say whose "
+            f"twin it is (--array {name})."
+        )
     there = list(load_trajectories(twin, None if twin.suffix.lower() == ".npy" else name or None))
     if len(there) > 1:
         raise ConfigError(f"{twin} holds {len(there)} arrays, and the states have no name; keep one in it.")

@@ -214,7 +214,7 @@ def _other_run(twin: NDArray[Any] | Tensor | Sequence[Any], states: Tensor) -> T
 
 def judged_bytes(window: int) -> int:
     """What judging takes for a token whose tail is so long, beside its states: some copies of its leading components,
-    and every displacement at every lag. No less than that: measured, a third to three fifths of it."""
+    and every displacement at every lag. A bound: a sixth to three fifths of it was measured."""
     return 8 * window * (192 + 4 * window)
 
 

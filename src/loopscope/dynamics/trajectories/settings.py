@@ -13,6 +13,9 @@ from loopscope.errors import ConfigError
 Method = Literal["displacement", "cosine"]
 _Share = Annotated[float, Range(above=0, below=1)]
 
+LOUD = 0.05
+"""Share of the norm from which on noise is no rest that anybody means: small chaos would look the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacementSettings:

@@ -66,11 +66,11 @@ def floor_of(distance: Float[Tensor, "time ..."]) -> Float[Tensor, ...]:
     return distance[len(distance) // 2 :].double().square().mean(0).sqrt()
 
 
-def have_parted(distance: Float[Tensor, "time ..."], rounding: float) -> Bool[Tensor, ...]:
-    """Of runs that began to differ by rounding: whether their distance grew, beyond what noise adds up to, to where no
-    amplified rounding reaches; or grows exponentially still."""
+def have_parted(distance: Float[Tensor, "time ..."], floor: Float[Tensor, ...], rounding: float) -> Bool[Tensor, ...]:
+    """Of runs that began to differ by rounding, whether their distance, late of the size of `floor`, grew beyond what
+    noise adds up to, to where no amplified rounding reaches; or grows exponentially still."""
     growth, error = growth_of(distance.double())
-    far = floor_of(distance) >= min(PARTED, DisplacementSettings().gain * rounding)
+    far = floor >= min(PARTED, DisplacementSettings().gain * rounding)
     parted = far & (growth >= 3 * error) & (growth * len(distance) >= math.log(_GREW))
     grown: Tensor = (distance[-1].double() >= _GREW * rounding) & grows_exponentially(distance.double())
     return parted | grown
@@ -128,9 +128,10 @@ def _of_twin(states: Tensor, twin: Tensor, may_be_noise: Tensor, window: int, ro
     apart = _size(difference)
     together = (apart <= _TOGETHER * _size(moves)) & _unlike(difference, moves)
     unlike = _unlike(moves_too, moves) & may_be_noise & (apart <= min(PARTED, gain * rounding))
-    floor = torch.where(near, floor_of(distance), apart)
+    late = floor_of(distance)
+    floor = torch.where(near, late, apart)
     told = (near | together | unlike) & (floor >= rounding)
-    return Noise(rounding, torch.where(told, floor, math.nan), near & have_parted(distance, rounding))
+    return Noise(rounding, torch.where(told, floor, math.nan), near & have_parted(distance, late, rounding))
 
 
 def _unlike(one: Tensor, other: Tensor) -> Tensor:
