@@ -22,15 +22,16 @@ from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Criterion
 from loopscope.answers.exit_rules import (
     Readouts,
+    Stops,
     constant_at,
     constant_table,
     constant_within,
+    costs_table,
     excess,
     exit_costs,
     quantities,
     readouts_of,
     spread_thresholds,
-    stacked,
 )
 from loopscope.answers.exit_signals import EXIT_SIGNALS, Quantities, Signal
 from loopscope.answers.stopping import Condition, StoppingRule, first_of
@@ -287,9 +288,8 @@ def _cheapest(half: _Halves, rule: StoppingRule, criterion: Criterion) -> Stoppi
         for place in open_
     ]
     reached: dict[tuple[int, float], NDArray[np.bool_]] = {}
-    candidates, costs = [], []
-    for thresholds in itertools.product(*tried):
-        closed = rule.with_thresholds(thresholds)
+
+    def stops(closed: StoppingRule) -> Stops:
         held: NDArray[np.bool_] | None = None
         for place, each in enumerate(closed.conditions):
             key = place, float(each.threshold or 0.0)
@@ -298,11 +298,12 @@ def _cheapest(half: _Halves, rule: StoppingRule, criterion: Criterion) -> Stoppi
             now = reached[key]
             held = now if held is None else held & now if rule.joined == "all" else held | now
         assert held is not None
-        candidates.append(closed)
-        costs.append(exit_costs(first_of(closed.patient(held)), half.readouts))
+        return first_of(closed.patient(held))
+
+    candidates = [rule.with_thresholds(thresholds) for thresholds in itertools.product(*tried)]
     if not candidates:
         return None
-    table = stacked(range(len(costs)), costs)
+    table = costs_table(range(len(candidates)), map(stops, candidates), half.readouts)
     recurrences = table["recurrences"].mean("prompt").values
     within = (excess(table, criterion) <= 0).all("cost").values
     best = int(np.where(within, recurrences, math.inf).argmin())

@@ -73,10 +73,9 @@ def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
     Rule, threshold and the fixed number are chosen on every other prompt, the first of them included, and judged on the
     rest.
     """
-    tables = tables_of(view, view.finite)
-    if tables is None:
+    prompts, full = (view.finite.sizes.get(name, 0) for name in ("prompt", "exit_recurrence"))
+    if not full or "token_kl_to_full" not in view.finite:
         return EXIT_RULE.unanswered("not measured", "The model was not read out after each recurrence of a full run.")
-    full, prompts = tables.recurrences, tables.constant.sizes["prompt"]
     if full == 1:
         return EXIT_RULE.unanswered("nothing to save", "A full run is one recurrence.")
     if prompts < LEAST_PROMPTS:
@@ -87,6 +86,8 @@ def exit_rule_answer(view: StudyView, criterion: Criterion) -> Answer:
             outcome=Outcome.CANNOT_TELL,
             figure=EXIT_RULE.figure,
         )
+    tables = tables_of(view, view.finite)
+    assert tables is not None
     choosing, judging = (_some(tables, slice(first, None, 2)) for first in (0, 1))
     chosen, cheapest = _best(choosing, criterion)
     best = None

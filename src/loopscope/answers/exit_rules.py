@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import xarray
@@ -17,10 +18,12 @@ from loopscope.study import Study, StudyView, view_study
 
 Stops = NDArray[np.integer]
 Costs = Mapping[str, NDArray[np.float64]]
-"""By name, (prompt,)."""
+"""By name, (..., prompt)."""
 _THRESHOLDS = 81
 """Of each rule, spread so that the mean number of recurrences goes down by an 80th of what can be saved at a time:
 finer than any difference that an answer makes something of."""
+_ENTRIES = 2**18
+"""Tokens times thresholds whose costs are taken at once: 2 MiB each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +108,33 @@ def exit_table(
     signal: Signal, thresholds: Sequence[float], readouts: Readouts, *, at_least: bool = False
 ) -> xarray.Dataset:
     """`exit_costs` of a rule under each of some thresholds, with dimensions `threshold` and `prompt`."""
-    return stacked(
-        thresholds, [exit_costs(stop_times(signal, each, at_least=at_least), readouts) for each in thresholds]
+    return costs_table(thresholds, (stop_times(signal, each, at_least=at_least) for each in thresholds), readouts)
+
+
+def costs_table(thresholds: Sequence[float] | range, stops: Iterable[Stops], readouts: Readouts) -> xarray.Dataset:
+    """`exit_costs` under each threshold, given when each stops the tokens."""
+    at_once = max(1, _ENTRIES // max(1, readouts.there.size))
+    left = iter(stops)
+    pieces = iter(lambda: list(islice(left, at_once)), [])
+    costs = [exit_costs(np.stack(piece), readouts) for piece in pieces]
+    return xarray.Dataset(
+        {name: (("threshold", "prompt"), np.concatenate([each[name] for each in costs])) for name in costs[0]},
+        coords={"threshold": np.asarray(thresholds)},
     )
 
 
 def exit_costs(stops: Stops, readouts: Readouts) -> Costs:
-    """What answering each token after `stops` recurrences, (prompt, token), takes and costs, prompt by prompt.
+    """What answering each token after `stops` recurrences, (..., prompt, token), takes and costs, prompt by prompt.
 
     Means over a prompt's tokens: `recurrences`; `loss`, nats; `loss_difference` to the full run; `changed`, the share
     of tokens whose most probable next token is not the full run's; `kl`, `KL(p_N || p)`, nats.
     """
     there = readouts.there
-    place = np.where(there, stops - 1, 0)[None]
+    place = np.where(there, stops - 1, 0)
+    flat = place.reshape(-1, *there.shape)
     loss, kl, top1 = (
-        np.take_along_axis(values, place, axis=0)[0] for values in (readouts.loss, readouts.kl, readouts.top1)
+        np.take_along_axis(values, flat, axis=0).reshape(place.shape)
+        for values in (readouts.loss, readouts.kl, readouts.top1)
     )
     followed = there & ~np.isnan(readouts.loss[-1])
     return {
@@ -135,7 +150,7 @@ def constant_table(readouts: Readouts) -> xarray.Dataset:
     """`exit_costs` of the same number of recurrences for every token; the `threshold` is that number, from 1 to N."""
     counts = range(1, readouts.recurrences + 1)
     shape = readouts.top1.shape[1:]
-    return stacked(counts, [exit_costs(np.full(shape, count), readouts) for count in counts])
+    return costs_table(counts, (np.full(shape, count) for count in counts), readouts)
 
 
 def constant_at(constant: xarray.Dataset, recurrences: float) -> xarray.Dataset:
@@ -196,14 +211,6 @@ def constant_within(constant: xarray.Dataset, criterion: Criterion) -> float:
     # Where each cost, on the line between the two, comes down to what is tolerated.
     pairs = zip(beyond[enough - 1], beyond[enough], strict=True)
     return enough + float(max(before / (before - after) for before, after in pairs if before > 0))
-
-
-def stacked(thresholds: Sequence[float] | range, costs: Sequence[Costs]) -> xarray.Dataset:
-    """A table of what each threshold costs."""
-    return xarray.Dataset(
-        {name: (("threshold", "prompt"), np.stack([each[name] for each in costs])) for name in costs[0]},
-        coords={"threshold": np.asarray(thresholds)},
-    )
 
 
 def _mean(values: NDArray[np.generic], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
