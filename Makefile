@@ -4,12 +4,11 @@ PYTHON ?= python3
 # One for each of two cores: a third makes all of them slower by more than it fills of what waits.
 WORKERS ?= 2
 
-# Tests in which annotations are checked at run time, shapes included: they are quick, and reach nearly every function
-# that has shapes. Checking takes as long as the tests themselves, so the others run without.
-SHAPES := architecture attention_measures behaviour_command checkpoints chunking families \
-	hooks_attention initial_state interventions measures model model_settings prompt_tokens prompts rates spectra \
-	stability_hooked system_prompts tokenizer trace training training_config training_data training_evaluate \
-	training_penalties training_schedule
+# Tests in which annotations are checked at run time, shapes included: the fewest that reach all functions with shapes
+# that quick tests reach. Checking takes as long as the tests themselves, so the others run without.
+SHAPES := attention_measures behaviour_command checkpoints chunking families hooks_attention initial_state \
+	interventions measures model_settings rates spectra stability_hooked system_prompts trace training_evaluate \
+	training_penalties
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -43,6 +43,7 @@ SHORT: dict[str, Any] = {
     "horizon": 4,
     "cycle_recurrences": 3,
     "batch_size": 3,
+    "eigenvalue_products": 6,
     "eigenvalue_search": 30,
 }
 

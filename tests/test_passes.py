@@ -42,6 +42,7 @@ SETTINGS = AnalyzeSettings(
     batch_size=3,
     track=("0:-1", "3:0"),
     components=2,
+    eigenvalue_products=6,
     eigenvalue_search=8,
     support_every=8,
 )
@@ -265,7 +266,7 @@ def test_auto_runs_again_what_it_may_not_keep(tmp_path: Path, limit: int, steps:
     changes: dict[str, Any] = {"keep_limit": limit, "track": ()}
     analyze(subject(), PROMPTS[:1], out=tmp_path / "study", settings=SETTINGS, progress=progress, **changes)
     assert progress.steps["passes"] == steps * len(PROMPTS[0])
-    assert progress.steps["eigenvalues"] == (SEARCH_STEPS + 16) * len(PROMPTS[0])
+    assert progress.steps["eigenvalues"] == (SEARCH_STEPS + SETTINGS.eigenvalue_products) * len(PROMPTS[0])
 
 
 def test_half_precision_runs_and_is_measured_in_float32() -> None:
