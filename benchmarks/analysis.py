@@ -66,7 +66,7 @@ and a head for each state that is read out."""
 WHOLE: dict[str, tuple[float, float]] = {"demo:injected": (3.2, 2.7), "demo:uninjected": (3.5, 3.5), "wide": (3.0, 2.4)}
 """Models, and what a whole analysis of eight questions may cost over a run to the second horizon, with and without
 eigenvalues. `wide` is a random model, (2, 4 ⊗ 8, 2) of width 1024, on two prompts of 128 tokens."""
-PRESETS = ("standard", "standard without eigenvalues", "quick", "full")
+PRESETS = ("standard", "standard without eigenvalues", "quick", "full", "standard, ended at rest")
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -106,7 +106,7 @@ def whole_ratios(name: str, questions: str) -> list[float]:
     quick, standard, full = (
         AnalyzeSettings.preset(preset, recurrences=recurrences, horizon=horizon) for preset in get_args(Preset)
     )
-    chosen = (standard, replace(standard, skip=("stability",)), quick, full)
+    chosen = (standard, replace(standard, skip=("stability",)), quick, full, replace(standard, stop_at_rest=16))
     jobs: list[Callable[[], object]] = [
         lambda: bare_run(model, batch, 2 * horizon),
         *(functools.partial(analyze, model, texts, settings=settings) for settings in chosen),

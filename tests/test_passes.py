@@ -46,6 +46,8 @@ SETTINGS = AnalyzeSettings(
     eigenvalue_search=8,
     support_every=8,
 )
+SETTLES = subject(std=0.02)
+"""It is at rest after 56 recurrences."""
 LOOPED = {name: each for name, each in ARCHITECTURES.items() if each.is_looped}
 
 
@@ -196,21 +198,23 @@ def test_all_parts_can_be_skipped() -> None:
 
 @pytest.mark.parametrize("method", ["keep", "second-pass"])
 @pytest.mark.parametrize(
-    ("shape", "recurrences", "skip"),
+    ("model", "recurrences", "changes"),
     [
-        (INJECTED, 3, ()),
-        (INJECTED, 11, ()),
-        (INJECTED, 11, ("path-independence",)),
-        (LOOP_NORM, 3, ()),
-        (FEED_FORWARD, 3, ()),
+        (subject(), 3, {}),
+        (subject(), 11, {}),
+        (subject(), 11, {"skip": ("path-independence",)}),
+        (subject(LOOP_NORM), 3, {}),
+        (subject(FEED_FORWARD), 3, {}),
+        (SETTLES, 3, {"stop_at_rest": 16, "horizon": 32}),
+        (SETTLES, 70, {"stop_at_rest": 16, "horizon": 32}),
     ],
 )
 def test_every_step_that_is_announced_is_counted(
-    method: HorizonMethod, shape: Architecture, recurrences: int, skip: tuple[Part, ...]
+    method: HorizonMethod, model: NativeSubject, recurrences: int, changes: dict[str, Any]
 ) -> None:
     progress = Counting()
-    changes: dict[str, Any] = {"recurrences": recurrences, "horizon_method": method, "skip": skip}
-    analyze(subject(shape), PROMPTS, settings=SETTINGS, progress=progress, **changes)
+    changes = {"recurrences": recurrences, "horizon_method": method, **changes}
+    analyze(model, PROMPTS, settings=SETTINGS, progress=progress, **changes)
     assert progress.done == 0
     assert progress.steps == progress.expected
 

@@ -36,6 +36,7 @@ SETTINGS = AnalyzeSettings(
     batch_size=4,
     track=("0:-1",),
     components=2,
+    stop_at_rest=16,
     eigenvalue_products=6,
     eigenvalue_search=8,
     support_every=8,

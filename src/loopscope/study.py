@@ -245,6 +245,14 @@ class StudyView:
         return self.recurrences > 0
 
     @property
+    def second_horizon(self) -> int:
+        """Recurrences of the longest run: twice the horizon, unless all prompts were at rest before (`stopped_at`)."""
+        if "stopped_at" not in self.dataset:
+            return 2 * self.horizon
+        stopped = self.dataset["stopped_at"].values
+        return int(np.where(stopped < 0, 2 * self.horizon, stopped).max())
+
+    @property
     def prompts(self) -> int:
         return int(self.dataset.sizes["prompt"])
 

@@ -118,8 +118,8 @@ def _key(name: str, arrays: xr.Dataset) -> str:
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """In which order parts are skipped means nothing."""
-    settings = dict(identity.get("settings", {}))
+    """In which order parts are skipped means nothing; and a study from before a setting was there has its default."""
+    settings = {"stop_at_rest": 0, **identity.get("settings", {})}
     return {**identity, "settings": {**settings, "skip": sorted(settings.get("skip", ()))}}
 
 

@@ -136,33 +136,38 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
         return [each for each in near if each.needs.horizon], [each for each in near if not each.needs.horizon]
 
     now: list[Observer]
+    guard = _FiniteGuard(batch)
     nudged = [each.nudged for each in far if each.nudged is not None]
     nudges = Nudges(batch)
     twin: NudgedRun | None = None
 
     def advance(run: Run, first: int, last: int, observers: Sequence[Observer], *, measured: bool, long: bool) -> None:
+        """Measured, to the second horizon, or both; what was to be watched and is not run any more counts as done."""
         nonlocal twin
         for recurrence in range(first, last):
-            beyond = long and recurrence >= plan.horizon
-            if beyond and nudged and twin is None:
+            watched = long and recurrence < batch.end
+            beyond = recurrence >= plan.horizon
+            if watched and beyond and nudged and twin is None:
                 twin = runs.start_twin(run, plan.horizon)
-            run.advance(observers)
+            if watched or measured:
+                run.advance([guard, *far, *observers] if watched else observers)
             tick("passes")
-            if beyond and batch.has_twin:
-                if twin is not None:
+            if long and beyond and batch.has_twin:
+                if watched and twin is not None:
                     twin.nudge(nudges.factors(recurrence))
                     twin.advance(nudged)
                 tick("passes")
+            if watched and batch.rest is not None:
+                batch.rest.look(recurrence + 1)
             for place, other in enumerate(others if measured else ()):
                 # Some look at the first alone.
                 other.advance([each.beside[place] for each in measures if place < len(each.beside)])
                 tick("passes")
             if measured and recurrence + 1 == plan.recurrences:
                 run.decode(now)
-            if long and recurrence + 1 == end:
+            if watched and recurrence + 1 == batch.end:
                 _end(far, run, tick, runs)
 
-    guard = _FiniteGuard(batch)
     if keep:
         waiting, live = made()
         measures = [*far, *waiting, *live]
@@ -171,14 +176,14 @@ def _measure_loop(runs: _Runs, batch: BatchInfo, tick: Tick, *, keep: bool) -> t
         run = runs.start(max(plan.recurrences, end), [guard, *now])
         _start(measures, run.state)
         both = min(plan.recurrences, end)
-        advance(run, 0, both, [guard, *far, kept, *now], measured=True, long=True)
+        advance(run, 0, both, [kept, *now], measured=True, long=True)
         advance(run, both, plan.recurrences, [kept, *now], measured=True, long=False)
-        advance(run, both, end, far, measured=False, long=True)
+        advance(run, both, end, [], measured=False, long=True)
         kept.replay(waiting)
     else:
         long_run = runs.start(end, [guard])
         _start(far, long_run.state)
-        advance(long_run, 0, end, [guard, *far], measured=False, long=True)
+        advance(long_run, 0, end, [], measured=False, long=True)
         # Not before, as their arrays are as long as the measured run.
         waiting, live = made()
         measures = [*far, *waiting, *live]

@@ -16,6 +16,7 @@ from loopscope.measures.stability import replaced_at, study_eigenvalues
 from loopscope.models.checkpoints.free_memory import size_text
 from loopscope.models.checkpoints.placement import Placement
 from loopscope.models.hooks.hooked import HookedSubject
+from loopscope.models.interventions.parsing import last_named
 from loopscope.models.native.subject import NativeSubject
 from loopscope.models.subject import Subject, SubjectInfo
 
@@ -68,6 +69,7 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         judged_layers=_judged_layers(info, settings),
         eigenvalues=_eigenvalues(subject, settings, note),
         maps=maps,
+        stop_at_rest=_stop_at_rest(settings),
     )
 
 
@@ -163,6 +165,24 @@ def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> Eig
         settings.eigenvalue_search,
         settings.seed,
     )
+
+
+def _stop_at_rest(settings: AnalyzeSettings) -> int:
+    """Raises `ConfigError` where the run would end although something is still to happen."""
+    if not settings.stop_at_rest:
+        return 0
+    if "twin" in settings.skip:
+        raise ConfigError(
+            "--stop-at-rest goes by the noise floor that the twin measures; leave one of it and --skip twin out."
+        )
+    for each in settings.interventions:
+        named = last_named(each)
+        if named is not None and named > settings.horizon:
+            raise ConfigError(
+                f"--stop-at-rest might end the run before '{each}' has changed all that it changes, beyond the horizon "
+                f"({settings.horizon}); leave one of them out, or raise --horizon."
+            )
+    return settings.stop_at_rest
 
 
 def _exit_recurrences(subject: Subject, settings: AnalyzeSettings, note: Note) -> int:

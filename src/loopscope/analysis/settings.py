@@ -38,6 +38,8 @@ Part = Literal[
 JudgedLayers = Literal["all", "last"]
 Preset = Literal["quick", "standard", "full"]
 
+_LEAST_REST = 16
+"""Recurrences: what the methods judge at the least."""
 _OPTIONS: dict[Part, tuple[str, ...]] = {
     "cycle-similarity": ("cycle_recurrences",),
     "trajectories": ("track", "components"),
@@ -95,6 +97,10 @@ class RunSettings:
     """How many recurrences to measure."""
     horizon: Annotated[int, Range(2, why="so that there is a step into it")] = 128
     """Recurrences after which the state stands in for the fixed point; twice as many are run, to check it."""
+    stop_at_rest: Annotated[int, Range(0)] = 0
+    """End the run to twice the horizon once every token of a batch has been at rest at its noise floor for that many
+    recurrences beyond the horizon, 16 or more. With 32, what drifts by less than a fortieth of the noise floor in a
+    recurrence, or grows by less than a fortieth, is then overlooked. 0 never ends it."""
     horizon_method: HorizonMethod = "auto"
     """How to get distances to the horizon: run the batch again (second-pass), or keep all its states (keep). The
     numbers are the same. auto keeps the states while they fit into --keep-limit."""
@@ -224,6 +230,11 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
                     )
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ConfigError(f"--batch-size takes a number or auto, got {self.batch_size!r}.")
+        if 0 < self.stop_at_rest < _LEAST_REST:
+            raise ConfigError(
+                f"--stop-at-rest takes 0 for never, or at least {_LEAST_REST} recurrences: fewer are not judged, got "
+                f"{self.stop_at_rest}."
+            )
         check_engine(self.engine, self.workers, self.address)
         for entry in self.track:
             _parse_tracked(entry)

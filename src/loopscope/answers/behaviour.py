@@ -64,7 +64,7 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         BEHAVIOUR,
         rates.tokens,
         "token",
-        f"After {rates.where} of recurrence {2 * view.horizon}",
+        f"After {rates.where} of recurrence {view.second_horizon}",
         evidence,
         [*_changes(rates), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )

@@ -155,7 +155,7 @@ def _settled_tokens(view: StudyView, chosen: NDArray[np.int64], criterion: Crite
 
 
 def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: Evidence) -> str:
-    first, second = view.horizon, 2 * view.horizon
+    first, second = view.horizon, view.second_horizon
     drift, step, floor, ratio, growth = (
         float(evidence[name])
         for name in (

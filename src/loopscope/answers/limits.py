@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
@@ -31,11 +33,12 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
     ]
     named = list(dict.fromkeys(name for name, _ in found))
     sentences = [text for _, text in found]
-    gathered = list(dict.fromkeys([*sentences, *(limit for answer in answers for limit in answer.limits)]))
+    others = (limit for answer in answers for limit in answer.limits)
+    gathered = list(dict.fromkeys([*sentences, *_stopped(view), *others]))
     if named:
         return LIMITS.says(Outcome.CANNOT_TELL, listed(named), " ".join(sentences[:2]), _evidence(view), gathered)
     little = f"Little: {plural(view.prompts, 'prompt')} and {plural(view.tokens, 'token')} in {view.dtype}"
-    little += f", followed to {2 * view.horizon} recurrences." if view.looped else "."
+    little += f", followed to {view.second_horizon} recurrences." if view.looped else "."
     return LIMITS.says(Outcome.YES, "little", little, _evidence(view), gathered)
 
 
@@ -91,7 +94,7 @@ def _evidence(view: StudyView) -> Evidence:
         evidence |= {
             "recurrences_measured": float(view.recurrences),
             "horizon": float(view.horizon),
-            "second_horizon": float(2 * view.horizon),
+            "second_horizon": float(view.second_horizon),
             "noise_floor": median(noise_floor(view.finite).values),
         }
     return evidence
@@ -108,7 +111,7 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
             (
                 "the horizon",
                 f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
-                f"{2 * view.horizon}; a longer horizon may decide.",
+                f"{view.second_horizon}; a longer horizon may decide.",
             )
         )
     if view.recurrences > view.horizon:
@@ -129,6 +132,21 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def _stopped(view: StudyView) -> list[str]:
+    """Of prompts whose run ended before twice the horizon."""
+    stopped = view.dataset["stopped_at"].values if "stopped_at" in view.dataset else np.empty(0)
+    ends = np.unique(stopped[stopped > 0])
+    if not ends.size:
+        return []
+    least = view.manifest["settings"]["stop_at_rest"]
+    after = f"{ends[0]}" if ends.size == 1 else f"{ends[0]} to {ends[-1]}"
+    return [
+        f"The run of {(stopped > 0).sum()} of {plural(view.prompts, 'prompt')} ended after {after} recurrences rather "
+        f"than {2 * view.horizon}, since each of their tokens had rested at its noise floor for {least}: what is said "
+        "of 2H is said of the state there."
+    ]
 
 
 def _rounding(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:

@@ -172,7 +172,8 @@ def prompt_settling(view: StudyView, criterion: Criterion) -> list[Settling]:
         against = settle if kind in (Settling.NO_FIXED_POINT, Settling.DIRECTION_ONLY) else move
         return Settling.CANNOT_TELL if against and kind is not Settling.DIVERGED else kind
 
-    return [agreed(*each) for each in zip(kinds, all_settle, most_move, small, strict=True)]
+    told = (each.tolist() for each in (all_settle, most_move, small))
+    return [agreed(*each) for each in zip(kinds, *told, strict=True)]
 
 
 @lru_cache(maxsize=2)

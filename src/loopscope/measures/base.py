@@ -137,6 +137,8 @@ class Plan:
     """How each token's eigenvalues are taken; None where they are not."""
     maps: MapChoice | None
     """Which attention maps are kept; None where none are."""
+    stop_at_rest: int = 0
+    """Recurrences at rest beyond the horizon after which the run to the second one ends; 0 for never."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +159,10 @@ class BatchInfo:
     """The states at the horizon, of a looped model; filled while its run to the second horizon passes."""
     twin: TwinDistances | None = None
     """How far the nudged run is, where there is one; filled likewise."""
+    rest: RestBeyond | None = None
+    """Looks whether all is at rest beyond the horizon, where that ends the run."""
+    stopped: int | None = None
+    """After how many recurrences the run to the second horizon ends, as all is at rest; None while it goes on."""
     _spectrum: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -181,6 +187,11 @@ class BatchInfo:
     def recurrences(self) -> int:
         """R, how many are measured."""
         return self.plan.recurrences
+
+    @property
+    def end(self) -> int:
+        """After how many recurrences the run to the second horizon ends, as far as is known."""
+        return 2 * self.plan.horizon if self.stopped is None else self.stopped
 
     @property
     def prompts(self) -> int:
@@ -269,8 +280,18 @@ class HorizonStates(Protocol):
 class TwinDistances(Protocol):
     """How far a run that is nudged by one rounding at every recurrence is from the one that is not."""
 
+    distance: Tensor
+    """Over the norm, (layer, recurrence from the horizon on, batch, token); NaN of what is still to come."""
+
     def noise(self, layer: int) -> Noise:
         """What it says of each token at a layer; tokens of all prompts in order. NaN where there was no such run."""
+
+
+class RestBeyond(Protocol):
+    """Ends the run to the second horizon where all is at rest."""
+
+    def look(self, recurrence: int) -> None:
+        """After that many recurrences, and those of the twin: sets `BatchInfo.stopped`."""
 
 
 @dataclass(frozen=True, slots=True)

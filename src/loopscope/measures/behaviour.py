@@ -18,7 +18,7 @@ from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, judge_over_grid
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
 from loopscope.dynamics.trajectories.states import known_dtype
-from loopscope.dynamics.trajectories.tail import tail_length, tail_paths
+from loopscope.dynamics.trajectories.tail import longest_lag, tail_length, tail_paths
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
@@ -163,6 +163,7 @@ class Behaviour(Measure):
         """Judge tokens of several layers at once, as judging costs nearly the same for a few as for many; those of the
         last layer by themselves, whose kinds are told for other thresholds as well. The kept states go as they are
         judged."""
+        self._end_at(self.batch.end)
         layers, last = self.batch.plan.judged_layers, [self.batch.info.recurrent - 1]
         for some in ([layer for layer in layers if layer not in last], [layer for layer in layers if layer in last]):
             if some:
@@ -200,7 +201,7 @@ class Behaviour(Measure):
             if places is not None and bool(finite.any()):
                 prompts, columns = places[finite.numpy()].T
                 paths = tail_paths(states[finite], self._second[0] + 1).numpy()
-                self._arrays["tail_path"][:, :, prompts, columns] = paths.transpose(2, 1, 0)
+                self._arrays["tail_path"][:, : paths.shape[1], prompts, columns] = paths.transpose(2, 1, 0)
         numbers: dict[str, Sequence[float]] = {
             "verdict": _codes(verdicts),
             "verdict_cosine": _codes(cosine),
@@ -219,9 +220,9 @@ class Behaviour(Measure):
                 self._arrays["mover"][first + place, prompt] = row - mask[:prompt].sum()
                 states = self._tails.trajectories(layer, self._second, torch.tensor([row]))
                 path = tail_paths(states, self._second[0] + 1)[0]
-                self._arrays["mover_path"][:, :, first + place, prompt] = path.T.numpy()
+                self._arrays["mover_path"][:, : len(path), first + place, prompt] = path.T.numpy()
         if last:
-            self._arrays["displacement"] = _curves(verdicts, mask)
+            self._arrays["displacement"] = _curves(verdicts, mask, longest_lag(self._arrays["tail_path"].shape[1]))
 
     def _empty(self) -> dict[str, np.ndarray]:
         """Its arrays, without anything in them."""
@@ -242,6 +243,12 @@ class Behaviour(Measure):
                 steps = (len(values) for values in grid.values)
                 arrays[f"{name}_sensitivity"] = np.zeros((prompts, *steps, len(KINDS)), dtype=np.int64)
         return arrays
+
+    def _end_at(self, recurrence: int) -> None:
+        """The run has ended there, at the second horizon or before."""
+        if recurrence < self._second[1]:
+            whole, self._second = self._second, (self._second[0], recurrence)
+            self._tails.cut(whole, self._second)
 
     def _pieces(self, rows: Tensor) -> Iterator[Tensor]:
         """As many at a time as take little memory."""
@@ -333,9 +340,8 @@ class Behaviour(Measure):
         ]
 
 
-def _curves(verdicts: list[Verdict], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _curves(verdicts: list[Verdict], mask: NDArray[np.bool_], lags: int) -> NDArray[np.float32]:
     """Displacement at each lag, (lag, prompt, token)."""
-    lags = max(len(verdict.displacement) for verdict in verdicts)
     curves = np.full((lags, *mask.shape), np.nan, dtype=np.float32)
     padded = [(*verdict.displacement, *[np.nan] * (lags - len(verdict.displacement))) for verdict in verdicts]
     curves[:, mask] = np.array(padded, dtype=np.float32).T

@@ -78,7 +78,6 @@ class Horizons(Measure):
 
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
-        self.horizons = (batch.plan.horizon, 2 * batch.plan.horizon)
         layers = batch.info.recurrent
         self._states: list[list[Tensor | None]] = [[None] * (layers + 1) for _ in self.horizons]
         self._steps: list[list[Tensor | None]] = [[None] * layers for _ in self.horizons]
@@ -92,6 +91,11 @@ class Horizons(Measure):
         (states, wide), layers = batch.bytes, batch.info.recurrent
         attention = layers * batch.attention_bytes if batch.info.heads else 0
         return Memory(kept=(3 * layers + 2) * states + attention, result=2 * layers * states + 3 * layers * wide)
+
+    @property
+    def horizons(self) -> tuple[int, int]:
+        """The second is where the run ends, if that is earlier."""
+        return self.batch.plan.horizon, self.batch.end
 
     def visit(self, visit: Visit) -> None:
         if visit.stage != "recurrent":

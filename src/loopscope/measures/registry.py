@@ -17,6 +17,7 @@ from loopscope.measures.neurons import Neurons
 from loopscope.measures.path import PathIndependence
 from loopscope.measures.rank import EffectiveRank
 from loopscope.measures.readout import Readout
+from loopscope.measures.rest import Rest
 from loopscope.measures.similarity import AttentionCycle, CycleSimilarity
 from loopscope.measures.sinks import SinkMass
 from loopscope.measures.stability import TokenStability
@@ -31,6 +32,7 @@ MEASURES: tuple[type[Measure], ...] = (
     Horizons,
     NoiseFloor,
     Twin,
+    Rest,
     PathIndependence,
     CycleSimilarity,
     AttentionCycle,

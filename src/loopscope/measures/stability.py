@@ -3,6 +3,7 @@ recurrence where it stands after twice the horizon."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -215,7 +216,7 @@ class TokenStability(Measure):
             self._last_step = LastStep(initial_state, self._dtype)
 
     def loop_state(self, loop_state: LoopState) -> None:
-        if loop_state.recurrence > 2 * self._horizon:
+        if loop_state.recurrence > self.batch.end:
             return
         if self._last_step is None:
             self._last_step = LastStep(loop_state.state, self._dtype)
@@ -227,6 +228,7 @@ class TokenStability(Measure):
         settings, subject = self._settings, self.batch.subject
         if settings is None:
             return
+        settings = replace(settings, recurrences=self.batch.end)
         if isinstance(subject, HookedSubject):
             hooked = linearise_hooked(subject, self.batch.batch, recurrences=settings.recurrences, seed=settings.seed)
             self._found = eigenvalues_near(hooked, self.batch.batch, settings)
@@ -261,8 +263,9 @@ class TokenStability(Measure):
         reason[mask] = [RATE_REASONS.index(RateReason(each)) for each in rates.reason.tolist()]
         path = np.full(mask.shape, np.nan)
         if self.batch.recurrences <= self._horizon:
-            # Counted from 2H backwards: where the initial state is not known, there is no step into the first.
-            to_horizon = lengths[:, self.batch.recurrences - 2 * self._horizon : -self._horizon]
+            # Counted from the end backwards: where the initial state is not known, there is no step into the first.
+            end = self.batch.end
+            to_horizon = lengths[:, self.batch.recurrences - end : self._horizon - end]
             path[mask] = to_horizon.sum(-1)
         return dict(zip(RATE_NAMES, (rate, uncertainty, reason, path), strict=True))
 

@@ -63,6 +63,12 @@ class KeptTails(Observer):
         """Of some of the tokens of all prompts in order, in float64 on the CPU."""
         return self._kept[layer, span].trajectories(span, tokens)
 
+    def cut(self, span: Span, shorter: Span) -> None:
+        """Of a span whose end did not come, what did."""
+        for layer, which in list(self._kept):
+            if which == span:
+                self._kept[layer, shorter] = self._kept[layer, span]
+
     def drop(self, layer: int) -> None:
         """What was judged."""
         for place in [place for place in self._kept if place[0] == layer]:

@@ -86,7 +86,7 @@ class Twin(Measure):
         layers, self._first = batch.info.recurrent, batch.plan.horizon
         self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
         # From the first nudge on.
-        self._distance = torch.full((layers, self._first, *batch.mask.shape), torch.nan, device=batch.mask.device)
+        self.distance = torch.full((layers, self._first, *batch.mask.shape), torch.nan, device=batch.mask.device)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
@@ -103,22 +103,27 @@ class Twin(Measure):
         """The same visit of the nudged run."""
         seen = self._seen[visit.layer]
         assert seen is not None  # the run itself was advanced before
-        self._distance[visit.layer, visit.recurrence - self._first - 1] = distance(visit.residual, seen[0]) / seen[1]
+        self.distance[visit.layer, visit.recurrence - self._first - 1] = distance(visit.residual, seen[0]) / seen[1]
         self._seen[visit.layer] = None
+
+    @property
+    def _done(self) -> Tensor:
+        """Of the recurrences until the run ended."""
+        return self.distance[:, : self.batch.end - self._first]
 
     def noise(self, layer: int) -> Noise:
         """What it says of each token at a layer; tokens of all prompts in order."""
         rounding = rounding_step(known_dtype(self.batch.info.dtype, otherwise="float32"))
-        distance = self._distance[layer][:, self.batch.mask]
+        distance = self._done[layer][:, self.batch.mask]
         floor = floor_of(distance)
         return Noise(rounding, floor.cpu(), have_parted(distance, floor, rounding).cpu())
 
     def result(self) -> xr.Dataset:
-        if self._distance.isnan().all():
+        if self.distance.isnan().all():
             return self.dataset({})
-        mask, last = self.batch.mask, self._distance[-1].double()
-        floor = torch.stack([floor_of(distance) for distance in self._distance])
-        over_tokens = masked_mean(self._distance.double().square(), mask).sqrt()
+        mask, last = self.batch.mask, self._done[-1].double()
+        floor = torch.stack([floor_of(distance) for distance in self._done])
+        over_tokens = masked_mean(self.distance.double().square(), mask).sqrt()
         growth, error = growth_of(last)
         far = last >= PARTED
         parted = torch.where(far.any(0), far.int().argmax(0) + 1, -1).masked_fill(~mask, -1)

@@ -189,13 +189,18 @@ def tail_paths(
     return scores * torch.where(scores[:, :1] < 0, -1.0, 1.0)
 
 
+def longest_lag(window: int) -> int:
+    """Of displacements within a tail."""
+    return max(1, 3 * window // 4)
+
+
 def mean_squared_displacement(gram: Float[Tensor, "token time time"]) -> Float[Tensor, "token lag"]:
     """`M(lag) = mean over t of ||x[t + lag] - x[t]||^2`, for lags from 1 to three quarters of the window.
 
     From the Gram matrix; beyond, the mean would be over a few pairs only.
     """
     window = gram.shape[-1]
-    lags = max(1, 3 * window // 4)
+    lags = longest_lag(window)
     squares = gram.diagonal(dim1=-2, dim2=-1)
     # In place: this is the largest array that judging makes.
     distances = squares[:, :, None] + squares[:, None, :]

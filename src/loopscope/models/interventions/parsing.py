@@ -165,7 +165,7 @@ def check_fits(interventions: Sequence[Intervention], architecture: Architecture
 def check_recurrences(interventions: Sequence[Intervention], recurrences: int) -> None:
     """Raises `ConfigError` for a recurrence that is named but not run."""
     for intervention in interventions:
-        named = _last_named(intervention)
+        named = last_named(intervention)
         if named is not None and named > recurrences:
             raise ConfigError(
                 f"The intervention '{intervention}' names recurrence {named}, and {recurrences} are run; name an "
@@ -230,7 +230,7 @@ def _check_start(intervention: StartFrom, architecture: Architecture, name: str)
         )
 
 
-def _last_named(intervention: Intervention) -> int | None:
+def last_named(intervention: Intervention) -> int | None:
     """The last recurrence that the intervention names."""
     if isinstance(intervention, ReplaceToken | FreezeInjection):
         return intervention.recurrence

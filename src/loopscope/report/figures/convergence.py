@@ -130,7 +130,7 @@ def _types(
 
 
 def _horizons(view: StudyView, settings: ReportSettings) -> Plot:
-    first, second = view.horizon, 2 * view.horizon
+    first, second = view.horizon, view.second_horizon
     steps = view.variable("horizon_relative_step")
     tolerance = settings.criterion.drift_tolerance
     kinds: list[tuple[str, xarray.DataArray, Symbol, bool, str]] = [

@@ -395,9 +395,9 @@ def stability_section(view: StudyView, settings: ReportSettings) -> Section:
         title="Why: are the fixed points stable?",
         lead=(
             "Eigenvalues of one recurrence as a map of a single token's state, with earlier tokens held fixed; taken "
-            f"where the state stands after {2 * view.horizon} recurrences, or at the fixed point that a search found "
-            "from there. With all moduli below 1 the state returns to the point, at the rate of the largest; a complex "
-            "pair makes it rotate on its way."
+            f"where the state stands after {view.second_horizon} recurrences, or at the fixed point that a search "
+            "found from there. With all moduli below 1 the state returns to the point, at the rate of the largest; a "
+            "complex pair makes it rotate on its way."
         ),
         figures=on_page(STABILITY, view, settings),
     )

@@ -183,7 +183,7 @@ def behaviour_section(view: StudyView, settings: ReportSettings) -> Section:
         short="Behaviour",
         title="What do the tokens do in the long run?",
         lead=(
-            f"The last states of each token, up to recurrence {2 * view.horizon}, are judged by two methods: by the "
+            f"The last states of each token, up to recurrence {view.second_horizon}, are judged by two methods: by the "
             "shape of their motion (displacement), and by their cosine to the last state (cosine), which is blind to "
             "the norm and to small motion. Lengths are relative to the norm of the state."
         ),

@@ -28,7 +28,7 @@ def header_facts(view: StudyView) -> list[tuple[str, str]]:
     if view.looped:
         facts += [
             ("recurrences", f"{view.recurrences} measured, " + _trained(view.trained)),
-            ("horizon", f"{view.horizon} and {2 * view.horizon}"),
+            ("horizon", f"{view.horizon} and {view.second_horizon}"),
             ("injection", view.injection),
         ]
     facts += [("norms", str(model["norm_placement"] or "unknown"))] if "norm_placement" in model else []
