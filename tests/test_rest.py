@@ -20,7 +20,7 @@ from loopscope.errors import ConfigError
 from loopscope.models.subject import Subject
 from loopscope.report.page.write import write_report
 from loopscope.study import view_study
-from small_models import PROMPTS, linear_loop, relaxation, subject
+from small_models import INJECTED, PROMPTS, hooked_native, linear_loop, relaxation, subject
 
 SETTINGS = AnalyzeSettings(
     recurrences=6, horizon=40, stop_at_rest=16, skip=("maps", "neurons", "cycle-similarity"), eigenvalue_products=6
@@ -73,6 +73,14 @@ def test_one_run_or_two_make_no_difference() -> None:
     )
     assert (one.dataset["stopped_at"] > 0).all()
     xarray.testing.assert_identical(one.dataset, two.dataset)
+
+
+def test_a_hooked_model_ends_where_the_native_one_does() -> None:
+    studies = [analyze(each, PROMPTS[:2], settings=ENDS) for each in hooked_native(INJECTED, std=0.02)]
+    native, hooked = (study.dataset for study in studies)
+    assert (native["stopped_at"] > 0).all()
+    for name in ("stopped_at", "verdict"):
+        np.testing.assert_array_equal(hooked[name].values, native[name].values)
 
 
 @pytest.mark.parametrize(
