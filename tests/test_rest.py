@@ -18,6 +18,7 @@ from loopscope.answers.quick import quick_answers
 from loopscope.dynamics.verdicts import SETTLED_CODES
 from loopscope.errors import ConfigError
 from loopscope.models.subject import Subject
+from loopscope.report.figures.token_panel import walked
 from loopscope.report.page.write import write_report
 from loopscope.study import view_study
 from small_models import INJECTED, PROMPTS, hooked_native, linear_loop, relaxation, subject
@@ -63,6 +64,8 @@ def test_the_answers_name_where_the_run_ended(tmp_path: Path) -> None:
     assert f"ended after {at} recurrences rather than 64" in told
     page = write_report(ended, tmp_path / "report.html").read_text()
     assert f"32 and {at}" in page
+    path = ended.dataset["tail_path"].isel(prompt=0, token=0).transpose("tail", "plane")
+    assert int(path["tail"][len(walked(path.values)) - 1]) == at
 
 
 def test_one_run_or_two_make_no_difference() -> None:

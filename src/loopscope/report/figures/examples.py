@@ -15,6 +15,7 @@ from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.report.figures.curves import count_axis, drawn_recurrences
 from loopscope.report.figures.look import AXIS, KIND_LOOKS, kind_label
 from loopscope.report.figures.plot import Axis, Dots, FigureType, Line, Mark, Panel, Plot
+from loopscope.report.figures.token_panel import walked
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
 
@@ -145,7 +146,7 @@ def _candidates(view: StudyView) -> list[Extreme]:
             kind=kind,
             size=float(data[name].values[prompt, token]),
             period=float(data["verdict_period"].values[prompt, token]),
-            path=data["tail_path"].isel(prompt=prompt, token=token).transpose("tail", "plane").values,
+            path=walked(data["tail_path"].isel(prompt=prompt, token=token).transpose("tail", "plane").values),
         )
         for kind, name in _SIZE.items()
         for prompt, token in np.argwhere(data["verdict"].values == KINDS.index(kind))
@@ -168,7 +169,7 @@ def _extremes_by_layer(view: StudyView, settings: ReportSettings) -> Plot:
             kind=kind,
             size=float(here[_SIZE[kind]].values[prompt, token]),
             period=float(here["verdict_period"].values[prompt, token]),
-            path=here["mover_path"].isel(prompt=prompt).transpose("tail", "plane").values,
+            path=walked(here["mover_path"].isel(prompt=prompt).transpose("tail", "plane").values),
         )
         found.append((extreme, _drawn_path(extreme, f"layer {layer}: {kind}", f"extreme-layer-{layer}")))
     return Plot(

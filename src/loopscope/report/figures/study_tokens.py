@@ -13,7 +13,15 @@ from loopscope.dynamics.prediction import PREDICTED_KINDS
 from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, Kind
 from loopscope.report.figures.plot import Drawn, Section, on_page
-from loopscope.report.figures.token_panel import FACTS, PanelGroup, PanelToken, TokenPanel, facts_of, token_panel
+from loopscope.report.figures.token_panel import (
+    FACTS,
+    PanelGroup,
+    PanelToken,
+    TokenPanel,
+    facts_of,
+    token_panel,
+    walked,
+)
 from loopscope.report.figures.verdicts import VERDICTS
 from loopscope.report.settings import ReportSettings
 from loopscope.study import StudyView
@@ -133,7 +141,7 @@ def _token(here: _Arrays, place: int, string: str) -> PanelToken:
             *_trials(here["change"], here["verdict_changes"][:, place]),
             *_predicted(here, place),
         ],
-        path=here["tail_path"][..., place].T if "tail_path" in here else None,
+        path=walked(here["tail_path"][..., place].T) if "tail_path" in here else None,
         curve=here["displacement"][:, place] if "displacement" in here else None,
         floor=numbers["floor"],
         eigenvalues=_eigenvalues(here, place),

@@ -40,6 +40,11 @@ _FINEST = 2_000
 logarithm: finer than a pixel."""
 
 
+def walked(path: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Of a path through the tail, (time, 2), what the run came to before it ended, if all was at rest earlier."""
+    return np.asarray(path[np.isfinite(path).all(axis=-1)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class PanelToken:
     """One token, or one trajectory of a file."""
