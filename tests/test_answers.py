@@ -331,6 +331,10 @@ def test_trained_depth_outside_of_what_was_measured() -> None:
     first = answers(looped_study(contracting(), trained=1))["trained_depth"]
     assert first.outcome is Outcome.NO
     assert "nan" not in first.sentence
+    # A distance to an earlier state, or to the state itself, says nothing.
+    early = answers(looped_study(contracting(), trained=20, horizon=20))["trained_depth"]
+    assert early.verdict == "horizon too early"
+    assert "after 24" not in answers(looped_study(contracting(), horizon=20))["trained_depth"].sentence
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,14 @@ def test_states_that_never_change_are_a_fixed_point() -> None:
     assert "the same" in verdict.reason
 
 
+def test_a_few_recurrences_that_slow_down_are_no_point() -> None:
+    """The steps of t^-2 hide at first that the rest goes on like the root of time."""
+    time = np.arange(1, 33)[:, None]
+    states = np.eye(16)[5] + 10 * (time**-2.0 * np.eye(16)[0] + 2e-3 * time**0.5 * np.eye(16)[1])
+    (verdict,) = judge(states[None].astype(np.float32), "float32")
+    assert (verdict.kind, verdict.doubt) == (Kind.UNKNOWN, Doubt.BRIEF)
+
+
 def test_states_that_become_zero_or_are_left_are_told_without_a_number_that_is_none() -> None:
     states = np.stack([rounded(np.zeros((LENGTH, WIDTH)), "float32")] * 3)
     moves = 0.01 * np.random.default_rng(0).standard_normal((LENGTH, WIDTH)).astype(np.float32)

@@ -60,6 +60,13 @@ def test_exact_p_value_and_null_of_four_layers() -> None:
     assert itself.p_value[0] == itself.p_values[0, 0] == 1 / 24
 
 
+def test_a_curve_that_rises_at_one_layer_alone_has_a_null_without_gaps() -> None:
+    """At another depth it may be flat on the whole grid, and is like nothing there."""
+    found = curve_similarity(np.eye(16)[:1], np.linspace(0, 1, 16)[None] ** 2, SETTINGS)
+    assert np.isfinite(found.null).all()
+    assert np.isfinite(found.p_values).all()
+
+
 def test_the_null_shown_is_that_of_the_largest_p() -> None:
     rng = np.random.default_rng(3)
     curve, reference = rng.normal(size=(2, 1, 8)).cumsum(axis=2)

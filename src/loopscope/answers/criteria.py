@@ -28,7 +28,8 @@ CRITERIA = Question(
         measured("remaining_path", "How far states still go was not followed."),
         Need(
             lambda view: view.recurrences < view.horizon,
-            "The last recurrence measured is the horizon, where distance and remaining path are 0 by construction.",
+            "The last recurrence measured is at the horizon or beyond, where distance and remaining path are 0 by "
+            "construction.",
         ),
     ),
 )

@@ -174,7 +174,7 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
                 steps = f"are at the noise floor of {view.dtype} ({significant(floor)})"
             elif math.isfinite(floor):
                 steps += f", above the noise floor of {view.dtype} ({significant(floor)})"
-            return f"Yes: every layer's state stops, in {share}. {between}, and its relative steps {steps}."
+            return f"Yes: every layer's state stops, in {share}. {between}, and its relative steps at {second} {steps}."
         case Settling.AT_FLOOR:
             made = f"rounding alone makes relative steps of {significant(floor)}"
             if not math.isfinite(floor):

@@ -31,6 +31,14 @@ TRAINED_DEPTH = Question(
             lambda view: view.trained is None or view.trained <= view.recurrences,
             lambda view: f"It was trained with {view.trained} recurrences, but only {view.recurrences} were measured.",
         ),
+        Need(
+            lambda view: view.trained is None or view.trained < view.horizon,
+            lambda view: (
+                f"The horizon ({view.horizon}) is not beyond the {view.trained} recurrences of training, so there is no "
+                "later state to compare with; set it higher."
+            ),
+            "horizon too early",
+        ),
         some_finite("there is no state to follow"),
     ),
     drawn=lambda view: True,
@@ -228,12 +236,12 @@ def trained_depth_answer(view: StudyView, criterion: Criterion) -> Answer:
     )
     if math.isfinite(step[there]):
         state += f", and the last of them moved it by {percent(step[there])}"
-    later = f"; after {view.recurrences} it is {percent(distance[last])} away" if last > there else ""
+    later = (
+        f"; after {view.recurrences} it is {percent(distance[last])} away" if there < last < view.horizon - 1 else ""
+    )
     outcome, verdict, answer = _settled_there(far or moving, common_settling(view, criterion))
     sentence = f"{answer} {state}{later}." + _loss_sentence(view, trained, evidence)
     limits = []
-    if view.horizon <= trained:
-        limits.append("The horizon is no larger than the trained depth, so it cannot show what happens beyond.")
     if view.recurrences == trained:
         limits.append("Beyond the trained depth only the horizons were measured.")
     claims = [Claim.SETTLED_AT_DEPTH] if outcome is Outcome.YES else []

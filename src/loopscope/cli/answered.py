@@ -76,7 +76,7 @@ def _number(answer: Answer, key: str, words: str) -> str:
         return ""
     value = min(found)  # of several quantities the least
     if isinstance(value, str):  # a count and its interval
-        return words.format(value.partition(",")[0])
+        return words.format(value.partition(", ")[0])
     if words in _SHARES:
         return words.format(percent(value).replace("less than", "<"))
     return words.format(f"{value:,.0f}" if value.is_integer() else significant(value))

@@ -246,7 +246,9 @@ class _Correlation:
     def of(self, values: Float64[np.ndarray, "measure order point"]) -> Float64[np.ndarray, "measure order"]:
         covariance = (values @ self._covariance[:, :, None])[..., 0]
         variance = np.vecdot(values @ self._variance, values)
-        return np.asarray(covariance / np.sqrt(variance))
+        # A curve that is flat but for one layer may be flat throughout at another depth: it is like nothing then.
+        flat = variance <= _FLAT**2 * np.square(values).sum(axis=-1)
+        return np.asarray(np.where(flat, 0.0, covariance) / np.sqrt(np.where(flat, 1.0, variance)))
 
 
 def _interpolation(points: int, grid: int) -> Float64[np.ndarray, "grid point"]:

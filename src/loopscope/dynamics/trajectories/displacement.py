@@ -24,6 +24,9 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_BRIEF = 32
+"""Recurrences in a tail, fewer than which show that a state that is far away approaches a point only if the last two
+thirds of them do too."""
 _LONG = 64
 """Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _ENDLESS = 1e200
@@ -435,6 +438,10 @@ def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
         # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
         reason = f"{reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
         kind, doubt = Kind.UNKNOWN, Doubt.REMEMBERED
+    if it.window < _BRIEF and it.level >= LOUD and kind == Kind.FIXED_POINT and not shorter.settles:
+        # Any motion slows down for a while.
+        reason = f"{reason} But that is in {it.window} recurrences, of which the last two thirds do not show it."
+        kind, doubt = Kind.UNKNOWN, Doubt.BRIEF
     if it.window < _LONG and kind != Kind.UNKNOWN:
         reason = f"So far, in {it.window} recurrences: {reason[0].lower()}{reason[1:]}"
     unstable = [] if same_limit(kind, shorter) else ["window"]
