@@ -269,8 +269,24 @@ def test_a_few_recurrences_that_slow_down_are_no_point() -> None:
     """The steps of t^-2 hide at first that the rest goes on like the root of time."""
     time = np.arange(1, 33)[:, None]
     states = np.eye(16)[5] + 10 * (time**-2.0 * np.eye(16)[0] + 2e-3 * time**0.5 * np.eye(16)[1])
-    (verdict,) = judge(states[None].astype(np.float32), "float32")
+    twin = states + 1e-6 * np.random.default_rng(0).normal(size=states.shape)
+    (verdict,) = judge(states[None].astype(np.float32), "float32", twins=[twin[None].astype(np.float32)])
     assert (verdict.kind, verdict.doubt) == (Kind.UNKNOWN, Doubt.BRIEF)
+
+
+def test_what_comes_down_to_an_orbit_is_no_approach_to_a_point() -> None:
+    time, (centre, way) = np.arange(256)[:, None], np.random.default_rng(0).normal(size=(2, 64))
+    flips = centre + (0.1 + 0.1 * 0.985**time) * (-1.0) ** time * way
+    assert judge(flips[None], "float32")[0].doubt is Doubt.SLIGHT
+    (verdict,) = judge(centre + (0.99**time * (-1.0) ** time * way)[None], "float32")
+    assert verdict.kind is Kind.FIXED_POINT
+
+
+@pytest.mark.parametrize(("rate", "kind"), [(0.998, Kind.FIXED_POINT), (1.002, Kind.DIVERGING), (1.0, Kind.SLIDER)])
+def test_a_slow_exponential_whose_bend_is_seen_ends_where_exponentials_do(rate: float, kind: Kind) -> None:
+    time, (centre, way) = np.arange(128)[:, None], np.random.default_rng(0).normal(size=(2, 64))
+    moved = rate**time if rate != 1 else 1e-3 * time
+    assert judge((centre + moved * way)[None], "float32")[0].kind is kind
 
 
 def test_states_that_become_zero_or_are_left_are_told_without_a_number_that_is_none() -> None:

@@ -21,6 +21,7 @@ from loopscope.answers.rates import (
 )
 from loopscope.answers.settling import prompts_by_verdict
 from loopscope.answers.token_kinds import token_kinds
+from loopscope.dynamics.trajectories.settings import LONG_TAIL
 from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, JudgedFiles, Kind
 from loopscope.study import StudyView
 
@@ -60,11 +61,13 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         evidence |= _evidence(shares, things)
     if rates.discoveries is not None:
         evidence |= _by_chance(rates.discoveries)
+    # A tail is the second half of a run.
+    so_far = "So far, a" if view.second_horizon < 2 * LONG_TAIL else "A"
     answer = _answer(
         BEHAVIOUR,
         rates.tokens,
         "token",
-        f"After {rates.where} of recurrence {view.second_horizon}",
+        f"{so_far}fter {rates.where} of recurrence {view.second_horizon}",
         evidence,
         [*_changes(rates), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )

@@ -34,8 +34,8 @@ TRAINED_DEPTH = Question(
         Need(
             lambda view: view.trained is None or view.trained < view.horizon,
             lambda view: (
-                f"The horizon ({view.horizon}) is not beyond the {view.trained} recurrences of training, so there is no "
-                "later state to compare with; set it higher."
+                f"The horizon ({view.horizon}) is not beyond the {view.trained} recurrences of training, so there is "
+                "no later state to compare with; set it higher."
             ),
             "horizon too early",
         ),

@@ -84,6 +84,7 @@ class Doubt(StrEnum):
     SHAPELESS = "It moves in no shape, and yet a run that differs by rounding stayed near: chaos only if that is slow."
     REMEMBERED = "It moves, but the last two thirds rest: it may be noise that a slow mode remembers."
     FEW_TURNS = "It turns, but too few times to tell whether it comes back to the same states again and again."
+    SLIGHT = "Its turns become smaller, but too little to tell whether they end at a point or on an orbit."
     BRIEF = "It seems to approach a point, but in so few recurrences that the last two thirds of them do not show it."
 
 

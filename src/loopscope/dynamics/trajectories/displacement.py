@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopscope.dynamics.trajectories.motion import Motions, measure_motions
 from loopscope.dynamics.trajectories.noise import Noise
-from loopscope.dynamics.trajectories.settings import LOUD, DisplacementSettings
+from loopscope.dynamics.trajectories.settings import LONG_TAIL, LOUD, DisplacementSettings
 from loopscope.dynamics.trajectories.tail import tail_length, take_tails
 from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES, Doubt, Kind, Verdict
 
@@ -27,8 +27,6 @@ _IN_FEW_DIRECTIONS = 0.4
 _BRIEF = 32
 """Recurrences in a tail, fewer than which show that a state that is far away approaches a point only if the last two
 thirds of them do too."""
-_LONG = 64
-"""Recurrences of the tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 _ENDLESS = 1e200
 """A ratio above this has a length of 0 below the line."""
 _MADE_BY_ROUNDING = (Kind.ORBIT, Kind.SLIDER, Kind.DIVERGING)
@@ -366,6 +364,11 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     found.say(where & hides, Kind.UNKNOWN, loud, shaped=True, doubt=Doubt.LOUD)
     turns = f"It turns, but too few times to tell whether it is periodic: {follows}"
     found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
+    # What comes down to an orbit shrinks like what comes down to a point, at first, but leaves more than noise.
+    slight = torch.tensor([bool(shape and shape.hardly_shrinks) for shape in best.shape], dtype=torch.bool)
+    slight &= (best.limit == Kind.FIXED_POINT.code) & (m.left > found.amplified)
+    less = f"Its turns become smaller, too little to tell whether they end at a point: {follows}"
+    found.say(where & slight, Kind.UNKNOWN, less, shaped=True, doubt=Doubt.SLIGHT)
     grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"
     found.say(slides & found.grows, Kind.DIVERGING, grown, shaped=True)
     found.say(where, best.limit, f"{{it.begins}}: {follows}", shaped=True)
@@ -438,11 +441,12 @@ def _verdict(finding: _Finding, shorter: Kind) -> Verdict:
         # Now and then noise that a slow mode remembers is far out at the beginning of a tail.
         reason = f"{reason} Its last two thirds rest, so that it may be noise that a slow mode remembers."
         kind, doubt = Kind.UNKNOWN, Doubt.REMEMBERED
-    if it.window < _BRIEF and it.level >= LOUD and kind == Kind.FIXED_POINT and not shorter.settles:
-        # Any motion slows down for a while.
+    brief = it.window < _BRIEF and it.level >= LOUD and it.measured
+    if brief and kind == Kind.FIXED_POINT and not shorter.settles:
+        # Any motion slows down for a while, and noise is not what makes them differ.
         reason = f"{reason} But that is in {it.window} recurrences, of which the last two thirds do not show it."
         kind, doubt = Kind.UNKNOWN, Doubt.BRIEF
-    if it.window < _LONG and kind != Kind.UNKNOWN:
+    if it.window < LONG_TAIL and kind != Kind.UNKNOWN:
         reason = f"So far, in {it.window} recurrences: {reason[0].lower()}{reason[1:]}"
     unstable = [] if same_limit(kind, shorter) else ["window"]
     if may and (kind.moves or kind == Kind.AT_FLOOR):

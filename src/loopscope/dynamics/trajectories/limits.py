@@ -40,6 +40,11 @@ class Shape:
         return math.nan
 
     @property
+    def hardly_shrinks(self) -> bool:
+        """Whether it oscillates, and less than twice as much at the beginning of the tail as at its end."""
+        return self.family in ("alternating", "spiral") and -math.log(2) < self.numbers[-1] < 0
+
+    @property
     def words(self) -> str:
         """The shape in words, for a sentence."""
         if self.family == "power":

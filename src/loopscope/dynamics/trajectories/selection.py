@@ -48,6 +48,8 @@ _GRID = 4.0
 _FIRST, _SPARSE = 0.5, 4.0
 """Share of a motion that the first harmonic of its curve has, at least; and recurrences a turn, fewer than which leave
 the order of the points open."""
+_SEEN = 100.0
+"""Times as much as a slow exponential leaves the best drift has to leave."""
 _UNRESOLVED = 0.5
 """Of the dtype's rounding: what is left below this decides between no shapes."""
 _EXACT = 1e-13
@@ -167,7 +169,8 @@ def _least_left(parts: Components, columns: int) -> Float[Tensor, " token"]:
 
 
 def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: DisplacementSettings) -> BestShapes:
-    fits, cost, directions = _compared(parts, noise, settings)
+    unresolved = _unresolved(parts, noise)
+    fits, cost, directions = _compared(parts, noise, settings, unresolved)
     periods = [_common_periods(fit, parts, settings) for fit in fits]
     limits = torch.stack(
         [
@@ -175,6 +178,7 @@ def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: Dis
             for fit, period in zip(fits, periods, strict=True)
         ]
     )
+    _resolve_slow(limits, fits, unresolved)
     best = cost.argmin(0, keepdim=True)
     limit = limits.gather(0, best)
     # The margin is between limits, not between shapes: a logarithm and a power may tend to the same.
@@ -214,6 +218,25 @@ def _fitted(parts: Components, displacement: Tensor, noise: Noise, settings: Dis
     )
 
 
+def _unresolved(parts: Components, noise: Noise) -> Float[Tensor, " token"]:
+    """Sum of squares that cannot be told from 0."""
+    return parts.window * (_UNRESOLVED * noise.rounding) ** 2 / 2 + _EXACT * parts.energy
+
+
+def _resolve_slow(limits: Int[Tensor, "shape token"], fits: list[Fit], unresolved: Float[Tensor, " token"]) -> None:
+    """A slow exponential counts as a drift, as it hardly bends within the tail; but where it leaves far less than any
+    drift, its bend is seen, and it tends to a point, or away, as exponentials do."""
+    slides = limits == Kind.SLIDER.code
+    for place, fit in enumerate(fits):
+        if fit.name == "exponential":
+            others = slides.clone()
+            others[place] = False
+            drifts = torch.where(others, torch.stack([each.left for each in fits]), math.inf).amin(0)
+            seen = slides[place] & (_SEEN * torch.maximum(fit.left, unresolved) <= drifts) & drifts.isfinite()
+            ends = torch.where(fit.numbers[:, 0] < 0, Kind.FIXED_POINT.code, Kind.DIVERGING.code)
+            limits[place] = torch.where(seen, ends, limits[place])
+
+
 def _common_periods(fit: Fit, parts: Components, settings: DisplacementSettings) -> Float[Tensor, " token"]:
     """Of rotations that have a common period, which are a closed curve; NaN of all other shapes."""
     if not fit.name.endswith("rotations"):
@@ -250,11 +273,10 @@ def _first_return(
 
 
 def _compared(
-    parts: Components, noise: Noise, settings: DisplacementSettings
+    parts: Components, noise: Noise, settings: DisplacementSettings, unresolved: Float[Tensor, " token"]
 ) -> tuple[list[Fit], Float[Tensor, "shape token"], Float[Tensor, " token"]]:
     """All fits, their costs, and how many directions the one of least cost leaves. Expensive shapes are fitted where
     cheaper ones do not explain a motion."""
-    unresolved = parts.window * (_UNRESOLVED * noise.rounding) ** 2 / 2 + _EXACT * parts.energy
     everywhere = torch.ones_like(parts.energy)
     fits = fit_shapes(parts, settings.least_periods, unresolved)
     # At first every recurrence counts as independent: how many do depends on the shape that is taken out.

@@ -13,6 +13,8 @@ from loopscope.errors import ConfigError
 Method = Literal["displacement", "cosine"]
 _Share = Annotated[float, Range(above=0, below=1)]
 
+LONG_TAIL = 64
+"""Recurrences of a tail: in fewer, a turn or a burst that is still to come cannot be seen."""
 LOUD = 0.05
 """Share of the norm from which on noise is no rest that anybody means: small chaos would look the same."""
 
