@@ -24,6 +24,8 @@ _SHORTEST_END = 24
 """Recurrences: in fewer, the last turns of an approach look like a drift or an orbit."""
 _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
+_GEOMETRIC = 1e-8
+"""Share of the variance: a rotation that leaves no more falls geometrically, as fits of such motions leave 1e-13."""
 _BRIEF = 32
 """Recurrences in a tail, fewer than which show that a state that is far away approaches a point only if the last two
 thirds of them do too."""
@@ -366,7 +368,7 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
     # What comes down to an orbit shrinks like what comes down to a point, at first, but leaves more than noise.
     slight = torch.tensor([bool(shape and shape.hardly_shrinks) for shape in best.shape], dtype=torch.bool)
-    slight &= (best.limit == Kind.FIXED_POINT.code) & (m.left > found.amplified)
+    slight &= (best.limit == Kind.FIXED_POINT.code) & (m.left > found.amplified) & (m.unexplained > _GEOMETRIC)
     less = f"Its turns become smaller, too little to tell whether they end at a point: {follows}"
     found.say(where & slight, Kind.UNKNOWN, less, shaped=True, doubt=Doubt.SLIGHT)
     grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"
