@@ -89,6 +89,17 @@ def test_a_fixed_point_that_repels(turns: Study) -> None:
     assert answer.evidence["verdicts_that_agree"] == f"{TOKENS}, 0 do not, 0 open"
 
 
+def test_an_approach_to_a_point_that_repels_is_undecided(turns: Study) -> None:
+    data = turns.dataset
+    numbers = {"verdict": Verdict.FIXED_POINT.code, "verdict_level": 1e-3, "verdict_floor": 1e-7}
+    seems = dataclasses.replace(turns, dataset=data.assign({name: 0 * data[name] + at for name, at in numbers.items()}))
+    behaviour = next(answer for answer in quick_answers(seems) if answer.key == "behaviour")
+    assert behaviour.outcome is Outcome.CANNOT_TELL
+    assert any(f"{TOKENS} tokens seem to approach a point" in limit for limit in behaviour.limits)
+    rests = dataclasses.replace(seems, dataset=seems.dataset.assign(verdict_level=seems.dataset["verdict_floor"]))
+    assert next(answer for answer in quick_answers(rests) if answer.key == "behaviour").verdict == "all settle"
+
+
 @pytest.mark.parametrize("period", [5.0, 2.0, None])
 def test_a_slow_approach_is_on_the_edge_and_does_not_repel(period: float | None) -> None:
     study = study_of(relaxation(0.985) if period is None else linear_loop(*rotation(period, 0.985)))

@@ -20,7 +20,7 @@ from loopscope.answers.rates import (
     view_rates,
 )
 from loopscope.answers.settling import prompts_by_verdict
-from loopscope.answers.token_kinds import token_kinds
+from loopscope.answers.token_kinds import led_away, token_kinds
 from loopscope.dynamics.trajectories.settings import LONG_TAIL
 from loopscope.dynamics.verdicts import KINDS, SETTLED_CODES, JudgedFiles, Kind
 from loopscope.study import StudyView
@@ -69,13 +69,25 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
         "token",
         f"{so_far}fter {rates.where} of recurrence {view.second_horizon}",
         evidence,
-        [*_changes(rates), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
+        [*_changes(rates), *_led_away(view), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )
     _, most_move = prompts_by_verdict(view)
     claims = [Claim.TOKENS_SETTLE] if answer.outcome is Outcome.YES else []
     if 2 * most_move.sum() > view.prompts:
         claims = [Claim.TOKENS_MOVE]
     return dataclasses.replace(answer, sentence=answer.sentence + driven(rates), claims=claims)
+
+
+def _led_away(view: StudyView) -> list[str]:
+    """Of tokens whose eigenvalues say otherwise."""
+    count = int(led_away(view.study)[-1].sum())
+    if not count:
+        return []
+    what = "token seems" if count == 1 else "tokens seem"
+    return [
+        f"{count:,} {what} to approach a point from which an eigenvalue leads away, as what comes down to an orbit "
+        "does at first: undecided; a longer horizon tells."
+    ]
 
 
 def driven(rates: Rates) -> str:

@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loopscope.dynamics.prediction import PREDICTED_KINDS
+from loopscope.dynamics.prediction import PredictedKind as Predicted
 from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, Kind
 from loopscope.errors import StudyError
 from loopscope.study import Study
 
 _UNKNOWN = KINDS.index(Kind.UNKNOWN)
+_LEAD_AWAY = [PREDICTED_KINDS.index(each) for each in (Predicted.ORBIT, Predicted.PERIOD_TWO, Predicted.UNSTABLE)]
+_MOVES = 3.0
+"""Times the noise floor."""
 
 
 def token_kinds(study: Study, method: str = "displacement") -> NDArray[np.integer]:
@@ -27,6 +32,8 @@ def token_kinds(study: Study, method: str = "displacement") -> NDArray[np.intege
 
 
 def verdict_codes(study: Study, method: str) -> NDArray[np.integer]:
+    """Of every judged layer, (judged_layer, prompt, token); unknown where the displacement method sees an approach to a
+    point that `led_away` contradicts. Raises `StudyError` as `token_kinds` does."""
     name = {"displacement": "verdict", "cosine": "verdict_cosine"}.get(method)
     if name is None:
         raise StudyError(f"method is displacement or cosine, got {method!r}.")
@@ -35,7 +42,24 @@ def verdict_codes(study: Study, method: str) -> NDArray[np.integer]:
             "The study has no verdicts: its model has no loop, the part behaviour was skipped, or it was made by an "
             "older loopscope; run `loopscope analyze` into a new folder."
         )
-    return np.asarray(study.dataset[name].transpose("judged_layer", "prompt", "token").values)
+    codes = study.dataset[name].transpose("judged_layer", "prompt", "token").values
+    return np.asarray(codes if method == "cosine" else np.where(led_away(study), _UNKNOWN, codes))
+
+
+def led_away(study: Study) -> NDArray[np.bool_]:
+    """Where a token seems to approach a point, and its eigenvalue there is known to lead away, (judged_layer, prompt,
+    token): what comes down to an orbit about a point looks like an approach to it for as long as it shrinks."""
+
+    def values(*names: str) -> list[NDArray[Any]]:
+        return [study.dataset[name].transpose(..., "prompt", "token").values for name in names]
+
+    verdict, level, floor = values("verdict", "verdict_level", "verdict_floor")
+    if "predicted_kind" not in study.dataset:
+        return np.zeros(verdict.shape, dtype=bool)
+    kind, rate, error = values("predicted_kind", "predicted_rate", "predicted_rate_error")
+    away = np.isin(kind, _LEAD_AWAY) & (rate - error > 1)
+    # A state that rests may stand on a point that repels.
+    return np.asarray(away & (verdict == KINDS.index(Kind.FIXED_POINT)) & (level > _MOVES * floor))
 
 
 def ends_of_states(study: Study) -> list[int]:
