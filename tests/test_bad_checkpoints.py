@@ -111,6 +111,11 @@ def rename(name: str) -> Change:
     return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
+def lead_nowhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
 def move(inside: str) -> Change:
     """All files into a folder below."""
 
@@ -130,6 +135,7 @@ NATIVE: list[tuple[str, Change, str]] = [
     ("endless", write("config.json", "[" * 100_000), r"config\.json is not valid JSON \(more than 64 lists"),
     ("long number", write("config.json", '{"model_type": ' + "9" * 5000 + "}"), r"config\.json is not valid JSON"),
     ("no object", write("config.json", "[1]"), r"config\.json must hold a JSON object, got a list"),
+    ("link to nothing", lead_nowhere, r"model\.safetensors is a link to a file that is not there; download"),
     (
         "no weights",
         remove("model.safetensors"),

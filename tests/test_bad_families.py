@@ -116,6 +116,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     (LLAMA, {"rms_norm_eps": None}, "lacks the field 'rms_norm_eps'"),
     (LLAMA, {"rms_norm_eps": True}, "rms_norm_eps must be a finite number, got True"),
     (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
+    (OURO, {"hidden_size": ...}, "lacks the field 'hidden_size', which an Ouro checkpoint has"),
     (OURO, {"total_ut_steps": 0}, "recurrences must be at least 1, got 0"),
     (OURO, {"early_exit_threshold": "high"}, "early_exit_threshold must be a finite number, got 'high'"),
     # Settings left over from Huginn that would be another model.

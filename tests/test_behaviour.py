@@ -230,6 +230,7 @@ def test_real_trajectories_are_at_the_floor(shared_dir: Path) -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "too few": (np.zeros((2, 5, 8), np.float32), "5 recurrences are too few"),
+    "one": (np.zeros((2, 1, 8), np.float32), "1 recurrence is too few"),
     "nothing finite": (np.full((2, 32, 8), np.nan, np.float32), "No state is finite"),
     "whole numbers": (np.zeros((2, 32, 8), np.int64), "floating-point"),
     "one axis": (np.zeros(32, np.float32), "axes"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import subprocess
 import sys
@@ -17,12 +19,15 @@ import loopscope
 from loopscope import AnalyzeSettings, Study
 from loopscope.analysis.settings import Preset
 from loopscope.cli import console, main
-from loopscope.cli.commands import COMMANDS, Analyze
+from loopscope.cli.commands import COMMANDS, Analyze, Models, Train
+from loopscope.cli.control import ControlTokens
+from loopscope.cli.experiment import PhaseDiagram
 from loopscope.errors import ConfigError
 from loopscope.models.checkpoints import FAMILIES
 from loopscope.models.checkpoints.find import demo_names
 from loopscope.models.checkpoints.native import save_checkpoint
 from loopscope.models.native.transformer import LoopedTransformer
+from loopscope.report.page import write as write_pages
 from small_models import architecture, byte_tokenizer, checkpoint
 from synthetic_study import contracting, looped_study, with_behaviour
 
@@ -90,7 +95,7 @@ def write(path: Path, content: str) -> Path:
         ("a.jsonl", '{"ids": [1, 256]}', ("--field", "ids"), "token id 256, but the model has 256"),
         ("a.jsonl", '{"ids": [1, -2]}', ("--field", "ids"), "list of token ids"),
         ("a.txt", "two\nlines", ("--limit", "0"), "--limit must be at least 1"),
-        ("a.txt", "one", ("--track", "9:0"), "--track 9:0: there are 1 prompts"),
+        ("a.txt", "one", ("--track", "9:0"), "--track 9:0: prompts are counted from 0, and the last one is 0"),
         ("a.txt", "one", ("--track", "0:3"), "--track 0:3: prompt 0 has 3 tokens"),
         ("a.txt", "one", ("--track", "last"), "PROMPT:TOKEN"),
         ("a.txt", "one", ("--readout", "99"), "--readout asks for 99"),
@@ -211,6 +216,20 @@ def test_a_report_needs_a_study(
     sentence = refused(capsys, "report", folder)
     assert str(folder) in sentence
     assert not (folder / "report.html").exists()
+
+
+def test_a_report_is_written_in_place_of_reports_only(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_pages, "quick_answers", lambda *given: [])
+    monkeypatch.setattr(write_pages, "render_page", lambda *given: "<!doctype html><html></html>")
+    looped_study(contracting(), prompts=2).save(tmp_path)
+    assert run("report", tmp_path) == run("report", tmp_path, "-o", tmp_path / "report.html") == 0
+    capsys.readouterr()
+    for name in ("study.nc", "manifest.json", "tokens.jsonl"):
+        assert "of another kind" in refused(capsys, "report", tmp_path, "-o", tmp_path / name)
+    assert "is a folder, and a file is written" in refused(capsys, "report", tmp_path, "-o", tmp_path)
+    Study.load(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -344,7 +363,8 @@ def test_an_option_that_does_not_exist_is_answered_in_three_lines(
         (["describe"], "no command 'describe'; it has analyze, show,"),
         (["analyze", "demo:injected", "--preset", "slow"], "--preset takes one of full, quick, standard, got 'slow'"),
         (["analyze"], "Missing .*MODEL"),
-        (["models", "all"], "'?all"),
+        (["models", "all"], "No option takes all"),
+        (["compare", "one", "--out", "folder", "other"], "No option takes other; what belongs to none comes before"),
     ],
 )
 def test_commands_and_values_that_cannot_be_meant(
@@ -370,6 +390,97 @@ def test_what_there_is_is_said_without_being_asked(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "{per-recurrence,last,none}" in shown
     assert " RULE " in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "shown", "not_shown"),
+    [
+        ("compare", ["-o DIR,", "DIR ...", "(required)"], "(default: )"),
+        ("report", ["-o FILE,"], "-o DIR"),
+        ("exits", ["-o FILE,"], "-o DIR"),
+        ("evaluate", ["--include-path DIR"], "(default: )"),
+        ("experiment report", ["-o FILE,"], "(default: )"),
+    ],
+)
+def test_help_says_what_is_taken(
+    capsys: pytest.CaptureFixture[str], command: str, shown: list[str], not_shown: str
+) -> None:
+    assert run(*command.split(), "--help") == 0
+    said = capsys.readouterr().out
+    assert [each for each in shown if each not in said] == []
+    assert not_shown not in said
+
+
+@pytest.mark.parametrize("columns", ["0", "10"])
+def test_there_is_always_some_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("--help") == run("models") == 0
+    shown = capsys.readouterr().out
+    assert "Show the answers" in shown
+    assert "demo:" in shown
+
+
+class Full(io.StringIO):
+    """Has no room: what is written fails at once, or when it is flushed."""
+
+    def __init__(self, *, buffered: bool) -> None:
+        super().__init__()
+        self.buffered = buffered
+
+    def write(self, text: str) -> int:
+        if not self.buffered:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.getvalue():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("arguments", ["--version", "--help", "models --help", "models"])
+def test_output_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: str, buffered: bool
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Full(buffered=buffered))
+    assert "cannot be written (No space left on device)" in refused(capsys, *arguments.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_real_process_whose_output_cannot_be_written_ends_as_others_do() -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run([COMMAND, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 2
+    one_sentence(process.stderr)
+
+
+def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert run("models") == 0
+    assert b"(2, 4 ? 8, 2)" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "kept"),
+    [
+        ("models", Models, ""),
+        ("control study -o folder", ControlTokens, "; what was finished is kept, the same command resumes it"),
+        ("train config.json -o folder", Train, "; what was finished is kept, the same command resumes it"),
+        ("experiment phase -o folder", PhaseDiagram, "; what was finished is kept, the same command resumes it"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: str, command: type, kept: str
+) -> None:
+    def interrupted(command: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert run(*arguments.split()) == 130
+    assert capsys.readouterr().err == f"loopscope: interrupted{kept}.\n"
 
 
 def test_other_words_for_model_and_folder(monkeypatch: pytest.MonkeyPatch) -> None:

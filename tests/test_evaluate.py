@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -188,6 +189,9 @@ def test_own_tasks_give_a_curve_by_difficulty_and_figures(tmp_path: Path) -> Non
     assert [sum(each) / 48 for each in zip(*weighted, strict=True)] == pytest.approx([once, trained])
     (figures,) = loopscope.write_figures(tmp_path / "found", tmp_path / "figures", formats=["svg"])
     assert list(figures.files) == ["accuracy-permutations-accuracy"]
+    one = dataclasses.replace(found, recurrences=(4,), curves=(dataclasses.replace(whole, points=whole.points[1:]),))
+    with pytest.raises(StudyError, match="accuracy-permutations-accuracy: a curve takes two numbers of recurrences"):
+        loopscope.write_figures(one, tmp_path / "figures")
 
     page = write_evaluation(found, tmp_path / "report.html").read_text()
     for said in ("Does accuracy on permutations rise with recurrences?", "rises to 4", "8 swaps", "one standard error"):

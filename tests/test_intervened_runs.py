@@ -314,7 +314,7 @@ def test_a_subject_with_interventions_is_recorded_as_such() -> None:
 def test_prompts_and_recurrences_are_checked_before_anything_is_run(tmp_path: Path) -> None:
     for texts, message in (
         (["token:6@2=zeros"], "names token 6, and prompt 1 has 3 tokens"),
-        (["mlp:recurrent.0@6=0"], "names recurrence 6, and 5 are run"),
+        (["mlp:recurrent.0@6=0"], "names recurrence 6, and 5 are measured"),
     ):
         with pytest.raises(ConfigError, match=message):
             analyze(subject(), PROMPTS[:3], intervene=texts, out=tmp_path / "study", **SHORT)

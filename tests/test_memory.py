@@ -190,8 +190,12 @@ def test_what_cannot_fit_is_refused_before_it_starts_with_what_would_help(
     assert "it would fit with --" in said
     assert not (tmp_path / "study").exists()
     free(monkeypatch, 0)
-    with pytest.raises(ConfigError, match=r"0 MB may be taken on cpu; take several of --"):
+    with pytest.raises(ConfigError, match=r"0 MB may be taken on cpu; take several of --") as refused:
         analyze(model, texts, recurrences=6, horizon=8)
+    assert " 0 MB less" not in str(refused.value).replace("(", " ")
+    free(monkeypatch, 10 * needed)
+    with pytest.raises(ConfigError, match=r"0 MB may be taken on cpu; raise --memory-limit, or take several of --"):
+        analyze(model, texts, recurrences=6, horizon=8, memory_limit=0)
 
 
 def test_a_study_that_could_not_be_put_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +214,7 @@ def test_a_limit_makes_parts_of_a_batch_and_no_other_study(tmp_path: Path) -> No
     xarray.testing.assert_allclose(limited.dataset, whole.dataset, rtol=1e-6, atol=1e-9)
     again = Noting()
     analyze(model, prompts, out=tmp_path, settings=SETTINGS, memory_limit=2, progress=again)
-    assert any("nothing to do" in said for said in again.said)
+    assert any("nothing to measure" in said for said in again.said)
 
 
 def test_verdicts_of_some_tokens_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,10 @@ def test_token_ids_that_the_model_does_not_have() -> None:
 
 
 def test_text_needs_a_tokenizer() -> None:
-    with pytest.raises(PromptError, match=r"'b' is text, but the model has no tokenizer; .* token ids in a JSONL file"):
+    with pytest.raises(
+        PromptError,
+        match=r"'b' is text, but the model has no tokenizer; .* or analyze lists of token ids in a JSONL file",
+    ):
         encode(None, Prompt("a", token_ids=(1,)), Prompt("b", text="How?"))
 
 

@@ -293,6 +293,7 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], str | bytes | None, str]
     yield "blank text", lines, '{"q": "a"}\n{"q": " \\n"}', r"Line 2 .*'q', is empty or blank"
     yield "half a character", lines, '{"q": "a\\ud800"}', "half of a character"
     yield "blank --text", {"text": ("a", "  ")}, None, "Prompt 2 of --text is empty or blank"
+    yield "blank prompt", {"text": (" ",)}, None, "The prompt is empty or blank"
     yield "a text for a list", {"text": "How?"}, None, r"text must be a list of prompts, got the text 'How\?'"
     yield "neither", {}, None, "neither was given"
     yield "both", file | {"text": ("a",)}, "a", "both were given"

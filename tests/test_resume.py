@@ -166,8 +166,12 @@ def test_a_run_that_was_killed_goes_on(
     assert not shards(out)
     before = contents(out)
     main(arguments)
-    assert "already holds this study, finished; nothing to do" in capsys.readouterr().err
+    assert "already holds this study, finished; nothing to measure" in capsys.readouterr().err
     assert contents(out) == before
+    (out / "tokens.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "already holds" not in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_was_finished_and_a_second_process_has_to_wait(

@@ -19,9 +19,9 @@ from loopscope.answers.exit_rules import exit_costs, quantities, readouts_of
 from loopscope.answers.exit_signals import SIGNALS
 from loopscope.answers.stopping import Condition, StoppingRule
 from loopscope.cli import main
-from loopscope.errors import ConfigError, StudyError
+from loopscope.errors import ConfigError, StorageError, StudyError
 from loopscope.study import Study
-from synthetic_study import contracting, looped_study
+from synthetic_study import contracting, feed_forward_study, looped_study
 
 Array = NDArray[np.float64]
 
@@ -70,6 +70,7 @@ def test_rules_are_read_and_written_alike() -> None:
     rule = StoppingRule.parse("step<=0.03 & top1 >= 2", patience=2, least=3)
     assert rule.conditions == (Condition("step", 0.03), Condition("top1", 2.0))
     assert str(rule) == "step <= 0.03 & top1 >= 2 (2 in a row, from 3 on)"
+    assert SIGNALS["top1"].condition(1.0).endswith("for 1 recurrence")
     assert StoppingRule.parse("entropy-change | kl").joined == "any"
     for text, message in {
         "loss <= 1": "Unknown exit signal 'loss'",
@@ -181,6 +182,8 @@ def test_what_cannot_be_chosen_says_why() -> None:
     silent = dataclasses.replace(study, dataset=study.dataset.drop_vars("token_kl_to_full"))
     with pytest.raises(StudyError, match="--exit-recurrences"):
         calibrate_exit(silent, "step")
+    with pytest.raises(StudyError, match="the study's model is feed-forward"):
+        calibrate_exit(feed_forward_study(), "step")
 
 
 def test_the_command_shows_all_rules_and_writes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +195,11 @@ def test_the_command_shows_all_rules_and_writes_one(tmp_path: Path, capsys: pyte
     main(["exits", str(tmp_path / "study"), "--rule", "step & top1", "--out", str(tmp_path / "rule.json")])
     said = " ".join(capsys.readouterr().out.split())
     assert "on 20 prompts that it was not chosen on" in said
-    assert CalibratedRule.load(tmp_path / "rule.json").rule.joined == "all"
+    found = CalibratedRule.load(tmp_path / "rule.json")
+    assert found.rule.joined == "all"
     with pytest.raises(SystemExit):
         main(["exits", str(tmp_path / "study"), "--out", str(tmp_path / "rule.json")])
+    found.save(tmp_path / "rule.json")  # a rule may be replaced
+    with pytest.raises(StorageError, match="of another kind, which is not replaced"):
+        found.save(tmp_path / "study/manifest.json")
+    Study.load(tmp_path / "study")

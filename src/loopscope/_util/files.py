@@ -14,6 +14,7 @@ from typing import BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
+from loopscope._util.reading import open_file
 from loopscope.errors import FolderBusyError, StorageError, StudyError
 
 _LOCK = ".lock"
@@ -41,6 +42,23 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`; see `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def write_over_own(path: Path, content: bytes, begins: int) -> None:
+    """Likewise, but never in place of a file of another kind: one that begins with other bytes than `content` does.
+
+    For files that a user names, of which a mistyped one may be part of a study. Raises `StorageError`.
+    """
+    try:
+        found = b""
+        if path.is_file() and not path.is_symlink():  # of a link, what it leads to stays
+            with open_file(path) as file:
+                found = file.read(begins)
+    except (OSError, ValueError) as error:
+        raise storage_error(path, error) from error
+    if found and found != content[:begins]:
+        raise StorageError(f"{path} is a file of another kind, which is not replaced; choose another name.")
+    write_atomically(path, content)
 
 
 @contextmanager
@@ -156,6 +174,8 @@ def storage_error(path: Path, error: OSError | ValueError) -> StorageError:
             f"There is no room left to write {path}; free some space and run the same command again, what "
             f"was finished is kept."
         )
+    if isinstance(error, IsADirectoryError):
+        return StorageError(f"{path} is a folder, and a file is written; give the name of a file.")
     reason = getattr(error, "strerror", None) or error
     return StorageError(f"{path} cannot be written ({reason}); choose a folder that can.")
 

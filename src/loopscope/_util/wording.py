@@ -39,6 +39,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def with_article(noun: str) -> str:
+    """`a Huginn`, `an Ouro`."""
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
+
+
 def counted_parts(groups: Sequence[tuple[int, str]], total: int, things: str) -> list[str]:
     """Of (count, verb phrase): `12 of 20 tokens (60 %) orbit`, and without the total in those that follow."""
     counts = (

@@ -126,7 +126,7 @@ def _analyze(
         tokenized = continued(subject, tokenized, settings.generate, chat=settings.chat, seed=settings.seed)
         written = sum(prompt.generated_tokens for prompt in tokenized)
         progress.note(f"{subject.info.name} wrote {written:,} tokens behind {plural(len(tokenized), 'prompt')}.")
-    check_recurrences(settings.interventions, settings.recurrences)
+    check_recurrences(settings.interventions, settings.recurrences, "measured")
     check_tokens(settings.interventions, [len(prompt.token_ids) for prompt in tokenized])
     if out is not None and settings.batch_size == "auto":
         settings = dataclasses.replace(settings, batch_size=begun_batch_size(Path(out)) or "auto")

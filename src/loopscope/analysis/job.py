@@ -141,9 +141,10 @@ class Job:
         started = time.monotonic()
         with StudyFolder(folder, self._manifest(), self._tokens()) as study:
             if study.is_complete:
+                found = Study.load(folder)  # before it is said to be there: some of it may be damaged or gone
                 study.drop_shards()
-                self.progress.note(f"{folder} already holds this study, finished; nothing to do.")
-                return Study.load(folder)
+                self.progress.note(f"{folder} already holds this study, finished; nothing to measure.")
+                return found
             missing = [index for index in range(self.shards) if not study.has(index)]
             if len(missing) < self.shards:
                 done = self.shards - len(missing)

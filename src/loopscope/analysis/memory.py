@@ -54,6 +54,8 @@ class MemoryPlan:
             item = planned_batch(subject, Batch.of([[0]]), plan).itemsize
             free = max(0, free // workers - _WORKER - subject.info.parameters * item)
         limit = None if settings.memory_limit is None else settings.memory_limit * 2**20
+        self._unlimited = free
+        """The same without --memory-limit."""
         self.free = free if limit is None else min(free, limit)
         """Bytes that there are for one worker, beside its model."""
         self.room = int(_BATCH_SHARE * free) if limit is None else self.free
@@ -121,8 +123,11 @@ class MemoryPlan:
         saved = sorted(self.saved(lengths, 1), reverse=True)
         enough = [each for each in saved if needed - each[0] <= self.free]
         told = ", ".join(f"{option} ({size_text(less)} less)" for less, option in (enough or saved)[:5])
+        raised = self.free < needed * (1 - _ERROR) <= self._unlimited
         if enough:
-            return f"it would fit with {told.replace(', ', ' or ')}"
+            return f"it would fit with {told.replace(', ', ' or ')}{' or a larger --memory-limit' if raised else ''}"
+        if raised:
+            return f"raise --memory-limit{f', or take several of {told}' if told else ''}"
         return f"take several of {told}" if told else "take shorter prompts, or a machine with more"
 
     def saved(self, lengths: Sequence[int], size: int) -> Iterator[tuple[int, str]]:
@@ -186,7 +191,9 @@ def most_prompts(subject: Subject) -> int:
 
 
 def size_text(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.0f} MB"
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:,.1f} GB"
+    return f"{nbytes / 1e3:,.0f} kB" if 0 < nbytes < 1e6 else f"{nbytes / 1e6:,.0f} MB"
 
 
 def _largest(lengths: Sequence[int], size: int) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from loopscope._util.wording import plural
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.hooked import why_no_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
@@ -244,9 +245,9 @@ def _tracked(lengths: Sequence[int], settings: AnalyzeSettings) -> list[tuple[in
         if prompt >= len(lengths):
             if settings.track == default:
                 continue
-            raise ConfigError(f"--track {entry}: there are {len(lengths)} prompts, counted from 0.")
+            raise ConfigError(f"--track {entry}: prompts are counted from 0, and the last one is {len(lengths) - 1}.")
         length = lengths[prompt]
         if not -length <= token < length:
-            raise ConfigError(f"--track {entry}: prompt {prompt} has {length} tokens, counted from 0.")
+            raise ConfigError(f"--track {entry}: prompt {prompt} has {plural(length, 'token')}, counted from 0.")
         found.append((prompt, token % length))
     return sorted(set(found))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopscope._util.files import write_atomically
+from loopscope._util.files import write_over_own
 from loopscope._util.reading import read_json
 from loopscope._util.statistics import finite_or_none, mean, paired_difference
 from loopscope._util.table import Table
@@ -70,8 +70,9 @@ class CalibratedRule:
     mean number for all tokens that keeps the same there."""
 
     def save(self, path: str | Path) -> CalibratedRule:
-        """As JSON, whole or not at all. Raises `StorageError`."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False).encode())
+        """As JSON, whole or not at all. Raises `StorageError`, also where a file of another kind would be replaced."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        write_over_own(Path(path), text.encode(), begins=text.index(","))  # its first entry, the kind
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +142,10 @@ class _Halves:
 
     @classmethod
     def of(cls, view: StudyView) -> _Halves:
+        if not view.looped:
+            raise StudyError(
+                "An exit rule ends a loop early, and the study's model is feed-forward; analyse a looped one."
+            )
         prompts = view.finite
         if "token_kl_to_full" not in prompts:
             raise StudyError(

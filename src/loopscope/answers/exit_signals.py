@@ -182,7 +182,9 @@ EXIT_SIGNALS = (
         name="prediction unchanged",
         variables=("token_top1",),
         computed=_unchanged,
-        condition=lambda threshold: f"its most probable next token has not changed for {threshold:g} recurrences",
+        condition=lambda threshold: (
+            f"its most probable next token has not changed for {threshold:g} recurrence{'' if threshold == 1 else 's'}"
+        ),
         at_least=True,
         decodes=True,
     ),

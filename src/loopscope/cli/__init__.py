@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import itertools
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,6 +25,9 @@ __all__ = ["main"]
 
 _TIDYING = 2.0
 """Seconds after a signal for which others are ignored: somebody who presses Ctrl-C twice wants no more left behind."""
+_NARROWEST = 40
+"""Columns that are written to even where there are fewer: a line of words needs some, and where none are known, as
+COLUMNS=0 says, nothing would be shown."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,10 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # When this process ends, nobody needs to look for garbage in all that it has imported.
     atexit.register(gc.freeze)
+    _fit_output()
     given = sys.argv[1:] if arguments is None else list(arguments)
     stopped_by = [signal.SIGINT]
     try:
-        with _signals(stopped_by), last_resort(f"running `{shortened(' '.join(['loopscope', *given]), 120)}`"):
+        doing = f"running `{shortened(' '.join(['loopscope', *given]), 120)}`"
+        with _signals(stopped_by), last_resort(doing), _output():
             from loopscope.cli.commands import parse_and_run  # tyro takes a tenth of a second to import
 
             parse_and_run(given)
@@ -48,13 +55,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"loopscope: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        how = str(stopped) or "the same command resumes it"
-        print(f"loopscope: interrupted; what was finished is kept, {how}.", file=sys.stderr)
+        kept = f"; what was finished is kept, {stopped}" if str(stopped) else ""
+        print(f"loopscope: interrupted{kept}.", file=sys.stderr)
         sys.exit(128 + stopped_by[-1])
     except BrokenPipeError:
         # The reader of our output has gone, as in `loopscope models | head -1`.
         sys.stderr.close()
         sys.exit(1)
+
+
+def _fit_output() -> None:
+    """Whatever the terminal is, it is written to: what its encoding lacks is replaced, and it has some width."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if not os.environ.get("COLUMNS", "unset").strip("0"):
+        del os.environ["COLUMNS"]
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """What is printed in here is out at the end. Raises `StorageError` where it cannot be."""
+    try:
+        yield
+    except OSError:
+        _print_now("\n")  # which fails too, if it was the output that failed
+        raise
+    finally:
+        _print_now("")
+
+
+def _print_now(text: str) -> None:
+    from loopscope.errors import StorageError
+
+    try:
+        if text:
+            print(end=text)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = io.StringIO()  # or what is left would be tried once more when the process ends
+        raise StorageError(
+            f"What the command says cannot be written ({error.strerror or error}); send its output elsewhere."
+        ) from error
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from loopscope.answers.comparison.settings import CompareSettings
 from loopscope.cli.behaviour import Calibrate, JudgeTrajectories
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.evaluate import Evaluate
-from loopscope.cli.experiment import EXPERIMENTS
+from loopscope.cli.experiment import EXPERIMENTS, GridCommand
 from loopscope.cli.generate import ExitRules, Generate
 from loopscope.cli.parsing import Commands, parse
 from loopscope.cli.patching import PatchStates
@@ -361,6 +361,8 @@ COMMANDS: Commands = {
     "inspect": Inspect,
     "models": Models,
 }
+_RESUMED = (ControlTokens, Train, GridCommand)
+"""What goes on in its --out folder where it was interrupted; so does `Analyze`, which may have chosen it itself."""
 
 
 def parse_and_run(arguments: list[str]) -> None:
@@ -377,4 +379,9 @@ def parse_and_run(arguments: list[str]) -> None:
     if isinstance(command, Analyze):
         command = replace(command, given=tuple(arguments))
     if command is not None:
-        command.run()
+        try:
+            command.run()
+        except KeyboardInterrupt as stopped:
+            if isinstance(command, _RESUMED) and not str(stopped):
+                raise KeyboardInterrupt("the same command resumes it") from None
+            raise

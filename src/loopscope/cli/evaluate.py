@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +59,7 @@ class Evaluate:
         from loopscope.evaluation.result import CURVE
         from loopscope.report.page.write import write_evaluation
 
-        with ProgressBar("loading") as progress, _starts_anew():
+        with ProgressBar("loading") as progress:
             found = evaluate(
                 self.model,
                 [name for given in self.tasks for name in given.split(",") if name],
@@ -87,12 +85,3 @@ class Evaluate:
         if self.out is not None and report is not None:
             say_path("curve", self.out / CURVE)
             say_path("report", report)
-
-
-@contextmanager
-def _starts_anew() -> Iterator[None]:
-    """Say of an interrupted evaluation that nothing of it is resumed."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("which of an evaluation is nothing: the same command starts anew") from None

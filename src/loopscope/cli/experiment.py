@@ -25,7 +25,7 @@ _Seeds = Annotated[int, Range(1, 1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GridCommand:
+class GridCommand:
     """What every experiment takes."""
 
     out: Path
@@ -48,7 +48,7 @@ class _GridCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RandomModels(_GridCommand):
+class _RandomModels(GridCommand):
     """What both experiments over random models take."""
 
     norm: tuple[NormName, ...] = NORMS
@@ -156,7 +156,7 @@ class PhaseDiagram(_RandomModels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(_GridCommand):
+class Training(GridCommand):
     """Train the models of a sweep, analyse each, and say which designs keep their loss beyond the trained depth.
 
     A sweep is a grid over block size, injection, norms and the rest of a training configuration, with named recipes,

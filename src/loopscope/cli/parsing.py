@@ -46,8 +46,11 @@ _SPELLINGS = {"analyse": "analyze", "behavior": "behaviour"}
 _ALIASES = {"out": ("-o", "--output")}
 _REPEATED = ("intervene", "ignore_config", "set")
 """Options that may be given several times, rather than the last one winning."""
+_NARROWEST = 20
+"""Columns of what is said of a command, whatever the terminal has."""
+_FOLDER = re.compile(r"(The --out f|F)olders?\b")
+"""How the help of an option begins that takes folders."""
 _METAVARS = {
-    **dict.fromkeys(("out", "study", "studies", "experiments", "base"), "DIR"),
     **dict.fromkeys(("model", "models"), "MODEL"),
     **dict.fromkeys(("text", "prompt"), "TEXT"),
     **dict.fromkeys(("exit", "rule"), "RULE"),
@@ -56,6 +59,7 @@ _METAVARS = {
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 _PLAIN: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"Unrecognized options: ([^-].*)": r"No option takes \1; what belongs to none comes before the options",
     r"Error parsing (\S+): invalid literal for int\(\) with base 10: ": r"\1 takes a whole number, got ",
     r"Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, got ",
     r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]": lambda said: (
@@ -161,7 +165,7 @@ def _print(words: list[str], commands: Commands) -> None:
     for name, command in commands.items():
         about = command.__doc__ or "" if isinstance(command, type) else f"One of {', '.join(command)}."
         sentence = " ".join(about.split("\n\n")[0].split())
-        lines = textwrap.wrap(sentence, min(shutil.get_terminal_size().columns, 100) - column)
+        lines = textwrap.wrap(sentence, max(min(shutil.get_terminal_size().columns, 100) - column, _NARROWEST))
         print(f"  {name}".ljust(column) + f"\n{' ' * column}".join(lines))
 
 
@@ -193,17 +197,25 @@ def _as_option(field: StructFieldSpec) -> StructFieldSpec:
     entry = get_args(kind)[0] if get_origin(kind) is tuple else kind
     while get_origin(entry) is Annotated:
         entry = get_args(entry)[0]
+    helptext = field.helptext() if callable(field.helptext) else field.helptext
+    text = " ".join((helptext or "").split())
     metavar = _METAVARS.get(field.name, _METAVARS_BY_TYPE.get(entry))
+    if entry is Path and _FOLDER.match(text):
+        metavar = "DIR"
     if get_origin(entry) is Literal:
         metavar = f"{{{','.join(map(str, get_args(entry)))}}}"
     if metavar and get_origin(kind) is tuple and field.name not in _REPEATED:
         metavar += " ..."
-    hint = "" if field.default in (None, (), False) else "(the default)" if field.default is True else None
+    hint = "" if field.default in (None, (), False) else "(the default)" if field.default is True else _default_of
     option = tyro.conf.arg(metavar=metavar, aliases=_ALIASES.get(field.name), help_behavior_hint=hint)
-    text = field.helptext() if callable(field.helptext) else field.helptext
     repeated = [get_args(tyro.conf.UseAppendAction[int])[1]] if field.name in _REPEATED else []
     return dataclasses.replace(
         field,
         type=Annotated[(kind, *extras, option, *repeated)],  # type: ignore[arg-type]
-        helptext=" ".join((text or "").split()),
+        helptext=text,
     )
+
+
+def _default_of(shown: str) -> str:
+    """A list that is required has nothing for its default."""
+    return f"(default: {shown})" if shown else "(required)"

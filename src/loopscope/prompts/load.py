@@ -73,7 +73,8 @@ def load_prompts(
         for name, value in (("--field", field), ("--whole-file", whole_file), ("--chunk", chunk)):
             if value:
                 raise PromptError(f"{name} says how to read a file, but the prompts come from --text; leave it out.")
-        records = [Record(f"text-{n}", f"Prompt {n} of --text", {TEXT_FIELD: each}) for n, each in enumerate(text, 1)]
+        where = "The prompt" if len(text) == 1 else "Prompt {} of --text"
+        records = [Record(f"text-{n}", where.format(n), {TEXT_FIELD: each}) for n, each in enumerate(text, 1)]
         field = TEXT_FIELD
     else:
         whole = "--whole-file" if whole_file else None if chunk is None else "--chunk"

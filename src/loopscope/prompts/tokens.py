@@ -47,7 +47,7 @@ def encode_prompts(
             if prompt.text is not None:
                 raise PromptError(
                     f"Prompt {prompt.id!r} is text, but the model has no tokenizer; put a tokenizer.json beside its "
-                    "weights, or give lists of token ids in a JSONL file (--field)."
+                    "weights, or analyze lists of token ids in a JSONL file (--field)."
                 )
     if chat:
         _check_chat(prompts, tokenizer)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loopscope._util.wording import plural
 from loopscope.dynamics.trajectories.cosine import cosine_kinds, cosine_verdicts, measure_turns
 from loopscope.dynamics.trajectories.displacement import (
     displacement_kinds,
@@ -123,10 +124,11 @@ def judge_by_all(
     tensor = as_states(states)
     recurrences = tensor.shape[1]
     if recurrences < chosen.least_recurrences:
+        few = f"{plural(recurrences, 'recurrence')} {'is' if recurrences == 1 else 'are'} too few"
         raise ConfigError(
-            f"{recurrences} recurrences are too few for a verdict: at least {chosen.least_recurrences} are needed to "
-            "tell motion from noise. Run the loop longer, or put the axes in the order (token, recurrence, width): the "
-            f"array has the shape {tuple(tensor.shape)}."
+            f"{few} for a verdict: at least {chosen.least_recurrences} are needed to tell motion from noise. Run the "
+            "loop longer, or put the axes in the order (token, recurrence, width): the array has the shape "
+            f"{tuple(tensor.shape)}."
         )
     if check_order:
         check_axes(tensor)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from loopscope._util.wording import with_article
 from loopscope.errors import CheckpointError, ConfigError, UnknownSettingError
 from loopscope.models.architecture import MOST_LAYERS
 
@@ -180,8 +181,8 @@ class ConfigReader:
             if not unset and name not in self._read and name not in harmless:
                 raise CheckpointError(
                     f"config.json sets {self.prefix}{name} = {reprlib.repr(value)}, which loopscope does not know in "
-                    f"a {self.family} model and which may change what it computes; if it does not, pass over it with "
-                    f"--ignore-config {self.prefix}{name}."
+                    f"{with_article(self.family)} model and which may change what it computes; if it does not, pass "
+                    f"over it with --ignore-config {self.prefix}{name}."
                 )
 
     def _get(self, name: str, default: Any = None) -> Any:
@@ -190,7 +191,7 @@ class ConfigReader:
         value = default if value is _LEFT_OUT else value
         if value is None:
             raise CheckpointError(
-                f"config.json lacks the field {self.prefix + name!r}, which a {self.family} checkpoint has."
+                f"config.json lacks the field {self.prefix + name!r}, which {with_article(self.family)} checkpoint has."
             )
         return value
 

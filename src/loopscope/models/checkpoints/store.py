@@ -211,6 +211,8 @@ class TensorStore:
             return [self.folder / name for name in names]
         if single.is_file():
             return [single]
+        if single.is_symlink():
+            raise CheckpointError(f"{single} is a link to a file that is not there; download or copy it again.")
         pickled = sorted(path.name for path in self.folder.iterdir() if is_pickled(path.name))
         if pickled:
             raise CheckpointError(
@@ -221,7 +223,7 @@ class TensorStore:
 
     def _instead(self) -> str:
         """What there is in their place, and what to do."""
-        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        others = sorted(path.name for path in self.folder.glob("*.safetensors") if path.is_file())
         if any(name.startswith("adapter") for name in others):
             return (
                 f"; {others[0]} is an adapter, which is not applied: merge it into the weights (PEFT's "

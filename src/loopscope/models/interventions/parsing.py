@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from loopscope._util.sites import STAGES, Stage
 from loopscope.errors import ConfigError
@@ -162,14 +162,16 @@ def check_fits(interventions: Sequence[Intervention], architecture: Architecture
             )
 
 
-def check_recurrences(interventions: Sequence[Intervention], recurrences: int) -> None:
-    """Raises `ConfigError` for a recurrence that is named but not run."""
+def check_recurrences(
+    interventions: Sequence[Intervention], recurrences: int, done: Literal["run", "measured"] = "run"
+) -> None:
+    """Raises `ConfigError` for a recurrence that is named and not among those that are run, or measured."""
     for intervention in interventions:
         named = last_named(intervention)
         if named is not None and named > recurrences:
             raise ConfigError(
-                f"The intervention '{intervention}' names recurrence {named}, and {recurrences} are run; name an "
-                "earlier one or run more."
+                f"The intervention '{intervention}' names recurrence {named}, and {recurrences} are "
+                f"{done}; name an earlier one or ask for more."
             )
 
 

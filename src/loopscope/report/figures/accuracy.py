@@ -17,6 +17,12 @@ def accuracy_plots(found: Evaluation) -> dict[str, Plot]:
     return {plot.anchor: plot for plot in plots}
 
 
+def accuracy_left_out(found: Evaluation) -> dict[str, str]:
+    """Of the others the reason, by name."""
+    reason = "a curve takes two numbers of recurrences, and one was evaluated; evaluate more of them (--recurrences)"
+    return {_anchor(curve): reason for curve in found.curves if not curve.part and len(curve.points) == 1}
+
+
 def _plot(found: Evaluation, curve: TaskCurve) -> Plot:
     parts = [each for each in found.curves if each.part and (each.task, each.metric) == (curve.task, curve.metric)]
     panels = [_panel(found, [curve], [CATEGORIES[0]])]
@@ -39,13 +45,17 @@ def _plot(found: Evaluation, curve: TaskCurve) -> Plot:
             f" ({letter}) Length of the last step over the state's norm, where answers are predicted"
             f"{'' if len({each.task for each in found.curves}) == 1 else ', over all tasks'}: median and quartiles."
         )
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{curve.task} {curve.metric}".lower()).strip("-")
     return Plot(
         question=f"Does {curve.metric} on {curve.task} rise with recurrences, and keep its level where the state does?",
         reading=reading,
         panels=panels,
-        anchor=f"accuracy-{slug}",
+        anchor=_anchor(curve),
     )
+
+
+def _anchor(curve: TaskCurve) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{curve.task} {curve.metric}".lower()).strip("-")
+    return f"accuracy-{slug}"
 
 
 def _panel(found: Evaluation, curves: list[TaskCurve], colours: list[str]) -> Panel:

@@ -24,7 +24,7 @@ from loopscope.errors import ConfigError, StudyError
 from loopscope.evaluation.result import CURVE, Evaluation
 from loopscope.experiments.cells import GRID_FILE
 from loopscope.experiments.load import Experiment, load_experiment
-from loopscope.report.figures.accuracy import accuracy_plots
+from loopscope.report.figures.accuracy import accuracy_left_out, accuracy_plots
 from loopscope.report.figures.comparison import COMPARED
 from loopscope.report.figures.convergence import CONVERGENCE
 from loopscope.report.figures.eigenvalues import STABILITY
@@ -146,7 +146,7 @@ def write_figures(
     plans = _plans(loaded, Path(out), set(only), settings or ReportSettings())
     if not any(plan.drawings for plan in plans):
         reasons = sorted({f"{name}: {reason}" for plan in plans for name, reason in plan.left_out.items()})
-        raise StudyError(f"None of the figures can be drawn ({'; '.join(reasons)}).")
+        raise StudyError(f"None of the figures can be drawn ({'; '.join(reasons) or 'none of them has data'}).")
     asked = [plan for plan in plans if plan.drawings or plan.left_out]
     return [_write(plan, tuple(dict.fromkeys(formats)), width) for plan in asked]
 
@@ -214,6 +214,7 @@ def _names(types: Sequence[FigureType[S]]) -> list[str]:
 def _check_names(only: Sequence[str], sources: Sequence[_Loaded]) -> None:
     others = [each for each in sources if isinstance(each, Experiment | Evaluation)]
     known = [*figure_names(), *(name for each in others for name in _own_figures(each))]
+    known += [name for each in others if isinstance(each, Evaluation) for name in accuracy_left_out(each)]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise ConfigError(f"There is no figure {unknown[0]!r}; there are {', '.join(known)}.")
@@ -303,7 +304,8 @@ def _plan(source: _Loaded, folder: Path, only: set[str], settings: ReportSetting
         found = _own_figures(source)
         asked = [name for name in found if not only or name in only]
         drawings: dict[str, Callable[[], Plot]] = {name: partial(found.__getitem__, name) for name in asked}
-        left_out: dict[str, str] = {}
+        none = accuracy_left_out(source) if isinstance(source, Evaluation) else {}
+        left_out = {name: why for name, why in none.items() if not only or name in only}
     elif isinstance(source, Patching):
         model, pairs = source.manifest["model"], len(source.manifest["pairs"])
         about = {"kind": "patching", "model": model["name"], "weights_sha256": model["weights_sha256"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loopscope._util.files import write_atomically
+from loopscope._util.files import write_over_own
 from loopscope.answers.answer import Answer
 from loopscope.answers.comparison.result import Comparison
 from loopscope.answers.patching import Patching
@@ -77,5 +77,5 @@ def write_experiments(experiments: Sequence[Experiment], path: str | Path) -> Pa
 
 
 def _written(path: str | Path, page: str) -> Path:
-    write_atomically(Path(path), page.encode())
+    write_over_own(Path(path), page.encode(), begins=len("<!doctype html"))
     return Path(path)
