@@ -11,7 +11,7 @@ from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
-from loopscope.answers.settling import noise_floor, prompt_settling
+from loopscope.answers.settling import noise_floor, parted_prompts, prompt_settling, slows_down
 from loopscope.study import StudyView
 
 LIMITS = Question(key="limits", text="What limits these answers?", figure="limits")
@@ -104,16 +104,19 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     if not view.looped:
         return []
     found = []
-    unsettled = sum(not kind.decided for kind in prompt_settling(view, criterion))
+    left_open = np.array([not kind.decided for kind in prompt_settling(view, criterion)], dtype=bool)
+    left_open &= ~parted_prompts(view, criterion)
+    unsettled = int(left_open.sum())
     # A few among many may be scatter of the two steps that are compared.
     if unsettled > (1 - criterion.prompts_needed) * view.prompts:
-        found.append(
-            (
-                "the horizon",
-                f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
-                f"{view.second_horizon}; a longer horizon may decide.",
+        said = f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
+        said += f"{view.second_horizon}"
+        if (slows_down(view, criterion) & left_open).any():
+            found.append(("the horizon", f"{said}; a longer horizon may decide."))
+        else:
+            found.append(
+                ("undecided prompts", f"{said}; no step shrinks, so that a longer horizon may decide no better.")
             )
-        )
     if view.recurrences > view.horizon:
         found.append(
             (
