@@ -23,6 +23,7 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
     """Gather what the numbers cannot show, the gravest first, and the limits of the other answers."""
     found = [
         *_named("the interventions", _interventions(view)),
+        *_named("the loop itself", list(view.manifest["model"].get("loop_limits", ()))),
         *_named("generated tokens", _generated(view)),
         *_named("divergence", diverged_prompts(view)),
         *_horizon(view, criterion),

@@ -80,6 +80,8 @@ class SubjectInfo:
     injection_factors: tuple[float, float] | None = None
     """Mean and largest factor by which the injection alone shrinks a coordinate of the state in each recurrence, of a
     model whose weights say it (`bounded` and `diagonal`); Parcae's authors call the mean the contraction factor."""
+    loop_limits: tuple[str, ...] = ()
+    """In what the loop of a hooked model is not one map that is applied again and again, in sentences."""
     placement: str | None = None
     """Where the layers lie of a model that is not on one device."""
 
