@@ -210,6 +210,11 @@ def test_a_few_tokens_that_are_seen_to_orbit_are_not_taken_for_rounding() -> Non
     assert found["fixed_point"].verdict == "not every token"
     assert re.search(r" settle and \d+ keeps? moving \(orbit\)\.", found["fixed_point"].sentence)
     assert "undecided" not in found["limits"].verdict
+    study = of_prompts("contracting", "contracting", "circling")
+    codes = np.repeat(codes, 3, axis=1)
+    codes[:, :2] = KINDS.index(Kind.FIXED_POINT)
+    found = by_key(with_behaviour(study, codes.astype(np.int8)))
+    assert re.search(r"1 of 3 prompts is undecided .* In 1 of these, 9 of 10 tokens", found["fixed_point"].sentence)
 
 
 def test_steps_as_long_as_rounding_are_no_rest_where_rounding_is_loud() -> None:

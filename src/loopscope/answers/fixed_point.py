@@ -85,12 +85,14 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
             verdict, sentence = f"not by {view.horizon}", _came_to_rest(view, share, evidence)
         if common is Settling.CANNOT_TELL and 2 * parted.sum() > share.count:
             outcome, verdict, claim = Outcome.PARTLY, "not every token", None
-            sentence = f"Not every token: {_tokens_of(view, parted)}. {_last_steps(view, evidence)}"
+            where = Share(int(parted.sum()), view.prompts)
+            sentence = f"Not every token: in {where}, {_tokens_of(view, parted)}. {_last_steps(view, evidence)}"
         elif undecided:
             sentence += (
-                f" {undecided} of {len(kinds)} prompts {'is' if undecided == 1 else 'are'} undecided at this horizon"
+                f" {undecided} of {len(kinds)} prompts {'is' if undecided == 1 else 'are'} undecided at this horizon."
             )
-            sentence += f": {_tokens_of(view, parted)}." if parted.any() else "."
+            if parted.any():
+                sentence += f" In {parted.sum()} of these, {_tokens_of(view, parted)}."
         if undecided > (1 - criterion.prompts_needed) * len(kinds):
             verdict += "; some prompts undecided"
     if common is not None and common.settles and tokens < criterion.tokens_needed:
@@ -172,8 +174,8 @@ def _tokens_of(view: StudyView, parted: NDArray[np.bool_]) -> str:
     kinds = listed([str(KINDS[code]) for code in MOVING_CODES if (codes == code).any()])
     left = f", and {total - settle - move} are undecided" if total > settle + move else ""
     return (
-        f"in {Share(int(parted.sum()), view.prompts)}, {settle} of {plural(total, 'token')} "
-        f"settle{'s' if settle == 1 else ''} and {move} keep{'s' if move == 1 else ''} moving ({kinds}){left}"
+        f"{settle} of {plural(total, 'token')} settle{'s' if settle == 1 else ''} and {move} "
+        f"keep{'s' if move == 1 else ''} moving ({kinds}){left}"
     )
 
 
