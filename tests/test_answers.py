@@ -221,7 +221,9 @@ def test_a_state_that_stops_beyond_the_horizon_does_not_still_move(noise: float,
         states = sliding(1e-3)(np.minimum(time, 50), points, rng)
         return np.asarray(states + noise * rng.normal(size=states.shape))
 
-    found = answers(looped_study(stopping, prompts=4))["fixed_point"]
+    given = answers(looped_study(stopping, prompts=4))
+    found, limits = given["fixed_point"], given["limits"]
+    assert "4 of 4 prompts came to rest only after recurrence 32" in limits.sentence
     assert (found.outcome, found.verdict) == (Outcome.NOT_YET, "not by 32")
     assert found.sentence.startswith("Not by recurrence 32, where the state still moved, but ")
     assert said in found.sentence

@@ -24,9 +24,9 @@ from loopscope.answers.answer import (
 from loopscope.answers.settling import (
     UNRELATED,
     Settling,
-    at_rest,
     common_settling,
     horizon_settling,
+    late_prompts,
     noise_floor,
     parted_prompts,
     prompt_settling,
@@ -81,7 +81,7 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = _sentence(common, view, criterion, share, evidence)
         low, high = share.interval
         evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
-        if common is Settling.NOT_YET and bool(at_rest(view, criterion)[:, chosen].all()):
+        if common is Settling.NOT_YET and late_prompts(view, criterion)[chosen].all():
             verdict, sentence = f"not by {view.horizon}", _came_to_rest(view, share, evidence)
         if common is Settling.CANNOT_TELL and 2 * parted.sum() > share.count:
             outcome, verdict, claim = Outcome.PARTLY, "not every token", None

@@ -11,7 +11,7 @@ from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
-from loopscope.answers.settling import noise_floor, parted_prompts, prompt_settling, slows_down
+from loopscope.answers.settling import late_prompts, noise_floor, parted_prompts, prompt_settling, slows_down
 from loopscope.study import StudyView
 
 LIMITS = Question(key="limits", text="What limits these answers?", figure="limits")
@@ -110,9 +110,13 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     unsettled = int(left_open.sum())
     # A few among many may be scatter of the two steps that are compared.
     if unsettled > (1 - criterion.prompts_needed) * view.prompts:
+        late = late_prompts(view, criterion)
         said = f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
         said += f"{view.second_horizon}"
-        if (slows_down(view, criterion) & left_open).any():
+        if late[left_open].all():
+            said = f"{unsettled} of {view.prompts} prompts came to rest only after recurrence {view.horizon}"
+            found.append(("the horizon", f"{said}; set the horizon higher."))
+        elif (slows_down(view, criterion) & left_open).any():
             found.append(("the horizon", f"{said}; a longer horizon may decide."))
         else:
             found.append(

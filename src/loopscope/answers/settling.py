@@ -208,6 +208,12 @@ def prompts_by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.b
     return (settle == there) & (there > 0), move > _PARTED * there
 
 
+def late_prompts(view: StudyView, criterion: Criterion) -> NDArray[np.bool_]:
+    """Prompts that do not settle by the horizon, and whose step into twice that is as rounding makes it, (prompt,)."""
+    not_yet = np.array([kind is Settling.NOT_YET for kind in prompt_settling(view, criterion)], dtype=bool)
+    return np.asarray(not_yet & at_rest(view, criterion).all("layer").values)
+
+
 @lru_cache(maxsize=2)
 def parted_prompts(view: StudyView, criterion: Criterion) -> NDArray[np.bool_]:
     """Prompts that the horizons leave open, since the steps are small and do not shrink, while the verdicts see some
