@@ -215,6 +215,20 @@ def test_slow_contraction_is_not_there_yet() -> None:
     assert found["initial_state"].verdict == "not yet"
 
 
+@pytest.mark.parametrize(("noise", "said"), [(0.0, "it stands still at 64"), (1e-8, "its steps are rounding alone")])
+def test_a_state_that_stops_beyond_the_horizon_does_not_still_move(noise: float, said: str) -> None:
+    def stopping(time: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        states = sliding(1e-3)(np.minimum(time, 50), points, rng)
+        return np.asarray(states + noise * rng.normal(size=states.shape))
+
+    given = answers(looped_study(stopping, prompts=4))
+    found, limits = given["fixed_point"], given["limits"]
+    assert "4 of 4 prompts came to rest only after recurrence 32" in limits.sentence
+    assert (found.outcome, found.verdict) == (Outcome.NOT_YET, "not by 32")
+    assert found.sentence.startswith("Not by recurrence 32, where the state still moved, but ")
+    assert said in found.sentence
+
+
 def test_rounding_of_a_coarse_type_is_its_own_finding() -> None:
     found = answers(looped_study(contracting(noise=0.02), floor=0.02, dtype="bfloat16"))
     assert found["fixed_point"].verdict == "to within rounding"
@@ -350,6 +364,12 @@ def test_trained_depth_outside_of_what_was_measured() -> None:
 def test_loss_against_recurrences(loss: object, verdict: str, outcome: Outcome) -> None:
     answer = answers(looped_study(contracting(), loss=loss))["loss"]  # type: ignore[arg-type]
     assert (answer.verdict, answer.outcome) == (verdict, outcome)
+
+
+def test_a_rise_after_the_lowest_loss_that_may_be_chance_is_no_level() -> None:
+    study = looped_study(contracting(), loss=lambda count: 3 + 0.5**count)
+    study.dataset["loss"][-1, 0] += 40  # in one prompt of 40
+    assert "It then rises to 3.96 after 16, which may be chance with 40 prompts." in answers(study)["loss"].sentence
 
 
 def test_parts_that_were_skipped_are_said_to_be_missing() -> None:

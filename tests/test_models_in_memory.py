@@ -139,6 +139,19 @@ def words() -> Tokenizer:
     return backend
 
 
+def test_a_beginning_that_a_text_spells_out_again_is_warned_of() -> None:
+    subject = loopscope.hook(loop(), tokenizer=words())
+    said = r"1 of 1 prompts begin with <s> twice"
+    with pytest.warns(UserWarning, match=said) as by_capture:
+        loopscope.capture(subject, "<s> the cat", recurrences=1)
+    with pytest.warns(UserWarning, match=said) as by_analyze:
+        loopscope.analyze(subject, ["<s> the cat"], **FAST)
+    assert {each.filename for each in (*by_capture, *by_analyze)} == {__file__}  # the caller's own line
+    notes = Notes()
+    loopscope.analyze(subject, ["<s> the cat"], progress=notes, **FAST)  # told once
+    assert sum("twice" in note for note in notes.said) == 1
+
+
 def test_tokenizers_of_other_packages_are_taken() -> None:
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words(), bos_token="<s>", pad_token="<unk>")

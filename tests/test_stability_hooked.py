@@ -114,6 +114,10 @@ def test_a_study_leaves_them_out_with_the_reason() -> None:
     study = loopscope.analyze(hooked(timed=1.0), IDS, **settings, progress=Notes())
     assert "predicted_rate" not in study.dataset
     assert any("each is a map of its own" in message for message in said)
+    assert "each is a map of its own" in study.manifest["left_out"]["predicted_rate"]
+    limits = loopscope.quick_answers(study)[-1]
+    assert "the loop itself" in limits.verdict
+    assert any("each is a map of its own" in limit for limit in limits.limits)
 
 
 def test_a_recurrence_that_leaves_the_first_ones_alone_is_found_where_the_run_stands() -> None:

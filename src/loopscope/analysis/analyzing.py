@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from loopscope._util.wording import plural
 from loopscope.analysis.folder import begun_batch_size
 from loopscope.analysis.generating import continued
-from loopscope.analysis.job import Job, Progress, shown
+from loopscope.analysis.job import Job, Progress, SilentProgress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.trajectories.states import check_dtype
@@ -28,6 +29,7 @@ from loopscope.models.native.subject import intervene
 from loopscope.models.subject import Subject, check_length
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
 from loopscope.prompts.prompt import Prompt, TokenizedPrompt, subsample
+from loopscope.prompts.tokenizer import doubled_beginnings, read_as_text
 from loopscope.prompts.tokens import cut_text, encode_prompts
 from loopscope.study import Study
 
@@ -122,6 +124,9 @@ def _analyze(
     if str(settings.system_prompt) == PADDING:
         loaded = pad_prompts(loaded, subject.tokenizer)
     tokenized = _tokenize(loaded, subject, settings)
+    if subject.tokenizer is not None and type(progress) is SilentProgress:  # which does not pass on the job's notes
+        for sentence in doubled_beginnings(subject.tokenizer, read_as_text(tokenized), len(tokenized)):
+            warnings.warn(sentence, stacklevel=4)
     if settings.generate is not None:
         tokenized = continued(subject, tokenized, settings.generate, chat=settings.chat, seed=settings.seed)
         written = sum(prompt.generated_tokens for prompt in tokenized)

@@ -125,6 +125,8 @@ def manifest(
     # Whose kernels reduce the attention maps that they know: they round otherwise than tiles.
     fused = {"triton": importlib.import_module("triton").__version__} if fuses(subject.device, info.dtype) else {}
     source = (*PROMPT_SOURCE, "truncate", "chat")
+    # Sentences that follow from the model, and places that change nothing.
+    beside = ("name", "placement", "loop_limits")
     free = (
         *source,
         "threads",
@@ -170,7 +172,7 @@ def manifest(
         COUNTS_FROM: 1,
         # All that the numbers depend on: a folder is resumed only if this is the same.
         "identity": {
-            "model": {name: value for name, value in info.to_dict().items() if name not in ("name", "placement")},
+            "model": {name: value for name, value in info.to_dict().items() if name not in beside},
             "settings": {name: value for name, value in plain.items() if name not in free},
             "prompts": {"count": len(prompts), "sha256": digest},
             "versions": {name: _version(name) for name in ("loopscope", "torch")} | fused,

@@ -53,6 +53,9 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
     maps, notes = choose_maps(info, lengths, settings)
     for message in notes:
         note(message)
+    no_eigenvalues = _no_eigenvalues(subject, settings)
+    if no_eigenvalues:
+        note(f"Eigenvalues are left out for {info.name}: {no_eigenvalues}.")
     return Plan(
         recurrences=settings.recurrences if info.is_looped else 0,
         horizon=settings.horizon,
@@ -68,7 +71,8 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         head_stable=settings.head_stable,
         support_every=settings.support_every,
         judged_layers=_judged_layers(info, settings),
-        eigenvalues=_eigenvalues(subject, settings, note),
+        eigenvalues=None if no_eigenvalues else _eigenvalues(info, settings),
+        no_eigenvalues=no_eigenvalues or "",
         maps=maps,
         stop_at_rest=_stop_at_rest(settings),
     )
@@ -141,23 +145,26 @@ def _judged_layers(info: SubjectInfo, settings: AnalyzeSettings) -> tuple[int, .
     return tuple(range(info.recurrent))
 
 
-def _eigenvalues(subject: Subject, settings: AnalyzeSettings, note: Note) -> EigenvalueSettings | None:
-    info = subject.info
-    if not info.is_looped or "stability" in settings.skip:
+def _no_eigenvalues(subject: Subject, settings: AnalyzeSettings) -> str | None:
+    """Why none are taken, where the settings ask for them and the model has a loop."""
+    if not subject.info.is_looped or "stability" in settings.skip:
         return None
     replaced = replaced_at(settings.interventions, 2 * settings.horizon + 1)
     reason = subject.no_eigenvalues if isinstance(subject, NativeSubject) else None
-    if isinstance(subject, HookedSubject) and not settings.hooked_eigenvalues:
-        reason = (
-            "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
-            "--hooked-eigenvalues"
-        )
-    elif isinstance(subject, HookedSubject) and (against := why_no_eigenvalues(subject)) is not None:
-        reason = against
-    elif reason is None and replaced is not None:
+    if isinstance(subject, HookedSubject):
+        reason = why_no_eigenvalues(subject)
+        if reason is None and not settings.hooked_eigenvalues:
+            reason = (
+                "a hooked model needs as many copies of a prompt as it has tokens for each product; ask for them with "
+                "--hooked-eigenvalues"
+            )
+    if reason is None and replaced is not None:
         reason = f"'{replaced}' makes the recurrence at which they are taken unlike all others"
-    if reason is not None:
-        note(f"Eigenvalues are left out for {info.name}: {reason}.")
+    return reason
+
+
+def _eigenvalues(info: SubjectInfo, settings: AnalyzeSettings) -> EigenvalueSettings | None:
+    if not info.is_looped or "stability" in settings.skip:
         return None
     return study_eigenvalues(
         settings.horizon,

@@ -26,14 +26,16 @@ from loopscope.answers.settling import (
     Settling,
     common_settling,
     horizon_settling,
+    late_prompts,
     noise_floor,
+    parted_prompts,
     prompt_settling,
     settling,
     settling_by_layer,
     step_ratio,
 )
 from loopscope.answers.token_kinds import token_kinds
-from loopscope.dynamics.verdicts import MOVING_CODES, SETTLED_CODES
+from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES
 from loopscope.study import StudyView, without_paths
 
 FIXED_POINT = Question(key="fixed_point", text="Does it reach a fixed point?", figure="horizon-drift")
@@ -53,6 +55,7 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
     kinds = prompt_settling(view, criterion)
     common = common_settling(view, criterion)
     alike = [_alike(kind, common) for kind in kinds]
+    parted = parted_prompts(view, criterion)
     undecided = 0 if common is None or not common.decided else sum(not kind.decided for kind in kinds)
     share = Share(sum(alike), view.prompts, undecided)
     chosen = np.flatnonzero(alike if common is not None else np.ones(len(kinds), dtype=bool))
@@ -78,10 +81,18 @@ def fixed_point_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = _sentence(common, view, criterion, share, evidence)
         low, high = share.interval
         evidence |= {"prompts": str(share), "share_low": low, "share_high": high}
-        if undecided:
+        if common is Settling.NOT_YET and late_prompts(view, criterion)[chosen].all():
+            verdict, sentence = f"not by {view.horizon}", _came_to_rest(view, share, evidence)
+        if common is Settling.CANNOT_TELL and 2 * parted.sum() > share.count:
+            outcome, verdict, claim = Outcome.PARTLY, "not every token", None
+            where = Share(int(parted.sum()), view.prompts)
+            sentence = f"Not every token: in {where}, {_tokens_of(view, parted)}. {_last_steps(view, evidence)}"
+        elif undecided:
             sentence += (
                 f" {undecided} of {len(kinds)} prompts {'is' if undecided == 1 else 'are'} undecided at this horizon."
             )
+            if parted.any():
+                sentence += f" In {parted.sum()} of these, {_tokens_of(view, parted)}."
         if undecided > (1 - criterion.prompts_needed) * len(kinds):
             verdict += "; some prompts undecided"
     if common is not None and common.settles and tokens < criterion.tokens_needed:
@@ -154,6 +165,40 @@ def _settled_tokens(view: StudyView, chosen: NDArray[np.int64], criterion: Crite
     return float(settled[present].mean()) if present.any() else math.nan
 
 
+def _tokens_of(view: StudyView, parted: NDArray[np.bool_]) -> str:
+    """What the tokens of these prompts do by their verdicts."""
+    codes = token_kinds(view.study)[parted]
+    total, settle, move = (
+        int(each.sum()) for each in (codes >= 0, np.isin(codes, SETTLED_CODES), np.isin(codes, MOVING_CODES))
+    )
+    kinds = listed([str(KINDS[code]) for code in MOVING_CODES if (codes == code).any()])
+    left = f", and {total - settle - move} are undecided" if total > settle + move else ""
+    return (
+        f"{settle} of {plural(total, 'token')} settle{'s' if settle == 1 else ''} and {move} "
+        f"keep{'s' if move == 1 else ''} moving ({kinds}){left}"
+    )
+
+
+def _last_steps(view: StudyView, evidence: Evidence) -> str:
+    first, second = view.horizon, view.second_horizon
+    drift, ratio = (percent(float(evidence[name])) for name in ("drift_between_horizons", "ratio_of_step_lengths"))
+    return (
+        f"Between {first} and {second} recurrences the state moves by {drift} of its norm; the step into recurrence "
+        f"{second} is {ratio} as long as that into {first}."
+    )
+
+
+def _came_to_rest(view: StudyView, share: Share, evidence: Evidence) -> str:
+    """Of a state that moved at the horizon, and whose step into twice that is as rounding makes it."""
+    step = float(evidence["relative_step_at_second_horizon"])
+    rest = f"at {view.second_horizon} its steps are rounding alone ({significant(step)} of its norm)"
+    if not step:
+        rest = f"it stands still at {view.second_horizon}"
+    return f"Not by recurrence {view.horizon}, where the state still moved, but {rest}, in {share}. " + _last_steps(
+        view, evidence
+    )
+
+
 def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Share, evidence: Evidence) -> str:
     first, second = view.horizon, view.second_horizon
     drift, step, floor, ratio, growth = (
@@ -186,8 +231,7 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
         case Settling.NOT_YET:
             return (
                 f"Not yet: the state still moves, but its steps shrink faster than 1/t, as they must to add up to a "
-                f"limit, in {share}. {between}; the step into recurrence {second} is {percent(ratio)} as long as that "
-                f"into {first}."
+                f"limit, in {share}. {_last_steps(view, evidence)}"
             )
         case Settling.CANNOT_TELL:
             if 2 * _contradicted(view, criterion).total() > share.count:
@@ -200,10 +244,7 @@ def _sentence(kind: Settling, view: StudyView, criterion: Criterion, share: Shar
                 how = "the state slows down, but not clearly faster than 1/t, as steps must to add up to a limit"
             else:
                 how = "what is left of the motion leads nowhere, and may be rounding that the model amplifies"
-            return (
-                f"Cannot tell at this horizon, in {share}: {how}. {between}; the step into recurrence {second} is "
-                f"{percent(ratio)} as long as that into {first}."
-            )
+            return f"Cannot tell at this horizon, in {share}: {how}. {_last_steps(view, evidence)}"
         case Settling.DIRECTION_ONLY:
             return (
                 f"Only in direction: the norm keeps growing, in {share}. Between {first} and {second} recurrences "

@@ -11,7 +11,7 @@ from loopscope._util.sinks import SINK_THRESHOLD, sink_by_chance
 from loopscope._util.statistics import median
 from loopscope._util.wording import listed, percent, plural, significant
 from loopscope.answers.answer import Answer, Criterion, Evidence, Outcome, Question, diverged_prompts, few_prompts
-from loopscope.answers.settling import noise_floor, prompt_settling
+from loopscope.answers.settling import late_prompts, noise_floor, parted_prompts, prompt_settling, slows_down
 from loopscope.study import StudyView
 
 LIMITS = Question(key="limits", text="What limits these answers?", figure="limits")
@@ -23,6 +23,7 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
     """Gather what the numbers cannot show, the gravest first, and the limits of the other answers."""
     found = [
         *_named("the interventions", _interventions(view)),
+        *_named("the loop itself", list(view.manifest["model"].get("loop_limits", ()))),
         *_named("generated tokens", _generated(view)),
         *_named("divergence", diverged_prompts(view)),
         *_horizon(view, criterion),
@@ -104,16 +105,23 @@ def _horizon(view: StudyView, criterion: Criterion) -> list[tuple[str, str]]:
     if not view.looped:
         return []
     found = []
-    unsettled = sum(not kind.decided for kind in prompt_settling(view, criterion))
+    left_open = np.array([not kind.decided for kind in prompt_settling(view, criterion)], dtype=bool)
+    left_open &= ~parted_prompts(view, criterion)
+    unsettled = int(left_open.sum())
     # A few among many may be scatter of the two steps that are compared.
     if unsettled > (1 - criterion.prompts_needed) * view.prompts:
-        found.append(
-            (
-                "the horizon",
-                f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
-                f"{view.second_horizon}; a longer horizon may decide.",
+        late = late_prompts(view, criterion)
+        said = f"{unsettled} of {view.prompts} prompts {'is' if unsettled == 1 else 'are'} undecided by recurrence "
+        said += f"{view.second_horizon}"
+        if late[left_open].all():
+            said = f"{unsettled} of {view.prompts} prompts came to rest only after recurrence {view.horizon}"
+            found.append(("the horizon", f"{said}; set the horizon higher."))
+        elif (slows_down(view, criterion) & left_open).any():
+            found.append(("the horizon", f"{said}; a longer horizon may decide."))
+        else:
+            found.append(
+                ("undecided prompts", f"{said}; no step shrinks, so that a longer horizon may decide no better.")
             )
-        )
     if view.recurrences > view.horizon:
         found.append(
             (

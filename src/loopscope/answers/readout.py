@@ -59,7 +59,9 @@ def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"Yes: from {first} to {lowest}."
         if enough < at[best]:
             sentence += f" After {enough} it is within {criterion.loss_tolerance:g} nats of that."
-        if best < len(at) - 1:
+        if decline.mean > criterion.loss_tolerance:
+            sentence += f" It then rises to {last}, which may be chance with {plural(loss.sizes['prompt'], 'prompt')}."
+        elif best < len(at) - 1:
             sentence += f" It then stays level: {last}."
     elif worsens:
         outcome, verdict = Outcome.NO, "no, it gets worse"

@@ -54,6 +54,8 @@ class Settling(StrEnum):
     @property
     def words(self) -> str:
         """For a reader; the value is what results files hold."""
+        if self is Settling.NOT_YET:
+            return "not yet: its steps shrink"  # by 2H they may be down to nothing
         return "at the noise floor" if self is Settling.AT_FLOOR else str(self)
 
 
@@ -107,8 +109,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     last = steps.sel(horizon="second", drop=True)
     growth = data["horizon_norm_growth"]
     movement = np.maximum(drift, steps.max("horizon", skipna=False))
-    # Without a measured floor, rounding of the state itself is what there is at least.
-    noise = noise_floor(data).fillna(_UNIT_ROUNDOFF.get(view.dtype, 0.0))
+    noise = _rounding(view)
     turned = np.arccos(data["horizon_drift_cosine"].clip(-1, 1))
     ratio = step_ratio(data)
 
@@ -116,7 +117,7 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
     # Errors that nothing pulls back add up like a random walk, to sqrt(H) times one of them, and no more than twice
     # that by chance; steps that lead on in one direction go farther.
     aimless = drift <= 2 * np.sqrt(view.horizon) * np.maximum(last, noise)
-    floor = (last <= criterion.floor_factor * noise) & aimless
+    floor = at_rest(view, criterion) & aimless
     norm_settled = abs(growth - 1) <= criterion.norm_growth_tolerance
     small = (movement <= criterion.drift_tolerance) & norm_settled
     outwards = turned * growth < growth - 1  # as shares of the norm at H: way around against way out
@@ -140,6 +141,22 @@ def settling(view: StudyView, criterion: Criterion) -> xarray.DataArray:
         default=_ORDER.index(Settling.NO_FIXED_POINT),
     )
     return xarray.DataArray(ranks, dims=("layer", "prompt"), coords={"layer": data["layer"]}, name="settling")
+
+
+def _rounding(view: StudyView) -> xarray.DataArray:
+    """The noise floor or, without a measured one, rounding of the state itself, which there is at least."""
+    return noise_floor(view.dataset).fillna(_UNIT_ROUNDOFF.get(view.dtype, 0.0))
+
+
+def at_rest(view: StudyView, criterion: Criterion) -> xarray.DataArray:
+    """Whether the step into 2H is as rounding alone makes it, (layer, prompt)."""
+    last = view.dataset["horizon_relative_step"].sel(horizon="second", drop=True).transpose("layer", "prompt")
+    return last <= criterion.floor_factor * _rounding(view)
+
+
+def slows_down(view: StudyView, criterion: Criterion) -> NDArray[np.bool_]:
+    """Whether the steps of every layer are shorter at 2H than at H, (prompt,)."""
+    return np.asarray(step_ratio(view.dataset).max("layer").values < criterion.slowing_ratio)
 
 
 def step_ratio(data: xarray.Dataset) -> xarray.DataArray:
@@ -189,6 +206,24 @@ def prompts_by_verdict(view: StudyView) -> tuple[NDArray[np.bool_], NDArray[np.b
     there = (codes >= 0).sum(-1)
     settle, move = (np.isin(codes, which).sum(-1) for which in (SETTLED_CODES, MOVING_CODES))
     return (settle == there) & (there > 0), move > _PARTED * there
+
+
+def late_prompts(view: StudyView, criterion: Criterion) -> NDArray[np.bool_]:
+    """Prompts that do not settle by the horizon, and whose step into twice that is as rounding makes it, (prompt,)."""
+    not_yet = np.array([kind is Settling.NOT_YET for kind in prompt_settling(view, criterion)], dtype=bool)
+    return np.asarray(not_yet & at_rest(view, criterion).all("layer").values)
+
+
+@lru_cache(maxsize=2)
+def parted_prompts(view: StudyView, criterion: Criterion) -> NDArray[np.bool_]:
+    """Prompts that the horizons leave open, since the steps are small and do not shrink, while the verdicts see some
+    tokens move: these make the steps, (prompt,)."""
+    left_open = np.array([kind is Settling.CANNOT_TELL for kind in horizon_settling(view, criterion)], dtype=bool)
+    if "verdict" not in view.dataset:
+        return np.zeros_like(left_open)
+    undecided = np.array([kind is Settling.CANNOT_TELL for kind in prompt_settling(view, criterion)], dtype=bool)
+    moves = np.isin(token_kinds(view.study), MOVING_CODES).any(-1)
+    return np.asarray(left_open & undecided & moves & ~slows_down(view, criterion))
 
 
 def common_settling(view: StudyView, criterion: Criterion) -> Settling | None:

@@ -137,6 +137,8 @@ class Plan:
     """How each token's eigenvalues are taken; None where they are not."""
     maps: MapChoice | None
     """Which attention maps are kept; None where none are."""
+    no_eigenvalues: str = ""
+    """Why none are taken, where neither the model's kind nor `skip` says it."""
     stop_at_rest: int = 0
     """Recurrences at rest beyond the horizon after which the run to the second one ends; 0 for never."""
 
@@ -320,6 +322,11 @@ class Declared:
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
         """Why a study of this model lacks it, beyond what `part` and `needs` say; None if it does not."""
         return None
+
+    @classmethod
+    def lacks(cls, name: str, plan: Plan) -> str:
+        """Why a study has no such variable although nothing forbids the whole."""
+        return cls.variables[name].otherwise or cls.otherwise
 
     @classmethod
     def dataset(cls, arrays: Mapping[str, np.ndarray | Tensor]) -> xr.Dataset:

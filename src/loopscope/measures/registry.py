@@ -102,8 +102,8 @@ def asked_for(batch: BatchInfo) -> Iterator[type[Measure]]:
 def absent_variables(found: set[str], info: SubjectInfo, plan: Plan) -> dict[str, str]:
     """What a study lacks of all that is declared, and why."""
     return {
-        name: why_absent(kind, info, plan) or about.otherwise or kind.otherwise
+        name: why_absent(kind, info, plan) or kind.lacks(name, plan)
         for kind in DECLARED
-        for name, about in kind.variables.items()
+        for name in kind.variables
         if name not in found
     }

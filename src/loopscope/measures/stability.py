@@ -19,7 +19,7 @@ from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import LEAST_WINDOW, WINDOWS
 from loopscope.dynamics.observed_rate import RateReason, observed_rate
 from loopscope.dynamics.prediction import PREDICTED_KINDS, PredictedKind, StabilityCriterion, damping_needed
-from loopscope.measures.base import BatchInfo, Measure, Needs, RunEnd, Variable, variable
+from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
 from loopscope.models.hooks.hooked import HookedSubject
 from loopscope.models.interventions.kinds import Intervention, ReplaceToken
@@ -126,7 +126,6 @@ _FLAGS = {
     "eigenvalue_exact": ("differences", "automatic differentiation"),
     "point_searched": ("the run stood there", "a search found it"),
 }
-_NO_EIGENVALUES = "eigenvalues were not taken (of a hooked model: --hooked-eigenvalues; of a loop on disk: never)"
 
 _ETAS = np.linspace(1 / 64, 1, 64)
 """Dampings under which an eigenvalue may lead. Between two of them no other corner of the hull gains more than 1e-3."""
@@ -166,11 +165,7 @@ class TokenStability(Measure):
 
     part = "stability"
     variables: ClassVar[dict[str, Variable]] = {
-        **{
-            name: variable(*about, flags=_FLAGS.get(name, ()), otherwise=_NO_EIGENVALUES)
-            for name, about in _EIGENVALUES.items()
-        },
-        **{name: variable(*about, flags=_FLAGS.get(name, ())) for name, about in _RATES.items()},
+        name: variable(*about, flags=_FLAGS.get(name, ())) for name, about in (_EIGENVALUES | _RATES).items()
     }
     needs = Needs(loop=True, long_run=True)
 
@@ -185,6 +180,10 @@ class TokenStability(Measure):
         self._lengths, self._sizes = (batch.unknown(2 * self._horizon, *batch.mask.shape, dtype=wide) for _ in range(2))
         self._steps = 0
         self._found: Stability | None = None
+
+    @classmethod
+    def lacks(cls, name: str, plan: Plan) -> str:
+        return plan.no_eigenvalues if name in _EIGENVALUES else super().lacks(name, plan)
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:

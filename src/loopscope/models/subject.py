@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ from loopscope._util.wording import layout_text
 from loopscope.errors import ConfigError, NonFiniteError, one_line
 from loopscope.models.architecture import Injection, LoopNorm, NormPlacement, StateInit
 from loopscope.models.visits import Observer
-from loopscope.prompts.tokenizer import TextTokenizer
+from loopscope.prompts.tokenizer import TextTokenizer, doubled_beginnings
 
 InputIds = Tensor | np.ndarray | Sequence[Any]
 """Token ids, (batch, token) or (token,), or lists of them, which may differ in length; or a text, or several."""
@@ -80,6 +81,8 @@ class SubjectInfo:
     injection_factors: tuple[float, float] | None = None
     """Mean and largest factor by which the injection alone shrinks a coordinate of the state in each recurrence, of a
     model whose weights say it (`bounded` and `diagonal`); Parcae's authors call the mean the contraction factor."""
+    loop_limits: tuple[str, ...] = ()
+    """In what the loop of a hooked model is not one map that is applied again and again, in sentences."""
     placement: str | None = None
     """Where the layers lie of a model that is not on one device."""
 
@@ -153,6 +156,9 @@ def batch_for(subject: Subject, given: InputIds, mask: Tensor | None = None) -> 
                 "tokenizer."
             )
         given = [subject.tokenizer.encode(text).ids for text in texts]
+        named = {str(index): ids for index, ids in enumerate(given)}
+        for sentence in doubled_beginnings(subject.tokenizer, named, len(given)):
+            warnings.warn(sentence, stacklevel=3)
     return as_batch(given, mask, subject.info)
 
 

@@ -405,7 +405,7 @@ def tokenizer_record(
             *tokenizer.notes,
             *_date(tokenizer, chat),
             *_spelled(spelled, len(prompts)),
-            *_doubled(tokenizer, prompts),
+            *doubled_beginnings(tokenizer, read_as_text(prompts), len(prompts)),
         ],
     }
 
@@ -423,21 +423,23 @@ def _date(tokenizer: TextTokenizer, chat: bool) -> list[str]:
     return ["The chat template can write the current date, so the tokens of a prompt may differ from day to day."]
 
 
-def _doubled(tokenizer: TextTokenizer, prompts: Sequence[TokenizedPrompt]) -> list[str]:
-    """Prompts that begin with a special token twice, as a chat that was pasted as text does."""
-    found = [
-        prompt
-        for prompt in prompts
-        if prompt.text is not None and len(prompt.token_ids) > 1 and prompt.token_ids[0] == prompt.token_ids[1]
-    ]
-    names = {prompt.id: tokenizer.backend.id_to_token(prompt.token_ids[0]) or "" for prompt in found}
-    twice = [prompt for prompt in found if tokenizer.special_in(names[prompt.id])]
+def read_as_text(prompts: Sequence[TokenizedPrompt]) -> dict[str, Sequence[int]]:
+    """The tokens of those that were texts."""
+    return {prompt.id: prompt.token_ids for prompt in prompts if prompt.text is not None}
+
+
+def doubled_beginnings(tokenizer: TextTokenizer, prompts: Mapping[str, Sequence[int]], count: int) -> list[str]:
+    """Which of `count` prompts begin with a special token twice, as a chat that was pasted as text does, in a sentence
+    if there are any; `prompts` are the tokens of texts by their names."""
+    found = {name: ids[0] for name, ids in prompts.items() if len(ids) > 1 and ids[0] == ids[1]}
+    tokens = {name: tokenizer.backend.id_to_token(first) or "" for name, first in found.items()}
+    twice = [name for name, token in tokens.items() if tokenizer.special_in(token)]
     if not twice:
         return []
     return [
-        f"{len(twice)} of {len(prompts)} prompts begin with {names[twice[0].id]} twice, as their text spells out what "
-        "is put before it anyway: no model has seen that in training, and what it does with its first token changes; "
-        f"take it out of the text. The first is {twice[0].id!r}."
+        f"{len(twice)} of {count} prompts begin with {tokens[twice[0]]} twice, as their text spells out what is put "
+        "before it anyway: no model has seen that in training, and what it does with its first token changes; take it "
+        f"out of the text. The first is {twice[0]!r}."
     ]
 
 

@@ -21,7 +21,7 @@ from loopscope.models.hooks.pausing import ForwardContext, Setting, devices_of
 from loopscope.models.hooks.probe import Facts, Padding, measure_facts, measure_padding
 from loopscope.models.hooks.run import HookedRun
 from loopscope.models.hooks.trial import ProbeTokens, check_setting, check_weights, positions_of, probe_of, trial
-from loopscope.models.hooks.unobservable import PREFIX, no_one_map, no_padding, unobservable
+from loopscope.models.hooks.unobservable import PREFIX, loop_limits, no_one_map, no_padding, unobservable
 from loopscope.models.hooks.wrappers import placement_of, weights_of
 from loopscope.models.subject import Batch, CallableSubject, PrefixReading, SubjectInfo, check_length, weights_digest
 from loopscope.models.visits import Observer
@@ -299,4 +299,5 @@ class HookedSubject(CallableSubject):
             only_tokens=facts.only_tokens,
             sink_heads=facts.sink_heads,
             prefix=self._prefix,
+            loop_limits=tuple(loop_limits(facts)) if self.layout.recurrent else (),
         )

@@ -116,6 +116,12 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
             f"Other numbers of recurrences than {facts.recurrences}: set_recurrences was not given, "
             "so there is no horizon."
         )
+    return [*found, *loop_limits(facts), *OF_ALL_LOOPS]
+
+
+def loop_limits(facts: Facts) -> list[str]:
+    """In what the loop is not one map that is applied again and again, which limits what a study of it means."""
+    found = []
     if facts.keeps:
         found.append(
             "Halting: of some tokens the model keeps the state from before a recurrence and throws away what its "
@@ -131,7 +137,7 @@ def _of_the_loop(facts: Facts, settable: bool) -> list[str]:
             "Convergence: the loop knows how often it will run, so that runs of different numbers of recurrences are "
             "different computations, and none stands in for another's fixed point."
         )
-    return [*found, *OF_ALL_LOOPS]
+    return found
 
 
 def _of_attention(layout: HookLayout, facts: Facts) -> list[str]:
