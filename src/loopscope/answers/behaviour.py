@@ -28,12 +28,7 @@ BEHAVIOUR = Question(
     key="behaviour",
     text="What do the tokens do in the long run?",
     figure="behaviour-shares",
-    needs=(
-        measured(
-            "verdict",
-            "No token's limit was judged: the part was skipped, the horizon is too short, or the study is older.",
-        ),
-    ),
+    needs=(measured("verdict", "No token's limit was judged"),),
 )
 _TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories do in the long run?")
 _PLURALS = {
