@@ -18,7 +18,7 @@ from loopscope import AnalyzeSettings, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.memory import kept_bytes
 from loopscope.analysis.passes import steps_of
-from loopscope.analysis.settings import HorizonMethod, Part, left_out
+from loopscope.analysis.settings import HorizonMethod, Part, without_left_out
 from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.dynamics.verdicts import VERDICT_NUMBERS
 from loopscope.measures.base import Plan
@@ -71,9 +71,8 @@ class Counting:
 
 
 def dataset_of(model: NativeSubject, prompts: list[list[int]] = PROMPTS, **changes: Any) -> xarray.Dataset:
-    chosen = {**vars(SETTINGS), **changes}
-    asked = {name: value for name, value in chosen.items() if name not in left_out(chosen)}
-    return analyze(model, prompts, settings=AnalyzeSettings(**asked)).dataset
+    asked = AnalyzeSettings(**without_left_out({**vars(SETTINGS), **changes}))
+    return analyze(model, prompts, settings=asked).dataset
 
 
 def steady(data: xarray.Dataset) -> xarray.Dataset:

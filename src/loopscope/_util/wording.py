@@ -25,6 +25,8 @@ def percent(fraction: float) -> str:
     0.001 % or closer to 100 % is said to be so."""
     if not math.isfinite(fraction):
         return f"{fraction} %"
+    if abs(fraction - 1) < 1e-12:
+        fraction = 1.0  # but for the rounding of what was computed
     if 0 < abs(fraction) < 1e-5:
         return "less than 0.001 %"
     if 1 - 1e-5 < fraction < 1:

@@ -70,6 +70,11 @@ def left_out(options: Mapping[str, Any]) -> dict[str, Part]:
     }
 
 
+def without_left_out(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, but for those that `left_out` finds."""
+    return {name: value for name, value in options.items() if name not in left_out(options)}
+
+
 def parts_except(*kept: Part) -> tuple[Part, ...]:
     """All parts of an analysis but those: what to skip."""
     return tuple(part for part in get_args(Part) if part not in kept)
@@ -282,10 +287,8 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
                         "preset, or leave the option out."
                     )
         more = tuple(part for part in changes.get("skip", ()) if part not in skip)
-        options = {**chosen, "skip": skip + more}
-        for option in left_out(options):
-            del options[option]
-        return cls(**{**options, **changes, "skip": skip + more})
+        chosen = without_left_out({**chosen, "skip": skip + more})
+        return cls(**{**chosen, **changes, "skip": skip + more})
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:

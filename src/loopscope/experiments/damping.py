@@ -16,7 +16,7 @@ from loopscope._util.statistics import finite_or_none
 from loopscope._util.wording import listed, plural, significant
 from loopscope.analysis.job import Job, Progress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
-from loopscope.analysis.settings import AnalyzeSettings, left_out
+from loopscope.analysis.settings import AnalyzeSettings, without_left_out
 from loopscope.answers.predictions import token_eigenvalues, untaken_tokens
 from loopscope.dynamics.prediction import KNOWN_CODES, best_damping, damped, damping_needed, spectral_radius
 from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES, Kind
@@ -252,8 +252,7 @@ def _settings(study: Study, eta: float, horizon: int | None) -> AnalyzeSettings:
         value = study.manifest["prompts"].get(name)
         if value and name not in ("text", "limit", "sample_seed"):
             changes[name] = Path(value) if name == "system_prompt" else value
-    for option in left_out(changes):  # which older versions took
-        del changes[option]
+    changes = without_left_out(changes)  # which older versions took
     if horizon is not None:
         changes["horizon"] = horizon
     before = AnalyzeSettings(intervene=tuple(recorded.get("intervene", ()))).interventions
