@@ -304,7 +304,12 @@ def test_weights_that_break_the_first_pass_are_the_models_fault_and_named() -> N
 def plateau(model: NativeSubject) -> tuple[float, float]:
     """Relative step at the second horizon, where a contraction only rounds, and the estimated floor: means."""
     found = dataset_of(
-        model, recurrences=4, horizon=64, skip=("readout", "cycle-similarity", "trajectories", "behaviour", "stability")
+        model,
+        recurrences=4,
+        horizon=64,
+        skip=("readout", "trajectories", "behaviour", "stability"),
+        track=(),
+        components=3,
     )
     return float(found["horizon_relative_step"].sel(horizon="second").mean()), float(found["noise_floor"].mean())
 
@@ -385,6 +390,10 @@ def test_a_limit_counts_for_lists_of_token_ids_too() -> None:
         ([[1]], {"recurrences": 0}, ConfigError, "--recurrences must be at least 1"),
         ([[1]], {"readout": (0,)}, ConfigError, "--readout"),
         ([[1]], {"track": ("first",)}, ConfigError, "PROMPT:TOKEN"),
+        ([[1]], {"skip": "heads"}, ConfigError, "--skip takes several values"),
+        ([[1]], {"out": 5}, ConfigError, "out takes a path, got 5"),
+        (5, {}, ConfigError, "prompts takes .*, got 5"),
+        ([1.5], {}, PromptError, "Prompt 0 is not a list"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(

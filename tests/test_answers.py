@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -211,6 +212,9 @@ def test_slow_contraction_is_not_there_yet() -> None:
     assert found["points"].outcome is Outcome.CANNOT_TELL
     assert found["arrival"].outcome is Outcome.NOT_APPLICABLE
     assert found["limits"].verdict == "the horizon"
+    few = answers(looped_study(contracting(rate=0.96), prompts=1, trained=20))["limits"]
+    assert few.verdict == "the horizon and the number of prompts"
+    assert few.sentence == f"{few.limits[0]} {few.limits[2]}"
     # The runs from two initial states approach each other, but have not met.
     assert found["initial_state"].verdict == "not yet"
 
@@ -372,6 +376,16 @@ def test_a_rise_after_the_lowest_loss_that_may_be_chance_is_no_level() -> None:
     assert "It then rises to 3.96 after 16, which may be chance with 40 prompts." in answers(study)["loss"].sentence
 
 
+def test_a_loss_that_may_differ_by_chance_is_told_once() -> None:
+    study = looped_study(contracting(), prompts=2, loss=lambda count: 3 - 0.1 * np.log2(count))
+    counts = study.dataset["readout_recurrence"].values
+    study.dataset["loss"].transpose("readout_recurrence", "prompt").values[:, 0] += 0.1 * np.log2(counts)
+    answer = answers(study)["loss"]
+    assert re.search(
+        r"2 prompts, the difference between \S+ nats after 1 recurrence and \S+ after 16 may be chance", answer.sentence
+    )
+
+
 def test_parts_that_were_skipped_are_said_to_be_missing() -> None:
     study = looped_study(contracting())
     parts = ["path_distance", "path_cosine_distance", "loss", "noise_floor", "cycle_similarity", "trajectory"]
@@ -473,7 +487,18 @@ def test_paired_differences_are_covered_by_their_interval(prompts: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0 %"), (1e-9, "less than 0.001 %"), (0.0123, "1.2 %"), (0.5, "50 %"), (1.0, "100 %"), (3.456, "346 %")],
+    [
+        (0.0, "0 %"),
+        (1e-9, "less than 0.001 %"),
+        (0.0123, "1.2 %"),
+        (0.5, "50 %"),
+        (1.0, "100 %"),
+        (3.456, "346 %"),
+        (0.996, "99.6 %"),
+        (250 / 251, "99.6 %"),
+        (0.9999, "99.99 %"),
+        (1 - 1e-9, "more than 99.999 %"),
+    ],
 )
 def test_percent(value: float, text: str) -> None:
     assert percent(value) == text

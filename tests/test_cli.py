@@ -19,9 +19,10 @@ import loopscope
 from loopscope import AnalyzeSettings, Study
 from loopscope.analysis.settings import Preset
 from loopscope.cli import console, main
-from loopscope.cli.commands import COMMANDS, Analyze, Models, Train
+from loopscope.cli.commands import COMMANDS, Analyze, Compare, Models, Train
 from loopscope.cli.control import ControlTokens
 from loopscope.cli.experiment import PhaseDiagram
+from loopscope.cli.parsing import parse
 from loopscope.errors import ConfigError
 from loopscope.models.checkpoints import FAMILIES
 from loopscope.models.checkpoints.find import demo_names
@@ -107,6 +108,8 @@ def write(path: Path, content: str) -> Path:
         ("a.txt", "one", ("--threads", "0"), "--threads must be at least 1"),
         ("a.txt", "one", ("--device", "toaster"), "device 'toaster' cannot be used.*--device cpu"),
         ("a.txt", "one", ("--text", "two"), "both were given"),
+        ("a.txt", "one", ("--skip", "readout", "--answer", "5"), "--answer is about readout, which --skip leaves out"),
+        ("a.txt", "one", ("--answer", ""), "--answer takes texts, of which none may be empty"),
         ("a.txt", "one", ("--system-prompt", "nowhere.txt"), "nowhere.txt does not exist"),
     ],
 )
@@ -299,16 +302,38 @@ def test_an_option_wins_over_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (full.hooked_eigenvalues, full.map_limit, full.map_tokens, full.skip) == (False, 2, 256, ("heads",))
     less = settings_by(monkeypatch, "--preset", "quick", "--skip", "readout", "maps")
     assert less.skip == (*quick.skip, "readout")
+    # What the preset says of a part that is left out is no contradiction.
+    assert settings_by(monkeypatch, "--preset", "full", "--skip", "maps").map_tokens == 64
+    assert settings_by(monkeypatch, "--preset", "quick", "--skip", "behaviour").judged_layers == "all"
 
 
+def test_a_list_may_be_given_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    skips = ("--skip", "heads", "maps", "--text=two", "--limit", "2", "--skip=readout", "--text", "three")
+    found = settings_by(monkeypatch, *skips)
+    assert (found.text, found.skip, found.limit) == (("one", "two", "three"), ("heads", "maps", "readout"), 2)
+    command = parse(COMMANDS, ["analyze", "--text=one", "demo:injected", "--text=two"])
+    assert isinstance(command, Analyze)
+    assert (command.model, command.prompt.text) == ("demo:injected", ("one", "two"))
+
+
+def test_a_home_that_no_shell_has_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    command = parse(COMMANDS, ["compare", "a", "~/b", "--out=~/both"])
+    assert isinstance(command, Compare)
+    assert (command.studies, command.out) == ((Path("a"), Path("/home/ann/b")), Path("/home/ann/both"))
+
+
+@pytest.mark.parametrize(
+    ("option", "part"), [("--eigenvalue-products", "stability"), ("--other-starts", "path-independence")]
+)
 def test_an_option_of_what_a_preset_leaves_out_is_refused(
-    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], good: Path, tmp_path: Path, option: str, part: str
 ) -> None:
-    options = ("--preset", "quick", "--eigenvalue-products", "40")
+    options = ("--preset", "quick", option, "40")
     sentence = refused(capsys, "analyze", good, "--text", "one", *SHORT, "--out", tmp_path / "study", *options)
     assert sentence == (
-        "loopscope: --eigenvalue-products is about stability, which --preset quick leaves out; give another preset, or "
-        "leave the option out."
+        f"loopscope: {option} is about {part}, which --preset quick leaves out; give another preset, or leave the "
+        "option out."
     )
 
 

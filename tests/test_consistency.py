@@ -83,7 +83,7 @@ class SlowSlider(nn.Module):
 def slow_slider() -> Study:
     hooked = loopscope.hook(SlowSlider(), recurrent="body", set_recurrences="loops")
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8]]
-    skip = ("readout", "heads", "maps", "stages", "similarity")
+    skip = ("readout", "heads", "maps", "stages", "cycle-similarity")
     return loopscope.analyze(
         hooked, prompts, recurrences=16, horizon=128, exit_recurrences=0, track=(), skip=skip, judged_layers="last"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from loopscope import AnalyzeSettings, Study, analyze, control
 from loopscope.dynamics.verdicts import KINDS, Kind
 from loopscope.errors import ConfigError, StudyError
+from loopscope.experiments.damping import Control
 from loopscope.models.interventions.kinds import Damp
 from loopscope.models.interventions.parsing import parse_interventions
 from loopscope.models.native.subject import NativeSubject
@@ -83,7 +85,7 @@ def test_what_no_damping_helps_is_said() -> None:
     ("changes", "model", "error", "said"),
     [
         ({}, relaxation(0.5), StudyError, "nothing to damp"),
-        ({"skip": (*SETTINGS.skip, "behaviour")}, relaxation(0.5), StudyError, "no verdicts"),
+        ({"skip": (*SETTINGS.skip, "behaviour"), "judged_layers": "all"}, relaxation(0.5), StudyError, "no verdicts"),
         ({"skip": (*SETTINGS.skip, "stability")}, turning(), StudyError, "no eigenvalues"),
     ],
 )
@@ -92,6 +94,34 @@ def test_a_study_that_cannot_be_controlled_is_refused(
 ) -> None:
     with pytest.raises(error, match=said):
         control(analyze(model, PROMPTS[:2], settings=SETTINGS, **changes), model=model)
+
+
+def test_undecided_tokens_are_counted(orbits: Study) -> None:
+    unknown, turns = Kind.UNKNOWN.code, Kind.ORBIT.code
+    codes = orbits.dataset["verdict"]
+    left_open = orbits.dataset.assign(verdict=codes.where(codes < 0, unknown).astype(codes.dtype))
+    with pytest.raises(StudyError, match=r"nothing to damp; 24 of 24 tokens are undecided, and a longer horizon may"):
+        control(dataclasses.replace(orbits, dataset=left_open), model=turning())
+    transitions = np.zeros((len(KINDS), len(KINDS)), dtype=np.int64)
+    transitions[turns, SETTLED[0]], transitions[unknown, unknown] = 1, 2
+    found = Control(
+        eta=0.5,
+        asked_by="the user",
+        prompts=(0,),
+        known=3,
+        predicted_radius=0.9,
+        transitions=transitions,
+        observed_rate=float("nan"),
+        before=orbits,
+        after=orbits,
+    )
+    assert found.sentences() == [
+        "1 prompt with 1 token that did not settle was run again with the step 0.500, which the user asked for.",
+        "Of the 3 tokens whose fixed point is known, the damped eigenvalues reach 0.900 at most.",
+        "Of the 1 token that did not settle, 1 does now.",
+        "Orbit before: now 1 fixed point.",
+        "Unknown before: now 2 unknown.",
+    ]
 
 
 def test_another_model_is_refused(orbits: Study) -> None:

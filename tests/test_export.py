@@ -88,6 +88,9 @@ def test_a_folder_for_the_hub(study: Study, tmp_path: Path) -> None:
     assert list(read["studies"]["recurrences"]) == [16, 0]
     assert len(read["tokens"].query("study == 'both'")) == len(study.to_pandas()["tokens"])
     assert (out / "manifests" / "plain" / "manifest.json").is_file()
+    (tmp_path / "README.md").write_text("# Mine")
+    with pytest.raises(StudyError, match="choose another folder"):
+        loopscope.write_export([study], tmp_path, to="hub-folder")
 
 
 def test_studies_need_names_of_their_own(study: Study, tmp_path: Path) -> None:

@@ -208,3 +208,9 @@ def test_the_dtype_that_weights_are_stored_in(stored: list[torch.dtype], name: s
 def test_a_dtype_that_is_none() -> None:
     with pytest.raises(ConfigError, match=r"dtype must be auto, stored or one of float32, .* got 'int8'"):
         loopscope.load("demo:injected", dtype="int8")
+
+
+@pytest.mark.parametrize("take", [loopscope.load, lambda model: loopscope.analyze(model, [[1]])])
+def test_what_is_no_model_is_refused(take: Any) -> None:
+    with pytest.raises(ConfigError, match="got None"):
+        take(None)

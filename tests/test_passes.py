@@ -18,7 +18,7 @@ from loopscope import AnalyzeSettings, analyze
 from loopscope._util.estimate import Phase
 from loopscope.analysis.memory import kept_bytes
 from loopscope.analysis.passes import steps_of
-from loopscope.analysis.settings import HorizonMethod, Part
+from loopscope.analysis.settings import HorizonMethod, Part, without_left_out
 from loopscope.dynamics.eigenvalues.leading import SEARCH_STEPS
 from loopscope.dynamics.verdicts import VERDICT_NUMBERS
 from loopscope.measures.base import Plan
@@ -71,7 +71,8 @@ class Counting:
 
 
 def dataset_of(model: NativeSubject, prompts: list[list[int]] = PROMPTS, **changes: Any) -> xarray.Dataset:
-    return analyze(model, prompts, settings=SETTINGS, **changes).dataset
+    asked = AnalyzeSettings(**without_left_out({**vars(SETTINGS), **changes}))
+    return analyze(model, prompts, settings=asked).dataset
 
 
 def steady(data: xarray.Dataset) -> xarray.Dataset:

@@ -1,7 +1,8 @@
 """Ranges that settings declare beside their fields."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 import pytest
 
@@ -20,6 +21,10 @@ class Settings:
     limit: Annotated[float, Range(0, infinite=True)] = 0.0
     shift: Annotated[float, Range()] = 0.0
     some: Annotated[float, Range(above=2, most=3)] = 3.0
+    how: Count | Literal["auto", "none"] = "auto"
+    where: Path | None = None
+    whether: bool = False
+    words: tuple[Literal["one", "two"], ...] = ()
 
     def __post_init__(self) -> None:
         check_ranges(self, "--")
@@ -29,6 +34,7 @@ class Settings:
     "fields",
     [
         {"free": -5, "steps_taken": 7, "most_steps": 1, "at": (0, 3)},
+        {"how": 3, "where": "a/path", "whether": True, "words": ["one"], "scale": 2},
         {"scale": 1e-300, "share": 0.999, "limit": float("inf"), "shift": -4.0, "some": 2.1},
     ],
 )
@@ -51,9 +57,22 @@ def test_what_is_within_its_range_is_taken(fields: dict[str, Any]) -> None:
         ({"shift": float("inf")}, "--shift must be a finite number, got inf."),
         ({"some": 2.0}, "--some must be above 2, got 2.0."),
         ({"some": 3.5}, "--some must be at most 3, got 3.5."),
+        ({"steps_taken": "4"}, "--steps-taken takes a whole number, got '4'."),
+        ({"most_steps": 4.0}, "--most-steps takes a whole number, got 4.0."),
+        ({"free": True}, "--free takes a whole number, got True."),
+        ({"scale": "much"}, "--scale takes a number, got 'much'."),
+        ({"how": "often"}, "--how takes a whole number, auto or none, got 'often'."),
+        ({"where": 5}, "--where takes a path, got 5."),
+        ({"whether": 1}, "--whether takes True or False, got 1."),
+        ({"words": "one"}, "--words takes several values, in a tuple or a list, got 'one'."),
+        ({"words": ["one", "six"]}, "--words takes one or two, got 'six'."),
     ],
 )
 def test_what_is_outside_is_named_with_its_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Settings(**fields)
     assert str(caught.value) == message
+
+
+def test_a_list_is_the_tuple_that_it_stands_for() -> None:
+    assert Settings(at=cast(Any, [0, 3])) == Settings(at=(0, 3))

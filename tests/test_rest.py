@@ -26,7 +26,9 @@ from small_models import INJECTED, PROMPTS, hooked_native, linear_loop, relaxati
 SETTINGS = AnalyzeSettings(
     recurrences=6, horizon=40, stop_at_rest=16, skip=("maps", "neurons", "cycle-similarity"), eigenvalue_products=6
 )
-ENDS = dataclasses.replace(SETTINGS, horizon=32, skip=parts_except("twin", "noise-floor", "behaviour"))
+ENDS = AnalyzeSettings(
+    recurrences=6, horizon=32, stop_at_rest=16, skip=parts_except("twin", "noise-floor", "behaviour")
+)
 """Of the end of the run alone."""
 LATE = ("horizon_", "point_", "eigenvalue", "twin_", "verdict", "noise_floor", "displacement", "tail_path", "mover")
 """Begin the names of variables of the end of the run; distances to X[2H] are others."""

@@ -127,10 +127,12 @@ def test_one_token_stands_where_two_stand() -> None:
 
 @pytest.mark.parametrize("skip", ["stability", "behaviour"])
 def test_skipped_parts_are_not_measured(skip: str, tmp_path: Path) -> None:
-    study = study_of(relaxation(0.6), skip=(*SETTINGS.skip, skip))
+    study = study_of(relaxation(0.6), skip=(*SETTINGS.skip, skip), judged_layers="all")
     answer, figures = answer_of(study), page_of(study, tmp_path).figures
     if skip == "stability":
         assert answer.outcome is Outcome.NOT_APPLICABLE
+        told = "No eigenvalues were taken: the analysis was told to leave it out (--skip stability)."
+        assert answer.sentence == told
         assert not [name for name in figures if name.startswith("stability")]
         with pytest.raises(StudyError, match="no eigenvalues"):
             rate_pairs(study.dataset)

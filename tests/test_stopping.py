@@ -139,8 +139,9 @@ def test_thresholds_are_the_cheapest_within_tolerance_of_a_grid() -> None:
 
 def test_a_rule_survives_its_file(tmp_path: Path) -> None:
     study = looped_study(contracting())
-    found = calibrate_exit(study, "step | kl", loss=1.0, changed=0.9, patience=2).save(tmp_path / "rule.json")
+    found = calibrate_exit(study, "step | kl", loss=1.0, changed=0.3, patience=2).save(tmp_path / "rule.json")
     again = CalibratedRule.load(tmp_path / "rule.json")
+    assert again.tolerance == {"loss": 1.0, "changed": 0.3}
     # What is shown is what was judged.
     assert StoppingRule.parse(str(again.rule).split(" (")[0], patience=2) == again.rule
     assert again == dataclasses.replace(found, prompts=dict(found.prompts))
@@ -171,6 +172,8 @@ def test_what_cannot_be_chosen_says_why() -> None:
         calibrate_exit(study, "margin >= 1000")
     with pytest.raises(ConfigError, match="can stop no token before the last"):
         calibrate_exit(study, "step", patience=1000)
+    with pytest.raises(ConfigError, match="with least 99 can stop no token before the last of 4 recurrences"):
+        rules_of_one_signal(study, least=99)
     with pytest.raises(ConfigError, match="a text or a StoppingRule, got 3"):
         calibrate_exit(study, cast("Any", 3))
     with pytest.raises(StudyError, match="lacks token_exit_cumulated"):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 import xarray
@@ -18,7 +18,7 @@ from document_variables import documented
 from loopscope import AnalyzeSettings, Study, analyze
 from loopscope.analysis.settings import Part
 from loopscope.answers.quick import quick_answers
-from loopscope.errors import StudyError
+from loopscope.errors import ConfigError, StudyError
 from loopscope.measures.convergence import TOKEN_NAMES
 from loopscope.measures.heads import HEAD_NAMES
 from loopscope.measures.readout import TOKEN_READOUTS
@@ -309,6 +309,8 @@ def test_a_folder_that_is_missing_and_one_that_is_a_file_are_refused(tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(StudyError):
         Study.load(tmp_path / "file")
+    with pytest.raises(ConfigError, match="folder takes a path, got None"):
+        Study.load(cast(Any, None))
 
 
 def test_an_injected_and_an_uninjected_study_can_be_told_apart_by_their_manifests() -> None:

@@ -20,6 +20,7 @@ from loopscope._util.files import write_atomically
 from loopscope._util.frames import study_frames
 from loopscope._util.netcdf import netcdf, read_arrays
 from loopscope._util.old_counts import COUNTS_FROM, arrays_from_one, manifest_from_one
+from loopscope._util.ranges import check_type
 from loopscope._util.reading import parse_json, read_json, read_text, sha256_of
 from loopscope._util.sites import STAGES, Site, Stage
 from loopscope._util.study_shape import check_files, check_manifest, check_tokens
@@ -75,6 +76,7 @@ class Study:
 
         Raises `StudyError` for a folder that holds none, an unfinished one, or damaged files.
         """
+        check_type("folder", folder, Path)
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest.get("kind") == "verdicts":

@@ -21,12 +21,20 @@ def significant(value: float, digits: int = 2) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction as percent to two significant digits; what is below 0.001 % is said to be so."""
+    """A fraction as percent to two significant digits, or as many as it takes to tell a share from all; what is below
+    0.001 % or closer to 100 % is said to be so."""
     if not math.isfinite(fraction):
         return f"{fraction} %"
+    if abs(fraction - 1) < 1e-12:
+        fraction = 1.0  # but for the rounding of what was computed
     if 0 < abs(fraction) < 1e-5:
         return "less than 0.001 %"
-    return f"{significant(100 * fraction)} %"
+    if 1 - 1e-5 < fraction < 1:
+        return "more than 99.999 %"
+    digits = 2
+    while fraction < 1 and float(significant(100 * fraction, digits)) >= 100:
+        digits += 1
+    return f"{significant(100 * fraction, digits)} %"
 
 
 def p_value_text(p_value: float) -> str:
@@ -60,9 +68,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str], last: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}" if words else ""
 
 
 def layout_text(prelude: int, recurrent: int, coda: int, recurrences: int | str | None = "R") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from loopscope._util.ranges import check_type
 from loopscope._util.wording import plural
 from loopscope.analysis.folder import begun_batch_size
 from loopscope.analysis.generating import continued
@@ -24,7 +25,7 @@ from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.trajectories.states import check_dtype
 from loopscope.errors import ConfigError, PromptError, last_resort
 from loopscope.models.interventions.parsing import check_recurrences, check_tokens, parse_interventions
-from loopscope.models.loading import subject_of
+from loopscope.models.loading import check_model, subject_of
 from loopscope.models.native.subject import intervene
 from loopscope.models.subject import Subject, check_length
 from loopscope.prompts.load import PADDING, load_prompts, pad_prompts
@@ -83,6 +84,10 @@ def analyze(
     Raises a `LoopscopeError` for input that cannot be used; what was written before is kept.
     """
     prompts = _without_tensors(prompts)
+    if not (prompts is None or isinstance(prompts, Path | Collection)):
+        raise ConfigError(f"prompts takes a file, a preset's name, texts or lists of token ids, got {prompts!r}.")
+    check_type("out", out, Path | None)
+    check_model(model)
     _check_names(changes)
     if "intervene" in changes:
         changes["intervene"] = tuple(str(each) for each in parse_interventions(changes["intervene"]))
@@ -217,7 +222,11 @@ def _tokenize(prompts: Sequence[Prompt], subject: Subject, settings: AnalyzeSett
 
 
 def _from_ids(index: int, prompt: Any) -> Prompt:
-    if isinstance(prompt, str) or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in prompt):
+    if (
+        isinstance(prompt, str)
+        or not isinstance(prompt, Collection)
+        or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in prompt)
+    ):
         raise PromptError(f"Prompt {index} is not a list of whole numbers; give only texts, or only lists of ids.")
     if not prompt:
         raise PromptError(f"Prompt {index} is empty; leave it out.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ import torch
 from loopscope.analysis.engine.cpus import cpu_count
 from loopscope.analysis.passes import planned_batch
 from loopscope.analysis.plan import choose
-from loopscope.analysis.settings import AnalyzeSettings, Part
+from loopscope.analysis.settings import AnalyzeSettings, Part, without_left_out
 from loopscope.errors import ConfigError
 from loopscope.measures.base import BatchInfo, Measure, Plan
 from loopscope.measures.horizon import Horizons
@@ -141,7 +140,7 @@ class MemoryPlan:
         }
         for option, change in changes.items():
             try:
-                changed = dataclasses.replace(settings, **change)
+                changed = AnalyzeSettings(**without_left_out({**vars(settings), **change}))
                 plan = choose(self._subject, lengths, changed, lambda message: None)
             except ConfigError:  # that setting would not do
                 continue

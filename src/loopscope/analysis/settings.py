@@ -6,7 +6,9 @@ its help text.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -41,17 +43,36 @@ Preset = Literal["quick", "standard", "full"]
 _LEAST_REST = 16
 """Recurrences: what the methods judge at the least."""
 _OPTIONS: dict[Part, tuple[str, ...]] = {
+    "path-independence": ("other_starts",),
     "cycle-similarity": ("cycle_recurrences",),
     "trajectories": ("track", "components"),
     "readout": ("readout", "answer", "exit_recurrences"),
     "heads": ("head_stable",),
-    "support": ("support_every",),
+    "support": ("support_every", "cycle_recurrences"),
     "behaviour": ("judged_layers",),
     "stability": ("eigenvalue_products", "eigenvalue_every", "eigenvalue_search", "hooked_eigenvalues"),
     "maps": ("map_prompts", "map_recurrences", "map_tokens", "map_limit"),
     "neurons": ("neuron_limit",),
 }
-"""Settings that mean nothing where a part is left out."""
+"""Settings that mean nothing where a part is left out, or where all are that have them."""
+
+
+def left_out(options: Mapping[str, Any]) -> dict[str, Part]:
+    """Of settings by name, those that mean nothing beside `skip`, each with its part: not what they are by default, nor
+    none or 0."""
+    usual = {field.name: field.default for field in dataclasses.fields(AnalyzeSettings)}
+    measured = {option for part, of in _OPTIONS.items() if part not in options.get("skip", ()) for option in of}
+    return {
+        option: part
+        for part in options.get("skip", ())
+        for option in _OPTIONS.get(part, ())
+        if option not in measured and options.get(option) and options[option] != usual[option]
+    }
+
+
+def without_left_out(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, but for those that `left_out` finds."""
+    return {name: value for name, value in options.items() if name not in left_out(options)}
 
 
 def parts_except(*kept: Part) -> tuple[Part, ...]:
@@ -220,7 +241,16 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
     """What to run, on which prompts, and how far. Its base classes are the groups of `loopscope analyze --help`."""
 
     def __post_init__(self) -> None:
+        # As they are written again, so that 0 and 0.0 make the same study.
+        object.__setattr__(self, "intervene", tuple(str(each) for each in parse_interventions(self.intervene)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         check_ranges(self, "--")
+        for option, part in left_out(vars(self)).items():
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is about {part}, which --skip leaves out; leave one of them out."
+            )
+        if "" in self.answer:
+            raise ConfigError("--answer takes texts, of which none may be empty.")
         if self.chunk is not None:
             for name in ("system_prompt", "chat", "truncate", "generate"):
                 if getattr(self, name):
@@ -228,8 +258,6 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ConfigError(f"--batch-size takes a number or auto, got {self.batch_size!r}.")
         if 0 < self.stop_at_rest < _LEAST_REST:
             raise ConfigError(
                 f"--stop-at-rest takes 0 for never, or at least {_LEAST_REST} recurrences: fewer are not judged, got "
@@ -238,10 +266,6 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
         check_engine(self.engine, self.workers, self.address)
         for entry in self.track:
             _parse_tracked(entry)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        # As they are written again, so that 0 and 0.0 make the same study.
-        canonical = tuple(str(each) for each in self.interventions)
-        object.__setattr__(self, "intervene", canonical)
 
     @classmethod
     def preset(cls, name: Preset, **changes: Any) -> AnalyzeSettings:
@@ -263,6 +287,7 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
                         "preset, or leave the option out."
                     )
         more = tuple(part for part in changes.get("skip", ()) if part not in skip)
+        chosen = without_left_out({**chosen, "skip": skip + more})
         return cls(**{**chosen, **changes, "skip": skip + more})
 
     @property

@@ -147,8 +147,8 @@ class Need:
 
 
 def measured(variable: str, otherwise: str) -> Need:
-    """The study has this variable."""
-    return Need(lambda view: variable in view.finite, otherwise)
+    """The study has this variable; `otherwise` goes on with the study's own reason."""
+    return Need(lambda view: variable in view.finite, lambda view: f"{otherwise}: {view.why_absent(variable)}.")
 
 
 def some_finite(otherwise: str) -> Need:

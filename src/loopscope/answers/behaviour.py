@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,12 +30,7 @@ BEHAVIOUR = Question(
     key="behaviour",
     text="What do the tokens do in the long run?",
     figure="behaviour-shares",
-    needs=(
-        measured(
-            "verdict",
-            "No token's limit was judged: the part was skipped, the horizon is too short, or the study is older.",
-        ),
-    ),
+    needs=(measured("verdict", "No token's limit was judged"),),
 )
 _TRAJECTORIES = dataclasses.replace(BEHAVIOUR, text="What do the trajectories do in the long run?")
 _PLURALS = {
@@ -202,7 +198,8 @@ def _rare(shares: Sequence[KindShare], many: str, unknown: int) -> str:
         return ""
     names = " or ".join(f"{share.kind}" for share in absent)
     counted = "95 %, counting the undecided ones" if unknown else "95 %"
-    return f" No {names} was found; up to {percent(absent[0].interval[1])} of {many} could still be one ({counted})."
+    bound = math.ceil(1e5 * absent[0].interval[1]) / 1e5  # upwards, to what `percent` shows
+    return f" No {names} was found; up to {percent(bound)} of {many} could still be one ({counted})."
 
 
 def _evidence(shares: Sequence[KindShare], things: str) -> Evidence:

@@ -34,7 +34,7 @@ from loopscope.answers.exit_rules import (
     spread_thresholds,
 )
 from loopscope.answers.exit_signals import EXIT_SIGNALS, Quantities, Signal
-from loopscope.answers.stopping import Condition, StoppingRule, first_of
+from loopscope.answers.stopping import Condition, StoppingRule, check_patience, first_of
 from loopscope.errors import ConfigError, StudyError, last_resort
 from loopscope.study import Study, StudyView, view_study
 
@@ -224,6 +224,7 @@ def rules_of_one_signal(
     """
     view = view_study(study)
     halves, criterion = _Halves.of(view), tolerated(loss, changed)
+    check_patience(patience, least, halves.readouts.recurrences)
     return {
         signal.key: _chosen(
             view, halves, StoppingRule((Condition(signal.key, None),), patience=patience, least=least), criterion
@@ -273,7 +274,7 @@ def _chosen(view: StudyView, halves: _Halves, rule: StoppingRule, criterion: Cri
             "chosen_on": choosing.readouts.top1.shape[1],
             "judged_on": judging.readouts.top1.shape[1],
         },
-        tolerance={"loss": criterion.loss_tolerance, "changed": 1 - criterion.tokens_needed},
+        tolerance={"loss": criterion.loss_tolerance, "changed": round(1 - criterion.tokens_needed, 15)},
         judged=judged,
         choosing={
             **{name: mean(own[name]) for name in ("recurrences", "loss_difference", "changed")},

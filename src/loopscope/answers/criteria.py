@@ -24,8 +24,8 @@ CRITERIA = Question(
     figure="token-distances",
     needs=(
         some_finite("no token settles"),
-        measured("token_margin", "The answer's margin was not read out."),
-        measured("remaining_path", "How far states still go was not followed."),
+        measured("token_margin", "The answer's margin was not read out"),
+        measured("remaining_path", "How far states still go was not followed"),
         Need(
             lambda view: view.recurrences < view.horizon,
             "The last recurrence measured is at the horizon or beyond, where distance and remaining path are 0 by "

@@ -14,7 +14,7 @@ HEADS = Question(
     text="Do the attention heads stabilise?",
     figure="heads-stable",
     needs=(
-        measured("head_stable_from", "No head's change was measured."),
+        measured("head_stable_from", "No head's change was measured"),
         Need(lambda view: view.recurrences > 2, "It takes three recurrences to see whether a change stays small."),
         some_finite("there are no heads to follow"),
     ),

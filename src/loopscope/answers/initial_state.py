@@ -27,7 +27,7 @@ INITIAL_STATE = Question(
             "The model is seen from outside, where its initial state cannot be set.",
             "cannot be tried",
         ),
-        measured("path_distance", "The analysis was told to skip path independence."),
+        measured("path_distance", "No other initial state was tried"),
         some_finite("there are no trajectories to compare"),
     ),
     drawn=lambda view: "path_distance" in view.dataset,

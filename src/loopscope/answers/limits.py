@@ -32,12 +32,16 @@ def limits_answer(view: StudyView, criterion: Criterion, answers: Sequence[Answe
         *_rounding(view, criterion),
         *_predictability(view),
     ]
-    named = list(dict.fromkeys(name for name, _ in found))
+    named: dict[str, str] = {}
+    for name, text in found:
+        named.setdefault(name, text)
     sentences = [text for _, text in found]
     others = (limit for answer in answers for limit in answer.limits)
     gathered = list(dict.fromkeys([*sentences, *_stopped(view), *others]))
     if named:
-        return LIMITS.says(Outcome.CANNOT_TELL, listed(named), " ".join(sentences[:2]), _evidence(view), gathered)
+        return LIMITS.says(
+            Outcome.CANNOT_TELL, listed(list(named)), " ".join(named.values()), _evidence(view), gathered
+        )
     little = f"Little: {plural(view.prompts, 'prompt')} and {plural(view.tokens, 'token')} in {view.dtype}"
     little += f", followed to {view.second_horizon} recurrences." if view.looped else "."
     return LIMITS.says(Outcome.YES, "little", little, _evidence(view), gathered)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopscope._util.statistics import mean, paired_difference
-from loopscope._util.wording import percent, plural, significant, spans
+from loopscope._util.wording import listed, percent, plural, significant, spans
 from loopscope.answers.answer import Answer, Criterion, Evidence, Need, Outcome, Question, measured, some_finite
 from loopscope.study import StudyView
 
@@ -14,7 +14,7 @@ LOSS = Question(
     key="loss",
     text="Does the loss improve with more recurrences?",
     figure="loss",
-    needs=(measured("loss", "The analysis was told to skip the readout."),),
+    needs=(measured("loss", "The loss was not read out"),),
 )
 
 
@@ -68,9 +68,11 @@ def loss_answer(view: StudyView, criterion: Criterion) -> Answer:
         sentence = f"No: it is lowest, {significant(means[best], 3)} nats, after {at[best]} and rises to {last}."
     elif max(gain.mean, decline.mean) > criterion.loss_tolerance:
         outcome, verdict = Outcome.CANNOT_TELL, "cannot tell: it may be chance"
+        told = [first, *([lowest] if 0 < best < len(at) - 1 else []), last]
         sentence = (
-            f"Cannot tell: with {plural(loss.sizes['prompt'], 'prompt')}, the differences between {first}, {lowest} "
-            f"and {last} may be chance (Student's t, 95 %)."
+            f"Cannot tell: with {plural(loss.sizes['prompt'], 'prompt')}, the "
+            f"{'differences' if len(told) > 2 else 'difference'} between {listed(told)} may be chance (Student's t, "
+            "95 %)."
         )
     else:
         outcome, verdict = Outcome.NO, "no clear difference"

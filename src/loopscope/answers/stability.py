@@ -27,9 +27,7 @@ STABILITY = Question(
     key="stability",
     text="Are the fixed points stable?",
     figure="stability-spectrum",
-    needs=(
-        measured("predicted_kind", "No eigenvalues were taken: this model does not allow it, or the part was skipped."),
-    ),
+    needs=(measured("predicted_kind", "No eigenvalues were taken"),),
 )
 _SAID = {
     PredictedKind.FIXED_POINT: "stand at a fixed point that attracts",

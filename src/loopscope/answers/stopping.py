@@ -125,7 +125,8 @@ class StoppingRule:
             if each.about.at_least
         ]
         impossible = any(never) if self.joined == "all" else len(never) == len(self.conditions) and all(never)
-        if impossible or max(self.patience, self.least) >= recurrences:
+        check_patience(self.patience, self.least, recurrences)
+        if impossible:
             raise ConfigError(
                 f"The exit rule {self} can stop no token before the last of {recurrences} recurrences, so that it "
                 "never fires; loosen it, or run more recurrences."
@@ -160,6 +161,16 @@ class StoppingRule:
         more = [f"{self.patience} in a row"] if self.patience > 1 else []
         more += [f"from {self.least} on"] if self.least > 1 else []
         return text + (f" ({', '.join(more)})" if more else "")
+
+
+def check_patience(patience: int, least: int, recurrences: int) -> None:
+    """Raises `ConfigError` for a rule that so many recurrences are too few for, whatever its conditions are."""
+    for name, number in (("patience", patience), ("least", least)):
+        if number >= recurrences:
+            raise ConfigError(
+                f"An exit rule with {name} {number} can stop no token before the last of {recurrences} recurrences, so "
+                "that it never fires; give less."
+            )
 
 
 def first_of(fires: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import os
 import re
 import shutil
 import textwrap
@@ -45,7 +46,7 @@ Commands = Mapping[str, "type[Command] | Commands"]
 _SPELLINGS = {"analyse": "analyze", "behavior": "behaviour"}
 _ALIASES = {"out": ("-o", "--output")}
 _REPEATED = ("intervene", "ignore_config", "set")
-"""Options that may be given several times, rather than the last one winning."""
+"""Options of one value, which are given several times for several."""
 _NARROWEST = 20
 """Columns of what is said of a command, whatever the terminal has."""
 _FOLDER = re.compile(r"(The --out f|F)olders?\b")
@@ -116,12 +117,14 @@ def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
             near = list(dict.fromkeys([*begun, *difflib.get_close_matches(flag, flags, cutoff=0.5)]))[:3]
             nearest = f"The nearest are {', '.join(near)}.\n" if near else ""
             raise ConfigError(f"{name} has no option {flag}.\n{nearest}All of them: {name} --help")
+    arguments = _gathered(arguments, set(flags), set(_flags(cls, lists=True)))
     said, registry = io.StringIO(), ConstructorRegistry()
     registry.struct_rule(_Options())
     try:
         with redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that what is None unless given is of another type
-            return tyro.cli(cls, prog=name, args=arguments, config=(tyro.conf.OmitArgPrefixes,), registry=registry)
+            found = tyro.cli(cls, prog=name, args=arguments, config=(tyro.conf.OmitArgPrefixes,), registry=registry)
+            return cast(Command, _at_home(found))
     except SystemExit as stopped:
         if not stopped.code:
             raise
@@ -137,6 +140,18 @@ def _parsed(cls: type[Command], name: str, arguments: list[str]) -> Command:
         raise ConfigError(f"{wrong}; `{name} --help` lists all options.") from None
 
 
+def _at_home(given: Any) -> Any:
+    """With paths whose `~` no shell has replaced, as in `--out=~/study`."""
+    if isinstance(given, Path):
+        return Path(os.path.expanduser(given))  # noqa: PTH111 (which leaves what is nobody's home)
+    if isinstance(given, tuple):
+        return tuple(map(_at_home, given))
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        names = [field.name for field in dataclasses.fields(given) if field.init]
+        return dataclasses.replace(given, **{name: _at_home(getattr(given, name)) for name in names})
+    return given
+
+
 def _sorted(choices: str) -> str:
     """The parser gives them in quotes and in any order."""
     return ", ".join(sorted(re.findall(r"'([^']+)'", choices)))
@@ -147,13 +162,33 @@ def _types(types: str) -> str:
     return " or ".join(_TYPES.get(each, each.strip("{}").replace(",", ", ")) for each in types.strip("()").split("|"))
 
 
-def _flags(cls: type) -> Iterator[str]:
-    """Every option of a command that begins with two dashes."""
+def _gathered(arguments: list[str], flags: set[str], lists: set[str]) -> list[str]:
+    """With all values of a list behind its option once, where it is given several times: the parser keeps the last."""
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    taking, repeated = others, False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        if flag in lists:
+            repeated |= flag in values
+            taking = values.setdefault(flag, [])
+            if equals:
+                taking.append(value)
+                taking = others  # `--text=a` takes no more
+        else:
+            taking = others if flag in flags else taking
+            taking.append(argument)
+    return [*others, *(each for flag in values for each in (flag, *values[flag]))] if repeated else arguments
+
+
+def _flags(cls: type, *, lists: bool = False) -> Iterator[str]:
+    """Every option of a command that begins with two dashes, or those alone that take several values at once."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if dataclasses.is_dataclass(kind):
-            yield from _flags(cast(type, kind))
-        elif _POSITIONAL not in extras:
+            yield from _flags(cast(type, kind), lists=lists)
+        elif _POSITIONAL not in extras and (not lists or (get_origin(kind) is tuple and name not in _REPEATED)):
             flag = name.replace("_", "-")
             yield from (f"--{flag}", *_ALIASES.get(name, ()), *([f"--no-{flag}"] if kind is bool else []))
 

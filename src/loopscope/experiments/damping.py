@@ -16,10 +16,10 @@ from loopscope._util.statistics import finite_or_none
 from loopscope._util.wording import listed, plural, significant
 from loopscope.analysis.job import Job, Progress, shown
 from loopscope.analysis.manifest import PROMPT_SOURCE
-from loopscope.analysis.settings import AnalyzeSettings
+from loopscope.analysis.settings import AnalyzeSettings, without_left_out
 from loopscope.answers.predictions import token_eigenvalues, untaken_tokens
 from loopscope.dynamics.prediction import KNOWN_CODES, best_damping, damped, damping_needed, spectral_radius
-from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES
+from loopscope.dynamics.verdicts import KINDS, MOVING_CODES, SETTLED_CODES, Kind
 from loopscope.errors import ConfigError, StudyError
 from loopscope.measures.behaviour import can_be_judged
 from loopscope.models.interventions.kinds import Damp
@@ -73,8 +73,9 @@ class Control:
         """What was done, what was predicted, and what came of it."""
         total = int(self.transitions.sum())
         said = [
-            f"{plural(len(self.prompts), 'prompt')} with {plural(self.moving, 'token')} that did not settle were run "
-            f"again with the step {significant(self.eta, 3)}, which {self.asked_by} asked for."
+            f"{plural(len(self.prompts), 'prompt')} with {plural(self.moving, 'token')} that did not settle "
+            f"{'was' if len(self.prompts) == 1 else 'were'} run again with the step {significant(self.eta, 3)}, which "
+            f"{self.asked_by} asked for."
         ]
         if self.known:
             said.append(
@@ -85,8 +86,9 @@ class Control:
             said.append(
                 f"Of {plural(total - self.known, 'token')} no fixed point is known, so nothing is predicted of them."
             )
-        said.append(f"Of the {plural(self.moving, 'token')} that did not settle, {self.settled:,} do now.")
-        for code in MOVING_CODES:
+        now = "does" if self.settled == 1 else "do"
+        said.append(f"Of the {plural(self.moving, 'token')} that did not settle, {self.settled:,} {now} now.")
+        for code in (*MOVING_CODES, Kind.UNKNOWN.code):
             row = self.transitions[code]
             if row.any():
                 ends = [f"{count:,} {KINDS[to]}" for to, count in enumerate(row.tolist()) if count]
@@ -148,7 +150,13 @@ def control(
     codes = _verdicts(study)
     moving = np.isin(codes, MOVING_CODES).any(1)
     if not moving.any():
-        raise StudyError("Every token of this study settles or is unknown, so there is nothing to damp.")
+        undecided, total = int((codes == Kind.UNKNOWN.code).sum()), int((codes >= 0).sum())
+        if not undecided:
+            raise StudyError("Every token of this study settles, so there is nothing to damp.")
+        raise StudyError(
+            f"No token of this study is seen to move on, so there is nothing to damp; {undecided:,} of "
+            f"{plural(total, 'token')} {'is' if undecided == 1 else 'are'} undecided, and a longer horizon may decide."
+        )
     prompts = np.flatnonzero(moving)
     known = _known_eigenvalues(study, prompts, needed=eta is None)
     step, asked_by = (eta, "the user") if eta is not None else _step(known, radius)
@@ -244,6 +252,7 @@ def _settings(study: Study, eta: float, horizon: int | None) -> AnalyzeSettings:
         value = study.manifest["prompts"].get(name)
         if value and name not in ("text", "limit", "sample_seed"):
             changes[name] = Path(value) if name == "system_prompt" else value
+    changes = without_left_out(changes)  # which older versions took
     if horizon is not None:
         changes["horizon"] = horizon
     before = AnalyzeSettings(intervene=tuple(recorded.get("intervene", ()))).interventions

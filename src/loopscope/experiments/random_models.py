@@ -52,7 +52,7 @@ def run_cell(cell: Cell) -> CellResult:
         horizon_method="keep",
         batch_size=cell.prompts,
         seed=cell.seed,
-        judged_layers="last",
+        judged_layers="last" if cell.judged else "all",
         eigenvalue_search=_LONG_SEARCH if cell.judged else _SEARCH,
         track=(),
         skip=parts_except(*kept),

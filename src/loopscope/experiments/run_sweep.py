@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,7 @@ def _text_sha256(sweep: Sweep, base: Path) -> str:
 def _study(cell: SweepCell, folder: Path, data: DataFiles) -> Study:
     architecture = cell.config.architecture
     documents = read_documents(data.test, cell.config.data.template)[: cell.study.prompts]
+    of_loops: dict[str, Any] = {"judged_layers": "last", "eigenvalue_search": _SEARCH} if architecture.is_looped else {}
     return analyze(
         folder,
         documents,
@@ -157,12 +159,11 @@ def _study(cell: SweepCell, folder: Path, data: DataFiles) -> Study:
         batch_size=cell.study.prompts,
         truncate=cell.config.context,
         seed=cell.config.seed,
-        judged_layers="last",
-        eigenvalue_search=_SEARCH,
         track=(),
         skip=parts_except(*_STUDIED, *(_OF_LOOPS if architecture.is_looped else ())),
         threads=1,
         device="cpu",
+        **of_loops,
     )
 
 

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from loopscope._util.ranges import check_type
 from loopscope.errors import ConfigError, MissingDependencyError, UnknownFamilyError, last_resort
 from loopscope.models.checkpoints.family import ROTATION_TABLES, Family
 from loopscope.models.checkpoints.find import find_checkpoint
@@ -76,6 +77,7 @@ def load(
     fit the model, or a revision of something that is not on the hub, `MissingDependencyError` for a hub name without
     the extra `hub`, and `StorageError` where the disk is too full for a download.
     """
+    check_type("name_or_path", name_or_path, Path)
     name = dtype_name(dtype)
     if name not in (*_DTYPES, "auto", "stored"):
         raise ConfigError(f"dtype must be auto, stored or one of {', '.join(_DTYPES)}, got {dtype!r}.")
@@ -133,9 +135,16 @@ def as_subject(model: Subject | nn.Module) -> Subject:
     """What a function that takes a model in memory was given: a subject already, loopscope's own model, or any other
     torch module, which is hooked. Raises `ConfigError` as `loopscope.hook` does."""
     if not isinstance(model, nn.Module):
+        check_model(model)
         return model
     inside, _ = unwrap(model)
     return NativeSubject(inside) if isinstance(inside, LoopedTransformer) else hook(model)
+
+
+def check_model(model: object) -> None:
+    """Raises `ConfigError` for what no function takes for a model."""
+    if not isinstance(model, str | Path | nn.Module) and not hasattr(model, "info"):
+        raise ConfigError(f"model takes a name, a folder, a subject or a torch module, got {model!r}.")
 
 
 def subject_of(

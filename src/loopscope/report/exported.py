@@ -39,7 +39,9 @@ def write_export(
     `StudyError` for no study or several of one name, `MissingDependencyError` where parquet needs pyarrow, and
     `StorageError`.
     """
-    out = Path(out)
+    out, card = Path(out), Path(out) / "README.md"
+    if to == "hub-folder" and card.is_file() and _TITLE.encode() not in card.read_bytes():
+        raise StudyError(f"{card} is not of a data set by loopscope; choose another folder for this.")
     names = [study.folder.resolve().name if study.folder else f"study-{n}" for n, study in enumerate(studies, 1)]
     if not names or len(set(names)) < len(names):
         raise StudyError("Give one or more studies whose folders have names of their own.")
@@ -63,7 +65,7 @@ def write_export(
         for name, study in zip(names, studies, strict=True):
             manifest = json.dumps(study.manifest, indent=2, ensure_ascii=False)
             write_atomically(out / "manifests" / name / MANIFEST, manifest.encode())
-        write_atomically(out / "README.md", _card(tables[STUDIES], list(tables), licence).encode())
+        write_atomically(card, _card(tables[STUDIES], list(tables), licence).encode())
     return out
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from loopscope._util.wording import percent
 from loopscope.dynamics.trajectories.settings import CosineSettings
 from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.verdicts import Kind, Verdict
@@ -78,9 +79,9 @@ def _verdict(turns: Turns, token: int, kind: Kind, rounding: float, settings: Co
     near, period = float((away <= settings.tau).double().mean()), float(turns.period[token])
     peak, rising = float(turns.peak[token]), float(turns.rising[token])
     reasons = {
-        Kind.FIXED_POINT: f"{near:.0%} of its states are within {settings.tau:g} of the last one.",
-        Kind.ORBIT: f"One peak at period {period:.3g} holds {peak:.0%} of the cosine's spectrum.",
-        Kind.SLIDER: f"The cosine to the last state rises in {rising:.0%} of the steps.",
+        Kind.FIXED_POINT: f"{percent(near)} of its states are within {settings.tau:g} of the last one.",
+        Kind.ORBIT: f"One peak at period {period:.3g} holds {percent(peak)} of the cosine's spectrum.",
+        Kind.SLIDER: f"The cosine to the last state rises in {percent(rising)} of the steps.",
         Kind.UNKNOWN: "The cosine to the last state is neither near 1, nor periodic, nor monotone.",
     }
     return Verdict(

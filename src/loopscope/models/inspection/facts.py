@@ -47,8 +47,8 @@ class RunSize:
     """Dtype that the model runs in."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "--")
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_ranges(self, "--")
         if self.tokens * self.batch_size > _MOST_TOKENS:
             raise ConfigError(
                 f"--tokens times --batch-size must be at most {_MOST_TOKENS:,}, got {self.tokens * self.batch_size:,}."
