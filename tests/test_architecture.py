@@ -135,7 +135,7 @@ except ConfigError as error:
     print(error)
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    expected = "norm_placement must be one of pre, residual, branch-in-out, branch-out, got 'post'"
+    expected = "norm_placement takes pre, residual, branch-in-out or branch-out, got 'post'"
     assert expected in process.stdout
 
 

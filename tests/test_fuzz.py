@@ -210,7 +210,7 @@ def test_signals_are_answered_as_ctrl_c_is(number: signal.Signals, status: int, 
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status
-    assert "interrupted; what was finished is kept" in done.stderr
+    assert "loopscope: interrupted." in done.stderr
     assert "Traceback" not in done.stderr
     # A second signal does not stop what the first one has begun.
     assert done.stdout == "tidied\n"
