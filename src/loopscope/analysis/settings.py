@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from loopscope._util.ranges import Count, Processes, Range, check_ranges
+from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.errors import ConfigError
 from loopscope.models.inspection.facts import DtypeName, dtype_name
 from loopscope.models.interventions.kinds import Intervention
@@ -40,8 +41,6 @@ Part = Literal[
 JudgedLayers = Literal["all", "last"]
 Preset = Literal["quick", "standard", "full"]
 
-_LEAST_REST = 16
-"""Recurrences: what the methods judge at the least."""
 _OPTIONS: dict[Part, tuple[str, ...]] = {
     "path-independence": ("other_starts",),
     "cycle-similarity": ("cycle_recurrences",),
@@ -72,7 +71,8 @@ def left_out(options: Mapping[str, Any]) -> dict[str, Part]:
 
 def without_left_out(options: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by name, but for those that `left_out` finds."""
-    return {name: value for name, value in options.items() if name not in left_out(options)}
+    meaningless = left_out(options)
+    return {name: value for name, value in options.items() if name not in meaningless}
 
 
 def parts_except(*kept: Part) -> tuple[Part, ...]:
@@ -258,9 +258,10 @@ class AnalyzeSettings(MeasureSettings, MachineSettings, RunSettings, PromptSetti
                         f"--chunk cuts a text into prompts of one length, which --{name.replace('_', '-')} would "
                         "change; leave one of them out."
                     )
-        if 0 < self.stop_at_rest < _LEAST_REST:
+        least = DisplacementSettings().least_recurrences
+        if 0 < self.stop_at_rest < least:
             raise ConfigError(
-                f"--stop-at-rest takes 0 for never, or at least {_LEAST_REST} recurrences: fewer are not judged, got "
+                f"--stop-at-rest takes 0 for never, or at least {least} recurrences: fewer are not judged, got "
                 f"{self.stop_at_rest}."
             )
         check_engine(self.engine, self.workers, self.address)

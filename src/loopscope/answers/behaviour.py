@@ -58,12 +58,12 @@ def behaviour_answer(view: StudyView, criterion: Criterion) -> Answer:
     if rates.discoveries is not None:
         evidence |= _by_chance(rates.discoveries)
     # A tail is the second half of a run.
-    so_far = "So far, a" if view.second_horizon < 2 * LONG_TAIL else "A"
+    after = "So far, after" if view.second_horizon < 2 * LONG_TAIL else "After"
     answer = _answer(
         BEHAVIOUR,
         rates.tokens,
         "token",
-        f"{so_far}fter {rates.where} of recurrence {view.second_horizon}",
+        f"{after} {rates.where} of recurrence {view.second_horizon}",
         evidence,
         [*_changes(rates), *_led_away(view), *_dependence(view.prompts), *_rounded(view.dtype), *_disagreement(view)],
     )

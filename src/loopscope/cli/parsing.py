@@ -47,8 +47,6 @@ _SPELLINGS = {"analyse": "analyze", "behavior": "behaviour"}
 _ALIASES = {"out": ("-o", "--output")}
 _REPEATED = ("intervene", "ignore_config", "set")
 """Options of one value, which are given several times for several."""
-_NARROWEST = 20
-"""Columns of what is said of a command, whatever the terminal has."""
 _FOLDER = re.compile(r"(The --out f|F)olders?\b")
 """How the help of an option begins that takes folders."""
 _METAVARS = {
@@ -200,7 +198,7 @@ def _print(words: list[str], commands: Commands) -> None:
     for name, command in commands.items():
         about = command.__doc__ or "" if isinstance(command, type) else f"One of {', '.join(command)}."
         sentence = " ".join(about.split("\n\n")[0].split())
-        lines = textwrap.wrap(sentence, max(min(shutil.get_terminal_size().columns, 100) - column, _NARROWEST))
+        lines = textwrap.wrap(sentence, min(shutil.get_terminal_size().columns, 100) - column)
         print(f"  {name}".ljust(column) + f"\n{' ' * column}".join(lines))
 
 

@@ -84,10 +84,14 @@ class Rest(Measure):
         ):
             return
         assert self.batch.twin is not None
-        places = (slice(beyond - least, beyond - least // 2), slice(beyond - least // 2, beyond))
-        (_, late), (its_early, its_late) = (
-            [each[:, some][:, :, self.batch.mask].double().square().mean(1) for some in places]
-            for each in (self._away, self.batch.twin.distance)
+        begin, half = beyond - least, beyond - least // 2
+        its_early, its_late, late = (
+            each[:, :, self.batch.mask].double().square().mean(1)
+            for each in (
+                self.batch.twin.distance[:, begin:half],
+                self.batch.twin.distance[:, half:beyond],
+                self._away[:, half:beyond],
+            )
         )
         # Twins that have parted are as far from each other as the run is from everywhere.
         near = its_late <= self._apart**2
