@@ -275,12 +275,16 @@ def test_a_few_recurrences_that_slow_down_are_no_point() -> None:
     assert (verdict.kind, verdict.doubt) == (Kind.UNKNOWN, Doubt.BRIEF)
 
 
-def test_what_comes_down_to_an_orbit_is_no_approach_to_a_point() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_comes_down_to_an_orbit_is_no_approach_to_a_point(dtype: Dtype) -> None:
+    """Nor where noise would hide how far an exponential bends otherwise."""
     time, (centre, way) = np.arange(256)[:, None], np.random.default_rng(0).normal(size=(2, 64))
-    flips = centre + (0.1 + 0.1 * 0.985**time) * (-1.0) ** time * way
-    assert judge(flips[None], "float32")[0].doubt is Doubt.SLIGHT
-    (verdict,) = judge(centre + (0.99**time * (-1.0) ** time * way)[None], "float32")
-    assert verdict.kind is Kind.FIXED_POINT
+    shrinking = np.stack([rate**time * (-1.0) ** time * way for rate in (0.98, 0.985, 0.99, 0.995)])
+    lasting = 0.1 * (-1.0) ** time * way
+    orbits = judge((centre + lasting + 0.1 * shrinking).astype(np.float32), dtype)
+    assert {verdict.kind for verdict in orbits} <= {Kind.ORBIT, Kind.UNKNOWN}
+    assert Doubt.SLIGHT in {verdict.doubt for verdict in orbits}
+    assert {verdict.kind for verdict in judge((centre + shrinking).astype(np.float32), dtype)} == {Kind.FIXED_POINT}
 
 
 @pytest.mark.parametrize(("rate", "kind"), [(0.998, Kind.FIXED_POINT), (1.002, Kind.DIVERGING), (1.0, Kind.SLIDER)])

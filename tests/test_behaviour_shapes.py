@@ -13,7 +13,7 @@ from loopscope.dynamics.trajectories.calibration import calibrate
 from loopscope.dynamics.trajectories.curves import gradual, shortest_turns
 from loopscope.dynamics.trajectories.judge import judge
 from loopscope.dynamics.trajectories.narrowing import best_on_grid, narrow
-from loopscope.dynamics.trajectories.shapes import explained_energy, families
+from loopscope.dynamics.trajectories.shapes import explained_energy, families, together
 from loopscope.dynamics.trajectories.states import rounding_step
 from loopscope.dynamics.trajectories.tail import Tails, decompose, take_tails
 from loopscope.dynamics.verdicts import Kind
@@ -72,12 +72,22 @@ def test_the_numbers_of_a_shape_are_found_between_the_points_of_its_grid(family:
     times = torch.arange(65.0, 129.0, dtype=torch.float64)
     true = torch.tensor([numbers], dtype=torch.float64)
     weights = torch.randn(known.columns, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scores = known.design(true, times) @ weights
+    scores = known.design(true, times)[0] @ weights
     scores = scores - scores.mean(-2, keepdim=True)
-    found = narrow(known, times, scores, best_on_grid(known, times, scores))
+    found = narrow(known, times, scores, best_on_grid(known, times, scores)[0])
     np.testing.assert_allclose(found.numpy(), true.numpy(), rtol=1e-6)
     left = scores.square().sum() - explained_energy(known, found, times, scores)[0]
     assert float(left / scores.square().sum()) < 1e-13
+
+
+def test_designs_change_with_their_numbers_as_they_say() -> None:
+    known, times = families(64, 2.5), torch.arange(33.0, 97.0, dtype=torch.float64)
+    for family in (*known, together(known[-6:])):
+        numbers = torch.where(family.low.isfinite(), 0.7 * family.low + 0.3 * family.high, -0.9)
+        _, changes = family.design(numbers, times)
+        for place, step in enumerate(1e-6 * torch.eye(len(numbers), dtype=torch.float64)):
+            ahead, back = (family.design(numbers + sign * step, times)[0] for sign in (1, -1))
+            torch.testing.assert_close(changes[place], (ahead - back) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 def test_in_noise_no_numbers_nearby_explain_more_than_those_found() -> None:
@@ -85,9 +95,10 @@ def test_in_noise_no_numbers_nearby_explain_more_than_those_found() -> None:
     times = torch.arange(1.0, 49.0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(5, 48, 4, dtype=torch.float64, generator=generator)
-    scores += 3 * known.design(torch.tensor([[0.7, -0.9]], dtype=torch.float64), times)[0] @ torch.ones(2, 4).double()
+    columns, _ = known.design(torch.tensor([0.7, -0.9], dtype=torch.float64), times)
+    scores += 3 * columns @ torch.ones(2, 4).double()
     scores -= scores.mean(1, keepdim=True)
-    found = narrow(known, times, scores, best_on_grid(known, times, scores))
+    found = narrow(known, times, scores, best_on_grid(known, times, scores)[0])
     best = explained_energy(known, found, times, scores)
     for moved in torch.randn(50, *found.shape, dtype=torch.float64, generator=generator) * 0.01:
         assert (explained_energy(known, found + moved, times, scores) <= best).all()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from loopscope.dynamics.trajectories.judge import judge_by_all, judged_bytes, tr
 from loopscope.dynamics.trajectories.noise import Noise
 from loopscope.dynamics.trajectories.sensitivity import COSINE_GRID, DISPLACEMENT_GRID, judge_over_grid
 from loopscope.dynamics.trajectories.settings import CosineSettings, DisplacementSettings, Settings
-from loopscope.dynamics.trajectories.states import known_dtype
+from loopscope.dynamics.trajectories.states import finite_tokens, known_dtype, trajectories_of
 from loopscope.dynamics.trajectories.tail import longest_lag, tail_length, tail_paths
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
@@ -190,17 +191,17 @@ class Behaviour(Measure):
         positions, noise = np.argwhere(mask), self._noise(layers)
         verdicts: list[Verdict] = []
         cosine: list[Verdict] = []
-        for rows in self._pieces(torch.arange(len(layers) * len(positions))):
+        for rows in _pieces(torch.arange(len(layers) * len(positions)), self._second):
             states = self._states(self._tails, layers, self._second, rows)
             places = positions[rows.numpy()] if last else None
-            found = self._judge(states, self._settings, noise.take(rows), places)
+            finite = _finite(states)
+            found = self._judge(states, finite, self._settings, noise.take(rows), places)
             # Of other layers nobody asks for the curves, hundreds of numbers a token.
             verdicts += found if last else [dataclasses.replace(each, displacement=()) for each in found]
-            cosine += self._judge(states, self._cosine, None, places)
-            finite = states.isfinite().all(-1).all(-1)
-            if places is not None and bool(finite.any()):
+            cosine += self._judge(states, finite, self._cosine, None, places)
+            if places is not None and len(finite):
                 prompts, columns = places[finite.numpy()].T
-                paths = tail_paths(states[finite], self._second[0] + 1).numpy()
+                paths = tail_paths(trajectories_of(states, finite), self._second[0] + 1).numpy()
                 self._arrays["tail_path"][:, : paths.shape[1], prompts, columns] = paths.transpose(2, 1, 0)
         numbers: dict[str, Sequence[float]] = {
             "verdict": _codes(verdicts),
@@ -250,11 +251,6 @@ class Behaviour(Measure):
             whole, self._second = self._second, (self._second[0], recurrence)
             self._tails.cut(whole, self._second)
 
-    def _pieces(self, rows: Tensor) -> Iterator[Tensor]:
-        """As many at a time as take little memory."""
-        length = self._second[1] - self._second[0]
-        yield from rows.split(max(1, _PIECE_BYTES // judged_bytes(length))) if len(rows) else ()
-
     def _states(self, tails: KeptTails, layers: Sequence[int], span: Span, rows: Tensor) -> Tensor:
         """Trajectories of some (layer, token), numbered through, in their order."""
         tokens = int(self.batch.counts.sum())
@@ -270,22 +266,27 @@ class Behaviour(Measure):
         return Noise.together([twin.noise(layer) for layer in layers])
 
     def _judge(
-        self, states: Tensor, settings: Settings, noise: Noise | None, places: NDArray[np.integer] | None
+        self,
+        states: Tensor,
+        rows: Tensor,
+        settings: Settings,
+        noise: Noise | None,
+        places: NDArray[np.integer] | None,
     ) -> list[Verdict]:
-        """By one of the methods; of the tokens at some (token, prompt and position), also how the kinds depend on its
-        thresholds. States that are no longer finite have diverged in the loop: broken ones were refused before it."""
+        """By one of the methods, where the states are finite; of the tokens at some (token, prompt and position), also
+        how the kinds depend on its thresholds. What is no longer finite has diverged in the loop: broken states were
+        refused before it."""
         gone = Verdict(kind=Kind.DIVERGING, reason="It is no longer finite.", method="displacement")
         verdicts = [gone] * len(states)
-        rows = states.isfinite().all(-1).all(-1).nonzero()[:, 0]
         if len(rows):
-            finite, noise = states[rows], None if noise is None else noise.take(rows)
+            some, noise = trajectories_of(states, rows), None if noise is None else noise.take(rows)
             first = self._second[0] + 1
             if places is None:
                 found, _ = judge_by_all(
-                    finite, self._dtype, settings, first_recurrence=first, check_order=False, noise=noise
+                    some, self._dtype, settings, first_recurrence=first, check_order=False, noise=noise
                 )
             else:
-                found, kinds = judge_over_grid(finite, self._dtype, settings, first, noise)
+                found, kinds = judge_over_grid(some, self._dtype, settings, first, noise)
                 name = "cosine" if isinstance(settings, CosineSettings) else "displacement"
                 counts = self._arrays[f"{name}_sensitivity"]
                 for kind in range(len(KINDS)):
@@ -296,10 +297,9 @@ class Behaviour(Measure):
 
     def _try(self, states: Tensor, span: Span, noise: Noise) -> list[Kind]:
         """What a verdict is held against, within another span."""
-        finite = states.isfinite().all(-1).all(-1)
-        rows = finite.nonzero()[:, 0]
+        rows = _finite(states)
         kinds = [Kind.DIVERGING] * len(states)
-        found = trial_kinds(states[rows], self._settings, span[0] + 1, noise.take(rows))
+        found = trial_kinds(trajectories_of(states, rows), self._settings, span[0] + 1, noise.take(rows))
         for row, kind in zip(rows.tolist(), found, strict=True):
             kinds[row] = kind
         return kinds
@@ -335,9 +335,19 @@ class Behaviour(Measure):
         """Of the tokens that are told, within another span."""
         return [
             kind
-            for rows in self._pieces(torch.from_numpy(told.nonzero()[0]))
+            for rows in _pieces(torch.from_numpy(told.nonzero()[0]), span)
             for kind in self._try(self._states(tails, layers, span, rows), span, noise.take(rows))
         ]
+
+
+def _pieces(rows: Tensor, span: Span) -> Iterator[Tensor]:
+    """As many at a time as take little memory where they are judged within that span."""
+    yield from rows.split(max(1, _PIECE_BYTES // judged_bytes(span[1] - span[0]))) if len(rows) else ()
+
+
+def _finite(states: Tensor) -> Int[Tensor, " row"]:
+    """The rows of those that are."""
+    return finite_tokens(states).nonzero()[:, 0]
 
 
 def _curves(verdicts: list[Verdict], mask: NDArray[np.bool_], lags: int) -> NDArray[np.float32]:

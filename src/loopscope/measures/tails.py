@@ -126,13 +126,15 @@ class _Kept:
         assert self.steps is not None  # a span begins where it is kept
         assert self.lengths is not None
         there = slice(span[0] - self.span[0], span[1] - self.span[0] - 1)
-        steps = self.steps[there][:, tokens].double().movedim(0, 1).contiguous()
+        steps, first = self.steps[there][:, tokens].movedim(0, 1), self.first[span[0]][tokens]
+        found = first.new_empty(len(first), steps.shape[1] + 1, first.shape[-1])
+        found[:, 0], way = 0.0, found[:, 1:]
+        way.copy_(steps)
         true = self.lengths[there][:, tokens].double().square().sum(0)
-        seen = steps.square().sum((1, 2))
+        seen = torch.linalg.vector_norm(way, dim=(1, 2)).square()
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
-        way = (steps * factor[:, None, None]).cumsum(1)
-        first = self.first[span[0]][tokens][:, None]
-        return torch.cat((first, first + way), dim=1).cpu()
+        way.mul_(factor[:, None, None]).cumsum_(1)
+        return found.add_(first[:, None]).cpu()
 
 
 @lru_cache(maxsize=4)

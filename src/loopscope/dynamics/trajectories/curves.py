@@ -186,7 +186,7 @@ def _with_one_more(groups: _Groups, known: Mapping[str, ShapeFamily], parts: Com
         # points.
         basis = shape_columns(together(tuple(known[kind] for kind in kinds)), numbers, parts.times)
         rest = scores - basis @ (basis.mT @ scores)
-        starts = {name: best_on_grid(family, parts.times, rest) for name, family in known.items()}
+        starts = {name: best_on_grid(family, parts.times, rest)[0] for name, family in known.items()}
         values = [explained_energy(known[name], start, parts.times, rest) for name, start in starts.items()]
         best = torch.stack(values).argmax(0)
         for place, (name, start) in enumerate(starts.items()):
@@ -218,7 +218,7 @@ def _as_fit(
     left = (energy - explained_energy(family, numbers, parts.times, scores)).clamp_min(0.0)
     coefficients = shape_coefficients(family, numbers, parts.times, scores)
     # Columns that shrink tend to 0, so their sum at the end of the tail is what is still to go.
-    columns, size = family.design(numbers, parts.times), (energy / parts.window).sqrt()
+    columns, size = family.design(numbers, parts.times)[0], (energy / parts.window).sqrt()
     ahead = torch.linalg.vector_norm((columns[:, -1:] @ coefficients)[:, 0], dim=-1)
     each = columns.square().mean(-2).sqrt() * torch.linalg.vector_norm(coefficients, dim=-1)
     shrinking: Bool[Tensor, " row"] = (rates <= -least_rate).all(-1)

@@ -26,6 +26,10 @@ _IN_FEW_DIRECTIONS = 0.4
 """Of `floor_factor`: noise that does not fill the directions that white noise would."""
 _GEOMETRIC = 1e-8
 """Share of the variance: a rotation that leaves no more falls geometrically, as fits of such motions leave 1e-13."""
+_BEND = 1 / (25 * 720)
+"""A size that falls by a e-folds within the window is off a straight line by a^4 / 720 of its square. That, times the
+recurrences and the directions that the noise takes, has to be 25 times what is left, five standard errors, to tell an
+exponential from another curve."""
 _BRIEF = 32
 """Recurrences in a tail, fewer than which show that a state that is far away approaches a point only if the last two
 thirds of them do too."""
@@ -40,7 +44,8 @@ way. `BOUNDED` is left out on purpose: several rotations without a common period
 class TailMotions:
     """Motions within the tail, its later half and its last two thirds; the latter two of some tokens only."""
 
-    whole: Motions
+    whole: dict[DisplacementSettings, _Findings]
+    """What each of the settings says of it."""
     later: tuple[Int[Tensor, " row"], Motions]
     shorter: tuple[Int[Tensor, " other"], Motions]
 
@@ -74,19 +79,19 @@ def measure_tails(
         return rows, measure_motions(some, noise.take(rows), settings, kinds_only=plain, ends=its_ends)
 
     # Halves cost as much again, so they are measured only where some settings would look at them.
-    found = [_findings(whole, each) for each in (settings, *others)]
-    unsettled = whole.fitted & ~torch.stack([each.settled for each in found]).all(0)
-    later = within(window // 2, unsettled, found[0].kind != Kind.FIXED_POINT.code)
+    found = {each: _findings(whole, each) for each in (settings, *others)}
+    unsettled = whole.fitted & ~torch.stack([each.settled for each in found.values()]).all(0)
+    later = within(window // 2, unsettled, found[settings].kind != Kind.FIXED_POINT.code)
     # Nothing is held against what could not be told.
-    told = _decided(found[0], later, settings)[0] != Kind.UNKNOWN.code
+    told = _decided(found[settings], later, settings)[0] != Kind.UNKNOWN.code
     third = within(2 * window // 3, whole.fitted & told & shorter)
-    return TailMotions(whole, later, third)
+    return TailMotions(found, later, third)
 
 
 def displacement_kinds(motions: TailMotions, settings: DisplacementSettings) -> Int[Tensor, " token"]:
     """The kinds alone, as places in `KINDS`, by the settings or one of the others that the motions were measured
     for."""
-    return _decided(_findings(motions.whole, settings), motions.later, settings)[0]
+    return _decided(motions.whole[settings], motions.later, settings)[0]
 
 
 def plain_kinds(
@@ -116,7 +121,7 @@ def displacement_verdicts(motions: TailMotions, settings: DisplacementSettings) 
     unstable. So is, without a measured noise, motion that is new in a recurrence by no more than some roundings: one
     mode in hundreds that noise drives looks like a true one.
     """
-    whole = _findings(motions.whole, settings)
+    whole = motions.whole[settings]
     kinds, later, taken = _decided(whole, motions.later, settings)
     rows, shorter = motions.shorter
     kinds[rows] = _findings(shorter, settings).kind
@@ -366,9 +371,12 @@ def _say_shaped(found: _Findings, where: Tensor) -> None:
     found.say(where & hides, Kind.UNKNOWN, loud, shaped=True, doubt=Doubt.LOUD)
     turns = f"It turns, but too few times to tell whether it is periodic: {follows}"
     found.say(where & (best.limit == Kind.UNKNOWN.code), Kind.UNKNOWN, turns, shaped=True, doubt=Doubt.FEW_TURNS)
-    # What comes down to an orbit shrinks like what comes down to a point, at first, but leaves more than noise.
-    slight = torch.tensor([bool(shape and shape.hardly_shrinks) for shape in best.shape], dtype=torch.bool)
-    slight &= (best.limit == Kind.FIXED_POINT.code) & (m.left > found.amplified) & (m.unexplained > _GEOMETRIC)
+    # What comes down to an orbit shrinks like what comes down to a point, at first, but leaves more than noise; and
+    # within noise that hides how an exponential bends, the two look the same.
+    folds = [-shape.numbers[-1] if shape and shape.hardly_shrinks else math.inf for shape in best.shape]
+    shrinks = torch.tensor(folds, dtype=torch.float64)
+    slight = shrinks.isfinite() & (best.limit == Kind.FIXED_POINT.code) & (m.unexplained > _GEOMETRIC)
+    slight &= (m.left > found.amplified) | (m.unexplained > _BEND * m.window * best.directions_left * shrinks**4)
     less = f"Its turns become smaller, too little to tell whether they end at a point: {follows}"
     found.say(where & slight, Kind.UNKNOWN, less, shaped=True, doubt=Doubt.SLIGHT)
     grown = f"Its norm grows {{it.grows}} while time doubles: {follows}"

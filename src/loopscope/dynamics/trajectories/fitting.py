@@ -52,8 +52,8 @@ def fit_shapes(parts: Components, least_periods: float, unresolved: Float[Tensor
     known = families(parts.window, least_periods)
     found: list[Fit] = []
     for family in known:
-        start = best_on_grid(family, parts.times, parts.scores)
-        found.append(_fit_from(family, start, parts, len(family.grid), found))
+        start, value = best_on_grid(family, parts.times, parts.scores)
+        found.append(_fit_from(family, start, value, parts, len(family.grid), found))
     single = next((fit for fit in found if fit.name == "orbit 1"), None)
     if single is not None:
         _add_rotations(found, single, parts, least_periods)
@@ -125,9 +125,10 @@ def _add_rotations(found: list[Fit], single: Fit, parts: Components, least_perio
         # A grid over two or three turns would have their product of points; one at a time it has their sum, and all of
         # them are narrowed together afterwards.
         rest = parts.scores - basis @ (basis.mT @ parts.scores)
-        numbers = torch.cat((numbers, best_on_grid(single.family, parts.times, rest)), dim=-1)
-        family, tried = rotations(count, parts.window, least_periods), tried * single.tried
-        found.append(_fit_from(family, numbers, parts, tried, found))
+        added, _ = best_on_grid(single.family, parts.times, rest)
+        family, numbers = rotations(count, parts.window, least_periods), torch.cat((numbers, added), dim=-1)
+        value, tried = explained_energy(family, numbers, parts.times, parts.scores), tried * single.tried
+        found.append(_fit_from(family, numbers, value, parts, tried, found))
         numbers = found[-1].numbers
 
 
@@ -141,20 +142,21 @@ def _add_many_harmonics(found: list[Fit], parts: Components, least_periods: floa
     tried = sum(fit.tried for fit in few)
     for count in counts:
         family = many_harmonics(count, parts.window, least_periods)
-        found.append(_fit_from(family, turns, parts, tried, found, _NEARLY))
+        value = explained_energy(family, turns, parts.times, parts.scores)
+        found.append(_fit_from(family, turns, value, parts, tried, found, _NEARLY))
 
 
 def _fit_from(
     family: ShapeFamily,
     numbers: Tensor,
+    value: Tensor,
     parts: Components,
     tried: int,
     others: list[Fit],
     promising: float = _PROMISING,
 ) -> Fit:
-    """The best member near the one given for each motion, looked for where that one promises something and as long as
-    others do not leave far less."""
-    value = explained_energy(family, numbers, parts.times, parts.scores)
+    """The best member near the one given for each motion, which explains `value`, looked for where that promises
+    something and as long as others do not leave far less."""
     rows = (value >= promising * parts.energy).nonzero()[:, 0]
     if len(rows):
         # What such a shape explains is in few components; the others would only cost time.

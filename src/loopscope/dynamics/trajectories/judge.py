@@ -31,9 +31,11 @@ from loopscope.dynamics.trajectories.states import (
     check_axes,
     check_dtype,
     computed_dtype,
+    finite_tokens,
     known_dtype,
     rounding_step,
     stored_dtype,
+    trajectories_of,
 )
 from loopscope.dynamics.trajectories.tail import tail_length
 from loopscope.dynamics.trajectories.twins import noise_of_twins
@@ -43,8 +45,6 @@ from loopscope.models.inspection.facts import Dtype
 
 _CHUNK_BYTES = 2**28
 """That judging some tokens at a time may take: most of it is many small operations, fewer for larger pieces."""
-_FEW = 256
-"""Tokens that are looked through for what is not finite at a time."""
 _OUTGROWN = 10.0
 """A state that is no longer finite diverged if its norm had grown by this factor before; otherwise something else
 broke."""
@@ -136,21 +136,23 @@ def judge_by_all(
     declared = check_dtype(dtype)
     found = computed_dtype(tensor) or known_dtype(stored_dtype(tensor), otherwise=declared)
     coarse = max(declared, found, key=rounding_step)
-    finite = torch.cat([some.isfinite().all(-1) for some in tensor.split(_FEW)])
-    if not bool(finite.any()):
+    whole = finite_tokens(tensor)
+    broken = [(token, tensor[token].isfinite().all(-1)) for token in (~whole).nonzero()[:, 0].tolist()]
+    if not bool(whole.any()) and not any(bool(finite.any()) for _, finite in broken):
         raise ConfigError("No state is finite: every one holds NaN or infinity, so there is nothing to judge.")
     told: dict[int, tuple[Verdict, list[Kind]]] = {}
-    whole = finite.all(-1)
     method: Method = "displacement" if isinstance(chosen, DisplacementSettings) else "cosine"
-    for token in (~whole).nonzero()[:, 0].tolist():
-        verdict = _not_finite(tensor[token], finite[token], first_recurrence, method)
+    for token, finite in broken:
+        verdict = _not_finite(tensor[token], finite, first_recurrence, method)
         told[token] = verdict, [verdict.kind] * len(others)
         progress(1)
     for rows in _chunks(whole.nonzero()[:, 0], tensor, tail_length(recurrences, chosen.window, first_recurrence)):
         measured = None if noise is None else noise.take(rows)
+        some = trajectories_of(tensor, rows)
         if runs and isinstance(chosen, DisplacementSettings):
-            measured = noise_of_twins(tensor[rows], [run[rows] for run in runs], coarse, chosen, first_recurrence)
-        judged = _judge(tensor[rows], coarse, chosen, others, first_recurrence, try_window, measured)
+            its_runs = [trajectories_of(run, rows) for run in runs]
+            measured = noise_of_twins(some, its_runs, coarse, chosen, first_recurrence)
+        judged = _judge(some, coarse, chosen, others, first_recurrence, try_window, measured)
         told |= zip(rows.tolist(), judged, strict=True)
         progress(len(rows))
     verdicts = [told[token][0] for token in range(len(tensor))]
@@ -168,7 +170,7 @@ def trial_kinds(states: Tensor, settings: DisplacementSettings, first_recurrence
     kinds: list[Kind] = []
     window = tail_length(states.shape[1], settings.window, first_recurrence)
     for rows in _chunks(torch.arange(len(states)), states, window):
-        found = plain_kinds(states[rows], settings, first_recurrence, noise.take(rows))
+        found = plain_kinds(trajectories_of(states, rows), settings, first_recurrence, noise.take(rows))
         kinds += [KINDS[code] for code in found.tolist()]
     return kinds
 
@@ -182,7 +184,9 @@ def _judge(
     try_window: bool,
     noise: Noise | None,
 ) -> Iterator[tuple[Verdict, list[Kind]]]:
-    zero = (states == 0).all(-1).all(-1)
+    # Of the few that begin and end at 0.
+    zero = (states[:, 0] == 0).all(-1) & (states[:, -1] == 0).all(-1)
+    zero[zero.clone()] = (states[zero] == 0).all(-1).all(-1)
     if isinstance(settings, CosineSettings):
         turns = measure_turns(states, settings)
         found = cosine_verdicts(turns, dtype, settings)

@@ -22,9 +22,6 @@ _CONVERGED = 1e-6
 """Of what is left: an iteration that gains less is the last."""
 _RESOLVED = 1e-15
 """Of the energy: gains below are rounding."""
-_DIFFERENCE = 1e-6
-"""Of the family's step: how far apart the columns are whose difference stands for the derivative. It is right to six
-digits, which moves no limit: what is best is decided by the energy explained, not by its gradient."""
 _DAMPING = 1e-3
 """To begin with, relative to the diagonal of the normal equations; Levenberg's and Marquardt's."""
 _UNDAMPED = 1e-9
@@ -35,8 +32,8 @@ _HOPELESS = 100.0
 
 def best_on_grid(
     family: ShapeFamily, times: Float[Tensor, " time"], scores: Float[Tensor, "motion time component"]
-) -> Float[Tensor, "motion number"]:
-    """Numbers of the grid's member that explains most of each motion.
+) -> tuple[Float[Tensor, "motion number"], Float[Tensor, " motion"]]:
+    """Numbers of the grid's member that explains most of each motion, and the sum of squares that it explains.
 
     In float32, which tells neighbours on a grid apart.
     """
@@ -45,12 +42,15 @@ def best_on_grid(
     candidates, columns, components = len(family.grid), family.columns, scores.shape[-1]
     # Energies of motions near the rounding of float64 are no float32 numbers.
     largest = scores.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
-    single = (scores / largest).float().permute(1, 0, 2)
-    best = []
-    for some in single.split(max(1, _CHUNK_ENTRIES // (candidates * columns * components)), dim=1):
+    single = (scores / largest).float().permute(1, 2, 0)
+    explained, places = [], []
+    for some in single.split(max(1, _CHUNK_ENTRIES // (candidates * columns * components)), dim=2):
         projected = (flat @ some.reshape(len(times), -1)).square_()
-        best.append(projected.view(candidates, columns, -1, components).sum((1, 3)).argmax(0))
-    return family.grid[torch.cat(best)]
+        # Motions last, so that what is added up lies side by side: otherwise sums take longer than products.
+        best = projected.view(candidates, columns * components, -1).sum(1).max(0)
+        explained.append(best.values)
+        places.append(best.indices)
+    return family.grid[torch.cat(places)], torch.cat(explained).double() * largest[:, 0, 0].square()
 
 
 @lru_cache(maxsize=256)
@@ -122,7 +122,7 @@ def _step(
 
 def _linearised(family: ShapeFamily, times: Tensor, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The energy explained, half its gradient in the numbers, and the normal equations' matrix."""
-    columns, changes = _with_derivatives(family, numbers, times)
+    columns, changes = (each - each.mean(-2, keepdim=True) for each in family.design(numbers, times))
     basis, upper = torch.linalg.qr(columns)
     projected = basis.mT @ scores
     coefficients = torch.linalg.solve_triangular(upper, projected, upper=True).nan_to_num(0.0, 0.0, 0.0)
@@ -131,14 +131,3 @@ def _linearised(family: ShapeFamily, times: Tensor, scores: Tensor, numbers: Ten
     ways = (moved - across @ along).flatten(2)
     slope = (ways @ (scores - basis @ projected).flatten(1)[..., None])[..., 0]
     return projected.square().sum((-1, -2)), slope, ways @ ways.mT
-
-
-def _with_derivatives(family: ShapeFamily, numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns (motion, time, column) and how they change with each number (motion, number, time, column)."""
-    width = _DIFFERENCE * family.step
-    shifts = width.diag_embed()
-    around = torch.cat((torch.zeros_like(shifts[:1]), shifts))
-    columns = family.design(numbers[:, None] + around, times)
-    columns = columns - columns.mean(-2, keepdim=True)
-    changes = (columns[:, 1:] - columns[:, :1]) / width[:, None, None]
-    return columns[:, 0], changes

@@ -8,7 +8,7 @@ then by a search that narrows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Design = Callable[[Tensor, Tensor], Tensor]
-"""(..., numbers) and times (time,) to columns (..., time, column), without the constant one."""
+Design = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(..., number) and times (time,) to columns (..., time, column), without the constant one, and how these change with
+each number (..., number, time, column)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +37,7 @@ class ShapeFamily:
 
 def shape_columns(family: ShapeFamily, numbers: Tensor, times: Tensor) -> Tensor:
     """An orthonormal basis of what the family spans beside a constant, (..., time, column)."""
-    columns = family.design(numbers, times)
+    columns, _ = family.design(numbers, times)
     centred = columns - columns.mean(-2, keepdim=True)
     basis: Tensor
     basis, _ = torch.linalg.qr(centred / centred.norm(dim=-2, keepdim=True).clamp_min(1e-300))
@@ -47,7 +48,7 @@ def shape_coefficients(
     family: ShapeFamily, numbers: Tensor, times: Tensor, scores: Tensor
 ) -> Float[Tensor, "motion column component"]:
     """The family's columns times these, and a constant, come nearest to each motion."""
-    columns = family.design(numbers, times)
+    columns, _ = family.design(numbers, times)
     basis, upper = torch.linalg.qr(columns - columns.mean(-2, keepdim=True))
     found: Tensor = torch.linalg.solve_triangular(upper, basis.mT @ scores, upper=True)
     return found.nan_to_num(0.0, 0.0, 0.0)
@@ -77,7 +78,7 @@ def families(window: int, least_periods: float) -> tuple[ShapeFamily, ...]:
     shifts, bends = torch.linspace(-2.0, math.log(8.0 * window), 8), torch.tensor([0.2, 0.5, 1.0, 1.6])
     found = [
         _family("power", _power, [powers], [0.2], [-4.0], [3.0]),
-        _family("arc", _turn, [arcs], [0.2 / window], [0.01 / window], [2 * math.pi / window]),
+        _family("arc", _orbit(1), [arcs], [0.2 / window], [0.01 / window], [2 * math.pi / window]),
         _family("exponential", _exponential, [both], [0.3], [-60.0], [60.0]),
         _family("alternating", _alternating, [torch.cat((both, torch.zeros(1)))], [0.3], [-60.0], [60.0]),
         _family("logarithm", _logarithm, [shifts], [0.5], [-4.6], [math.log(20.0 * window)]),
@@ -119,7 +120,7 @@ def rotations(count: int, window: int, least_periods: float) -> ShapeFamily:
     slowest = 2 * math.pi * least_periods / window
     return ShapeFamily(
         name=f"{count} rotations",
-        design=_rotations,
+        design=_side_by_side([_orbit(1)] * count, [1] * count),
         grid=torch.zeros(0, count, dtype=torch.float64),
         step=torch.full((count,), math.pi / (4 * window), dtype=torch.float64),
         low=torch.full((count,), slowest, dtype=torch.float64),
@@ -128,23 +129,14 @@ def rotations(count: int, window: int, least_periods: float) -> ShapeFamily:
     )
 
 
-def _rotations(numbers: Tensor, times: Tensor) -> Tensor:
-    return torch.cat([_turn(numbers[..., place : place + 1], times) for place in range(numbers.shape[-1])], dim=-1)
-
-
 @lru_cache(maxsize=256)
 def together(members: tuple[ShapeFamily, ...]) -> ShapeFamily:
     """The columns of several families side by side, their numbers one after the other. Its grid has no points, and
     numbers beyond those of the members say nothing."""
     counts = [family.grid.shape[-1] for family in members]
-
-    def design(numbers: Tensor, times: Tensor) -> Tensor:
-        pieces = numbers[..., : sum(counts)].split(counts, dim=-1)
-        return torch.cat([family.design(piece, times) for family, piece in zip(members, pieces, strict=True)], dim=-1)
-
     return ShapeFamily(
         name=", ".join(family.name for family in members),
-        design=design,
+        design=_side_by_side([family.design for family in members], counts),
         grid=torch.zeros(0, sum(counts), dtype=torch.float64),
         step=torch.cat([family.step for family in members]),
         low=torch.cat([family.low for family in members]),
@@ -165,64 +157,102 @@ def _family(
 ) -> ShapeFamily:
     grid = torch.cartesian_prod(*[axis.double() for axis in axes]).reshape(-1, len(axes))
     some = torch.ones(1, len(axes), dtype=torch.float64)
-    columns = design(some, torch.arange(1.0, 9.0, dtype=torch.float64)).shape[-1]
+    columns = design(some, torch.arange(1.0, 9.0, dtype=torch.float64))[0].shape[-1]
     bounds = [torch.tensor(values, dtype=torch.float64) for values in (step, low, high)]
     return ShapeFamily(
         name=name, design=design, grid=grid, step=bounds[0], low=bounds[1], high=bounds[2], columns=columns
     )
 
 
-def _power(numbers: Tensor, times: Tensor) -> Tensor:
+def _side_by_side(designs: Sequence[Design], counts: Sequence[int]) -> Design:
+    """The columns of several designs, whose numbers, so many each, follow each other."""
+
+    def design(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = numbers[..., : sum(counts)].split(list(counts), dim=-1)
+        parts = [design(piece, times) for design, piece in zip(designs, pieces, strict=True)]
+        columns = torch.cat([part[0] for part in parts], dim=-1)
+        changes = columns.new_zeros(*numbers.shape[:-1], sum(counts), *columns.shape[-2:])
+        first = column = 0
+        for _, moved in parts:
+            last, end = first + moved.shape[-3], column + moved.shape[-1]
+            changes[..., first:last, :, column:end] = moved
+            first, column = last, end
+        return columns, changes
+
+    return design
+
+
+def _power(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """(t^q - 1) / q, the logarithm at q = 0; times count from 1."""
-    exponent = numbers[..., 0:1]
+    exponent, logs = numbers[..., 0:1], times.log()
     small = exponent.abs() < 1e-4
     safe = torch.where(small, torch.ones_like(exponent), exponent)
-    return torch.where(small, times.log(), (times**safe - 1) / safe)[..., None]
+    powers = times**safe
+    columns = torch.where(small, logs, (powers - 1) / safe)
+    changes = torch.where(small, logs.square() / 2, (powers * (safe * logs - 1) + 1) / safe.square())
+    return columns[..., None], changes[..., None, :, None]
 
 
-def _logarithm(numbers: Tensor, times: Tensor) -> Tensor:
+def _logarithm(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """log(t + s), the number log s: 0 where the drift began with the loop."""
-    return (times - 1 + numbers[..., 0:1].exp()).log()[..., None]
+    shift = numbers[..., 0:1].exp()
+    since = times - 1 + shift
+    return since.log()[..., None], (shift / since)[..., None, :, None]
 
 
-def _logarithmic_arc(numbers: Tensor, times: Tensor) -> Tensor:
+def _logarithmic_arc(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """An arc whose angle goes with that; the second number is how far it turns within the tail, in radians."""
-    place = _logarithm(numbers, times)[..., 0]
-    place = (place - place[..., :1]) / (place[..., -1:] - place[..., :1])
-    angle = numbers[..., 1:2] * place
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+    since, slope = _logarithm(numbers, times)
+    since, slope, bend = since[..., 0], slope[..., 0, :, 0], numbers[..., 1:2]
+    way, its_slope = since[..., -1:] - since[..., :1], slope[..., -1:] - slope[..., :1]
+    place = (since - since[..., :1]) / way
+    slides = (slope - slope[..., :1] - place * its_slope) / way
+    columns, around = _circle(bend * place)
+    return columns, torch.stack((bend * slides, place), dim=-2)[..., None] * around[..., None, :, :]
 
 
-def _envelope(rate: Tensor, times: Tensor) -> Tensor:
-    """exp(rate u), u the time in windows; counted from the end where it grows, so that it never exceeds 1."""
+def _envelope(rate: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(rate u), u the time in windows, and its derivative; counted from the end where it grows, so that it never
+    exceeds 1."""
     place = (times - times[0]) / len(times)
-    return torch.exp(rate * torch.where(rate > 0, place - 1, place))
+    place = torch.where(rate > 0, place - 1, place)
+    values = torch.exp(rate * place)
+    return values, place * values
 
 
-def _exponential(numbers: Tensor, times: Tensor) -> Tensor:
-    return _envelope(numbers[..., 0:1], times)[..., None]
+def _exponential(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    values, changes = _envelope(numbers[..., 0:1], times)
+    return values[..., None], changes[..., None, :, None]
 
 
-def _alternating(numbers: Tensor, times: Tensor) -> Tensor:
-    return (_envelope(numbers[..., 0:1], times) * torch.cos(math.pi * times).round())[..., None]
+def _alternating(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    columns, changes = _exponential(numbers, times)
+    signs = torch.cos(math.pi * times).round()[:, None]
+    return signs * columns, signs * changes
 
 
-def _late_drift(numbers: Tensor, times: Tensor) -> Tensor:
-    transient = _envelope(numbers[..., 0:1], times)
-    return torch.stack((transient, times.expand_as(transient) / len(times)), dim=-1)
+def _late_drift(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    transient, changes = _envelope(numbers[..., 0:1], times)
+    columns = torch.stack((transient, times.expand_as(transient) / len(times)), dim=-1)
+    return columns, torch.stack((changes, torch.zeros_like(changes)), dim=-1)[..., None, :, :]
 
 
-def _turn(numbers: Tensor, times: Tensor) -> Tensor:
-    angle = numbers[..., 0:1] * (times - times[0])
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+def _spiral(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    turned, around = _orbit(1)(numbers, times)
+    size, shrinks = (each[..., None] for each in _envelope(numbers[..., 1:2], times))
+    return size * turned, torch.stack((size * around[..., 0, :, :], shrinks * turned), dim=-3)
 
 
-def _spiral(numbers: Tensor, times: Tensor) -> Tensor:
-    return _envelope(numbers[..., 1:2], times)[..., None] * _turn(numbers[..., 0:1], times)
+def _circle(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each angle as two columns, and their derivatives in the angle."""
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.stack((cosine, sine), dim=-1), torch.stack((-sine, cosine), dim=-1)
 
 
 def _orbit(harmonics: int) -> Design:
-    def design(numbers: Tensor, times: Tensor) -> Tensor:
-        return torch.cat([_turn((index + 1) * numbers[..., 0:1], times) for index in range(harmonics)], dim=-1)
+    def design(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        phases = (times - times[0])[:, None] * torch.arange(1, harmonics + 1)
+        columns, around = _circle(numbers[..., 0:1, None] * phases)
+        return columns.flatten(-2), (phases[..., None] * around).flatten(-2)[..., None, :, :]
 
     return design

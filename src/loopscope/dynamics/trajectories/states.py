@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,8 @@ _SIGNIFICAND_BITS: dict[Dtype, int] = {"float64": 53, "float32": 24, "float16": 
 """With the implicit one."""
 _FEW = 64
 """Tokens that the check of the axes looks at."""
+_AT_ONCE = 256
+"""Tokens that are looked through for what is not finite at a time."""
 _FROM = 16
 """Entries along an axis from which on it could be the recurrences."""
 
@@ -97,6 +100,23 @@ def as_states(states: NDArray[Any] | Tensor | Sequence[Any]) -> Tensor:
     if tensor.numel() == 0:
         raise ConfigError(f"There are no states in the array: its shape is {tuple(tensor.shape)}.")
     return (tensor[None] if tensor.dim() == 2 else tensor).detach().cpu()
+
+
+def finite_tokens(states: Float[Tensor, "token recurrence width"]) -> Bool[Tensor, " token"]:
+    """Whose states are all finite."""
+    found = []
+    for some in states.split(_AT_ONCE):
+        # What is not finite makes no finite sum, which is found fast; large numbers may do so too.
+        finite = some.sum((1, 2)).isfinite()
+        finite[~finite] = some[~finite].isfinite().all(-1).all(-1)
+        found.append(finite)
+    return torch.cat(found)
+
+
+def trajectories_of(states: Float[Tensor, "token recurrence width"], rows: Int[Tensor, " row"]) -> Tensor:
+    """Those of some tokens in ascending order, without a copy where they follow each other."""
+    first, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+    return states[first:end] if end - first == len(rows) else states[rows]
 
 
 def check_axes(states: Tensor) -> None:
