@@ -116,6 +116,9 @@ def test_batches_that_end_at_different_recurrences_make_one_study() -> None:
     ("changes", "said"),
     [
         ({"stop_at_rest": 8}, "0 for never, or at least 16"),
+        ({"horizon": 18}, "At a horizon of 18 no run .* or leave --stop-at-rest out"),
+        ({"stop_at_rest": 36}, "raise --horizon, or take at most 32"),
+        ({"stop_at_rest": 256, "horizon": 900}, "raise --horizon, or take at most 252"),
         ({"skip": ("twin",)}, "leave one of it and --skip twin out"),
         ({"intervene": ("token:0@50=zeros",)}, "before 'token:0@50=zeros' has changed all that it changes"),
         ({"intervene": ("mlp:recurrent.0@3-60=0.5",)}, "before 'mlp"),
@@ -134,7 +137,7 @@ def test_what_acts_before_the_horizon_or_all_the_time_is_no_obstacle() -> None:
 
 
 def test_a_folder_from_before_the_setting_is_resumed(tmp_path: Path) -> None:
-    settings = AnalyzeSettings(recurrences=3, horizon=4, skip=("behaviour", "stability", "maps"))
+    settings = AnalyzeSettings(recurrences=3, horizon=20, skip=("behaviour", "stability", "maps"))
     analyze(subject(), PROMPTS[:1], settings=settings, out=tmp_path / "study")
     path = tmp_path / "study" / "manifest.json"
     manifest = json.loads(path.read_text())

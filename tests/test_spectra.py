@@ -116,6 +116,7 @@ def test_what_the_error_leaves_open_is_not_told() -> None:
     assert one_token(0.998 * np.exp(0.06j), error=0.05) == PredictedKind.UNRESOLVED  # a slider as well as an orbit
     assert one_token(0.7 * np.exp(0.8j), error=0.1) in (PredictedKind.FIXED_POINT, PredictedKind.DAMPED_ROTATION)
     assert one_token(0.9, error=math.inf) == PredictedKind.UNRESOLVED
+    assert one_token(0.3 * np.exp(2j), error=0.4) == PredictedKind.FIXED_POINT  # also where the modulus may be 0
     assert one_token(0.9, step=0.3) == PredictedKind.FAR
 
 

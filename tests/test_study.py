@@ -31,7 +31,7 @@ from small_models import ADDED, FEED_FORWARD, GATED, INJECTED, LOOP_NORM, PROMPT
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 SETTINGS = AnalyzeSettings(
     recurrences=5,
-    horizon=8,
+    horizon=20,
     cycle_recurrences=2,
     batch_size=4,
     track=("0:-1",),
@@ -242,7 +242,7 @@ def test_the_manifest_says_what_was_run_on_what(study: Study) -> None:
     assert manifest["model"]["weights_sha256"] == subject().info.weights_sha256
     assert manifest["model"]["layout"] == {"prelude": 1, "recurrent": 2, "coda": 1}
     assert manifest["model"]["dtype"] == "float32"
-    assert manifest["settings"]["horizon"] == 8
+    assert manifest["settings"]["horizon"] == 20
     assert manifest["prompts"]["count"] == 5
     assert manifest["prompts"]["tokens"] == sum(map(len, PROMPTS))
     assert set(manifest["versions"]) >= {"loopscope", "python", "torch"}

@@ -8,11 +8,13 @@ from loopscope._util.wording import plural
 from loopscope.analysis.settings import AnalyzeSettings
 from loopscope.dynamics.eigenvalues.hooked import why_no_eigenvalues
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings
+from loopscope.dynamics.trajectories.settings import DisplacementSettings
 from loopscope.errors import ConfigError
 from loopscope.measures.base import MapChoice, Plan
 from loopscope.measures.behaviour import can_be_judged
 from loopscope.measures.maps import map_recurrences, map_sites, map_tokens
 from loopscope.measures.readout import readout_grid
+from loopscope.measures.rest import longest_rest
 from loopscope.measures.stability import replaced_at, study_eigenvalues
 from loopscope.models.checkpoints.free_memory import size_text
 from loopscope.models.checkpoints.placement import Placement
@@ -74,7 +76,7 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         eigenvalues=None if no_eigenvalues else _eigenvalues(info, settings),
         no_eigenvalues=no_eigenvalues or "",
         maps=maps,
-        stop_at_rest=_stop_at_rest(settings),
+        stop_at_rest=_stop_at_rest(settings) if info.is_looped else 0,
     )
 
 
@@ -182,6 +184,14 @@ def _stop_at_rest(settings: AnalyzeSettings) -> int:
     if "twin" in settings.skip:
         raise ConfigError(
             "--stop-at-rest goes by the noise floor that the twin measures; leave one of it and --skip twin out."
+        )
+    longest = longest_rest(settings.horizon)
+    if settings.stop_at_rest > longest:
+        few = longest < DisplacementSettings().least_recurrences
+        raise ConfigError(
+            f"At a horizon of {settings.horizon} no run can rest for {settings.stop_at_rest} recurrences and end "
+            "before the second; raise --horizon, or "
+            f"{'leave --stop-at-rest out' if few else f'take at most {longest}'}."
         )
     for each in settings.interventions:
         named = last_named(each)

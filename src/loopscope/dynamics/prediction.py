@@ -252,7 +252,9 @@ def _kinds(
     settles = np.isin(kind, _SETTLING)
     for longer in (-1, 1):
         for turned in (-1, 1):
-            other = _kinds_of(modulus + longer * error, np.clip(angle + turned * swing, 0, np.pi), criterion)
+            # An error may be larger than what it is of.
+            size = np.maximum(modulus + longer * error, 0.0)
+            other = _kinds_of(size, np.clip(angle + turned * swing, 0, np.pi), criterion)
             # A rotation that may or may not be visible is a fixed point either way.
             also_settles = settles & np.isin(other, _SETTLING)
             kind = np.where((other == kind) | also_settles, kind, PredictedKind.UNRESOLVED.value)

@@ -26,6 +26,17 @@ and 0.8 to 1.4 times for the 600 tokens and layers of a prompt. A drift by a for
 makes it 1.3 times after 32, growth by a fortieth 1.5 times."""
 
 
+def longest_rest(horizon: int) -> int:
+    """Recurrences of rest after which a run can still end before twice the horizon."""
+    last = (horizon - 3) // _EVERY * _EVERY
+    return last - _from(horizon)
+
+
+def _from(horizon: int) -> int:
+    """Recurrences beyond the horizon before which nothing ends: what is judged has to be kept from its beginning."""
+    return max(0, horizon - DisplacementSettings().window)
+
+
 class Rest(Measure):
     """Compares each state beyond the horizon with that at the horizon, and with how far the twin is; where every token
     has rested long enough, the run ends two recurrences later (`BatchInfo.stopped`)."""
@@ -47,11 +58,8 @@ class Rest(Measure):
         layers, self._first = batch.info.recurrent, batch.plan.horizon
         self._there: list[Tensor | None] = [None] * layers
         self._away = torch.full((layers, self._first, *batch.mask.shape), torch.nan, device=batch.mask.device)
-        settings = DisplacementSettings()
-        # What is judged has to be kept from its beginning.
-        self._from = max(0, self._first - settings.window)
         dtype = known_dtype(batch.info.dtype, otherwise="float32")
-        self._apart = min(PARTED, settings.gain * rounding_step(dtype))
+        self._apart = min(PARTED, DisplacementSettings().gain * rounding_step(dtype))
 
     @classmethod
     def absent(cls, info: SubjectInfo, plan: Plan) -> str | None:
@@ -78,7 +86,7 @@ class Rest(Measure):
         beyond, least = recurrence - self._first, self.batch.plan.stop_at_rest
         if (
             self.batch.stopped is not None
-            or beyond < self._from + least
+            or beyond < _from(self._first) + least
             or beyond % _EVERY
             or beyond + 2 >= self._first
         ):
