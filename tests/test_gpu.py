@@ -95,7 +95,7 @@ def test_nothing_in_a_pass_waits_for_the_device(monkeypatch: pytest.MonkeyPatch)
     """
     monkeypatch.setattr(heads, "_PENDING_BYTES", 1)
     loop = subject(architecture(recurrent=2, prelude=1, coda=0), dtype=torch.bfloat16)
-    batch, recurrences, horizon = Batch.of([*PROMPTS, list(range(20))]), 2, 8
+    batch, recurrences, horizon = Batch.of([*PROMPTS, list(range(20))]), 2, 20
     chosen = {"exit_recurrences": 2, "track": ("0:-1",), "map_prompts": (0,), "support_every": 2, "stop_at_rest": 16}
     info = batch_info(loop, batch, recurrences=recurrences, horizon=horizon, **chosen)
     info.second_run = info.has_twin = True
