@@ -284,6 +284,8 @@ def test_what_comes_down_to_an_orbit_is_no_approach_to_a_point(dtype: Dtype) -> 
     orbits = judge((centre + lasting + 0.1 * shrinking).astype(np.float32), dtype)
     assert {verdict.kind for verdict in orbits} <= {Kind.ORBIT, Kind.UNKNOWN}
     assert Doubt.SLIGHT in {verdict.doubt for verdict in orbits}
+    doubled = (0.01 + 0.1 * 0.9782 ** time[:128]) * (-1.0) ** time[:128] * way
+    assert judge((centre + doubled)[None].astype(np.float32), "float32")[0].doubt is Doubt.SLIGHT
     assert {verdict.kind for verdict in judge((centre + shrinking).astype(np.float32), dtype)} == {Kind.FIXED_POINT}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch.nn import functional
 import loopscope
 from foreign_models import assert_untouched
 from loopscope import leading_eigenvalues
+from loopscope._util.shapes import States, TokenMask
 from loopscope.dynamics.eigenvalues.krylov import DifferenceProducts, ExactProducts, KrylovSpace, ritz_values
 from loopscope.dynamics.eigenvalues.leading import eigenvalues_near
 from loopscope.dynamics.eigenvalues.mixing import mix_with_others_frozen
 from loopscope.dynamics.eigenvalues.native import NativeRecurrence, linearise_native
-from loopscope.dynamics.eigenvalues.recurrence import LastStep
+from loopscope.dynamics.eigenvalues.recurrence import LastStep, TokenBlock
 from loopscope.dynamics.eigenvalues.result import EigenvalueSettings, Stability
 from loopscope.dynamics.eigenvalues.search import find_fixed_point, relative_step
 from loopscope.dynamics.observed_rate import observed_rate
@@ -119,6 +121,26 @@ def one_prompt(model: LoopedTransformer, *texts: str, tokens: int = 6) -> tuple[
     ids = random_ids(1, tokens)
     whole = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
     return NativeSubject(model.requires_grad_(False), name="random").intervened(list(texts)), whole
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**28])
+def test_what_a_block_of_tokens_recorded_goes_before_another_is_made(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of its tokens that are left, which are linearised anew, among them."""
+    made: list[weakref.ref[object]] = []
+    block_of = NativeRecurrence._block
+
+    def watched(near: NativeRecurrence, state: States, tokens: TokenMask) -> TokenBlock:
+        assert not [each for each in made if each() is not None]
+        block = block_of(near, state, tokens)
+        made.append(weakref.ref(block.products))
+        return block
+
+    monkeypatch.setattr(NativeRecurrence, "_block", watched)
+    settings = EigenvalueSettings(recurrences=3, search=0, far=1e9, tolerance=0.5, least=4, block_bytes=block_bytes)
+    leading_eigenvalues(random_model(**SHAPES["window"]), random_ids(1, 6), settings=settings)
+    assert len(made) > 1
 
 
 @pytest.mark.parametrize(("shape", "changes"), CASES)

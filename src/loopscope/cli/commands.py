@@ -66,9 +66,9 @@ class Analyze(_Shown):
     """Folder for the study; default: runs/MODEL-TIME."""
     preset: Preset = "standard"
     """What is measured unless options say otherwise. quick: convergence, readout, and verdicts of the last layer; costs
-    1.9 times a bare run to twice the horizon on the shipped models. standard: 3.3 to 3.5 times. full: also larger
-    attention maps, supports of attention, neurons of large models and eigenvalues of hooked ones; 4 times, and more
-    with neurons and hooked eigenvalues. Options override the preset; --skip leaves out more."""
+    1.8 times a bare run to twice the horizon on the shipped models. standard: 3.2 times. full: also larger attention
+    maps, supports of attention, neurons of large models and eigenvalues of hooked ones; 4 times, and more with neurons
+    and hooked eigenvalues. Options override the preset; --skip leaves out more."""
     report: bool = True
     """Also write report.html."""
     given: tyro.conf.Suppress[tuple[str, ...]] = ()

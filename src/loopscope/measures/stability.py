@@ -197,7 +197,8 @@ class TokenStability(Measure):
                 sizes = batch.sizes
                 searched = int(searched * min(1, max(1 / WINDOWS, LEAST_WINDOW / batch.tokens)))
                 searched += 2 * sizes.recurrent * sizes.key_width * tokens * max(4, batch.itemsize)
-                products = min(settings.block_bytes, tokens * _recorded(batch, settings))
+                taken, one = _taken(batch, settings), _recorded(batch, settings)
+                products = -(-taken // settings.blocks(taken, one)) * one
             ended = 8 * wide + max(searched * bool(settings.search), products)
         return Memory(kept=2 * wide + lengths, ended=ended, result=4 * lengths)
 
@@ -207,7 +208,7 @@ class TokenStability(Measure):
         settings = batch.plan.eigenvalues
         if settings is None or not isinstance(batch.subject, NativeSubject):
             return 0
-        blocks = -(-int(taken_tokens(batch.mask, settings.every).sum()) // settings.at_once(_recorded(batch, settings)))
+        blocks = settings.blocks(_taken(batch, settings), _recorded(batch, settings))
         return SEARCH_STEPS + blocks * min(settings.products, batch.info.width)
 
     def start(self, initial_state: Tensor | None) -> None:
@@ -315,6 +316,11 @@ def kept_pairs(eigenvalues: np.ndarray) -> np.ndarray:
         np.put_along_axis(leads, moved.argmax(-1)[..., None], True, axis=-1)
     order = np.lexsort((-moduli, ~leads), axis=-1)
     return np.sort(order[..., :count], axis=-1)
+
+
+def _taken(batch: BatchInfo, settings: EigenvalueSettings) -> int:
+    """Tokens whose eigenvalues are found."""
+    return int(taken_tokens(batch.mask, settings.every).sum())
 
 
 def _recorded(batch: BatchInfo, settings: EigenvalueSettings) -> int:

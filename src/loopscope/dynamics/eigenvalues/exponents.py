@@ -151,5 +151,6 @@ def vectors_along(
             diagonal = whole.R.diagonal(dim1=-2, dim2=-1).abs().log()
             growth[block.tokens] = torch.where(finite[:, None], diagonal, torch.nan)
             basis[block.tokens] = whole.Q
+            del block  # what is recorded for it goes before the next one is made
         found.append(growth)
     return torch.stack(found, dim=2)

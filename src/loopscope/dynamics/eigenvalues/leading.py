@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -62,10 +62,9 @@ def eigenvalues_near(
     there = taken_tokens(mask, settings.every) & step.isfinite()
     start, spare = _first_vectors(near.last_step, batch.input_ids, mask, settings)
     derivatives: set[Derivative] = set()
-    for block in near.linearised(state, there) if bool(there.any()) else ():
-        space = KrylovSpace(start[block.tokens], spare[block.tokens], found.products)
-        _solve(near, state, block, space, far, settings, on_step, found)
-        derivatives.add(block.derivative)
+    blocks = iter(near.linearised(state, there)) if bool(there.any()) else iter(())
+    while (derivative := _solve_next(blocks, near, state, (start, spare), far, settings, on_step, found)) is not None:
+        derivatives.add(derivative)
     return Stability(
         **{name: whole.numpy() for name, whole in found.arrays.items()},
         relative_step=_numbers(step, mask),
@@ -115,21 +114,28 @@ def taken_tokens(mask: TokenMask, every: int) -> TokenMask:
     return mask & (from_end % every == 0 if every else from_end == 0)
 
 
-def _solve(
+def _solve_next(
+    blocks: Iterator[TokenBlock],
     near: LinearisedRecurrence,
     state: States,
-    block: TokenBlock,
-    space: KrylovSpace,
+    first: tuple[States, States],
     far: TokenMask,
     settings: EigenvalueSettings,
     on_step: Callable[[], None],
     found: _Found,
-) -> None:
-    """Let the space of every token of the block grow until its leading eigenvalue is known.
+) -> Derivative | None:
+    """Let the space of every token of the next block grow until its leading eigenvalue is known; None where there is no
+    other block. Nobody else holds the block, so that what is recorded for it goes before the next one is made.
 
     What is found of a token does not depend on which others there are. Those that are left are linearised anew where
     they are clearly fewer: the products of all would cost more.
     """
+    try:
+        block = next(blocks)
+    except StopIteration:
+        return None
+    start, spare = (each[block.tokens] for each in first)
+    space = KrylovSpace(start, spare, found.products)
     left, made_of, singular = block.tokens, block.tokens, None
 
     def product(vectors: TokenVectors) -> TokenVectors:
@@ -159,10 +165,12 @@ def _solve(
         )
         space, singular, left = space.of(open_), singular[open_], left & ~of_done
         if 0 < int(left.sum()) <= _FEWER * int(made_of.sum()):
+            del block
             (block,) = near.linearised(state, left)
             made_of = left
     for _ in range(found.products - space.columns):
         on_step()
+    return block.derivative
 
 
 def _first_vectors(

@@ -53,8 +53,12 @@ class EigenvalueSettings:
     about so much memory at most; one token at the least."""
 
     def at_once(self, bytes_of_one: int) -> int:
-        """Tokens of a block."""
+        """Tokens of a block, at most."""
         return max(1, self.block_bytes // bytes_of_one)
+
+    def blocks(self, tokens: int, bytes_of_one: int) -> int:
+        """How many of about one size so many tokens make."""
+        return -(-tokens // self.at_once(bytes_of_one))
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -297,9 +297,15 @@ def _findings(motions: Motions, settings: DisplacementSettings) -> _Findings:
     )
     more = m.left > found.amplified
     found.say(
-        more & (m.trend <= 1 / settings.steady),
+        more & (m.trend <= 1 / settings.shrinking),
         Kind.FIXED_POINT,
         "It approaches a point, in many turns: its steps shrink steadily, {it.falls:.3g}-fold.",
+    )
+    found.say(
+        more & (m.trend <= 1 / settings.steady),
+        Kind.UNKNOWN,
+        "Its many turns become smaller, {it.falls:.3g}-fold, too little to tell whether they end at a point.",
+        doubt=Doubt.SLIGHT,
     )
     found.say(
         more & (m.trend >= settings.steady) & ~found.seems,

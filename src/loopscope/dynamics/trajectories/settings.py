@@ -98,8 +98,9 @@ class DisplacementSettings:
     unsteady: _Share = 0.08
     """And a straight line or an arc leaves at most this share of its variance."""
     steady: Positive = 1.3
-    """Motion in many turns approaches a point, or leaves it, if its steps change steadily by this factor over the tail,
-    eight standard errors from no change in both halves."""
+    """Motion in many turns leaves a point if its steps lengthen steadily by this factor over the tail, eight standard
+    errors from no change in both halves. If they shrink as steadily it approaches one from the factor `shrinking` on;
+    between the two it may come down to an orbit."""
     shrinking: Positive = 2.5
     """Steps whose root mean square falls by this factor from the first third of the tail to the last are those of an
     approach, whatever its shape. Steps like 1/t, which have no limit, fall by 1.6 over the second half of a
