@@ -190,7 +190,7 @@ def _stop_at_rest(settings: AnalyzeSettings) -> int:
         few = longest < DisplacementSettings().least_recurrences
         raise ConfigError(
             f"At a horizon of {settings.horizon} no run can rest for {settings.stop_at_rest} recurrences and end "
-            "before the second; raise --horizon, or "
+            "before twice that; raise --horizon, or "
             f"{'leave --stop-at-rest out' if few else f'take at most {longest}'}."
         )
     for each in settings.interventions:
