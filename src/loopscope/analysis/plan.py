@@ -76,7 +76,7 @@ def choose(subject: Subject, lengths: Sequence[int], settings: AnalyzeSettings, 
         eigenvalues=None if no_eigenvalues else _eigenvalues(info, settings),
         no_eigenvalues=no_eigenvalues or "",
         maps=maps,
-        stop_at_rest=_stop_at_rest(settings) if info.is_looped else 0,
+        stop_at_rest=_stop_at_rest(settings, looped=info.is_looped),
     )
 
 
@@ -177,7 +177,7 @@ def _eigenvalues(info: SubjectInfo, settings: AnalyzeSettings) -> EigenvalueSett
     )
 
 
-def _stop_at_rest(settings: AnalyzeSettings) -> int:
+def _stop_at_rest(settings: AnalyzeSettings, *, looped: bool) -> int:
     """Raises `ConfigError` where the run would end although something is still to happen."""
     if not settings.stop_at_rest:
         return 0
@@ -186,7 +186,7 @@ def _stop_at_rest(settings: AnalyzeSettings) -> int:
             "--stop-at-rest goes by the noise floor that the twin measures; leave one of it and --skip twin out."
         )
     longest = longest_rest(settings.horizon)
-    if settings.stop_at_rest > longest:
+    if looped and settings.stop_at_rest > longest:
         few = longest < DisplacementSettings().least_recurrences
         raise ConfigError(
             f"At a horizon of {settings.horizon} no run can rest for {settings.stop_at_rest} recurrences and end "

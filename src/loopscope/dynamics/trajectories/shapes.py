@@ -29,7 +29,7 @@ class ShapeFamily:
     design: Design
     grid: Float[Tensor, "candidate number"]
     step: Float[Tensor, " number"]
-    """Where the narrowing search starts; 0 for a number that stays."""
+    """A step of the narrowing search goes by four times this at most, or by half the number where that is more."""
     low: Float[Tensor, " number"]
     high: Float[Tensor, " number"]
     columns: int
@@ -169,7 +169,7 @@ def _side_by_side(designs: Sequence[Design], counts: Sequence[int]) -> Design:
 
     def design(numbers: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         pieces = numbers[..., : sum(counts)].split(list(counts), dim=-1)
-        parts = [design(piece, times) for design, piece in zip(designs, pieces, strict=True)]
+        parts = [each(piece, times) for each, piece in zip(designs, pieces, strict=True)]
         columns = torch.cat([part[0] for part in parts], dim=-1)
         changes = columns.new_zeros(*numbers.shape[:-1], sum(counts), *columns.shape[-2:])
         first = column = 0
