@@ -95,7 +95,7 @@ _OURO = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch of an analysis."""
+    """Of an analysis."""
 
     architecture: Architecture | None
     """None for a model that is watched through hooks."""
@@ -105,6 +105,8 @@ class Case:
     horizon: int
     keep_limit: int = 0
     """MiB."""
+    together: bool = True
+    """Whether all prompts are run at once, rather than as many as `analyze` takes."""
 
 
 CASES = {
@@ -119,7 +121,7 @@ CASES = {
     ),
     "hooked": Case(None, (128,) * 4, 16, 32),
 }
-DEPTH = Case(_OURO, (100,) * 8, 16, 128)
+DEPTH = Case(_OURO, (100,) * 8, 16, 128, together=False)
 
 
 class Layer(nn.Module):
@@ -205,7 +207,11 @@ def analyse_once(case: Case) -> tuple[int, int]:
 
     def job(lengths: tuple[int, ...], recurrences: int, horizon: int) -> Job:
         settings = AnalyzeSettings(
-            recurrences=recurrences, horizon=horizon, batch_size=len(lengths), keep_limit=case.keep_limit, threads=1
+            recurrences=recurrences,
+            horizon=horizon,
+            batch_size=len(lengths) if case.together else "auto",
+            keep_limit=case.keep_limit,
+            threads=1,
         )
         texts = [tokens.integers(0, subject.info.vocab_size, size=length).tolist() for length in lengths]
         prompts = [

@@ -17,6 +17,7 @@ from loopscope.analysis.settings import Part, parts_except
 from loopscope.answers.initial_state import INITIAL_STATE
 from loopscope.answers.quick import quick_answers
 from loopscope.errors import ConfigError, NonFiniteError, PromptError
+from loopscope.measures import similarity
 from loopscope.measures.twin import Twin
 from loopscope.models import loading
 from loopscope.models.architecture import Architecture
@@ -101,6 +102,19 @@ def test_any_number_of_recurrences_is_measured_against_the_same_horizon(recurren
         assert (found["distance_to_horizon"][:, 4] == 0).all()
     if recurrences >= 10:
         assert (found["distance_to_second_horizon"][:, 9] == 0).all()
+
+
+@pytest.mark.parametrize("lengths", [(20, 13), (70, 55)], ids=["maps kept", "queries and keys kept"])
+def test_maps_are_compared_over_tiles_of_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "_TILE_ENTRIES", 3000)
+    tokens = torch.arange(sum(lengths)).mul(11).remainder(48).split(lengths)
+    prompts, model = [prompt.tolist() for prompt in tokens], subject(dtype=torch.float64, std=0.2)
+    settings = AnalyzeSettings(
+        recurrences=3, horizon=4, batch_size=2, track=(), skip=(*WITHOUT_VERDICTS[:2], "stages", "twin")
+    )
+    found = analyze(model, prompts, settings=settings).dataset["attention_cycle_distance"]
+    wanted = slow_dataset(model, prompts, settings)["attention_cycle_distance"]
+    np.testing.assert_allclose(found.values, wanted.values, atol=1e-9)
 
 
 def test_the_loop_state_is_another_site_where_the_recurrence_ends_with_a_norm() -> None:

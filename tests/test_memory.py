@@ -30,7 +30,7 @@ from loopscope.models.native.subject import NativeRun, NativeSubject
 from loopscope.models.subject import Batch
 from loopscope.models.visits import Observer
 from loopscope.prompts.prompt import TokenizedPrompt
-from small_models import PROMPTS, subject
+from small_models import PROMPTS, architecture, subject
 
 SKIP: tuple[Part, ...] = ("behaviour", "twin", "stability", "neurons", "stages", "readout", "noise-floor")
 SETTINGS = AnalyzeSettings(recurrences=4, horizon=5, skip=SKIP, threads=1, track=())
@@ -175,6 +175,12 @@ def test_auto_takes_what_half_of_the_free_memory_has_room_for(
     assert isinstance(chosen, int)
     assert prompts <= chosen <= 8
     assert (chosen == 8) == (prompts == 8)
+
+
+@pytest.mark.parametrize(("width", "tokens", "prompts"), [(16, 100, 8), (512, 100, 4), (512, 1000, 1), (2048, 50, 8)])
+def test_a_batch_on_a_cpu_is_no_larger_than_is_of_use(width: int, tokens: int, prompts: int) -> None:
+    model = subject(architecture(width=width, heads=4, kv_heads=4, head_dim=width // 4))
+    assert _job(model, [[1] * tokens] * 12, skip=SKIP).settings.batch_size == prompts
 
 
 def test_what_cannot_fit_is_refused_before_it_starts_with_what_would_help(

@@ -114,7 +114,7 @@ class Job:
         self._memory = MemoryPlan(subject, self.plan, settings)
         if not checked:
             self._memory.check(lengths)
-        most = most_prompts(subject) if settings.batch_size == "auto" else settings.batch_size
+        most = most_prompts(subject, lengths) if settings.batch_size == "auto" else settings.batch_size
         self._at_once = self._memory.at_once(lengths, most)
         """Prompts that are run together; fewer than are saved together where memory is short."""
         size = self._at_once if settings.batch_size == "auto" else settings.batch_size

@@ -32,6 +32,8 @@ _KEPT_SHARE, _BATCH_SHARE = 1 / 8, 1 / 2
 than is in use, and others want memory too. States that are not kept cost another run."""
 _MOST_PROMPTS = {"cpu": 8}
 _MOST_ON_A_GPU = 64
+_ENOUGH_TOKENS, _ENOUGH_NUMBERS = 384, 2**17
+"""With so many tokens, and numbers in their states, a batch on a CPU costs as much a token as a larger one, to 4 %."""
 _ERROR = 0.2
 """Relative error of what is said to be needed."""
 _WORKER = 2**28
@@ -184,9 +186,13 @@ def foresee(inspection: Inspection) -> Foreseen | None:
     return Foreseen(needed=needed, kept_states=memory.kept(batch), saved={option: less for less, option in saved})
 
 
-def most_prompts(subject: Subject) -> int:
-    """In a batch, that are of use."""
-    return _MOST_PROMPTS.get(subject.device.type, _MOST_ON_A_GPU)
+def most_prompts(subject: Subject, lengths: Sequence[int]) -> int:
+    """In a batch, that are of use: on a CPU no more than keep it busy, since all that is kept grows with them."""
+    most = _MOST_PROMPTS.get(subject.device.type, _MOST_ON_A_GPU)
+    if subject.device.type != "cpu":
+        return most
+    enough = max(_ENOUGH_TOKENS, _ENOUGH_NUMBERS // subject.info.width)
+    return min(most, -(-enough * len(lengths) // sum(lengths)))
 
 
 def size_text(nbytes: int) -> str:
@@ -255,6 +261,8 @@ def batch_bytes(batch: BatchInfo, *, kept_states: int) -> int:
         + max(passing([*far, *early]), ending(far))
     )
     second = arrays(kinds) + total(kinds, "kept") + max(passing(near), ending(near))
+    if kept_states:
+        kept_states -= total(near, "as_seen")
     return max(first + kept_states, second + kept_states, arrays(kinds) + _results(memory))
 
 

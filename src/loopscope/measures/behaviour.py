@@ -23,7 +23,7 @@ from loopscope.dynamics.trajectories.tail import longest_lag, tail_length, tail_
 from loopscope.dynamics.verdicts import DOUBTS, KINDS, VERDICT_NUMBERS, Kind, Verdict
 from loopscope.measures.base import BatchInfo, Measure, Needs, Plan, RunEnd, Variable, variable
 from loopscope.measures.memory import Memory
-from loopscope.measures.tails import DIMENSIONS, KeptTails, Span, apart
+from loopscope.measures.tails import KeptTails, Span, apart, bytes_of_step
 from loopscope.models.subject import SubjectInfo
 from loopscope.models.visits import Visit
 
@@ -143,7 +143,7 @@ class Behaviour(Measure):
         plan, tokens, wide = batch.plan, int(batch.counts.sum()), batch.bytes[1]
         seed = _tail(min(plan.recurrences, 2 * plan.horizon), _SEED_TAIL) if batch.second_run else None
         own = _tail(2 * plan.horizon), _tail(plan.horizon), _tail(plan.horizon // 2), seed
-        number = tokens * (min(DIMENSIONS, batch.info.width) + 1) * max(4, batch.itemsize)
+        number = tokens * bytes_of_step(batch.info.width, batch.itemsize)
         until_judged, of_seed = (
             len(plan.judged_layers) * number * sum(stop - first for first, stop in apart(filter(None, spans)))
             for spans in (own, (seed,))

@@ -90,7 +90,9 @@ class Horizons(Measure):
     def memory(cls, batch: BatchInfo) -> Memory:
         (states, wide), layers = batch.bytes, batch.info.recurrent
         attention = layers * batch.attention_bytes if batch.info.heads else 0
-        return Memory(kept=(3 * layers + 2) * states + attention, result=2 * layers * states + 3 * layers * wide)
+        # The states before those of the second horizon go one by one as these come.
+        one = layers * (2 * states + 3 * wide) // batch.prompts
+        return Memory(kept=(2 * layers + 2) * states + attention, until_ended=states, result=one)
 
     @property
     def horizons(self) -> tuple[int, int]:
@@ -142,15 +144,21 @@ class Horizons(Measure):
         return self._norms[key]
 
     def result(self) -> xr.Dataset:
+        # Prompt by prompt, as the states of all layers side by side would be the most that an analysis takes.
+        found = [self._of_prompt(slice(row, row + 1)) for row in range(self.batch.prompts)]
+        places = {name: self.variables[name].dims.index("prompt") for name in found[0]}
+        return self.dataset({name: torch.cat([each[name] for each in found], at) for name, at in places.items()})
+
+    def _of_prompt(self, row: slice) -> dict[str, Tensor]:
         layers = range(self.batch.info.recurrent)
-        mask = self.batch.mask
-        first, second = (torch.stack([self.layer(place, layer) for layer in layers]) for place in (0, 1))
+        mask = self.batch.mask[row]
+        first, second = (torch.stack([self.layer(place, layer)[row] for layer in layers]) for place in (0, 1))
         norms = [residual_norm(first), residual_norm(second)]
         drift = distance(second, first) / norms[1]
-        steps = [torch.stack([step for step in steps if step is not None]) for steps in self._steps]
-        loop_drift = distance(self.layer(1, len(layers)), self.layer(0, len(layers)))
-        loop_drift = loop_drift / residual_norm(self.layer(1, len(layers)))
-        found = {
+        steps = [torch.stack([step[row] for step in steps if step is not None]) for steps in self._steps]
+        loop, before = (self.layer(place, len(layers))[row] for place in (1, 0))
+        loop_drift = distance(loop, before) / residual_norm(loop)
+        return {
             "horizon_drift": masked_mean(drift, mask),
             "horizon_drift_cosine": masked_mean(cosine(second, first), mask),
             "horizon_norm_growth": masked_mean(norms[1] / norms[0], mask),
@@ -159,6 +167,5 @@ class Horizons(Measure):
             "token_horizon_drift": torch.stack([drift[-1], loop_drift]).masked_fill(~mask, torch.nan),
             "layer_cosine": masked_mean(layer_cosine(first), mask),
             "degeneracy": masked_mean(degeneracy(first), mask),
-            "unrelated_degeneracy": masked_mean(unrelated_degeneracy(first, self.batch.counts), mask),
+            "unrelated_degeneracy": masked_mean(unrelated_degeneracy(first, self.batch.counts[row]), mask),
         }
-        return self.dataset({name: values.cpu().numpy() for name, values in found.items()})

@@ -39,6 +39,8 @@ class Memory:
 
     kept: int = 0
     """From when it sees the run until it is asked for its arrays."""
+    as_seen: int = 0
+    """Of that, states of measured recurrences themselves, which take no more where all of them are kept anyway."""
     until_ended: int = 0
     """More until its run has ended."""
     visit: int = 0

@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
-from loopscope.measures.functions import residual_norm, widen
+from loopscope.measures.functions import residual_norm
 from loopscope.measures.memory import Memory, tile_entries
 from loopscope.models.visits import AttentionView, Visit
 
@@ -19,7 +19,7 @@ _TILE_ENTRIES = 2**21
 
 
 class CycleSimilarity(Measure):
-    """Keeps the directions of prelude, the first few recurrences and coda, so memory grows with their number only."""
+    """Keeps the states of prelude, the first few recurrences and coda, so memory grows with their number only."""
 
     part = "cycle-similarity"
     variables: ClassVar[dict[str, Variable]] = {
@@ -31,27 +31,31 @@ class CycleSimilarity(Measure):
     def __init__(self, batch: BatchInfo) -> None:
         super().__init__(batch)
         self.recurrences = min(batch.plan.cycle_recurrences, batch.recurrences)
-        self._directions: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        """States and their norms."""
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
-        kept = cycle_visits(batch) * batch.bytes[1]
-        return Memory(kept=kept, result=kept // batch.prompts)
+        (states, wide), visits = batch.bytes, cycle_visits(batch)
+        as_seen = (visits - batch.info.prelude - batch.info.coda) * states
+        return Memory(kept=visits * states, as_seen=as_seen, result=visits * wide // batch.prompts)
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence > self.recurrences:
             return
-        norm = residual_norm(visit.residual)
-        direction = widen(visit.residual) / norm.unsqueeze(-1)
-        self._directions.append(torch.where(self.batch.mask.unsqueeze(-1), direction, 0.0))
+        self._seen.append((visit.residual, residual_norm(visit.residual)))
 
     def result(self) -> xr.Dataset:
-        visits = len(self._directions)
+        visits = len(self._seen)
         total, weight = torch.zeros(2, visits, visits, dtype=torch.float64, device=self.batch.mask.device)
         for prompt in range(self.batch.prompts):
             # Directions of one prompt in a row: their product is the sum over its tokens of the cosines.
-            rows = torch.stack([direction[prompt].flatten() for direction in self._directions])
-            mean = (rows @ rows.T).double() / self.batch.counts[prompt]
+            tokens = int(self.batch.counts[prompt])
+            rows = self._seen[0][1].new_empty(visits, tokens, self.batch.info.width)
+            for (states, norms), row in zip(self._seen, rows, strict=True):
+                torch.div(states[prompt, :tokens], norms[prompt, :tokens, None], out=row)
+            rows = rows.flatten(1)
+            mean = (rows @ rows.T).double() / tokens
             finite = torch.isfinite(mean)
             total += torch.where(finite, mean.clamp(-1.0, 1.0), 0.0)
             weight += finite
@@ -63,7 +67,8 @@ class AttentionCycle(Measure):
 
     `sqrt(sum over heads ||A_u - A_v||^2 / (H T))`: the root mean square, over heads and rows, of the distance between
     two rows. From one Gram matrix of all maps that is added up over tiles of rows, in float64, since a distance is the
-    small difference of large squares. Keeps the queries and keys of the first few recurrences.
+    small difference of large squares. Keeps the queries and keys of the first few recurrences, or the maps where these
+    are smaller.
     """
 
     part = "cycle-similarity"
@@ -80,22 +85,33 @@ class AttentionCycle(Measure):
         super().__init__(batch)
         self.recurrences = min(batch.plan.cycle_recurrences, batch.recurrences)
         assert batch.info.heads is not None
-        self._heads = batch.info.heads
-        self._views: list[AttentionView | None] = []
+        self._heads, self._tiles = batch.info.heads, _tiles(batch)
+        self._seen: list[AttentionView | Tensor | None] = []
+        """Of each visit what makes its tiles, or these in a row, (batch, entry)."""
 
     @classmethod
     def memory(cls, batch: BatchInfo) -> Memory:
         visits = cycle_visits(batch)
-        row = visits * batch.prompts * (batch.info.heads or 0) * batch.tokens
+        entries = [batch.prompts * (batch.info.heads or 0) * (stop - start) * stop for start, stop in _tiles(batch)]
+        maps = sum(entries) * max(4, batch.itemsize)
         # Tiles of all visits, side by side once more, and one in the making.
-        tiles = 17 * max(row, min(tile_entries(batch.mask.device, _TILE_ENTRIES, 8), row * batch.tokens))
-        return Memory(kept=visits * batch.attention_bytes, result=tiles)
+        return Memory(kept=visits * min(batch.attention_bytes, maps), result=17 * visits * max(entries))
 
     def visit(self, visit: Visit) -> None:
         if visit.stage == "recurrent" and visit.recurrence > self.recurrences:
             return
         view = visit.attention
-        self._views.append(None if view is None or view.heads != self._heads else view.without_values())
+        self._seen.append(None if view is None or view.heads != self._heads else self._smaller(view.without_values()))
+
+    def _smaller(self, view: AttentionView) -> AttentionView | Tensor:
+        """Its tiles, where they take less memory: of prompts shorter than some times the width of a head."""
+        if self.batch.mask.numel() * self._heads * view.tokens * 2 >= view.nbytes:
+            return view
+        tiles = [view.tile(start, stop) for start, stop in self._tiles]
+        # Some have every key in each tile.
+        below_diagonal = all(tile.shape[-1] == stop for tile, (_, stop) in zip(tiles, self._tiles, strict=True))
+        maps = torch.cat([tile.flatten(1) for tile in tiles], dim=1)
+        return maps if below_diagonal and maps.nbytes < view.nbytes else view
 
     def result(self) -> xr.Dataset:
         distances = self._distances()
@@ -109,25 +125,33 @@ class AttentionCycle(Measure):
 
     def _distances(self) -> np.ndarray:
         """(prompt, visit, visit), NaN for visits whose attention cannot be seen."""
-        seen = [index for index, view in enumerate(self._views) if view is not None]
-        views = [view for view in self._views if view is not None]
-        prompts, tokens = self.batch.prompts, self.batch.tokens
-        found = np.full((prompts, len(self._views), len(self._views)), np.nan)
-        if not views:
+        places = [place for place, seen in enumerate(self._seen) if seen is not None]
+        found = np.full((self.batch.prompts, len(self._seen), len(self._seen)), np.nan)
+        visits = [seen for seen in self._seen if seen is not None]
+        if not visits:
             return found
-        device = self.batch.mask.device
-        gram = torch.zeros(prompts, len(views), len(views), dtype=torch.float64, device=device)
-        step = max(1, tile_entries(device, _TILE_ENTRIES, 8) // (len(views) * prompts * self._heads * tokens))
-        for start in range(0, tokens, step):
-            tiles = [view.tile(start, min(start + step, tokens)).double().flatten(1) for view in views]
-            rows = torch.stack(tiles, dim=1)
+        shape = (self.batch.prompts, len(visits), len(visits))
+        gram = torch.zeros(shape, dtype=torch.float64, device=self.batch.mask.device)
+        first = 0
+        for start, stop in self._tiles:
+            last = first + self._heads * (stop - start) * stop
+            tiles = [seen[:, first:last] if isinstance(seen, Tensor) else seen.tile(start, stop) for seen in visits]
+            rows = torch.stack([tile.double().flatten(1) for tile in tiles], dim=1)
             gram += rows @ rows.mT
+            first = last
         norms = gram.diagonal(dim1=-2, dim2=-1)
         squares = (norms[:, :, None] + norms[:, None] - 2 * gram).clamp(min=0)
         scale = self._heads * self.batch.counts.double()
         values = (squares / scale[:, None, None]).sqrt().cpu().numpy()
-        found[np.ix_(range(prompts), seen, seen)] = values
+        found[np.ix_(range(self.batch.prompts), places, places)] = values
         return found
+
+
+def _tiles(batch: BatchInfo) -> list[tuple[int, int]]:
+    """(start, stop) of rows, so few that tiles of all visits are of moderate size."""
+    row = cycle_visits(batch) * batch.mask.numel() * (batch.info.heads or 1)
+    rows = max(1, tile_entries(batch.mask.device, _TILE_ENTRIES, 8) // row)
+    return [(start, min(start + rows, batch.tokens)) for start in range(0, batch.tokens, rows)]
 
 
 def cycle_visits(batch: BatchInfo) -> int:

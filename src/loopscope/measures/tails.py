@@ -19,6 +19,9 @@ Span = tuple[int, int]
 DIMENSIONS = 32
 """Of the image. Shapes are fitted to 16 principal components."""
 
+_CODES = {torch.float32: torch.int16, torch.float64: torch.int32}
+"""What the numbers of a step are kept as, half as long."""
+
 
 class KeptTails(Observer):
     """Keeps the raw outputs of some recurrent layers in some spans of recurrences, as `DIMENSIONS` numbers each.
@@ -29,7 +32,9 @@ class KeptTails(Observer):
     factor a token, so that the root mean square of its steps is the true one.
 
     Steps are projected rather than states, since the rounding of a projected state would be as large as the motion of
-    one that rests; the rounding of a projected step is 1e-7 of that step.
+    one that rests. A step is kept as integers of 16 bits in units of its largest number, of a model in float64 as 32.
+    What that rounds away is added to the next step, so that it does not add up: every state of a trajectory is right to
+    2^-16 (2^-32) of the largest number in the step into it, and to the rounding of the steps before.
     """
 
     def __init__(self, mask: Tensor, width: int, layers: Sequence[int], spans: Sequence[Span]) -> None:
@@ -75,6 +80,12 @@ class KeptTails(Observer):
             del self._kept[place]
 
 
+def bytes_of_step(width: int, itemsize: int) -> int:
+    """Of one token that is kept of a model whose numbers take so many bytes."""
+    wide = max(4, itemsize)
+    return min(DIMENSIONS, width) * wide // 2 + 2 * wide
+
+
 def apart(spans: Iterable[Span]) -> list[Span]:
     """Those that lie within no other."""
     found: list[Span] = []
@@ -102,8 +113,12 @@ class _Kept:
         """By recurrences done before, the image of the first state of each span, as long as the state."""
         self.steps: Tensor | None = None
         """(step, token, dimension), in one piece, which goes back to the system when it is dropped."""
+        self.units: Tensor | None = None
+        """What one is worth in each step, (step, token)."""
         self.lengths: Tensor | None = None
         """Of the steps of the states themselves, (step, token)."""
+        self.left: Tensor | None = None
+        """What is not in the steps so far."""
 
     def add(self, state: Float[Tensor, "token width"], image: Tensor | None, recurrence: int, *, begins: bool) -> None:
         if begins:
@@ -113,23 +128,42 @@ class _Kept:
             self.first[recurrence - 1] = first * (residual_norm(double) / length)[:, None]
         if self.steps is None or self.lengths is None:
             dimension = state.shape[-1] if image is None else image.shape[-1]
-            self.steps = state.new_empty(_length(self.span) - 1, len(state), dimension)
-            self.lengths = state.new_empty(_length(self.span) - 1, len(state))
+            shape = (_length(self.span) - 1, len(state))
+            self.steps = state.new_empty(*shape, dimension, dtype=_CODES[state.dtype])
+            self.units, self.lengths = state.new_empty(2, *shape)
+            self.left = state.new_zeros(len(state), dimension)
         else:
             assert self.previous is not None  # spans have no gaps
             step, place = state - self.previous, recurrence - self.span[0] - 2
             torch.linalg.vector_norm(step, dim=-1, out=self.lengths[place])
-            self.steps[place] = step if image is None else step @ image.to(step.dtype)
+            self._write(place, step if image is None else step @ image.to(step.dtype))
         self.previous = None if recurrence == self.span[1] else state
+
+    def _write(self, place: int, step: Float[Tensor, "token dimension"]) -> None:
+        assert self.steps is not None
+        assert self.units is not None
+        assert self.lengths is not None
+        assert self.left is not None
+        asked, most = self.left.add_(step), torch.iinfo(self.steps.dtype).max
+        largest = torch.linalg.vector_norm(asked, math.inf, dim=-1)
+        # So that its inverse is a number. NaN stays NaN, which the trajectory then has, whatever its codes are.
+        unit = torch.div(largest.clamp_min_(2 * most * torch.finfo(asked.dtype).tiny), most, out=self.units[place])
+        # Who rests must not be moved by what is left.
+        scale = torch.where(self.lengths[place] == 0, 0.0, unit.reciprocal())
+        codes = (asked * scale[:, None]).round_()
+        self.steps[place] = codes
+        asked.sub_(codes.mul_(unit[:, None]))
 
     def trajectories(self, span: Span, tokens: slice | Tensor) -> Tensor:
         assert self.steps is not None  # a span begins where it is kept
+        assert self.units is not None
         assert self.lengths is not None
         there = slice(span[0] - self.span[0], span[1] - self.span[0] - 1)
-        steps, first = self.steps[there][:, tokens].movedim(0, 1), self.first[span[0]][tokens]
-        found = first.new_empty(len(first), steps.shape[1] + 1, first.shape[-1])
+        codes, units = (each[there][:, tokens].movedim(0, 1) for each in (self.steps, self.units))
+        first = self.first[span[0]][tokens]
+        found = first.new_empty(len(first), codes.shape[1] + 1, first.shape[-1])
         found[:, 0], way = 0.0, found[:, 1:]
-        way.copy_(steps)
+        way.copy_(codes).mul_(units[..., None])
         true = self.lengths[there][:, tokens].double().square().sum(0)
         seen = torch.linalg.vector_norm(way, dim=(1, 2)).square()
         factor: Tensor = torch.where(seen > 0, true / seen, 1.0).sqrt()
