@@ -30,7 +30,6 @@ from loopscope.analysis.settings import EngineName
 from loopscope.errors import ConfigError, UnforeseenError, WorkerError
 from loopscope.experiments.run_sweep import run_sweep
 from loopscope.experiments.sweep import Sweep
-from loopscope.experiments.sweep_cells import SweepResult
 from small_models import PROMPTS, checkpoint, subject
 
 SETTINGS = AnalyzeSettings(
@@ -83,10 +82,10 @@ def cluster(head: str | None) -> str:
             time.sleep(0.1)
 
 
-def engine_of(name: EngineName, request: pytest.FixtureRequest, workers: int = 2) -> Any:
+def engine_of(name: EngineName, request: pytest.FixtureRequest) -> Any:
     if name == "ray":
-        return make_engine("ray", workers, request.getfixturevalue("cluster"))
-    return make_engine(name, workers if name == "processes" else None)
+        return make_engine("ray", 2, request.getfixturevalue("cluster"))
+    return make_engine(name, 2 if name == "processes" else None)
 
 
 def test_a_worker_that_is_ended_gives_up_what_it_holds(tmp_path: Path) -> None:
@@ -189,10 +188,10 @@ def test_an_unexpected_error_comes_with_its_traceback(
 
 
 class Killer:
-    """A progress that kills one of so many workers as soon as one item is done."""
+    """A progress that kills one of two workers as soon as one item is done."""
 
-    def __init__(self, name: str, workers: int = 2) -> None:
-        self.name, self.workers, self.killed, self.said = name, workers, False, list[str]()
+    def __init__(self, name: str) -> None:
+        self.name, self.killed, self.said = name, False, list[str]()
 
     def start(self, phases: Sequence[Phase]) -> None: ...
 
@@ -209,7 +208,7 @@ class Killer:
             if wanted in " ".join(each.info["cmdline"] or [])
             and (self.name == "ray" or each.info["ppid"] == os.getpid())
         ]
-        assert len(workers) == self.workers
+        assert len(workers) == 2
         workers[0].kill()
         self.killed = True
 
@@ -255,30 +254,18 @@ SWEEP = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def serial_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepResult]]:
-    out = tmp_path_factory.mktemp("sweep") / "serial"
-    return out, run_sweep(Sweep.from_dict(SWEEP), out, base=out)
-
-
-# One worker alone does what the killed one had; beside another, two also make the text for training at once.
-@pytest.mark.parametrize(("name", "workers"), [("processes", 2), ("ray", 1)])
-def test_a_sweep_is_whole_though_a_worker_is_killed(
-    name: EngineName,
-    workers: int,
-    serial_sweep: tuple[Path, list[SweepResult]],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-) -> None:
+def test_a_sweep_is_whole_though_a_worker_is_killed(tmp_path: Path) -> None:
     """Training included: the worker that goes on starts from the last checkpoint of the one that died."""
-    out, serial = serial_sweep
-    killer, engine = Killer(name, workers), engine_of(name, request, workers)
-    made = run_sweep(Sweep.from_dict(SWEEP), tmp_path / name, base=tmp_path, engine=engine, progress=killer)
+    out, there = tmp_path / "serial", tmp_path / "processes"
+    serial = run_sweep(Sweep.from_dict(SWEEP), out, base=tmp_path)
+    # Two of them, which also make the text for training at once.
+    killer, engine = Killer("processes"), make_engine("processes", 2)
+    made = run_sweep(Sweep.from_dict(SWEEP), there, base=tmp_path, engine=engine, progress=killer)
     assert any("A worker died" in note for note in killer.said)
     assert [dataclasses.replace(each, seconds=0.0) for each in made] == [
         dataclasses.replace(each, seconds=0.0) for each in serial
     ]
-    weights = [sorted((folder / "runs").glob("*/model.safetensors")) for folder in (tmp_path / name, out)]
+    weights = [sorted((folder / "runs").glob("*/model.safetensors")) for folder in (there, out)]
     assert len(weights[0]) == len(weights[1]) == 3
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
