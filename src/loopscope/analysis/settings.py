@@ -158,7 +158,8 @@ class MachineSettings:
     device."""
     batch_size: Count | Literal["auto"] = "auto"
     """Prompts that are saved and run together; fewer run at once where memory is short. auto takes as many as fit
-    (--memory-limit), at most 8 on a CPU, where more are no faster, and 64 on a GPU."""
+    (--memory-limit), on a GPU at most 64, and on a CPU at most 8, fewer of long prompts or of a wide model:
+    more are no faster there."""
     memory_limit: Annotated[int, Range(0)] | None = None
     """MiB that a batch may take beside the model, in each worker; default: half of the free memory."""
     keep_limit: Annotated[int, Range(0)] | None = None

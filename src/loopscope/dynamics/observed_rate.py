@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -115,16 +116,15 @@ def observed_rate(
         raise ConfigError(f"sizes has shape {sizes.shape}, and steps {steps.shape}; give one size for each step.")
     shape = steps.shape[:-1]
     relative = steps if sizes is None else _ratio(steps, sizes)
-    floors = np.broadcast_to(0.0 if floor is None else floor, shape)
+    steps, relative = (np.reshape(each, (-1, steps.shape[-1])).astype(np.float64) for each in (steps, relative))
+    known: ndarray = np.all(np.isfinite(steps) & np.isfinite(relative), axis=-1)
+    floors = _floors(np.where(known[:, None], relative, 0.0), _ROUNDOFF[dtype], settings)
+    floors = np.maximum(floors, np.broadcast_to(0.0 if floor is None else floor, shape).ravel())
     fits = [
-        _fit(
-            np.asarray(steps[index], np.float64),
-            np.asarray(relative[index], np.float64),
-            float(floors[index]),
-            dtype,
-            settings,
-        )
-        for index in np.ndindex(*shape)
+        _fit(steps[row], relative[row], floors[row], settings)
+        if known[row]
+        else (math.nan, math.nan, 0, 0, RateReason.NOT_FINITE.value)
+        for row in range(len(steps))
     ]
 
     def column(place: int, kind: type) -> ndarray:
@@ -143,13 +143,10 @@ def observed_rate(
 _Fit = tuple[float, float, int, int, str]
 
 
-def _fit(steps: ndarray, relative: ndarray, floor: float, dtype: str, settings: RateSettings) -> _Fit:
-    if not (np.isfinite(steps).all() and np.isfinite(relative).all()):
-        return math.nan, math.nan, 0, 0, RateReason.NOT_FINITE.value
+def _fit(steps: ndarray, relative: ndarray, floor: float, settings: RateSettings) -> _Fit:
     if not steps.any():
         return math.nan, math.nan, 0, 0, RateReason.AT_REST.value
-    level = settings.above_floor * max(floor, _floor(relative, _ROUNDOFF[dtype], settings))
-    drowned = np.flatnonzero((relative <= level) | (steps <= 0))
+    drowned = np.flatnonzero((relative <= settings.above_floor * floor) | (steps <= 0))
     stop = int(drowned[0]) if len(drowned) else len(steps)
     is_short = stop < len(steps) and steps[:stop].max(initial=0.0) < settings.least_fall * steps[stop]
     first = max(min(int(stop * settings.transient), stop - settings.fewest), int(stop * settings.least_transient))
@@ -163,20 +160,26 @@ def _fit(steps: ndarray, relative: ndarray, floor: float, dtype: str, settings: 
     return rate, uncertainty, first, stop, RateReason.FITTED.value
 
 
-def _floor(relative: ndarray, roundoff: float, settings: RateSettings) -> float:
+def _floors(relative: ndarray, roundoff: float, settings: RateSettings) -> ndarray:
     """The relative step that rounding keeps up: the level of the last quarter if it is flat and so low that rounding
     explains it, and never less than what two rounded states differ by."""
-    tail = relative[-max(len(relative) // 4, 4) :]
-    half = len(tail) // 2
-    level = float(np.median(tail))
-    flat = np.median(tail[half:]) > 0.8 * np.median(tail[:half])
-    return max(2 * roundoff, level if flat and level < settings.explained * roundoff else 0.0)
+    tail = relative[:, -max(relative.shape[-1] // 4, 4) :]
+    half = tail.shape[-1] // 2
+    level, early, late = (np.median(each, axis=-1) for each in (tail, tail[:, :half], tail[:, half:]))
+    explained = (late > 0.8 * early) & (level < settings.explained * roundoff)
+    return np.maximum(2 * roundoff, np.where(explained, level, 0.0))
 
 
 def _slope(values: ndarray) -> float:
     """Median slope between places at least a third of all apart."""
-    earlier, later = np.triu_indices(len(values), max(1, len(values) // 3))
+    earlier, later = _places(len(values))
     return float(np.median((values[later] - values[earlier]) / (later - earlier)))
+
+
+@lru_cache(maxsize=256)
+def _places(count: int) -> tuple[ndarray, ndarray]:
+    """All pairs of so many that are at least a third apart."""
+    return np.triu_indices(count, max(1, count // 3))
 
 
 def _ratio(steps: ndarray, sizes: ndarray) -> ndarray:

@@ -41,10 +41,10 @@ def cosine_verdicts(turns: Turns, dtype: Dtype, settings: CosineSettings) -> lis
     trend taken out, has one dominant peak; else a slider if c_t approaches 1 monotonically; else unknown. It sees no
     norms, so nothing diverges, and no floor.
     """
-    rounding = rounding_step(dtype)
-    return [
-        _verdict(turns, token, kind, rounding, settings) for token, kind in enumerate(cosine_kinds(turns, settings))
-    ]
+    near, level = (turns.away <= settings.tau).double().mean(-1), (2 * turns.away.amax(-1)).sqrt()
+    numbers = torch.stack((near, turns.peak, turns.rising, turns.period, level), dim=-1).tolist()
+    kinds = cosine_kinds(turns, settings)
+    return [_verdict(kind, each, turns, dtype, settings) for kind, each in zip(kinds, numbers, strict=True)]
 
 
 def measure_turns(states: Float[Tensor, "token recurrence width"], settings: CosineSettings) -> Turns:
@@ -74,10 +74,8 @@ def cosine_kinds(turns: Turns, settings: CosineSettings) -> list[Kind]:
     return kinds
 
 
-def _verdict(turns: Turns, token: int, kind: Kind, rounding: float, settings: CosineSettings) -> Verdict:
-    away = turns.away[token]
-    near, period = float((away <= settings.tau).double().mean()), float(turns.period[token])
-    peak, rising = float(turns.peak[token]), float(turns.rising[token])
+def _verdict(kind: Kind, numbers: list[float], turns: Turns, dtype: Dtype, settings: CosineSettings) -> Verdict:
+    near, peak, rising, period, level = numbers
     reasons = {
         Kind.FIXED_POINT: f"{percent(near)} of its states are within {settings.tau:g} of the last one.",
         Kind.ORBIT: f"One peak at period {period:.3g} holds {percent(peak)} of the cosine's spectrum.",
@@ -88,10 +86,10 @@ def _verdict(turns: Turns, token: int, kind: Kind, rounding: float, settings: Co
         kind=kind,
         reason=reasons[kind],
         method="cosine",
-        floor=rounding,
-        level=float((2 * away.max()).sqrt()),
+        floor=rounding_step(dtype),
+        level=level,
         period=period if kind == Kind.ORBIT else float("nan"),
-        evidence={"near": near, "peak": peak, "rising": rising, "window": float(len(away))},
+        evidence={"near": near, "peak": peak, "rising": rising, "window": float(turns.away.shape[1])},
     )
 
 
