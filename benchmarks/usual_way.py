@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,13 +143,14 @@ def usual(model: LoopedTransformer, prompt: list[int], recurrences: int) -> Call
 
 
 class Kept(Observer):
-    """Keeps what the measures of heads wait for."""
+    """Keeps what an analysis keeps, for the measures of heads."""
 
     def __init__(self) -> None:
         self.visits: list[Visit] = []
 
     def visit(self, visit: Visit) -> None:
-        self.visits.append(visit)
+        view = None if visit.attention is None else visit.attention.without_values()
+        self.visits.append(replace(visit, attention=view))
 
 
 def native(model: LoopedTransformer, prompt: list[int], recurrences: int, keep: bool) -> Callable[[], Numbers]:
