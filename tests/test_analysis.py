@@ -104,9 +104,9 @@ def test_any_number_of_recurrences_is_measured_against_the_same_horizon(recurren
         assert (found["distance_to_second_horizon"][:, 9] == 0).all()
 
 
-@pytest.mark.parametrize("lengths", [(20, 13), (70, 55)], ids=["maps kept", "queries and keys kept"])
+@pytest.mark.parametrize("lengths", [(12, 7), (70, 55)], ids=["maps kept", "queries and keys kept"])
 def test_maps_are_compared_over_tiles_of_rows(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "_TILE_ENTRIES", 3000)
+    monkeypatch.setattr(similarity, "_TILE_ENTRIES", 1200)
     tokens = torch.arange(sum(lengths)).mul(11).remainder(48).split(lengths)
     prompts, model = [prompt.tolist() for prompt in tokens], subject(dtype=torch.float64, std=0.2)
     settings = AnalyzeSettings(
