@@ -30,8 +30,7 @@ from loopscope.models.subject import Batch, Subject
 _KEPT_SHARE, _BATCH_SHARE = 1 / 8, 1 / 2
 """Of free memory, that kept states may take, and that a batch is made to take: the C library may hold a quarter more
 than is in use, and others want memory too. States that are not kept cost another run."""
-_MOST_PROMPTS = {"cpu": 8}
-_MOST_ON_A_GPU = 64
+_MOST_ON_A_CPU, _MOST_ON_A_GPU = 8, 64
 _ENOUGH_TOKENS, _ENOUGH_NUMBERS = 384, 2**17
 """With so many tokens, and numbers in their states, a batch on a CPU costs as much a token as a larger one, to 4 %."""
 _ERROR = 0.2
@@ -188,11 +187,10 @@ def foresee(inspection: Inspection) -> Foreseen | None:
 
 def most_prompts(subject: Subject, lengths: Sequence[int]) -> int:
     """In a batch, that are of use: on a CPU no more than keep it busy, since all that is kept grows with them."""
-    most = _MOST_PROMPTS.get(subject.device.type, _MOST_ON_A_GPU)
     if subject.device.type != "cpu":
-        return most
+        return _MOST_ON_A_GPU
     enough = max(_ENOUGH_TOKENS, _ENOUGH_NUMBERS // subject.info.width)
-    return min(most, -(-enough * len(lengths) // sum(lengths)))
+    return min(_MOST_ON_A_CPU, -(-enough * len(lengths) // sum(lengths)))
 
 
 def size_text(nbytes: int) -> str:

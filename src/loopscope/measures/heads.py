@@ -20,7 +20,7 @@ from loopscope._util.shapes import TokenMask
 from loopscope.measures.attention import concentration, entropy_of_rows, most_entropy, stable_from
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, depth_count, depth_of, variable
 from loopscope.measures.functions import widen
-from loopscope.measures.memory import Memory, tile_entries, waiting_bytes
+from loopscope.measures.memory import Memory, row_tiles, tile_entries, waiting_bytes
 from loopscope.models.visits import AttentionView, QueryKeyAttention, Visit
 
 HEAD_NAMES = (
@@ -49,8 +49,7 @@ made once and not once more for the change to the next; how many wait depends on
 
 def tiles(view: AttentionView, batch: int, device: torch.device) -> list[tuple[int, int]]:
     """(start, stop) of rows that together make a tile of moderate size."""
-    rows = max(1, tile_entries(device, _TILE_ENTRIES) // (batch * view.heads * view.tokens))
-    return [(start, min(start + rows, view.tokens)) for start in range(0, view.tokens, rows)]
+    return row_tiles(view.tokens, batch * view.heads * view.tokens, device, _TILE_ENTRIES)
 
 
 def fuses(device: torch.device, dtype: str) -> bool:

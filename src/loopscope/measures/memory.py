@@ -22,6 +22,12 @@ def tile_entries(device: torch.device, in_cache: int, itemsize: int = 4) -> int:
     return min(_GPU_TILE_BYTES, gpu_bytes(device) // _GPU_TILE_SHARE) // itemsize
 
 
+def row_tiles(tokens: int, row: int, device: torch.device, in_cache: int, itemsize: int = 4) -> list[tuple[int, int]]:
+    """(start, stop) of the rows of a map, of `row` entries each, that together make tiles of about `tile_entries`."""
+    rows = max(1, tile_entries(device, in_cache, itemsize) // row)
+    return [(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
 def waiting_bytes(device: torch.device, on_a_cpu: int) -> int:
     """That what is done together may take while it waits: `on_a_cpu`, or a share of a GPU's memory."""
     return gpu_bytes(device) // _GPU_WAITING_SHARE if device.type == "cuda" else on_a_cpu

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopscope.measures.base import BatchInfo, Measure, Needs, Variable, variable
 from loopscope.measures.functions import residual_norm
-from loopscope.measures.memory import Memory, tile_entries
+from loopscope.measures.memory import Memory, row_tiles
 from loopscope.models.visits import AttentionView, Visit
 
 _TILE_ENTRIES = 2**21
@@ -150,8 +150,7 @@ class AttentionCycle(Measure):
 def _tiles(batch: BatchInfo) -> list[tuple[int, int]]:
     """(start, stop) of rows, so few that tiles of all visits are of moderate size."""
     row = cycle_visits(batch) * batch.mask.numel() * (batch.info.heads or 1)
-    rows = max(1, tile_entries(batch.mask.device, _TILE_ENTRIES, 8) // row)
-    return [(start, min(start + rows, batch.tokens)) for start in range(0, batch.tokens, rows)]
+    return row_tiles(batch.tokens, row, batch.mask.device, _TILE_ENTRIES, 8)
 
 
 def cycle_visits(batch: BatchInfo) -> int:
